@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_REASON_H
+#define SP_REASON_H
+
+/*
+ * What happened to a flow. Append only; a number is never used again.
+ * pkg/flow is generated from the BTF of these two enums (make generate).
+ */
+enum sp_verdict {
+	SP_VERDICT_NONE = 0,
+	SP_VERDICT_PROXIED = 1,
+	SP_VERDICT_BYPASSED = 2,
+	SP_VERDICT_DENIED = 3,
+};
+
+/*
+ * Why. Append only; a number is never used again. Numbers below 100 are given
+ * by the programs, numbers from 100 by the proxy in user space.
+ */
+enum sp_reason {
+	SP_REASON_NONE = 0,
+
+	/* the packet went to the proxy */
+	SP_REASON_NO_PATH = 1,		/* SYN without a path */
+	SP_REASON_LEG = 2,		/* later packet of a proxied flow */
+	SP_REASON_STRAY = 3,		/* no SYN, no state: the proxy's listener resets it */
+	SP_REASON_PATH_EXPIRED = 4,	/* path is past its deadline */
+	SP_REASON_PATH_REVOKED = 5,
+	SP_REASON_PATH_SPENT = 6,	/* a budget is used up */
+	SP_REASON_PATH_STALE = 7,	/* the slot serves another path now */
+	SP_REASON_LEASE_LAPSED = 8,	/* no agent: nothing new is admitted */
+	SP_REASON_RING_FULL = 9,	/* no room for the OPEN record */
+	SP_REASON_FLOWS_FULL = 10,
+	SP_REASON_TUPLE_HELD = 11,	/* the proxy holds this tuple towards the service */
+
+	/* the packet went straight on, under a live path */
+	SP_REASON_PATH_OPEN = 20,	/* SYN that opened a bypassed flow */
+	SP_REASON_PATH_LIVE = 21,	/* later packet of a bypassed flow */
+
+	/* the packet came from the proxy and was put where it belongs */
+	SP_REASON_PX_DOWN = 30,		/* towards the client */
+	SP_REASON_PX_UP = 31,		/* towards the service */
+	SP_REASON_PX_RESET = 32,	/* RST that answers a stray */
+	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
+	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
+
+	/* the packet was dropped */
+	SP_REASON_MALFORMED = 50,	/* headers lie or are cut off */
+	SP_REASON_FRAGMENT = 51,	/* TCP fragment towards a protected address */
+	SP_REASON_EXT_HEADERS = 52,	/* IPv6 extension headers beyond the bound or unknown */
+	SP_REASON_NO_LISTENER = 53,	/* the proxy is not there */
+	SP_REASON_LEGS_FULL = 54,
+	SP_REASON_NO_LEG = 55,		/* our mark, but no leg or stray that explains it */
+	SP_REASON_PX_UNEXPECTED = 56,	/* from the proxy, but not of a flow it may serve */
+	SP_REASON_PX_NO_ORIGIN = 57,	/* proxy dials for a client that did not ask */
+	SP_REASON_PX_TUPLE_HELD = 58,	/* proxy dials with the tuple of a bypassed flow */
+	SP_REASON_NO_STAMP = 59,	/* on px1, but not sent there by our programs */
+	SP_REASON_REVERSE_OPEN = 60,	/* SYN that leaves from a protected port */
+	SP_REASON_NO_CONFIG = 61,	/* configuration map is empty */
+	SP_REASON_ICMP_UNKNOWN = 62,	/* ICMP error on px0 for no flow of the proxy */
+
+	/* given by the proxy */
+	SP_REASON_IDENTITY = 100,	/* served: identity proven and authorised */
+	SP_REASON_NO_TLS = 101,		/* first byte is no TLS record */
+	SP_REASON_HANDSHAKE_FAILED = 102,
+	SP_REASON_HANDSHAKE_TIMEOUT = 103,
+	SP_REASON_NOT_AUTHORISED = 104,	/* identity proven, no access rule matches */
+	SP_REASON_NO_OWN_IDENTITY = 105,	/* proxy has no identity of its own */
+	SP_REASON_UNKNOWN_SERVICE = 106,
+	SP_REASON_UPSTREAM_FAILED = 107,
+	SP_REASON_IDLE_TIMEOUT = 108,
+	SP_REASON_LIMIT = 109,		/* connection limit reached */
+	SP_REASON_DRAINED = 110,	/* proxy stopped */
+	SP_REASON_CLOSED = 111,		/* both ends closed in order */
+	SP_REASON_POLICY_CHANGED = 112,	/* policy no longer allows it */
+};
+
+/* Which edge of a flow a record tells of. Append only. */
+enum sp_event_kind {
+	SP_EVENT_NONE = 0,
+	SP_EVENT_OPEN = 1,	/* a flow began */
+	SP_EVENT_CLOSE = 2,	/* a flow ended, with its final counters */
+	SP_EVENT_END = 3,	/* its path ended while the flow was alive */
+	SP_EVENT_DENY = 4,	/* refused; count says how often since the last record */
+	SP_EVENT_UPDATE = 5,	/* a flow goes on; counters so far */
+};
+
+#endif

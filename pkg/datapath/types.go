@@ -1,0 +1,91 @@
+package datapath
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// Target says where a protected service's sockets live.
+type Target uint32
+
+// Targets of a service.
+const (
+	// TargetHost is a service in the node's host network namespace, on every local address.
+	TargetHost Target = 1
+	// TargetPod is a service behind one host-side device.
+	TargetPod Target = 2
+)
+
+// Service is one row group of the services table: a protected service on its addresses and ports.
+type Service struct {
+	ID        uint32 // stable for a name while the agent lives, never 0
+	Name      string // label in the map, cut to 31 bytes
+	Target    Target
+	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
+	Ports     []uint16
+	Ifindex   int // TargetPod: the host-side device
+}
+
+// PathState is the u32 in the path state map. An operator revokes by hand by storing 3.
+type PathState uint32
+
+// States of a path slot.
+const (
+	PathFree    PathState = 0
+	PathPending PathState = 1
+	PathActive  PathState = 2
+	PathRevoked PathState = 3
+	PathExpired PathState = 4
+	PathSpent   PathState = 5
+)
+
+// Path is what the kernel needs to let one client address reach one service directly.
+type Path struct {
+	Grant     string // grant id, at most 31 bytes
+	Client    netip.Addr
+	ServiceID uint32
+	Service   string        // label in the map
+	Ports     []uint16      // ports of the service that the path serves; at least one
+	Deadline  time.Duration // absolute CLOCK_BOOTTIME
+}
+
+// PathStatus is a path slot as the kernel has it.
+type PathStatus struct {
+	Slot  uint32
+	State PathState
+	Path
+	Flows                            uint64 // flows opened so far
+	BytesToServer, BytesToClient     uint64 // IP bytes, headers included
+	PacketsToServer, PacketsToClient uint64
+}
+
+// Counter is what one reason has counted.
+type Counter struct{ Packets, Bytes uint64 }
+
+// Device is a hooked device.
+type Device struct {
+	Name     string
+	Ifindex  int
+	Role     Role
+	Programs []string
+}
+
+// Role is the part that a device plays.
+type Role string
+
+// Roles of devices.
+const (
+	RoleUplink Role = "uplink"
+	RolePod    Role = "pod"
+	RoleLo     Role = "lo"
+	RolePx0    Role = "px0"
+	RolePx1    Role = "px1"
+)
+
+// Losses are records that the kernel could not hand over, per ring.
+type Losses struct{ MustDeliver, BestEffort uint64 }
+
+// EventFunc takes one record. It must not keep the reader waiting.
+type EventFunc func(flow.Record)

@@ -1,0 +1,49 @@
+// Package flow holds the flow record, its verdicts and its reasons: the words in which every
+// decision about traffic is told. It is pure.
+package flow
+
+import (
+	"net/netip"
+	"time"
+)
+
+//go:generate go run ../../tools/reasongen -object ../../bpf/sallyport_bpfel.o -out zz_generated_enums.go
+
+// Record tells of one edge of one flow.
+type Record struct {
+	// Event is the edge that the record tells of.
+	Event Event
+	// Time is the wall-clock time of the edge. It is for people; nothing is decided by it.
+	Time time.Time
+	// Boot is the CLOCK_BOOTTIME reading of the edge, since the boot of the node.
+	Boot time.Duration
+	// CPU and Seq number the kernel's records: a gap in Seq on one CPU is a loss. The proxy's
+	// records have CPU -1 and a sequence of their own.
+	CPU int
+	Seq uint64
+	// FlowID joins the records of one flow. It is unique on a node for one boot.
+	FlowID string
+
+	Verdict Verdict
+	Reason  Reason
+
+	Protocol string // "tcp"
+	Client   netip.AddrPort
+	Server   netip.AddrPort
+	Service  string // name of the protected service, empty if unknown
+	Device   string // device at which the flow was decided, empty if unknown
+
+	Identity string // SPIFFE ID that was proven, or "" (unattested)
+	Grant    string // id of the grant, for bypassed flows
+	Slot     uint32 // path slot, for bypassed flows
+
+	// Volumes are IP bytes and packets in each direction (headers included) for bypassed flows, and
+	// payload bytes for proxied ones, whose packets are zero.
+	BytesToServer, BytesToClient     uint64
+	PacketsToServer, PacketsToClient uint64
+
+	// Count is how many equal denials the record stands for; at least 1.
+	Count uint64
+	// Detail is one line for people, already stripped of control characters.
+	Detail string
+}
