@@ -135,6 +135,14 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	return sp_decide(SP_ACT_STEER, reason);
 }
 
+/* The hook that the flow of a packet from a service lives at: the other one of the same device. */
+static __always_inline enum sp_hook sp_home_hook(enum sp_hook hook)
+{
+	if (hook == SP_HOOK_LO)
+		return SP_HOOK_LO;
+	return hook == SP_HOOK_OUT ? SP_HOOK_IN : SP_HOOK_OUT;
+}
+
 /* A packet from a protected service towards a client. */
 static __always_inline struct sp_decision
 sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
@@ -160,7 +168,7 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 	}
 	if (sp_syn_only(p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
-	sp_remember_stray(key, SP_LEG_UP, hook, p->ifindex);
+	sp_remember_stray(key, SP_LEG_UP, sp_home_hook(hook), p->ifindex);
 	return sp_decide(SP_ACT_STEER, reason);
 }
 
