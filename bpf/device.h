@@ -113,7 +113,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 			return sp_decide(SP_ACT_NEXT, reason);
 	}
 	if (!sp_syn_only(p)) {
-		leg = flow ? NULL : sp_find_leg(key, SP_LEG_DOWN);
+		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
 		if (leg) {
 			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), now);
 			return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
@@ -148,7 +148,7 @@ static __always_inline struct sp_decision
 sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
 	       enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
 {
-	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP);
+	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP, 0);
 	enum sp_reason reason = SP_REASON_STRAY;
 	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;

@@ -45,7 +45,9 @@ func ext(chain ...packet.Extension) func(*packet.Packet) {
 	return func(p *packet.Packet) { p.Extensions = chain }
 }
 
-func repeat(e packet.Extension, n int) []packet.Extension { return slices.Repeat([]packet.Extension{e}, n) }
+func repeat(e packet.Extension, n int) []packet.Extension {
+	return slices.Repeat([]packet.Extension{e}, n)
+}
 
 // shapeCases: valid packets in every shape that a TCP packet may have.
 func shapeCases() []progCase {

@@ -146,6 +146,8 @@ func endCases() []progCase {
 			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "stray down")},
 		{name: "end/never again", packet: towards(ack), given: []given{path(datapath.PathActive), bypassed(ended(flow.ReasonPathRevoked))},
 			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "stray down")},
+		{name: "end/client leg of an earlier connection", packet: towards(ack), given: []given{path(datapath.PathRevoked), leg(down), bypassed()},
+			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "leg down", "stray down").recorded("END PATH_REVOKED 0/0")},
 		{name: "end/syn of the server", packet: from(syn), given: []given{path(datapath.PathActive), bypassed(ended(flow.ReasonPathRevoked))},
 			want: drop(flow.ReasonReverseOpen, "flow 0/0 ended=PATH_REVOKED")},
 	}

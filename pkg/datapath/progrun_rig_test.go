@@ -98,7 +98,7 @@ func (r *rig) protect(t testing.TB) {
 	check(t, err)
 }
 
-// reset takes everything away that a case can have left.
+// reset takes everything away that a case can have left, but for the records.
 func (r *rig) reset(t testing.TB) {
 	t.Helper()
 	check(t, r.m.SpConfig.Put(uint32(0), &r.cfg))
@@ -116,7 +116,6 @@ func (r *rig) reset(t testing.TB) {
 		check(t, r.m.SpCounters.Put(uint32(reason), make([]bpf.Counter, cpus)))
 	}
 	check(t, r.m.SpSequence.Put(uint32(0), make([]bpf.Sequence, cpus)))
-	r.drain(t)
 }
 
 func empty[K comparable, V any](t testing.TB, m *ebpf.Map) {

@@ -28,10 +28,14 @@ func (r *rig) renderState(t testing.TB, s scene, p probe) []string {
 	t.Helper()
 	var out []string
 	for k, v := range all[bpf.FlowKey, bpf.Flow](t, r.m.SpFlows) {
-		out = append(out, renderFlow(s, p, k, v))
+		if v.OpenedNs != 0 { // else it only fills the table
+			out = append(out, renderFlow(s, p, k, v))
+		}
 	}
 	for k, v := range all[bpf.LegKey, bpf.Leg](t, r.m.SpLegs) {
-		out = append(out, "leg "+renderLeg(s, k, v, s.service))
+		if v.OpenedNs != 0 {
+			out = append(out, "leg "+renderLeg(s, k, v, s.service))
+		}
 	}
 	for k, v := range all[bpf.LegKey, bpf.Leg](t, r.m.SpStrays) {
 		out = append(out, "stray "+renderLeg(s, k, v, 0))
@@ -58,7 +62,7 @@ func renderFlow(s scene, p probe, k bpf.FlowKey, v bpf.Flow) string {
 	if v.Ended != 0 {
 		line += " ended=" + flow.Reason(v.Ended).String()
 	}
-	if v.OpenedNs == 0 || v.LastNs < v.OpenedNs {
+	if v.LastNs < v.OpenedNs {
 		line += fmt.Sprintf(" opened=%d last=%d", v.OpenedNs, v.LastNs)
 	}
 	return line + flagNames(v.Flags)
@@ -70,7 +74,7 @@ func renderLeg(s scene, k bpf.LegKey, v bpf.Leg, service uint32) string {
 	if v.ServiceId != service {
 		line += fmt.Sprintf(" service=%d", v.ServiceId)
 	}
-	if v.OpenedNs == 0 || v.LastNs < v.OpenedNs {
+	if v.LastNs < v.OpenedNs {
 		line += fmt.Sprintf(" opened=%d last=%d", v.OpenedNs, v.LastNs)
 	}
 	return line + flagNames(v.Flags)
