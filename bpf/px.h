@@ -132,9 +132,9 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 /*
  * Gives the packet to the socket that has its tuple, else to the transparent listener: a SYN is
  * accepted there, anything else makes the kernel answer with RST from the original destination.
- * A listener found by the tuple is not the packet's. A TIME_WAIT keeps even a SYN: since Linux 6.10
- * a listener does not take one whose tuple is in use (ff46e3b44219), but the answer of the TIME_WAIT
- * makes the client reset it and send its SYN again at once.
+ * A listener found by the tuple is not the packet's. A TIME_WAIT keeps even a SYN: a listener drops
+ * one whose tuple is in use (measured on Linux 6.18), but the answer of the TIME_WAIT makes the
+ * client reset it and send its SYN again at once.
  */
 static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const struct sp_packet *p,
 						const struct sp_config *cfg)

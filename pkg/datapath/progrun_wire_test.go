@@ -248,27 +248,50 @@ func TestProxySockets(t *testing.T) {
 	}
 }
 
-func (r *rig) proxySockets(t *testing.T, s scene) {
-	send := func(flags uint8, want map[flow.Reason]uint64, before ...given) {
-		t.Helper()
-		r.reset(t)
-		for _, g := range before {
-			g(t, r, s, nil)
-		}
-		r.fromHooks(t, s.client, s.server, flags)
-		r.counted(t, want)
-	}
-	send(syn, one(flow.ReasonNoListener))
-	own := r.listenPx(t, s.family, int(s.server.Port()))
-	send(syn, one(flow.ReasonNoListener)) // a listener at the packet's own port is not the proxy's
-	check(t, own.Close())
+// socketCase is one packet to px1, with or without the proxy's listener.
+type socketCase struct {
+	name     string
+	listener int // port; 0: none
+	flags    uint8
+	given    given
+	want     map[flow.Reason]uint64
+}
 
-	ln := r.listenPx(t, s.family, listenPort)
-	// the listener's kernel answers with a reset, which needs a leg or a stray
-	send(ack, map[flow.Reason]uint64{flow.ReasonPxAccept: 1, flow.ReasonPxUnexpected: 1})
-	send(ack, map[flow.Reason]uint64{flow.ReasonPxAccept: 1, flow.ReasonPxReset: 1, flow.ReasonReinjected: 1}, stray(down))
-	send(syn, map[flow.Reason]uint64{flow.ReasonPxAccept: 1, flow.ReasonPxUnexpected: 1})
-	check(t, ln.Close()) // its half-open connection goes with it
+func socketCases() []socketCase {
+	accepted := func(answer ...flow.Reason) map[flow.Reason]uint64 {
+		out := one(flow.ReasonPxAccept)
+		for _, r := range answer {
+			out[r] = 1
+		}
+		return out
+	}
+	nothing := func(testing.TB, *rig, scene, *probe) {}
+	return []socketCase{
+		{"nobody there", 0, syn, nothing, one(flow.ReasonNoListener)},
+		{"nobody there, mid-stream", 0, ack, nothing, one(flow.ReasonNoListener)},
+		{"a listener, but not the proxy's", hostPort, syn, nothing, one(flow.ReasonNoListener)},
+		// what the kernel answers needs a leg or a stray to leave px
+		{"answered, no leg", listenPort, syn, nothing, accepted(flow.ReasonPxUnexpected)},
+		{"reset, no stray", listenPort, ack, nothing, accepted(flow.ReasonPxUnexpected)},
+		{"reset of a stray", listenPort, ack, stray(down), accepted(flow.ReasonPxReset, flow.ReasonReinjected)},
+		{"reset of a leg", listenPort, ack, leg(down), accepted(flow.ReasonPxDown, flow.ReasonReinjected)},
+	}
+}
+
+func (r *rig) proxySockets(t *testing.T, s scene) {
+	for i, c := range socketCases() {
+		s.client = netip.AddrPortFrom(s.client.Addr(), uint16(clientPort+i)) // a request outlives its listener for a while
+		t.Run(c.name, func(t *testing.T) {
+			if c.listener != 0 {
+				ln := r.listenPx(t, s.family, c.listener)
+				defer func() { check(t, ln.Close()) }()
+			}
+			r.reset(t)
+			c.given(t, r, s, nil)
+			r.fromHooks(t, s.client, s.server, c.flags)
+			r.counted(t, c.want)
+		})
+	}
 }
 
 // TestTimeWait: a client may come again with a tuple that the proxy has in TIME_WAIT.
