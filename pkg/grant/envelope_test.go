@@ -210,6 +210,7 @@ func TestVerifyLooksAtSignedPayloads(t *testing.T) {
 		field    string
 	}{
 		{"unknown field", `"ticket"`, `"tickets":"x","ticket"`, grant.ErrUnknownField, "tickets"},
+		{"unknown field without a name", `"ticket"`, `"":1,"ticket"`, grant.ErrUnknownField, `""`},
 		{"trailing data", `0a"}`, `0a"}{}`, grant.ErrTrailing, "payload"},
 		{"trailing space", `0a"}`, `0a"} `, grant.ErrNotCanonical, "payload"},
 		{"space within", `"ports":[`, `"ports": [`, grant.ErrNotCanonical, "payload"},
@@ -248,6 +249,9 @@ func TestVerifyLooksAtSignedPayloads(t *testing.T) {
 			checkError(t, err, c.sentinel, c.field)
 			if !reflect.DeepEqual(v, grant.Verified{}) {
 				t.Error("a result came with the error")
+			}
+			if _, err := grant.Peek(f.envelope([]byte(strings.Replace(body, c.old, c.new, 1)))); !errors.Is(err, c.sentinel) {
+				t.Errorf("Peek gives %v", err)
 			}
 		})
 	}
@@ -290,6 +294,9 @@ func TestVerifyEnvelope(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := grant.Verify([]byte(c.envelope), f.keyring(), now)
 			checkError(t, err, c.sentinel, c.field)
+			if _, err := grant.Peek([]byte(c.envelope)); c.field != "signatures" && err == nil {
+				t.Error("Peek takes it")
+			}
 		})
 	}
 }

@@ -1,6 +1,7 @@
 package grant_test
 
 import (
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"slices"
@@ -76,6 +77,15 @@ func TestNewID(t *testing.T) {
 	}
 	if _, err := grant.NewID(time.Unix(-1, 0)); err == nil {
 		t.Error("an id of a time before 1970")
+	}
+}
+
+func TestUnmarshalJSONWrong(t *testing.T) {
+	for _, text := range []string{`{"x":1}`, `{"duration":"soon"}`, `[]`, `{"ports":[0.5]}`} {
+		p := goodPayload()
+		if err := json.Unmarshal([]byte(text), &p); err == nil || p.ID != goodPayload().ID {
+			t.Errorf("%s gives %+v, %v", text, p, err)
+		}
 	}
 }
 
