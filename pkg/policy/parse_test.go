@@ -304,6 +304,13 @@ func TestParseBoundsErrors(t *testing.T) {
 	}
 }
 
+func TestParseRefusesHugeText(t *testing.T) {
+	_, err := policy.Parse("r.yaml", []byte(good+strings.Repeat("#", 16<<20)))
+	if errs := policy.Errors(err); len(errs) != 1 || !strings.Contains(errs[0].Msg, "has more than 16777216 bytes") || errs[0].Hint == "" {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestParseEmptySetIsAnError(t *testing.T) {
 	keyring := good[strings.LastIndex(good, "---"):]
 	for name, text := range map[string]string{
