@@ -68,7 +68,9 @@ type hookPlan struct {
 func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 	hooked := make(map[int]datapath.Role, len(have))
 	for _, d := range have {
-		hooked[d.Ifindex] = d.Role
+		if ours(d.Role) { // px1's number may be that of another device here
+			hooked[d.Ifindex] = d.Role
+		}
 	}
 	var plan hookPlan
 	present := make(map[int]bool, len(links))

@@ -44,7 +44,7 @@ func TestPlanHooks(t *testing.T) {
 		t.Fatalf("first: %+v", first)
 	}
 	have := append(want, datapath.Device{Name: "px0", Ifindex: 9, Role: datapath.RolePx0},
-		datapath.Device{Name: "px1", Ifindex: 2000, Role: datapath.RolePx1})
+		datapath.Device{Name: "px1", Ifindex: 2, Role: datapath.RolePx1})
 	if again := planHooks(have, links, testClassifier); again.attach != nil || again.detach != nil {
 		t.Errorf("nothing changed, but: %+v", again)
 	}

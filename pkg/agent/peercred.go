@@ -36,9 +36,12 @@ func (c callers) admit(p peerCred) bool {
 		slices.ContainsFunc(p.Groups, func(g uint32) bool { return slices.Contains(c.gids, g) })
 }
 
-// rootOnly tells whether nobody but root may call.
-func (c callers) rootOnly() bool {
-	return len(c.gids) == 0 && !slices.ContainsFunc(c.uids, func(u uint32) bool { return u != 0 })
+// sole gives the only user that may call, if there is just one.
+func (c callers) sole() (uid uint32, ok bool) {
+	if len(c.uids) != 1 || len(c.gids) != 0 {
+		return 0, false
+	}
+	return c.uids[0], true
 }
 
 // peerTransport are gRPC credentials that admit a connection by SO_PEERCRED, before a byte of it is read.
