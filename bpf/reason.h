@@ -57,7 +57,6 @@ enum sp_reason {
 	SP_REASON_NO_STAMP = 59,	/* on px1, but not sent there by our programs */
 	SP_REASON_REVERSE_OPEN = 60,	/* SYN that leaves from a protected port */
 	SP_REASON_NO_CONFIG = 61,	/* configuration map is empty */
-	SP_REASON_ICMP_UNKNOWN = 62,	/* ICMP error on px0 for no flow of the proxy */
 
 	/* given by the proxy */
 	SP_REASON_IDENTITY = 100,	/* served: identity proven and authorised */

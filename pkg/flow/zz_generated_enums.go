@@ -56,7 +56,6 @@ const (
 	ReasonNoStamp          Reason = 59
 	ReasonReverseOpen      Reason = 60
 	ReasonNoConfig         Reason = 61
-	ReasonICMPUnknown      Reason = 62
 	ReasonIdentity         Reason = 100
 	ReasonNoTLS            Reason = 101
 	ReasonHandshakeFailed  Reason = 102
@@ -104,7 +103,6 @@ var reasonNames = map[Reason]string{
 	ReasonNoStamp:          "NO_STAMP",
 	ReasonReverseOpen:      "REVERSE_OPEN",
 	ReasonNoConfig:         "NO_CONFIG",
-	ReasonICMPUnknown:      "ICMP_UNKNOWN",
 	ReasonIdentity:         "IDENTITY",
 	ReasonNoTLS:            "NO_TLS",
 	ReasonHandshakeFailed:  "HANDSHAKE_FAILED",

@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_ACCOUNT_H
+#define SP_ACCOUNT_H
+
+/* The one place that counts and writes records. */
+
+#include "state.h"
+
+#define SP_SECOND_NS 1000000000ULL
+
+static __always_inline void sp_count(enum sp_reason reason, __u64 packets, __u64 bytes)
+{
+	__u32 index = reason;
+	struct sp_counter *c = bpf_map_lookup_elem(&sp_counters, &index);
+
+	if (!c)
+		return;
+	c->packets += packets;
+	c->bytes += bytes;
+}
+
+static __always_inline struct sp_sequence *sp_get_sequence(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&sp_sequence, &zero);
+}
+
+static __always_inline void sp_event_init(struct sp_event *e, __u64 seq, enum sp_event_kind kind,
+					  enum sp_verdict verdict, enum sp_reason reason)
+{
+	__builtin_memset(e, 0, sizeof(*e));
+	e->seq = seq;
+	e->boot_ns = bpf_ktime_get_boot_ns();
+	e->cpu = bpf_get_smp_processor_id();
+	e->kind = kind;
+	e->verdict = verdict;
+	e->reason = reason;
+	e->protocol = IPPROTO_TCP;
+	e->count = 1;
+}
+
+static __always_inline void sp_event_tuple(struct sp_event *e, const struct sp_flow_key *key)
+{
+	e->client = key->client;
+	e->server = key->server;
+	e->client_port = key->client_port;
+	e->server_port = key->server_port;
+}
+
+static __always_inline void sp_event_flow(struct sp_event *e, const struct sp_flow *flow)
+{
+	struct sp_path *path;
+	__u32 slot = flow->slot;
+
+	e->hook = flow->hook;
+	e->ifindex = flow->ifindex;
+	e->service_id = flow->service_id;
+	e->slot = flow->slot;
+	e->flow_id = flow->id;
+	e->bytes_to_server = flow->bytes_to_server;
+	e->bytes_to_client = flow->bytes_to_client;
+	e->packets_to_server = flow->packets_to_server;
+	e->packets_to_client = flow->packets_to_client;
+	path = bpf_map_lookup_elem(&sp_paths, &slot);
+	if (!path || path->epoch != flow->epoch)
+		return;
+	__builtin_memcpy(e->grant, path->grant, sizeof(e->grant));
+	__builtin_memcpy(e->service, path->service, sizeof(e->service));
+}
+
+/*
+ * Writes an END or CLOSE of a bypassed flow to the must-deliver ring. False when there was no room;
+ * the record is then counted as lost, but the flow entry keeps what it would have said.
+ */
+static __noinline int sp_record_flow(const struct sp_flow_key *key, const struct sp_flow *flow,
+				     __u32 kind, __u32 reason)
+{
+	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_event *e;
+
+	if (!seq || !key || !flow)
+		return 0;
+	seq->produced++;
+	e = bpf_ringbuf_reserve(&sp_must_deliver, sizeof(*e), 0);
+	if (!e) {
+		seq->must_deliver_lost++;
+		return 0;
+	}
+	sp_event_init(e, seq->produced, kind, SP_VERDICT_BYPASSED, reason);
+	sp_event_tuple(e, key);
+	sp_event_flow(e, flow);
+	bpf_ringbuf_submit(e, 0);
+	return 1;
+}
+
+/* Adds a packet to its flow and to its path. */
+static __always_inline void sp_account_flow(struct sp_flow *flow, struct sp_path *path,
+					    const struct sp_packet *p, bool from_client, __u64 now)
+{
+	sp_touch(&flow->flags, &flow->last_ns, sp_seen(p, from_client), now);
+	if (from_client) {
+		__sync_fetch_and_add(&flow->bytes_to_server, p->bytes);
+		__sync_fetch_and_add(&flow->packets_to_server, p->segments);
+		__sync_fetch_and_add(&path->bytes_to_server, p->bytes);
+		__sync_fetch_and_add(&path->packets_to_server, p->segments);
+		return;
+	}
+	__sync_fetch_and_add(&flow->bytes_to_client, p->bytes);
+	__sync_fetch_and_add(&flow->packets_to_client, p->segments);
+	__sync_fetch_and_add(&path->bytes_to_client, p->bytes);
+	__sync_fetch_and_add(&path->packets_to_client, p->segments);
+}
+
+/* How many denials the record to write now stands for; 0: one was written within a second. */
+static __noinline __u64 sp_denials_due(const struct sp_deny_key *key)
+{
+	struct sp_deny fresh = {}, *d;
+	__u64 now = bpf_ktime_get_boot_ns();
+
+	if (!key)
+		return 0;
+	d = bpf_map_lookup_elem(&sp_denies, key);
+	if (!d) {
+		fresh.reported_ns = now;
+		return bpf_map_update_elem(&sp_denies, key, &fresh, BPF_NOEXIST) ? 0 : 1;
+	}
+	if (now - d->reported_ns < SP_SECOND_NS) {
+		__sync_fetch_and_add(&d->pending, 1);
+		return 0;
+	}
+	d->reported_ns = now;
+	return 1 + __sync_fetch_and_and(&d->pending, 0);
+}
+
+/* Writes a DENY to the best-effort ring, at most one a second for client, server and reason. */
+static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason, __u32 ifindex)
+{
+	struct sp_deny_key deny = {};
+	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_event *e;
+	__u64 count;
+
+	if (!seq || !key)
+		return 0;
+	deny.client = key->client;
+	deny.server = key->server;
+	deny.server_port = key->server_port;
+	deny.reason = reason;
+	count = sp_denials_due(&deny);
+	if (!count)
+		return 0;
+	seq->produced++;
+	e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
+	if (!e) {
+		seq->best_effort_lost++;
+		return 0;
+	}
+	sp_event_init(e, seq->produced, SP_EVENT_DENY, SP_VERDICT_DENIED, reason);
+	sp_event_tuple(e, key);
+	e->ifindex = ifindex;
+	e->count = count;
+	bpf_ringbuf_submit(e, 0);
+	return 1;
+}
+
+#endif

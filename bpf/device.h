@@ -1,0 +1,326 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_DEVICE_H
+#define SP_DEVICE_H
+
+/*
+ * The hooks of the host namespace: devices in and out, and lo. One decision for all; what differs
+ * is where the services live that a hook can see:
+ *
+ *   hook   packets towards    packets from
+ *   IN     host services      pod services
+ *   OUT    pod services       host services
+ *   LO     host services      host services
+ *
+ * so a flow meets exactly one hook in each direction, for its whole life.
+ */
+
+#include "mark.h"
+#include "path.h"
+
+enum sp_action {
+	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
+	SP_ACT_STEER,		/* to the proxy */
+	SP_ACT_DROP,
+};
+
+struct sp_decision {
+	enum sp_action action;
+	enum sp_reason reason;
+};
+
+static __always_inline struct sp_decision sp_decide(enum sp_action action, enum sp_reason reason)
+{
+	return (struct sp_decision){ .action = action, .reason = reason };
+}
+
+static __always_inline bool sp_sees_towards(enum sp_hook hook, const struct sp_service *svc,
+					    __u32 ifindex)
+{
+	if (hook == SP_HOOK_OUT)
+		return svc->target == SP_TARGET_POD && svc->ifindex == ifindex;
+	return svc->target == SP_TARGET_HOST;
+}
+
+static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_service *svc,
+					 __u32 ifindex)
+{
+	if (hook == SP_HOOK_IN)
+		return svc->target == SP_TARGET_POD && svc->ifindex == ifindex;
+	return svc->target == SP_TARGET_HOST;
+}
+
+/* Host services are found by port: the packet may be of another machine. Not on lo. */
+static __always_inline bool sp_may_be_foreign(const struct sp_service *svc, enum sp_hook hook)
+{
+	return svc->target == SP_TARGET_HOST && hook != SP_HOOK_LO;
+}
+
+static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_leg_side side,
+					enum sp_hook hook, __u32 ifindex)
+{
+	struct sp_leg leg = { .hook = hook, .ifindex = ifindex };
+	struct sp_leg_key at;
+
+	if (!key)
+		return 0;
+	leg.opened_ns = leg.last_ns = bpf_ktime_get_boot_ns();
+	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
+	return !bpf_map_update_elem(&sp_strays, &at, &leg, BPF_ANY);
+}
+
+/* A SYN that goes to the proxy: where the answer goes, and by which device the client came. */
+static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 service_id,
+				       __u32 hook, __u32 ifindex)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_leg leg = {};
+	struct sp_origin origin = {};
+	struct sp_origin_key who = {};
+	struct sp_leg_key at;
+
+	if (!key)
+		return 0;
+	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_DOWN);
+	leg.hook = hook;
+	leg.ifindex = ifindex;
+	leg.service_id = service_id;
+	leg.opened_ns = now;
+	leg.last_ns = now;
+	if (bpf_map_update_elem(&sp_legs, &at, &leg, BPF_ANY))
+		return 0;
+	who.client = key->client;
+	who.server = key->server;
+	who.server_port = key->server_port;
+	origin.hook = hook;
+	origin.ifindex = ifindex;
+	return !bpf_map_update_elem(&sp_origins, &who, &origin, BPF_ANY);
+}
+
+/* A packet from a client towards a protected service. */
+static __always_inline struct sp_decision
+sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
+		  enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
+{
+	enum sp_reason reason = SP_REASON_STRAY;
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_flow *flow;
+	struct sp_leg *leg;
+
+	flow = bpf_map_lookup_elem(&sp_flows, key);
+	if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
+		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
+		if (reason == SP_REASON_PATH_LIVE)
+			return sp_decide(SP_ACT_NEXT, reason);
+	}
+	if (!sp_syn_only(p)) {
+		leg = flow ? NULL : sp_find_leg(key, SP_LEG_DOWN);
+		if (leg) {
+			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), now);
+			return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
+		}
+	}
+	if (!flow && sp_may_be_foreign(svc, hook) &&
+	    !sp_is_local(skb, &p->dst, &p->src, p->version))
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	if (!sp_syn_only(p)) {
+		sp_remember_stray(key, SP_LEG_DOWN, hook, p->ifindex);
+		return sp_decide(SP_ACT_STEER, reason);
+	}
+	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
+		 sp_open_flow(key, p, svc->id, (__u32)hook << 24 | (p->ifindex & 0xffffff));
+	if (reason == SP_REASON_PATH_OPEN)
+		return sp_decide(SP_ACT_NEXT, reason);
+	if (!sp_register_down(key, svc->id, hook, p->ifindex))
+		return sp_decide(SP_ACT_DROP, SP_REASON_LEGS_FULL);
+	return sp_decide(SP_ACT_STEER, reason);
+}
+
+/* A packet from a protected service towards a client. */
+static __always_inline struct sp_decision
+sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
+	       enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
+{
+	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP);
+	enum sp_reason reason = SP_REASON_STRAY;
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_flow *flow;
+
+	if (leg) {
+		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, false), now);
+		return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
+	}
+	flow = bpf_map_lookup_elem(&sp_flows, key);
+	if (flow) {
+		reason = sp_flow_packet(cfg, key, flow, p, svc->id, false);
+		if (reason == SP_REASON_PATH_LIVE)
+			return sp_decide(SP_ACT_NEXT, reason);
+	} else if (sp_may_be_foreign(svc, hook) &&
+		   !sp_is_local(skb, &p->src, &p->dst, p->version)) {
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	}
+	if (sp_syn_only(p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
+	sp_remember_stray(key, SP_LEG_UP, hook, p->ifindex);
+	return sp_decide(SP_ACT_STEER, reason);
+}
+
+static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet *p)
+{
+	return (struct sp_flow_key){
+		.client = p->src, .server = p->dst,
+		.client_port = p->sport, .server_port = p->dport, .protocol = IPPROTO_TCP,
+	};
+}
+
+static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
+{
+	return (struct sp_flow_key){
+		.client = p->dst, .server = p->src,
+		.client_port = p->dport, .server_port = p->sport, .protocol = IPPROTO_TCP,
+	};
+}
+
+/*
+ * Second pass of a packet that px0 put back: our mark for this tuple and a leg or stray that explains
+ * it. Returns the reason to let it pass or drop it, or NONE for a packet with a mark of somebody else.
+ */
+static __noinline int sp_reinjected(struct __sk_buff *skb, const struct sp_packet *p, __u64 secret)
+{
+	struct sp_leg_key up, down;
+	struct sp_leg_key *at;
+
+	if (!p)
+		return SP_REASON_NO_LEG;
+	up = sp_leg_key(&p->src, p->sport, &p->dst, p->dport, SP_LEG_UP);
+	down = sp_leg_key(&p->dst, p->dport, &p->src, p->sport, SP_LEG_DOWN);
+	if (sp_mark(&up, secret) == skb->mark)
+		at = &up;
+	else if (sp_mark(&down, secret) == skb->mark)
+		at = &down;
+	else
+		return SP_REASON_NONE;
+	if (bpf_map_lookup_elem(&sp_legs, at) || bpf_map_lookup_elem(&sp_strays, at))
+		return SP_REASON_REINJECTED;
+	return SP_REASON_NO_LEG;
+}
+
+/* What stands behind a parse failure: dropped towards an address that owns a protected port. */
+static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *skb,
+							     struct sp_packet *p,
+							     enum sp_parse parsed)
+{
+	enum sp_reason reason = parsed == SP_PARSE_FRAGMENT ? SP_REASON_FRAGMENT :
+				parsed == SP_PARSE_EXT_HEADERS ? SP_REASON_EXT_HEADERS :
+				SP_REASON_MALFORMED;
+
+	if (p->version && (!sp_parse_addresses(skb, p) || sp_owns_protected(skb, p)))
+		return sp_decide(SP_ACT_DROP, reason);
+	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+static __always_inline bool sp_hook_is_in(enum sp_hook hook)
+{
+	return hook != SP_HOOK_OUT;
+}
+
+/* The decision of every device hook. `key` is filled for records. */
+static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb,
+							   struct sp_packet *p, enum sp_hook hook,
+							   struct sp_flow_key *key)
+{
+	const struct sp_config *cfg;
+	struct sp_service *svc;
+	enum sp_parse parsed;
+	enum sp_reason again;
+	bool to, from;
+
+	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	parsed = sp_parse(skb, p);
+	if (parsed == SP_PARSE_OTHER)
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	if (parsed != SP_PARSE_TCP)
+		return sp_decide_unparsed(skb, p, parsed);
+	to = sp_port_flagged(p->dport);
+	from = sp_port_flagged(p->sport);
+	if (!to && !from)
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	if (!sp_parse_addresses(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
+	sp_parse_volume(skb, p);
+	cfg = sp_get_config();
+	if (!cfg)
+		return sp_decide(SP_ACT_DROP, SP_REASON_NO_CONFIG);
+	if (skb->mark) {
+		again = sp_reinjected(skb, p, cfg->secret[0]);
+		if (again != SP_REASON_NONE)
+			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
+	}
+	svc = to ? sp_find_service(&p->dst, p->dport) : NULL;
+	if (svc && sp_sees_towards(hook, svc, p->ifindex)) {
+		*key = sp_key_towards(p);
+		return sp_decide_towards(skb, cfg, p, hook, svc, key);
+	}
+	svc = from ? sp_find_service(&p->src, p->sport) : NULL;
+	if (svc && sp_sees_from(hook, svc, p->ifindex)) {
+		*key = sp_key_from(p);
+		return sp_decide_from(skb, cfg, p, hook, svc, key);
+	}
+	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+/* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
+static __always_inline int sp_steer(struct __sk_buff *skb)
+{
+	struct sp_config *cfg = sp_get_config();
+	__u8 macs[12] = {};
+
+	if (!cfg)
+		return TC_ACT_SHOT;
+	__builtin_memcpy(&macs[6], cfg->stamp, 6);
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect(cfg->px0_ifindex, 0);
+}
+
+static __always_inline int sp_act_device(struct __sk_buff *skb, struct sp_decision d,
+					 enum sp_hook hook)
+{
+	if (d.action == SP_ACT_DROP)
+		return TC_ACT_SHOT;
+	if (d.action == SP_ACT_STEER)
+		return sp_steer(skb);
+	if (d.reason == SP_REASON_REINJECTED) {
+		skb->mark = 0;
+		if (sp_hook_is_in(hook))
+			bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
+	}
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline bool sp_is_denial(struct sp_decision d)
+{
+	return d.action == SP_ACT_DROP || d.reason == SP_REASON_STRAY;
+}
+
+/* Parse, decide, account, act. */
+static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook)
+{
+	struct sp_packet p = {};
+	struct sp_flow_key key = {};
+	struct sp_decision d = sp_decide_device(skb, &p, hook, &key);
+
+	if (d.reason == SP_REASON_NONE)
+		return TC_ACT_UNSPEC;
+	if (!p.segments)
+		sp_parse_volume(skb, &p);
+	sp_count(d.reason, p.segments, p.bytes);
+	if (sp_is_denial(d)) {
+		if (!key.protocol)
+			key = sp_key_towards(&p);
+		sp_record_deny(&key, d.reason, p.ifindex);
+	}
+	return sp_act_device(skb, d, hook);
+}
+
+#endif

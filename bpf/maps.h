@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_MAPS_H
+#define SP_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "types.h"
+
+/* Written once at set-up. Empty: every packet to a protected port is dropped (NO_CONFIG). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sp_config);
+} sp_config SEC(".maps");
+
+/* Renewed by the agent every second. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sp_lease);
+} sp_lease SEC(".maps");
+
+/* The fast exit: read before anything else. The agent sets bits before it swaps the services in
+ * and clears them after, so it always covers the table. 8 KiB: it stays in the cache.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, struct sp_ports);
+} sp_ports SEC(".maps");
+
+/* Covers the services table in the same way. Read only where parsing fails. Cannot be full: sized
+ * with the services.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_addr);
+	__type(value, struct sp_owner);
+} sp_owners SEC(".maps");
+
+/* Protected services: slot 0 holds the whole table, replaced in one step. Empty: nothing is
+ * protected, which only uninstall and the first start show.
+ */
+struct sp_service_table {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_service_key);
+	__type(value, struct sp_service);
+} sp_table SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct sp_service_table);
+} sp_services SEC(".maps") = {
+	.values = { &sp_table },
+};
+
+/* SYN only: client, service and port to path slot. Written and cleared by the agent; a stale entry
+ * is harmless, the slot's epoch and state decide.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_path_key);
+	__type(value, struct sp_path_ref);
+} sp_path_index SEC(".maps");
+
+/* One slot a path. The agent writes a slot only while its state is FREE; the programs add to the
+ * counters.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct sp_path);
+} sp_paths SEC(".maps");
+
+/* One u32 a path, so that one store ends it: bpftool map update ... value 3 0 0 0 revokes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct sp_path_status);
+} sp_path_state SEC(".maps");
+
+/* Bypassed flows. Not LRU: a flood must not cut live ones. Full: the SYN goes to the proxy. Entries
+ * of ended flows stay until the agent has taken their counters.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sp_flow_key);
+	__type(value, struct sp_flow);
+} sp_flows SEC(".maps");
+
+/* Proxied flows, both halves. Full: the SYN is dropped (LEGS_FULL). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct sp_leg_key);
+	__type(value, struct sp_leg);
+} sp_legs SEC(".maps");
+
+/* Where the RST that answers a stray goes. LRU: losing one costs a client its quick reset. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sp_leg_key);
+	__type(value, struct sp_leg);
+} sp_strays SEC(".maps");
+
+/* LRU: losing one refuses the proxy's next dial for that client (PX_NO_ORIGIN) until its next SYN. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sp_origin_key);
+	__type(value, struct sp_origin);
+} sp_origins SEC(".maps");
+
+/* Packets and bytes by reason. Unprotected packets are not counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 128);
+	__type(key, __u32);
+	__type(value, struct sp_counter);
+} sp_counters SEC(".maps");
+
+/* One record a second for equal denials; the rest is counted here. Full: only sp_counters knows. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_deny_key);
+	__type(value, struct sp_deny);
+} sp_denies SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sp_sequence);
+} sp_sequence SEC(".maps");
+
+/* OPEN and END. No room for an OPEN: no bypass. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 2 * 1024 * 1024);
+} sp_must_deliver SEC(".maps");
+
+/* DENY. No room: counted as lost. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 * 1024 * 1024);
+} sp_best_effort SEC(".maps");
+
+#endif

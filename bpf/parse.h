@@ -1,0 +1,241 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_PARSE_H
+#define SP_PARSE_H
+
+/*
+ * The one parser. What it does with
+ *  - VLAN: an outer tag of id 0 is read through, any other is not ours (the sub-device's hook
+ *    sees the packet untagged); a tag left in the payload is not IP here;
+ *  - IPv4 options: IHL is honoured;
+ *  - fragments: never read for ports; TCP ones are SP_PARSE_FRAGMENT;
+ *  - IPv6 extension headers: at most SP_EXT_MAX, each sized by its own type; ESP, no-next-header
+ *    and a chain beyond the bound are SP_PARSE_EXT_HEADERS;
+ *  - truncation, a header length below its minimum, mapped addresses on the wire: SP_PARSE_MALFORMED;
+ *  - everything that is not TCP: SP_PARSE_OTHER.
+ * Only the first stage, up to the ports, runs for unprotected traffic.
+ */
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include "types.h"
+
+#ifndef barrier_var
+/* Keeps clang from folding a context load into pointer arithmetic the verifier refuses. */
+#define barrier_var(var) asm volatile("" : "+r"(var))
+#endif
+
+#define SP_EXT_MAX 8
+#define SP_PULL 256		/* bytes made linear when the headers are not */
+#define SP_VLAN_VID 0x0fff
+
+#define SP_IP_MF 0x2000
+#define SP_IP_OFFSET 0x1fff
+
+#define SP_TCP_FIN 0x01
+#define SP_TCP_SYN 0x02
+#define SP_TCP_RST 0x04
+#define SP_TCP_ACK 0x10
+
+enum sp_parse {
+	SP_PARSE_OTHER = 0,
+	SP_PARSE_TCP,
+	SP_PARSE_FRAGMENT,
+	SP_PARSE_EXT_HEADERS,
+	SP_PARSE_MALFORMED,
+};
+
+struct sp_packet {
+	struct sp_addr src;
+	struct sp_addr dst;
+	__u16 sport;
+	__u16 dport;
+	__u16 l3;		/* offset of the IP header */
+	__u16 l4;		/* offset of the TCP header */
+	__u8 tcp_flags;
+	__u8 tcp_len;		/* bytes of the TCP header */
+	__u8 version;		/* 4 or 6, 0 when the IP header was not reached */
+	__u8 pad;
+	__u32 ifindex;		/* of the hook's device */
+	__u32 bytes;		/* IP bytes on the wire, GSO segments counted */
+	__u32 segments;
+};
+
+static __always_inline bool sp_syn_only(const struct sp_packet *p)
+{
+	return (p->tcp_flags & (SP_TCP_SYN | SP_TCP_ACK | SP_TCP_RST)) == SP_TCP_SYN;
+}
+
+/* A tag with an id means another L2 segment: its sub-device has hooks of its own. */
+static __always_inline bool sp_other_vlan(const struct __sk_buff *skb)
+{
+	return skb->vlan_present && (skb->vlan_tci & SP_VLAN_VID);
+}
+
+static __always_inline void *sp_data(const struct __sk_buff *skb)
+{
+	return (void *)(long)skb->data;
+}
+
+static __always_inline void *sp_end(const struct __sk_buff *skb)
+{
+	return (void *)(long)skb->data_end;
+}
+
+/* Reads the TCP ports and flags at p->l4. */
+static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct sp_packet *p)
+{
+	struct tcphdr tcp;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
+		return SP_PARSE_MALFORMED;
+	p->sport = bpf_ntohs(tcp.source);
+	p->dport = bpf_ntohs(tcp.dest);
+	p->tcp_len = tcp.doff * 4;
+	p->tcp_flags = ((__u8 *)&tcp)[13];
+	return p->tcp_len < sizeof(tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+}
+
+static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_packet *p)
+{
+	struct iphdr *ip = sp_data(skb) + ETH_HLEN;
+	struct tcphdr *tcp;
+
+	if ((void *)(ip + 1) > sp_end(skb))
+		return SP_PARSE_MALFORMED;
+	p->version = 4;
+	if (ip->protocol == IPPROTO_ESP || ip->protocol == IPPROTO_AH)
+		return SP_PARSE_EXT_HEADERS;
+	if (ip->protocol != IPPROTO_TCP)
+		return SP_PARSE_OTHER;
+	if (ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
+		return SP_PARSE_FRAGMENT;
+	if (ip->version != 4 || ip->ihl < 5 ||
+	    bpf_ntohs(ip->tot_len) < ip->ihl * 4 + sizeof(*tcp))
+		return SP_PARSE_MALFORMED;
+	p->l4 = ETH_HLEN + ip->ihl * 4;
+	tcp = (void *)(ip + 1);
+	if (ip->ihl != 5 || (void *)(tcp + 1) > sp_end(skb))
+		return sp_parse_tcp(skb, p);
+	p->sport = bpf_ntohs(tcp->source);
+	p->dport = bpf_ntohs(tcp->dest);
+	p->tcp_len = tcp->doff * 4;
+	p->tcp_flags = ((__u8 *)tcp)[13];
+	return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+}
+
+/* Walks the extension headers from p->l4 on; `next` is the type of the first. */
+static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, __u8 next)
+{
+	struct ipv6_opt_hdr opt;
+	__u32 offset = ETH_HLEN + sizeof(struct ipv6hdr);
+
+	if (!p)
+		return SP_PARSE_MALFORMED;
+	for (int i = 0; i < SP_EXT_MAX; i++) {
+		switch (next) {
+		case IPPROTO_TCP:
+			p->l4 = offset;
+			return SP_PARSE_TCP;
+		case IPPROTO_ESP:
+		case IPPROTO_NONE:
+			return SP_PARSE_EXT_HEADERS;
+		case IPPROTO_FRAGMENT:
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_AH:
+			break;
+		default:
+			return SP_PARSE_OTHER;
+		}
+		if (bpf_skb_load_bytes(skb, offset, &opt, sizeof(opt)))
+			return SP_PARSE_MALFORMED;
+		if (next == IPPROTO_FRAGMENT)
+			return opt.nexthdr == IPPROTO_UDP || opt.nexthdr == IPPROTO_ICMPV6 ?
+			       SP_PARSE_OTHER : SP_PARSE_FRAGMENT;
+		/* RFC 4302 counts AH in words of 4 bytes less 2, RFC 8200 the others in 8 less 1. */
+		offset += next == IPPROTO_AH ? (opt.hdrlen + 2) * 4 : (opt.hdrlen + 1) * 8;
+		next = opt.nexthdr;
+	}
+	return SP_PARSE_EXT_HEADERS;
+}
+
+static __always_inline bool sp_mapped(const struct in6_addr *a)
+{
+	return !a->s6_addr32[0] && !a->s6_addr32[1] && a->s6_addr32[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct sp_packet *p)
+{
+	struct ipv6hdr *ip = sp_data(skb) + ETH_HLEN;
+	struct tcphdr *tcp;
+	int parsed;
+
+	if ((void *)(ip + 1) > sp_end(skb))
+		return SP_PARSE_MALFORMED;
+	p->version = 6;
+	if (ip->version != 6 || sp_mapped(&ip->saddr) || sp_mapped(&ip->daddr))
+		return SP_PARSE_MALFORMED;
+	tcp = (void *)(ip + 1);
+	if (ip->nexthdr == IPPROTO_TCP && (void *)(tcp + 1) <= sp_end(skb)) {
+		p->l4 = ETH_HLEN + sizeof(*ip);
+		p->sport = bpf_ntohs(tcp->source);
+		p->dport = bpf_ntohs(tcp->dest);
+		p->tcp_len = tcp->doff * 4;
+		p->tcp_flags = ((__u8 *)tcp)[13];
+		return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+	}
+	parsed = sp_parse_ext(skb, p, ip->nexthdr);
+	return parsed == SP_PARSE_TCP ? sp_parse_tcp(skb, p) : (enum sp_parse)parsed;
+}
+
+/* First stage: up to the ports. Makes the headers linear when they are not. */
+static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_packet *p)
+{
+	__u32 need = ETH_HLEN + sizeof(struct ipv6hdr);
+
+	p->l3 = ETH_HLEN;
+	p->ifindex = skb->ifindex;
+	barrier_var(p->ifindex);
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+		return SP_PARSE_OTHER;
+	if (sp_data(skb) + need > sp_end(skb))
+		bpf_skb_pull_data(skb, skb->len < SP_PULL ? skb->len : SP_PULL);
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return sp_parse_ipv4(skb, p);
+	return sp_parse_ipv6(skb, p);
+}
+
+/* Second stage: addresses, also of a packet whose first stage failed behind the IP header. */
+static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_packet *p)
+{
+	if (p->version == 4) {
+		p->src.bytes[10] = p->src.bytes[11] = 0xff;
+		p->dst.bytes[10] = p->dst.bytes[11] = 0xff;
+		return !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr),
+					   &p->src.bytes[12], 4) &&
+		       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, daddr),
+					   &p->dst.bytes[12], 4);
+	}
+	return !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), &p->src, 16) &&
+	       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
+}
+
+/* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers. */
+static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_packet *p)
+{
+	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
+
+	p->segments = segments;
+	p->bytes = skb->len - p->l3 + (segments - 1) * (p->l4 - p->l3 + p->tcp_len);
+}
+
+#endif

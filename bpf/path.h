@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_PATH_H
+#define SP_PATH_H
+
+/* Paths: may this SYN go around the proxy, and may this flow still? */
+
+#include "account.h"
+
+/* The reason why a slot does not serve, or PATH_LIVE. */
+static __always_inline enum sp_reason sp_path_check(const struct sp_config *cfg, __u32 slot,
+						    __u32 epoch, __u64 now, struct sp_path **out)
+{
+	struct sp_path_status *status = bpf_map_lookup_elem(&sp_path_state, &slot);
+	struct sp_path *path = bpf_map_lookup_elem(&sp_paths, &slot);
+
+	*out = path;
+	if (!status || !path || path->epoch != epoch)
+		return SP_REASON_PATH_STALE;
+	switch (*(volatile __u32 *)&status->state) {
+	case SP_PATH_ACTIVE:
+		break;
+	case SP_PATH_EXPIRED:
+		return SP_REASON_PATH_EXPIRED;
+	case SP_PATH_SPENT:
+		return SP_REASON_PATH_SPENT;
+	case SP_PATH_REVOKED:
+		return SP_REASON_PATH_REVOKED;
+	default:
+		return SP_REASON_PATH_STALE;
+	}
+	if (now >= path->deadline_ns || path->deadline_ns - now > cfg->max_ttl_ns)
+		return SP_REASON_PATH_EXPIRED;
+	return SP_REASON_PATH_LIVE;
+}
+
+static __always_inline bool sp_lease_holds(__u64 now)
+{
+	__u32 zero = 0;
+	struct sp_lease *lease = bpf_map_lookup_elem(&sp_lease, &zero);
+
+	return lease && now < lease->until_ns;
+}
+
+/* Marks a flow as ended, once, and says so in a record. */
+static __always_inline void sp_end_flow(const struct sp_flow_key *key, struct sp_flow *flow,
+					enum sp_reason reason)
+{
+	if (__sync_val_compare_and_swap((__u32 *)&flow->ended, SP_REASON_NONE, reason))
+		return;
+	sp_record_flow(key, flow, SP_EVENT_END, reason);
+}
+
+/*
+ * One packet of a bypassed flow: PATH_LIVE, and it is accounted; or the reason why its path no longer
+ * serves it.
+ */
+static __always_inline enum sp_reason sp_flow_packet(const struct sp_config *cfg,
+						     const struct sp_flow_key *key,
+						     struct sp_flow *flow, const struct sp_packet *p,
+						     __u32 service_id, bool from_client)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_path *path;
+	enum sp_reason reason;
+
+	if (flow->ended)
+		return flow->ended;
+	reason = sp_path_check(cfg, flow->slot, flow->epoch, now, &path);
+	if (reason == SP_REASON_PATH_LIVE && flow->service_id != service_id)
+		reason = SP_REASON_PATH_STALE;
+	if (reason != SP_REASON_PATH_LIVE || !path) {
+		sp_end_flow(key, flow, reason);
+		return reason;
+	}
+	sp_account_flow(flow, path, p, from_client, now);
+	return SP_REASON_PATH_LIVE;
+}
+
+/*
+ * A SYN: finds its path, reserves the OPEN record, then inserts the flow, in this order: no bypass
+ * without room for its record. Any failure is a reason to go to the proxy. The slot and the epoch
+ * come from the index; the slot itself says whether it is live.
+ */
+static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
+				   __u32 service_id, __u32 hook_and_ifindex)
+{
+	__u32 hook = hook_and_ifindex >> 24, ifindex = hook_and_ifindex & 0xffffff;
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_config *cfg = sp_get_config();
+	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_path_key want = {};
+	struct sp_flow flow = {};
+	struct sp_path_ref *ref;
+	struct sp_path *path;
+	struct sp_event *e;
+	enum sp_reason reason;
+
+	if (!cfg || !seq || !key || !p)
+		return SP_REASON_NO_PATH;
+	want.client = key->client;
+	want.service_id = service_id;
+	want.port = key->server_port;
+	ref = bpf_map_lookup_elem(&sp_path_index, &want);
+	if (!ref)
+		return SP_REASON_NO_PATH;
+	reason = sp_path_check(cfg, ref->slot, ref->epoch, now, &path);
+	if (reason != SP_REASON_PATH_LIVE || !path)
+		return reason;
+	if (!sp_lease_holds(now))
+		return SP_REASON_LEASE_LAPSED;
+	if (sp_find_leg(key, SP_LEG_UP))
+		return SP_REASON_TUPLE_HELD;
+
+	flow.slot = ref->slot;
+	flow.epoch = ref->epoch;
+	flow.service_id = service_id;
+	flow.hook = hook;
+	flow.ifindex = ifindex;
+	flow.opened_ns = now;
+	flow.last_ns = now;
+	flow.bytes_to_server = p->bytes;
+	flow.packets_to_server = p->segments;
+
+	e = bpf_ringbuf_reserve(&sp_must_deliver, sizeof(*e), 0);
+	if (!e)
+		return SP_REASON_RING_FULL;
+	flow.id = ((__u64)bpf_get_smp_processor_id() << 48) | (seq->produced + 1);
+	if (bpf_map_update_elem(&sp_flows, key, &flow, BPF_NOEXIST)) {
+		bpf_ringbuf_discard(e, 0);
+		return SP_REASON_FLOWS_FULL;
+	}
+	__sync_fetch_and_add(&path->flows, 1);
+	__sync_fetch_and_add(&path->bytes_to_server, p->bytes);
+	__sync_fetch_and_add(&path->packets_to_server, p->segments);
+	sp_event_init(e, ++seq->produced, SP_EVENT_OPEN, SP_VERDICT_BYPASSED, SP_REASON_PATH_OPEN);
+	sp_event_tuple(e, key);
+	sp_event_flow(e, &flow);
+	bpf_ringbuf_submit(e, 0);
+	return SP_REASON_PATH_OPEN;
+}
+
+/*
+ * A SYN with the tuple of a flow that is over: its final counters go out in a CLOSE and it makes room.
+ * Without room for the record it stays, and the SYN goes to the proxy.
+ */
+static __noinline int sp_replace_flow(const struct sp_flow_key *key)
+{
+	struct sp_flow *flow;
+
+	if (!key)
+		return 0;
+	flow = bpf_map_lookup_elem(&sp_flows, key);
+	if (!flow)
+		return 1;
+	if (!sp_record_flow(key, flow, SP_EVENT_CLOSE, flow->ended ? : SP_REASON_CLOSED))
+		return 0;
+	bpf_map_delete_elem(&sp_flows, key);
+	return 1;
+}
+
+#endif

@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_PX_H
+#define SP_PX_H
+
+/* The hooks of the px pair: what reaches the proxy, and where what it sends is put back. */
+
+#include "device.h"
+
+#define SP_TCP_LISTEN 10
+#define SP_TCP_TIME_WAIT 6
+#define SP_PX_MARK 1		/* in px: routed to the local table, see pkg/px */
+
+/* ---- px0 ingress, host namespace: packets of the proxy ---- */
+
+/* The proxy dials a service: allowed for a client that came by a known device, with a tuple that no
+ * bypassed flow has.
+ */
+static __noinline int sp_register_up(const struct sp_packet *p, __u32 service_id)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_origin_key who = {};
+	struct sp_origin *origin;
+	struct sp_flow_key key;
+	struct sp_leg_key at;
+	struct sp_leg leg = {};
+
+	if (!p)
+		return SP_REASON_PX_UNEXPECTED;
+	who.client = p->src;
+	who.server = p->dst;
+	who.server_port = p->dport;
+	origin = bpf_map_lookup_elem(&sp_origins, &who);
+	if (!origin)
+		return SP_REASON_PX_NO_ORIGIN;
+	key = sp_key_towards(p);
+	if (bpf_map_lookup_elem(&sp_flows, &key))
+		return SP_REASON_PX_TUPLE_HELD;
+	leg.hook = origin->hook;
+	leg.ifindex = origin->ifindex;
+	leg.service_id = service_id;
+	leg.opened_ns = now;
+	leg.last_ns = now;
+	at = sp_leg_key(&p->src, p->sport, &p->dst, p->dport, SP_LEG_UP);
+	if (bpf_map_update_elem(&sp_legs, &at, &leg, BPF_ANY))
+		return SP_REASON_LEGS_FULL;
+	return SP_REASON_PX_UP;
+}
+
+/* Finds where a packet of the proxy belongs: a live client leg, a service leg, a new dial, or the RST
+ * that answers a stray. `at` becomes the key that its mark is made of.
+ */
+static __always_inline enum sp_reason sp_decide_px0(const struct sp_packet *p, struct sp_leg_key *at,
+						    struct sp_leg **leg)
+{
+	struct sp_leg_key down = sp_leg_key(&p->dst, p->dport, &p->src, p->sport, SP_LEG_DOWN);
+	struct sp_leg_key up = sp_leg_key(&p->src, p->sport, &p->dst, p->dport, SP_LEG_UP);
+	struct sp_service *svc;
+	enum sp_reason reason;
+
+	*at = down;
+	*leg = bpf_map_lookup_elem(&sp_legs, &down);
+	if (*leg)
+		return SP_REASON_PX_DOWN;
+	if (p->tcp_flags & SP_TCP_RST) {
+		*leg = bpf_map_lookup_elem(&sp_strays, &down);
+		if (*leg)
+			return SP_REASON_PX_RESET;
+	}
+	*at = up;
+	if (sp_syn_only(p)) {
+		svc = sp_find_service(&p->dst, p->dport);
+		if (!svc)
+			return SP_REASON_PX_UNEXPECTED;
+		reason = sp_register_up(p, svc->id);
+		*leg = bpf_map_lookup_elem(&sp_legs, &up);
+		return reason == SP_REASON_PX_UP && !*leg ? SP_REASON_LEGS_FULL : reason;
+	}
+	*leg = bpf_map_lookup_elem(&sp_legs, &up);
+	if (*leg)
+		return SP_REASON_PX_UP;
+	*leg = p->tcp_flags & SP_TCP_RST ? bpf_map_lookup_elem(&sp_strays, &up) : NULL;
+	return *leg ? SP_REASON_PX_RESET : SP_REASON_PX_UNEXPECTED;
+}
+
+/*
+ * Puts the packet where the other party would have produced it. Towards a device it leaves through
+ * the neighbour layer; from a device it comes in there; lo takes both through an output route,
+ * because a packet that keeps its route is not validated again.
+ */
+static __always_inline int sp_inject(const struct sp_leg *leg, enum sp_leg_side side)
+{
+	bool leaves = (leg->hook == SP_HOOK_IN) == (side == SP_LEG_DOWN);
+
+	if (leg->hook == SP_HOOK_LO)
+		return bpf_redirect_neigh(SP_LO_IFINDEX, NULL, 0, 0);
+	if (leaves)
+		return bpf_redirect_neigh(leg->ifindex, NULL, 0, 0);
+	return bpf_redirect(leg->ifindex, BPF_F_INGRESS);
+}
+
+static __always_inline bool sp_px0_passes(enum sp_reason reason)
+{
+	return reason == SP_REASON_PX_DOWN || reason == SP_REASON_PX_UP ||
+	       reason == SP_REASON_PX_RESET;
+}
+
+static __always_inline int sp_px0(struct __sk_buff *skb)
+{
+	struct sp_packet p = {};
+	struct sp_leg_key at = {};
+	struct sp_leg *leg = NULL;
+	struct sp_config *cfg = sp_get_config();
+	enum sp_reason reason = SP_REASON_PX_UNEXPECTED;
+
+	if (!cfg)
+		reason = SP_REASON_NO_CONFIG;
+	else if (sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p))
+		reason = sp_decide_px0(&p, &at, &leg);
+	sp_parse_volume(skb, &p);
+	sp_count(reason, p.segments, p.bytes);
+	if (!cfg || !leg || !sp_px0_passes(reason))
+		return TC_ACT_SHOT;
+	if (reason != SP_REASON_PX_RESET)
+		sp_touch(&leg->flags, &leg->last_ns, sp_seen(&p, at.side == SP_LEG_UP),
+			 bpf_ktime_get_boot_ns());
+	skb->mark = sp_mark(&at, cfg->secret[0]);
+	return sp_inject(leg, at.side);
+}
+
+/* ---- px1 ingress, px namespace: packets for the proxy ---- */
+
+/*
+ * Gives the packet to the socket that has its tuple, else to the transparent listener: a SYN is
+ * accepted there, anything else makes the kernel answer with RST from the original destination.
+ * A listener or a TIME_WAIT found by the tuple is not the packet's.
+ */
+static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const struct sp_packet *p,
+						const struct sp_config *cfg)
+{
+	struct bpf_sock_tuple t = {};
+	__u32 size, state;
+	struct bpf_sock *sk;
+	long assigned;
+
+	if (p->version == 4) {
+		size = sizeof(t.ipv4);
+		__builtin_memcpy(&t.ipv4.saddr, &p->src.bytes[12], 4);
+		__builtin_memcpy(&t.ipv4.daddr, &p->dst.bytes[12], 4);
+		t.ipv4.sport = bpf_htons(p->sport);
+		t.ipv4.dport = bpf_htons(p->dport);
+	} else {
+		size = sizeof(t.ipv6);
+		__builtin_memcpy(t.ipv6.saddr, &p->src, 16);
+		__builtin_memcpy(t.ipv6.daddr, &p->dst, 16);
+		t.ipv6.sport = bpf_htons(p->sport);
+		t.ipv6.dport = bpf_htons(p->dport);
+	}
+	sk = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+	if (sk) {
+		state = sk->state;
+		bpf_sk_release(sk);
+		if (state != SP_TCP_LISTEN && !(state == SP_TCP_TIME_WAIT && sp_syn_only(p)))
+			return SP_REASON_PX_ACCEPT;
+	}
+	if (p->version == 4) {
+		t.ipv4.saddr = 0;
+		t.ipv4.sport = 0;
+		t.ipv4.dport = bpf_htons(cfg->listen_port);
+	} else {
+		__builtin_memset(t.ipv6.saddr, 0, 16);
+		t.ipv6.sport = 0;
+		t.ipv6.dport = bpf_htons(cfg->listen_port);
+	}
+	sk = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return SP_REASON_NO_LISTENER;
+	assigned = sk->state == SP_TCP_LISTEN ? bpf_sk_assign(skb, sk, 0) : -1;
+	bpf_sk_release(sk);
+	return assigned ? SP_REASON_NO_LISTENER : SP_REASON_PX_ACCEPT;
+}
+
+static __always_inline bool sp_is_loopback6(const struct sp_packet *p)
+{
+	const __u64 *a = (const __u64 *)&p->dst;
+
+	return p->version == 6 && !a[0] && a[1] == bpf_cpu_to_be64(1);
+}
+
+static __always_inline bool sp_stamped(struct __sk_buff *skb, const struct sp_config *cfg)
+{
+	__u8 mac[6];
+
+	return !bpf_skb_load_bytes(skb, 6, mac, sizeof(mac)) &&
+	       !__builtin_memcmp(mac, cfg->stamp, sizeof(mac));
+}
+
+static __always_inline int sp_refuse_px(const struct sp_packet *p, enum sp_reason reason)
+{
+	struct sp_flow_key key = sp_key_towards(p);
+
+	sp_count(reason, p->segments, p->bytes);
+	sp_record_deny(&key, reason, 0);
+	return TC_ACT_SHOT;
+}
+
+/* On px1 and, for ::1, on px's lo: IPv6 takes ::1 from a loopback device only. */
+static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
+{
+	struct sp_packet p = {};
+	struct sp_config *cfg = sp_get_config();
+	enum sp_reason reason;
+
+	if (!cfg)
+		return sp_refuse_px(&p, SP_REASON_NO_CONFIG);
+	if (!sp_stamped(skb, cfg))
+		return sp_refuse_px(&p, SP_REASON_NO_STAMP);
+	if (sp_parse(skb, &p) != SP_PARSE_TCP || !sp_parse_addresses(skb, &p))
+		return sp_refuse_px(&p, SP_REASON_PX_UNEXPECTED);
+	sp_parse_volume(skb, &p);
+	if (!lo && sp_is_loopback6(&p))
+		return bpf_redirect(SP_LO_IFINDEX, BPF_F_INGRESS);
+	reason = sp_accept(skb, &p, cfg);
+	if (reason != SP_REASON_PX_ACCEPT)
+		return sp_refuse_px(&p, reason);
+	sp_count(reason, p.segments, p.bytes);
+	bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
+	if (lo)
+		skb->mark = SP_PX_MARK;
+	return TC_ACT_UNSPEC;
+}
+
+/* px's lo, egress: what the proxy sends to ::1 belongs to the node. */
+static __always_inline int sp_px_to_node(void)
+{
+	struct sp_config *cfg = sp_get_config();
+
+	return cfg ? bpf_redirect(cfg->px1_ifindex, 0) : TC_ACT_SHOT;
+}
+
+#endif

@@ -1,0 +1,60 @@
+//go:build ignore
+
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The tc programs of Sallyport. Each is attached by a tcx link at the head of its chain and returns
+ * TCX_NEXT (TC_ACT_UNSPEC) for everything that is not ours or goes on under a path.
+ */
+#include "px.h"
+
+/* Uplinks and the host side of pod devices: ingress and egress. */
+SEC("tcx/ingress")
+int sp_dev_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN);
+}
+
+SEC("tcx/egress")
+int sp_dev_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT);
+}
+
+/* Loopback: clients on the node, 127/8, ::1 and the node's own addresses. */
+SEC("tcx/ingress")
+int sp_lo_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_LO);
+}
+
+/* The host end of the px pair. */
+SEC("tcx/ingress")
+int sp_px0_in(struct __sk_buff *skb)
+{
+	return sp_px0(skb);
+}
+
+/* The proxy's end of the px pair, and its lo. */
+SEC("tcx/ingress")
+int sp_px1_in(struct __sk_buff *skb)
+{
+	return sp_px_in(skb, false);
+}
+
+SEC("tcx/ingress")
+int sp_px_lo_in(struct __sk_buff *skb)
+{
+	return sp_px_in(skb, true);
+}
+
+SEC("tcx/egress")
+int sp_px_lo_out(struct __sk_buff *skb __attribute__((unused)))
+{
+	return sp_px_to_node();
+}
+
+/* Types that no map names, kept in the BTF for Go. */
+const struct sp_event *sp_btf_event __attribute__((unused));
+const enum sp_flags *sp_btf_flags __attribute__((unused));
+
+char _license[] SEC("license") = "Dual BSD/GPL";

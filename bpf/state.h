@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_STATE_H
+#define SP_STATE_H
+
+/* Look-ups shared by all hooks. Nothing here decides. */
+
+#include "maps.h"
+#include "parse.h"
+
+#define SP_LO_IFINDEX 1
+#define SP_AF_INET 2
+#define SP_AF_INET6 10
+
+static __always_inline bool sp_port_flagged(__u16 port)
+{
+	__u32 word = port >> 6;
+	struct sp_ports *p = bpf_map_lookup_elem(&sp_ports, &word);
+
+	return p && (p->bits >> (port & 63)) & 1;
+}
+
+static __always_inline struct sp_config *sp_get_config(void)
+{
+	__u32 zero = 0;
+	struct sp_config *cfg = bpf_map_lookup_elem(&sp_config, &zero);
+
+	return cfg && cfg->schema == SP_SCHEMA ? cfg : NULL;
+}
+
+/* The exact address first (pods), then "every local address" (host services): for these the caller
+ * checks that the address is local.
+ */
+static __always_inline struct sp_service *sp_find_service(const struct sp_addr *address, __u16 port)
+{
+	struct sp_service_key key = { .address = *address, .port = port, .protocol = IPPROTO_TCP };
+	struct sp_service *svc;
+	__u32 zero = 0;
+	void *table;
+
+	table = bpf_map_lookup_elem(&sp_services, &zero);
+	if (!table)
+		return NULL;
+	svc = bpf_map_lookup_elem(table, &key);
+	if (svc)
+		return svc;
+	__builtin_memset(&key.address, 0, sizeof(key.address));
+	return bpf_map_lookup_elem(table, &key);
+}
+
+/*
+ * Is `address` one of this node's? Asked of the routing table, so that an address that appears
+ * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
+ * what it takes in is for this node or for nobody.
+ */
+static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
+				  const struct sp_addr *peer, __u32 version)
+{
+	struct bpf_fib_lookup fib = {};
+	long r;
+
+	if (!address || !peer)
+		return 1;
+	fib.ifindex = skb->ifindex;
+	if (version == 4) {
+		fib.family = SP_AF_INET;
+		__builtin_memcpy(&fib.ipv4_src, &peer->bytes[12], 4);
+		__builtin_memcpy(&fib.ipv4_dst, &address->bytes[12], 4);
+	} else {
+		fib.family = SP_AF_INET6;
+		__builtin_memcpy(fib.ipv6_src, peer, 16);
+		__builtin_memcpy(fib.ipv6_dst, address, 16);
+	}
+	r = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	return r < 0 || r == BPF_FIB_LKUP_RET_NOT_FWDED || r == BPF_FIB_LKUP_RET_FWD_DISABLED;
+}
+
+/* For packets that could not be parsed: does the address they go to own a protected port? */
+static __noinline int sp_owns_protected(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	struct sp_addr any = {}, dst;
+
+	if (!p)
+		return 1;
+	dst = p->dst;
+	if (bpf_map_lookup_elem(&sp_owners, &dst))
+		return 1;
+	if (!bpf_map_lookup_elem(&sp_owners, &any))
+		return 0;
+	return skb->ifindex == SP_LO_IFINDEX || sp_is_local(skb, &p->dst, &p->src, p->version);
+}
+
+static __always_inline struct sp_leg_key sp_leg_key(const struct sp_addr *client, __u16 client_port,
+						    const struct sp_addr *server, __u16 server_port,
+						    enum sp_leg_side side)
+{
+	return (struct sp_leg_key){
+		.client = *client, .server = *server,
+		.client_port = client_port, .server_port = server_port, .side = side,
+	};
+}
+
+/* The leg of a flow on one side. A frame of its own: the callers' stacks are small. */
+static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum sp_leg_side side)
+{
+	struct sp_leg_key at;
+
+	if (!key)
+		return NULL;
+	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
+	return bpf_map_lookup_elem(&sp_legs, &at);
+}
+
+/* Bits that a packet adds to the state of its connection. */
+static __always_inline __u32 sp_seen(const struct sp_packet *p, bool from_client)
+{
+	__u32 flags = from_client ? 0 : SP_ANSWERED;
+
+	if (p->tcp_flags & SP_TCP_FIN)
+		flags |= from_client ? SP_FIN_CLIENT : SP_FIN_SERVER;
+	if (p->tcp_flags & SP_TCP_RST)
+		flags |= SP_RST;
+	return flags;
+}
+
+static __always_inline void sp_touch(__u32 *flags, __u64 *last_ns, __u32 seen, __u64 now)
+{
+	if (*last_ns < now)
+		*last_ns = now;
+	if (seen & ~*flags)
+		__sync_fetch_and_or(flags, seen);
+}
+
+static __always_inline bool sp_closed(__u32 flags)
+{
+	__u32 fins = SP_FIN_CLIENT | SP_FIN_SERVER;
+
+	return (flags & SP_RST) || (flags & fins) == fins;
+}
+
+#endif

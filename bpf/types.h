@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_TYPES_H
+#define SP_TYPES_H
+
+/*
+ * Keys and values of every map, and the records of the rings. Go gets them by BTF; a dump by
+ * bpftool is meant to be read alone. Ports are in host order, times are CLOCK_BOOTTIME
+ * nanoseconds, addresses are 16 bytes with IPv4 in its mapped form (::ffff:a.b.c.d).
+ * A change here shows in pkg/datapath/testdata/layout.golden and needs a new SP_SCHEMA.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <linux/types.h>
+
+#include "reason.h"
+
+#define SP_SCHEMA 1
+#define SP_LABEL 32
+
+struct sp_addr {
+	__u8 bytes[16];
+} __attribute__((aligned(8)));
+
+/* Where the sockets of a protected service live. */
+enum sp_target {
+	SP_TARGET_NONE = 0,
+	SP_TARGET_HOST = 1,	/* in the host network namespace */
+	SP_TARGET_POD = 2,	/* behind the device `ifindex` */
+};
+
+/* The hook that a flow lives at, from its SYN to its end. */
+enum sp_hook {
+	SP_HOOK_NONE = 0,
+	SP_HOOK_IN = 1,		/* ingress of a device: host service, client beyond the device */
+	SP_HOOK_OUT = 2,	/* egress of a device: pod service behind the device */
+	SP_HOOK_LO = 3,		/* ingress of lo: host service, client on the node */
+};
+
+enum sp_path_state {
+	SP_PATH_FREE = 0,
+	SP_PATH_PENDING = 1,
+	SP_PATH_ACTIVE = 2,
+	SP_PATH_REVOKED = 3,
+	SP_PATH_EXPIRED = 4,
+	SP_PATH_SPENT = 5,
+};
+
+enum sp_leg_side {
+	SP_LEG_NONE = 0,
+	SP_LEG_DOWN = 1,	/* client to proxy */
+	SP_LEG_UP = 2,		/* proxy, with the client's address, to service */
+};
+
+/* Bits of sp_flow.flags and sp_leg.flags. */
+enum sp_flags {
+	SP_FIN_CLIENT = 1,
+	SP_FIN_SERVER = 2,
+	SP_RST = 4,
+	SP_ANSWERED = 8,	/* the other direction was seen */
+};
+
+struct sp_config {
+	__u32 schema;
+	__u32 px0_ifindex;	/* in the host namespace */
+	__u32 px1_ifindex;	/* in the px namespace */
+	__u32 listen_port;	/* of the proxy's transparent listeners */
+	__u64 max_ttl_ns;	/* a deadline further away is invalid */
+	__u64 secret[2];	/* key of the re-injection mark, new with every set-up */
+	__u8 stamp[6];		/* source MAC of what our programs send to px1 */
+	__u8 pad[2];
+};
+
+/* Dead-man lease: nothing new is admitted past it. */
+struct sp_lease {
+	__u64 until_ns;
+};
+
+/* 64 ports, bit n is port 64*index+n. A set bit means "look further", never "protected". */
+struct sp_ports {
+	__u64 bits;
+};
+
+/* Addresses that own a protected port, for packets that cannot be parsed. */
+struct sp_owner {
+	__u32 target;		/* enum sp_target */
+};
+
+struct sp_service_key {
+	struct sp_addr address;	/* all zero: every local address (host services) */
+	__u16 port;
+	__u16 protocol;
+	__u32 pad;
+};
+
+struct sp_service {
+	__u32 id;
+	enum sp_target target;
+	__u32 ifindex;		/* of the pod's host-side device */
+	__u32 generation;	/* of the table this row belongs to */
+	char name[SP_LABEL];
+};
+
+/* Which path may serve a SYN. */
+struct sp_path_key {
+	struct sp_addr client;
+	__u32 service_id;
+	__u16 port;
+	__u16 pad;
+};
+
+struct sp_path_ref {
+	__u32 slot;
+	__u32 epoch;
+};
+
+struct sp_path {
+	__u32 epoch;		/* counts the uses of this slot */
+	__u32 service_id;
+	struct sp_addr client;
+	__u64 deadline_ns;
+	char grant[SP_LABEL];
+	char service[SP_LABEL];
+	__u64 flows;
+	__u64 bytes_to_server;	/* IP bytes, headers included */
+	__u64 bytes_to_client;
+	__u64 packets_to_server;
+	__u64 packets_to_client;
+};
+
+/* State of a path slot. One store ends every flow of the path. */
+struct sp_path_status {
+	enum sp_path_state state;
+};
+
+struct sp_flow_key {
+	struct sp_addr client;
+	struct sp_addr server;
+	__u16 client_port;
+	__u16 server_port;
+	__u32 protocol;
+};
+
+struct sp_flow {
+	__u32 slot;
+	__u32 epoch;
+	__u32 service_id;
+	enum sp_hook hook;
+	__u32 ifindex;
+	__u32 flags;		/* enum sp_flags */
+	enum sp_reason ended;	/* why its path no longer serves it, or NONE */
+	__u32 pad;
+	__u64 id;
+	__u64 opened_ns;
+	__u64 last_ns;
+	__u64 bytes_to_server;
+	__u64 bytes_to_client;
+	__u64 packets_to_server;
+	__u64 packets_to_client;
+};
+
+struct sp_leg_key {
+	struct sp_addr client;
+	struct sp_addr server;
+	__u16 client_port;
+	__u16 server_port;
+	enum sp_leg_side side;
+};
+
+/* Where a packet of the proxy is put back. Also the value of the stray map. */
+struct sp_leg {
+	enum sp_hook hook;
+	__u32 ifindex;
+	__u32 service_id;
+	__u32 flags;		/* enum sp_flags */
+	__u64 opened_ns;
+	__u64 last_ns;
+};
+
+/* By which device a client reached a service, for the proxy's own connection to it. */
+struct sp_origin_key {
+	struct sp_addr client;
+	struct sp_addr server;
+	__u32 server_port;
+	__u32 pad;
+};
+
+struct sp_origin {
+	enum sp_hook hook;
+	__u32 ifindex;
+};
+
+struct sp_counter {
+	__u64 packets;
+	__u64 bytes;
+};
+
+struct sp_deny_key {
+	struct sp_addr client;
+	struct sp_addr server;
+	__u32 server_port;
+	enum sp_reason reason;
+};
+
+struct sp_deny {
+	__u64 reported_ns;	/* when the last record was written */
+	__u64 pending;		/* denials since */
+};
+
+/* Per CPU: how many records were produced, for either ring, and how many of them did not fit. */
+struct sp_sequence {
+	__u64 produced;
+	__u64 must_deliver_lost;
+	__u64 best_effort_lost;
+};
+
+struct sp_event {
+	__u64 seq;		/* per CPU over both rings, no gaps but losses */
+	__u64 boot_ns;
+	__u32 cpu;
+	enum sp_event_kind kind;
+	enum sp_verdict verdict;
+	enum sp_reason reason;
+	struct sp_addr client;
+	struct sp_addr server;
+	__u16 client_port;
+	__u16 server_port;
+	__u32 protocol;
+	enum sp_hook hook;
+	__u32 ifindex;
+	__u32 service_id;
+	__u32 slot;
+	__u64 flow_id;
+	__u64 count;
+	__u64 bytes_to_server;
+	__u64 bytes_to_client;
+	__u64 packets_to_server;
+	__u64 packets_to_client;
+	char grant[SP_LABEL];
+	char service[SP_LABEL];
+};
+
+#endif
