@@ -1,0 +1,83 @@
+package lab
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const dirName = "sallyport-lab-"
+
+func dirPrefix(pid int) string { return fmt.Sprintf("%s%d-", dirName, pid) }
+
+// MountBPFFS mounts a fresh bpffs in the lab's directory, visible to the host's mount namespace
+// and to every process of the lab. Calls after the first return the same mount.
+func (l *Lab) MountBPFFS() (string, error) {
+	dir := filepath.Join(l.Dir, "bpf")
+	if err := os.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
+		return dir, nil
+	} else if err != nil {
+		return "", fmt.Errorf("make mount point: %w", err)
+	}
+	if err := unix.Mount("bpffs", dir, "bpf", 0, ""); err != nil {
+		return "", fmt.Errorf("mount bpffs on %s: %w", dir, err)
+	}
+	return dir, nil
+}
+
+// removeDir unmounts everything below dir, the deepest first, and removes dir.
+func removeDir(dir string) error {
+	mounts, err := mountsBelow(dir)
+	if err != nil {
+		return err
+	}
+	for _, m := range slices.Backward(mounts) {
+		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", m, err)
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// mountsBelow lists mount points at or below dir in the order in which they were mounted.
+func mountsBelow(dir string) ([]string, error) {
+	f, err := os.Open("/proc/thread-self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	defer f.Close()
+	var found []string
+	for s := bufio.NewScanner(f); s.Scan(); {
+		fields := strings.Fields(s.Text())
+		if len(fields) < 5 {
+			continue
+		}
+		if p := fields[4]; p == dir || strings.HasPrefix(p, dir+"/") {
+			found = append(found, p)
+		}
+	}
+	return found, nil
+}
+
+// sweep removes what labs of killed test processes left below tmp. Whatever it cannot remove stays.
+func sweep(tmp string) {
+	dirs, err := filepath.Glob(filepath.Join(tmp, dirName+"*"))
+	if err != nil {
+		return
+	}
+	for _, d := range dirs {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(d), dirName), "-")
+		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) != unix.ESRCH {
+			continue
+		}
+		_ = removeDir(d) // hygiene: another test process may be sweeping as well
+	}
+}

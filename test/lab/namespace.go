@@ -1,0 +1,152 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// Namespace is one network namespace of a Lab.
+type Namespace struct {
+	// Name is for people: "client", "node", "pod0".
+	Name string
+	// Netlink speaks to this namespace from any goroutine.
+	Netlink *netlink.Handle
+
+	lab    *Lab
+	handle netns.NsHandle
+	addrs  map[Family][]netip.Addr
+}
+
+// newNamespace makes an empty namespace with lo up and without duplicate address detection.
+func (l *Lab) newNamespace(name string) (*Namespace, error) {
+	h, err := create()
+	if err != nil {
+		return nil, fmt.Errorf("create namespace %s: %w", name, err)
+	}
+	n := &Namespace{Name: name, lab: l, handle: h, addrs: map[Family][]netip.Addr{}}
+	l.onClose(n.handle.Close)
+	if n.Netlink, err = netlink.NewHandleAt(h); err != nil {
+		return nil, fmt.Errorf("open netlink of %s: %w", name, err)
+	}
+	l.onClose(func() error { n.Netlink.Close(); return nil })
+	for key, value := range map[string]string{
+		"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0",
+		"ipv6/conf/default/accept_ra": "0", "ipv6/conf/default/router_solicitations": "0",
+	} {
+		if err := n.Sysctl(key, value); err != nil {
+			return nil, err
+		}
+	}
+	lo := side{ns: n, device: "lo"}
+	return n, lo.up()
+}
+
+// create unshares a namespace on a thread that then returns to its own.
+func create() (h netns.NsHandle, err error) {
+	err = onThread(func() error {
+		h, err = netns.New()
+		return err
+	})
+	return h, err
+}
+
+// onThread runs f with its thread locked, and puts the thread back into its namespace.
+func onThread(f func() error) error {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("get own namespace: %w", err)
+	}
+	defer func() {
+		if err := netns.Set(home); err != nil {
+			panic(fmt.Sprintf("lab: thread cannot return to its namespace: %v", err)) // nothing it does now can be trusted
+		}
+		_ = home.Close()
+		runtime.UnlockOSThread()
+	}()
+	return f()
+}
+
+// Do runs f inside the namespace, on the calling goroutine. Sockets that f opens stay in the
+// namespace after Do returns; goroutines that f starts are not in it.
+func (n *Namespace) Do(f func() error) error {
+	return onThread(func() error {
+		if err := netns.Set(n.handle); err != nil {
+			return fmt.Errorf("enter %s: %w", n.Name, err)
+		}
+		return f()
+	})
+}
+
+// Path names the namespace for other processes, for as long as the Lab lives.
+func (n *Namespace) Path() string {
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), int(n.handle))
+}
+
+// Addr is the first address of the namespace in that family: the one that it sends from. The
+// node's is the one towards the client.
+func (n *Namespace) Addr(f Family) netip.Addr { return n.addrs[f][0] }
+
+// Other is the second address, which is used only by those who bind to it. For the node it is the
+// one towards the first pod.
+func (n *Namespace) Other(f Family) netip.Addr { return n.addrs[f][1] }
+
+// Ifindex is the number of the device with that name.
+func (n *Namespace) Ifindex(device string) (int, error) {
+	dev, err := n.Netlink.LinkByName(device)
+	if err != nil {
+		return 0, fmt.Errorf("find %s in %s: %w", device, n.Name, err)
+	}
+	return dev.Attrs().Index, nil
+}
+
+// Sysctl sets a value below /proc/sys/net, with slashes: "ipv4/ip_forward".
+func (n *Namespace) Sysctl(key, value string) error {
+	return n.Do(func() error {
+		if err := os.WriteFile(filepath.Join("/proc/sys/net", key), []byte(value), 0o644); err != nil {
+			return fmt.Errorf("set sysctl %s in %s: %w", key, n.Name, err)
+		}
+		return nil
+	})
+}
+
+// Dial connects from the namespace. An invalid local address lets the kernel choose; its port may
+// be 0.
+func (n *Namespace) Dial(ctx context.Context, local, remote netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{}
+	if local.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(local)
+	}
+	var c net.Conn
+	err := n.Do(func() (err error) {
+		c, err = d.DialContext(ctx, "tcp", remote.String())
+		return err
+	})
+	return c, err
+}
+
+// Listen listens for plain TCP (not MPTCP) in the namespace, in the family of addr alone. The
+// caller closes.
+func (n *Namespace) Listen(addr netip.AddrPort) (net.Listener, error) {
+	network := "tcp4"
+	if addr.Addr().Is6() {
+		network = "tcp6"
+	}
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	var ln net.Listener
+	err := n.Do(func() (err error) {
+		ln, err = lc.Listen(context.Background(), network, addr.String())
+		return err
+	})
+	return ln, err
+}

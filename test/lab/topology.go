@@ -1,0 +1,193 @@
+package lab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Uplink is the name of the node's device towards the client.
+const Uplink = "up0"
+
+// PodDevice is the name of the node's device towards the pod with that index.
+func PodDevice(index int) string {
+	if index == 0 {
+		return "vethpod"
+	}
+	return fmt.Sprintf("vethpod%d", index+1)
+}
+
+// Family is an IP family.
+type Family int
+
+// The two families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+// Families lists both.
+func Families() []Family { return []Family{IPv4, IPv6} }
+
+// String is "IPv4" or "IPv6".
+func (f Family) String() string { return fmt.Sprintf("IPv%d", int(f)) }
+
+// Loopback is the family's loopback address.
+func (f Family) Loopback() netip.Addr {
+	if f == IPv4 {
+		return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	return netip.IPv6Loopback()
+}
+
+// side is one end of a link.
+type side struct {
+	ns     *Namespace
+	device string
+	host   byte // last byte of the side's first address
+	second bool // has a second address, host+1, which is used only when asked for
+}
+
+// link is a veth pair in a subnet of its own.
+type link struct {
+	subnet byte // 10.subnet.0.0/24 and fd00:subnet::/64
+	mtu    int
+	node   side
+	leaf   side // has its default routes by the node
+}
+
+func (l *Lab) build(o Options) error {
+	var err error
+	if l.Client, err = l.newNamespace("client"); err != nil {
+		return err
+	}
+	if l.Node, err = l.newNamespace("node"); err != nil {
+		return err
+	}
+	if err := l.Node.makeRouter(); err != nil {
+		return err
+	}
+	links := []link{{subnet: 1, mtu: o.UplinkMTU, node: side{l.Node, Uplink, 1, false}, leaf: side{l.Client, "eth0", 2, true}}}
+	for i := range o.Pods {
+		pod, err := l.newNamespace(fmt.Sprintf("pod%d", i))
+		if err != nil {
+			return err
+		}
+		l.Pods = append(l.Pods, pod)
+		links = append(links, link{subnet: byte(2 + i), mtu: 1500, node: side{l.Node, PodDevice(i), 1, false}, leaf: side{pod, "eth0", 2, true}})
+	}
+	l.Pod = l.Pods[0]
+	for _, k := range links {
+		if err := k.connect(); err != nil {
+			return fmt.Errorf("connect %s to %s: %w", k.leaf.ns.Name, k.node.ns.Name, err)
+		}
+	}
+	return nil
+}
+
+// makeRouter turns forwarding and strict reverse path filtering on, before devices appear.
+func (n *Namespace) makeRouter() error {
+	for _, s := range []string{
+		"ipv4/ip_forward", "ipv6/conf/all/forwarding",
+		"ipv4/conf/all/rp_filter", "ipv4/conf/default/rp_filter", "ipv4/conf/lo/rp_filter",
+	} {
+		if err := n.Sysctl(s, "1"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k link) connect() error {
+	veth := &netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: k.node.device, MTU: k.mtu},
+		PeerName:      k.leaf.device,
+		PeerNamespace: netlink.NsFd(int(k.leaf.ns.handle)),
+	}
+	if err := k.node.ns.Netlink.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth: %w", err)
+	}
+	for _, s := range []side{k.node, k.leaf} { // both up first, so that addresses find a carrier
+		if err := s.up(); err != nil {
+			return err
+		}
+	}
+	for _, s := range []side{k.node, k.leaf} {
+		for _, f := range Families() {
+			if err := s.address(f, k.subnet); err != nil {
+				return err
+			}
+		}
+	}
+	return k.routes()
+}
+
+func (s side) up() error {
+	dev, err := s.ns.Netlink.LinkByName(s.device)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", s.device, err)
+	}
+	if err := s.ns.Netlink.LinkSetUp(dev); err != nil {
+		return fmt.Errorf("set %s up: %w", s.device, err)
+	}
+	return nil
+}
+
+// address gives the side its addresses in one family and notes them in the namespace.
+func (s side) address(f Family, subnet byte) error {
+	dev, err := s.ns.Netlink.LinkByName(s.device)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", s.device, err)
+	}
+	first := &netlink.Addr{IPNet: ipNet(f, subnet, s.host), Flags: unix.IFA_F_NODAD}
+	if err := s.ns.Netlink.AddrAdd(dev, first); err != nil {
+		return fmt.Errorf("add %s to %s: %w", first.IPNet, s.device, err)
+	}
+	s.ns.addrs[f] = append(s.ns.addrs[f], address(f, subnet, s.host))
+	if !s.second {
+		return nil
+	}
+	// Deprecated from the start: the kernel takes it as a source only when it was asked to.
+	other := &netlink.Addr{IPNet: ipNet(f, subnet, s.host+1), Flags: unix.IFA_F_NODAD, ValidLft: int((24 * time.Hour).Seconds())}
+	if err := s.ns.Netlink.AddrAdd(dev, other); err != nil {
+		return fmt.Errorf("add %s to %s: %w", other.IPNet, s.device, err)
+	}
+	s.ns.addrs[f] = append(s.ns.addrs[f], address(f, subnet, s.host+1))
+	return nil
+}
+
+// routes sends everything of the leaf by the node.
+func (k link) routes() error {
+	dev, err := k.leaf.ns.Netlink.LinkByName(k.leaf.device)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", k.leaf.device, err)
+	}
+	for _, f := range Families() {
+		via := address(f, k.subnet, k.node.host)
+		r := &netlink.Route{LinkIndex: dev.Attrs().Index, Gw: via.AsSlice()}
+		if err := k.leaf.ns.Netlink.RouteAdd(r); err != nil {
+			return fmt.Errorf("add default route by %s: %w", via, err)
+		}
+	}
+	return nil
+}
+
+func address(f Family, subnet, host byte) netip.Addr {
+	if f == IPv4 {
+		return netip.AddrFrom4([4]byte{10, subnet, 0, host})
+	}
+	return netip.AddrFrom16([16]byte{0: 0xfd, 3: subnet, 15: host})
+}
+
+func ipNet(f Family, subnet, host byte) *net.IPNet {
+	bits := 64
+	if f == IPv4 {
+		bits = 24
+	}
+	a := address(f, subnet, host)
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}
+}

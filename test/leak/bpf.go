@@ -1,0 +1,112 @@
+package leak
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// ours begins the name of every program and map of Sallyport.
+const ours = "sp_"
+
+// programs lists our programs by id.
+func programs(token string) (snapshot, error) {
+	s := snapshot{}
+	var id ebpf.ProgramID
+	for {
+		next, err := ebpf.ProgramGetNextID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			return s, s.dropForeign("program", "prog_id", token)
+		}
+		if err != nil {
+			return s, fmt.Errorf("list programs: %w", err)
+		}
+		id = next
+		name, typ, err := programName(id)
+		if errors.Is(err, os.ErrNotExist) || !strings.HasPrefix(name, ours) {
+			continue // freed since, or not ours
+		}
+		if err != nil {
+			return s, err
+		}
+		s[object{"program", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
+	}
+}
+
+func programName(id ebpf.ProgramID) (string, ebpf.ProgramType, error) {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return "", 0, fmt.Errorf("open program %d: %w", id, err)
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil {
+		return "", 0, fmt.Errorf("ask about program %d: %w", id, err)
+	}
+	return info.Name, info.Type, nil
+}
+
+// bpfMaps lists our maps by id.
+func bpfMaps(token string) (snapshot, error) {
+	s := snapshot{}
+	var id ebpf.MapID
+	for {
+		next, err := ebpf.MapGetNextID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			return s, s.dropForeign("map", "map_id", token)
+		}
+		if err != nil {
+			return s, fmt.Errorf("list maps: %w", err)
+		}
+		id = next
+		m, err := ebpf.NewMapFromID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // freed since
+		}
+		if err != nil {
+			return s, fmt.Errorf("open map %d: %w", id, err)
+		}
+		info, err := m.Info()
+		m.Close()
+		if err != nil {
+			return s, fmt.Errorf("ask about map %d: %w", id, err)
+		}
+		if strings.HasPrefix(info.Name, ours) {
+			s[object{"map", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
+		}
+	}
+}
+
+// links lists the links that hold one of our programs, whatever they are attached to.
+func links(token string) (snapshot, error) {
+	s := snapshot{}
+	it := new(link.Iterator)
+	defer it.Close()
+	for it.Next() {
+		info, err := it.Link.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return s, fmt.Errorf("ask about link %d: %w", it.ID, err)
+		}
+		name, _, err := programName(info.Program)
+		if err != nil || !strings.HasPrefix(name, ours) {
+			continue // a link without a program to open is not one of ours
+		}
+		line := fmt.Sprintf("type %d of program %s", info.Type, name)
+		if tcx := info.TCX(); tcx != nil {
+			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
+		}
+		s[object{"link", fmt.Sprint(it.ID)}] = line
+	}
+	if err := it.Err(); err != nil {
+		return s, fmt.Errorf("list links: %w", err)
+	}
+	return s, s.dropForeign("link", "link_id", token)
+}

@@ -1,0 +1,227 @@
+package leak
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/test/lab"
+)
+
+const token = "test-of-the-leak-check"
+
+// begin takes the machine and looks at it.
+func begin(t *testing.T) snapshot {
+	t.Helper()
+	Check(t)
+	t.Setenv(marker, token)
+	before, err := take(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return before
+}
+
+// sees fails the test unless the new things match the patterns, one to one, in order.
+func sees(t *testing.T, before snapshot, patterns ...string) {
+	t.Helper()
+	now, err := take(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := now.since(before)
+	same := slices.EqualFunc(left, patterns, func(line, pattern string) bool {
+		return regexp.MustCompile("^" + pattern).MatchString(line)
+	})
+	if !same {
+		t.Errorf("new things:\n%s\nwant:\n%s", strings.Join(left, "\n"), strings.Join(patterns, "\n"))
+	}
+}
+
+func program(t *testing.T, name string) *ebpf.Program {
+	t.Helper()
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: name, Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func needRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: BPF programs and namespaces (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)")
+	}
+}
+
+func TestSeesProgramsMapsAndTCXLinks(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	l := lab.New(t, lab.Options{})
+	inLab, err := take(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := program(t, "sp_leak")
+	sees(t, inLab, `program \d+: sp_leak`)
+
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: "sp_leak_map", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sees(t, inLab, `map \d+: sp_leak_map`, `program \d+: sp_leak`)
+	m.Close()
+	up, err := l.Node.Ifindex(lab.Uplink)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var k link.Link
+	if err := l.Node.Do(func() (err error) {
+		k, err = link.AttachTCX(link.TCXOptions{Interface: up, Program: p, Attach: ebpf.AttachTCXIngress})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	dir, err := l.MountBPFFS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Pin(filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	k.Close() // nothing but the pin holds it now
+	waitFor(t, inLab, 4)
+	sees(t, inLab, `link \d+: tcx on device \d+ of program sp_leak`, `mount .*/bpf: bpf`, `pin .*/bpf/link`, `program \d+: sp_leak`)
+
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	left, err := wait(token, before, grace)
+	if err != nil || len(left) > 0 {
+		t.Errorf("after the lab is gone: %v (%v)", left, err)
+	}
+}
+
+// waitFor waits until the kernel has freed all but n new things.
+func waitFor(t *testing.T, before snapshot, n int) {
+	t.Helper()
+	for deadline := time.Now().Add(grace); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		now, err := take(token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(now.since(before)) == n {
+			return
+		}
+	}
+}
+
+func TestIgnoresForeignNames(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	p := program(t, "other")
+	defer p.Close()
+	sees(t, before)
+}
+
+func TestIgnoresWhatAnotherProcessHolds(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	p := program(t, "sp_foreign")
+	sees(t, before, `program \d+: sp_foreign`)
+
+	sh := exec.Command("sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!") // the sleep is nobody's child soon
+	sh.Env = []string{}
+	sh.ExtraFiles = []*os.File{duplicate(t, p.FD())}
+	out, err := sh.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Kill(pid, unix.SIGKILL) }()
+	if err := sh.ExtraFiles[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, before, `program \d+: sp_foreign`) // we hold it as well
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, before)
+}
+
+func duplicate(t *testing.T, fd int) *os.File {
+	t.Helper()
+	d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(d), "copy")
+}
+
+func TestSeesProcesses(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, before, `process \d+: sleep`)
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	sees(t, before)
+}
+
+func TestSeesNamespaceFiles(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	l := lab.New(t, lab.Options{})
+	inLab, err := take(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sees(t, before, `namespace net:`, `namespace net:`, `namespace net:`)
+	file := filepath.Join(l.Dir, "px")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(l.Pod.Path(), file, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, inLab, `mount .*/px: nsfs`)
+}
+
+func TestForeignLab(t *testing.T) {
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]bool{
+		"/tmp/sallyport-lab-1-x/bpf":                                      true,
+		"/tmp/sallyport-lab-" + strconv.Itoa(os.Getpid()) + "-x/bpf":      false,
+		"/tmp/sallyport-lab-" + strconv.Itoa(gone.Process.Pid) + "-x/bpf": false,
+		"/sys/fs/bpf": false,
+	} {
+		if got := foreignLab(path); got != want {
+			t.Errorf("foreignLab(%s) = %v", path, got)
+		}
+	}
+}

@@ -1,0 +1,141 @@
+package leak
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// mount is one row of mountinfo.
+type mount struct{ point, kind string }
+
+func mountTable() ([]mount, error) {
+	b, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	var all []mount
+	for line := range strings.Lines(string(b)) {
+		left, right, ok := strings.Cut(line, " - ")
+		l, r := strings.Fields(left), strings.Fields(right)
+		if ok && len(l) >= 5 && len(r) >= 1 {
+			all = append(all, mount{l[4], r[0]})
+		}
+	}
+	return all, nil
+}
+
+// mounts lists namespace files, bpffs mounts, and the pins in them.
+func mounts(string) (snapshot, error) {
+	all, err := mountTable()
+	s := snapshot{}
+	for _, m := range all {
+		if foreignLab(m.point) || m.kind != "nsfs" && m.kind != "bpf" {
+			continue
+		}
+		s[object{"mount", m.point}] = m.kind
+		if m.kind == "bpf" {
+			err = errors.Join(err, s.pins(m.point))
+		}
+	}
+	return s, err
+}
+
+func (s snapshot) pins(dir string) error {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // unpinned since
+		}
+		if err != nil {
+			return err
+		}
+		if path != dir && !strings.HasSuffix(path, ".debug") { // the kernel's own two files
+			s[object{"pin", path}] = "on bpffs"
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	return nil
+}
+
+// labDir is how test/lab names its directory: with the process that it belongs to.
+var labDir = regexp.MustCompile(`/sallyport-lab-(\d+)-[^/]*(/|$)`)
+
+// foreignLab says whether a path is in the lab of another process that is alive.
+func foreignLab(path string) bool {
+	m := labDir.FindStringSubmatch(path)
+	if m == nil {
+		return false
+	}
+	pid, err := strconv.Atoi(m[1])
+	return err == nil && pid != os.Getpid() && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
+// controlGroups lists control groups with Sallyport in their name.
+func controlGroups(string) (snapshot, error) {
+	all, err := mountTable()
+	s := snapshot{}
+	for _, m := range all {
+		if m.kind != "cgroup" && m.kind != "cgroup2" {
+			continue
+		}
+		werr := filepath.WalkDir(m.point, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return nil // removed since
+			}
+			if d.IsDir() && strings.Contains(d.Name(), "sallyport") {
+				s[object{"control group", path}] = m.kind
+			}
+			return nil
+		})
+		err = errors.Join(err, werr)
+	}
+	return s, err
+}
+
+// devices lists network devices of the test's own namespace that are named as ours.
+func devices(string) (snapshot, error) {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	s := snapshot{}
+	for _, d := range all {
+		if strings.HasPrefix(d.Name, "px") || strings.HasPrefix(d.Name, "sp") {
+			s[object{"device", d.Name}] = "in the test's own namespace"
+		}
+	}
+	return s, nil
+}
+
+// namespaces lists network namespaces that this process still holds open or has a thread in.
+func namespaces(string) (snapshot, error) {
+	home, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("read own namespace: %w", err)
+	}
+	s := snapshot{}
+	for _, pattern := range []string{"/proc/self/fd/*", "/proc/self/task/*/ns/net"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, fmt.Errorf("list descriptors: %w", err)
+		}
+		for _, f := range files {
+			to, err := os.Readlink(f)
+			if err == nil && to != home && strings.HasPrefix(to, "net:[") {
+				s[object{"namespace", to}] = "held by " + f
+			}
+		}
+	}
+	return s, nil
+}

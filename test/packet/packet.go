@@ -1,0 +1,178 @@
+// Package packet builds Ethernet frames for tests of the BPF programs: correct in every checksum and
+// length, so that a test breaks exactly what it means to break.
+package packet
+
+import (
+	"encoding/binary"
+	"net/netip"
+)
+
+// TCP flags, as in the header's byte 13.
+const (
+	FIN uint8 = 1 << iota
+	SYN
+	RST
+	PSH
+	ACK
+	URG
+)
+
+// Protocol and extension header numbers.
+const (
+	HopByHop    uint8 = 0
+	ICMP        uint8 = 1
+	IPIP        uint8 = 4
+	TCP         uint8 = 6
+	UDP         uint8 = 17
+	IPv6InIP    uint8 = 41
+	Routing     uint8 = 43
+	Fragment    uint8 = 44
+	GRE         uint8 = 47
+	ESP         uint8 = 50
+	AH          uint8 = 51
+	ICMPv6      uint8 = 58
+	NoNext      uint8 = 59
+	DestOptions uint8 = 60
+)
+
+// EtherTypes.
+const (
+	etherIPv4 = 0x0800
+	etherIPv6 = 0x86dd
+	etherVLAN = 0x8100
+)
+
+// Packet describes one frame. The zero values of TTL and Protocol are 64 and TCP. Src decides the
+// IP family; IPv4-mapped addresses are IPv4.
+type Packet struct {
+	SrcMAC, DstMAC [6]byte
+	// VLANs are the tags' identifiers, the outermost first.
+	VLANs []uint16
+
+	Src, Dst netip.AddrPort
+	TOS, TTL uint8
+	ID       uint16 // IPv4 identification
+	DF       bool   // IPv4 don't fragment
+	// Options are IPv4 options; they are padded to a multiple of four with end-of-list.
+	Options []byte
+	// Extensions are IPv6 extension headers, in order.
+	Extensions []Extension
+
+	// Protocol is TCP, UDP, or any other, whose payload is then all that follows the IP header.
+	Protocol uint8
+	Flags    uint8 // TCP
+	Seq, Ack uint32
+	Window   uint16
+	// TCPOptions are padded to a multiple of four with end-of-list.
+	TCPOptions []byte
+	Payload    []byte
+}
+
+// Extension is an IPv6 extension header: Body is what follows its first two bytes, padded with
+// zeros to a multiple of eight bytes in all.
+type Extension struct {
+	Type uint8
+	Body []byte
+}
+
+// FragmentHeader is the extension header of a fragment; offset is in bytes, a multiple of eight.
+func FragmentHeader(offset int, more bool, id uint32) Extension {
+	b := binary.BigEndian.AppendUint16(nil, uint16(offset)&^7|flag(more, 1))
+	return Extension{Fragment, binary.BigEndian.AppendUint32(b, id)}
+}
+
+// SkippedOption is the body of an options header (HopByHop or DestOptions) of n bytes in all, a
+// multiple of eight, with one experimental option that every receiver skips. Padding alone would not
+// do: Linux drops more than seven bytes of it.
+func SkippedOption(n int) []byte {
+	b := make([]byte, n-2)
+	b[0], b[1] = 0x1e, byte(len(b)-2)
+	return b
+}
+
+// Offsets says where the layers of a frame begin.
+type Offsets struct{ L3, L4, Payload int }
+
+// Bytes is the frame.
+func (p Packet) Bytes() []byte {
+	b, _ := p.Build()
+	return b
+}
+
+// Build gives the frame and where its layers begin, for tests that change bytes of it.
+func (p Packet) Build() ([]byte, Offsets) {
+	l2, l4 := p.link(), p.transport()
+	l3 := p.network(p.Extensions, 0, len(l4))
+	at := Offsets{L3: len(l2), L4: len(l2) + len(l3)}
+	at.Payload = at.L4 + len(l4) - len(p.Payload)
+	return concat(l2, l3, l4), at
+}
+
+// Fragments cuts the frame into fragments with at most size bytes of IP payload each, size being a
+// multiple of eight. Reassembled they are the frame that Bytes gives, id being their identification.
+func (p Packet) Fragments(size int, id uint32) [][]byte {
+	l2, l4 := p.link(), p.transport()
+	var all [][]byte
+	for at := 0; at < len(l4); at += size {
+		part := l4[at:min(at+size, len(l4))]
+		more := at+len(part) < len(l4)
+		if p.ipv4() {
+			p.ID = uint16(id)
+			all = append(all, concat(l2, p.network(nil, uint16(at/8)|flag(more, 1<<13), len(part)), part))
+			continue
+		}
+		ext := append(append([]Extension(nil), p.Extensions...), FragmentHeader(at, more, id))
+		all = append(all, concat(l2, p.network(ext, 0, len(part)), part))
+	}
+	return all
+}
+
+// Reply is the packet back: addresses, ports and MACs change sides, everything else stays.
+func (p Packet) Reply() Packet {
+	p.Src, p.Dst = p.Dst, p.Src
+	p.SrcMAC, p.DstMAC = p.DstMAC, p.SrcMAC
+	return p
+}
+
+// ICMPError wraps the start of p's IP packet in an ICMP error of its family from src to p's sender.
+// rest is the second word of the ICMP header: the MTU of "too big" messages.
+func (p Packet) ICMPError(src netip.Addr, typ, code uint8, rest uint32) Packet {
+	inner, at := p.Build()
+	b := binary.BigEndian.AppendUint32([]byte{typ, code, 0, 0}, rest)
+	e := Packet{
+		SrcMAC: p.DstMAC, DstMAC: p.SrcMAC, VLANs: p.VLANs,
+		Src: netip.AddrPortFrom(src, 0), Dst: netip.AddrPortFrom(p.Src.Addr(), 0),
+		Protocol: ICMP, Payload: append(b, inner[at.L3:min(len(inner), at.L4+64)]...),
+	}
+	start := uint32(0)
+	if !p.ipv4() {
+		e.Protocol = ICMPv6
+		start = pseudo(src, p.Src.Addr(), ICMPv6, len(e.Payload))
+	}
+	binary.BigEndian.PutUint16(e.Payload[2:], ^fold(start+sum(e.Payload)))
+	return e
+}
+
+func (p Packet) ipv4() bool { return p.Src.Addr().Unmap().Is4() }
+
+func (p Packet) protocol() uint8 {
+	if p.Protocol == 0 {
+		return TCP
+	}
+	return p.Protocol
+}
+
+func flag(on bool, bit uint16) uint16 {
+	if on {
+		return bit
+	}
+	return 0
+}
+
+func concat(parts ...[]byte) []byte {
+	var b []byte
+	for _, p := range parts {
+		b = append(b, p...)
+	}
+	return b
+}
