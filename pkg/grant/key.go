@@ -54,14 +54,14 @@ func (k PrivateKey) Public() policy.PublicKey {
 	return out
 }
 
-// String hides the key.
-func (k PrivateKey) String() string { return "(private key)" }
+// hidden is what a private key shows of itself.
+const hidden = "(private key)"
 
-// GoString hides the key.
-func (k PrivateKey) GoString() string { return k.String() }
+// Format hides the key from every verb of fmt.
+func (k PrivateKey) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, hidden) }
 
-// MarshalJSON hides the key.
-func (k PrivateKey) MarshalJSON() ([]byte, error) { return []byte(`"(private key)"`), nil }
+// MarshalText hides the key from encoders.
+func (k PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
 func (k PrivateKey) sign(message []byte) ([]byte, error) {
 	if len(k.key) != ed25519.PrivateKeySize {

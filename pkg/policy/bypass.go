@@ -104,7 +104,7 @@ func (p *BypassPolicy) checkSource(r AddressRange) error {
 	if r.Bits() == 0 {
 		return faultf("list the networks that clients are in", "%s means every address", r)
 	}
-	if r.IsSingleIP() {
+	if r.IsSingleIP() || !r.Addr().IsUnspecified() {
 		if err := CheckAddress(r.Addr()); err != nil {
 			return err
 		}

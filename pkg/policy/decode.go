@@ -181,9 +181,18 @@ func kindOf(n *yaml.Node) string {
 	return fmt.Sprintf("the text %q", n.Value)
 }
 
+// join makes the path of a key. A key that is no plain word is quoted and cut, for it may be
+// anything.
 func join(field, key string) string {
+	if len(key) > 63 || strings.ContainsFunc(key, notWord) {
+		key = strconv.Quote(cut(key))
+	}
 	if field == "" {
 		return key
 	}
 	return field + "." + key
+}
+
+func notWord(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
 }

@@ -51,7 +51,18 @@ func (d *document) located(field string, line int, err error) *Error {
 		e = *known
 	}
 	e.File, e.Line, e.Field = d.file, line, field
+	e.Msg = cut(e.Msg)
 	return &e
+}
+
+// maxMessage bounds how much of an odd value an error repeats, in bytes.
+const maxMessage = 300
+
+func cut(s string) string {
+	if len(s) <= maxMessage {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxMessage], "") + "…"
 }
 
 func (d *document) isWrong(field string) bool {

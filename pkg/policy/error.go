@@ -42,28 +42,26 @@ func (e *Error) Error() string {
 // Unwrap gives the sentinel, so that errors.Is finds it.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Errors takes a joined error apart: every *Error within err, in order. A part that is no *Error
-// comes back as one with its text as Msg, so that nothing is lost.
+// Errors takes a joined or wrapped error apart: every *Error in it, in order. An error without an
+// *Error comes back as one that has its text, so that nothing is lost.
 func Errors(err error) []*Error {
 	if err == nil {
 		return nil
 	}
-	if e, ok := err.(*Error); ok { //nolint:errorlint // the tree is walked here, level by level
-		return []*Error{e}
+	if _, ok := errors.AsType[*Error](err); !ok {
+		return []*Error{{Msg: err.Error(), Err: err}}
 	}
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+	switch e := err.(type) { //nolint:errorlint // the tree is walked here, level by level
+	case interface{ Unwrap() []error }:
 		var out []*Error
-		for _, part := range joined.Unwrap() {
+		for _, part := range e.Unwrap() {
 			out = append(out, Errors(part)...)
 		}
 		return out
+	case *Error:
+		return []*Error{e}
 	}
-	if inner := errors.Unwrap(err); inner != nil {
-		if found := Errors(inner); len(found) > 0 && found[0].Err != inner {
-			return found
-		}
-	}
-	return []*Error{{Msg: err.Error(), Err: err}}
+	return Errors(errors.Unwrap(err))
 }
 
 // faultf tells what is wrong with a value, before its place is known.
@@ -99,13 +97,13 @@ func (p *problems) add(e *Error) {
 	p.list = append(p.list, e)
 }
 
-// err joins the problems in the order of files and lines.
+// err joins the problems in the order of files, lines and fields.
 func (p *problems) err() error {
 	if len(p.list) == 0 {
 		return nil
 	}
 	slices.SortStableFunc(p.list, func(a, b *Error) int {
-		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Field, b.Field))
 	})
 	errs := make([]error, 0, len(p.list)+1)
 	for _, e := range p.list {

@@ -50,10 +50,20 @@ func (k *Keyring) validate(d *document) {
 		}
 		for j := range p.Keys {
 			key := &p.Keys[j]
+			at := fmt.Sprintf("%s.keys[%d]", field, j)
 			key.NotAfter = key.NotAfter.UTC()
+			d.report(at+".notAfter", checkNotAfter(key.NotAfter))
 			if key.PublicKey.IsZero() {
-				d.report(fmt.Sprintf("%s.keys[%d].publicKey", field, j), errNoPublicKey)
+				d.report(at+".publicKey", faultf(publicKeyHint, "is missing"))
 			}
 		}
 	}
+}
+
+// checkNotAfter keeps to the years that can be written and read again.
+func checkNotAfter(t time.Time) error {
+	if !t.IsZero() && (t.Year() < 1970 || t.Year() > 9999) {
+		return faultf("write it like 2027-01-01T00:00:00Z", "the year %d is out of range", t.Year())
+	}
+	return nil
 }

@@ -15,7 +15,7 @@ var (
 	labelPattern  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 	nodePattern   = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 	personPattern = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9._@+]*[A-Za-z0-9])?$`)
-	devicePattern = regexp.MustCompile(`^[^\s/:\x00-\x1f\x7f]{1,15}$`)
+	devicePattern = regexp.MustCompile(`^[!-.0-9;-~]{1,15}$`)
 )
 
 // CheckName tells why s cannot be the name of a resource, or gives nil.

@@ -47,10 +47,13 @@ func (p *parser) set(where string) (*Set, error) {
 			Hint: "name every file of the set together; to stop protecting a node, use `sallyport uninstall`",
 		})
 	}
+	sure := p.sureOfNames()
 	p.checkNames()
 	p.checkOverlaps()
-	p.checkServiceReferences()
 	p.checkPeople()
+	if sure {
+		p.checkReferences()
+	}
 	if err := p.err(); err != nil {
 		return nil, err
 	}
@@ -105,7 +108,7 @@ var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 func syntaxError(file string, err error) *Error {
 	text := err.Error()
 	at := yamlLine.FindStringSubmatch(text)
-	e := &Error{File: file, Line: 1, Msg: text, Hint: "check indentation, quotes and brackets at this line and the one before"}
+	e := &Error{File: file, Line: 1, Msg: text, Hint: "check indentation, quotes and brackets at this line and around it"}
 	if at != nil {
 		e.Msg = "not valid YAML: " + strings.TrimPrefix(text, at[0])
 		if n, err := strconv.Atoi(at[1]); err == nil {

@@ -12,8 +12,6 @@ const publicKeyPrefix = "ed25519:"
 
 const publicKeyHint = "write ed25519: and the key in base64, as `sallyport keygen` prints it"
 
-var errNoPublicKey = faultf(publicKeyHint, "is missing")
-
 // PublicKey is an Ed25519 public key. Its text form is "ed25519:" and the key in base64. It can be
 // compared with ==. The zero value is no key.
 type PublicKey struct {

@@ -3,6 +3,8 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 )
 
 // checkNames reports two resources of one kind and name.
@@ -47,29 +49,16 @@ func (p *parser) checkOverlaps() {
 }
 
 func claimed(s ProtectedService) []netip.Addr {
-	if s.Spec.Target == TargetPod {
+	switch s.Spec.Target {
+	case TargetPod:
 		return s.Spec.Addresses
+	case TargetHost:
+		return []netip.Addr{{}}
 	}
-	return []netip.Addr{{}}
+	return nil
 }
 
-// checkServiceReferences reports a bypass policy for a service that does not exist.
-func (p *parser) checkServiceReferences() {
-	names := map[string]bool{}
-	for _, l := range p.services {
-		names[l.value.Name] = true
-	}
-	for _, l := range p.policies {
-		for i, name := range l.value.Spec.Services {
-			if !names[name] {
-				l.report(fmt.Sprintf("spec.services[%d]", i), faultf(suggest(name, names),
-					"no ProtectedService is named %q", name))
-			}
-		}
-	}
-}
-
-// checkPeople reports a person or a key that is in the keyrings twice, and a signer who is in none.
+// checkPeople reports a person or a key that is in the keyrings twice.
 func (p *parser) checkPeople() {
 	people, keys := map[string]string{}, map[string]string{}
 	for _, l := range p.keyrings {
@@ -79,18 +68,45 @@ func (p *parser) checkPeople() {
 				l.report(field+".name", faultf("list each person once, with all keys", "%q is already at %s", person.Name, other))
 			}
 			for j, key := range person.Keys {
-				at := fmt.Sprintf("%s.keys[%d].publicKey", field, j)
-				if other, taken := claim(keys, key.PublicKey.ID(), l.place(at)); taken {
-					l.report(at, faultf("give each key to one person, once", "the key %s is already at %s", key.PublicKey.ID(), other))
+				at, id := fmt.Sprintf("%s.keys[%d].publicKey", field, j), key.PublicKey.ID()
+				if other, taken := claim(keys, id, l.place(at)); taken {
+					l.report(at, faultf("give each key to one person, once", "the key %s is already at %s", id, other))
 				}
 			}
 		}
 	}
+}
+
+// sureOfNames reports whether every name in the set could be read. If not, a reference that finds
+// nothing would only repeat that problem.
+func (p *parser) sureOfNames() bool {
+	return !slices.ContainsFunc(p.list, func(e *Error) bool {
+		return e.Field == "" || e.Field == "kind" || e.Field == "spec" ||
+			strings.HasPrefix(e.Field, "metadata") || strings.HasPrefix(e.Field, "spec.people")
+	})
+}
+
+// checkReferences reports a bypass policy for a service or a signer that does not exist.
+func (p *parser) checkReferences() {
+	services, people := map[string]bool{}, map[string]bool{}
+	for _, l := range p.services {
+		services[l.value.Name] = true
+	}
+	for _, l := range p.keyrings {
+		for _, person := range l.value.Spec.People {
+			people[person.Name] = true
+		}
+	}
 	for _, l := range p.policies {
-		for i, signer := range l.value.Spec.Signers {
-			if _, ok := people[signer]; !ok {
-				l.report(fmt.Sprintf("spec.signers[%d]", i), faultf(suggest(signer, people), "no Keyring has a person %q", signer))
-			}
+		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
+		l.checkKnown("spec.signers", l.value.Spec.Signers, people, "no Keyring has a person %q")
+	}
+}
+
+func (d *document) checkKnown(field string, names []string, known map[string]bool, format string) {
+	for i, name := range names {
+		if !known[name] {
+			d.report(fmt.Sprintf("%s[%d]", field, i), faultf(suggest(name, known), format, name))
 		}
 	}
 }

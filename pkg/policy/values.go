@@ -63,8 +63,9 @@ func (r *AddressRange) UnmarshalText(text []byte) error {
 		return faultf("write an address or a prefix, like 10.1.0.2, 10.1.0.0/24 or fd00:1::/64",
 			"%q is neither an IP address nor a prefix", s)
 	}
-	if err := checkFamily(prefix.Addr()); err != nil {
-		return err
+	if a := prefix.Addr(); a.Is4In6() {
+		plain := netip.PrefixFrom(a.Unmap(), max(prefix.Bits()-96, 0))
+		return faultf("write "+plain.Masked().String(), "%s is an IPv4 prefix mapped into IPv6", s)
 	}
 	if prefix != prefix.Masked() {
 		return faultf("write "+prefix.Masked().String()+", or the address alone",
