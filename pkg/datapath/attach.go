@@ -66,7 +66,7 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, h := range d.hooks(role) {
-		key := h.name + "." + suffix
+		key := h.name + "-" + suffix // bpffs takes no dots
 		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
 			a.role, a.device = role, dev.Name
 			d.devices[key] = a

@@ -48,7 +48,7 @@ type Config struct {
 // goroutines.
 type Datapath struct {
 	cfg     Config
-	objs    bpf.SallyportObjects
+	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
 
@@ -59,6 +59,16 @@ type Datapath struct {
 	gen      uint32
 	free     []uint32 // free path slots, last used first
 	live     map[uint32]Path
+}
+
+// objects are the programs and maps, without the variables that only keep types in the BTF.
+type objects struct {
+	bpf.SallyportPrograms
+	bpf.SallyportMaps
+}
+
+func (o *objects) Close() error {
+	return errors.Join(o.SallyportPrograms.Close(), o.SallyportMaps.Close())
 }
 
 // Open loads the programs, or adopts what is pinned under cfg.Dir: maps keep their contents, links

@@ -116,7 +116,7 @@ func (d *document) decodeSlice(n *yaml.Node, v reflect.Value, field string) {
 
 func decodeText(n *yaml.Node, into encoding.TextUnmarshaler) error {
 	if n.Kind != yaml.ScalarNode {
-		return faultf("", "want one value, got %s", kindOf(n))
+		return faultf("write one value, in quotes if it is odd", "want one value, got %s", kindOf(n))
 	}
 	err := into.UnmarshalText([]byte(n.Value))
 	if err == nil {

@@ -183,6 +183,7 @@ var wrongs = []wrong{
 	{"unknown binding", "bindings: [address]", "bindings: [tuple]", "tuple", "spec.bindings[0]", `"tuple" is not known`},
 	{"no sources", `sources: ["10.1.0.2", "10.1.0.0/24", "fd00:1::/64"]`, "sources: []", "sources: []", "spec.sources", "at least one"},
 	{"bad CIDR", `"10.1.0.0/24"`, `"10.1.0.0/33"`, "/33", "spec.sources[1]", "neither an IP address nor a prefix"},
+	{"mapping for a source", `"10.1.0.0/24"`, "{a: b}", "{a: b}", "spec.sources[1]", "want one value, got a mapping"},
 	{"CIDR with host bits", `"10.1.0.0/24"`, `"10.1.0.9/24"`, "/24", "spec.sources[1]", "bits set beyond"},
 	{"v4-mapped source", `"10.1.0.2"`, `"::ffff:10.1.0.2"`, "::ffff", "spec.sources[0]", "mapped into IPv6"},
 	{"v4-mapped CIDR", `"10.1.0.2"`, `"::ffff:10.1.0.0/120"`, "::ffff", "spec.sources[0]", "mapped into IPv6"},

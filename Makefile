@@ -1,0 +1,65 @@
+# Sallyport. `make help` lists the targets; what takes more than a line lives in tools/.
+
+PREFIX   ?= /usr/local
+TOTAL    ?= 1m
+COUNT    ?= 1
+IMAGE    ?= sallyport
+BINARIES := sallyport sallyport-agent sallyport-proxy sallyport-collector
+TOOLS    := $(CURDIR)/.tools
+
+# Tools that are not part of the module's own graph, each at one version.
+GOTESTSUM     := gotest.tools/gotestsum@v1.13.0
+GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test quick check generate fuzz bench image install uninstall clean help
+
+build: ## build the four static binaries into bin/
+	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
+
+demo: build ## show the main job on this machine, in namespaces of its own (root)
+	bin/sallyport demo
+
+test: ## run every test under the race detector (root; installs what it needs from Debian)
+	go run ./tools/needs test
+	go run ./tools/tests -runner $(GOTESTSUM) -- -race -timeout 40m -count $(COUNT) ./...
+
+quick: ## run every test once without the race detector
+	go test ./...
+
+check: ## format, vet, lint, import rules and the module file
+	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	go run $(GOLANGCI_LINT) run
+	go mod verify
+	go mod tidy -diff
+
+generate: ## regenerate what is generated, with the pinned clang and protoc (installs them from Debian)
+	go run ./tools/needs generate
+	GOBIN=$(TOOLS) go install google.golang.org/protobuf/cmd/protoc-gen-go
+	GOBIN=$(TOOLS) go install $(PROTOC_GRPC)
+	PATH="$(TOOLS):$$PATH" go generate ./bpf
+	PATH="$(TOOLS):$$PATH" go generate ./...
+
+fuzz: ## fuzz every target, TOTAL=1m in all
+	go run ./tools/fuzz -total $(TOTAL)
+
+bench: ## run every benchmark, BENCHTIME=1s each
+	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
+
+image: build ## build a container image with the four binaries and nothing else
+	docker build -t $(IMAGE) .
+
+install: build ## install binaries and systemd units (PREFIX, DESTDIR); starts nothing
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BINARIES:%=bin/%)
+	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system deploy/systemd/*.service
+
+uninstall: ## end enforcement, prove that nothing is left attached, and remove what install put there
+	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
+
+clean: ## remove what was built
+	rm -rf bin $(TOOLS)
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'

@@ -1,0 +1,111 @@
+// Package rules states which package may import what, and why, and holds the module to it.
+package rules
+
+// module is the path before every package of ours.
+const module = "github.com/sallyport-dev/sallyport/"
+
+// rule keeps an import to some packages. Patterns are import paths relative to the module where they
+// begin with ./, and a pattern that ends in /... stands for everything at and below it.
+type rule struct {
+	imports []string // what the rule is about
+	only    []string // who may import it; empty with except means nobody of these
+	not     []string // who may not; empty means everybody outside only
+	why     string
+}
+
+// rules bind everything but tests.
+var rules = []rule{
+	{
+		imports: []string{"./bpf"},
+		only:    []string{"./pkg/datapath"},
+		why:     "only datapath turns the kernel's bytes into values: a change of layout is a change in one package",
+	},
+	{
+		imports: []string{"github.com/cilium/ebpf/..."},
+		only:    []string{"./bpf", "./pkg/datapath", "./tools/...", "./test/..."},
+		why:     "programs, maps and links have one owner, or nobody knows what is attached",
+	},
+	{
+		imports: []string{"github.com/vishvananda/netlink/...", "github.com/vishvananda/netns"},
+		only:    []string{"./pkg/px", "./pkg/datapath", "./pkg/agent", "./cmd/...", "./test/..."},
+		why:     "the host's devices, rules and routes are touched in few places, so that it can be said what we change",
+	},
+	{
+		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./cmd/..."},
+		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant",
+	},
+	{
+		imports: []string{"google.golang.org/grpc/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity", "./pkg/devauthority", "./cmd/..."},
+		why:     "a package that does not speak to another process does not need the means to",
+	},
+	{
+		imports: []string{"github.com/spiffe/go-spiffe/v2/workloadapi", "github.com/spiffe/go-spiffe/v2/proto/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority"},
+		why:     "whether an identity is fresh is judged in one place",
+	},
+	{
+		imports: []string{"github.com/spiffe/go-spiffe/v2/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/collector", "./pkg/client", "./pkg/policy", "./cmd/..."},
+		why:     "identities are proven by TLS at the edges; the rest handles their names",
+	},
+	{
+		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/workloadapi"},
+		not:     []string{"./pkg/policy"},
+		why:     "policy compares names of identities and proves none",
+	},
+	{
+		imports: []string{"modernc.org/sqlite/...", "database/sql"},
+		only:    []string{"./pkg/store", "./pkg/collector"},
+		why:     "what has to survive a crash is written by two packages that are tested for it",
+	},
+	{
+		imports: []string{"github.com/spf13/cobra", "flag"},
+		only:    []string{"./cmd/...", "./tools/..."},
+		why:     "packages take a Config; only commands read flags",
+	},
+	{
+		imports: []string{"github.com/prometheus/..."},
+		only:    []string{"./pkg/agent", "./pkg/collector", "./cmd/..."},
+		why:     "metrics are shown by the processes that serve them",
+	},
+	{
+		imports: []string{"./pkg/api", "./pkg/flow", "./pkg/policy"},
+		not:     []string{"./pkg/store"},
+		why:     "the store keeps bytes in order; what they mean can change without it",
+	},
+	{
+		imports: []string{"net", "net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
+		not:     []string{"./pkg/flow", "./pkg/policy", "./pkg/grant"},
+		why:     "pure packages decide on values alone, so that agent, proxy and CLI come to the same answer",
+	},
+	{
+		imports: []string{"./pkg/agent"},
+		only:    []string{"./cmd/sallyport-agent"},
+		why:     "the reconciler ties everything together and nothing hangs on it",
+	},
+	{
+		imports: []string{"./pkg/devauthority"},
+		only:    []string{"./cmd/sallyport"},
+		why:     "a certificate authority for demonstrations must not be within reach of the agent or the proxy",
+	},
+	{
+		imports: []string{"./pkg/policy", "./pkg/datapath", "./pkg/grant"},
+		not:     []string{"./pkg/identity", "./pkg/px"},
+		why:     "who a peer is does not depend on what it may do",
+	},
+	{
+		imports: []string{"./test/...", "testing"},
+		only:    []string{"./test/..."},
+		why:     "nothing that is shipped depends on what tests need",
+	},
+	{
+		imports: []string{"./tools/..."},
+		only:    []string{},
+		why:     "tools are run, not imported",
+	},
+}
+
+// homeless are package names that say nothing about what is inside.
+var homeless = []string{"util", "utils", "common", "helper", "helpers", "types", "models", "constants", "misc", "shared", "base"}

@@ -1,0 +1,107 @@
+// Command needs installs what a make target needs from Debian's packages, and says so. What is
+// already there is left alone.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// need is one thing that has to be on the machine: a command or a file (a pattern with a slash), and
+// the Debian packages that bring it.
+type need struct {
+	what, why string
+	packages  []string
+}
+
+var needs = map[string][]need{
+	"test": {
+		{"gcc", "the race detector links with it", []string{"gcc", "libc6-dev"}},
+		{"bpftool", "tests read the maps as an operator does", []string{"bpftool"}},
+		{"nft", "tests put a firewall into the node", []string{"nftables"}},
+		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
+	},
+	"generate": {
+		{"clang-16", "the one compiler of bpf/", []string{"clang-16", "llvm-16"}},
+		{"/usr/include/bpf/bpf_helpers.h", "headers of bpf/", []string{"libbpf-dev"}},
+		{"/usr/include/linux/bpf.h", "headers of bpf/", []string{"linux-libc-dev"}},
+		{"protoc", "the compiler of pkg/api", []string{"protobuf-compiler"}},
+	},
+}
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "needs:", err)
+		os.Exit(1)
+	}
+}
+
+func run(targets []string) error {
+	var packages []string
+	for _, t := range targets {
+		list, ok := needs[t]
+		if !ok {
+			return fmt.Errorf("unknown target %q", t)
+		}
+		for _, n := range list {
+			if there(n.what) {
+				continue
+			}
+			fmt.Printf("needs: %s is not here (%s); installing %s\n", n.what, n.why, strings.Join(n.packages, ", "))
+			packages = append(packages, n.packages...)
+		}
+	}
+	if len(packages) == 0 {
+		return nil
+	}
+	return install(slices.Compact(slices.Sorted(slices.Values(packages))))
+}
+
+func there(what string) bool {
+	if !strings.Contains(what, "/") {
+		_, err := exec.LookPath(what)
+		return err == nil || sbin(what)
+	}
+	found, err := filepath.Glob(what)
+	return err == nil && len(found) > 0
+}
+
+// sbin looks where administrators' commands are, which may not be in PATH.
+func sbin(command string) bool {
+	_, err := os.Stat(filepath.Join("/usr/sbin", command))
+	return err == nil
+}
+
+// install asks for fresh package lists only when the present ones do not do.
+func install(packages []string) error {
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return fmt.Errorf("no apt-get on this machine: install %s by hand", strings.Join(packages, ", "))
+	}
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("not root: run apt-get install %s", strings.Join(packages, " "))
+	}
+	args := append([]string{"install", "-y", "--no-install-recommends"}, packages...)
+	first := apt(args...)
+	if first == nil {
+		return nil
+	}
+	if err := apt("update"); err != nil {
+		return errors.Join(first, err)
+	}
+	return apt(args...)
+}
+
+func apt(args ...string) error {
+	cmd := exec.Command("apt-get", args...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("run apt-get %s: %w", args[0], err)
+	}
+	return nil
+}
