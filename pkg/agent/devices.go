@@ -59,12 +59,19 @@ func matches(patterns []string, name string) bool {
 
 // hookPlan is what makes the hooks follow the devices.
 type hookPlan struct {
-	attach []datapath.Device // in the order in which to do it: loopback, pods, uplinks
-	detach []int             // devices that are gone
+	attach []hookWant // in the order in which to do it: loopback, pods, uplinks
+	detach []int      // devices that are gone
 }
 
-// planHooks compares the hooks that are there with the devices that should have them. A device that changed its name may
-// have changed its role: it is attached again. One that is ignored from now on keeps its hooks: a hole needs a restart.
+// hookWant is a device that should have hooks; fresh says that it has none of its role yet.
+type hookWant struct {
+	datapath.Device
+	fresh bool
+}
+
+// planHooks compares the hooks that are there with the devices that should have them. A device that has hooks is attached
+// again too, which changes nothing, unless it is another device that took over the number. One that is ignored from now on
+// keeps its hooks: to open a hole takes more than a name.
 func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 	hooked := make(map[int]datapath.Role, len(have))
 	for _, d := range have {
@@ -76,9 +83,9 @@ func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 	present := make(map[int]bool, len(links))
 	for _, l := range links {
 		present[l.ifindex] = true
-		role, ok := c.role(l)
-		if ok && hooked[l.ifindex] != role {
-			plan.attach = append(plan.attach, datapath.Device{Name: l.name, Ifindex: l.ifindex, Role: role})
+		if role, ok := c.role(l); ok {
+			dev := datapath.Device{Name: l.name, Ifindex: l.ifindex, Role: role}
+			plan.attach = append(plan.attach, hookWant{dev, hooked[l.ifindex] != role})
 		}
 	}
 	for _, d := range have {
@@ -86,7 +93,7 @@ func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 			plan.detach = append(plan.detach, d.Ifindex)
 		}
 	}
-	slices.SortStableFunc(plan.attach, func(a, b datapath.Device) int { return rank(a.Role) - rank(b.Role) })
+	slices.SortStableFunc(plan.attach, func(a, b hookWant) int { return rank(a.Role) - rank(b.Role) })
 	return plan
 }
 
@@ -159,8 +166,10 @@ func (d *devices) sync() error {
 		return err
 	}
 	plan := planHooks(d.datapath.Devices(), links, d.classify)
-	for _, dev := range plan.attach {
-		d.attach(dev)
+	moved := len(plan.detach) > 0
+	for _, want := range plan.attach {
+		d.attach(want)
+		moved = moved || want.fresh
 	}
 	for _, ifindex := range plan.detach {
 		if err := d.datapath.Detach(ifindex); err != nil {
@@ -168,20 +177,21 @@ func (d *devices) sync() error {
 		}
 	}
 	d.reportHoles(links)
-	if len(plan.attach)+len(plan.detach) > 0 {
+	if moved {
 		d.changed()
 	}
 	return nil
 }
 
-func (d *devices) attach(dev datapath.Device) {
-	err := d.datapath.Attach(dev.Ifindex, dev.Role)
-	if err == nil {
-		d.log.Info("device hooked", "device", dev.Name, "ifindex", dev.Ifindex, "role", dev.Role)
-	} else {
-		err = fmt.Errorf("hook %s (ifindex %d) as %s: %w", dev.Name, dev.Ifindex, dev.Role, err)
+func (d *devices) attach(w hookWant) {
+	err := d.datapath.Attach(w.Ifindex, w.Role)
+	switch {
+	case err != nil:
+		err = fmt.Errorf("hook %s (ifindex %d) as %s: %w", w.Name, w.Ifindex, w.Role, err)
+	case w.fresh:
+		d.log.Info("device hooked", "device", w.Name, "ifindex", w.Ifindex, "role", w.Role)
 	}
-	d.problems.report(problemDevice, dev.Name, err)
+	d.problems.report(problemDevice, w.Name, err)
 }
 
 // errIgnored is the standing problem of a device that configuration leaves open.

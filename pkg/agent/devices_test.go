@@ -34,27 +34,25 @@ func TestClassify(t *testing.T) {
 
 func TestPlanHooks(t *testing.T) {
 	links := []link{{"eth0", 2, false}, {"lo", 1, true}, {"veth1", 3, false}, {"px0", 9, false}, {"dummy0", 6, false}}
+	lo := datapath.Device{Name: "lo", Ifindex: 1, Role: datapath.RoleLo}
+	veth1 := datapath.Device{Name: "veth1", Ifindex: 3, Role: datapath.RolePod}
+	eth0 := datapath.Device{Name: "eth0", Ifindex: 2, Role: datapath.RoleUplink}
 	first := planHooks(nil, links, testClassifier)
-	want := []datapath.Device{
-		{Name: "lo", Ifindex: 1, Role: datapath.RoleLo},
-		{Name: "veth1", Ifindex: 3, Role: datapath.RolePod},
-		{Name: "eth0", Ifindex: 2, Role: datapath.RoleUplink},
-	}
-	if !reflect.DeepEqual(first.attach, want) || first.detach != nil {
+	if want := []hookWant{{lo, true}, {veth1, true}, {eth0, true}}; !reflect.DeepEqual(first.attach, want) || first.detach != nil {
 		t.Fatalf("first: %+v", first)
 	}
-	have := append(want, datapath.Device{Name: "px0", Ifindex: 9, Role: datapath.RolePx0},
-		datapath.Device{Name: "px1", Ifindex: 2, Role: datapath.RolePx1})
-	if again := planHooks(have, links, testClassifier); again.attach != nil || again.detach != nil {
+	have := []datapath.Device{lo, veth1, eth0, {Name: "px0", Ifindex: 9, Role: datapath.RolePx0},
+		{Name: "px1", Ifindex: 2, Role: datapath.RolePx1}, {Name: "lo", Ifindex: 1, Role: datapath.RolePx1}}
+	again := planHooks(have, links, testClassifier)
+	if want := []hookWant{{lo, false}, {veth1, false}, {eth0, false}}; !reflect.DeepEqual(again.attach, want) || again.detach != nil {
 		t.Errorf("nothing changed, but: %+v", again)
 	}
+	have = append(have, datapath.Device{Name: "veth7", Ifindex: 7, Role: datapath.RolePod})
 	links = []link{{"eth0", 2, false}, {"lo", 1, true}, {"uplink1", 3, false}, {"px0", 9, false}, {"veth2", 12, false}}
-	changed := planHooks(append(have, datapath.Device{Name: "veth7", Ifindex: 7, Role: datapath.RolePod}), links, testClassifier)
-	wantAttach := []datapath.Device{
-		{Name: "veth2", Ifindex: 12, Role: datapath.RolePod},
-		{Name: "uplink1", Ifindex: 3, Role: datapath.RoleUplink},
-	}
-	if !reflect.DeepEqual(changed.attach, wantAttach) || !reflect.DeepEqual(changed.detach, []int{7}) {
+	changed := planHooks(have, links, testClassifier)
+	want := []hookWant{{lo, false}, {datapath.Device{Name: "veth2", Ifindex: 12, Role: datapath.RolePod}, true},
+		{eth0, false}, {datapath.Device{Name: "uplink1", Ifindex: 3, Role: datapath.RoleUplink}, true}}
+	if !reflect.DeepEqual(changed.attach, want) || !reflect.DeepEqual(changed.detach, []int{7}) {
 		t.Errorf("changed: %+v", changed)
 	}
 }
