@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -18,6 +19,8 @@ import (
 )
 
 func main() {
+	// Work in px is done on threads that end afterwards. The main thread cannot end, so it takes no part.
+	runtime.LockOSThread()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}

@@ -90,7 +90,7 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 			continue
 		}
 		state := p.State // what ended already keeps its cause
-		if open(p) {
+		if isOpen(p) {
 			state = e.path
 		}
 		if err := g.datapath.EndPath(p.Slot, state); err != nil {

@@ -70,7 +70,7 @@ func planPaths(active []live, paths []datapath.PathStatus, now time.Duration) pa
 	}
 	for _, left := range byGrant {
 		for _, p := range left {
-			if open(p) {
+			if isOpen(p) {
 				plan.orphans = append(plan.orphans, p)
 			} else {
 				plan.idle = append(plan.idle, p.Slot)
@@ -81,8 +81,8 @@ func planPaths(active []live, paths []datapath.PathStatus, now time.Duration) pa
 	return plan
 }
 
-// open tells whether a slot admits packets, or is about to.
-func open(p datapath.PathStatus) bool {
+// isOpen tells whether a slot admits packets, or is about to.
+func isOpen(p datapath.PathStatus) bool {
 	return p.State == datapath.PathActive || p.State == datapath.PathPending
 }
 

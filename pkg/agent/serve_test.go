@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -21,9 +22,14 @@ import (
 const callerEnv = "SALLYPORT_TEST_CALL"
 
 func TestMain(m *testing.M) {
+	// A thread that entered a namespace ends with its goroutine; the main thread cannot end, and would stay there.
+	runtime.LockOSThread()
 	if socket := os.Getenv(callerEnv); socket != "" {
 		fmt.Println(callStatus(context.Background(), socket))
 		return
+	}
+	if command := os.Getenv(agentEnv); command != "" {
+		os.Exit(runAgentProcess(command))
 	}
 	os.Exit(m.Run())
 }
