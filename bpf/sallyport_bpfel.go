@@ -63,7 +63,7 @@ type SallyportSpEvent struct {
 	ClientPort      uint16
 	ServerPort      uint16
 	Protocol        uint32
-	Hook            uint32
+	Hook            SallyportSpHook
 	Ifindex         uint32
 	ServiceId       uint32
 	Slot            uint32
@@ -102,7 +102,7 @@ type SallyportSpFlow struct {
 	Slot            uint32
 	Epoch           uint32
 	ServiceId       uint32
-	Hook            uint32
+	Hook            SallyportSpHook
 	Ifindex         uint32
 	Flags           uint32
 	Ended           SallyportSpReason
@@ -125,6 +125,15 @@ type SallyportSpFlowKey struct {
 	Protocol   uint32
 }
 
+type SallyportSpHook uint32
+
+const (
+	SallyportSpHookSP_HOOK_NONE SallyportSpHook = 0
+	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
+	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
+	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+)
+
 type SallyportSpLease struct {
 	_       structs.HostLayout
 	UntilNs uint64
@@ -132,7 +141,7 @@ type SallyportSpLease struct {
 
 type SallyportSpLeg struct {
 	_         structs.HostLayout
-	Hook      uint32
+	Hook      SallyportSpHook
 	Ifindex   uint32
 	ServiceId uint32
 	Flags     uint32
@@ -159,7 +168,7 @@ const (
 
 type SallyportSpOrigin struct {
 	_       structs.HostLayout
-	Hook    uint32
+	Hook    SallyportSpHook
 	Ifindex uint32
 }
 
@@ -207,7 +216,7 @@ type SallyportSpPathRef struct {
 
 type SallyportSpPathStatus struct {
 	_     structs.HostLayout
-	State uint32
+	State SallyportSpState
 }
 
 type SallyportSpPorts struct {
@@ -274,7 +283,7 @@ type SallyportSpSequence struct {
 type SallyportSpService struct {
 	_          structs.HostLayout
 	Id         uint32
-	Target     uint32
+	Target     SallyportSpTarget
 	Ifindex    uint32
 	Generation uint32
 	Name       [32]int8
@@ -287,6 +296,25 @@ type SallyportSpServiceKey struct {
 	Protocol uint16
 	Pad      uint32
 }
+
+type SallyportSpState uint32
+
+const (
+	SallyportSpStateSP_PATH_FREE    SallyportSpState = 0
+	SallyportSpStateSP_PATH_PENDING SallyportSpState = 1
+	SallyportSpStateSP_PATH_ACTIVE  SallyportSpState = 2
+	SallyportSpStateSP_PATH_REVOKED SallyportSpState = 3
+	SallyportSpStateSP_PATH_EXPIRED SallyportSpState = 4
+	SallyportSpStateSP_PATH_SPENT   SallyportSpState = 5
+)
+
+type SallyportSpTarget uint32
+
+const (
+	SallyportSpTargetSP_TARGET_NONE SallyportSpTarget = 0
+	SallyportSpTargetSP_TARGET_HOST SallyportSpTarget = 1
+	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
+)
 
 type SallyportSpVerdict uint32
 

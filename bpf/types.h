@@ -37,7 +37,7 @@ enum sp_hook {
 	SP_HOOK_LO = 3,		/* ingress of lo: host service, client on the node */
 };
 
-enum sp_path_state {
+enum sp_state {
 	SP_PATH_FREE = 0,
 	SP_PATH_PENDING = 1,
 	SP_PATH_ACTIVE = 2,
@@ -130,7 +130,7 @@ struct sp_path {
 
 /* State of a path slot. One store ends every flow of the path. */
 struct sp_path_status {
-	enum sp_path_state state;
+	enum sp_state state;
 };
 
 struct sp_flow_key {

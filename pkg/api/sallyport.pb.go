@@ -438,6 +438,7 @@ type LossRecord struct {
 	Count         uint64                 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"` // how many flow records are missing
 	From          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
 	To            *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
+	AtMost        bool                   `protobuf:"varint,6,opt,name=at_most,json=atMost,proto3" json:"at_most,omitempty"` // count is an upper bound: the node lost power
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -507,10 +508,19 @@ func (x *LossRecord) GetTo() *timestamppb.Timestamp {
 	return nil
 }
 
-// Entry is one sequenced record of one class.
+func (x *LossRecord) GetAtMost() bool {
+	if x != nil {
+		return x.AtMost
+	}
+	return false
+}
+
+// Entry is one sequenced record of one class. Every record that a node produces takes one number, from
+// 1 on, per (node, epoch, class). A LossRecord takes as many numbers as it counts and stands at the last
+// of them, so that there are no gaps and the last number is delivered plus lost.
 type Entry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"` // from 1, no gaps, per (node, epoch, class)
+	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
 	// Types that are valid to be assigned to Record:
 	//
 	//	*Entry_Flow
@@ -1027,6 +1037,7 @@ type StoredFlow struct {
 	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
 	Received      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=received,proto3" json:"received,omitempty"`
 	Flow          *FlowRecord            `protobuf:"bytes,5,opt,name=flow,proto3" json:"flow,omitempty"`
+	Class         Class                  `protobuf:"varint,6,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"` // opens of bypassed flows are critical
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1094,6 +1105,13 @@ func (x *StoredFlow) GetFlow() *FlowRecord {
 		return x.Flow
 	}
 	return nil
+}
+
+func (x *StoredFlow) GetClass() Class {
+	if x != nil {
+		return x.Class
+	}
+	return Class_CLASS_UNSPECIFIED
 }
 
 type StoredGrantEvent struct {
@@ -1179,6 +1197,7 @@ type StoredLoss struct {
 	Class         Class                  `protobuf:"varint,3,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
 	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
 	Loss          *LossRecord            `protobuf:"bytes,5,opt,name=loss,proto3" json:"loss,omitempty"`
+	Received      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=received,proto3" json:"received,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1244,6 +1263,13 @@ func (x *StoredLoss) GetSeq() uint64 {
 func (x *StoredLoss) GetLoss() *LossRecord {
 	if x != nil {
 		return x.Loss
+	}
+	return nil
+}
+
+func (x *StoredLoss) GetReceived() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Received
 	}
 	return nil
 }
@@ -3083,14 +3109,15 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x10\n" +
 	"\x03why\x18\v \x01(\tR\x03why\x12\x1a\n" +
 	"\benvelope\x18\f \x01(\fR\benvelope\x12\x18\n" +
-	"\asigners\x18\r \x03(\tR\asigners\"\xaa\x01\n" +
+	"\asigners\x18\r \x03(\tR\asigners\"\xc3\x01\n" +
 	"\n" +
 	"LossRecord\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x14\n" +
 	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x14\n" +
 	"\x05count\x18\x03 \x01(\x04R\x05count\x12.\n" +
 	"\x04from\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
-	"\x02to\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\"\xc7\x01\n" +
+	"\x02to\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x12\x17\n" +
+	"\aat_most\x18\x06 \x01(\bR\x06atMost\"\xc7\x01\n" +
 	"\x05Entry\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x124\n" +
 	"\x04flow\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.FlowRecordH\x00R\x04flow\x126\n" +
@@ -3121,27 +3148,29 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x0eCollectorFrame\x127\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1b.sallyport.v1alpha1.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x03ack\x18\x02 \x01(\v2\x17.sallyport.v1alpha1.AckH\x00R\x03ackB\a\n" +
-	"\x05frame\"\xb4\x01\n" +
+	"\x05frame\"\xe5\x01\n" +
 	"\n" +
 	"StoredFlow\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x126\n" +
 	"\breceived\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x122\n" +
-	"\x04flow\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.FlowRecordR\x04flow\"\xbc\x01\n" +
+	"\x04flow\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.FlowRecordR\x04flow\x12/\n" +
+	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\"\xbc\x01\n" +
 	"\x10StoredGrantEvent\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x126\n" +
 	"\breceived\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x124\n" +
-	"\x05event\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.GrantEventR\x05event\"\xad\x01\n" +
+	"\x05event\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.GrantEventR\x05event\"\xe5\x01\n" +
 	"\n" +
 	"StoredLoss\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12/\n" +
 	"\x05class\x18\x03 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
 	"\x03seq\x18\x04 \x01(\x04R\x03seq\x122\n" +
-	"\x04loss\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.LossRecordR\x04loss\"\xdd\x02\n" +
+	"\x04loss\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.LossRecordR\x04loss\x126\n" +
+	"\breceived\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\xdd\x02\n" +
 	"\tFlowQuery\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x1a\n" +
@@ -3392,61 +3421,63 @@ var file_sallyport_proto_depIdxs = []int32{
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	41, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	41, // 19: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
-	2,  // 20: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
-	0,  // 21: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
-	3,  // 22: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	41, // 23: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	41, // 24: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	41, // 25: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	41, // 26: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
-	18, // 27: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	42, // 28: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	40, // 29: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	21, // 30: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	41, // 31: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	42, // 32: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	24, // 33: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	41, // 34: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	41, // 35: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	27, // 36: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	27, // 37: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	27, // 38: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	41, // 39: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 40: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	36, // 41: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	37, // 42: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	7,  // 43: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 44: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 45: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 46: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 47: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 48: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 49: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	26, // 50: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	29, // 51: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	31, // 52: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	33, // 53: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	35, // 54: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	38, // 55: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 56: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 57: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 58: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 59: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 60: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 61: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	25, // 62: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	28, // 63: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	30, // 64: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	32, // 65: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	34, // 66: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 67: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	39, // 68: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	56, // [56:69] is the sub-list for method output_type
-	43, // [43:56] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
+	41, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
+	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
+	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
+	41, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	41, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	41, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	41, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	41, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
+	42, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	40, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	41, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	42, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	24, // 35: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	41, // 36: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	41, // 37: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	27, // 38: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	27, // 39: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	27, // 40: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	41, // 41: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,  // 42: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	36, // 43: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	37, // 44: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	7,  // 45: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 46: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 47: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 48: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 49: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 50: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 51: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	26, // 52: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	29, // 53: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	31, // 54: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	33, // 55: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	35, // 56: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	38, // 57: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 58: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 59: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 60: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 61: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 62: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 63: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	25, // 64: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	28, // 65: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	30, // 66: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	32, // 67: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	34, // 68: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 69: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	39, // 70: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	58, // [58:71] is the sub-list for method output_type
+	45, // [45:58] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }

@@ -1,0 +1,240 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netns"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+)
+
+// attachment is one link of one program; its pin has the name of its key.
+type attachment struct {
+	hook
+	link    link.Link
+	ifindex int
+	device  string
+	role    Role
+}
+
+// hook is a program and the place in a device's chain that it belongs to.
+type hook struct {
+	name   string
+	prog   *ebpf.Program
+	attach ebpf.AttachType
+}
+
+func (d *Datapath) hooks(role Role) []hook {
+	in, out := ebpf.AttachTCXIngress, ebpf.AttachTCXEgress
+	switch role {
+	case RoleLo:
+		return []hook{{"sp_lo_in", d.objs.SpLoIn, in}}
+	case RolePx0:
+		return []hook{{"sp_px0_in", d.objs.SpPx0In, in}}
+	case RolePx1:
+		return []hook{{"sp_px1_in", d.objs.SpPx1In, in}}
+	case rolePxLo:
+		return []hook{{"sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", d.objs.SpPxLoOut, out}}
+	default:
+		return []hook{{"sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", d.objs.SpDevOut, out}}
+	}
+}
+
+// rolePxLo is lo of the px namespace.
+const rolePxLo Role = "pxlo"
+
+// Attach hooks a device of the current network namespace, or adopts its pinned links and gives them
+// this version's programs. Attaching twice is harmless.
+func (d *Datapath) Attach(ifindex int, role Role) error {
+	return d.attach(ifindex, role, fmt.Sprint(ifindex))
+}
+
+func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
+	dev, err := net.InterfaceByIndex(ifindex)
+	if err != nil {
+		return fmt.Errorf("find device %d: %w", ifindex, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, h := range d.hooks(role) {
+		key := h.name + "-" + suffix // bpffs takes no dots
+		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
+			a.role, a.device = role, dev.Name
+			d.devices[key] = a
+			continue
+		} else if ok {
+			closeLink(a.link)
+			delete(d.devices, key)
+		}
+		l, err := d.linkHook(h, ifindex, filepath.Join(linksDir(d.cfg.Dir), key))
+		if err != nil {
+			return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
+		}
+		d.devices[key] = attachment{h, l, ifindex, dev.Name, role}
+	}
+	return nil
+}
+
+// linkHook adopts the pinned link or makes one at the head of the chain. The link is pinned before
+// anything relies on it.
+func (d *Datapath) linkHook(h hook, ifindex int, pin string) (link.Link, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err == nil && linkedTo(l, ifindex) {
+		return l, updateLink(l, h.prog)
+	}
+	if err == nil { // its device is gone
+		closeLink(l)
+		if err := os.Remove(pin); err != nil {
+			return nil, fmt.Errorf("remove stale pin: %w", err)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open pinned link: %w", err)
+	}
+	l, err = link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: h.prog, Attach: h.attach, Anchor: link.Head()})
+	if err != nil {
+		return nil, err
+	}
+	if err := l.Pin(pin); err != nil {
+		closeLink(l)
+		return nil, fmt.Errorf("pin link: %w", err)
+	}
+	return l, nil
+}
+
+// linkedTo says whether a link is still attached to the device; a link whose device went away has
+// ifindex 0.
+func linkedTo(l link.Link, ifindex int) bool {
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	tcx := info.TCX()
+	return tcx != nil && int(tcx.Ifindex) == ifindex
+}
+
+// updateLink gives an adopted link this version's program, unless it has the same code already.
+func updateLink(l link.Link, prog *ebpf.Program) error {
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("read link: %w", err)
+	}
+	want, err := prog.Info()
+	if err != nil {
+		return fmt.Errorf("read program: %w", err)
+	}
+	old, err := ebpf.NewProgramFromID(info.Program)
+	if err == nil {
+		defer old.Close()
+		if have, err := old.Info(); err == nil && have.Tag == want.Tag {
+			return nil
+		}
+	}
+	if err := l.Update(prog); err != nil {
+		return fmt.Errorf("update link: %w", err)
+	}
+	return nil
+}
+
+// AttachPx hooks px0 in the current namespace, and px1 and lo in the px namespace.
+func (d *Datapath) AttachPx() error {
+	if err := d.attach(d.cfg.Px0, RolePx0, "px"); err != nil {
+		return err
+	}
+	return inNetns(d.cfg.PxNetns, func() error {
+		px1, err := net.InterfaceByName("px1")
+		if err != nil {
+			return fmt.Errorf("find px1: %w", err)
+		}
+		if err := d.setPx1(px1.Index); err != nil {
+			return err
+		}
+		if err := d.attach(px1.Index, RolePx1, "px"); err != nil {
+			return err
+		}
+		return d.attach(1, rolePxLo, "px")
+	})
+}
+
+func (d *Datapath) setPx1(ifindex int) error {
+	var c bpf.Config
+	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
+		return fmt.Errorf("read configuration: %w", err)
+	}
+	c.Px1Ifindex = uint32(ifindex)
+	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
+		return fmt.Errorf("write configuration: %w", err)
+	}
+	return nil
+}
+
+// inNetns runs f on a thread of its own in the namespace. The thread ends with it if it cannot come
+// back.
+func inNetns(path string, f func() error) error {
+	target, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("open namespace %s: %w", path, err)
+	}
+	defer target.Close()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the runtime ends the thread with the goroutine
+		if err := netns.Set(target); err != nil {
+			done <- fmt.Errorf("enter namespace %s: %w", path, err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// Detach forgets a device that is gone and removes its pins. Links of a device that is still there
+// are detached.
+func (d *Datapath) Detach(ifindex int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for key, a := range d.devices {
+		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {
+			continue
+		}
+		closeLink(a.link)
+		delete(d.devices, key)
+		if err := os.Remove(filepath.Join(linksDir(d.cfg.Dir), key)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove pin: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Devices lists what is hooked, by role and name.
+func (d *Datapath) Devices() []Device {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	byKey := map[string]Device{}
+	for _, a := range d.devices {
+		role := a.role
+		if role == rolePxLo {
+			role = RolePx1
+		}
+		id := fmt.Sprintf("%s/%s", role, a.device)
+		dev := byKey[id]
+		dev.Name, dev.Ifindex, dev.Role = a.device, a.ifindex, role
+		dev.Programs = append(dev.Programs, a.name)
+		slices.Sort(dev.Programs)
+		byKey[id] = dev
+	}
+	var out []Device
+	for _, id := range slices.Sorted(maps.Keys(byKey)) {
+		out = append(out, byKey[id])
+	}
+	return out
+}

@@ -1,0 +1,255 @@
+// Package datapath loads, attaches and pins the programs, and keeps their tables: the only package
+// that knows kernel bytes.
+package datapath
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+)
+
+// schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
+const schema = 1
+
+// ErrLayout says that what is pinned has a layout that this version cannot read.
+var ErrLayout = errors.New("unknown map layout")
+
+// Config says where the datapath lives.
+type Config struct {
+	// Dir is the pin directory below a bpffs mount. All pins are in Dir/v1.
+	Dir string
+	// PxNetns is the file of the px namespace, Px0 the ifindex of px0 in the host namespace.
+	PxNetns string
+	Px0     int
+	// ListenPort is the port of the proxy's transparent listeners in px.
+	ListenPort uint16
+	// MaxFlows, MaxLegs and MaxPaths size the tables of a new datapath; 0 is the default. An
+	// adopted one keeps its sizes.
+	MaxFlows, MaxLegs, MaxPaths uint32
+	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
+	MaxTTL time.Duration
+	Logger *slog.Logger
+}
+
+// Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
+// goroutines.
+type Datapath struct {
+	cfg     Config
+	objs    objects
+	table   *ebpf.MapSpec // of the inner services map
+	adopted bool
+
+	mu       sync.Mutex // guards what follows
+	devices  map[string]attachment
+	services []Service
+	rows     int
+	gen      uint32
+	free     []uint32 // free path slots, last used first
+	live     map[uint32]Path
+}
+
+// objects are the programs and maps, without the variables that only keep types in the BTF.
+type objects struct {
+	bpf.SallyportPrograms
+	bpf.SallyportMaps
+}
+
+func (o *objects) Close() error {
+	return errors.Join(o.SallyportPrograms.Close(), o.SallyportMaps.Close())
+}
+
+// Open loads the programs, or adopts what is pinned under cfg.Dir: maps keep their contents, links
+// stay where they are. It attaches nothing new. It returns ErrBPFFS or ErrLayout for what it cannot
+// work with, and then has changed nothing.
+func Open(cfg Config) (*Datapath, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := checkBPFFS(cfg.Dir); err != nil {
+		return nil, err
+	}
+	if err := checkVersions(cfg.Dir); err != nil {
+		return nil, err
+	}
+	spec, err := bpf.LoadSallyport()
+	if err != nil {
+		return nil, fmt.Errorf("read programs: %w", err)
+	}
+	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, live: map[uint32]Path{}}
+	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(mapsDir(cfg.Dir), 0o700); err != nil {
+		return nil, fmt.Errorf("make pin directory: %w", err)
+	}
+	if err := os.MkdirAll(linksDir(cfg.Dir), 0o700); err != nil {
+		return nil, fmt.Errorf("make pin directory: %w", err)
+	}
+	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapsDir(cfg.Dir)}}
+	if err := spec.LoadAndAssign(&d.objs, opts); err != nil {
+		if errors.Is(err, ebpf.ErrMapIncompatible) {
+			return nil, fmt.Errorf("%w: %s: uninstall with the version that made it", ErrLayout, err)
+		}
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	if err := d.restore(); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Adopted says whether Open found a datapath and went on with it.
+func (d *Datapath) Adopted() bool { return d.adopted }
+
+// Close frees the handles of this process. Pinned programs go on enforcing.
+func (d *Datapath) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for _, a := range d.devices {
+		errs = append(errs, a.link.Close())
+	}
+	d.devices = map[string]attachment{}
+	return errors.Join(append(errs, d.objs.Close())...)
+}
+
+func version(dir string) string  { return filepath.Join(dir, fmt.Sprintf("v%d", schema)) }
+func mapsDir(dir string) string  { return filepath.Join(version(dir), "maps") }
+func linksDir(dir string) string { return filepath.Join(version(dir), "links") }
+
+// checkVersions refuses a directory that holds the pins of another layout: two datapaths on one
+// node would fight for its devices.
+func checkVersions(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read pin directory: %w", err)
+	}
+	for _, e := range entries {
+		if name := e.Name(); name != filepath.Base(version(dir)) && strings.HasPrefix(name, "v") {
+			return fmt.Errorf("%w: %s: uninstall with the version that made it", ErrLayout, filepath.Join(dir, name))
+		}
+	}
+	return nil
+}
+
+// prepareMaps pins every map by its name, gives it the configured size or the size of the pinned one,
+// and leaves the services empty: what is pinned there must not be overwritten by a template.
+func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error) {
+	sizes := map[string]uint32{
+		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths,
+	}
+	for name, m := range spec.Maps {
+		if !strings.HasPrefix(name, "sp_") {
+			delete(spec.Maps, name) // the section that keeps types in the BTF
+			continue
+		}
+		m.Contents = nil
+		if name == "sp_table" {
+			continue
+		}
+		m.Pinning = ebpf.PinByName
+		if sizes[name] != 0 {
+			m.MaxEntries = sizes[name]
+		}
+		pinned, err := ebpf.LoadPinnedMap(filepath.Join(mapsDir(cfg.Dir), name), nil)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return false, fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		m.MaxEntries = pinned.MaxEntries()
+		pinned.Close()
+		adopted = true
+	}
+	return adopted, nil
+}
+
+// restore fills an empty configuration and reads what an adopted datapath holds.
+func (d *Datapath) restore() error {
+	var c bpf.Config
+	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
+		return fmt.Errorf("read configuration: %w", err)
+	}
+	if c.Schema != 0 && c.Schema != schema {
+		return fmt.Errorf("%w: pinned schema %d, this version reads %d", ErrLayout, c.Schema, schema)
+	}
+	if err := d.writeConfig(c); err != nil {
+		return err
+	}
+	if err := d.restoreServices(); err != nil {
+		return err
+	}
+	return d.restorePaths()
+}
+
+// writeConfig keeps the secrets of an adopted configuration: packets marked a moment ago are still
+// under way.
+func (d *Datapath) writeConfig(c bpf.Config) error {
+	if c.Schema == 0 {
+		var r [22]byte
+		if _, err := rand.Read(r[:]); err != nil {
+			return fmt.Errorf("make secrets: %w", err)
+		}
+		c.Secret = [2]uint64{binary.NativeEndian.Uint64(r[0:]), binary.NativeEndian.Uint64(r[8:])}
+		copy(c.Stamp[:], r[16:])
+		c.Stamp[0] = c.Stamp[0]&0xfc | 0x02 // a local unicast address
+		c.Schema = schema
+	}
+	c.Px0Ifindex = uint32(d.cfg.Px0)
+	c.ListenPort = uint32(d.cfg.ListenPort)
+	c.MaxTtlNs = uint64(d.cfg.MaxTTL)
+	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
+		return fmt.Errorf("write configuration: %w", err)
+	}
+	return nil
+}
+
+// BootTime reads CLOCK_BOOTTIME: the clock of every deadline. It counts suspend and no clock step.
+func BootTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("clock_gettime(CLOCK_BOOTTIME): " + err.Error()) // cannot fail on Linux >= 2.6.39
+	}
+	return time.Duration(ts.Nano())
+}
+
+// Renew moves the dead-man lease to the given time from now. Without it nothing new is admitted.
+func (d *Datapath) Renew(lease time.Duration) error {
+	l := bpf.Lease{UntilNs: uint64(BootTime() + lease)}
+	if err := d.objs.SpLease.Put(uint32(0), &l); err != nil {
+		return fmt.Errorf("renew lease: %w", err)
+	}
+	return nil
+}
+
+// LeaseLeft says how long the lease still holds; negative when it has lapsed.
+func (d *Datapath) LeaseLeft() (time.Duration, error) {
+	var l bpf.Lease
+	if err := d.objs.SpLease.Lookup(uint32(0), &l); err != nil {
+		return 0, fmt.Errorf("read lease: %w", err)
+	}
+	return time.Duration(l.UntilNs) - BootTime(), nil
+}
+
+// closeLink is for error paths, where the first error is the one to tell.
+func closeLink(l link.Link) {
+	_ = l.Close()
+}

@@ -1,0 +1,97 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// ReadEvents hands over every record of both rings, in order within each ring, until ctx ends. f is
+// called from two goroutines.
+func (d *Datapath) ReadEvents(ctx context.Context, f EventFunc) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, ring := range []*ebpf.Map{d.objs.SpMustDeliver, d.objs.SpBestEffort} {
+		r, err := ringbuf.NewReader(ring)
+		if err != nil {
+			return fmt.Errorf("open ring: %w", err)
+		}
+		g.Go(func() error {
+			<-ctx.Done()
+			return r.Close()
+		})
+		g.Go(func() error { return d.readRing(r, f) })
+	}
+	return g.Wait()
+}
+
+func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
+	var rec ringbuf.Record
+	for {
+		if err := r.ReadInto(&rec); errors.Is(err, ringbuf.ErrClosed) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read ring: %w", err)
+		}
+		e, err := decodeEvent(rec.RawSample)
+		if err != nil {
+			return err
+		}
+		record := fromEvent(e)
+		if record.Service == "" {
+			record.Service = d.serviceAt(record.Server)
+		}
+		f(record)
+	}
+}
+
+func (d *Datapath) fromDeny(k *bpf.DenyKey, count uint64) flow.Record {
+	boot := BootTime()
+	server := netip.AddrPortFrom(fromAddr(k.Server), uint16(k.ServerPort))
+	return flow.Record{
+		Event: flow.EventDeny, Time: wall(boot), Boot: boot, CPU: -1, Verdict: flow.VerdictDenied,
+		Reason: flow.Reason(k.Reason), Protocol: "tcp", Client: netip.AddrPortFrom(fromAddr(k.Client), 0),
+		Server: server, Service: d.serviceAt(server), Count: count,
+	}
+}
+
+// Counters gives packets and bytes by reason. Unprotected packets are in none.
+func (d *Datapath) Counters() (map[flow.Reason]Counter, error) {
+	out := map[flow.Reason]Counter{}
+	for _, reason := range flow.Reasons() {
+		var perCPU []bpf.Counter
+		if err := d.objs.SpCounters.Lookup(uint32(reason), &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", reason, err)
+		}
+		var sum Counter
+		for _, c := range perCPU {
+			sum.Packets += c.Packets
+			sum.Bytes += c.Bytes
+		}
+		if sum != (Counter{}) {
+			out[reason] = sum
+		}
+	}
+	return out, nil
+}
+
+// Losses counts the records that did not fit into their ring.
+func (d *Datapath) Losses() (Losses, error) {
+	var perCPU []bpf.Sequence
+	if err := d.objs.SpSequence.Lookup(uint32(0), &perCPU); err != nil {
+		return Losses{}, fmt.Errorf("read sequences: %w", err)
+	}
+	var l Losses
+	for _, s := range perCPU {
+		l.MustDeliver += s.MustDeliverLost
+		l.BestEffort += s.BestEffortLost
+	}
+	return l, nil
+}

@@ -1,0 +1,191 @@
+package datapath
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// How long entries stay after their last packet.
+const (
+	closedFlowLinger = time.Second      // late packets of a closed flow still count for it
+	closedLegLinger  = 10 * time.Second // the proxy's last ACKs and its TIME_WAIT answers
+	openingLegLinger = 30 * time.Second // a SYN that nobody answered
+	idleLegLinger    = 15 * time.Minute // the proxy keeps live legs busy with keepalives every 15 s
+	denyLinger       = 2 * time.Second
+)
+
+// entries reads a whole hash map in batches.
+func entries[K, V any](m *ebpf.Map) ([]K, []V, error) {
+	var keys []K
+	var values []V
+	var k K
+	var v V
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		keys, values = append(keys, k), append(values, v)
+	}
+	if err := it.Err(); err != nil {
+		return nil, nil, fmt.Errorf("walk map: %w", err)
+	}
+	return keys, values, nil
+}
+
+// LiveFlows tells of every bypassed flow in the kernel, with its counters so far.
+func (d *Datapath) LiveFlows() ([]flow.Record, error) {
+	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	if err != nil {
+		return nil, err
+	}
+	var out []flow.Record
+	for i := range keys {
+		path, _, err := d.pathOf(&flows[i])
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, fromFlow(&keys[i], &flows[i], &path, flow.EventUpdate, flow.ReasonPathLive))
+	}
+	return out, nil
+}
+
+// Sweep removes what is over: bypassed flows that closed or whose path ended, legs of closed or dead
+// connections, and denials not yet told. It returns the final records of the flows. The kernel never
+// relies on it.
+func (d *Datapath) Sweep() ([]flow.Record, error) {
+	out, err := d.sweepFlows()
+	if err != nil {
+		return out, err
+	}
+	denied, err := d.sweepDenies()
+	out = append(out, denied...)
+	if err != nil {
+		return out, err
+	}
+	return out, d.sweepLegs()
+}
+
+func (d *Datapath) sweepFlows() ([]flow.Record, error) {
+	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	if err != nil {
+		return nil, err
+	}
+	var out []flow.Record
+	for i := range keys {
+		path, reason, err := d.pathOf(&flows[i])
+		if err != nil {
+			return out, err
+		}
+		if reason = endOf(&flows[i], reason); reason == flow.ReasonNone {
+			continue
+		}
+		var last bpf.Flow
+		if err := d.objs.SpFlows.LookupAndDelete(&keys[i], &last); isMissing(err) {
+			continue // a SYN replaced it; the kernel told of it
+		} else if err != nil {
+			return out, fmt.Errorf("take flow: %w", err)
+		}
+		out = append(out, fromFlow(&keys[i], &last, &path, flow.EventClose, reason))
+	}
+	return out, nil
+}
+
+// endOf says why a flow is over, or NONE.
+func endOf(f *bpf.Flow, path flow.Reason) flow.Reason {
+	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
+	closed := f.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0 || f.Flags&fins == fins
+	switch {
+	case f.Ended != 0:
+		return flow.Reason(f.Ended)
+	case path != flow.ReasonPathLive:
+		return path
+	case closed && BootTime()-time.Duration(f.LastNs) > closedFlowLinger:
+		return flow.ReasonClosed
+	}
+	return flow.ReasonNone
+}
+
+// pathOf reads a flow's path, and why it no longer serves the flow (or PATH_LIVE).
+func (d *Datapath) pathOf(f *bpf.Flow) (bpf.Path, flow.Reason, error) {
+	var p bpf.Path
+	var s bpf.PathStatus
+	if err := d.objs.SpPaths.Lookup(f.Slot, &p); err != nil {
+		return p, 0, fmt.Errorf("read path %d: %w", f.Slot, err)
+	}
+	if err := d.objs.SpPathState.Lookup(f.Slot, &s); err != nil {
+		return p, 0, fmt.Errorf("read path state %d: %w", f.Slot, err)
+	}
+	return p, pathReason(p, PathState(s.State), f.Epoch), nil
+}
+
+// pathReason is sp_path_check in Go, for records and explanations.
+func pathReason(p bpf.Path, s PathState, epoch uint32) flow.Reason {
+	switch {
+	case p.Epoch != epoch:
+		return flow.ReasonPathStale
+	case s == PathRevoked:
+		return flow.ReasonPathRevoked
+	case s == PathSpent:
+		return flow.ReasonPathSpent
+	case s == PathExpired, s == PathActive && time.Duration(p.DeadlineNs) <= BootTime():
+		return flow.ReasonPathExpired
+	case s == PathActive:
+		return flow.ReasonPathLive
+	}
+	return flow.ReasonPathStale
+}
+
+func (d *Datapath) sweepLegs() error {
+	keys, legs, err := entries[bpf.LegKey, bpf.Leg](d.objs.SpLegs)
+	if err != nil {
+		return err
+	}
+	for i := range keys {
+		if !legOver(&legs[i]) {
+			continue
+		}
+		if err := d.objs.SpLegs.Delete(&keys[i]); err != nil && !isMissing(err) {
+			return fmt.Errorf("delete leg: %w", err)
+		}
+	}
+	return nil
+}
+
+func legOver(l *bpf.Leg) bool {
+	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
+	idle := BootTime() - time.Duration(l.LastNs)
+	switch {
+	case l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0, l.Flags&fins == fins:
+		return idle > closedLegLinger
+	case l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) == 0:
+		return idle > openingLegLinger
+	}
+	return idle > idleLegLinger
+}
+
+// sweepDenies tells of denials that followed a record within a second and then stopped.
+func (d *Datapath) sweepDenies() ([]flow.Record, error) {
+	keys, denies, err := entries[bpf.DenyKey, bpf.Deny](d.objs.SpDenies)
+	if err != nil {
+		return nil, err
+	}
+	var out []flow.Record
+	for i := range keys {
+		if BootTime()-time.Duration(denies[i].ReportedNs) < denyLinger {
+			continue
+		}
+		var last bpf.Deny
+		if err := d.objs.SpDenies.LookupAndDelete(&keys[i], &last); isMissing(err) {
+			continue
+		} else if err != nil {
+			return out, fmt.Errorf("take denial: %w", err)
+		}
+		if last.Pending > 0 {
+			out = append(out, d.fromDeny(&keys[i], last.Pending))
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,88 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cilium/ebpf/link"
+)
+
+// guardInterval is how soon a new link is held. A link that was never held is still held by its pin
+// and by the agent that made it.
+const guardInterval = 500 * time.Millisecond
+
+// HoldLinks keeps the descriptors of every pinned link, so that enforcement outlives the agent, its
+// pins and the bpffs. It calls held after each change, and returns when ctx ends. A link that was
+// detached on purpose (uninstall) is let go.
+func HoldLinks(ctx context.Context, dir string, log *slog.Logger, held func(n int)) error {
+	links := map[string]link.Link{}
+	defer func() {
+		for _, l := range links {
+			closeLink(l)
+		}
+	}()
+	tick := time.NewTicker(guardInterval)
+	defer tick.Stop()
+	known := -1
+	for {
+		if err := holdNew(dir, links, log); err != nil {
+			log.Error("look for links", "err", err)
+		}
+		dropDetached(links, log)
+		if len(links) != known {
+			known = len(links)
+			held(known)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+func holdNew(dir string, links map[string]link.Link, log *slog.Logger) error {
+	entries, err := os.ReadDir(linksDir(dir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read pins: %w", err)
+	}
+	for _, e := range entries {
+		l, err := link.LoadPinnedLink(filepath.Join(linksDir(dir), e.Name()), nil)
+		if err != nil {
+			return fmt.Errorf("open link %s: %w", e.Name(), err)
+		}
+		info, err := l.Info()
+		if err != nil {
+			closeLink(l)
+			return fmt.Errorf("read link %s: %w", e.Name(), err)
+		}
+		id := fmt.Sprintf("%s#%d", e.Name(), info.ID)
+		if _, ok := links[id]; ok {
+			closeLink(l)
+			continue
+		}
+		links[id] = l
+		log.Info("holding link", "link", id)
+	}
+	return nil
+}
+
+func dropDetached(links map[string]link.Link, log *slog.Logger) {
+	for id, l := range links {
+		info, err := l.Info()
+		if err != nil || info.TCX() == nil || info.TCX().Ifindex != 0 {
+			continue
+		}
+		closeLink(l)
+		delete(links, id)
+		log.Info("letting link go", "link", id, "why", "detached")
+	}
+}

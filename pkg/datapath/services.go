@@ -1,0 +1,264 @@
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+)
+
+const protocolTCP = 6
+
+type row struct {
+	key   bpf.ServiceKey
+	value bpf.Service
+}
+
+func rowsOf(services []Service, gen uint32) []row {
+	var rows []row
+	for _, s := range services {
+		addresses := s.Addresses
+		if s.Target == TargetHost {
+			addresses = []netip.Addr{netip.IPv6Unspecified()} // every local address
+		}
+		for _, a := range addresses {
+			for _, port := range s.Ports {
+				rows = append(rows, row{
+					bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: protocolTCP},
+					bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex),
+						Generation: gen, Name: toLabel(s.Name)},
+				})
+			}
+		}
+	}
+	return rows
+}
+
+// SetServices replaces the whole table in one step and returns its generation. The port bits and the
+// owners are set before the swap and cleared after it, so that at every moment they cover the table
+// in force. On an error before the swap the old table stands.
+func (d *Datapath) SetServices(services []Service) (uint32, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	gen := d.gen + 1
+	rows := rowsOf(services, gen)
+	inner, err := d.newTable(rows)
+	if err != nil {
+		return 0, err
+	}
+	defer inner.Close()
+	old, err := d.portBits()
+	if err != nil {
+		return 0, err
+	}
+	want := bitsOf(rows)
+	if err := d.writePorts(union(old, want)); err != nil {
+		return 0, err
+	}
+	if err := d.addOwners(rows); err != nil {
+		return 0, err
+	}
+	if err := d.objs.SpServices.Put(uint32(0), inner); err != nil {
+		return 0, fmt.Errorf("swap services: %w", err)
+	}
+	d.gen, d.rows, d.services = gen, len(rows), services
+	if err := d.writePorts(want); err != nil {
+		return gen, err
+	}
+	return gen, d.dropOwners(rows)
+}
+
+func (d *Datapath) newTable(rows []row) (*ebpf.Map, error) {
+	inner, err := ebpf.NewMap(d.table)
+	if err != nil {
+		return nil, fmt.Errorf("make services table: %w", err)
+	}
+	for _, r := range rows {
+		if err := inner.Update(&r.key, &r.value, ebpf.UpdateNoExist); err != nil {
+			inner.Close()
+			return nil, fmt.Errorf("add service %s at port %d: %w", fromLabel(r.value.Name), r.key.Port, err)
+		}
+	}
+	return inner, nil
+}
+
+type portBits [1024]bpf.Ports
+
+func bitsOf(rows []row) (b portBits) {
+	for _, r := range rows {
+		b[r.key.Port>>6].Bits |= 1 << (r.key.Port & 63)
+	}
+	return b
+}
+
+func union(a, b portBits) portBits {
+	for i := range a {
+		a[i].Bits |= b[i].Bits
+	}
+	return a
+}
+
+func (d *Datapath) portBits() (b portBits, err error) {
+	for i := range b {
+		if err := d.objs.SpPorts.Lookup(uint32(i), &b[i]); err != nil {
+			return b, fmt.Errorf("read port bits: %w", err)
+		}
+	}
+	return b, nil
+}
+
+func (d *Datapath) writePorts(want portBits) error {
+	have, err := d.portBits()
+	if err != nil {
+		return err
+	}
+	for i := range want {
+		if have[i] == want[i] {
+			continue
+		}
+		if err := d.objs.SpPorts.Put(uint32(i), &want[i]); err != nil {
+			return fmt.Errorf("write port bits: %w", err)
+		}
+	}
+	return nil
+}
+
+func (d *Datapath) addOwners(rows []row) error {
+	for _, r := range rows {
+		if err := d.objs.SpOwners.Put(&r.key.Address, &bpf.Owner{Target: uint32(r.value.Target)}); err != nil {
+			return fmt.Errorf("add owner: %w", err)
+		}
+	}
+	return nil
+}
+
+func (d *Datapath) dropOwners(rows []row) error {
+	keep := map[bpf.Addr]bool{}
+	for _, r := range rows {
+		keep[r.key.Address] = true
+	}
+	var stale []bpf.Addr
+	var a bpf.Addr
+	var o bpf.Owner
+	it := d.objs.SpOwners.Iterate()
+	for it.Next(&a, &o) {
+		if !keep[a] {
+			stale = append(stale, a)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read owners: %w", err)
+	}
+	for _, a := range stale {
+		if err := d.objs.SpOwners.Delete(&a); err != nil {
+			return fmt.Errorf("drop owner: %w", err)
+		}
+	}
+	return nil
+}
+
+// restoreServices reads the table of an adopted datapath.
+func (d *Datapath) restoreServices() error {
+	rows, err := d.pinnedRows()
+	if err != nil {
+		return err
+	}
+	byID := map[uint32]*Service{}
+	var order []uint32
+	for _, r := range rows {
+		d.gen = max(d.gen, r.value.Generation)
+		s := byID[r.value.Id]
+		if s == nil {
+			s = &Service{ID: r.value.Id, Name: fromLabel(r.value.Name), Target: Target(r.value.Target), Ifindex: int(r.value.Ifindex)}
+			byID[r.value.Id] = s
+			order = append(order, r.value.Id)
+		}
+		s.add(r.key)
+	}
+	for _, id := range order {
+		d.services = append(d.services, *byID[id])
+	}
+	d.rows = len(rows)
+	return nil
+}
+
+func (s *Service) add(k bpf.ServiceKey) {
+	for _, p := range s.Ports {
+		if p == k.Port {
+			k.Port = 0
+		}
+	}
+	if k.Port != 0 {
+		s.Ports = append(s.Ports, k.Port)
+	}
+	a := fromAddr(k.Address)
+	for _, have := range s.Addresses {
+		if have == a {
+			return
+		}
+	}
+	if s.Target == TargetPod {
+		s.Addresses = append(s.Addresses, a)
+	}
+}
+
+func (d *Datapath) pinnedRows() ([]row, error) {
+	var inner *ebpf.Map
+	err := d.objs.SpServices.Lookup(uint32(0), &inner)
+	if isMissing(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open services table: %w", err)
+	}
+	defer inner.Close()
+	var rows []row
+	var r row
+	it := inner.Iterate()
+	for it.Next(&r.key, &r.value) {
+		rows = append(rows, r)
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read services table: %w", err)
+	}
+	return rows, nil
+}
+
+// Services is the table in force, with the ids that live paths refer to.
+func (d *Datapath) Services() []Service {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return append([]Service(nil), d.services...)
+}
+
+// Generation counts the swaps of the services table, over restarts.
+func (d *Datapath) Generation() uint32 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.gen
+}
+
+// serviceAt names the service that a denied packet was for, if it is known.
+func (d *Datapath) serviceAt(dst netip.AddrPort) string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	name := ""
+	for _, s := range d.services {
+		for _, p := range s.Ports {
+			if p != dst.Port() {
+				continue
+			}
+			if s.Target == TargetHost && name == "" {
+				name = s.Name
+			}
+			for _, a := range s.Addresses {
+				if a == dst.Addr() {
+					return s.Name
+				}
+			}
+		}
+	}
+	return name
+}

@@ -1,0 +1,207 @@
+package grant
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/secure-systems-lab/go-securesystemslib/dsse"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// Bounds of an envelope.
+const (
+	// MaxEnvelope is the largest envelope that is looked at, in bytes.
+	MaxEnvelope   = 64 << 10
+	maxSignatures = 16
+)
+
+// Signer is somebody whose signature was verified.
+type Signer struct {
+	Person string `json:"person"`
+	KeyID  string `json:"keyId"`
+}
+
+// Verified is a payload with those who signed it, at least one.
+type Verified struct {
+	Payload Payload
+	Signers []Signer
+}
+
+// People lists the signers by name, each once.
+func (v Verified) People() []string {
+	names := make([]string, 0, len(v.Signers))
+	for _, s := range v.Signers {
+		names = append(names, s.Person)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// Facts are what policy looks at. nodeAddresses are the node's own.
+func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
+	p := v.Payload
+	return policy.GrantFacts{
+		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration,
+		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
+		Signers: v.People(), NodeAddresses: nodeAddresses,
+	}
+}
+
+// Sign puts a payload into a DSSE envelope, in JSON, signed by k. An invalid payload is not signed:
+// the error is that of Validate.
+func Sign(p Payload, k PrivateKey) ([]byte, error) {
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	body, err := p.canonical()
+	if err != nil {
+		return nil, fmt.Errorf("encode grant: %w", err)
+	}
+	sig, err := k.sign(dsse.PAE(PayloadType, body))
+	if err != nil {
+		return nil, err
+	}
+	return encode(dsse.Envelope{
+		PayloadType: PayloadType,
+		Payload:     base64.StdEncoding.EncodeToString(body),
+		Signatures:  []dsse.Signature{{KeyID: k.Public().ID(), Sig: base64.StdEncoding.EncodeToString(sig)}},
+	})
+}
+
+// Verify opens an envelope. At least one signature must be that of a key in the keyrings which has
+// not expired at now; a signature of an unknown or expired key beside it counts for nothing, and one
+// that does not verify under a known key spoils the envelope. The payload must be valid and in
+// canonical form. Whether the grant is due, for this node, and allowed is for CheckTime,
+// CheckAudience, CheckPolicy and policy.Set.CheckGrant to say.
+func Verify(envelope []byte, keys []policy.Keyring, now time.Time) (Verified, error) {
+	env, body, err := open(envelope)
+	if err != nil {
+		return Verified{}, err
+	}
+	signers, err := verifySignatures(env.Signatures, dsse.PAE(PayloadType, body), keys, now)
+	if err != nil {
+		return Verified{}, err
+	}
+	p, err := parsePayload(body)
+	if err != nil {
+		return Verified{}, err
+	}
+	return Verified{Payload: p, Signers: signers}, nil
+}
+
+// Peek reads the payload of an envelope without looking at its signatures. It is for showing what a
+// file says; nothing may be decided by it.
+func Peek(envelope []byte) (Payload, error) {
+	_, body, err := open(envelope)
+	if err != nil {
+		return Payload{}, err
+	}
+	return parsePayload(body)
+}
+
+// open takes an envelope apart. Its JSON must be what we would write, but for spaces: a key given
+// twice or in other letters would be read differently by other readers.
+func open(envelope []byte) (dsse.Envelope, []byte, error) {
+	const hint = "take the grant's file as `sallyport grant issue` wrote it"
+	var env dsse.Envelope
+	if len(envelope) > MaxEnvelope {
+		return env, nil, refuse("envelope", ErrMalformed, hint, "has %d bytes, the most is %d", len(envelope), MaxEnvelope)
+	}
+	if err := decodeStrict("envelope", envelope, &env); err != nil {
+		return env, nil, err
+	}
+	if env.PayloadType != PayloadType {
+		return env, nil, refuse("payloadType", ErrMalformed, hint, "want %s, got %q", PayloadType, env.PayloadType)
+	}
+	var compact bytes.Buffer
+	written, err := encode(env)
+	if err != nil || json.Compact(&compact, envelope) != nil || !bytes.Equal(compact.Bytes(), written) {
+		return env, nil, refuse("envelope", ErrNotCanonical, hint, "has a key twice, in other letters or with needless escapes")
+	}
+	body, err := decode64(env.Payload)
+	if err != nil {
+		return env, nil, refuse("payload", ErrMalformed, hint, "is not base64")
+	}
+	return env, body, nil
+}
+
+// decode64 takes the two base64 alphabets that DSSE allows.
+func decode64(s string) ([]byte, error) {
+	e := dsse.Envelope{Payload: s}
+	return e.DecodeB64Payload()
+}
+
+// knownKey is a key with its owner.
+type knownKey struct {
+	policy.Key
+	person string
+}
+
+func index(keyrings []policy.Keyring) map[string]knownKey {
+	out := map[string]knownKey{}
+	for _, r := range keyrings {
+		for _, p := range r.Spec.People {
+			for _, k := range p.Keys {
+				out[k.PublicKey.ID()] = knownKey{k, p.Name}
+			}
+		}
+	}
+	return out
+}
+
+// verifySignatures gives the signers, or what is wrong with each signature if there are none.
+func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyring, now time.Time) ([]Signer, error) {
+	if len(sigs) == 0 || len(sigs) > maxSignatures {
+		return nil, refuse("signatures", ErrMalformed, "sign it once with `sallyport grant issue`",
+			"has %d signatures, want 1 to %d", len(sigs), maxSignatures)
+	}
+	known := index(keys)
+	seen := map[string]bool{}
+	var signers []Signer
+	var uncounted []error
+	for i, s := range sigs {
+		field := fmt.Sprintf("signatures[%d]", i)
+		if seen[s.KeyID] {
+			return nil, refuse(field+".keyid", ErrMalformed, "remove one of them", "the key %q has signed twice", s.KeyID)
+		}
+		seen[s.KeyID] = true
+		signer, err := verifyOne(field, s, message, known, now)
+		switch {
+		case errors.Is(err, ErrUnknownKey) || errors.Is(err, ErrKeyExpired):
+			uncounted = append(uncounted, err)
+		case err != nil:
+			return nil, err
+		default:
+			signers = append(signers, signer)
+		}
+	}
+	if len(signers) == 0 {
+		return nil, errors.Join(uncounted...)
+	}
+	return signers, nil
+}
+
+func verifyOne(field string, s dsse.Signature, message []byte, known map[string]knownKey, now time.Time) (Signer, error) {
+	key, ok := known[s.KeyID]
+	if !ok {
+		return Signer{}, refuse(field+".keyid", ErrUnknownKey, "add the public key to a Keyring, or sign with a key that is in one",
+			"no Keyring has the key %.80q", s.KeyID)
+	}
+	sig, err := decode64(s.Sig)
+	if err != nil || !key.PublicKey.Verify(message, sig) {
+		return Signer{}, refuse(field+".sig", ErrSignature, "issue the grant again: it was changed after it was signed",
+			"does not verify under the key %s of %s", s.KeyID, key.person)
+	}
+	if key.Expired(now) {
+		return Signer{}, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
+			"the key %s of %s ended at %s", s.KeyID, key.person, stamp(key.NotAfter))
+	}
+	return Signer{Person: key.person, KeyID: s.KeyID}, nil
+}

@@ -1,0 +1,107 @@
+// Package grant holds the signed permission to go around the proxy: its payload, its envelope and
+// the keys that sign it.
+package grant
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// PayloadType is the DSSE payload type of a grant.
+const PayloadType = "application/vnd.sallyport.grant.v1+json"
+
+// Errors that callers may match. Each comes inside a *policy.Error that names the field and the
+// next step.
+var (
+	ErrMalformed    = errors.New("malformed grant")
+	ErrUnknownField = errors.New("unknown field")
+	ErrTrailing     = errors.New("trailing data")
+	ErrNotCanonical = errors.New("not in canonical form")
+	ErrInvalid      = errors.New("invalid grant")
+	ErrSignature    = errors.New("signature does not verify")
+	ErrUnknownKey   = errors.New("unknown key")
+	ErrKeyExpired   = errors.New("key expired")
+	ErrNotYet       = errors.New("grant not valid yet")
+	ErrExpired      = errors.New("grant expired")
+	ErrAudience     = errors.New("grant for another node")
+	ErrPolicyDigest = errors.New("grant for another policy")
+)
+
+// Payload is what a grant says. All times are wall-clock times.
+type Payload struct {
+	ID        string // ULID, new for each grant
+	Requester string // who asked for it
+	Service   string // name of a protected service
+	Binding   string // what a path is bound to: policy.BindingAddress
+	Addresses []netip.Addr
+	Ports     []uint16 // of the service; empty: all of them
+	// NotBefore and NotAfter bound its activation, and no path lives past NotAfter.
+	NotBefore, NotAfter time.Time
+	// Duration of a path from its activation.
+	Duration     time.Duration
+	Reason       string
+	Ticket       string // may be empty
+	Audience     string // name of the one node that may activate it
+	PolicyDigest string // digest of the only policy set that it is for; may be empty
+}
+
+// NewID makes a grant id of the time and of randomness.
+func NewID(now time.Time) (string, error) {
+	id, err := ulid.New(ulid.Timestamp(now), ulid.DefaultEntropy())
+	if err != nil {
+		return "", fmt.Errorf("make grant id: %w", err)
+	}
+	return id.String(), nil
+}
+
+// CheckTime tells whether the grant may be activated at now: ErrNotYet or ErrExpired if not.
+func (p Payload) CheckTime(now time.Time) error {
+	if now.Before(p.NotBefore) {
+		return refuse("notBefore", ErrNotYet, "wait, or check the clock of the node",
+			"the grant is valid from %s, and now is %s", stamp(p.NotBefore), stamp(now))
+	}
+	if !now.Before(p.NotAfter) {
+		return refuse("notAfter", ErrExpired, "issue a new grant",
+			"the grant ended at %s, and now is %s", stamp(p.NotAfter), stamp(now))
+	}
+	return nil
+}
+
+// CheckAudience tells whether the grant is for the node: ErrAudience if not.
+func (p Payload) CheckAudience(node string) error {
+	if p.Audience != node {
+		return refuse("audience", ErrAudience, "activate it there, or issue one for this node",
+			"the grant is for the node %q, and this is %q", p.Audience, node)
+	}
+	return nil
+}
+
+// CheckPolicy tells whether the grant is for the policy set of that digest: ErrPolicyDigest if not.
+// A grant that names no digest is for any.
+func (p Payload) CheckPolicy(digest string) error {
+	if p.PolicyDigest != "" && p.PolicyDigest != digest {
+		return refuse("policyDigest", ErrPolicyDigest, "issue a new grant under the present policy",
+			"the grant is for the policy %.12s, and the node has %.12s", p.PolicyDigest, digest)
+	}
+	return nil
+}
+
+// Deadline is the end of a path that is opened at now: after Duration, at NotAfter at the latest.
+func (p Payload) Deadline(now time.Time) time.Time {
+	if end := now.Add(p.Duration); end.Before(p.NotAfter) {
+		return end
+	}
+	return p.NotAfter
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+func refuse(field string, sentinel error, hint, format string, args ...any) error {
+	return &policy.Error{Field: field, Msg: fmt.Sprintf(format, args...), Hint: hint, Err: sentinel}
+}

@@ -1,0 +1,116 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// BindingAddress binds a path to the addresses that its grant lists. It is the only binding of
+// this version, and an address proves nothing: that is why a policy must name it.
+const BindingAddress = "address"
+
+// MaxGrantDuration is the longest duration that any policy may allow.
+const MaxGrantDuration = 24 * time.Hour
+
+// BypassPolicy says who may ask for what bypass.
+type BypassPolicy struct {
+	TypeMeta `yaml:",inline"`
+	Metadata `json:"metadata" yaml:"metadata"`
+	Spec     BypassPolicySpec `json:"spec" yaml:"spec"`
+	// Source is where it was read.
+	Source Source `json:"-" yaml:"-"`
+}
+
+// BypassPolicySpec is what a BypassPolicy says.
+type BypassPolicySpec struct {
+	// Services are the protected services that a grant may name. Each must exist.
+	Services []string `json:"services" yaml:"services"`
+	// Bindings are what a path may be bound to: address, written out.
+	Bindings []string `json:"bindings" yaml:"bindings"`
+	// Sources are the client addresses that a grant may name.
+	Sources []AddressRange `json:"sources" yaml:"sources"`
+	// NodeAddresses lets a grant name one of the node's own addresses, loopback included. Such a
+	// path serves every process in the host namespace. The address must be in Sources as well.
+	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
+	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
+	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
+	// Signers are people of the keyrings. Any one of them may sign.
+	Signers []string `json:"signers" yaml:"signers"`
+	// RequireTicket refuses a grant without a ticket.
+	RequireTicket bool `json:"requireTicket,omitempty" yaml:"requireTicket,omitempty"`
+}
+
+func (p *BypassPolicy) validate(d *document) {
+	d.report("metadata.name", CheckName(p.Name))
+	d.checkList("spec.services", p.Spec.Services, "list the protected services that it is for")
+	d.checkList("spec.signers", p.Spec.Signers, "list the people who may sign its grants")
+	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
+	for i, b := range p.Spec.Bindings {
+		if b != BindingAddress {
+			d.report(fmt.Sprintf("spec.bindings[%d]", i), faultf("write address", "binding %q is not known", b))
+		}
+	}
+	p.validateSources(d)
+	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
+}
+
+func checkMaxDuration(v time.Duration) error {
+	const hint = "write a duration such as 15m"
+	switch {
+	case v <= 0:
+		return faultf(hint, "must be more than 0: every grant ends")
+	case v > MaxGrantDuration:
+		return faultf(hint, "%s is over the cap of %s", Duration{v}, Duration{MaxGrantDuration})
+	}
+	return nil
+}
+
+// checkList refuses an empty list, an empty entry and an entry given twice.
+func (d *document) checkList(field string, list []string, hint string) {
+	if len(list) == 0 {
+		d.report(field, faultf(hint, "needs at least one entry"))
+	}
+	seen := map[string]int{}
+	for i, s := range list {
+		at := fmt.Sprintf("%s[%d]", field, i)
+		if s == "" {
+			d.report(at, faultf(hint, "is empty"))
+		}
+		if before, dup := first(seen, s, i); dup {
+			d.report(at, faultf("remove one of them", "%q is already %s[%d]", s, field, before))
+		}
+	}
+}
+
+func (p *BypassPolicy) validateSources(d *document) {
+	if len(p.Spec.Sources) == 0 {
+		d.report("spec.sources", faultf("list the client addresses that a grant may name", "needs at least one entry"))
+	}
+	seen := map[netip.Prefix]int{}
+	for i, r := range p.Spec.Sources {
+		field := fmt.Sprintf("spec.sources[%d]", i)
+		d.report(field, p.checkSource(r))
+		if at, dup := first(seen, r.Prefix, i); dup {
+			d.report(field, faultf("remove one of them", "%s is already spec.sources[%d]", r, at))
+		}
+	}
+}
+
+func (p *BypassPolicy) checkSource(r AddressRange) error {
+	if !r.IsValid() {
+		return nil // already reported by the decoder
+	}
+	if r.Bits() == 0 {
+		return faultf("list the networks that clients are in", "%s means every address", r)
+	}
+	if r.IsSingleIP() || !r.Addr().IsUnspecified() {
+		if err := CheckAddress(r.Addr()); err != nil {
+			return err
+		}
+	}
+	if r.Addr().IsLoopback() && !p.Spec.NodeAddresses {
+		return faultf("remove it, or write nodeAddresses: true", "%s is loopback, which only nodeAddresses: true allows", r)
+	}
+	return nil
+}

@@ -1,0 +1,181 @@
+package policy
+
+import (
+	"path/filepath"
+	"reflect"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// AgentConfig is the configuration of the agent and of the proxy of one node. Its name is the name
+// of the node.
+type AgentConfig struct {
+	TypeMeta `yaml:",inline"`
+	Metadata `json:"metadata" yaml:"metadata"`
+	Spec     AgentConfigSpec `json:"spec" yaml:"spec"`
+}
+
+// AgentConfigSpec is what an AgentConfig says. Defaults stand behind each field.
+type AgentConfigSpec struct {
+	// TrustDomain of the node's identities, like example.org. It has no default.
+	TrustDomain string `json:"trustDomain" yaml:"trustDomain"`
+	// Resources is the directory of the set of resources: /etc/sallyport/resources.d.
+	Resources string `json:"resources" yaml:"resources"`
+	// StateDir keeps what must outlive a reboot: /var/lib/sallyport.
+	StateDir string `json:"stateDir" yaml:"stateDir"`
+	// RunDir keeps sockets and what does not outlive a reboot: /run/sallyport.
+	RunDir string `json:"runDir" yaml:"runDir"`
+	// BPFFS is a bpffs mount: /sys/fs/bpf. Sallyport pins below <bpffs>/sallyport.
+	BPFFS string `json:"bpffs" yaml:"bpffs"`
+	// WorkloadAPI is the socket that gives agent and proxy their identities:
+	// unix:///run/spire/sockets/agent.sock.
+	WorkloadAPI string `json:"workloadAPI" yaml:"workloadAPI"`
+	// Devices tells the node's devices apart.
+	Devices DevicesConfig `json:"devices" yaml:"devices"`
+	// Lease is how long the kernel admits new bypassed flows without a sign of life from the agent:
+	// 15s, from 2s to 60s.
+	Lease Duration `json:"lease" yaml:"lease"`
+	// Collector receives the records. Left out: they stay on the node.
+	Collector *CollectorConfig `json:"collector,omitempty" yaml:"collector,omitempty"`
+	// FlowBuffer is how many flow records are kept in memory while the collector is away: 65536.
+	FlowBuffer uint32 `json:"flowBuffer" yaml:"flowBuffer"`
+	// Metrics is the address that serves Prometheus metrics. Left out: none.
+	Metrics string `json:"metrics,omitempty" yaml:"metrics,omitempty"`
+	// Operators may use the agent's socket.
+	Operators OperatorsConfig `json:"operators" yaml:"operators"`
+	// Proxy configures the identity proxy.
+	Proxy ProxyConfig `json:"proxy" yaml:"proxy"`
+}
+
+// DevicesConfig tells devices apart by shell patterns of their names.
+type DevicesConfig struct {
+	// Pods are host-side devices of pods: veth*, cali*. Every other device is an uplink.
+	Pods []string `json:"pods" yaml:"pods"`
+	// Ignore are devices that are never hooked. Each is a hole, and is shown in status.
+	Ignore []string `json:"ignore,omitempty" yaml:"ignore,omitempty"`
+}
+
+// CollectorConfig says where the collector is, and who it must be.
+type CollectorConfig struct {
+	// Address is host:port.
+	Address string `json:"address" yaml:"address"`
+	// ID is the collector's SPIFFE ID: spiffe://<trustDomain>/sallyport/collector.
+	ID string `json:"id" yaml:"id"`
+}
+
+// OperatorsConfig lists who may use the agent's socket, by what the kernel says of the caller.
+type OperatorsConfig struct {
+	// UIDs are user ids: root alone.
+	UIDs []uint32 `json:"uids" yaml:"uids"`
+	// GIDs are group ids: none.
+	GIDs []uint32 `json:"gids,omitempty" yaml:"gids,omitempty"`
+}
+
+// ProxyConfig configures the identity proxy.
+type ProxyConfig struct {
+	// UID and GID are what it runs as: 65532. Not root.
+	UID uint32 `json:"uid" yaml:"uid"`
+	GID uint32 `json:"gid" yaml:"gid"`
+	// ListenPort is its port in the px namespace: 15001.
+	ListenPort uint16 `json:"listenPort" yaml:"listenPort"`
+	// MaxConnections it serves at a time: 10000.
+	MaxConnections uint32 `json:"maxConnections" yaml:"maxConnections"`
+	// HandshakeTimeout ends a client that proves no identity: 5s.
+	HandshakeTimeout Duration `json:"handshakeTimeout" yaml:"handshakeTimeout"`
+	// IdleTimeout ends a connection on which nothing is said: 1h.
+	IdleTimeout Duration `json:"idleTimeout" yaml:"idleTimeout"`
+	// DialTimeout ends a dial of the service: 5s.
+	DialTimeout Duration `json:"dialTimeout" yaml:"dialTimeout"`
+	// DrainTimeout is how long live connections have at a stop: 10s.
+	DrainTimeout Duration `json:"drainTimeout" yaml:"drainTimeout"`
+}
+
+// DefaultAgentConfig is the configuration of which nothing but the trust domain and the name of the
+// node is missing.
+func DefaultAgentConfig() AgentConfig {
+	return AgentConfig{
+		TypeMeta: TypeMeta{APIVersion: APIVersion, Kind: KindAgentConfig},
+		Spec: AgentConfigSpec{
+			Resources:   "/etc/sallyport/resources.d",
+			StateDir:    "/var/lib/sallyport",
+			RunDir:      "/run/sallyport",
+			BPFFS:       "/sys/fs/bpf",
+			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",
+			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
+			Lease:       Duration{15 * time.Second},
+			FlowBuffer:  65536,
+			Operators:   OperatorsConfig{UIDs: []uint32{0}},
+			Proxy: ProxyConfig{
+				UID: 65532, GID: 65532, ListenPort: 15001, MaxConnections: 10000,
+				HandshakeTimeout: Duration{5 * time.Second}, IdleTimeout: Duration{time.Hour},
+				DialTimeout: Duration{5 * time.Second}, DrainTimeout: Duration{10 * time.Second},
+			},
+		},
+	}
+}
+
+// ParseAgentConfig reads an agent's configuration: one AgentConfig, alone in its file. Defaults are
+// applied. name is the file name in errors. Every problem comes back at once, as errors.Join of
+// *Error.
+func ParseAgentConfig(name string, data []byte) (AgentConfig, error) {
+	p := &problems{}
+	config := DefaultAgentConfig()
+	for i, d := range documents(name, data, p) {
+		switch {
+		case i > 0:
+			d.report("", faultf("move it to the resources directory", "an AgentConfig is alone in its file"))
+		case d.kind() == KindAgentConfig:
+			d.decode(d.root, reflect.ValueOf(&config).Elem(), "")
+			config.validate(d)
+		default:
+			d.report("kind", faultf("write kind: AgentConfig; resources have a directory of their own",
+				"want AgentConfig, got %q", d.lookup("kind")))
+		}
+	}
+	if config.Name == "" && len(p.list) == 0 {
+		p.add(&Error{File: name, Msg: "is empty", Hint: "write an AgentConfig in it"})
+	}
+	if err := p.err(); err != nil {
+		return AgentConfig{}, err
+	}
+	return config, nil
+}
+
+// AgentSocket is the path of the operators' socket.
+func (c AgentConfig) AgentSocket() string { return filepath.Join(c.Spec.RunDir, "agent.sock") }
+
+// ProxySocket is the path of the socket that takes the proxy's records.
+func (c AgentConfig) ProxySocket() string { return filepath.Join(c.Spec.RunDir, "proxy.sock") }
+
+// PxPath is the path of the px namespace file.
+func (c AgentConfig) PxPath() string { return filepath.Join(c.Spec.RunDir, "px") }
+
+// PolicyFile is the path of the agent's last verified resources, which the proxy reads.
+func (c AgentConfig) PolicyFile() string { return filepath.Join(c.Spec.RunDir, "policy.yaml") }
+
+// LockFile is the path of the file that one agent holds locked.
+func (c AgentConfig) LockFile() string { return filepath.Join(c.Spec.RunDir, "agent.pid") }
+
+// PinDir is the directory below which Sallyport pins.
+func (c AgentConfig) PinDir() string { return filepath.Join(c.Spec.BPFFS, "sallyport") }
+
+// AgentID is the agent's SPIFFE ID. The configuration must have passed ParseAgentConfig.
+func (c AgentConfig) AgentID() spiffeid.ID { return c.id("agent", c.Name) }
+
+// ProxyID is the proxy's SPIFFE ID. The configuration must have passed ParseAgentConfig.
+func (c AgentConfig) ProxyID() spiffeid.ID { return c.id("proxy", c.Name) }
+
+// CollectorID is the SPIFFE ID that the collector must have. The configuration must have passed
+// ParseAgentConfig.
+func (c AgentConfig) CollectorID() spiffeid.ID {
+	if c.Spec.Collector != nil {
+		return spiffeid.RequireFromString(c.Spec.Collector.ID)
+	}
+	return c.id("collector")
+}
+
+func (c AgentConfig) id(segments ...string) spiffeid.ID {
+	td := spiffeid.RequireTrustDomainFromString(c.Spec.TrustDomain)
+	return spiffeid.RequireFromSegments(td, append([]string{"sallyport"}, segments...)...)
+}

@@ -1,0 +1,176 @@
+package policy_test
+
+import (
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+const goodConfig = `apiVersion: sallyport.dev/v1alpha1
+kind: AgentConfig
+metadata: {name: node-1}
+spec:
+  trustDomain: example.org
+  resources: /etc/sallyport/resources.d
+  stateDir: /var/lib/sallyport
+  runDir: /run/sallyport
+  bpffs: /sys/fs/bpf
+  workloadAPI: unix:///run/spire/sockets/agent.sock
+  devices: {pods: ["veth*", "cali*"], ignore: []}
+  lease: 15s
+  collector: {address: "10.9.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
+  flowBuffer: 65536
+  metrics: "127.0.0.1:9469"
+  operators: {uids: [0], gids: []}
+  proxy: {uid: 65532, gid: 65532, listenPort: 15001, maxConnections: 10000, handshakeTimeout: 5s, idleTimeout: 1h, dialTimeout: 5s, drainTimeout: 10s}
+`
+
+const shortConfig = `apiVersion: sallyport.dev/v1alpha1
+kind: AgentConfig
+metadata: {name: node-1}
+spec: {trustDomain: example.org}
+`
+
+func TestParseAgentConfig(t *testing.T) {
+	full, err := policy.ParseAgentConfig("agent.yaml", []byte(goodConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, err := policy.ParseAgentConfig("agent.yaml", []byte(shortConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The full one writes the defaults out, but for what has none.
+	want := full
+	want.Spec.Collector, want.Spec.Metrics = nil, ""
+	want.Spec.Devices.Ignore, want.Spec.Operators.GIDs = nil, nil
+	if !reflect.DeepEqual(short, want) {
+		t.Errorf("defaults are\n%+v\nwant\n%+v", short, want)
+	}
+	if full.Spec.Lease.Duration != 15*time.Second || full.Spec.Metrics != "127.0.0.1:9469" || full.Spec.Collector.Address != "10.9.0.1:9443" {
+		t.Errorf("full configuration is %+v", full)
+	}
+}
+
+func TestAgentConfigDefaultsAreFresh(t *testing.T) {
+	a := policy.DefaultAgentConfig()
+	a.Spec.Devices.Pods[0] = "changed"
+	if b := policy.DefaultAgentConfig(); b.Spec.Devices.Pods[0] == "changed" {
+		t.Error("two defaults share memory")
+	}
+}
+
+func TestAgentConfigNames(t *testing.T) {
+	c, err := policy.ParseAgentConfig("agent.yaml", []byte(shortConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for got, want := range map[string]string{
+		c.AgentSocket():          "/run/sallyport/agent.sock",
+		c.ProxySocket():          "/run/sallyport/proxy.sock",
+		c.PxPath():               "/run/sallyport/px",
+		c.PolicyFile():           "/run/sallyport/policy.yaml",
+		c.LockFile():             "/run/sallyport/agent.pid",
+		c.PinDir():               "/sys/fs/bpf/sallyport",
+		c.AgentID().String():     "spiffe://example.org/sallyport/agent/node-1",
+		c.ProxyID().String():     "spiffe://example.org/sallyport/proxy/node-1",
+		c.CollectorID().String(): "spiffe://example.org/sallyport/collector",
+	} {
+		if got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
+func TestAgentConfigCollectorIDHasADefault(t *testing.T) {
+	text := strings.Replace(goodConfig, `, id: "spiffe://example.org/sallyport/collector"`, "", 1)
+	c, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
+	if err != nil || c.Spec.Collector.ID != "spiffe://example.org/sallyport/collector" {
+		t.Errorf("got %+v, %v", c.Spec.Collector, err)
+	}
+}
+
+var wrongConfigs = []wrong{
+	{"syntax", "name: node-1}", "name: node-1", "name: node-1", "", "not valid YAML"},
+	{"unknown key", "lease: 15s", "leese: 15s", "leese", "spec.leese", "unknown key"},
+	{"unknown key of the proxy", "listenPort: 15001", "port: 15001", "proxy:", "spec.proxy.port", "unknown key"},
+	{"key twice", "lease: 15s", "lease: 15s\n  lease: 20s", "lease: 20s", "spec.lease", "given twice"},
+	{"another kind", "kind: AgentConfig", "kind: Keyring", "kind:", "kind", `want AgentConfig, got "Keyring"`},
+	{"no name", "metadata: {name: node-1}", "metadata: {}", "metadata", "metadata.name", "is missing"},
+	{"bad node name", "name: node-1", "name: Node_1", "Node_1", "metadata.name", "not the name of a node"},
+	{"no trust domain", "  trustDomain: example.org\n", "", "spec:", "spec.trustDomain", "is missing"},
+	{"trust domain as URI", "trustDomain: example.org", "trustDomain: spiffe://example.org", "spiffe", "spec.trustDomain", "not a trust domain"},
+	{"relative path", "stateDir: /var/lib/sallyport", "stateDir: var/lib", "stateDir", "spec.stateDir", "not such a path"},
+	{"path with dots", "runDir: /run/sallyport", "runDir: /run/../sallyport", "runDir", "spec.runDir", "not such a path"},
+	{"root as a path", "bpffs: /sys/fs/bpf", "bpffs: /", "bpffs", "spec.bpffs", "not such a path"},
+	{"socket without scheme", "unix:///run/spire", "/run/spire", "workloadAPI", "spec.workloadAPI", "not the address of a Unix socket"},
+	{"socket over TCP", "unix:///run/spire/sockets/agent.sock", "tcp://127.0.0.1:8081", "workloadAPI", "spec.workloadAPI", "not the address of a Unix socket"},
+	{"bad device pattern", `"veth*"`, `"veth["`, "veth[", "spec.devices.pods[0]", "not a pattern"},
+	{"everything ignored", "ignore: []", `ignore: ["*"]`, "ignore", "spec.devices.ignore[0]", "always hooked"},
+	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},
+	{"empty pattern ignored", "ignore: []", `ignore: [""]`, "ignore", "spec.devices.ignore[0]", "not a pattern"},
+	{"short lease", "lease: 15s", "lease: 1s", "lease", "spec.lease", "1s is not from 2s to 1m"},
+	{"long lease", "lease: 15s", "lease: 61s", "lease", "spec.lease", "1m1s is not from 2s to 1m"},
+	{"lease 0", "lease: 15s", "lease: 0s", "lease", "spec.lease", "0s is not from 2s"},
+	{"collector without port", "10.9.0.1:9443", "10.9.0.1", "collector", "spec.collector.address", "address to connect to"},
+	{"collector at port 0", "10.9.0.1:9443", "10.9.0.1:0", "collector", "spec.collector.address", "address to connect to"},
+	{"collector without host", "10.9.0.1:9443", ":9443", "collector", "spec.collector.address", "address to connect to"},
+	{"collector without address", `address: "10.9.0.1:9443", `, "", "collector", "spec.collector.address", "address to connect to"},
+	{"collector with a bad id", "spiffe://example.org/sallyport/collector", "collector", "collector", "spec.collector.id", "not a SPIFFE ID"},
+	{"collector that is a trust domain", "spiffe://example.org/sallyport/collector", "spiffe://example.org", "collector", "spec.collector.id", "not a SPIFFE ID"},
+	{"no flow buffer", "flowBuffer: 65536", "flowBuffer: 0", "flowBuffer", "spec.flowBuffer", "0 is not from 1"},
+	{"huge flow buffer", "flowBuffer: 65536", "flowBuffer: 99999999", "flowBuffer", "spec.flowBuffer", "is not from 1"},
+	{"negative flow buffer", "flowBuffer: 65536", "flowBuffer: -1", "flowBuffer", "spec.flowBuffer", "got -1"},
+	{"metrics without address", "127.0.0.1:9469", ":9469", "metrics", "spec.metrics", "address to listen on"},
+	{"metrics at port 0", "127.0.0.1:9469", "127.0.0.1:0", "metrics", "spec.metrics", "address to listen on"},
+	{"operator by name", "uids: [0]", "uids: [root]", "operators", "spec.operators.uids[0]", "want a whole number"},
+	{"proxy as root", "uid: 65532", "uid: 0", "proxy:", "spec.proxy.uid", "does not run as root"},
+	{"proxy in root's group", "gid: 65532", "gid: 0", "proxy:", "spec.proxy.gid", "root's group"},
+	{"proxy at port 0", "listenPort: 15001", "listenPort: 0", "proxy:", "spec.proxy.listenPort", "0 is not a port"},
+	{"no connections", "maxConnections: 10000", "maxConnections: 0", "proxy:", "spec.proxy.maxConnections", "0 is not from 1"},
+	{"no handshake time", "handshakeTimeout: 5s", "handshakeTimeout: 0s", "proxy:", "spec.proxy.handshakeTimeout", "0s is not from"},
+	{"no idle time", "idleTimeout: 1h", "idleTimeout: 0s", "proxy:", "spec.proxy.idleTimeout", "0s is not from"},
+	{"endless dial", "dialTimeout: 5s", "dialTimeout: 1h", "proxy:", "spec.proxy.dialTimeout", "1h is not from"},
+	{"negative drain", "drainTimeout: 10s", "drainTimeout: -1s", "proxy:", "spec.proxy.drainTimeout", "-1s is not from"},
+	{"second document", "drainTimeout: 10s}\n", "drainTimeout: 10s}\n---\nkind: Keyring\n", "kind: Keyring", "", "alone in its file"},
+}
+
+func TestParseAgentConfigWrong(t *testing.T) {
+	for _, w := range wrongConfigs {
+		t.Run(w.name, func(t *testing.T) {
+			if !strings.Contains(goodConfig, w.old) {
+				t.Fatalf("the good configuration does not have %q", w.old)
+			}
+			text := strings.Replace(goodConfig, w.old, w.new, 1)
+			c, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
+			if !reflect.DeepEqual(c, policy.AgentConfig{}) {
+				t.Error("a configuration came with the error")
+			}
+			checkOne(t, text, err, w)
+		})
+	}
+}
+
+func TestParseAgentConfigGivesAllErrors(t *testing.T) {
+	text := strings.NewReplacer("lease: 15s", "lease: 0s", "node-1", "", "flowBuffer: 65536", "buffer: 1").Replace(goodConfig)
+	_, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
+	var fields []string
+	for _, e := range policy.Errors(err) {
+		fields = append(fields, e.Field)
+	}
+	if want := []string{"metadata.name", "spec.lease", "spec.buffer"}; !slices.Equal(fields, want) {
+		t.Errorf("got errors about %v, want %v", fields, want)
+	}
+}
+
+func TestParseAgentConfigEmpty(t *testing.T) {
+	for _, text := range []string{"", "# nothing\n", "---\n"} {
+		if _, err := policy.ParseAgentConfig("agent.yaml", []byte(text)); err == nil || !strings.Contains(err.Error(), "is empty") {
+			t.Errorf("%q: got %v", text, err)
+		}
+	}
+}

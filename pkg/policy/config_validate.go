@@ -1,0 +1,163 @@
+package policy
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Bounds of what an AgentConfig may say.
+const (
+	minLease       = 2 * time.Second
+	maxLease       = 60 * time.Second
+	maxFlowBuffer  = 1 << 24
+	maxConnections = 1 << 20
+	maxTimeout     = 10 * time.Minute
+	maxIdle        = 7 * 24 * time.Hour
+)
+
+func (c *AgentConfig) validate(d *document) {
+	d.report("metadata.name", CheckNodeName(c.Name))
+	d.report("spec.trustDomain", checkTrustDomain(c.Spec.TrustDomain))
+	d.report("spec.resources", checkPath(c.Spec.Resources))
+	d.report("spec.stateDir", checkPath(c.Spec.StateDir))
+	d.report("spec.runDir", checkPath(c.Spec.RunDir))
+	d.report("spec.bpffs", checkPath(c.Spec.BPFFS))
+	d.report("spec.workloadAPI", checkSocket(c.Spec.WorkloadAPI))
+	d.report("spec.lease", checkRange(c.Spec.Lease, minLease, maxLease))
+	d.report("spec.flowBuffer", checkCount(c.Spec.FlowBuffer, maxFlowBuffer))
+	if c.Spec.Metrics != "" {
+		d.report("spec.metrics", checkListenAddress(c.Spec.Metrics))
+	}
+	c.validateDevices(d)
+	c.validateCollector(d)
+	c.Spec.Proxy.validate(d)
+}
+
+func (c *AgentConfig) validateDevices(d *document) {
+	for i, p := range c.Spec.Devices.Pods {
+		d.report(fmt.Sprintf("spec.devices.pods[%d]", i), checkDevicePattern(p))
+	}
+	for i, p := range c.Spec.Devices.Ignore {
+		d.report(fmt.Sprintf("spec.devices.ignore[%d]", i), checkIgnored(p))
+	}
+}
+
+func (c *AgentConfig) validateCollector(d *document) {
+	if c.Spec.Collector == nil {
+		return
+	}
+	d.report("spec.collector.address", checkDialAddress(c.Spec.Collector.Address))
+	if c.Spec.Collector.ID == "" {
+		c.Spec.Collector.ID = "spiffe://" + c.Spec.TrustDomain + "/sallyport/collector"
+	}
+	if d.isWrong("spec.trustDomain") {
+		return
+	}
+	id, err := spiffeid.FromString(c.Spec.Collector.ID)
+	if err != nil || id.Path() == "" {
+		d.report("spec.collector.id", faultf("write it like spiffe://example.org/sallyport/collector",
+			"%q is not a SPIFFE ID of a workload", c.Spec.Collector.ID))
+	}
+}
+
+func (p *ProxyConfig) validate(d *document) {
+	if p.UID == 0 {
+		d.report("spec.proxy.uid", faultf("name an unprivileged user id, like 65532", "the proxy does not run as root"))
+	}
+	if p.GID == 0 {
+		d.report("spec.proxy.gid", faultf("name an unprivileged group id, like 65532", "the proxy does not run in root's group"))
+	}
+	if p.ListenPort == 0 {
+		d.report("spec.proxy.listenPort", faultf("write a port from 1 to 65535", "0 is not a port"))
+	}
+	d.report("spec.proxy.maxConnections", checkCount(p.MaxConnections, maxConnections))
+	d.report("spec.proxy.handshakeTimeout", checkRange(p.HandshakeTimeout, 100*time.Millisecond, maxTimeout))
+	d.report("spec.proxy.dialTimeout", checkRange(p.DialTimeout, 100*time.Millisecond, maxTimeout))
+	d.report("spec.proxy.idleTimeout", checkRange(p.IdleTimeout, time.Second, maxIdle))
+	d.report("spec.proxy.drainTimeout", checkRange(p.DrainTimeout, 0, maxTimeout))
+}
+
+func checkTrustDomain(s string) error {
+	if s == "" {
+		return faultf("write the trust domain of the identities, like example.org", "is missing")
+	}
+	td, err := spiffeid.TrustDomainFromString(s)
+	if err != nil || td.Name() != s {
+		return faultf("write it like example.org, without spiffe:// and path", "%q is not a trust domain", s)
+	}
+	return nil
+}
+
+func checkPath(s string) error {
+	if !filepath.IsAbs(s) || filepath.Clean(s) != s || s == "/" {
+		return faultf("write an absolute path without . or .. or a slash at the end", "%q is not such a path", s)
+	}
+	return nil
+}
+
+func checkSocket(s string) error {
+	file, ok := strings.CutPrefix(s, "unix://")
+	if !ok || checkPath(file) != nil {
+		return faultf("write it like unix:///run/spire/sockets/agent.sock", "%q is not the address of a Unix socket", s)
+	}
+	return nil
+}
+
+func checkRange(v Duration, least, most time.Duration) error {
+	if v.Duration < least || v.Duration > most {
+		return faultf("write a duration in that range", "%s is not from %s to %s", v, Duration{least}, Duration{most})
+	}
+	return nil
+}
+
+func checkCount(v, most uint32) error {
+	if v == 0 || v > most {
+		return faultf("write a number in that range", "%d is not from 1 to %d", v, most)
+	}
+	return nil
+}
+
+func checkListenAddress(s string) error {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 {
+		return faultf("write an IP address and a port, like 127.0.0.1:9469", "%q is not an address to listen on", s)
+	}
+	return nil
+}
+
+func checkDialAddress(s string) error {
+	host, port, err := net.SplitHostPort(s)
+	n, portErr := strconv.ParseUint(port, 10, 16)
+	if err != nil || portErr != nil || host == "" || n == 0 || strings.ContainsAny(host, " \t/") {
+		return faultf("write a host and a port, like 10.9.0.1:9443", "%q is not an address to connect to", s)
+	}
+	return nil
+}
+
+func checkDevicePattern(p string) error {
+	if _, err := path.Match(p, ""); err != nil || p == "" {
+		return faultf("write a name or a shell pattern, like veth*", "%q is not a pattern", p)
+	}
+	return nil
+}
+
+// checkIgnored refuses a pattern that would leave out what enforcement cannot do without.
+func checkIgnored(p string) error {
+	if err := checkDevicePattern(p); err != nil {
+		return err
+	}
+	for _, needed := range []string{"lo", "px0", "px1"} {
+		if match, _ := path.Match(p, needed); match {
+			return faultf("write a narrower pattern", "%q matches %s, which is always hooked", p, needed)
+		}
+	}
+	return nil
+}

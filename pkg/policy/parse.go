@@ -1,0 +1,176 @@
+package policy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// maxFile is the largest file that is read, in bytes.
+const maxFile = 16 << 20
+
+// located is a resource with the document that it came from.
+type located[T any] struct {
+	*document
+	value T
+}
+
+// parser gathers the resources of one set.
+type parser struct {
+	problems
+	services []located[ProtectedService]
+	policies []located[BypassPolicy]
+	keyrings []located[Keyring]
+}
+
+// Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
+// name in errors. Every problem comes back at once, as errors.Join of *Error. A set without a
+// protected service is an error: it would protect nothing.
+func Parse(name string, data []byte) (*Set, error) {
+	p := &parser{}
+	p.read(name, data)
+	return p.set(name)
+}
+
+// set validates what was read as a whole. where is what an error about the whole names.
+func (p *parser) set(where string) (*Set, error) {
+	if len(p.services) == 0 && len(p.list) == 0 {
+		p.add(&Error{
+			File: where, Msg: "no ProtectedService: the set would protect nothing",
+			Hint: "name every file of the set together; to stop protecting a node, use `sallyport uninstall`",
+		})
+	}
+	sure := p.sureOfNames()
+	p.checkNames()
+	p.checkOverlaps()
+	p.checkPeople()
+	if sure {
+		p.checkReferences()
+	}
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return newSet(values(p.services), values(p.policies), values(p.keyrings)), nil
+}
+
+func values[T any](list []located[T]) []T {
+	out := make([]T, 0, len(list))
+	for _, l := range list {
+		out = append(out, l.value)
+	}
+	return out
+}
+
+func (p *parser) read(file string, data []byte) {
+	for _, d := range documents(file, data, &p.problems) {
+		p.resource(d)
+	}
+}
+
+// documents splits a file. A syntax error ends it, with what came before kept.
+func documents(file string, data []byte, p *problems) []*document {
+	if len(data) > maxFile {
+		p.add(&Error{File: file, Msg: fmt.Sprintf("has more than %d bytes", maxFile), Hint: "split it into several files"})
+		return nil
+	}
+	var out []*document
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	for {
+		var n yaml.Node
+		err := dec.Decode(&n)
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		if err != nil {
+			p.add(syntaxError(file, err))
+			return out
+		}
+		if len(n.Content) > 0 && !isEmpty(n.Content[0]) {
+			out = append(out, newDocument(file, n.Content[0], p))
+		}
+	}
+}
+
+// isEmpty reports whether nothing is between two document marks.
+func isEmpty(root *yaml.Node) bool {
+	return root.Kind == yaml.ScalarNode && root.Value == "" && root.Style == 0 && root.Anchor == ""
+}
+
+var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
+
+func syntaxError(file string, err error) *Error {
+	text := err.Error()
+	at := yamlLine.FindStringSubmatch(text)
+	e := &Error{File: file, Line: 1, Msg: text, Hint: "check indentation, quotes and brackets at this line and around it"}
+	if at != nil {
+		e.Msg = "not valid YAML: " + strings.TrimPrefix(text, at[0])
+		if n, err := strconv.Atoi(at[1]); err == nil {
+			e.Line = n
+		}
+	}
+	return e
+}
+
+// resource decodes and validates one document by its kind.
+func (p *parser) resource(d *document) {
+	switch d.kind() {
+	case "":
+	case KindProtectedService:
+		l := located[ProtectedService]{document: d}
+		l.value.Source = d.source()
+		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
+		l.value.validate(d)
+		p.services = append(p.services, l)
+	case KindBypassPolicy:
+		l := located[BypassPolicy]{document: d}
+		l.value.Source = d.source()
+		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
+		l.value.validate(d)
+		p.policies = append(p.policies, l)
+	case KindKeyring:
+		l := located[Keyring]{document: d}
+		l.value.Source = d.source()
+		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
+		l.value.validate(d)
+		p.keyrings = append(p.keyrings, l)
+	case KindAgentConfig:
+		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
+			"an AgentConfig is no part of a set of resources"))
+	default:
+		d.report("kind", faultf("known kinds: ProtectedService, BypassPolicy, Keyring", "kind %q is not known", d.kind()))
+	}
+}
+
+// kind reads what the document says it is, and reports if it does not say it rightly.
+func (d *document) kind() string {
+	if d.root.Kind != yaml.MappingNode {
+		d.report("", faultf("begin with apiVersion: "+APIVersion, "want a resource, got %s", kindOf(d.root)))
+		return ""
+	}
+	version, kind := d.lookup("apiVersion"), d.lookup("kind")
+	if version != APIVersion {
+		d.report("apiVersion", faultf("write apiVersion: "+APIVersion, "version %q is not known", version))
+	}
+	if kind == "" {
+		d.report("kind", faultf("write kind: ProtectedService, BypassPolicy or Keyring", "is missing"))
+	}
+	return kind
+}
+
+// lookup finds a text at the top of the document, and notes its line.
+func (d *document) lookup(key string) string {
+	for i := 0; i+1 < len(d.root.Content); i += 2 {
+		if k, v := d.root.Content[i], d.root.Content[i+1]; k.Value == key && v.Kind == yaml.ScalarNode {
+			d.lines[key] = k.Line
+			return v.Value
+		}
+	}
+	return ""
+}

@@ -1,0 +1,41 @@
+// Package policy holds Sallyport's resources, the rules that make a set of them valid, and the one
+// evaluator of access rules and grants.
+package policy
+
+import "fmt"
+
+// APIVersion is the version of every resource.
+const APIVersion = "sallyport.dev/v1alpha1"
+
+// Kinds of resources.
+const (
+	KindProtectedService = "ProtectedService"
+	KindBypassPolicy     = "BypassPolicy"
+	KindKeyring          = "Keyring"
+	KindAgentConfig      = "AgentConfig"
+)
+
+// TypeMeta says what a document is.
+type TypeMeta struct {
+	APIVersion string `json:"apiVersion" yaml:"apiVersion"`
+	Kind       string `json:"kind" yaml:"kind"`
+}
+
+// Metadata names a resource. A name is unique within its kind.
+type Metadata struct {
+	Name string `json:"name" yaml:"name"`
+}
+
+// Source is where a resource was read. It is no part of the resource itself.
+type Source struct {
+	File string
+	Line int
+}
+
+// String gives "file:line", and nothing for a resource that was not read from a file.
+func (s Source) String() string {
+	if s.File == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s:%d", s.File, s.Line)
+}

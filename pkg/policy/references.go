@@ -1,0 +1,125 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// checkNames reports two resources of one kind and name.
+func (p *parser) checkNames() {
+	checkUnique(p.services, func(s ProtectedService) string { return s.Name })
+	checkUnique(p.policies, func(b BypassPolicy) string { return b.Name })
+	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
+}
+
+func checkUnique[T any](list []located[T], name func(T) string) {
+	seen := map[string]int{}
+	for i, l := range list {
+		if at, dup := first(seen, name(l.value), i); dup {
+			l.report("metadata.name", faultf("rename or remove one of them",
+				"the name %q is already taken at %s", name(l.value), list[at].source()))
+		}
+	}
+}
+
+// endpoint is what only one protected service may claim. Host services have no address.
+type endpoint struct {
+	addr netip.Addr
+	port uint16
+}
+
+// checkOverlaps reports a port that two services claim at the same place.
+func (p *parser) checkOverlaps() {
+	seen := map[endpoint]int{}
+	for i, l := range p.services {
+		for j, port := range l.value.Spec.Ports {
+			for _, addr := range claimed(l.value) {
+				at, taken := first(seen, endpoint{addr, port}, i)
+				if !taken || at == i {
+					continue
+				}
+				other := p.services[at]
+				l.report(fmt.Sprintf("spec.ports[%d]", j), faultf("give the port to one service",
+					"port %d is already protected by %q at %s", port, other.value.Name, other.source()))
+			}
+		}
+	}
+}
+
+func claimed(s ProtectedService) []netip.Addr {
+	switch s.Spec.Target {
+	case TargetPod:
+		return s.Spec.Addresses
+	case TargetHost:
+		return []netip.Addr{{}}
+	}
+	return nil
+}
+
+// checkPeople reports a person or a key that is in the keyrings twice.
+func (p *parser) checkPeople() {
+	people, keys := map[string]string{}, map[string]string{}
+	for _, l := range p.keyrings {
+		for i, person := range l.value.Spec.People {
+			field := fmt.Sprintf("spec.people[%d]", i)
+			if other, taken := claim(people, person.Name, l.place(field+".name")); taken {
+				l.report(field+".name", faultf("list each person once, with all keys", "%q is already at %s", person.Name, other))
+			}
+			for j, key := range person.Keys {
+				at, id := fmt.Sprintf("%s.keys[%d].publicKey", field, j), key.PublicKey.ID()
+				if other, taken := claim(keys, id, l.place(at)); taken {
+					l.report(at, faultf("give each key to one person, once", "the key %s is already at %s", id, other))
+				}
+			}
+		}
+	}
+}
+
+// sureOfNames reports whether every name in the set could be read. If not, a reference that finds
+// nothing would only repeat that problem.
+func (p *parser) sureOfNames() bool {
+	return !slices.ContainsFunc(p.list, func(e *Error) bool {
+		return e.Field == "" || e.Field == "kind" || e.Field == "spec" ||
+			strings.HasPrefix(e.Field, "metadata") || strings.HasPrefix(e.Field, "spec.people")
+	})
+}
+
+// checkReferences reports a bypass policy for a service or a signer that does not exist.
+func (p *parser) checkReferences() {
+	services, people := map[string]bool{}, map[string]bool{}
+	for _, l := range p.services {
+		services[l.value.Name] = true
+	}
+	for _, l := range p.keyrings {
+		for _, person := range l.value.Spec.People {
+			people[person.Name] = true
+		}
+	}
+	for _, l := range p.policies {
+		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
+		l.checkKnown("spec.signers", l.value.Spec.Signers, people, "no Keyring has a person %q")
+	}
+}
+
+func (d *document) checkKnown(field string, names []string, known map[string]bool, format string) {
+	for i, name := range names {
+		if !known[name] {
+			d.report(fmt.Sprintf("%s[%d]", field, i), faultf(suggest(name, known), format, name))
+		}
+	}
+}
+
+func (d *document) place(field string) string {
+	return Source{File: d.file, Line: d.line(field)}.String()
+}
+
+// claim takes a name for a place, and gives the place of whoever had it before.
+func claim(taken map[string]string, name, place string) (string, bool) {
+	if other, ok := taken[name]; ok {
+		return other, true
+	}
+	taken[name] = place
+	return place, false
+}

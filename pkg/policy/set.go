@@ -1,0 +1,150 @@
+package policy
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"net/netip"
+	"slices"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Set is resources that were validated as a whole. It does not change. The nil set protects nothing
+// and allows nobody. Slices inside the resources that it hands out are shared: do not write to them.
+type Set struct {
+	services []ProtectedService
+	policies []BypassPolicy
+	keyrings []Keyring
+
+	yaml   []byte
+	digest string
+
+	byName map[string]int         // service index by name
+	byPod  map[netip.AddrPort]int // Pod services by address and port
+	byPort map[uint16]int         // Host services by port
+}
+
+func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring) *Set {
+	s := &Set{
+		services: services, policies: policies, keyrings: keyrings,
+		byName: map[string]int{}, byPod: map[netip.AddrPort]int{}, byPort: map[uint16]int{},
+	}
+	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
+	for i, svc := range s.services {
+		s.index(i, svc)
+	}
+	s.yaml = encode(s)
+	sum := sha256.Sum256(s.yaml)
+	s.digest = hex.EncodeToString(sum[:])
+	return s
+}
+
+func (s *Set) index(i int, svc ProtectedService) {
+	s.byName[svc.Name] = i
+	for _, port := range svc.Spec.Ports {
+		if svc.Spec.Target == TargetHost {
+			s.byPort[port] = i
+		}
+		for _, a := range svc.Spec.Addresses {
+			s.byPod[netip.AddrPortFrom(a, port)] = i
+		}
+	}
+}
+
+func encode(s *Set) []byte {
+	var b bytes.Buffer
+	enc := yaml.NewEncoder(&b)
+	enc.SetIndent(2)
+	for _, v := range s.services {
+		must(enc.Encode(v))
+	}
+	for _, v := range s.policies {
+		must(enc.Encode(v))
+	}
+	for _, v := range s.keyrings {
+		must(enc.Encode(v))
+	}
+	must(enc.Close())
+	return b.Bytes()
+}
+
+// must holds for writing values of our own types to memory, which has no way to go wrong.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// YAML is the canonical form: one document per resource, by kind and name. Parse(YAML()) gives a set
+// with the same YAML.
+func (s *Set) YAML() []byte {
+	if s == nil {
+		return nil
+	}
+	return bytes.Clone(s.yaml)
+}
+
+// Digest is the SHA-256 of YAML, in hex.
+func (s *Set) Digest() string {
+	if s == nil {
+		return ""
+	}
+	return s.digest
+}
+
+// Services lists the protected services by name.
+func (s *Set) Services() []ProtectedService {
+	if s == nil {
+		return nil
+	}
+	return slices.Clone(s.services)
+}
+
+// BypassPolicies lists the bypass policies by name.
+func (s *Set) BypassPolicies() []BypassPolicy {
+	if s == nil {
+		return nil
+	}
+	return slices.Clone(s.policies)
+}
+
+// Keyrings lists the keyrings by name.
+func (s *Set) Keyrings() []Keyring {
+	if s == nil {
+		return nil
+	}
+	return slices.Clone(s.keyrings)
+}
+
+// Service finds a protected service by its name.
+func (s *Set) Service(name string) (ProtectedService, bool) {
+	if s == nil {
+		return ProtectedService{}, false
+	}
+	i, ok := s.byName[name]
+	if !ok {
+		return ProtectedService{}, false
+	}
+	return s.services[i], true
+}
+
+// ServiceAt finds the protected service that a connection to dst is for: a Pod service of exactly
+// that address and port, else a Host service of that port. It takes dst for one of the node's
+// addresses where no pod has it.
+func (s *Set) ServiceAt(dst netip.AddrPort) (ProtectedService, bool) {
+	if s == nil {
+		return ProtectedService{}, false
+	}
+	i, ok := s.byPod[netip.AddrPortFrom(dst.Addr().Unmap().WithZone(""), dst.Port())]
+	if !ok {
+		i, ok = s.byPort[dst.Port()]
+	}
+	if !ok {
+		return ProtectedService{}, false
+	}
+	return s.services[i], true
+}

@@ -1,0 +1,111 @@
+package store
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// countFile is one page, mapped shared: what is written to it is there for the next process, however
+// this one ends. The page is written whole when it is made, so that a full disk cannot take it away.
+type countFile struct{ page []byte }
+
+const (
+	countMagic = "SPLYCNT1"
+	countSize  = 4096
+
+	offEpoch  = 8
+	offBoot   = 40
+	offSeq    = 128
+	offFlow   = 136
+	offQueued = 144
+)
+
+// readCount says what the process before left: the last seq it saw acknowledged, and whether the
+// counters are of this boot. A file of another epoch means that the database beside it was lost or
+// exchanged, and used grants with it: ErrDamaged.
+func readCount(path, epoch, boot string) (last uint64, exact bool, err error) {
+	old, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, false, nil
+	}
+	if err != nil {
+		return 0, false, err
+	}
+	want := countHeader(epoch, boot)
+	if len(old) != countSize || !bytes.Equal(old[:offBoot], want[:offBoot]) {
+		return 0, false, fmt.Errorf("%w: %s belongs to another database; move it aside to begin a new epoch", ErrDamaged, path)
+	}
+	return binary.NativeEndian.Uint64(old[offSeq:]), bytes.Equal(old[offBoot:offSeq], want[offBoot:offSeq]), nil
+}
+
+func countHeader(epoch, boot string) []byte {
+	page := make([]byte, countSize)
+	copy(page, countMagic)
+	copy(page[offEpoch:], epoch)
+	copy(page[offBoot:], boot)
+	return page
+}
+
+// createCount puts a new count file in place of what is there.
+func createCount(path, boot string, h head) error {
+	page := countHeader(h.epoch, boot)
+	binary.NativeEndian.PutUint64(page[offSeq:], h.seq)
+	binary.NativeEndian.PutUint64(page[offFlow:], h.flowReserved)
+	binary.NativeEndian.PutUint64(page[offQueued:], h.queued)
+	return replaceFile(path, page)
+}
+
+func mapCount(path string) (*countFile, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	page, err := unix.Mmap(int(f.Fd()), 0, countSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", path, err)
+	}
+	return &countFile{page: page}, nil
+}
+
+// replaceFile writes beside the file and renames, so that a kill leaves the old file or the new one.
+func replaceFile(path string, data []byte) error {
+	tmp := path + ".new"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+func (c *countFile) at(off int) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Pointer(&c.page[off]))
+}
+
+// setSeq follows the database; it is called with other writes held off.
+func (c *countFile) setSeq(seq uint64) { c.at(offSeq).Store(seq) }
+
+func (c *countFile) close() error {
+	err := unix.Msync(c.page, unix.MS_SYNC)
+	return errors.Join(err, unix.Munmap(c.page))
+}
+
+// CountFlow notes that flow numbers up to n are given out. It does no I/O; what it notes survives a
+// kill of the process, but not a power loss.
+func (s *Store) CountFlow(n uint64) { s.count.at(offFlow).Store(n) }
+
+// CountQueued notes that n entries were ever taken into a queue for AppendAll in this epoch. Like
+// CountFlow it survives a kill of the process.
+func (s *Store) CountQueued(n uint64) { s.count.at(offQueued).Store(n) }

@@ -1,0 +1,238 @@
+package store
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+const childEnv = "SALLYPORT_STORE_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(childEnv); path != "" {
+		seed, _ := strconv.ParseUint(os.Getenv(childEnv+"_SEED"), 10, 64)
+		if err := work(path, seed); err != nil {
+			fmt.Println("error", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// work writes to the store until it is killed, and says on stdout what was acknowledged. A line of
+// type "try" goes out before the call, so that the parent knows what may be there besides.
+func work(path string, seed uint64) error {
+	s, err := Open(path)
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	rng := rand.New(rand.NewPCG(seed, 0))
+	flow, err := s.Flow(ctx)
+	if err != nil {
+		return err
+	}
+	produced := flow.Produced
+	if err := s.ReserveFlow(ctx, produced+1000, 0); err != nil {
+		return err
+	}
+	for i := 0; ; i++ {
+		id := fmt.Sprintf("%d-%d", seed, i)
+		switch rng.IntN(5) {
+		case 0, 1:
+			seq, err := s.Append(ctx, []byte("entry "+id))
+			if err != nil {
+				return err
+			}
+			fmt.Println("entry", seq, id)
+		case 2:
+			if err := s.Activate(ctx, testGrant(id), []byte("activated "+id)); err != nil {
+				return err
+			}
+			fmt.Println("active", id)
+			if rng.IntN(2) == 0 {
+				break
+			}
+			if err := s.EndGrant(ctx, id, StateRevoked, "", []byte("revoked "+id)); err != nil {
+				return err
+			}
+			fmt.Println("ended", id)
+		case 3:
+			last, acked, err := s.Seqs(ctx)
+			if err != nil {
+				return err
+			}
+			to := acked + (last-acked)/4
+			fmt.Println("try-ack", to)
+			if err := s.Ack(ctx, to); err != nil {
+				return err
+			}
+		case 4:
+			produced++
+			if produced%1000 == 0 {
+				if err := s.ReserveFlow(ctx, produced+1000, 0); err != nil {
+					return err
+				}
+			}
+			s.CountFlow(produced)
+			fmt.Println("flow", produced)
+		}
+	}
+}
+
+// child is this test binary at work on a store.
+type child struct {
+	cmd   *exec.Cmd
+	lines chan string
+	seen  []string
+}
+
+func startChild(t *testing.T, path string, seed uint64) *child {
+	t.Helper()
+	c := &child{cmd: exec.Command(os.Args[0]), lines: make(chan string, 1<<16)}
+	c.cmd.Env = append(os.Environ(), childEnv+"="+path, fmt.Sprintf("%s_SEED=%d", childEnv, seed))
+	c.cmd.Stderr = os.Stderr
+	out, err := c.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.cmd.Process.Kill() })
+	go func() {
+		defer close(c.lines)
+		r := bufio.NewReader(out)
+		for {
+			line, err := r.ReadString('\n')
+			if err != nil { // a line that was cut off says nothing
+				return
+			}
+			c.lines <- strings.TrimSpace(line)
+		}
+	}()
+	return c
+}
+
+func (c *child) waitLines(t *testing.T, n int) {
+	t.Helper()
+	for range n {
+		line, ok := <-c.lines
+		if !ok {
+			t.Fatalf("child ended after %q", c.seen)
+		}
+		c.seen = append(c.seen, line)
+	}
+}
+
+// kill ends the child at once and returns all that it said.
+func (c *child) kill(t *testing.T) []string {
+	t.Helper()
+	if err := c.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		t.Fatal(err)
+	}
+	for line := range c.lines {
+		c.seen = append(c.seen, line)
+	}
+	c.cmd.Wait()
+	return c.seen
+}
+
+// ledger is what the children were told is durable.
+type ledger struct {
+	entries map[uint64]string
+	active  map[string]bool
+	ended   map[string]bool
+	tried   uint64 // acknowledgements may have removed entries up to here
+	flow    uint64
+}
+
+func (l *ledger) note(t *testing.T, line string) {
+	t.Helper()
+	f := strings.Fields(line)
+	switch f[0] {
+	case "entry":
+		l.entries[must(strconv.ParseUint(f[1], 10, 64))(t)] = "entry " + f[2]
+	case "active":
+		l.active[f[1]] = true
+	case "ended":
+		l.ended[f[1]] = true
+	case "try-ack":
+		l.tried = max(l.tried, must(strconv.ParseUint(f[1], 10, 64))(t))
+	case "flow":
+		l.flow = must(strconv.ParseUint(f[1], 10, 64))(t)
+	default:
+		t.Fatalf("child says %q", line)
+	}
+}
+
+func (l *ledger) check(t *testing.T, path string) {
+	t.Helper()
+	s := openTest(t, path) // verifies the chain
+	defer s.Close()
+	ctx := t.Context()
+	have := map[uint64]string{}
+	for _, e := range must(s.Entries(ctx, 0, 1<<20))(t) {
+		have[e.Seq] = string(e.Data)
+	}
+	for seq, data := range l.entries {
+		if seq > l.tried && have[seq] != data {
+			t.Errorf("acknowledged entry %d is %q, want %q", seq, have[seq], data)
+		}
+	}
+	grants := map[string]GrantRow{}
+	for _, g := range must(s.Grants(ctx))(t) {
+		grants[g.ID] = g
+	}
+	for id := range l.active {
+		if _, ok := grants[id]; !ok {
+			t.Errorf("acknowledged grant %s is gone", id)
+		}
+		if err := s.Activate(ctx, testGrant(id), nil); !errors.Is(err, ErrReplayed) {
+			t.Errorf("grant %s can be used again: %v", id, err)
+		}
+	}
+	for id := range l.ended {
+		if grants[id].State != StateRevoked {
+			t.Errorf("ended grant %s is %s", id, grants[id].State)
+		}
+	}
+	if flow := must(s.Flow(ctx))(t); flow.Produced < l.flow || flow.Produced > l.flow+1 {
+		t.Errorf("flow numbers stand at %d, the child had said %d", flow.Produced, l.flow)
+	}
+}
+
+// Whatever was acknowledged is there after a kill at any moment, and the chains are whole.
+func TestKilled(t *testing.T) {
+	rounds := 25
+	if testing.Short() {
+		rounds = 5
+	}
+	path := testPath(t)
+	l := &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}}
+	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
+	for round := range rounds {
+		c := startChild(t, path, uint64(round+1))
+		if rng.IntN(4) > 0 { // some die while they open
+			c.waitLines(t, 1)
+		}
+		<-time.After(time.Duration(rng.IntN(120)) * time.Millisecond) // the random moment
+		for _, line := range c.kill(t) {
+			l.note(t, line)
+		}
+		l.check(t, path)
+		if t.Failed() {
+			t.Fatalf("in round %d", round)
+		}
+	}
+	t.Logf("%d entries, %d grants, %d flow numbers in %d rounds", len(l.entries), len(l.active), l.flow, rounds)
+}

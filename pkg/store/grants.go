@@ -1,0 +1,235 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// States of a grant on a node. A grant is active once and never again.
+const (
+	StateActive  = "active"
+	StateExpired = "expired"
+	StateRevoked = "revoked"
+	StateSpent   = "spent"
+)
+
+// GrantRow is what the node remembers of a grant.
+type GrantRow struct {
+	ID           string
+	State        string
+	Envelope     []byte        // as it was handed in
+	Payload      []byte        // JSON, verified
+	Activated    time.Time     // wall clock
+	Deadline     time.Time     // wall clock, for people
+	DeadlineBoot time.Duration // CLOCK_BOOTTIME; means something only in the boot BootID
+	BootID       string
+	Slots        []uint32
+	Signers      []string
+	EndedWhy     string
+}
+
+// Activate records in one durable transaction that the grant is used up, the grant itself, and the
+// critical entry that tells of it. The caller may then, and only then, open the path. ErrReplayed if a
+// grant with this id was ever activated here; nothing is written then.
+func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error {
+	row.State = StateActive
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+		var n int
+		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM replay WHERE id = ?`, row.ID).Scan(&n); err != nil {
+			return err
+		}
+		if n > 0 {
+			return ErrReplayed
+		}
+		hash := replayHash(h.replayHash, row.ID)
+		if _, err := tx.ExecContext(ctx, `INSERT INTO replay (id, hash) VALUES (?, ?)`, row.ID, hash); err != nil {
+			return err
+		}
+		h.replayHash = hash
+		if err := putGrant(ctx, tx, row); err != nil {
+			return err
+		}
+		return appendEntry(ctx, tx, h, Item{Data: event})
+	})
+	if err != nil {
+		return fmt.Errorf("activate grant %q: %w", row.ID, err)
+	}
+	return nil
+}
+
+// EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
+// transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
+func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+		row, err := getGrant(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if row.State != StateActive {
+			return fmt.Errorf("%w: it is %s", ErrEnded, row.State)
+		}
+		row.State, row.EndedWhy = state, why
+		if err := putGrant(ctx, tx, row); err != nil {
+			return err
+		}
+		return appendEntry(ctx, tx, h, Item{Data: event})
+	})
+	if err != nil {
+		return fmt.Errorf("end grant %q: %w", id, err)
+	}
+	return nil
+}
+
+// SetSlots notes the path slots that an active grant has.
+func (s *Store) SetSlots(ctx context.Context, id string, slots []uint32) error {
+	err := s.write(ctx, func(tx *sql.Tx, _ *head) error {
+		row, err := getGrant(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		row.Slots = slots
+		return putGrant(ctx, tx, row)
+	})
+	if err != nil {
+		return fmt.Errorf("set slots of grant %q: %w", id, err)
+	}
+	return nil
+}
+
+// Grants returns every grant that the node ever activated, oldest first.
+func (s *Store) Grants(ctx context.Context) ([]GrantRow, error) {
+	rows, err := s.db.QueryContext(ctx, selectGrants+` ORDER BY activated, id`)
+	if err != nil {
+		return nil, fmt.Errorf("read grants: %w", classify(err))
+	}
+	defer rows.Close()
+	var out []GrantRow
+	for rows.Next() {
+		g, err := scanGrant(rows)
+		if err != nil {
+			return nil, fmt.Errorf("read grants: %w", classify(err))
+		}
+		out = append(out, g)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read grants: %w", classify(err))
+	}
+	return out, nil
+}
+
+const selectGrants = `SELECT id, state, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, ended_why, sum FROM grants`
+
+func getGrant(ctx context.Context, tx *sql.Tx, id string) (GrantRow, error) {
+	g, err := scanGrant(tx.QueryRowContext(ctx, selectGrants+` WHERE id = ?`, id))
+	if errors.Is(err, sql.ErrNoRows) {
+		return GrantRow{}, ErrNoGrant
+	}
+	return g, err
+}
+
+// grantCells is a grant as the table has it.
+type grantCells struct {
+	id, state              string
+	envelope, payload      []byte
+	activated, deadline    int64 // Unix ns
+	deadlineBoot           int64 // ns
+	bootID, slots, signers string
+	endedWhy               string
+}
+
+func (c grantCells) sum() []byte {
+	return digest([]byte("sallyport grant"), []byte(c.id), []byte(c.state), c.envelope, c.payload, num(uint64(c.activated)), num(uint64(c.deadline)),
+		num(uint64(c.deadlineBoot)), []byte(c.bootID), []byte(c.slots), []byte(c.signers), []byte(c.endedWhy))
+}
+
+func putGrant(ctx context.Context, tx *sql.Tx, g GrantRow) error {
+	slots, err := json.Marshal(g.Slots)
+	if err != nil {
+		return err
+	}
+	signers, err := json.Marshal(g.Signers)
+	if err != nil {
+		return err
+	}
+	c := grantCells{g.ID, g.State, notNil(g.Envelope), notNil(g.Payload), g.Activated.UnixNano(), g.Deadline.UnixNano(),
+		int64(g.DeadlineBoot), g.BootID, string(slots), string(signers), g.EndedWhy}
+	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO grants (id, state, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, ended_why, sum)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		c.id, c.state, c.envelope, c.payload, c.activated, c.deadline, c.deadlineBoot, c.bootID, c.slots, c.signers, c.endedWhy, c.sum())
+	return err
+}
+
+func scanGrant(row interface{ Scan(...any) error }) (GrantRow, error) {
+	var c grantCells
+	var sum []byte
+	if err := row.Scan(&c.id, &c.state, &c.envelope, &c.payload, &c.activated, &c.deadline, &c.deadlineBoot,
+		&c.bootID, &c.slots, &c.signers, &c.endedWhy, &sum); err != nil {
+		return GrantRow{}, err
+	}
+	if !bytes.Equal(sum, c.sum()) {
+		return GrantRow{}, fmt.Errorf("%w: checksum of grant %q does not fit", ErrDamaged, c.id)
+	}
+	g := GrantRow{ID: c.id, State: c.state, Envelope: c.envelope, Payload: c.payload, Activated: time.Unix(0, c.activated).UTC(),
+		Deadline: time.Unix(0, c.deadline).UTC(), DeadlineBoot: time.Duration(c.deadlineBoot), BootID: c.bootID, EndedWhy: c.endedWhy}
+	return g, errors.Join(json.Unmarshal([]byte(c.slots), &g.Slots), json.Unmarshal([]byte(c.signers), &g.Signers))
+}
+
+func replayHash(prev []byte, id string) []byte {
+	return digest([]byte("sallyport replay"), prev, []byte(id))
+}
+
+// verifyReplay holds the chain of used ids: one that was taken out would let its grant in again.
+func verifyReplay(ctx context.Context, tx *sql.Tx, h head) error {
+	rows, err := tx.QueryContext(ctx, `SELECT id, hash FROM replay ORDER BY n`)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	prev := digest([]byte("sallyport epoch"), []byte(h.epoch))
+	for rows.Next() {
+		var id string
+		var hash []byte
+		if err := rows.Scan(&id, &hash); err != nil {
+			return err
+		}
+		if !bytes.Equal(hash, replayHash(prev, id)) {
+			return fmt.Errorf("%w: chain of used grants breaks at %q", ErrDamaged, id)
+		}
+		prev = hash
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	if !bytes.Equal(prev, h.replayHash) {
+		return fmt.Errorf("%w: chain of used grants is cut off", ErrDamaged)
+	}
+	return nil
+}
+
+// verifyGrants reads every grant, and finds a used id without its grant.
+func verifyGrants(ctx context.Context, tx *sql.Tx, _ head) error {
+	var missing int
+	if err := tx.QueryRowContext(ctx, `SELECT (SELECT count(*) FROM replay WHERE id NOT IN (SELECT id FROM grants)) +
+		(SELECT count(*) FROM grants WHERE id NOT IN (SELECT id FROM replay))`).Scan(&missing); err != nil {
+		return err
+	}
+	if missing > 0 {
+		return fmt.Errorf("%w: %d grants without their used id, or used ids without their grant", ErrDamaged, missing)
+	}
+	rows, err := tx.QueryContext(ctx, selectGrants)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if _, err := scanGrant(rows); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}

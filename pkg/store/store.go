@@ -1,0 +1,224 @@
+// Package store is the durable state of one node: its critical audit entries, its grants with the
+// ids that may not be used again, and the numbers of its flow records.
+//
+// What survives what:
+//
+//   - Everything that a method acknowledged survives a kill and a power loss: the database runs in
+//     WAL mode with synchronous=FULL, so a commit returns after its fsync.
+//   - The counters of the count file (CountFlow, CountQueued) survive a kill of the process to the
+//     unit, because they live in a shared mapping; they do not survive a power loss. What was
+//     reserved durably (ReserveFlow) is then the upper bound.
+//   - Critical entries are chained by SHA-256 from the epoch on, replay ids have a chain of their own,
+//     and every other row carries a checksum, so that damage is found at Open. The chain has no key:
+//     it finds damage and careless edits, not a forger with root.
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// What callers may match.
+var (
+	// ErrReplayed says that a grant with this id was activated on this node before.
+	ErrReplayed = errors.New("grant was used before")
+	// ErrNoGrant says that the node never activated a grant with this id.
+	ErrNoGrant = errors.New("no such grant")
+	// ErrEnded says that the grant is no longer active.
+	ErrEnded = errors.New("grant has ended")
+	// ErrDamaged says that what is stored is not what was written.
+	ErrDamaged = errors.New("store is damaged")
+	// ErrFull says that the store or its disk has no room; nothing of the call was written.
+	ErrFull = errors.New("store is full")
+	// ErrInUse says that another process holds the store.
+	ErrInUse = errors.New("store is in use by another process")
+	// ErrVersion says that the file is of a layout that this program does not know.
+	ErrVersion = errors.New("store has an unknown layout")
+	// ErrAhead says that a sequence number was named which the store never gave out.
+	ErrAhead = errors.New("sequence number is ahead of the store")
+)
+
+// Store is the durable state of one node. Its methods may be called from any goroutine.
+type Store struct {
+	path  string
+	epoch string
+	boot  string
+	db    *sql.DB
+	count *countFile
+
+	mu sync.Mutex // held by one write at a time, so that the count file follows the database
+}
+
+// Open opens the store in the file at path, and creates file and directory (modes 0600 and 0700)
+// where they are missing. A directory that others may write to is refused. The whole content is
+// checked; ErrDamaged names what does not fit. Only one process at a time has a store open.
+func Open(path string) (*Store, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	s := &Store{path: abs, boot: boot}
+	if err := s.open(); err != nil {
+		s.closeFiles()
+		return nil, fmt.Errorf("open store %s: %w", abs, classify(err))
+	}
+	return s, nil
+}
+
+func (s *Store) open() error {
+	if err := makePrivate(s.path); err != nil {
+		return err
+	}
+	db, err := sql.Open("sqlite", dsn(s.path))
+	if err != nil {
+		return err
+	}
+	db.SetMaxOpenConns(1)
+	s.db = db
+	ctx := context.Background()
+	if err := s.migrate(ctx); err != nil {
+		return err
+	}
+	h, err := s.verify(ctx)
+	if err != nil {
+		return err
+	}
+	s.epoch = h.epoch
+	return s.adopt(ctx, h)
+}
+
+// dsn has exclusive locking so that two agents can never number the same epoch, and caps the file so
+// that the store cannot fill the disk: refusing a grant is better than that.
+func dsn(path string) string {
+	q := url.Values{"_txlock": {"immediate"}, "_pragma": {
+		"busy_timeout(2000)", "locking_mode(EXCLUSIVE)", "journal_mode(WAL)", "synchronous(FULL)",
+		"secure_delete(OFF)", fmt.Sprintf("max_page_count(%d)", maxPages),
+	}}
+	u := url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}
+	return u.String()
+}
+
+// Pages are 4 KiB: the store takes at most 1 GiB.
+const maxPages = 1 << 18
+
+// Close gives the files back. Nothing is lost by not calling it. No other method may be called after it.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closeFiles()
+}
+
+func (s *Store) closeFiles() error {
+	var errs []error
+	if s.db != nil {
+		errs = append(errs, s.db.Close())
+	}
+	if s.count != nil {
+		errs = append(errs, s.count.close())
+	}
+	s.db, s.count = nil, nil
+	return errors.Join(errs...)
+}
+
+// Epoch is the ULID of this store: new with a new file, so that numbers of a lost store are never
+// taken for numbers of this one.
+func (s *Store) Epoch() string { return s.epoch }
+
+// BootID is the kernel's id of the running boot.
+func (s *Store) BootID() string { return s.boot }
+
+// write runs f in one durable transaction, with the head loaded before and saved after it. The count
+// file is told afterwards, so that it never names an entry that is not durable.
+func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var seq uint64
+	err := s.update(ctx, func(tx *sql.Tx, h *head) error {
+		err := f(tx, h)
+		seq = h.seq
+		return err
+	})
+	if err == nil {
+		s.count.setSeq(seq)
+	}
+	return err
+}
+
+func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return classify(err)
+	}
+	defer tx.Rollback()
+	h, err := loadHead(ctx, tx)
+	if err != nil {
+		return classify(err)
+	}
+	if err := f(tx, &h); err != nil {
+		return classify(err)
+	}
+	if err := saveHead(ctx, tx, h); err != nil {
+		return classify(err)
+	}
+	return classify(tx.Commit())
+}
+
+// classify puts the sentinel for a SQLite result code in front of the error.
+func classify(err error) error {
+	var e *sqlite.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	switch e.Code() & 0xff {
+	case sqlite3.SQLITE_FULL:
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
+		return fmt.Errorf("%w: %w", ErrInUse, err)
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return err
+}
+
+// makePrivate sees to it that the file exists with mode 0600 before SQLite sees it; its log inherits
+// the mode.
+func makePrivate(path string) error {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if st.Mode().Perm()&0o022 != 0 && st.Mode()&os.ModeSticky == 0 {
+		return fmt.Errorf("directory %s has mode %#o and others may write to it: chmod 700 %s", dir, st.Mode().Perm(), dir)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Chmod(0o600)
+}
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read boot id: %w", err)
+	}
+	return string(b[:min(len(b), 36)]), nil
+}
