@@ -83,7 +83,7 @@ func flowCells(s *api.StoredFlow) []string {
 }
 
 var lossColumns = []column{
-	{"NODE", 8}, {"CLASS", 14}, {"SEQ", 8}, {"MISSING", 8}, {"STAGE", 12}, {"CAUSE", 20}, {"FROM", 24}, {"TO", 24},
+	{"NODE", 8}, {"CLASS", 14}, {"SEQ", 8}, {"MISSING", 16}, {"STAGE", 12}, {"CAUSE", 20}, {"FROM", 24}, {"TO", 24},
 }
 
 func (c *cli) showLosses(ctx context.Context, q *api.LossQuery) error {
@@ -98,7 +98,7 @@ func (c *cli) showLosses(ctx context.Context, q *api.LossQuery) error {
 func lossCells(s *api.StoredLoss) []string {
 	l := s.GetLoss()
 	return []string{
-		s.GetNode(), s.GetClass().String(), number(s.GetSeq()), number(l.GetCount()), l.GetStage(), l.GetCause(),
+		s.GetNode(), s.GetClass().String(), number(s.GetSeq()), choose(l.GetAtMost(), "at most ", "") + number(l.GetCount()), l.GetStage(), l.GetCause(),
 		stamp(l.GetFrom()), stamp(l.GetTo()),
 	}
 }
@@ -106,14 +106,16 @@ func lossCells(s *api.StoredLoss) []string {
 // noteLosses says what is missing from a log that was just shown.
 func (c *cli) noteLosses(losses iter.Seq2[*api.StoredLoss, error]) error {
 	var missing uint64
+	var atMost bool
 	for loss, err := range losses {
 		if err != nil {
 			return err
 		}
 		missing += loss.GetLoss().GetCount()
+		atMost = atMost || loss.GetLoss().GetAtMost()
 	}
 	if missing > 0 {
-		c.note("%s missing from this log; `sallyport flows --losses` says where they went", plural(missing, "flow record"))
+		c.note("%s%s missing from this log; `sallyport flows --losses` says where they went", choose(atMost, "at most ", ""), plural(missing, "flow record"))
 	}
 	return nil
 }

@@ -57,8 +57,14 @@ func dial(t *testing.T, s *server) *client.Agent {
 	}
 	g := grpc.NewServer()
 	api.RegisterAgentServer(g, s)
-	go g.Serve(l)
-	t.Cleanup(g.Stop)
+	done := make(chan error, 1)
+	go func() { done <- g.Serve(l) }()
+	t.Cleanup(func() {
+		g.Stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 	return agentAt(t, path)
 }
 
