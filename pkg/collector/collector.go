@@ -73,6 +73,7 @@ type Collector struct {
 }
 
 // New opens the daily files and the listeners. If Run is not going to be called, call Close.
+// ErrInUse says that the directory is another collector's.
 func New(cfg Config) (_ *Collector, err error) {
 	if cfg.Dir == "" || cfg.Source == nil || cfg.TrustDomain.IsZero() || cfg.Listen == "" {
 		return nil, errors.New("create collector: directory, identity source, trust domain and listen address are needed")

@@ -23,6 +23,9 @@ const (
 	daySuffix = ".db"
 )
 
+// ErrInUse says that another collector has the directory.
+var ErrInUse = errors.New("another collector uses it")
+
 // days are the daily files of one directory.
 type days struct {
 	dir    string
@@ -60,7 +63,7 @@ func openDays(dir string, now func() time.Time, retain time.Duration, log *slog.
 	}
 	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		d.lock.Close()
-		return nil, fmt.Errorf("lock %s: another collector uses it: %w", dir, err)
+		return nil, fmt.Errorf("lock %s: %w: %w", dir, ErrInUse, err)
 	}
 	names, err := filepath.Glob(filepath.Join(dir, "*"+daySuffix))
 	if err != nil {
