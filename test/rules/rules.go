@@ -76,9 +76,14 @@ var rules = []rule{
 		why:     "the store keeps bytes in order; what they mean can change without it",
 	},
 	{
-		imports: []string{"net", "net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
+		imports: []string{"net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
 		not:     []string{"./pkg/flow", "./pkg/policy", "./pkg/grant"},
 		why:     "pure packages decide on values alone, so that agent, proxy and CLI come to the same answer",
+	},
+	{
+		imports: []string{"net"},
+		not:     []string{"./pkg/flow", "./pkg/grant"},
+		why:     "net/netip is enough for addresses; policy alone takes host names apart",
 	},
 	{
 		imports: []string{"./pkg/agent"},
