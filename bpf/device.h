@@ -49,6 +49,12 @@ static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_serv
 	return svc->target == SP_TARGET_HOST;
 }
 
+/* The hook that sees the packets towards the service whose packets from it `hook` sees. */
+static __always_inline enum sp_hook sp_forward_hook(enum sp_hook hook)
+{
+	return hook == SP_HOOK_OUT ? SP_HOOK_IN : hook == SP_HOOK_IN ? SP_HOOK_OUT : SP_HOOK_LO;
+}
+
 /* Host services are found by port: the packet may be of another machine. Not on lo. */
 static __always_inline bool sp_may_be_foreign(const struct sp_service *svc, enum sp_hook hook)
 {
@@ -160,7 +166,7 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 	}
 	if (sp_syn_only(p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
-	sp_remember_stray(key, SP_LEG_UP, hook, p->ifindex);
+	sp_remember_stray(key, SP_LEG_UP, sp_forward_hook(hook), p->ifindex);
 	return sp_decide(SP_ACT_STEER, reason);
 }
 
