@@ -139,7 +139,7 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, _
 
 	if (!p)
 		return SP_PARSE_MALFORMED;
-	for (int i = 0; i < SP_EXT_MAX; i++) {
+	for (int i = 0; i <= SP_EXT_MAX; i++) {
 		switch (next) {
 		case IPPROTO_TCP:
 			p->l4 = offset;
@@ -229,13 +229,16 @@ static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_
 	       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
 }
 
-/* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers. */
+/* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers, if
+ * they could be read.
+ */
 static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_packet *p)
 {
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
+	__u32 headers = p->l4 ? p->l4 - p->l3 + p->tcp_len : 0;
 
 	p->segments = segments;
-	p->bytes = skb->len - p->l3 + (segments - 1) * (p->l4 - p->l3 + p->tcp_len);
+	p->bytes = skb->len - p->l3 + (segments - 1) * headers;
 }
 
 #endif

@@ -108,7 +108,7 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 		return reason;
 	if (!sp_lease_holds(now))
 		return SP_REASON_LEASE_LAPSED;
-	if (sp_find_leg(key, SP_LEG_UP))
+	if (sp_find_leg(key, SP_LEG_UP, 0))
 		return SP_REASON_TUPLE_HELD;
 
 	flow.slot = ref->slot;
@@ -141,7 +141,8 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 
 /*
  * A SYN with the tuple of a flow that is over: its final counters go out in a CLOSE and it makes room.
- * Without room for the record it stays, and the SYN goes to the proxy.
+ * Without room for the record it stays, ended for good: the SYN goes to the proxy, and what follows it
+ * must go there too.
  */
 static __noinline int sp_replace_flow(const struct sp_flow_key *key)
 {
@@ -152,8 +153,10 @@ static __noinline int sp_replace_flow(const struct sp_flow_key *key)
 	flow = bpf_map_lookup_elem(&sp_flows, key);
 	if (!flow)
 		return 1;
-	if (!sp_record_flow(key, flow, SP_EVENT_CLOSE, flow->ended ? : SP_REASON_CLOSED))
+	if (!sp_record_flow(key, flow, SP_EVENT_CLOSE, flow->ended ? : SP_REASON_CLOSED)) {
+		__sync_val_compare_and_swap((__u32 *)&flow->ended, SP_REASON_NONE, SP_REASON_CLOSED);
 		return 0;
+	}
 	bpf_map_delete_elem(&sp_flows, key);
 	return 1;
 }

@@ -111,12 +111,13 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	struct sp_leg *leg = NULL;
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason = SP_REASON_PX_UNEXPECTED;
+	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p);
 
+	sp_parse_volume(skb, &p);
 	if (!cfg)
 		reason = SP_REASON_NO_CONFIG;
-	else if (sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p))
+	else if (tcp)
 		reason = sp_decide_px0(&p, &at, &leg);
-	sp_parse_volume(skb, &p);
 	sp_count(reason, p.segments, p.bytes);
 	if (!cfg || !leg || !sp_px0_passes(reason))
 		return TC_ACT_SHOT;
@@ -209,14 +210,17 @@ static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
 	struct sp_packet p = {};
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason;
+	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP;
 
+	if (p.version && !sp_parse_addresses(skb, &p))
+		tcp = false;
+	sp_parse_volume(skb, &p); /* before the first refusal: it counts, and its record has the tuple */
 	if (!cfg)
 		return sp_refuse_px(&p, SP_REASON_NO_CONFIG);
 	if (!sp_stamped(skb, cfg))
 		return sp_refuse_px(&p, SP_REASON_NO_STAMP);
-	if (sp_parse(skb, &p) != SP_PARSE_TCP || !sp_parse_addresses(skb, &p))
+	if (!tcp)
 		return sp_refuse_px(&p, SP_REASON_PX_UNEXPECTED);
-	sp_parse_volume(skb, &p);
 	if (!lo && sp_is_loopback6(&p))
 		return bpf_redirect(SP_LO_IFINDEX, BPF_F_INGRESS);
 	reason = sp_accept(skb, &p, cfg);

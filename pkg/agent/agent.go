@@ -37,6 +37,7 @@ type node struct {
 	lock      *lock
 	store     *store.Store
 	px        *px.Namespace
+	freshPx   bool // px was not there before
 	datapath  *datapath.Datapath
 	identity  *identity.Source // nil without a collector
 	audit     *audit.Streamer
@@ -82,7 +83,7 @@ func (n *node) parts() []part {
 	return []part{
 		{name: "lock", start: n.takeLock, stop: func() error { return n.lock.release() }},
 		{name: "store", start: n.openStore, stop: func() error { return n.store.Close() }},
-		{name: "px", start: n.makePx, stop: func() error { return n.px.Close() }},
+		{name: "px", start: n.makePx, stop: n.leavePx},
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
 		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
@@ -120,8 +121,25 @@ func (n *node) openStore(context.Context) (err error) {
 }
 
 func (n *node) makePx(context.Context) (err error) {
+	before, err := px.Open(n.cfg.PxPath())
+	if err == nil {
+		err = before.Close()
+	} else if errors.Is(err, px.ErrNotThere) {
+		n.freshPx, err = true, nil
+	}
+	if err != nil {
+		return err
+	}
 	n.px, err = px.Create(px.Config{Path: n.cfg.PxPath()})
 	return err
+}
+
+// leavePx keeps px for the proxy, unless it was made for a datapath that could then not be opened.
+func (n *node) leavePx() error {
+	if n.freshPx && n.datapath == nil {
+		return n.px.Remove()
+	}
+	return n.px.Close()
 }
 
 func (n *node) openDatapath(context.Context) (err error) {

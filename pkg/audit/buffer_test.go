@@ -79,7 +79,10 @@ func TestBufferAccounts(t *testing.T) {
 				p.lose(1 + rng.Uint64N(5))
 			case 3: // a batch arrives
 				reserved := p.buf.last - min(p.buf.last, rng.Uint64N(4))
-				for _, e := range p.buf.after(sent, max(reserved, sent), 1+rng.IntN(10)) {
+				for _, e := range p.buf.after(sent, reserved, 1+rng.IntN(10)) {
+					if e.GetSeq() > reserved {
+						t.Fatalf("number %d is sent, reserved is up to %d", e.GetSeq(), reserved)
+					}
 					l.take(t, e)
 					sent = e.GetSeq()
 				}

@@ -291,3 +291,26 @@ func TestRecordsKeepTheirContent(t *testing.T) {
 		t.Errorf("losses are %v", got)
 	}
 }
+
+// A full disk acknowledges nothing and loses nothing: the node goes on where the collector is.
+func TestDiskFull(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 3)...)
+	limit := func(pages int) {
+		t.Helper()
+		must(r.days.all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
+	}
+	limit(40)
+	n.batch(flows, flowEntries(4, 2000)...)
+	n.refused(codes.Unavailable)
+	n, w := r.connect(t, "node-1", epoch1)
+	if w.GetFlowSeq() != 3 {
+		t.Fatalf("welcome: %v", w)
+	}
+	limit(1 << 20)
+	n.store(flows, flowEntries(4, 2000)...)
+	if got := r.flows(t, &api.FlowQuery{Limit: 10000}); len(got) != 2000 {
+		t.Errorf("%d records", len(got))
+	}
+}
