@@ -146,10 +146,18 @@ func jsonError(what, hint string, err error) error {
 		return refuse(wrong.Field, ErrMalformed, hint, "a JSON %s does not fit here", wrong.Value)
 	}
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
-		return refuse(strings.Trim(name, `"`), ErrUnknownField, hint, "the %s has a field that is not known", what)
+		return refuse(unquote(name), ErrUnknownField, hint, "the %s has a field that is not known", what)
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return refuse(what, ErrMalformed, hint, "is empty or cut off")
 	}
 	return refuse(what, ErrMalformed, hint, "%s", strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// unquote shortens a name that encoding/json has quoted. An empty one keeps its quotes.
+func unquote(name string) string {
+	if plain := strings.Trim(name, `"`); plain != "" {
+		return fmt.Sprintf("%.64s", plain)
+	}
+	return name
 }

@@ -40,7 +40,7 @@ func GenerateKey() (PrivateKey, error) {
 
 // Public is the key's public half, as it stands in a Keyring.
 func (k PrivateKey) Public() policy.PublicKey {
-	if len(k.key) != ed25519.PrivateKeySize {
+	if k.isZero() {
 		return policy.PublicKey{}
 	}
 	public, ok := k.key.Public().(ed25519.PublicKey)
@@ -63,9 +63,15 @@ func (k PrivateKey) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, hidde
 // MarshalText hides the key from encoders.
 func (k PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
+func (k PrivateKey) isZero() bool { return len(k.key) != ed25519.PrivateKeySize }
+
+func errNoKey() error {
+	return &policy.Error{Field: "key", Msg: "there is no private key", Hint: "make one with `sallyport keygen`", Err: ErrKeyFile}
+}
+
 func (k PrivateKey) sign(message []byte) ([]byte, error) {
-	if len(k.key) != ed25519.PrivateKeySize {
-		return nil, &policy.Error{Field: "key", Msg: "there is no private key to sign with", Hint: "make one with `sallyport keygen`", Err: ErrKeyFile}
+	if k.isZero() {
+		return nil, errNoKey()
 	}
 	return ed25519.Sign(k.key, message), nil
 }
@@ -73,6 +79,9 @@ func (k PrivateKey) sign(message []byte) ([]byte, error) {
 // WritePrivateKey makes the file, readable by its owner alone, in PEM (PKCS #8). It fails if the
 // file is there already, and leaves nothing behind when it fails.
 func WritePrivateKey(path string, k PrivateKey) (err error) {
+	if k.isZero() {
+		return errNoKey()
+	}
 	der, err := x509.MarshalPKCS8PrivateKey(k.key)
 	if err != nil {
 		return fmt.Errorf("encode private key: %w", err)

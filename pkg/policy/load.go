@@ -1,8 +1,9 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,32 +49,29 @@ func LoadFiles(paths ...string) (*Set, error) {
 func (p *parser) readFile(path string) {
 	data, err := readRegular(path)
 	if err != nil {
-		p.add(&Error{File: path, Msg: "read file: " + reason(err), Hint: "make it a readable regular file", Err: err})
+		p.add(&Error{File: path, Msg: "read file: " + reason(err), Hint: "make it a readable regular file of text", Err: err})
 		return
 	}
 	p.read(path, data)
 }
 
 // readRegular reads a file, but nothing that could block or never end.
-func readRegular(path string) (_ []byte, err error) {
+func readRegular(path string) ([]byte, error) {
 	info, err := os.Stat(path)
-	if err != nil {
+	switch {
+	case err != nil:
 		return nil, err
-	}
-	if !info.Mode().IsRegular() {
+	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("it is not a regular file (%s)", info.Mode().Type())
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("it has more than %d bytes", maxFile)
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxFile+1))
+	return os.ReadFile(path)
 }
 
 // reason is an error's text without the path, which stands beside it already.
 func reason(err error) string {
-	if pe, ok := err.(*os.PathError); ok { //nolint:errorlint // straight from os
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err.Error()
 	}
 	return err.Error()

@@ -91,7 +91,7 @@ func TestLoadDirWrong(t *testing.T) {
 		}, []string{"b.yaml: read file: no such file or directory"}},
 		{"huge file", func(t *testing.T) string {
 			return write(t, map[string]string{"a.yaml": good, "b.yaml": strings.Repeat("#", 16<<20+1)})
-		}, []string{"b.yaml: has more than 16777216 bytes"}},
+		}, []string{"b.yaml: read file: it has more than 16777216 bytes"}},
 		{"two bad files", func(t *testing.T) string {
 			return write(t, map[string]string{"a.yaml": strings.Replace(good, "[5432]", "[0]", 1), "b.yaml": "x: ["})
 		}, []string{"a.yaml:6: spec.ports[0]", "b.yaml:1: not valid YAML"}},

@@ -12,8 +12,10 @@ const (
 )
 
 var (
-	labelPattern  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
-	nodePattern   = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+	labelPattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+	nodePattern  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+	// hostPattern wants a letter at the head of the last label: a mistyped address is no host name.
+	hostPattern   = regexp.MustCompile(`^([A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?\.)*[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?$`)
 	personPattern = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9._@+]*[A-Za-z0-9])?$`)
 	devicePattern = regexp.MustCompile(`^[!-.0-9;-~]{1,15}$`)
 )

@@ -111,6 +111,8 @@ var wrongs = []wrong{
 	{"key without value", "ports: [5432]", "ports:", "ports:\n", "spec.ports", "has no value"},
 	{"list for a text", "target: Host", "target: [Host]", "target: [Host]", "spec.target", "want text, got a list"},
 	{"number for a text", "name: postgres}", "name: 5432}", "name: 5432", "metadata.name", "want text, got the number 5432"},
+	{"truth value for a text", "target: Host", "target: true", "target: true", "spec.target", "want text, got the truth value true"},
+	{"time for a text", "target: Host", "target: 2027-01-01", "target: 2027", "spec.target", "want text, got the time 2027-01-01"},
 	{"text for a list", "ports: [5432]", "ports: 5432", "ports: 5432", "spec.ports", "want a list, got the number 5432"},
 	{"text for a mapping", "metadata: {name: postgres}", "metadata: postgres", "metadata: postgres", "metadata", "want a mapping"},
 	{"text for a truth value", "nodeAddresses: false", "nodeAddresses: \"no\"", "nodeAddresses", "spec.nodeAddresses", "want true or false"},
@@ -199,10 +201,13 @@ var wrongs = []wrong{
 	{"duration without unit", "maxDuration: 15m", "maxDuration: 15", "maxDuration", "spec.maxDuration", "not a duration"},
 	{"no signers", "signers: [alice]", "signers: []", "signers", "spec.signers", "at least one"},
 	{"unknown signer", "signers: [alice]", "signers: [alcie]", "alcie", "spec.signers[0]", `no Keyring has a person "alcie"`},
+	{"empty signer", "signers: [alice]", "signers: [\"\"]", "signers", "spec.signers[0]", "is empty"},
 	{"signer twice", "signers: [alice]", "signers: [alice, alice]", "alice, alice", "spec.signers[1]", "already spec.signers[0]"},
 
 	// keyrings
 	{"person without key", "      keys:\n        - publicKey: \"" + aliceKey + "\"\n          notAfter: 2027-01-01T00:00:00Z\n", "      keys: []\n", "keys: []", "spec.people[0].keys", "at least one key"},
+	{"no people", good[strings.Index(good, "  people:"):], "  people: []\n", "people: []", "spec.people", "is empty"},
+	{"person without name", "- name: alice\n      keys", "- keys", "- keys", "spec.people[0].name", "is missing"},
 	{"bad person name", "- name: alice\n", "- name: \"alice \"\n", "alice \"", "spec.people[0].name", "not the name of a person"},
 	{"key of another kind", aliceKey, "rsa:AAAA", "rsa:AAAA", "spec.people[0].keys[0].publicKey", "does not begin with ed25519:"},
 	{"key cut off", aliceKey, "ed25519:O2onvM62pC1io6jQKm8Nc2UyFXcd4kOmOsBIoYtZ", "ed25519:", "spec.people[0].keys[0].publicKey", "has 30 bytes instead of 32"},
@@ -296,6 +301,13 @@ func TestParseBoundsErrors(t *testing.T) {
 		if len(e.Error()) > 1000 {
 			t.Errorf("error has %d bytes", len(e.Error()))
 		}
+	}
+}
+
+func TestParseRefusesHugeText(t *testing.T) {
+	_, err := policy.Parse("r.yaml", []byte(good+strings.Repeat("#", 16<<20)))
+	if errs := policy.Errors(err); len(errs) != 1 || !strings.Contains(errs[0].Msg, "has more than 16777216 bytes") || errs[0].Hint == "" {
+		t.Errorf("got %v", err)
 	}
 }
 

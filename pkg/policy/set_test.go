@@ -124,7 +124,7 @@ func (g *generator) resources() []any {
 
 func TestRoundTripOfRandomSets(t *testing.T) {
 	g := &generator{Rand: rand.New(rand.NewPCG(9, 10))}
-	for range 300 {
+	for range 100 {
 		g.port = 0
 		resources := g.resources()
 		var text bytes.Buffer

@@ -115,6 +115,28 @@ func forgeable(key ed25519.PublicKey) bool {
 	return false
 }
 
+func TestKeyExpired(t *testing.T) {
+	end := time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		notAfter, now time.Time
+		want          bool
+	}{
+		{time.Time{}, end, false}, {end, end.Add(-1), false}, {end, end, true}, {end, end.Add(1), true},
+	} {
+		if got := (policy.Key{NotAfter: c.notAfter}).Expired(c.now); got != c.want {
+			t.Errorf("a key until %s at %s: expired is %t", c.notAfter, c.now, got)
+		}
+	}
+}
+
+func TestSourceText(t *testing.T) {
+	for want, s := range map[string]policy.Source{"": {}, "a.yaml:3": {File: "a.yaml", Line: 3}} {
+		if s.String() != want {
+			t.Errorf("got %q, want %q", s, want)
+		}
+	}
+}
+
 func TestErrors(t *testing.T) {
 	a, b := &policy.Error{Field: "a", Msg: "wrong"}, &policy.Error{File: "f", Line: 2, Field: "b", Msg: "wrong"}
 	plain := errors.New("plain")
@@ -137,6 +159,9 @@ func TestErrors(t *testing.T) {
 	}
 	if at := policy.At("spec.x", fmt.Errorf("wrap: %w", plain)); at.Error() != "spec.x: wrap: plain" || !errors.Is(at, plain) {
 		t.Errorf("got %v", at)
+	}
+	if at := policy.At("spec.x", a); at.Error() != "spec.x: wrong" || a.Field != "a" {
+		t.Errorf("got %v, and %v before", at, a)
 	}
 	if policy.At("spec.x", nil) != nil {
 		t.Error("no error has a place")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 )
 
@@ -104,7 +105,7 @@ func (s *Store) Ack(ctx context.Context, seq uint64) error {
 		var last uint64
 		var hash []byte
 		err := tx.QueryRowContext(ctx, `SELECT seq, hash FROM entries WHERE seq <= ? ORDER BY seq DESC LIMIT 1`, seq).Scan(&last, &hash)
-		if err == sql.ErrNoRows {
+		if errors.Is(err, sql.ErrNoRows) {
 			return nil
 		}
 		if err != nil {

@@ -7,15 +7,17 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"sync/atomic"
-	"unsafe"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // countFile is one page, mapped shared: what is written to it is there for the next process, however
 // this one ends. The page is written whole when it is made, so that a full disk cannot take it away.
-type countFile struct{ page []byte }
+type countFile struct {
+	mu   sync.Mutex
+	page []byte // nil after close
+}
 
 const (
 	countMagic = "SPLYCNT1"
@@ -90,22 +92,39 @@ func replaceFile(path string, data []byte) error {
 	return os.Rename(tmp, path)
 }
 
-func (c *countFile) at(off int) *atomic.Uint64 {
-	return (*atomic.Uint64)(unsafe.Pointer(&c.page[off]))
+// raise never goes back: calls may overtake each other.
+func (c *countFile) raise(off int, v uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.page != nil && binary.NativeEndian.Uint64(c.page[off:]) < v {
+		binary.NativeEndian.PutUint64(c.page[off:], v)
+	}
 }
 
-// setSeq follows the database; it is called with other writes held off.
-func (c *countFile) setSeq(seq uint64) { c.at(offSeq).Store(seq) }
+func (c *countFile) load(off int) uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.page == nil {
+		return 0
+	}
+	return binary.NativeEndian.Uint64(c.page[off:])
+}
 
 func (c *countFile) close() error {
-	err := unix.Msync(c.page, unix.MS_SYNC)
-	return errors.Join(err, unix.Munmap(c.page))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.page == nil {
+		return nil
+	}
+	err := errors.Join(unix.Msync(c.page, unix.MS_SYNC), unix.Munmap(c.page))
+	c.page = nil
+	return err
 }
 
 // CountFlow notes that flow numbers up to n are given out. It does no I/O; what it notes survives a
-// kill of the process, but not a power loss.
-func (s *Store) CountFlow(n uint64) { s.count.at(offFlow).Store(n) }
+// kill of the process, but not a power loss. After Close it does nothing.
+func (s *Store) CountFlow(n uint64) { s.count.raise(offFlow, n) }
 
 // CountQueued notes that n entries were ever taken into a queue for AppendAll in this epoch. Like
 // CountFlow it survives a kill of the process.
-func (s *Store) CountQueued(n uint64) { s.count.at(offQueued).Store(n) }
+func (s *Store) CountQueued(n uint64) { s.count.raise(offQueued, n) }

@@ -73,7 +73,7 @@ func grantsInBoot(ctx context.Context, tx *sql.Tx, boot string) (bool, error) {
 func (s *Store) Flow(ctx context.Context) (FlowState, error) {
 	var st FlowState
 	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
-		st = FlowState{Acked: h.flowAcked, Produced: max(s.count.at(offFlow).Load(), h.flowAcked), Unsure: h.flowUnsure}
+		st = FlowState{Acked: h.flowAcked, Produced: max(s.count.load(offFlow), h.flowAcked), Unsure: h.flowUnsure}
 		var err error
 		st.Spool, err = readSpool(ctx, tx, h.flowAcked)
 		return err
@@ -135,7 +135,7 @@ func setAcked(ctx context.Context, tx *sql.Tx, h *head, acked uint64) error {
 // process before. With unsure, a power loss may have taken some, and nobody knows how many.
 func (s *Store) Unsettled(ctx context.Context) (n uint64, unsure bool, err error) {
 	err = s.write(ctx, func(_ *sql.Tx, h *head) error {
-		if q := s.count.at(offQueued).Load(); q > h.queued {
+		if q := s.count.load(offQueued); q > h.queued {
 			n = q - h.queued
 		}
 		unsure = h.queueUnsure != 0
@@ -156,7 +156,7 @@ func (s *Store) Settle(ctx context.Context, items []Item) error {
 				return err
 			}
 		}
-		h.queued, h.queueUnsure = max(h.queued, s.count.at(offQueued).Load()), 0
+		h.queued, h.queueUnsure = max(h.queued, s.count.load(offQueued)), 0
 		return nil
 	})
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *Store) Settle(ctx context.Context, items []Item) error {
 }
 
 // Queued is how many entries ever went through the queue, for CountQueued to go on from.
-func (s *Store) Queued() uint64 { return s.count.at(offQueued).Load() }
+func (s *Store) Queued() uint64 { return s.count.load(offQueued) }
 
 func spoolSum(e Entry) []byte { return digest([]byte("sallyport spool"), num(e.Seq), e.Data) }
 

@@ -114,7 +114,8 @@ func dsn(path string) string {
 // Pages are 4 KiB: the store takes at most 1 GiB.
 const maxPages = 1 << 18
 
-// Close gives the files back. Nothing is lost by not calling it. No other method may be called after it.
+// Close gives the files back. Nothing is lost by not calling it. After it only CountFlow and
+// CountQueued may be called.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +130,7 @@ func (s *Store) closeFiles() error {
 	if s.count != nil {
 		errs = append(errs, s.count.close())
 	}
-	s.db, s.count = nil, nil
+	s.db = nil
 	return errors.Join(errs...)
 }
 
@@ -152,7 +153,7 @@ func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) er
 		return err
 	})
 	if err == nil {
-		s.count.setSeq(seq)
+		s.count.raise(offSeq, seq)
 	}
 	return err
 }

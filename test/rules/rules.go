@@ -46,14 +46,14 @@ var rules = []rule{
 		why:     "whether an identity is fresh is judged in one place",
 	},
 	{
-		imports: []string{"github.com/spiffe/go-spiffe/v2/..."},
-		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/collector", "./pkg/client", "./pkg/policy", "./cmd/..."},
-		why:     "identities are proven by TLS at the edges; the rest handles their names",
+		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/spiffegrpc/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/collector", "./pkg/client", "./cmd/..."},
+		why:     "identities are proven at the edges; the rest handles their names",
 	},
 	{
-		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/workloadapi"},
-		not:     []string{"./pkg/policy"},
-		why:     "policy compares names of identities and proves none",
+		imports: []string{"github.com/spiffe/go-spiffe/v2/spiffeid"},
+		not:     []string{"./pkg/datapath", "./pkg/flow", "./pkg/grant", "./pkg/px", "./pkg/store"},
+		why:     "what these packages know of an identity is a line of text",
 	},
 	{
 		imports: []string{"modernc.org/sqlite/...", "database/sql"},
@@ -76,9 +76,14 @@ var rules = []rule{
 		why:     "the store keeps bytes in order; what they mean can change without it",
 	},
 	{
-		imports: []string{"net", "net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
+		imports: []string{"net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
 		not:     []string{"./pkg/flow", "./pkg/policy", "./pkg/grant"},
 		why:     "pure packages decide on values alone, so that agent, proxy and CLI come to the same answer",
+	},
+	{
+		imports: []string{"net"},
+		not:     []string{"./pkg/flow", "./pkg/grant"},
+		why:     "net/netip is enough for addresses; policy alone takes host names apart",
 	},
 	{
 		imports: []string{"./pkg/agent"},

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"fmt"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/agent"
+)
+
+const defaultConfig = "/etc/sallyport/agent.yaml"
+
+func (p *process) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "sallyport-agent",
+		Short:         "Enforce on this node that protected services are reached through the proxy",
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetOut(p.stdout)
+	root.SetErr(p.stderr)
+	root.PersistentFlags().StringVar(&p.config, "config", defaultConfig, "configuration `FILE` (kind: AgentConfig)")
+	root.PersistentFlags().TextVar(&p.level, "log-level", p.level, "least `LEVEL` to log: DEBUG, INFO, WARN or ERROR")
+	root.AddCommand(p.run(), p.guard(), p.check(), p.uninstall())
+	return root
+}
+
+func (p *process) run() *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Enforce until stopped; stopping leaves enforcement on",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.asRoot(func() error { return agent.Run(cmd.Context(), p.options()) })
+		},
+	}
+}
+
+func (p *process) guard() *cobra.Command {
+	return &cobra.Command{
+		Use:   "guard",
+		Short: "Hold the hooks, so that they outlive the agent, its pins and bpffs",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.asRoot(func() error { return agent.Guard(cmd.Context(), p.options()) })
+		},
+	}
+}
+
+func (p *process) check() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check",
+		Short: "Read configuration and resources as run would, and change nothing",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if err := agent.Check(p.options()); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintln(p.stdout, "ok")
+			return err
+		},
+	}
+}
+
+func (p *process) uninstall() *cobra.Command {
+	return &cobra.Command{
+		Use:   "uninstall",
+		Short: "End enforcement and take everything away but the records; the agent must be stopped",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.asRoot(func() error {
+				removed, err := agent.Uninstall(cmd.Context(), p.options(), fmt.Sprintf("uid:%d", p.uid))
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(p.stdout, removed.Describe())
+				return err
+			})
+		},
+	}
+}
+
+// version is that of the module as it was built.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version
+}

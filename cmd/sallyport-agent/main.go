@@ -1,0 +1,56 @@
+// Command sallyport-agent enforces on one node: it loads, attaches and pins the programs, programs their tables from resources
+// and grants, and hands on what the kernel tells.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"syscall"
+
+	"github.com/sallyport-dev/sallyport/pkg/agent"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+func main() {
+	// Work in px is done on threads that end afterwards. The main thread cannot end, so it takes no part.
+	runtime.LockOSThread()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}
+	if err := p.command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, agent.Describe(err))
+		os.Exit(1)
+	}
+}
+
+// process is what the command has of its surroundings.
+type process struct {
+	stdout, stderr io.Writer
+	notifySocket   string
+	uid            int
+	config         string
+	level          slog.Level
+}
+
+func (p *process) options() agent.Options {
+	return agent.Options{
+		ConfigFile: p.config, Version: version(), NotifySocket: p.notifySocket,
+		Logger: slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: p.level})),
+	}
+}
+
+// errNotRoot refuses what cannot work without the kernel's privileges.
+var errNotRoot = errors.New("needs root")
+
+func (p *process) asRoot(f func() error) error {
+	if p.uid != 0 {
+		return &policy.Error{Msg: errNotRoot.Error(), Hint: "run it as root, or as the unit sallyport-agent.service", Err: errNotRoot}
+	}
+	return f()
+}

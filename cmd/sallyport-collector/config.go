@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/sallyport-dev/sallyport/pkg/collector"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+const kindCollectorConfig = "CollectorConfig"
+
+// config is the collector's configuration file.
+type config struct {
+	APIVersion string   `yaml:"apiVersion"`
+	Kind       string   `yaml:"kind"`
+	Metadata   metadata `yaml:"metadata"`
+	Spec       spec     `yaml:"spec"`
+}
+
+type metadata struct {
+	Name string `yaml:"name"`
+}
+
+// spec is what a CollectorConfig says. Defaults stand behind each field.
+type spec struct {
+	// TrustDomain of the nodes and of the collector itself. It has no default.
+	TrustDomain string `yaml:"trustDomain"`
+	// ID is the collector's own SPIFFE ID: spiffe://<trustDomain>/sallyport/collector.
+	ID string `yaml:"id"`
+	// Listen is the address for nodes and remote readers: :9443.
+	Listen string `yaml:"listen"`
+	// WorkloadAPI gives the collector its identity: unix:///run/spire/sockets/agent.sock.
+	WorkloadAPI string `yaml:"workloadAPI"`
+	// DataDir keeps the records, one file per day: /var/lib/sallyport-collector.
+	DataDir string `yaml:"dataDir"`
+	// Readers are SPIFFE IDs that may read over the network, exact or a prefix ending in /*: none.
+	Readers []string `yaml:"readers"`
+	// Socket is the Unix socket of local readers: /run/sallyport-collector/collector.sock.
+	Socket string `yaml:"socket"`
+	// Operators may use the socket.
+	Operators operators `yaml:"operators"`
+	// Retain is how long a day is kept after it ended: 2160h (90 days). At least 24h; 0: for ever.
+	Retain string `yaml:"retain"`
+
+	retain time.Duration // Retain, read
+}
+
+type operators struct {
+	// UIDs are user ids: root alone.
+	UIDs []uint32 `yaml:"uids"`
+}
+
+func defaultSpec() spec {
+	return spec{
+		Listen: ":9443", WorkloadAPI: "unix:///run/spire/sockets/agent.sock", DataDir: "/var/lib/sallyport-collector",
+		Socket: "/run/sallyport-collector/collector.sock", Operators: operators{UIDs: []uint32{0}},
+		Retain: "2160h",
+	}
+}
+
+// override are the flags that stand above the file.
+type override struct{ listen, socket, dataDir string }
+
+func (o override) apply(c *config) {
+	for _, f := range []struct {
+		flag string
+		to   *string
+	}{{o.listen, &c.Spec.Listen}, {o.socket, &c.Spec.Socket}, {o.dataDir, &c.Spec.DataDir}} {
+		if f.flag != "" {
+			*f.to = f.flag
+		}
+	}
+}
+
+func (c config) trustDomain() spiffeid.TrustDomain {
+	return spiffeid.RequireTrustDomainFromString(c.Spec.TrustDomain)
+}
+
+func (c config) id() spiffeid.ID { return spiffeid.RequireFromString(c.Spec.ID) }
+
+func (c config) collector(source collector.Source, log *slog.Logger) collector.Config {
+	return collector.Config{
+		Dir: c.Spec.DataDir, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers,
+		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Logger: log,
+	}
+}
+
+// parseConfig reads a CollectorConfig, strictly. Every problem comes back at once, as errors.Join of
+// *policy.Error with its line.
+func parseConfig(name string, data []byte) (config, error) {
+	r := &reader{file: name, bad: map[int]bool{}}
+	c := config{Spec: defaultSpec()}
+	d := yaml.NewDecoder(bytes.NewReader(data))
+	d.KnownFields(true)
+	err := d.Decode(&c)
+	if errors.Is(err, io.EOF) {
+		r.add(0, "", "is empty", "write a CollectorConfig in it")
+	} else if r.addYAML(err); yaml.Unmarshal(data, &r.root) == nil && !hasTwice(err) {
+		c.validate(r)
+	}
+	var typed *yaml.TypeError // anything else ends the reading for good
+	if (err == nil || errors.As(err, &typed)) && !errors.Is(d.Decode(new(yaml.Node)), io.EOF) {
+		r.add(0, "", "has more than one document", "a CollectorConfig is alone in its file")
+	}
+	if err := r.err(); err != nil {
+		return config{}, err
+	}
+	if c.Spec.ID == "" {
+		c.Spec.ID = "spiffe://" + c.Spec.TrustDomain + "/sallyport/collector"
+	}
+	return c, nil
+}
+
+func (c *config) validate(r *reader) {
+	r.check(c.APIVersion == policy.APIVersion, "apiVersion", fmt.Sprintf("want %s, got %q", policy.APIVersion, c.APIVersion), "")
+	r.check(c.Kind == kindCollectorConfig, "kind", fmt.Sprintf("want %s, got %q", kindCollectorConfig, c.Kind), "")
+	s := c.Spec
+	td, err := spiffeid.TrustDomainFromString(s.TrustDomain)
+	r.check(err == nil, "spec.trustDomain", fmt.Sprintf("%q is no trust domain", s.TrustDomain), "write the name alone, like example.org")
+	if s.ID != "" && err == nil {
+		id, err := spiffeid.FromString(s.ID)
+		r.check(err == nil && id.MemberOf(td), "spec.id", fmt.Sprintf("%q is no SPIFFE ID of %s", s.ID, td), "leave it out for spiffe://"+td.Name()+"/sallyport/collector")
+	}
+	_, port, err := net.SplitHostPort(s.Listen)
+	n, portErr := strconv.ParseUint(port, 10, 16)
+	r.check(err == nil && portErr == nil && n > 0, "spec.listen", fmt.Sprintf("%q is no address with a port", s.Listen), "write HOST:PORT with a port from 1 to 65535, or :PORT for every address")
+	r.check(strings.HasPrefix(s.WorkloadAPI, "unix:///") || strings.HasPrefix(s.WorkloadAPI, "tcp://"), "spec.workloadAPI",
+		fmt.Sprintf("%q is no Workload API address", s.WorkloadAPI), "write unix:///PATH")
+	r.check(filepath.IsAbs(s.DataDir), "spec.dataDir", fmt.Sprintf("%q is no absolute path", s.DataDir), "begin it with /")
+	r.check(s.Socket == "" || filepath.IsAbs(s.Socket), "spec.socket", fmt.Sprintf("%q is no absolute path", s.Socket), `begin it with /, or write "" for none`)
+	c.Spec.retain, err = time.ParseDuration(s.Retain)
+	r.check(err == nil, "spec.retain", fmt.Sprintf("%q is not a duration", s.Retain), "write a number with its unit, like 2160h")
+	r.check(c.Spec.retain == 0 || c.Spec.retain >= 24*time.Hour, "spec.retain", s.Retain+" is less than a day", "at least 24h, or 0s to keep records for ever")
+	r.check(s.Socket == "" || len(s.Operators.UIDs) > 0, "spec.operators.uids", "nobody may use the socket", `list user ids, or write socket: ""`)
+	for i, reader := range s.Readers {
+		err := collector.CheckReaders([]string{reader})
+		r.check(err == nil, fmt.Sprintf("spec.readers[%d]", i), fmt.Sprint(err), "write a SPIFFE ID, or a prefix ending in /*")
+	}
+}
+
+// reader collects problems with their lines.
+type reader struct {
+	file string
+	root yaml.Node
+	bad  map[int]bool // lines with a problem: what follows from it is not told
+	errs []error
+}
+
+func (r *reader) add(line int, field, msg, hint string) {
+	r.bad[line] = true
+	r.errs = append(r.errs, &policy.Error{File: r.file, Line: line, Field: field, Msg: msg, Hint: hint})
+}
+
+func (r *reader) check(ok bool, field, msg, hint string) {
+	if line := r.line(field); !ok && !r.bad[line] {
+		r.add(line, field, msg, hint)
+	}
+}
+
+func (r *reader) err() error { return errors.Join(r.errs...) }
+
+var yamlLine = regexp.MustCompile(`^line (\d+): (.*)$`)
+
+// goType is how the decoder names our structs; people know the YAML only.
+var goType = regexp.MustCompile(` (?:in|into) type \S+| into \S+$`)
+
+// hasTwice says that a key was given twice, of which the decoder takes neither.
+func hasTwice(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "already defined")
+}
+
+// addYAML takes the decoder's error apart.
+func (r *reader) addYAML(err error) {
+	if err == nil {
+		return
+	}
+	lines := []string{err.Error()}
+	var typed *yaml.TypeError
+	if errors.As(err, &typed) {
+		lines = lines[:0]
+		for _, e := range typed.Errors {
+			lines = append(lines, fmt.Sprint(e))
+		}
+	}
+	for _, l := range lines {
+		line, msg := 1, strings.TrimPrefix(l, "yaml: ") // the decoder does not name the first line
+		if m := yamlLine.FindStringSubmatch(msg); m != nil {
+			line, _ = strconv.Atoi(m[1])
+			msg = m[2]
+		}
+		r.add(line, "", goType.ReplaceAllString(msg, ""), "compare it with the example configuration")
+	}
+}
+
+// line finds the line of a field like spec.readers[1], or of the nearest thing around it that was
+// written.
+func (r *reader) line(field string) int {
+	if len(r.root.Content) == 0 {
+		return 0
+	}
+	n := r.root.Content[0]
+	line := n.Line
+	for _, part := range strings.FieldsFunc(field, func(c rune) bool { return c == '.' || c == '[' || c == ']' }) {
+		next, at := child(n, part)
+		if next == nil {
+			break
+		}
+		n, line = next, at
+	}
+	return line
+}
+
+func child(n *yaml.Node, name string) (*yaml.Node, int) {
+	if n.Kind == yaml.SequenceNode {
+		if i, err := strconv.Atoi(name); err == nil && i < len(n.Content) {
+			return n.Content[i], n.Content[i].Line
+		}
+		return nil, 0
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == name {
+			return n.Content[i+1], n.Content[i].Line
+		}
+	}
+	return nil, 0
+}

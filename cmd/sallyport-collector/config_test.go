@@ -1,0 +1,111 @@
+package main
+
+import (
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+const head = "apiVersion: sallyport.dev/v1alpha1\nkind: CollectorConfig\nmetadata: {name: collector}\nspec:\n  trustDomain: example.org\n"
+
+func TestDefaults(t *testing.T) {
+	c, err := parseConfig("c.yaml", []byte(head))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := defaultSpec()
+	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
+	if !reflect.DeepEqual(c.Spec, want) {
+		t.Errorf("have %+v, want %+v", c.Spec, want)
+	}
+}
+
+// The example says the defaults, as its comments claim.
+func TestExample(t *testing.T) {
+	const name = "../../deploy/examples/collector.yaml"
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseConfig(name, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := defaultSpec()
+	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
+	want.Readers = []string{"spiffe://example.org/ops/*"}
+	if !reflect.DeepEqual(c.Spec, want) {
+		t.Errorf("have %+v, want %+v", c.Spec, want)
+	}
+}
+
+func TestWrongConfig(t *testing.T) {
+	for name, c := range map[string]struct {
+		text string
+		want []string // beginnings of the problems, in order
+	}{
+		"empty":           {"", []string{"c.yaml: is empty"}},
+		"no YAML":         {"a: b: c", []string{"c.yaml:1: mapping values are not allowed"}},
+		"unknown key":     {head + "  lisen: x\n", []string{"c.yaml:6: field lisen not found"}},
+		"key twice":       {head + "  retain: 48h\n  retain: 72h\n", []string{`c.yaml:7: mapping key "retain" already defined`}},
+		"two documents":   {head + "---\n" + head, []string{"c.yaml: has more than one document"}},
+		"other kind":      {strings.Replace(head, "CollectorConfig", "AgentConfig", 1), []string{"c.yaml:2: kind: want CollectorConfig"}},
+		"other version":   {strings.Replace(head, "v1alpha1", "v2", 1), []string{"c.yaml:1: apiVersion: want sallyport.dev/v1alpha1"}},
+		"trust domain":    {strings.Replace(head, "example.org", "'a b'", 1), []string{`c.yaml:5: spec.trustDomain: "a b" is no trust domain`}},
+		"no spec":         {"apiVersion: sallyport.dev/v1alpha1\nkind: CollectorConfig\n", []string{`c.yaml:1: spec.trustDomain: "" is no trust domain`}},
+		"foreign id":      {head + "  id: spiffe://other.org/x\n", []string{"c.yaml:6: spec.id"}},
+		"port 0":          {head + "  listen: ':0'\n", []string{"c.yaml:6: spec.listen"}},
+		"no port":         {head + "  listen: localhost\n", []string{"c.yaml:6: spec.listen"}},
+		"workload API":    {head + "  workloadAPI: /run/spire.sock\n", []string{"c.yaml:6: spec.workloadAPI"}},
+		"relative":        {head + "  dataDir: data\n  socket: sock\n", []string{"c.yaml:6: spec.dataDir", "c.yaml:7: spec.socket"}},
+		"retain":          {head + "  retain: 1h\n", []string{"c.yaml:6: spec.retain: 1h is less than a day"}},
+		"no duration":     {head + "  retain: ninety\n", []string{`c.yaml:6: spec.retain: "ninety" is not a duration`}},
+		"readers":         {head + "  readers:\n    - spiffe://example.org/a\n    - 'spiffe://*'\n    - bob\n", []string{"c.yaml:8: spec.readers[1]", "c.yaml:9: spec.readers[2]"}},
+		"nobody":          {head + "  operators: {uids: []}\n", []string{"c.yaml:6: spec.operators.uids"}},
+		"uid":             {head + "  operators: {uids: [root]}\n", []string{"c.yaml:6: cannot unmarshal"}},
+		"several at once": {head + "  listen: x\n  lisen: y\n  retain: 1s\n", []string{"c.yaml:7: field lisen", "c.yaml:6: spec.listen", "c.yaml:8: spec.retain"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := parseConfig("c.yaml", []byte(c.text))
+			var got []string
+			for _, e := range policy.Errors(err) {
+				got = append(got, e.Error())
+			}
+			if len(got) != len(c.want) {
+				t.Fatalf("have %q, want %q", got, c.want)
+			}
+			for i := range got {
+				if !strings.HasPrefix(got[i], c.want[i]) {
+					t.Errorf("have %q, want %q", got[i], c.want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestOverride(t *testing.T) {
+	c, err := parseConfig("c.yaml", []byte(head+"  retain: 0s\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	override{listen: "127.0.0.1:1", dataDir: "/d"}.apply(&c)
+	if c.Spec.Listen != "127.0.0.1:1" || c.Spec.DataDir != "/d" || c.Spec.Socket != defaultSpec().Socket || c.Spec.retain != 0 {
+		t.Errorf("have %+v", c.Spec)
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte(head))
+	f.Add([]byte("a: &x [*x]"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := parseConfig("c.yaml", data)
+		if err == nil { // what was accepted can be used
+			c.id()
+			c.trustDomain()
+		}
+	})
+}

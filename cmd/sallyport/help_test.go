@@ -1,0 +1,70 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"unicode"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// eachCommand visits every command of ours.
+func eachCommand(root *cobra.Command, visit func(*cobra.Command)) {
+	for _, cmd := range root.Commands() {
+		if cmd.Name() != "help" && cmd.Name() != "completion" {
+			visit(cmd)
+			eachCommand(cmd, visit)
+		}
+	}
+}
+
+func testRoot() *cobra.Command {
+	return newRoot(env{stdout: &bytes.Buffer{}, stderr: &bytes.Buffer{}, getenv: func(string) string { return "" }})
+}
+
+func TestEveryCommandExplainsItself(t *testing.T) {
+	root := testRoot()
+	eachCommand(root, func(cmd *cobra.Command) {
+		if cmd.Short == "" || strings.HasSuffix(cmd.Short, ".") || !unicode.IsUpper(rune(cmd.Short[0])) {
+			t.Errorf("%s: short help %q", cmd.CommandPath(), cmd.Short)
+		}
+		if cmd.Args == nil || cmd.RunE == nil {
+			t.Errorf("%s: takes any arguments, or does nothing", cmd.CommandPath())
+		}
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if f.Usage == "" || strings.HasSuffix(f.Usage, ".") {
+				t.Errorf("%s --%s: help %q", cmd.CommandPath(), f.Name, f.Usage)
+			}
+		})
+		r := command(t.Context(), nil, append(strings.Fields(cmd.CommandPath())[1:], "--help")...)
+		if r.code != exitDone || !strings.Contains(r.stdout, "Usage:") || r.stderr != "" {
+			t.Errorf("%s --help: %+v", cmd.CommandPath(), r)
+		}
+	})
+}
+
+// The words of DESIGN are fixed: no synonyms in what people read.
+func TestHelpUsesTheWords(t *testing.T) {
+	eachCommand(testRoot(), func(cmd *cobra.Command) {
+		text := strings.ToLower(cmd.Short + cmd.Long + cmd.Flags().FlagUsages())
+		for _, word := range []string{"exception", "whitelist", "allowlist", "lease", "ticketing", "backend", "session"} {
+			if strings.Contains(text, word) {
+				t.Errorf("%s: help says %q", cmd.CommandPath(), word)
+			}
+		}
+	})
+}
+
+func TestEveryCommandRefusesTooManyArguments(t *testing.T) {
+	eachCommand(testRoot(), func(cmd *cobra.Command) {
+		if cmd.HasSubCommands() || cmd.CommandPath() == "sallyport policy check" {
+			return
+		}
+		r := command(t.Context(), nil, append(strings.Fields(cmd.CommandPath())[1:], "a", "b", "c")...)
+		if r.code != exitUsage || !strings.Contains(r.stderr, "hint: ") {
+			t.Errorf("%s: %+v", cmd.CommandPath(), r)
+		}
+	})
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// issue is one run of `grant issue`.
+type issue struct {
+	terms     terms
+	key       string
+	resources []string
+	pin       bool
+	out       string
+	yes       bool
+}
+
+func (c *cli) grantIssue() *cobra.Command {
+	var i issue
+	cmd := &cobra.Command{
+		Use:   "issue",
+		Short: "Sign a grant: who may go around the proxy, to what, for how long, and why",
+		Long: `Sign a grant with a key of a keyring. What it allows is said in plain words on standard error
+before anything is signed. With --policy the grant is checked first as the node would check it,
+and one that policy refuses is not signed. A grant does nothing until it is activated.`,
+		Example: `  sallyport grant issue --service postgres --client 10.1.0.2 --for 15m --node node-1 \
+      --reason "nightly backup" --key alice.key --policy /etc/sallyport/resources.d --out backup.grant
+  sallyport grant activate backup.grant`,
+		Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.issue(cmd.Context(), &i) },
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	i.terms.add(f)
+	f.StringVar(&i.key, "key", "", "private key `FILE` to sign with")
+	f.StringSliceVar(&i.resources, "policy", nil, "check against the resources in these `FILES` or this directory")
+	f.BoolVar(&i.pin, "pin-policy", false, "make it valid only under the very resources of --policy")
+	f.StringVar(&i.out, "out", "", "new `FILE` for the signed grant (default: standard output)")
+	f.BoolVarP(&i.yes, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+// issue checks, says, asks, signs and writes, in this order.
+func (c *cli) issue(ctx context.Context, i *issue) error {
+	key, err := i.readKey()
+	if err != nil {
+		return err
+	}
+	set, err := i.readPolicy()
+	if err != nil {
+		return err
+	}
+	p, err := i.payload(c, set)
+	if err != nil {
+		return inFlags("issue grant", err)
+	}
+	if err := c.check(set, p, key.Public()); err != nil {
+		return inFlags("check grant", err)
+	}
+	c.say(p, key.Public(), set)
+	if !i.yes {
+		if err := c.confirm(ctx, "sign this grant?"); err != nil {
+			return err
+		}
+	}
+	envelope, err := grant.Sign(p, key)
+	if err != nil {
+		return explained("sign grant", err)
+	}
+	return c.writeGrant(i.out, p.ID, envelope)
+}
+
+func (i *issue) readKey() (grant.PrivateKey, error) {
+	if i.key == "" {
+		return grant.PrivateKey{}, withHint(usagef("issue grant: no key"), "name a file with --key; `sallyport keygen` makes one")
+	}
+	key, err := grant.ReadPrivateKey(i.key)
+	return key, explained("read key", err)
+}
+
+// readPolicy gives nil where no resources are named.
+func (i *issue) readPolicy() (*policy.Set, error) {
+	if len(i.resources) > 0 {
+		return loadPolicy(i.resources)
+	}
+	if i.pin {
+		return nil, withHint(usagef("issue grant: --pin-policy has nothing to pin"), "name the resources with --policy")
+	}
+	return nil, nil
+}
+
+func (i *issue) payload(c *cli, set *policy.Set) (grant.Payload, error) {
+	p, err := i.terms.payload(c.now(), c.getenv("USER"))
+	if i.pin {
+		p.PolicyDigest = set.Digest()
+	}
+	return p, errors.Join(err, p.Validate())
+}
+
+// check asks the evaluator that the node asks. Without resources the node alone decides.
+func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) error {
+	if set == nil {
+		return nil
+	}
+	signer, err := signerOf(set, key, c)
+	if err != nil {
+		return err
+	}
+	return checkVerified(set, grant.Verified{Payload: p, Signers: []grant.Signer{signer}}, c)
+}
+
+// checkVerified leaves out what only the node knows: its name and its own addresses.
+func checkVerified(set *policy.Set, v grant.Verified, c *cli) error {
+	return errors.Join(v.Payload.CheckPolicy(set.Digest()), set.CheckGrant(v.Facts(nil)))
+}
+
+// signerOf finds whose key it is.
+func signerOf(set *policy.Set, key policy.PublicKey, c *cli) (grant.Signer, error) {
+	for _, ring := range set.Keyrings() {
+		for _, person := range ring.Spec.People {
+			for _, k := range person.Keys {
+				if k.PublicKey == key && k.Expired(c.now()) {
+					return grant.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("the key %s of %s ended at %s", key.ID(), person.Name, k.NotAfter.Format(clock)), Hint: "sign with a key that is still valid"}
+				}
+				if k.PublicKey == key {
+					return grant.Signer{Person: person.Name, KeyID: key.ID()}, nil
+				}
+			}
+		}
+	}
+	return grant.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("no Keyring has the key %s", key.ID()), Hint: "add its public key to a Keyring: " + key.String()}
+}
+
+// issuedGrant is what was written, for machines.
+type issuedGrant struct {
+	Grant string `json:"grant"`
+	File  string `json:"file"`
+}
+
+func (c *cli) writeGrant(path, id string, envelope []byte) error {
+	envelope = append(envelope, '\n')
+	if path == "" {
+		_, err := c.stdout.Write(envelope)
+		return err
+	}
+	if err := writeNew(path, envelope); err != nil {
+		return withHint(fmt.Errorf("write grant: %w", err), "name a new file with --out")
+	}
+	return c.show(issuedGrant{Grant: id, File: path}, func(t *table) {
+		t.row("grant", id)
+		t.row("file", path)
+		t.row("next", "sallyport grant activate "+path)
+	})
+}
+
+// writeNew writes a file that must not be there yet, and leaves none behind when it fails.
+func writeNew(path string, data []byte) (err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(path))
+		}
+	}()
+	_, err = f.Write(data)
+	return errors.Join(err, f.Close())
+}
+
+// say tells in plain words what is about to be signed, and by whom.
+func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set) {
+	t := newTable(c.stderr)
+	payloadTable(t, p)
+	t.row("signed by", signedBy(set, key, c))
+	t.row("policy", choose(set == nil, "not checked here: the node checks at activation (--policy checks now)", "allows this"))
+	t.Flush()
+	fmt.Fprintln(c.stderr)
+}
+
+func signedBy(set *policy.Set, key policy.PublicKey, c *cli) string {
+	if set == nil {
+		return key.ID()
+	}
+	signer, err := signerOf(set, key, c)
+	if err != nil {
+		return key.ID()
+	}
+	return people([]grant.Signer{signer})
+}

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"sallyport":       main,
+		"sallyport-agent": siblingAgent,
+	})
+}
+
+// siblingAgent stands next to the command under test and says how it was called.
+func siblingAgent() {
+	fmt.Println("agent called:", strings.Join(os.Args[1:], " "))
+	if _, err := os.Stat(os.Args[len(os.Args)-1]); err != nil {
+		fmt.Fprintln(os.Stderr, "no configuration")
+		os.Exit(1)
+	}
+}
+
+// resources are what the node of the tests enforces. KEY is alice's public key.
+const resources = `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: postgres}
+spec:
+  target: Pod
+  ports: [5432]
+  addresses: ["10.2.0.2", "fd00:2::2"]
+  access:
+    - identities: ["spiffe://example.org/app/web", "spiffe://example.org/ops/*"]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: ssh}
+spec: {target: Host, ports: [22]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: BypassPolicy
+metadata: {name: nightly-backup}
+spec:
+  services: [postgres]
+  bindings: [address]
+  sources: ["10.1.0.0/24"]
+  maxDuration: 15m
+  signers: [alice]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: Keyring
+metadata: {name: operators}
+spec:
+  people:
+    - name: alice
+      keys: [{publicKey: "KEY"}]
+`
+
+// TestStories runs the stories of testdata/script, each against a node and a collector of its own.
+func TestStories(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup:               setUpStory,
+	})
+}
+
+func setUpStory(e *testscript.Env) error {
+	t := e.T().(testing.TB)
+	runDir, err := os.MkdirTemp("", "sp") // the path of a socket must be short
+	if err != nil {
+		return err
+	}
+	e.Defer(func() { os.RemoveAll(runDir) })
+	key := storyKey(t, filepath.Join(e.WorkDir, "alice.key"))
+	text := strings.ReplaceAll(resources, "KEY", key)
+	if err := os.WriteFile(filepath.Join(e.WorkDir, "resources.yaml"), []byte(text), 0o644); err != nil {
+		return err
+	}
+	n := newNode(t, text)
+	n.record(someFlows()...)
+	e.Defer(n.serve(t, filepath.Join(runDir, "agent.sock")))
+	e.Defer(newCollector().serve(t, filepath.Join(runDir, "collector.sock")))
+	e.Setenv("SALLYPORT_RUN_DIR", runDir)
+	e.Setenv("COLLECTOR", "unix:"+filepath.Join(runDir, "collector.sock"))
+	e.Setenv("USER", "bob")
+	return nil
+}
+
+// result is what one command in this process did.
+type result struct {
+	code           int
+	stdout, stderr string
+}
+
+// command runs a command line in this process. vars are its whole environment.
+func command(ctx context.Context, vars map[string]string, args ...string) result {
+	var out, errs bytes.Buffer
+	e := env{
+		stdin: strings.NewReader(""), stdout: &out, stderr: &errs, now: time.Now,
+		getenv:     func(k string) string { return vars[k] },
+		executable: func() (string, error) { return "/nowhere/sallyport", nil },
+	}
+	code := report(&errs, run(ctx, e, args))
+	return result{code, out.String(), errs.String()}
+}

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+func (c *cli) policy() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "policy",
+		Short: "Look at resource files before a node does",
+		Args:  cobra.ArbitraryArgs,
+		RunE:  group,
+
+		SuggestionsMinimumDistance: suggestWithin,
+	}
+	cmd.AddCommand(c.policyCheck())
+	return cmd
+}
+
+func (c *cli) policyCheck() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check FILE... | DIR",
+		Short: "Check resources as the agent would, without an agent",
+		Long: `Check one set of resources: all the FILEs together, or the *.yaml files of DIR. Every problem is
+shown at once, with its file and line and what to do. It is the agent's own evaluator.`,
+		Example: `  sallyport policy check /etc/sallyport/resources.d
+  sallyport policy check services.yaml bypass.yaml keyring.yaml`,
+		Args: between(1, -1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			set, err := loadPolicy(args)
+			if c.output == formatTable {
+				if err != nil {
+					return err
+				}
+				return c.show(nil, func(t *table) { checkTable(t, set) })
+			}
+			if err := c.showObject(checked(set, err)); err != nil {
+				return err
+			}
+			return err
+		},
+	}
+}
+
+// loadPolicy reads one set of resources from files, or from one directory.
+func loadPolicy(paths []string) (*policy.Set, error) {
+	load := func() (*policy.Set, error) { return policy.LoadFiles(paths...) }
+	if info, err := os.Stat(paths[0]); err == nil && info.IsDir() && len(paths) == 1 {
+		load = func() (*policy.Set, error) { return policy.LoadDir(paths[0]) }
+	}
+	set, err := load()
+	return set, explained("check resources", err)
+}
+
+func checkTable(t *table, set *policy.Set) {
+	t.row("KIND", "NAME", "SOURCE", "WHAT IT SAYS")
+	for _, s := range set.Services() {
+		t.row(policy.KindProtectedService, s.Name, s.Source, fmt.Sprintf("%s, ports %s", s.Spec.Target, ports(s.Spec.Ports)))
+	}
+	for _, b := range set.BypassPolicies() {
+		t.row(policy.KindBypassPolicy, b.Name, b.Source, fmt.Sprintf("around %s for at most %s, signed by %s",
+			strings.Join(b.Spec.Services, ","), b.Spec.MaxDuration, strings.Join(b.Spec.Signers, " or ")))
+	}
+	for _, k := range set.Keyrings() {
+		t.row(policy.KindKeyring, k.Name, k.Source, plural(len(k.Spec.People), "signer"))
+	}
+	t.line("")
+	t.row("digest", set.Digest())
+}
+
+// checkReport is the outcome of a check for machines.
+type checkReport struct {
+	OK             bool      `json:"ok"`
+	Digest         string    `json:"digest"`
+	Services       int       `json:"services"`
+	BypassPolicies int       `json:"bypass_policies"`
+	Keyrings       int       `json:"keyrings"`
+	Problems       []problem `json:"problems"`
+}
+
+type problem struct {
+	File    string `json:"file"`
+	Line    int    `json:"line"`
+	Field   string `json:"field"`
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
+}
+
+func checked(set *policy.Set, err error) checkReport {
+	report := checkReport{OK: err == nil, Problems: []problem{}}
+	for _, e := range policy.Errors(err) {
+		report.Problems = append(report.Problems, problem{e.File, e.Line, e.Field, e.Msg, e.Hint})
+	}
+	if err != nil {
+		return report
+	}
+	report.Digest = set.Digest()
+	report.Services = len(set.Services())
+	report.BypassPolicies = len(set.BypassPolicies())
+	report.Keyrings = len(set.Keyrings())
+	return report
+}

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/client"
+)
+
+func (c *cli) services() *cobra.Command {
+	return &cobra.Command{
+		Use:   "services",
+		Short: "The protected services of the node, and who may come through the proxy",
+		Args:  exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
+				reply, err := a.Services(ctx)
+				if err != nil {
+					return err
+				}
+				return c.show(reply, func(t *table) { servicesTable(t, reply.GetServices()) })
+			})
+		},
+	}
+}
+
+func servicesTable(t *table, services []*api.Service) {
+	t.row("NAME", "ID", "TARGET", "PROTOCOL", "PORTS", "ADDRESSES", "DEVICE", "ALLOW", "SOURCE")
+	for _, s := range services {
+		addresses := s.GetAddresses()
+		if len(addresses) == 0 {
+			addresses = []string{"every local"}
+		}
+		allow := s.GetAllow()
+		if len(allow) == 0 {
+			allow = []string{"nobody"}
+		}
+		t.row(s.GetName(), s.GetId(), s.GetTarget(), s.GetProtocol(), ports(s.GetPorts()),
+			strings.Join(addresses, ","), s.GetDevice(), strings.Join(allow, ","), s.GetSource())
+	}
+}
+
+func ports[T ~uint32 | ~uint16](all []T) string {
+	var texts []string
+	for _, p := range all {
+		texts = append(texts, fmt.Sprint(p))
+	}
+	return strings.Join(texts, ",")
+}

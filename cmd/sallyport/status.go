@@ -1,0 +1,82 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/client"
+)
+
+func (c *cli) status() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "How the node's agent and its enforcement are",
+		Args:  exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
+				s, err := a.Status(ctx)
+				if err != nil {
+					return err
+				}
+				return c.show(s, func(t *table) { statusTable(t, s) })
+			})
+		},
+	}
+}
+
+func statusTable(t *table, s *api.StatusReply) {
+	t.row("node", s.GetNode())
+	t.row("ready", readiness(s))
+	t.row("version", s.GetVersion())
+	t.row("started", stamp(s.GetStarted()))
+	t.row("identity", s.GetIdentityState())
+	t.row("proxy", choose(s.GetProxyListening(), "listening", "NOT LISTENING: proxied traffic is closed"))
+	t.row("collector", s.GetCollector())
+	t.row("lease left", span(s.GetLeaseLeft()))
+	t.row("services", s.GetServices())
+	t.row("live paths", s.GetLivePaths())
+	t.row("live flows", s.GetLiveFlows())
+	t.row("generation", s.GetGeneration())
+	t.row("bpffs", s.GetBpffs())
+	t.row("spooled", plural(s.GetSpoolCritical(), "grant event")+", "+plural(s.GetSpoolFlow(), "flow record"))
+	t.row("lost", plural(s.GetLostFlow(), "flow record"))
+	for _, problem := range s.GetProblems() {
+		t.row("PROBLEM", problem)
+	}
+	hooksTable(t, s.GetHooks())
+	reasonsTable(t, s.GetReasons())
+}
+
+func readiness(s *api.StatusReply) string {
+	if s.GetReady() {
+		return "yes"
+	}
+	return "NO: " + orDash(s.GetNotReadyWhy())
+}
+
+func hooksTable(t *table, hooks []*api.HookStatus) {
+	if len(hooks) == 0 {
+		return
+	}
+	t.line("")
+	t.row("DEVICE", "INDEX", "ROLE", "PROGRAMS")
+	for _, h := range hooks {
+		t.row(h.GetDevice(), h.GetIfindex(), h.GetRole(), strings.Join(h.GetPrograms(), " "))
+	}
+}
+
+func reasonsTable(t *table, reasons map[string]uint64) {
+	if len(reasons) == 0 {
+		return
+	}
+	t.line("")
+	t.row("REASON", "PACKETS")
+	for _, reason := range slices.Sorted(maps.Keys(reasons)) {
+		t.row(reason, reasons[reason])
+	}
+}

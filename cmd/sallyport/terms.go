@@ -1,0 +1,173 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+const (
+	// skew is how far before now a grant begins by default, for nodes whose clock is behind.
+	skew = time.Minute
+	// window is how long after its begin a grant can by default still be activated in full.
+	window = time.Hour
+)
+
+// terms are what the flags of `grant issue` say of the grant itself.
+type terms struct {
+	service, node, reason, ticket, requester string
+
+	clients   []string
+	ports     []int
+	duration  time.Duration
+	notBefore string
+	notAfter  string
+}
+
+func (g *terms) add(f *pflag.FlagSet) {
+	f.StringVar(&g.service, "service", "", "protected `SERVICE` to reach")
+	f.StringSliceVar(&g.clients, "client", nil, "`ADDRESS` that may go around the proxy; may be repeated")
+	f.IntSliceVar(&g.ports, "port", nil, "only this `PORT` of the service; may be repeated (default: every port)")
+	f.DurationVar(&g.duration, "for", 0, "how long from activation: a `DURATION` like 15m")
+	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
+	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
+	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
+	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the user, by USER)")
+	f.StringVar(&g.notBefore, "not-before", "", "no activation before this `TIME`, RFC 3339 (default: a minute before now)")
+	f.StringVar(&g.notAfter, "not-after", "", "no activation and no open path after this `TIME`: RFC 3339, or a duration from\nnot-before (default: an hour longer than --for)")
+}
+
+// flagOf names the flag that gives a field of the payload.
+var flagOf = map[string]string{
+	"service": "--service", "addresses": "--client", "ports": "--port", "duration": "--for", "audience": "--node",
+	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
+	"signatures": "--key", "key": "--key",
+}
+
+// inFlags tells of wrong fields by the flags that gave them.
+func inFlags(what string, err error) error {
+	err = explained(what, err)
+	p, ok := errors.AsType[*problemsError](err)
+	if !ok {
+		return err
+	}
+	for n, e := range p.list {
+		field, _, _ := strings.Cut(e.Field, "[")
+		if flag, ok := flagOf[field]; ok {
+			named := *e
+			named.Field = fmt.Sprintf("%s (%s)", flag, e.Field)
+			p.list[n] = &named
+		}
+	}
+	return err
+}
+
+// payload reads the flags as of now, with user in the place of a requester. Its error has what cannot be read; whether the rest is
+// valid is for the payload to say.
+func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
+	id, idErr := grant.NewID(now)
+	addresses, addressErr := g.addresses()
+	ports, portErr := g.portList()
+	begin, beginErr := g.begin(now)
+	end, endErr := g.end(begin)
+	return grant.Payload{
+		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		NotBefore: begin, NotAfter: end, Duration: g.duration, Reason: g.reason, Ticket: g.ticket, Audience: g.node,
+	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr)
+}
+
+func (g *terms) addresses() ([]netip.Addr, error) {
+	var list []netip.Addr
+	var errs []error
+	for n, text := range g.clients {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			errs = append(errs, &policy.Error{
+				Field: fmt.Sprintf("addresses[%d]", n), Msg: fmt.Sprintf("%q is no address", text), Hint: "write 10.1.0.2 or fd00::2",
+			})
+		}
+		list = append(list, a)
+	}
+	return list, errors.Join(errs...)
+}
+
+func (g *terms) portList() ([]uint16, error) {
+	var list []uint16
+	var errs []error
+	for n, port := range g.ports {
+		if port < 0 || port > math.MaxUint16 {
+			errs = append(errs, &policy.Error{
+				Field: fmt.Sprintf("ports[%d]", n), Msg: fmt.Sprintf("%d is no port", port), Hint: "write a port from 1 to 65535",
+			})
+			continue
+		}
+		list = append(list, uint16(port))
+	}
+	return list, errors.Join(errs...)
+}
+
+func (g *terms) begin(now time.Time) (time.Time, error) {
+	if g.notBefore == "" {
+		return now.Add(-skew).UTC().Truncate(time.Second), nil
+	}
+	return readTime("notBefore", g.notBefore)
+}
+
+func (g *terms) end(begin time.Time) (time.Time, error) {
+	if g.notAfter == "" {
+		return begin.Add(g.duration + window), nil
+	}
+	if d, err := time.ParseDuration(g.notAfter); err == nil {
+		return begin.Add(d), nil
+	}
+	return readTime("notAfter", g.notAfter)
+}
+
+func readTime(field, text string) (time.Time, error) {
+	t, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return time.Time{}, &policy.Error{Field: field, Msg: fmt.Sprintf("%q is no time", text), Hint: "write a time like 2027-01-01T00:00:00Z"}
+	}
+	return t.UTC().Truncate(time.Second), nil
+}
+
+// payloadTable says in plain words what a grant allows.
+func payloadTable(t *table, p grant.Payload) {
+	t.row("grant", p.ID)
+	t.row("lets", fmt.Sprintf("%s: whoever sends from there, with no identity asked", join(p.Addresses, " and ")))
+	t.row("reach", fmt.Sprintf("%s on node %s, %s, around the proxy", p.Service, p.Audience, portWords(p.Ports)))
+	t.row("for", fmt.Sprintf("%s from its activation; then the kernel cuts it", policy.Duration{Duration: p.Duration}))
+	t.row("between", fmt.Sprintf("%s and %s: no activation before, no open path after", p.NotBefore.UTC().Format(time.RFC3339), p.NotAfter.UTC().Format(time.RFC3339)))
+	t.row("because", p.Reason)
+	t.row("ticket", p.Ticket)
+	t.row("asked by", p.Requester)
+	if p.PolicyDigest != "" {
+		t.row("only under", "the policy "+p.PolicyDigest)
+	}
+}
+
+func portWords(list []uint16) string {
+	switch len(list) {
+	case 0:
+		return "every port of it"
+	case 1:
+		return "port " + ports(list)
+	}
+	return "ports " + ports(list)
+}
+
+func join[T fmt.Stringer](list []T, between string) string {
+	var texts []string
+	for _, one := range list {
+		texts = append(texts, one.String())
+	}
+	return strings.Join(texts, between)
+}

@@ -1,0 +1,199 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// activation is a grant on its way to its paths.
+type activation struct {
+	envelope []byte
+	actor    string
+	verified grant.Verified
+	held     *held
+	recorded bool
+}
+
+// activationStep is one step of an activation. A kill between any two leaves nothing open that is not recorded.
+type activationStep struct {
+	name string
+	do   func(context.Context, *activation) error
+}
+
+// activationSteps are the order of invariant 5: record before effect.
+func (g *grants) activationSteps() []activationStep {
+	return []activationStep{
+		{"authorise", g.authorise},
+		{"record", g.record},
+		{"map", g.openPaths},
+		{"note slots", g.noteSlots},
+	}
+}
+
+// Activate opens the paths of a signed grant. When it returns without error they are open, and that was durable before.
+// A refusal is recorded, and changes nothing.
+func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (store.GrantRow, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	a := &activation{envelope: envelope, actor: actor}
+	for _, step := range g.activationSteps() {
+		if err := step.do(ctx, a); err != nil {
+			g.abandon(ctx, a, err)
+			return store.GrantRow{}, err
+		}
+	}
+	g.events.count(stepActivated)
+	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
+		"deadline", a.held.row.Deadline, "actor", actor)
+	g.kick()
+	return a.held.row, nil
+}
+
+// authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
+func (g *grants) authorise(_ context.Context, a *activation) error {
+	e := g.enforced()
+	if e == nil {
+		return fmt.Errorf("authorise: %w", ErrNoResources)
+	}
+	now, boot := g.clock.read()
+	v, err := grant.Verify(a.envelope, e.set.Keyrings(), now)
+	if err != nil {
+		return err
+	}
+	a.verified = v
+	p := v.Payload
+	err = errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), g.allowed(v, e))
+	if err != nil {
+		return err
+	}
+	service, _ := e.service(p.Service)
+	a.held = &held{payload: p, service: service}
+	if err := g.overlap(a.held); err != nil {
+		return err
+	}
+	a.held.row, err = g.newRow(a, now, boot)
+	return err
+}
+
+// allowed asks policy, with the node's own addresses as they are now.
+func (g *grants) allowed(v grant.Verified, e *enforced) error {
+	own, err := g.own(v.Payload.Addresses)
+	if err != nil {
+		return err
+	}
+	return e.set.CheckGrant(v.Facts(own))
+}
+
+// overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
+func (g *grants) overlap(n *held) error {
+	for id, h := range g.active {
+		if h.over != nil || h.payload.Service != n.payload.Service {
+			continue
+		}
+		for _, a := range n.payload.Addresses {
+			shared := slices.ContainsFunc(portsOf(n.payload, n.service), func(p uint16) bool {
+				return slices.Contains(portsOf(h.payload, h.service), p)
+			})
+			if shared && slices.Contains(h.payload.Addresses, a) {
+				return fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
+					h.row.Deadline.UTC().Format(time.RFC3339))
+			}
+		}
+	}
+	return nil
+}
+
+// newRow is what is remembered of the grant. The deadline is converted here, once.
+func (g *grants) newRow(a *activation, now time.Time, boot time.Duration) (store.GrantRow, error) {
+	p := a.verified.Payload
+	payload, err := json.Marshal(p)
+	if err != nil {
+		return store.GrantRow{}, fmt.Errorf("keep payload: %w", err)
+	}
+	deadline := p.Deadline(now)
+	row := store.GrantRow{
+		ID: p.ID, State: store.StateActive, Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
+	}
+	for _, s := range a.verified.Signers {
+		row.Signers = append(row.Signers, s.KeyID)
+	}
+	return row, nil
+}
+
+// record makes the activation durable; the kernel knows nothing of it yet. The error wraps store.ErrReplayed for a grant
+// that was used before.
+func (g *grants) record(ctx context.Context, a *activation) error {
+	event, err := activatedEvent(a, g.clock)
+	if err != nil {
+		return err
+	}
+	if err := g.store.Activate(ctx, a.held.row, event); err != nil {
+		return err
+	}
+	a.recorded = true
+	g.active[a.held.row.ID] = a.held
+	return nil
+}
+
+// openPaths opens one path for each client.
+func (g *grants) openPaths(_ context.Context, a *activation) error {
+	for _, client := range a.held.payload.Addresses {
+		slot, err := g.openPath(datapath.Path{
+			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
+			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot,
+		})
+		if err != nil {
+			return fmt.Errorf("open path for %s: %w", client, err)
+		}
+		a.held.row.Slots = append(a.held.row.Slots, slot)
+	}
+	return nil
+}
+
+// openPath takes a slot; when none is free, those that ended paths still hold for people to look at are given back first.
+func (g *grants) openPath(p datapath.Path) (uint32, error) {
+	slot, err := g.datapath.OpenPath(p)
+	if !errors.Is(err, datapath.ErrPathsFull) || len(g.ended) == 0 {
+		return slot, err
+	}
+	for ended := range g.ended {
+		if err := g.freeSlot(ended); err != nil {
+			return 0, err
+		}
+	}
+	return g.datapath.OpenPath(p)
+}
+
+func (g *grants) noteSlots(ctx context.Context, a *activation) error {
+	return g.store.SetSlots(ctx, a.held.row.ID, a.held.row.Slots)
+}
+
+// abandon undoes a failed activation: what is recorded ends, what was refused is recorded as refused.
+func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
+	// The caller may be gone; what is begun is ended all the same.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	why := oneLine(cause.Error())
+	g.log.Warn("grant refused", "grant", a.verified.Payload.ID, "why", why, "actor", a.actor)
+	if a.recorded {
+		e := ending{grant: a.held.row.ID, actor: "agent"}
+		g.problems.report(problemGrants, "activation", g.end(ctx, a.held, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)))
+		return
+	}
+	event, err := refusedEvent(a, why, g.clock)
+	if err == nil {
+		_, err = g.store.Append(ctx, event)
+	}
+	g.events.count(stepRefused)
+	g.problems.report(problemGrants, "activation", err)
+	g.kick()
+}

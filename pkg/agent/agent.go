@@ -1,0 +1,286 @@
+// Package agent is the reconciler of a node: resources and grants go in, tables and records come out.
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/audit"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/px"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+	"google.golang.org/grpc"
+)
+
+// recentRecords is how many flow records the agent keeps for those who look at the node itself.
+const recentRecords = 4096
+
+// node is the running agent: its parts, each made by one entry of the list in parts.
+type node struct {
+	opt     Options
+	cfg     policy.AgentConfig
+	log     *slog.Logger
+	clock   clock
+	started time.Time
+	notify  notifier
+
+	problems    *problems
+	recent      *recent
+	flowCounts  *flowCounter
+	eventCounts *eventCounter
+
+	lock      *lock
+	store     *store.Store
+	px        *px.Namespace
+	freshPx   bool // px was not there before
+	datapath  *datapath.Datapath
+	identity  *identity.Source // nil without a collector
+	audit     *audit.Streamer
+	sink      *sink
+	resources *resources
+	devices   *devices
+	grants    *grants
+	readiness *readiness
+	losses    *lossLedger
+	reports   *reports
+	operators *endpoint
+	proxy     *endpoint
+	metrics   *metricsServer // nil without an address
+	stopping  chan struct{}
+}
+
+// Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
+// needs root. Describe gives the next step for its errors.
+func Run(ctx context.Context, o Options) error {
+	cfg, err := loadConfig(o.ConfigFile)
+	if err != nil {
+		return err
+	}
+	if err := makeDirs(cfg); err != nil {
+		return err
+	}
+	n := newNode(o, cfg)
+	return runParts(ctx, n.parts(), n.log)
+}
+
+func newNode(o Options, cfg policy.AgentConfig) *node {
+	log := o.logger()
+	return &node{
+		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
+		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
+		stopping: make(chan struct{}),
+	}
+}
+
+// parts is the order of start; stop is the reverse. Tables come before hooks, and what an earlier agent left is settled
+// before the lease lets anything new in. The store outlives all that writes to it.
+func (n *node) parts() []part {
+	return []part{
+		{name: "lock", start: n.takeLock, stop: func() error { return n.lock.release() }},
+		{name: "store", start: n.openStore, stop: func() error { return n.store.Close() }},
+		{name: "px", start: n.makePx, stop: n.leavePx},
+		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
+		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
+		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
+		{name: "resources", start: n.loadResources},
+		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
+		{name: "hooks of devices", start: n.hookDevices},
+		{name: "grants", start: n.adoptGrants},
+		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
+		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
+		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
+		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
+		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
+		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
+		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
+		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
+		{name: "metrics", start: n.listenMetrics, run: n.runMetrics},
+		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
+		{name: "service manager", stop: n.beginStop},
+	}
+}
+
+func (n *node) takeLock(context.Context) (err error) {
+	n.lock, err = takeLock(n.cfg.LockFile())
+	return err
+}
+
+func (n *node) openStore(context.Context) (err error) {
+	if n.store, err = store.Open(storeFile(n.cfg)); err != nil {
+		return err
+	}
+	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
+	if err != nil {
+		return errors.Join(err, n.store.Close())
+	}
+	return nil
+}
+
+func (n *node) makePx(context.Context) (err error) {
+	before, err := px.Open(n.cfg.PxPath())
+	if err == nil {
+		err = before.Close()
+	} else if errors.Is(err, px.ErrNotThere) {
+		n.freshPx, err = true, nil
+	}
+	if err != nil {
+		return err
+	}
+	n.px, err = px.Create(px.Config{Path: n.cfg.PxPath()})
+	return err
+}
+
+// leavePx keeps px for the proxy, unless it was made for a datapath that could then not be opened.
+func (n *node) leavePx() error {
+	if n.freshPx && n.datapath == nil {
+		return n.px.Remove()
+	}
+	return n.px.Close()
+}
+
+func (n *node) openDatapath(context.Context) (err error) {
+	n.datapath, err = datapath.Open(datapath.Config{
+		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
+		MaxTTL: policy.MaxGrantDuration, Logger: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.log.Info("datapath open", "adopted", n.datapath.Adopted())
+	return nil
+}
+
+func (n *node) currentResources() *enforced { return n.resources.current() }
+
+func (n *node) makeIdentity(context.Context) (err error) {
+	if n.cfg.Spec.Collector == nil {
+		return nil
+	}
+	n.identity, err = identity.New(identity.Config{Address: n.cfg.Spec.WorkloadAPI, ID: n.cfg.AgentID(), Logger: n.log})
+	return err
+}
+
+func (n *node) runIdentity(ctx context.Context) error {
+	if n.identity == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return n.identity.Run(ctx)
+}
+
+func (n *node) makeAudit(context.Context) (err error) {
+	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), Logger: n.log}
+	if c := n.cfg.Spec.Collector; c != nil {
+		cfg.Address, cfg.Source, cfg.ServerID = c.Address, n.identity, n.cfg.CollectorID()
+	}
+	if n.audit, err = audit.New(cfg); err != nil {
+		return err
+	}
+	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts}
+	return nil
+}
+
+func (n *node) classifier() classifier {
+	d := n.cfg.Spec.Devices
+	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0()}
+}
+
+func (n *node) loadResources(context.Context) error {
+	n.resources = &resources{
+		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
+		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
+		locate: locator{classify: n.classifier()}.device, problems: n.problems, changed: n.resourcesChanged,
+		kick: make(chan struct{}, 1),
+	}
+	n.grants = &grants{
+		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.audit.Kick,
+		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+	}
+	return n.resources.load()
+}
+
+// resourcesChanged ends what the new resources would refuse and probes anew.
+func (n *node) resourcesChanged(e *enforced) {
+	n.log.Info("resources in force", "digest", e.set.Digest(), "services", len(e.services), "generation", e.generation)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	n.problems.report(problemGrants, "resources", n.grants.recheck(ctx, e))
+	n.readiness.poke()
+}
+
+// hookDevices hooks every device that is there; the watch takes over from it.
+func (n *node) hookDevices(context.Context) error {
+	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), problems: n.problems, log: n.log, changed: n.devicesChanged}
+	return n.devices.sync()
+}
+
+func (n *node) devicesChanged() {
+	n.resources.poke()
+	n.readiness.poke()
+}
+
+func (n *node) adoptGrants(ctx context.Context) error { return n.grants.adopt(ctx) }
+
+func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapath, sink: n.sink} }
+
+func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild() }
+
+func (n *node) sweeper() *sweeper {
+	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+}
+
+func (n *node) pxWatch() *pxWatch {
+	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
+}
+
+func (n *node) keeper() *keeper {
+	return &keeper{datapath: n.datapath, grants: n.grants, lease: n.cfg.Spec.Lease.Duration, clock: n.clock, problems: n.problems,
+		notify: n.notify}
+}
+
+func (n *node) listenProxy(context.Context) (err error) {
+	n.reports = &reports{sink: n.sink, log: n.log,
+		lost: func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
+	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
+		func(r grpc.ServiceRegistrar) { api.RegisterProxyReportServer(r, n.reports) })
+	return err
+}
+
+func (n *node) listenOperators(context.Context) (err error) {
+	o := n.cfg.Spec.Operators
+	n.operators, err = newEndpoint(n.cfg.AgentSocket(), callers{uids: o.UIDs, gids: o.GIDs}, func(r grpc.ServiceRegistrar) {
+		api.RegisterAgentServer(r, &operators{grants: n.grants, datapath: n.datapath, enforced: n.resources.current,
+			status: n.status, recent: n.recent, clock: n.clock, stopping: n.stopping})
+	})
+	return err
+}
+
+func (n *node) listenMetrics(context.Context) (err error) {
+	if n.cfg.Spec.Metrics == "" {
+		return nil
+	}
+	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, newMetrics(n))
+	return err
+}
+
+func (n *node) runMetrics(ctx context.Context) error {
+	if n.metrics == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return n.metrics.Run(ctx)
+}
+
+// beginStop is the first step of an orderly stop: it tells the service manager and lets followers leave.
+func (n *node) beginStop() error {
+	close(n.stopping)
+	n.log.Info("stopping; enforcement stays on")
+	return n.notify.stopping()
+}

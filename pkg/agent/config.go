@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// Options are what a process gives to Run, Guard, Check and Uninstall.
+type Options struct {
+	// ConfigFile holds one AgentConfig. It must be root's alone to write.
+	ConfigFile string
+	// Version of this program, for status and metrics.
+	Version string
+	// NotifySocket is where the service manager listens (NOTIFY_SOCKET); empty: nowhere.
+	NotifySocket string
+	// Logger takes one line for each change of state; nil: none.
+	Logger *slog.Logger
+}
+
+func (o Options) logger() *slog.Logger {
+	if o.Logger == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return o.Logger
+}
+
+// loadConfig reads a configuration that root alone can have written. Every problem comes back at once, with its line.
+func loadConfig(path string) (policy.AgentConfig, error) {
+	if err := checkTrusted(path); err != nil {
+		return policy.AgentConfig{}, fmt.Errorf("load configuration: %w", err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return policy.AgentConfig{}, fmt.Errorf("load configuration: %w", err)
+	}
+	return policy.ParseAgentConfig(path, data)
+}
+
+// Check reads configuration and resources as Run would and changes nothing. Every problem comes back at once.
+func Check(o Options) error {
+	cfg, err := loadConfig(o.ConfigFile)
+	if err != nil {
+		return err
+	}
+	_, err = policy.LoadDir(cfg.Spec.Resources)
+	return errors.Join(checkTrustedDir(cfg.Spec.Resources), err)
+}
+
+// makeDirs makes the directories that the agent writes to. The state directory is closed to others; the run directory holds
+// what the proxy reads.
+func makeDirs(cfg policy.AgentConfig) error {
+	for dir, mode := range map[string]os.FileMode{cfg.Spec.StateDir: 0o700, cfg.Spec.RunDir: 0o755} {
+		if err := os.MkdirAll(dir, mode); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+		if err := checkTrusted(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Files of the state directory.
+func storeFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "node.db") }
+
+func verifiedFile(cfg policy.AgentConfig) string {
+	return filepath.Join(cfg.Spec.StateDir, "verified.yaml")
+}
+
+func lossFilePath(cfg policy.AgentConfig) string {
+	return filepath.Join(cfg.Spec.StateDir, "losses.json")
+}

@@ -1,0 +1,121 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// errNotRecorded says that a path is closed, but that the record of it is still to be written.
+var errNotRecorded = errors.New("the path is closed, its record is not written yet")
+
+// Revoke ends an active grant. When it returns without error its paths are closed, and that is durable. The error wraps
+// ErrNoGrant if there is nothing to end.
+func (g *grants) Revoke(ctx context.Context, id, why, actor string) (store.GrantRow, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	h, ok := g.active[id]
+	if !ok {
+		return store.GrantRow{}, fmt.Errorf("revoke %q: %w", id, ErrNoGrant)
+	}
+	err := g.end(ctx, h, ending{grant: id}.revoked(actor, why))
+	return h.row, err
+}
+
+// endAll ends every active grant: nothing that was granted before counts from now on.
+func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var errs []error
+	for id, h := range g.active {
+		e := ending{grant: id}.revoked(actor, why)
+		e.step = step
+		errs = append(errs, g.end(ctx, h, e))
+	}
+	return errors.Join(errs...)
+}
+
+// recheck ends the grants that the resources now in force would refuse.
+func (g *grants) recheck(ctx context.Context, e *enforced) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var errs []error
+	for id, h := range g.active {
+		if why := g.outdated(h, e); why != "" {
+			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", why)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// outdated tells why a grant may not go on under the resources: they refuse it, or its service is another instance now.
+func (g *grants) outdated(h *held, e *enforced) string {
+	service, ok := e.service(h.payload.Service)
+	if !ok || !sameInstance(service, h.service) {
+		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
+	}
+	v, err := grant.Verify(h.row.Envelope, e.set.Keyrings(), h.row.Activated)
+	if err == nil {
+		err = g.allowed(v, e)
+	}
+	if err != nil {
+		return "resources changed: " + oneLine(err.Error())
+	}
+	return ""
+}
+
+// sameInstance tells whether a path to one row is a path to the other: a new port does not matter, for a path names its own.
+func sameInstance(a, b datapath.Service) bool {
+	a.Ports, b.Ports = nil, nil
+	return sameService(a, b)
+}
+
+// end closes a grant's paths and then records it: in the reverse order of activation. g.mu is held.
+func (g *grants) end(ctx context.Context, h *held, e ending) error {
+	paths, err := g.datapath.Paths()
+	if err != nil {
+		return fmt.Errorf("read paths: %w", err)
+	}
+	return g.endIn(ctx, h, e, paths)
+}
+
+// endIn is end with the paths at hand. A grant whose record could not be written stays, closed, until a tick records it.
+func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.PathStatus) error {
+	for _, p := range paths {
+		if p.Grant != h.row.ID || p.State == datapath.PathFree {
+			continue
+		}
+		state := p.State // what ended already keeps its cause
+		if isOpen(p) {
+			state = e.path
+		}
+		if err := g.datapath.EndPath(p.Slot, state); err != nil {
+			return fmt.Errorf("end path in slot %d: %w", p.Slot, err)
+		}
+	}
+	if h.over == nil {
+		h.over = &e
+	}
+	return g.recordEnd(ctx, h)
+}
+
+// recordEnd makes the end durable and lets go of the grant. The first cause stands.
+func (g *grants) recordEnd(ctx context.Context, h *held) error {
+	event, err := g.endEvent(h, *h.over)
+	if err == nil {
+		err = g.store.EndGrant(ctx, h.row.ID, h.over.state, h.over.why, event)
+	}
+	if err != nil && !errors.Is(err, store.ErrEnded) {
+		return fmt.Errorf("%w: %w", errNotRecorded, err)
+	}
+	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
+	delete(g.active, h.row.ID)
+	g.events.count(h.over.step)
+	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
+	g.kick()
+	return nil
+}

@@ -1,0 +1,129 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/sallyport-dev/sallyport/pkg/audit"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// Sources of flow records: a bounded metric label.
+const (
+	sourceKernel = "kernel"
+	sourceProxy  = "proxy"
+)
+
+// sink takes every flow record of the node and hands it to all who want it. Safe for concurrent use; it never keeps a
+// giver waiting.
+type sink struct {
+	audit  *audit.Streamer
+	recent *recent
+	counts *flowCounter
+}
+
+func (s *sink) take(source string, rec flow.Record) {
+	s.note(source, rec)
+	s.audit.Flow(rec)
+}
+
+func (s *sink) note(source string, rec flow.Record) {
+	s.counts.count(source, rec)
+	s.recent.add(rec)
+}
+
+// kernelEvents reads the kernel's rings.
+type kernelEvents struct {
+	datapath *datapath.Datapath
+	sink     *sink
+}
+
+// Run reads until ctx ends. While the disk is behind, opens of bypassed flows wait in their ring, and a full ring admits no
+// more (invariant 5). An error ends the agent: nobody would read the rings.
+func (k *kernelEvents) Run(ctx context.Context) error {
+	err := k.datapath.ReadEvents(ctx, func(rec flow.Record) {
+		k.sink.note(sourceKernel, rec)
+		// The error is that of ctx, and the record is then counted as lost.
+		_ = k.sink.audit.Critical(ctx, rec)
+	})
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("read events: %w", err)
+	}
+	return nil
+}
+
+// rebuild tells of the flows that were alive when the agent came: the record of their opening may be lost with the agent
+// before.
+func (k *kernelEvents) rebuild() error {
+	flows, err := k.datapath.LiveFlows()
+	if err != nil {
+		return fmt.Errorf("read live flows: %w", err)
+	}
+	for _, rec := range flows {
+		k.sink.take(sourceKernel, rec)
+	}
+	return nil
+}
+
+// flowCounter counts flow records by labels that are bounded.
+type flowCounter struct {
+	mu sync.Mutex
+	n  map[flowLabels]uint64 // guarded by mu
+}
+
+type flowLabels struct{ source, event, verdict, reason string }
+
+func newFlowCounter() *flowCounter { return &flowCounter{n: make(map[flowLabels]uint64)} }
+
+func (c *flowCounter) count(source string, rec flow.Record) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.n[flowLabels{source, bounded(rec.Event), bounded(rec.Verdict), bounded(rec.Reason)}] += max(rec.Count, 1)
+}
+
+// bounded is the name of an enum's value, and "other" for a number that has none: a label takes no value from outside.
+func bounded(v fmt.Stringer) string {
+	s := v.String()
+	if s == "" || s[0] >= '0' && s[0] <= '9' {
+		return "other"
+	}
+	return s
+}
+
+func (c *flowCounter) each(f func(flowLabels, uint64)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for l, n := range c.n {
+		f(l, n)
+	}
+}
+
+// eventCounter counts grant events by step.
+type eventCounter struct {
+	mu sync.Mutex
+	n  map[string]uint64 // guarded by mu
+}
+
+func newEventCounter() *eventCounter {
+	c := &eventCounter{n: make(map[string]uint64)}
+	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepRefused, stepUninstalled} {
+		c.n[step] = 0
+	}
+	return c
+}
+
+func (c *eventCounter) count(step string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.n[step]++
+}
+
+func (c *eventCounter) each(f func(step string, n uint64)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for s, n := range c.n {
+		f(s, n)
+	}
+}

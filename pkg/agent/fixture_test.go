@@ -1,0 +1,250 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/px"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+)
+
+// agentEnv makes the test binary the agent: "run", "guard" or "uninstall", with the configuration in configEnv.
+const (
+	agentEnv  = "SALLYPORT_TEST_AGENT"
+	configEnv = "SALLYPORT_TEST_CONFIG"
+	notifyEnv = "SALLYPORT_TEST_NOTIFY"
+)
+
+func runAgentProcess(command string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	o := Options{ConfigFile: os.Getenv(configEnv), Version: "test", NotifySocket: os.Getenv(notifyEnv),
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	var err error
+	switch command {
+	case "run":
+		err = Run(ctx, o)
+	case "guard":
+		err = Guard(ctx, o)
+	case "uninstall":
+		var removed Removed
+		removed, err = Uninstall(ctx, o, "uid:0")
+		fmt.Println(removed.Describe())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, Describe(err))
+		return 1
+	}
+	return 0
+}
+
+const testNode = "node-1"
+
+// signer is alice, with her key.
+type signer struct{ key grant.PrivateKey }
+
+func newSigner(t *testing.T) signer {
+	t.Helper()
+	key, err := grant.GenerateKey()
+	must(t, err)
+	return signer{key}
+}
+
+// resources are those of the tests: one service, on the host, that alice may open a bypass to.
+func (s signer) resources(maxDuration string) string {
+	return fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: postgres}
+spec:
+  target: Host
+  ports: [5432, 5433]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: BypassPolicy
+metadata: {name: backup}
+spec:
+  services: [postgres]
+  bindings: [address]
+  sources: ["10.0.0.0/8", "fd00::/16"]
+  maxDuration: %s
+  signers: [alice]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: Keyring
+metadata: {name: operators}
+spec:
+  people:
+    - name: alice
+      keys: [{publicKey: "%s"}]
+`, maxDuration, s.key.Public())
+}
+
+// payload is a grant that the resources allow; change alters it before it is signed.
+func (s signer) payload(t *testing.T, change func(*grant.Payload)) grant.Payload {
+	t.Helper()
+	now := time.Now().UTC().Truncate(time.Second)
+	id, err := grant.NewID(now)
+	must(t, err)
+	p := grant.Payload{ID: id, Requester: "bob", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
+		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour), Duration: time.Minute, Reason: "backup", Audience: testNode}
+	if change != nil {
+		change(&p)
+	}
+	return p
+}
+
+func (s signer) envelope(t *testing.T, change func(*grant.Payload)) []byte {
+	t.Helper()
+	envelope, err := grant.Sign(s.payload(t, change), s.key)
+	must(t, err)
+	return envelope
+}
+
+// testbed is a node with a real datapath and a real store, on which agents can come and go.
+type testbed struct {
+	t      *testing.T
+	lab    *lab.Lab
+	signer signer
+	config datapath.Config
+	clock  *testOffset
+	own    []netip.Addr
+	set    *policy.Set
+	bootID string // instead of the real one
+}
+
+// testOffset moves the real clocks.
+type testOffset struct{ wall, boot time.Duration }
+
+func (o *testOffset) clock() clock {
+	return clock{
+		wall: func() time.Time { return time.Now().Add(o.wall) },
+		boot: func() time.Duration { return datapath.BootTime() + o.boot },
+	}
+}
+
+func newTestbed(t *testing.T, maxPaths uint32) *testbed {
+	t.Helper()
+	leak.Check(t)
+	b := &testbed{t: t, lab: lab.New(t, lab.Options{}), signer: newSigner(t), clock: &testOffset{}}
+	bpffs, err := b.lab.MountBPFFS()
+	must(t, err)
+	netns := filepath.Join(b.lab.Dir, "px")
+	must(t, b.lab.Node.Do(func() error {
+		ns, err := px.Create(px.Config{Path: netns})
+		if err != nil {
+			return err
+		}
+		b.config = datapath.Config{Dir: filepath.Join(bpffs, "sallyport"), PxNetns: netns, Px0: ns.Px0(), ListenPort: 15001,
+			MaxFlows: 1024, MaxLegs: 1024, MaxPaths: maxPaths, MaxTTL: policy.MaxGrantDuration}
+		return ns.Close()
+	}))
+	t.Cleanup(func() {
+		_, err := datapath.Uninstall(b.config.Dir)
+		must(t, err)
+		must(t, b.lab.Node.Do(func() error { return px.Remove(px.Config{Path: netns}) }))
+	})
+	b.set, err = policy.Parse("test.yaml", []byte(b.signer.resources("15m")))
+	must(t, err)
+	return b
+}
+
+// life is one life of an agent's grants on the testbed: what a kill takes away.
+type life struct {
+	*testbed
+	*grants
+}
+
+// begin starts a life: store and datapath are opened, nothing is adopted yet.
+func (b *testbed) begin() *life {
+	b.t.Helper()
+	s, err := store.Open(filepath.Join(b.lab.Dir, "state", "node.db"))
+	must(b.t, err)
+	d, err := datapath.Open(b.config)
+	must(b.t, err)
+	log := slog.New(slog.DiscardHandler)
+	bootID := s.BootID()
+	if b.bootID != "" {
+		bootID = b.bootID
+	}
+	l := &life{testbed: b, grants: &grants{
+		node: testNode, bootID: bootID, store: s, datapath: d, clock: b.clock.clock(), problems: newProblems(log),
+		own:    func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
+		events: newEventCounter(), log: log, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+	}}
+	ids := newServiceIDs(d.Services())
+	r := &resources{ids: ids, problems: l.problems}
+	services := r.compile(b.set)
+	generation, err := d.SetServices(services)
+	must(b.t, err)
+	l.enforced = func() *enforced { return &enforced{set: b.set, services: services, generation: generation} }
+	return l
+}
+
+// kill ends the life as SIGKILL does: nothing is undone.
+func (l *life) kill() {
+	l.t.Helper()
+	must(l.t, l.store.Close())
+	must(l.t, l.datapath.Close())
+}
+
+// states are the grants' states by id; open the ids that have an open path.
+func (l *life) states() (states map[string]string, open map[string]int) {
+	l.t.Helper()
+	rows, err := l.grants.all(l.t.Context())
+	must(l.t, err)
+	states, open = make(map[string]string), make(map[string]int)
+	for _, row := range rows {
+		states[row.ID] = row.State
+	}
+	paths, err := l.datapath.Paths()
+	must(l.t, err)
+	for _, p := range paths {
+		if isOpen(p) {
+			open[p.Grant]++
+		}
+	}
+	return states, open
+}
+
+// recorded checks invariant 5: no open path without an active row of this boot.
+func (l *life) recorded() {
+	l.t.Helper()
+	states, open := l.states()
+	for id := range open {
+		if states[id] != store.StateActive {
+			l.t.Errorf("open path of grant %s, whose row is %q", id, states[id])
+		}
+	}
+}
+
+// steps lists the steps of the grant events in the store, in their order.
+func (l *life) steps() (steps []string) {
+	l.t.Helper()
+	for _, e := range l.storedEvents() {
+		steps = append(steps, e.GetStep())
+	}
+	return steps
+}
+
+func contains(s string, parts ...string) bool {
+	for _, p := range parts {
+		if !strings.Contains(s, p) {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,208 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// keepEnded is how long an ended path stays in the kernel for people to look at, unless its slot is needed.
+const keepEnded = time.Minute
+
+// What callers of grants may match.
+var (
+	// ErrNoGrant says that no active grant has the id.
+	ErrNoGrant = errors.New("no active grant")
+	// ErrOverlap says that another grant already has a path for the same client and service.
+	ErrOverlap = errors.New("another grant serves this client")
+	// ErrNoResources says that there is no verified set of resources to decide by.
+	ErrNoResources = errors.New("no verified resources")
+)
+
+// held is an active grant.
+type held struct {
+	row     store.GrantRow
+	payload grant.Payload
+	service datapath.Service // as it was when the path was opened
+	over    *ending          // set once it is over in the kernel; then only its record is missing
+}
+
+func (h *held) live() live {
+	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot}
+}
+
+// grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes
+// after it. Safe for concurrent use.
+type grants struct {
+	node     string
+	bootID   string
+	store    *store.Store
+	datapath *datapath.Datapath
+	enforced func() *enforced
+	own      func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
+	clock    clock
+	problems *problems
+	events   *eventCounter
+	log      *slog.Logger
+	kick     func() // there is something new for the sender of records
+
+	mu     sync.Mutex
+	active map[string]*held         // guarded by mu
+	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+}
+
+// adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
+// paths, and paths without their row. It must come before the lease is renewed.
+func (g *grants) adopt(ctx context.Context) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	rows, err := g.store.Grants(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	for _, row := range rows {
+		if row.State != store.StateActive {
+			continue
+		}
+		h, why := g.revive(row)
+		g.active[row.ID] = h
+		if why == "" {
+			continue
+		}
+		e := ending{grant: row.ID, actor: "agent"}
+		if err := g.end(ctx, h, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)); err != nil {
+			return fmt.Errorf("adopt grants: %w", err)
+		}
+	}
+	return g.reconcile(ctx)
+}
+
+// revive reads an active row; why says what forbids going on with it.
+func (g *grants) revive(row store.GrantRow) (h *held, why string) {
+	h = &held{row: row}
+	if row.BootID != g.bootID {
+		return h, "reboot"
+	}
+	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
+		return h, "its record cannot be read: " + err.Error()
+	}
+	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
+	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
+		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
+	}
+	e := g.enforced()
+	if e == nil {
+		return h, ""
+	}
+	h.service, _ = e.service(h.payload.Service)
+	return h, g.outdated(h, e)
+}
+
+// tick makes grants and kernel agree, and tells when to look again at the latest.
+func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	err = g.reconcile(ctx)
+	next = time.Second
+	for _, h := range g.active {
+		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))
+	}
+	if err != nil {
+		next = time.Second
+	}
+	return next, err
+}
+
+// reconcile carries out planPaths. g.mu is held.
+func (g *grants) reconcile(ctx context.Context) error {
+	paths, err := g.datapath.Paths()
+	if err != nil {
+		return fmt.Errorf("read paths: %w", err)
+	}
+	var active []live
+	for _, h := range g.active {
+		active = append(active, h.live())
+	}
+	now := g.clock.boot()
+	plan := planPaths(active, paths, now)
+	var errs []error
+	for _, p := range plan.orphans {
+		errs = append(errs, g.endOrphan(p))
+	}
+	for _, e := range plan.end {
+		errs = append(errs, g.endIn(ctx, g.active[e.grant], e, paths))
+	}
+	errs = append(errs, g.free(plan.idle, now))
+	return errors.Join(errs...)
+}
+
+// endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced.
+func (g *grants) endOrphan(p datapath.PathStatus) error {
+	g.log.Error("path without a recorded grant", "slot", p.Slot, "grant", p.Grant, "client", p.Client)
+	if err := g.datapath.EndPath(p.Slot, datapath.PathRevoked); err != nil {
+		return fmt.Errorf("end path in slot %d, which has no grant: %w", p.Slot, err)
+	}
+	return nil
+}
+
+// free gives back the slots of ended grants once people had time to look.
+func (g *grants) free(idle []uint32, now time.Duration) error {
+	var errs []error
+	for slot := range g.ended {
+		if !slices.Contains(idle, slot) {
+			delete(g.ended, slot)
+		}
+	}
+	for _, slot := range idle {
+		since, known := g.ended[slot]
+		switch {
+		case !known:
+			g.ended[slot] = now
+		case now-since >= keepEnded:
+			errs = append(errs, g.freeSlot(slot))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (g *grants) freeSlot(slot uint32) error {
+	if err := g.datapath.FreePath(slot); err != nil {
+		return fmt.Errorf("free slot %d: %w", slot, err)
+	}
+	delete(g.ended, slot)
+	return nil
+}
+
+// all lists every grant that the node ever activated, oldest first.
+func (g *grants) all(ctx context.Context) ([]store.GrantRow, error) { return g.store.Grants(ctx) }
+
+// active rows by id, for explain.
+func (g *grants) serving(client netip.Addr, service string, port uint16) (id string, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for id, h := range g.active {
+		if h.over == nil && h.payload.Service == service && slices.Contains(h.payload.Addresses, client) &&
+			slices.Contains(portsOf(h.payload, h.service), port) {
+			return id, true
+		}
+	}
+	return "", false
+}
+
+// portsOf are the ports that a grant's paths serve: those that it names, or all of the service.
+func portsOf(p grant.Payload, s datapath.Service) []uint16 {
+	if len(p.Ports) == 0 {
+		return s.Ports
+	}
+	return p.Ports
+}

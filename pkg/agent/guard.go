@@ -1,0 +1,28 @@
+package agent
+
+import (
+	"context"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+)
+
+// Guard holds the descriptors of the agent's links until ctx ends, so that enforcement outlives the agent, its pins and
+// bpffs. It is a process of its own and does nothing else.
+func Guard(ctx context.Context, o Options) error {
+	cfg, err := loadConfig(o.ConfigFile)
+	if err != nil {
+		return err
+	}
+	log, notify := o.logger(), notifier{socket: o.NotifySocket}
+	told := false
+	held := func(n int) {
+		if told {
+			return
+		}
+		told = true
+		if err := notify.ready(); err != nil {
+			log.Warn("tell service manager", "error", err)
+		}
+	}
+	return datapath.HoldLinks(ctx, cfg.PinDir(), log, held)
+}

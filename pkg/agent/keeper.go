@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/audit"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+)
+
+// leaseTick is how often the dead-man lease is renewed; the shortest lease is twice as long.
+const leaseTick = time.Second
+
+// keeper renews the dead-man lease: as long as it runs, the kernel admits new bypassed flows.
+type keeper struct {
+	datapath *datapath.Datapath
+	grants   *grants
+	lease    time.Duration
+	clock    clock
+	problems *problems
+	notify   notifier
+
+	origin time.Time     // owned by Run; wall minus boot time at the last tick
+	last   time.Duration // owned by Run; boot time of the last tick
+}
+
+// Run ticks until ctx ends. What a tick could not do is a problem and is tried again: the lease lapses by itself.
+func (k *keeper) Run(ctx context.Context) error {
+	ticker := time.NewTicker(leaseTick)
+	defer ticker.Stop()
+	k.origin, k.last = k.clock.origin(), k.clock.boot()
+	for {
+		k.problems.report(problemLease, "", k.tick(ctx))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// tick renews the lease. A wall clock that moved against boot time was stepped, or the node was restored from a snapshot:
+// then nothing that was granted counts any more, and nothing new is admitted before all of it has ended.
+func (k *keeper) tick(ctx context.Context) error {
+	origin, boot := k.clock.origin(), k.clock.boot()
+	if jumped(k.origin, origin, boot-k.last) {
+		why := fmt.Sprintf("the wall clock moved by %s against boot time", origin.Sub(k.origin).Round(time.Second))
+		if err := k.grants.endAll(ctx, stepRevoked, why, "agent"); err != nil {
+			return fmt.Errorf("end paths after a jump of the clock: %w", err)
+		}
+	}
+	k.origin, k.last = origin, boot
+	if err := k.datapath.Renew(k.lease); err != nil {
+		return fmt.Errorf("renew lease: %w", err)
+	}
+	return k.notify.alive()
+}
+
+// sweeper brings kernel and records together: grants that are over end, flows that are over are told of with their final
+// counters, losses are reported. Nothing is enforced by it.
+type sweeper struct {
+	datapath *datapath.Datapath
+	grants   *grants
+	sink     *sink
+	losses   *lossLedger
+	problems *problems
+}
+
+// Run sweeps each second, and at the deadline of the grant that ends next, until ctx ends.
+func (s *sweeper) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+			timer.Reset(s.sweep(ctx))
+		}
+	}
+}
+
+func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
+	next, err := s.grants.tick(ctx)
+	s.problems.report(problemGrants, "", err)
+	s.problems.report(problemEvents, "sweep", s.flows())
+	s.problems.report(problemEvents, "losses", s.settle())
+	return next
+}
+
+func (s *sweeper) flows() error {
+	closed, err := s.datapath.Sweep()
+	for _, rec := range closed {
+		s.sink.take(sourceKernel, rec)
+	}
+	if err != nil {
+		return fmt.Errorf("sweep flows: %w", err)
+	}
+	return nil
+}
+
+func (s *sweeper) settle() error {
+	now, err := s.datapath.Losses()
+	if err != nil {
+		return fmt.Errorf("read losses: %w", err)
+	}
+	return s.losses.settle(now, func(cause string, n uint64) { s.sink.audit.Lost(audit.StageKernelRing, cause, n) })
+}

@@ -1,0 +1,86 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// errNotHere says that a pod's address does not lead to a pod device of this node.
+var errNotHere = errors.New("is not on this node")
+
+// locator finds the host-side device of a pod.
+type locator struct{ classify classifier }
+
+// device gives the ifindex of the device behind which a Pod service is: the one that it names, or the one that the route
+// to its addresses takes. All addresses must lead there.
+func (l locator) device(s policy.ProtectedService) (int, error) {
+	if s.Spec.Device != "" {
+		dev, err := netlink.LinkByName(s.Spec.Device)
+		if err != nil {
+			return 0, fmt.Errorf("find device %s: %w", s.Spec.Device, err)
+		}
+		return dev.Attrs().Index, nil
+	}
+	found := 0
+	for _, a := range s.Spec.Addresses {
+		ifindex, err := l.behind(a)
+		if err != nil {
+			return 0, err
+		}
+		if found != 0 && ifindex != found {
+			return 0, fmt.Errorf("find device of %v: they are behind different devices", s.Spec.Addresses)
+		}
+		found = ifindex
+	}
+	return found, nil
+}
+
+func (l locator) behind(a netip.Addr) (int, error) {
+	routes, err := netlink.RouteGet(a.AsSlice())
+	if err != nil {
+		return 0, fmt.Errorf("find route to %s: %w", a, err)
+	}
+	for _, r := range routes {
+		if r.Type != unix.RTN_UNICAST || r.LinkIndex == 0 {
+			continue
+		}
+		dev, err := netlink.LinkByIndex(r.LinkIndex)
+		if err != nil {
+			return 0, fmt.Errorf("find device of %s: %w", a, err)
+		}
+		role, _ := l.classify.role(link{name: dev.Attrs().Name, ifindex: r.LinkIndex})
+		if role != datapath.RolePod {
+			return 0, fmt.Errorf("%s %w: its route leaves by %s, which is no pod device (devices.pods)", a, errNotHere, dev.Attrs().Name)
+		}
+		return r.LinkIndex, nil
+	}
+	return 0, fmt.Errorf("%s %w: no route leads to it", a, errNotHere)
+}
+
+// nodeAddresses lists the addresses that are the node's own, and those of the candidates that the node's routing takes
+// for its own without a device that bears them.
+func nodeAddresses(candidates []netip.Addr) ([]netip.Addr, error) {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of the node: %w", err)
+	}
+	var own []netip.Addr
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			own = append(own, ip.Unmap())
+		}
+	}
+	for _, c := range candidates {
+		routes, err := netlink.RouteGet(c.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			own = append(own, c)
+		}
+	}
+	return own, nil
+}

@@ -1,0 +1,190 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// desc describes one metric. Every label has few values, none of which comes from outside.
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("sallyport_"+name, help, labels, nil)
+}
+
+// metrics collects at the time of the scrape what the parts count.
+type metrics struct {
+	node *node
+
+	build, ready, proxy, reporting, generation, lease, problems, devices, paths, packets, bytes, records, grants, lost, spool, shed,
+	failed *prometheus.Desc
+}
+
+func newMetrics(n *node) *metrics {
+	return &metrics{
+		node:       n,
+		build:      desc("build_info", "Version of the agent; always 1.", "version"),
+		ready:      desc("ready", "1 if probes crossed the hooks."),
+		proxy:      desc("proxy_listening", "1 if the proxy listens in px."),
+		reporting:  desc("proxy_reporting", "1 if a proxy hands over its flow records."),
+		generation: desc("services_generation", "Generation of the services table in force."),
+		lease:      desc("lease_left_seconds", "How long the kernel admits new bypassed flows without the agent."),
+		problems:   desc("problems", "Problems that stand now, by class.", "class"),
+		devices:    desc("hooked_devices", "Devices that have hooks, by role.", "role"),
+		paths:      desc("paths", "Path slots in use, by state.", "state"),
+		packets:    desc("packets_total", "Packets towards and from protected services, by reason.", "reason"),
+		bytes:      desc("bytes_total", "IP bytes towards and from protected services, by reason.", "reason"),
+		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell.", "source", "event", "verdict", "reason"),
+		grants:     desc("grant_events_total", "Grant events of this process, by step.", "step"),
+		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
+		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
+		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
+		failed:     desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.devices, m.paths,
+		m.packets, m.bytes, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector. Figures that cannot be read are left out, and scrape_failed says so.
+func (m *metrics) Collect(ch chan<- prometheus.Metric) {
+	m.own(ch)
+	err := errors.Join(m.kernel(ch), m.counters(ch), m.auditing(ch))
+	gauge(ch, m.failed, truth(err != nil))
+}
+
+func gauge(ch chan<- prometheus.Metric, d *prometheus.Desc, v float64, labels ...string) {
+	ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+}
+
+func counter(ch chan<- prometheus.Metric, d *prometheus.Desc, v uint64, labels ...string) {
+	ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (m *metrics) own(ch chan<- prometheus.Metric) {
+	gauge(ch, m.build, 1, m.node.opt.Version)
+	gauge(ch, m.ready, truth(m.node.readiness.state() == nil))
+	gauge(ch, m.reporting, truth(m.node.reports.connected()))
+	if e := m.node.resources.current(); e != nil {
+		gauge(ch, m.generation, float64(e.generation))
+	}
+	for class, n := range m.node.problems.counts() {
+		gauge(ch, m.problems, float64(n), string(class))
+	}
+	roles := make(map[datapath.Role]int)
+	for _, d := range m.node.datapath.Devices() {
+		roles[d.Role]++
+	}
+	for role, n := range roles {
+		gauge(ch, m.devices, float64(n), string(role))
+	}
+	m.node.flowCounts.each(func(l flowLabels, n uint64) { counter(ch, m.records, n, l.source, l.event, l.verdict, l.reason) })
+	m.node.eventCounts.each(func(step string, n uint64) { counter(ch, m.grants, n, step) })
+}
+
+func (m *metrics) kernel(ch chan<- prometheus.Metric) error {
+	left, leaseErr := m.node.datapath.LeaseLeft()
+	if leaseErr == nil {
+		gauge(ch, m.lease, max(left, 0).Seconds())
+	}
+	listening, proxyErr := proxyListening(m.node.px, m.node.cfg.Spec.Proxy.ListenPort)
+	if proxyErr == nil {
+		gauge(ch, m.proxy, truth(listening))
+	}
+	paths, pathErr := m.node.datapath.Paths()
+	if pathErr == nil {
+		states := map[datapath.PathState]int{datapath.PathActive: 0}
+		for _, p := range paths {
+			states[p.State]++
+		}
+		for state, n := range states {
+			gauge(ch, m.paths, float64(n), stateName(state))
+		}
+	}
+	return errors.Join(leaseErr, proxyErr, pathErr)
+}
+
+func (m *metrics) counters(ch chan<- prometheus.Metric) error {
+	counters, countErr := m.node.datapath.Counters()
+	if countErr == nil {
+		for _, reason := range flow.Reasons() {
+			if c, ok := counters[reason]; ok {
+				counter(ch, m.packets, c.Packets, reason.String())
+				counter(ch, m.bytes, c.Bytes, reason.String())
+			}
+		}
+	}
+	losses, lossErr := m.node.datapath.Losses()
+	if lossErr == nil {
+		counter(ch, m.lost, losses.MustDeliver, "must_deliver")
+		counter(ch, m.lost, losses.BestEffort, "best_effort")
+	}
+	return errors.Join(countErr, lossErr)
+}
+
+func (m *metrics) auditing(ch chan<- prometheus.Metric) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	s, err := m.node.audit.Status(ctx)
+	if err != nil {
+		return err
+	}
+	gauge(ch, m.spool, float64(s.CriticalPending), "critical")
+	gauge(ch, m.spool, float64(s.FlowPending), "flow")
+	counter(ch, m.shed, s.FlowShed)
+	return nil
+}
+
+// metricsServer serves /metrics over plain HTTP on an address that the configuration names.
+type metricsServer struct {
+	listener net.Listener
+	server   *http.Server
+}
+
+func newMetricsServer(address string, c ...prometheus.Collector) (*metricsServer, error) {
+	registry := prometheus.NewRegistry()
+	c = append(c, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	for _, collector := range c {
+		if err := registry.Register(collector); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen for metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}))
+	return &metricsServer{listener: listener, server: &http.Server{
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+	}}, nil
+}
+
+// Run serves until ctx ends. It closes the listener.
+func (m *metricsServer) Run(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() { m.server.Close() })()
+	if err := m.server.Serve(m.listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+	return nil
+}

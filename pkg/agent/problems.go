@@ -1,0 +1,98 @@
+package agent
+
+import (
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+)
+
+// problemClass groups problems under a bounded metric label.
+type problemClass string
+
+// Classes of problems.
+const (
+	problemResources problemClass = "resources"
+	problemPx        problemClass = "px"
+	problemDevice    problemClass = "device"
+	problemIgnored   problemClass = "ignored_device"
+	problemService   problemClass = "service"
+	problemLease     problemClass = "lease"
+	problemGrants    problemClass = "grants"
+	problemEvents    problemClass = "events"
+	problemProbe     problemClass = "probe"
+	problemMetrics   problemClass = "metrics"
+	problemAudit     problemClass = "audit"
+)
+
+var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit}
+
+type problemKey struct {
+	class   problemClass
+	subject string
+}
+
+// problems are what is wrong now, by class and subject. Each change is logged once. Safe for concurrent use.
+type problems struct {
+	log *slog.Logger
+	mu  sync.Mutex
+	now map[problemKey]string // guarded by mu
+}
+
+func newProblems(log *slog.Logger) *problems {
+	return &problems{log: log, now: make(map[problemKey]string)}
+}
+
+// report notes err as the state of the subject; nil says that it is well again.
+func (p *problems) report(class problemClass, subject string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	key := problemKey{class, subject}
+	before, was := p.now[key]
+	switch {
+	case err == nil && was:
+		delete(p.now, key)
+		p.log.Info("problem is over", "class", class, "subject", subject)
+	case err != nil && (!was || before != err.Error()):
+		p.now[key] = err.Error()
+		p.log.Error("problem", "class", class, "subject", subject, "error", err)
+	}
+}
+
+// keep forgets the problems of a class whose subject is not among those that still exist.
+func (p *problems) keep(class problemClass, exists func(subject string) bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.now, func(k problemKey, _ string) bool { return k.class == class && !exists(k.subject) })
+}
+
+// lines tells every problem, sorted.
+func (p *problems) lines() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []string
+	for k, msg := range p.now {
+		line := string(k.class) + ": " + msg
+		if k.subject != "" {
+			line = string(k.class) + " " + k.subject + ": " + msg
+		}
+		out = append(out, line)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// counts tells how many problems each class has, zero included.
+func (p *problems) counts() map[problemClass]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := make(map[problemClass]int, len(problemClasses))
+	for _, c := range problemClasses {
+		out[c] = 0
+	}
+	for k := range p.now {
+		out[k.class]++
+	}
+	return out
+}

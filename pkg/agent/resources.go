@@ -1,0 +1,241 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// settle is how long a directory must be quiet before it is read: an editor writes in several steps.
+const settle = 100 * time.Millisecond
+
+// enforced is what the node enforces: a verified set and the table made of it. It does not change.
+type enforced struct {
+	set        *policy.Set
+	services   []datapath.Service
+	generation uint32 // of the kernel's table
+}
+
+// service finds a service's row group by name.
+func (e *enforced) service(name string) (datapath.Service, bool) {
+	i := slices.IndexFunc(e.services, func(s datapath.Service) bool { return s.Name == name })
+	if i < 0 {
+		return datapath.Service{}, false
+	}
+	return e.services[i], true
+}
+
+// resources makes the kernel's table and the proxy's file follow a directory of resources. A directory that is bad in any
+// way changes nothing: the last verified set stays, over a restart too.
+type resources struct {
+	dir      string
+	verified string // the last set that was put to work, for the next start
+	proxy    string // the file that the proxy reads
+	ids      *serviceIDs
+	apply    func([]datapath.Service) (generation uint32, err error)
+	locate   func(policy.ProtectedService) (ifindex int, err error)
+	problems *problems
+	changed  func(*enforced) // called after a change has been put to work
+
+	kick chan struct{}
+	mu   sync.Mutex
+	now  *enforced // guarded by mu; nil until load
+}
+
+// current is what is enforced now; nil before the first load.
+func (r *resources) current() *enforced {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.now
+}
+
+// load puts the directory's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
+// it has.
+func (r *resources) load() error {
+	set, err := r.read()
+	r.problems.report(problemResources, "", err)
+	if err == nil {
+		return r.put(set)
+	}
+	data, lastErr := os.ReadFile(r.verified)
+	if errors.Is(lastErr, os.ErrNotExist) {
+		return fmt.Errorf("load resources: %w", err)
+	}
+	if lastErr == nil {
+		set, lastErr = policy.Parse(r.verified, data)
+	}
+	if lastErr != nil {
+		return errors.Join(fmt.Errorf("load resources: %w", err), fmt.Errorf("load last verified resources: %w", lastErr))
+	}
+	return r.put(set)
+}
+
+// reload looks at the directory again. What is wrong with it is a problem, and nothing else happens.
+func (r *resources) reload() {
+	set, err := r.read()
+	if err == nil {
+		err = r.put(set)
+	} else if before := r.current(); before != nil {
+		// Devices may have come: the table is made anew of the set that stays.
+		err = errors.Join(err, r.put(before.set))
+	}
+	r.problems.report(problemResources, "", err)
+}
+
+func (r *resources) read() (*policy.Set, error) {
+	if err := checkTrustedDir(r.dir); err != nil {
+		return nil, err
+	}
+	return policy.LoadDir(r.dir)
+}
+
+// put makes the kernel, the next start and the proxy follow the set, and tells of a change.
+func (r *resources) put(set *policy.Set) error {
+	now, changed, err := r.swap(set)
+	if changed {
+		r.changed(now)
+	}
+	return err
+}
+
+// swap is put's work, in this order: a set that the kernel refuses is not kept, and the proxy learns last, for it admits
+// where the kernel only steers.
+func (r *resources) swap(set *policy.Set) (now *enforced, changed bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	services := r.compile(set)
+	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
+		generation, err := r.apply(services)
+		if err != nil {
+			return nil, false, fmt.Errorf("write services table: %w", err)
+		}
+		r.now, changed = &enforced{set: set, services: services, generation: generation}, true
+	} else if r.now.set.Digest() != set.Digest() {
+		r.now, changed = &enforced{set: set, services: services, generation: r.now.generation}, true
+	}
+	if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
+		return r.now, changed, fmt.Errorf("keep verified resources: %w", err)
+	}
+	if err := keepFile(r.proxy, set.YAML(), 0o644); err != nil {
+		return r.now, changed, fmt.Errorf("hand resources to the proxy: %w", err)
+	}
+	return r.now, changed, nil
+}
+
+// compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.
+func (r *resources) compile(set *policy.Set) []datapath.Service {
+	all := set.Services()
+	names := make(map[string]bool, len(all))
+	services := make([]datapath.Service, 0, len(all))
+	for _, s := range all {
+		names[s.Name] = true
+		services = append(services, r.row(s))
+	}
+	r.problems.keep(problemService, func(name string) bool { return names[name] })
+	r.ids.assign(services)
+	return services
+}
+
+func (r *resources) row(s policy.ProtectedService) datapath.Service {
+	row := datapath.Service{Name: s.Name, Target: datapath.TargetHost, Ports: s.Spec.Ports}
+	if s.Spec.Target != policy.TargetPod {
+		return row
+	}
+	ifindex, err := r.locate(s)
+	r.problems.report(problemService, s.Name, err)
+	row.Target, row.Addresses, row.Ifindex = datapath.TargetPod, s.Spec.Addresses, ifindex
+	return row
+}
+
+func sameService(a, b datapath.Service) bool {
+	return a.ID == b.ID && a.Name == b.Name && a.Target == b.Target && a.Ifindex == b.Ifindex &&
+		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
+}
+
+// poke asks Run to look at once: a device came or went.
+func (r *resources) poke() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Run follows the directory until ctx ends. It also looks every resyncEvery, for a directory that vanished and came back
+// tells nothing.
+func (r *resources) Run(ctx context.Context) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch resources: %w", err)
+	}
+	defer watcher.Close()
+	resync := time.NewTicker(resyncEvery)
+	defer resync.Stop()
+	quiet := time.NewTimer(0)
+	defer quiet.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-watcher.Events:
+			quiet.Reset(settle)
+		case <-watcher.Errors: // an overflow: look at all of it
+			quiet.Reset(settle)
+		case <-r.kick:
+			quiet.Reset(0)
+		case <-resync.C:
+			quiet.Reset(0)
+		case <-quiet.C:
+			// The parent tells when the directory comes back. What cannot be watched is told of by reload, and adding
+			// what is watched already changes nothing.
+			_ = watcher.Add(filepath.Dir(r.dir))
+			_ = watcher.Add(r.dir)
+			r.reload()
+		}
+	}
+}
+
+// keepFile makes a file's content durable as a whole, unless it has it already.
+func keepFile(path string, data []byte, mode os.FileMode) error {
+	if old, err := os.ReadFile(path); err == nil && slices.Equal(old, data) {
+		return nil
+	}
+	return replaceFile(path, data, mode)
+}
+
+// replaceFile writes beside the file, syncs and renames: a reader and a crash see the old content or the new.
+func replaceFile(path string, data []byte, mode os.FileMode) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,81 @@
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"strings"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// known are the causes that have a next step of their own.
+var known = []struct {
+	is   error
+	code codes.Code
+	hint string
+}{
+	{store.ErrReplayed, codes.AlreadyExists, "a grant is used once: issue a new one"},
+	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
+	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
+	{ErrNoResources, codes.FailedPrecondition, "`sallyport status` tells what is wrong with the resources"},
+	{datapath.ErrPathsFull, codes.ResourceExhausted, "revoke a grant that is no longer needed"},
+	{datapath.ErrPathExists, codes.AlreadyExists, "revoke the grant that serves this client first"},
+	{datapath.ErrDeadline, codes.FailedPrecondition, "issue a grant that ends later, and within the node's cap"},
+	{store.ErrFull, codes.ResourceExhausted, "make room on the disk of stateDir, or bring the collector back"},
+	{store.ErrDamaged, codes.Internal, "stop the agent, keep stateDir for examination, and start with an empty one"},
+	{datapath.ErrBPFFS, codes.FailedPrecondition, "mount bpffs where the host sees it (mount -t bpf bpf /sys/fs/bpf); in a container, mount the host's"},
+	{datapath.ErrLayout, codes.FailedPrecondition, "run `sallyport-agent uninstall` of the version that made the maps, then start this one"},
+	{ErrRunning, codes.FailedPrecondition, "stop it first: systemctl stop sallyport-agent"},
+	{ErrUntrusted, codes.FailedPrecondition, "chown root: and chmod go-w it, and look at who wrote it"},
+	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
+}
+
+// Describe tells an error of this package in lines: each problem, and after it "hint: " with its next step.
+func Describe(err error) string {
+	var lines []string
+	for _, e := range policy.Errors(err) {
+		lines = append(lines, e.Error())
+		if hint := hintOf(e); hint != "" {
+			lines = append(lines, "hint: "+hint)
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+func hintOf(e *policy.Error) string {
+	if e.Hint != "" {
+		return e.Hint
+	}
+	for _, k := range known {
+		if errors.Is(e, k.is) {
+			return k.hint
+		}
+	}
+	return ""
+}
+
+// toStatus makes of an error what a caller sees. A wrong field is the caller's; anything else has the code of its cause.
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	return status.Error(codeOf(err), Describe(err))
+}
+
+func codeOf(err error) codes.Code {
+	for _, e := range policy.Errors(err) {
+		if e.Field != "" {
+			return codes.InvalidArgument
+		}
+	}
+	for _, k := range known {
+		if errors.Is(err, k.is) {
+			return k.code
+		}
+	}
+	return codes.Internal
+}

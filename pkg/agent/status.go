@@ -1,0 +1,112 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/audit"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// status puts together what the parts say of themselves. What cannot be read is a problem of its own line.
+func (n *node) status(ctx context.Context) *api.StatusReply {
+	reply := &api.StatusReply{
+		Node: n.cfg.Name, Version: n.opt.Version, Started: timestamppb.New(n.started), Bpffs: n.cfg.Spec.BPFFS,
+		Hooks: n.hooks(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
+	}
+	if why := n.readiness.state(); why != nil {
+		reply.Ready, reply.NotReadyWhy = false, oneLine(why.Error())
+	}
+	if e := n.resources.current(); e != nil {
+		reply.Services, reply.Generation = uint32(len(e.services)), e.generation
+	}
+	reply.Problems = n.problems.lines()
+	for _, read := range []func(context.Context, *api.StatusReply) error{n.proxyStatus, n.kernelStatus, n.auditStatus} {
+		if err := read(ctx, reply); err != nil {
+			reply.Problems = append(reply.Problems, "status: "+oneLine(err.Error()))
+		}
+	}
+	return reply
+}
+
+func (n *node) hooks() []*api.HookStatus {
+	var out []*api.HookStatus
+	for _, d := range n.datapath.Devices() {
+		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs})
+	}
+	return out
+}
+
+func (n *node) proxyStatus(_ context.Context, reply *api.StatusReply) (err error) {
+	reply.ProxyListening, err = proxyListening(n.px, n.cfg.Spec.Proxy.ListenPort)
+	return err
+}
+
+func (n *node) kernelStatus(_ context.Context, reply *api.StatusReply) error {
+	left, err := n.datapath.LeaseLeft()
+	if err != nil {
+		return fmt.Errorf("read lease: %w", err)
+	}
+	reply.LeaseLeft = durationpb.New(max(left, 0))
+	paths, err := n.datapath.Paths()
+	if err != nil {
+		return fmt.Errorf("read paths: %w", err)
+	}
+	for _, p := range paths {
+		if p.State == datapath.PathActive {
+			reply.LivePaths++
+		}
+	}
+	flows, err := n.datapath.LiveFlows()
+	if err != nil {
+		return fmt.Errorf("read live flows: %w", err)
+	}
+	reply.LiveFlows = uint32(len(flows))
+	counters, err := n.datapath.Counters()
+	if err != nil {
+		return fmt.Errorf("read counters: %w", err)
+	}
+	for reason, c := range counters {
+		reply.Reasons[reason.String()] = c.Packets
+	}
+	return nil
+}
+
+func (n *node) auditStatus(ctx context.Context, reply *api.StatusReply) error {
+	s, err := n.audit.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("read state of audit: %w", err)
+	}
+	reply.Collector = collectorState(s)
+	reply.SpoolCritical, reply.SpoolFlow, reply.LostFlow = s.CriticalPending, s.FlowPending, s.FlowLost
+	if s.StoreProblem != "" {
+		reply.Problems = append(reply.Problems, "audit: "+oneLine(s.StoreProblem))
+	}
+	return nil
+}
+
+func collectorState(s audit.Status) string {
+	switch {
+	case s.Address == "":
+		return "none configured: records stay on this node"
+	case s.Connected:
+		return "connected to " + s.Address + " since " + s.Since.UTC().Format(time.RFC3339)
+	}
+	return "away (" + s.Address + "): " + oneLine(s.Problem)
+}
+
+// identityState tells of the agent's own identity, which only the collector asks for.
+func (n *node) identityState() string {
+	if n.identity == nil {
+		return "not needed: no collector"
+	}
+	s := n.identity.Status()
+	if s.Err != nil {
+		return fmt.Sprintf("%s: %s", s.State, oneLine(s.Err.Error()))
+	}
+	return string(s.State)
+}

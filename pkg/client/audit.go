@@ -1,0 +1,57 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"strings"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+)
+
+// Audit is a client of a collector's Audit service. All methods may be called at the same time;
+// errors are *CallError. The sequences end with what the collector holds, or with ctx when the
+// query follows.
+type Audit struct {
+	conn *connection
+	rpc  api.AuditClient
+}
+
+// NewAudit makes a client of the collector at address: unix:PATH, where the collector knows the
+// caller by its process's credentials and creds is nil, or host:port with the credentials of a
+// SPIFFE identity. It does not dial. The caller closes it.
+func NewAudit(address string, creds credentials.TransportCredentials) (*Audit, error) {
+	local := strings.HasPrefix(address, "unix:")
+	if !local && creds == nil {
+		return nil, errors.New("connect to collector: a network address needs an identity")
+	}
+	if local {
+		creds = insecure.NewCredentials()
+	}
+	conn, err := connect(address, creds)
+	if err != nil {
+		return nil, err
+	}
+	return &Audit{conn: conn, rpc: api.NewAuditClient(conn)}, nil
+}
+
+// Close frees the connection.
+func (a *Audit) Close() error { return a.conn.Close() }
+
+// Flows gives the stored flow records that match.
+func (a *Audit) Flows(ctx context.Context, q *api.FlowQuery) iter.Seq2[*api.StoredFlow, error] {
+	return streaming(ctx, a.conn, "read flows", a.rpc.Flows, q)
+}
+
+// GrantEvents gives the stored grant events that match.
+func (a *Audit) GrantEvents(ctx context.Context, q *api.GrantQuery) iter.Seq2[*api.StoredGrantEvent, error] {
+	return streaming(ctx, a.conn, "read grant events", a.rpc.GrantEvents, q)
+}
+
+// Losses gives the stored losses: what is missing from the log, and where it went.
+func (a *Audit) Losses(ctx context.Context, q *api.LossQuery) iter.Seq2[*api.StoredLoss, error] {
+	return streaming(ctx, a.conn, "read losses", a.rpc.Losses, q)
+}

@@ -1,0 +1,182 @@
+// Package collector takes the records of nodes, keeps each exactly once, and answers questions about
+// them.
+//
+// A record is keyed by the node in the peer's certificate, the epoch of the node's store, its class
+// and its number, and a batch is taken only if it continues its sequence. The number up to which the
+// collector has everything is written in the transaction that writes the records, so that what is
+// acknowledged, what is answered to a returning node and what is in the tables cannot differ.
+//
+// Records lie in one SQLite file per day of receipt. A day is dropped by removing its file.
+package collector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+)
+
+// Source gives the collector's own X.509 identity and the bundles that it trusts.
+type Source interface {
+	x509svid.Source
+	x509bundle.Source
+}
+
+// Config of a Collector.
+type Config struct {
+	Dir         string // of the daily files; created with mode 0700
+	TrustDomain spiffeid.TrustDomain
+	Source      Source
+	Listen      string // host:port for nodes and remote readers
+	// Readers are SPIFFE IDs that may read over the network: exact, or a prefix of whole segments
+	// ending in "/*".
+	Readers []string
+	// Socket is a Unix socket for local readers; empty: none. SocketUIDs may use it, empty: 0.
+	Socket     string
+	SocketUIDs []uint32
+	// Retain is how long a day is kept after it ended; 0: for ever.
+	Retain time.Duration
+	// Now is the wall clock that chooses the daily file; nil: time.Now.
+	Now    func() time.Time
+	Logger *slog.Logger // nil: slog.Default
+}
+
+// stopTimeout bounds how long a peer can hold up a stop.
+const stopTimeout = 5 * time.Second
+
+// maxFrame bounds one message of a node; the largest entry is an envelope that the agent's socket took.
+const maxFrame = 16 << 20
+
+// Collector serves nodes and readers. Make it with New, then Run it once.
+type Collector struct {
+	cfg   Config
+	log   *slog.Logger
+	days  *days
+	write *writer
+	peers peers
+
+	tcp, unix net.Listener
+}
+
+// New opens the daily files and the listeners. If Run is not going to be called, call Close.
+// ErrInUse says that the directory is another collector's.
+func New(cfg Config) (_ *Collector, err error) {
+	if cfg.Dir == "" || cfg.Source == nil || cfg.TrustDomain.IsZero() || cfg.Listen == "" {
+		return nil, errors.New("create collector: directory, identity source, trust domain and listen address are needed")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	c := &Collector{cfg: cfg, log: cfg.Logger}
+	defer func() {
+		if err != nil {
+			c.Close()
+			err = fmt.Errorf("create collector: %w", err)
+		}
+	}()
+	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers); err != nil {
+		return nil, err
+	}
+	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Retain, c.log); err != nil {
+		return nil, err
+	}
+	if c.write, err = newWriter(c.days); err != nil {
+		return nil, err
+	}
+	return c, c.listen()
+}
+
+func (c *Collector) listen() (err error) {
+	if c.tcp, err = net.Listen("tcp", c.cfg.Listen); err != nil {
+		return err
+	}
+	if c.cfg.Socket != "" {
+		c.unix, err = listenUnix(c.cfg.Socket)
+	}
+	return err
+}
+
+// Addr is where nodes and remote readers are served.
+func (c *Collector) Addr() net.Addr { return c.tcp.Addr() }
+
+// Close gives back what New took. Run does it too.
+func (c *Collector) Close() error {
+	var errs []error
+	for _, l := range []net.Listener{c.tcp, c.unix} {
+		if l != nil {
+			if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if c.days != nil {
+		errs = append(errs, c.days.close())
+	}
+	return errors.Join(errs...)
+}
+
+// Run serves until the context ends. What was acknowledged by then is durable; streams are ended, and
+// nodes take up their sequence at the next collector.
+func (c *Collector) Run(ctx context.Context) error {
+	stop, stopped := context.WithCancel(ctx)
+	defer stopped()
+	servers := c.servers(stop)
+	failed := make(chan error, len(servers))
+	var serving, writing sync.WaitGroup
+	for l, s := range servers {
+		serving.Go(func() { failed <- s.Serve(l) })
+	}
+	writing.Go(func() { c.write.run() })
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	stopped()
+	for _, s := range servers {
+		hard := time.AfterFunc(stopTimeout, s.Stop)
+		s.GracefulStop() // the handlers end by stop
+		hard.Stop()
+	}
+	serving.Wait()
+	c.write.stop()
+	writing.Wait()
+	return errors.Join(err, c.Close())
+}
+
+func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server {
+	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
+	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
+	api.RegisterAuditIngestServer(remote, newIngest(stop, c.write, c.peers, c.log))
+	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, changed: c.write.changed, admit: c.peers.reader, proof: proofTTL})
+	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
+	if c.unix != nil {
+		local := newServer(newPeerCred(c.cfg.SocketUIDs))
+		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, changed: c.write.changed, admit: func(context.Context) error { return nil }})
+		servers[c.unix] = local
+	}
+	return servers
+}
+
+func newServer(creds credentials.TransportCredentials) *grpc.Server {
+	return grpc.NewServer(grpc.Creds(creds), grpc.MaxRecvMsgSize(maxFrame), grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second}))
+}

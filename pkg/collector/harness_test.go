@@ -1,0 +1,233 @@
+package collector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/devauthority"
+)
+
+const (
+	epoch1 = "01HZZZZZZZZZZZZZZZZZZZZZZ1"
+	epoch2 = "01HZZZZZZZZZZZZZZZZZZZZZZ2"
+)
+
+var domain = spiffeid.RequireTrustDomainFromString("example.org")
+
+// ids issues identities of the test's trust domain.
+type ids struct {
+	t    *testing.T
+	auth *devauthority.Authority
+}
+
+type identity struct {
+	*x509svid.SVID
+	*x509bundle.Bundle
+}
+
+func newIDs(t *testing.T) ids {
+	t.Helper()
+	return ids{t, must(devauthority.New(domain, devauthority.Options{}))(t)}
+}
+
+func (i ids) of(path string) identity {
+	i.t.Helper()
+	return identity{must(i.auth.Issue(spiffeid.RequireFromPath(domain, path)))(i.t), i.auth.Bundle()}
+}
+
+func must[T any](v T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+// clock is a wall clock that the test moves.
+type clock struct {
+	mu sync.Mutex
+	t  time.Time
+}
+
+func (c *clock) now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.t
+}
+
+func (c *clock) set(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.t = t
+}
+
+// running is a collector that serves.
+type running struct {
+	*Collector
+	ids  ids
+	stop func() // returns when it has ended
+}
+
+func start(t *testing.T, ids ids, change func(*Config)) *running {
+	t.Helper()
+	cfg := Config{Dir: filepath.Join(t.TempDir(), "days"), TrustDomain: domain, Source: ids.of("/sallyport/collector"), Listen: "127.0.0.1:0",
+		Readers: []string{"spiffe://example.org/ops/*", "spiffe://example.org/auditor"}, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	if change != nil {
+		change(&cfg)
+	}
+	c := must(New(cfg))(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	r := &running{Collector: c, ids: ids, stop: sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("collector: %v", err)
+		}
+	})}
+	t.Cleanup(r.stop)
+	return r
+}
+
+func (r *running) dial(t *testing.T, as identity) *grpc.ClientConn {
+	t.Helper()
+	server := spiffeid.RequireFromPath(domain, "/sallyport/collector")
+	conn := must(grpc.NewClient("passthrough:///"+r.Addr().String(),
+		grpc.WithTransportCredentials(grpccredentials.MTLSClientCredentials(as, as, tlsconfig.AuthorizeID(server)))))(t)
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// node is an agent's side of a stream, in the test's hands.
+type node struct {
+	t      *testing.T
+	stream api.AuditIngest_StreamClient
+	epoch  string
+}
+
+func (r *running) connect(t *testing.T, name, epoch string) (*node, *api.Welcome) {
+	t.Helper()
+	n := &node{t: t, epoch: epoch, stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+name))).Stream(t.Context()))(t)}
+	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{Node: name, Epoch: epoch, Version: wireVersion}}})
+	f := must(n.stream.Recv())(t)
+	return n, f.GetWelcome()
+}
+
+func (n *node) send(f *api.AgentFrame) {
+	n.t.Helper()
+	if err := n.stream.Send(f); err != nil && !errors.Is(err, io.EOF) {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *node) batch(class api.Class, entries ...*api.Entry) {
+	n.t.Helper()
+	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: class, Epoch: n.epoch, Entries: entries}}})
+}
+
+func (n *node) ack() *api.Ack {
+	n.t.Helper()
+	return must(n.stream.Recv())(n.t).GetAck()
+}
+
+func (n *node) store(class api.Class, entries ...*api.Entry) {
+	n.t.Helper()
+	n.batch(class, entries...)
+	if a := n.ack(); a.GetSeq() != entries[len(entries)-1].GetSeq() || a.GetClass() != class || a.GetEpoch() != n.epoch {
+		n.t.Fatalf("acknowledged was %v", a)
+	}
+}
+
+// refused reads the status with which the stream ended.
+func (n *node) refused(code codes.Code) {
+	n.t.Helper()
+	f, err := n.stream.Recv()
+	if status.Code(err) != code {
+		n.t.Fatalf("have %v, %v; want %s", f, err, code)
+	}
+}
+
+func flowEntry(seq uint64, change func(*api.FlowRecord)) *api.Entry {
+	r := &api.FlowRecord{Event: "OPEN", Verdict: "PROXIED", Reason: "IDENTITY", Service: "postgres", Client: "10.1.0.2:4000", Server: "10.2.0.2:5432",
+		FlowId: fmt.Sprint("f", seq), Time: timestamppb.New(time.Unix(1700000000+int64(seq), 0)), Count: 1}
+	if change != nil {
+		change(r)
+	}
+	return &api.Entry{Seq: seq, Record: &api.Entry_Flow{Flow: r}}
+}
+
+func flowEntries(from, to uint64) (out []*api.Entry) {
+	for seq := from; seq <= to; seq++ {
+		out = append(out, flowEntry(seq, nil))
+	}
+	return out
+}
+
+func lossEntry(seq, count uint64) *api.Entry {
+	return &api.Entry{Seq: seq, Record: &api.Entry_Loss{Loss: &api.LossRecord{Stage: "kernel_ring", Cause: "full", Count: count}}}
+}
+
+func grantEntry(seq uint64, grant, step string) *api.Entry {
+	return &api.Entry{Seq: seq, Record: &api.Entry_Grant{Grant: &api.GrantEvent{Grant: grant, Step: step, Time: timestamppb.New(time.Unix(1700000000, 0))}}}
+}
+
+func (r *running) reader(t *testing.T) api.AuditClient {
+	t.Helper()
+	return api.NewAuditClient(r.dial(t, r.ids.of("/ops/alice")))
+}
+
+// drain reads a stream to its end.
+func drain[M any](stream grpc.ServerStreamingClient[M], err error) ([]*M, error) {
+	if err != nil {
+		return nil, err
+	}
+	var out []*M
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return out, nil
+		}
+		if err != nil {
+			return out, err
+		}
+		out = append(out, m)
+	}
+}
+
+func (r *running) flows(t *testing.T, q *api.FlowQuery) []*api.StoredFlow {
+	t.Helper()
+	stream, err := r.reader(t).Flows(t.Context(), q)
+	return must(drain(stream, err))(t)
+}
+
+func seqs(flows []*api.StoredFlow) (out []uint64) {
+	for _, f := range flows {
+		out = append(out, f.GetSeq())
+	}
+	return out
+}
+
+func dialUnix(path string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+}

@@ -1,0 +1,106 @@
+package collector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+const agentPath = "/sallyport/agent/"
+
+// proofTTL is how long a proven identity is good for one stream. A certificate is looked at in the
+// handshake only, and streams have no end.
+const proofTTL = time.Hour
+
+// peers says who may do what, by SPIFFE ID.
+type peers struct {
+	trustDomain spiffeid.TrustDomain
+	exact       map[spiffeid.ID]bool
+	prefixes    []string // ending in "/"
+}
+
+func newPeers(td spiffeid.TrustDomain, readers []string) (peers, error) {
+	p := peers{trustDomain: td, exact: map[spiffeid.ID]bool{}}
+	var errs []error
+	for _, r := range readers {
+		base, isPrefix := strings.CutSuffix(r, "/*")
+		id, err := spiffeid.FromString(base)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reader %q: %w", r, err))
+			continue
+		}
+		if isPrefix {
+			p.prefixes = append(p.prefixes, id.String()+"/")
+		} else {
+			p.exact[id] = true
+		}
+	}
+	return p, errors.Join(errs...)
+}
+
+// CheckReaders says what is wrong with a list of readers, as New would.
+func CheckReaders(readers []string) error {
+	_, err := newPeers(spiffeid.TrustDomain{}, readers)
+	return err
+}
+
+// nodeOf returns the node whose agent has this identity.
+func (p peers) nodeOf(id spiffeid.ID) (string, bool) {
+	node, ok := strings.CutPrefix(id.Path(), agentPath)
+	if !ok || !id.MemberOf(p.trustDomain) || node == "" || strings.Contains(node, "/") {
+		return "", false
+	}
+	return node, true
+}
+
+func (p peers) isReader(id spiffeid.ID) bool {
+	if p.exact[id] {
+		return true
+	}
+	for _, prefix := range p.prefixes {
+		if strings.HasPrefix(id.String(), prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// handshake lets in whoever may do anything at all.
+func (p peers) handshake(id spiffeid.ID) error {
+	if _, ok := p.nodeOf(id); ok || p.isReader(id) {
+		return nil
+	}
+	return fmt.Errorf("%s is neither an agent of %s nor a reader", id, p.trustDomain)
+}
+
+// node returns the node that the caller proved to be.
+func (p peers) node(ctx context.Context) (string, error) {
+	id, ok := grpccredentials.PeerIDFromContext(ctx)
+	if !ok {
+		return "", status.Error(codes.Unauthenticated, "no SPIFFE ID proven")
+	}
+	node, ok := p.nodeOf(id)
+	if !ok {
+		return "", status.Errorf(codes.PermissionDenied, "%s is no agent of %s", id, p.trustDomain)
+	}
+	return node, nil
+}
+
+// reader refuses a caller who may not read.
+func (p peers) reader(ctx context.Context) error {
+	id, ok := grpccredentials.PeerIDFromContext(ctx)
+	if !ok {
+		return status.Error(codes.Unauthenticated, "no SPIFFE ID proven")
+	}
+	if !p.isReader(id) {
+		return status.Errorf(codes.PermissionDenied, "%s is not among the collector's readers", id)
+	}
+	return nil
+}

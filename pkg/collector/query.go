@@ -1,0 +1,323 @@
+package collector
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+)
+
+const (
+	defaultLimit = 1000
+	pageRows     = 500
+)
+
+// query is the Audit service.
+type query struct {
+	api.UnimplementedAuditServer
+	stop    context.Context
+	days    *days
+	changed func() <-chan struct{}
+	admit   func(context.Context) error
+	proof   time.Duration // how long a caller's identity is good for; 0: for ever
+}
+
+// feed is one table as a sequence of messages.
+type feed[M any] struct {
+	table   string
+	columns string // after id
+	scan    func(rows *sql.Rows, id *int64) (M, error)
+	where   []string
+	args    []any
+	limit   uint32
+	follow  bool
+}
+
+func (f *feed[M]) filter(condition string, arg any) {
+	f.where, f.args = append(f.where, condition), append(f.args, arg)
+}
+
+func (f *feed[M]) equals(column, value string) {
+	if value != "" {
+		f.filter(column+" = ?", value)
+	}
+}
+
+func (f *feed[M]) condition() string {
+	return strings.Join(append([]string{"TRUE"}, f.where...), " AND ")
+}
+
+// Flows sends the newest records that fit, oldest first, and with follow those that come.
+func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
+	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow, limit: r.GetLimit(), follow: r.GetFollow()}
+	f.equals("node", r.GetNode())
+	f.equals("service", r.GetService())
+	f.equals("identity", r.GetIdentity())
+	f.equals("grant_id", r.GetGrant())
+	f.equals("verdict", strings.ToUpper(r.GetVerdict()))
+	f.equals("reason", strings.ToUpper(r.GetReason()))
+	f.equals("event", strings.ToUpper(r.GetEvent()))
+	if c := r.GetClient(); c != "" {
+		addr, err := netip.ParseAddr(c)
+		if err != nil {
+			return status.Errorf(codes.InvalidArgument, "client: %v", err)
+		}
+		f.equals("client", addr.Unmap().String())
+	}
+	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
+		return err
+	}
+	return serve(q, stream.Context(), f, stream.Send)
+}
+
+// GrantEvents sends the newest grant events that fit, oldest first, and with follow those that come.
+func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
+	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, seq, received, data", scan: scanGrantEvent, limit: r.GetLimit(), follow: r.GetFollow()}
+	f.equals("node", r.GetNode())
+	f.equals("grant_id", r.GetGrant())
+	if err := f.times(r.GetSince(), nil); err != nil {
+		return err
+	}
+	return serve(q, stream.Context(), f, stream.Send)
+}
+
+// Losses sends the newest counted losses that fit, oldest first.
+func (q *query) Losses(r *api.LossQuery, stream api.Audit_LossesServer) error {
+	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss, limit: r.GetLimit()}
+	f.equals("node", r.GetNode())
+	return serve(q, stream.Context(), f, stream.Send)
+}
+
+func (f *feed[M]) times(since, until *timestamppb.Timestamp) error {
+	for _, t := range []struct {
+		name, condition string
+		at              *timestamppb.Timestamp
+	}{{"since", "time >= ?", since}, {"until", "time < ?", until}} {
+		if t.at == nil {
+			continue
+		}
+		if err := t.at.CheckValid(); err != nil {
+			return status.Errorf(codes.InvalidArgument, "%s: %v", t.name, err)
+		}
+		f.filter(t.condition, t.at.AsTime().UnixNano())
+	}
+	return nil
+}
+
+// serve runs a feed for one caller.
+func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) error {
+	if err := q.admit(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(q.stop, func() { cancel(status.Error(codes.Unavailable, errStopping.Error())) })()
+	if q.proof > 0 {
+		defer time.AfterFunc(q.proof, func() { cancel(status.Error(codes.Unauthenticated, "identity must be proven again")) }).Stop()
+	}
+	if f.limit == 0 {
+		f.limit = defaultLimit
+	}
+	err := f.run(ctx, q, send)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if _, isStatus := status.FromError(err); err != nil && !isStatus {
+		return status.Errorf(codes.Internal, "read records: %v", err)
+	}
+	return err
+}
+
+func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
+	at, err := f.start(ctx, q.days)
+	if err != nil {
+		return err
+	}
+	sent := uint32(0)
+	for {
+		changed := q.changed() // before the look, so that nothing falls in between
+		for {
+			page, more, err := f.page(ctx, q.days, &at)
+			if err != nil {
+				return err
+			}
+			for _, m := range page {
+				if !f.follow && sent == f.limit {
+					return nil
+				}
+				if err := send(m); err != nil {
+					return err
+				}
+				sent++
+			}
+			if !more {
+				break
+			}
+		}
+		if !f.follow {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// position is behind the last row that was looked at. Rows are in order of receipt: by day, and by id
+// within one.
+type position struct {
+	day string
+	id  int64
+}
+
+// start finds the position before the newest rows that fit, or the end if none does. The end is
+// looked up first: a row that comes meanwhile lies behind it.
+func (f *feed[M]) start(ctx context.Context, d *days) (position, error) {
+	files := d.all()
+	if len(files) == 0 {
+		return position{}, nil
+	}
+	at, err := f.end(ctx, files[len(files)-1])
+	if err != nil {
+		return position{}, err
+	}
+	left := int64(f.limit)
+	q := fmt.Sprintf(`SELECT min(id), count(*) FROM (SELECT id FROM %s WHERE %s ORDER BY id DESC LIMIT ?)`, f.table, f.condition())
+	for i := len(files) - 1; i >= 0 && left > 0; i-- {
+		var first sql.NullInt64
+		var n int64
+		_, err := files[i].read(func(db *sql.DB) error {
+			return db.QueryRowContext(ctx, q, append(slices.Clone(f.args), left)...).Scan(&first, &n)
+		})
+		if err != nil {
+			return position{}, err
+		}
+		if left -= n; n > 0 {
+			at = position{files[i].day, first.Int64 - 1}
+		}
+	}
+	return at, nil
+}
+
+func (f *feed[M]) end(ctx context.Context, file *dayFile) (position, error) {
+	at := position{day: file.day}
+	_, err := file.read(func(db *sql.DB) error { return f.lastID(ctx, db, &at.id) })
+	return at, err
+}
+
+func (f *feed[M]) lastID(ctx context.Context, db *sql.DB, id *int64) error {
+	return db.QueryRowContext(ctx, fmt.Sprintf(`SELECT coalesce(max(id), 0) FROM %s`, f.table)).Scan(id)
+}
+
+// page reads the next rows behind at and moves it. more says that it is worth asking again now. The
+// rows are read whole before they are sent: a slow reader holds up no checkpoint.
+func (f *feed[M]) page(ctx context.Context, d *days, at *position) (page []M, more bool, err error) {
+	file, isLast := f.locate(d, at)
+	if file == nil {
+		return nil, false, nil
+	}
+	ok, err := file.read(func(db *sql.DB) error {
+		page, more, err = f.rows(ctx, db, at)
+		return err
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	if !ok || (!more && !isLast) { // this day is done
+		if next, found := d.next(at.day); found {
+			*at = position{day: next.day}
+			return page, true, nil
+		}
+	}
+	return page, more, nil
+}
+
+// locate returns the file of the position, or the one after it if that day was removed.
+func (f *feed[M]) locate(d *days, at *position) (file *dayFile, isLast bool) {
+	files := d.all()
+	for i, c := range files {
+		if c.day < at.day {
+			continue
+		}
+		if c.day > at.day {
+			*at = position{day: c.day}
+		}
+		return c, i == len(files)-1
+	}
+	return nil, true
+}
+
+func (f *feed[M]) rows(ctx context.Context, db *sql.DB, at *position) (page []M, more bool, err error) {
+	var last int64
+	if err := f.lastID(ctx, db, &last); err != nil {
+		return nil, false, err
+	}
+	q := fmt.Sprintf(`SELECT id, %s FROM %s WHERE id > ? AND id <= ? AND %s ORDER BY id LIMIT ?`, f.columns, f.table, f.condition())
+	args := append([]any{at.id, last}, f.args...)
+	rows, err := db.QueryContext(ctx, q, append(args, pageRows)...)
+	if err != nil {
+		return nil, false, err
+	}
+	defer rows.Close()
+	id := at.id
+	for rows.Next() {
+		m, err := f.scan(rows, &id)
+		if err != nil {
+			return nil, false, err
+		}
+		page = append(page, m)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, false, err
+	}
+	if more = len(page) == pageRows; !more {
+		id = last // what did not fit is not looked at again
+	}
+	at.id = id
+	return page, more, nil
+}
+
+func scanFlow(rows *sql.Rows, id *int64) (*api.StoredFlow, error) {
+	m := &api.StoredFlow{Flow: &api.FlowRecord{}}
+	var received int64
+	var data []byte
+	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Class, &m.Seq, &received, &data); err != nil {
+		return nil, err
+	}
+	m.Received = timestamppb.New(time.Unix(0, received))
+	return m, proto.Unmarshal(data, m.GetFlow())
+}
+
+func scanGrantEvent(rows *sql.Rows, id *int64) (*api.StoredGrantEvent, error) {
+	m := &api.StoredGrantEvent{Event: &api.GrantEvent{}}
+	var received int64
+	var data []byte
+	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Seq, &received, &data); err != nil {
+		return nil, err
+	}
+	m.Received = timestamppb.New(time.Unix(0, received))
+	return m, proto.Unmarshal(data, m.GetEvent())
+}
+
+func scanLoss(rows *sql.Rows, id *int64) (*api.StoredLoss, error) {
+	m := &api.StoredLoss{Loss: &api.LossRecord{}}
+	var received int64
+	var data []byte
+	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Class, &m.Seq, &received, &data); err != nil {
+		return nil, err
+	}
+	m.Received = timestamppb.New(time.Unix(0, received))
+	return m, proto.Unmarshal(data, m.GetLoss())
+}

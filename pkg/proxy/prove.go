@@ -1,0 +1,170 @@
+package proxy
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// recordHandshake is the first byte of a TLS connection: the type of a handshake record.
+const recordHandshake = 0x16
+
+var errNotAuthorised = errors.New("not authorised")
+
+// prove takes the client to a proven and authorised identity. Its errors are refusals.
+func (s *session) prove() (*client, error) {
+	if err := s.down.SetDeadline(s.accepted.Add(s.p.cfg.HandshakeTimeout)); err != nil {
+		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
+	}
+	set := s.p.cfg.Policy.Set()
+	service, ok := set.ServiceAt(s.server)
+	if !ok {
+		return nil, &refusal{reason: flow.ReasonUnknownService, err: unknownService(set, s.server)}
+	}
+	s.setIdentity(proven{service: service.Name})
+	first, err := s.firstByte()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.p.cfg.Identity.GetX509SVID(); err != nil {
+		return nil, &refusal{reason: flow.ReasonNoOwnIdentity, err: err}
+	}
+	raw := &peeked{TCPConn: s.down, first: first, pending: true}
+	conn := tls.Server(raw, s.tlsConfig())
+	if err := conn.HandshakeContext(s.ctx); err != nil {
+		return nil, s.handshakeRefusal(err)
+	}
+	if err := s.down.SetDeadline(time.Time{}); err != nil {
+		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
+	}
+	return &client{Conn: conn, raw: raw}, nil
+}
+
+func unknownService(set *policy.Set, server netip.AddrPort) error {
+	if set == nil {
+		return errors.New("no policy was read yet")
+	}
+	return fmt.Errorf("no protected service at %s", bare(server))
+}
+
+// firstByte waits for the client to speak. Most protocols that are no TLS show it here.
+func (s *session) firstByte() (byte, error) {
+	var b [1]byte
+	_, err := io.ReadFull(s.down, b[:])
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return 0, &refusal{reason: flow.ReasonHandshakeTimeout, err: errors.New("client said nothing")}
+	case err != nil:
+		return 0, &refusal{reason: flow.ReasonHandshakeFailed, err: fmt.Errorf("client left before its first byte: %w", err)}
+	case b[0] != recordHandshake:
+		return 0, &refusal{reason: flow.ReasonNoTLS, err: fmt.Errorf("first byte is 0x%02x: put `sallyport forward` or a SPIFFE-aware client in front", b[0])}
+	}
+	return b[0], nil
+}
+
+// peeked gives back the byte that was read to look at it, and sees the end of the stream.
+type peeked struct {
+	*net.TCPConn
+	first   byte
+	pending bool // used by the one reader only, like ended
+	ended   bool
+}
+
+// Read implements net.Conn.
+func (c *peeked) Read(b []byte) (int, error) {
+	if c.pending && len(b) > 0 {
+		b[0], c.pending = c.first, false
+		return 1, nil
+	}
+	n, err := c.TCPConn.Read(b)
+	c.ended = c.ended || err == io.EOF
+	return n, err
+}
+
+// errTruncated is the end of a client's stream that is not signed by its key: anybody on the way
+// can send a FIN.
+var errTruncated = errors.New("client ended without close_notify: what it sent may be incomplete")
+
+// client is the TLS connection of a proven client.
+type client struct {
+	*tls.Conn
+	raw *peeked
+}
+
+// Read gives io.EOF after close_notify alone. Go's TLS takes a bare FIN between records for as good.
+func (c *client) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.ErrUnexpectedEOF || err == io.EOF && c.raw.ended {
+		err = errTruncated
+	}
+	return n, err
+}
+
+// tlsConfig is of this connection alone: policy is asked inside the handshake, so that a client
+// that is not let in gets an alert instead of silence.
+func (s *session) tlsConfig() *tls.Config {
+	c := tlsconfig.MTLSServerConfig(s.p.cfg.Identity, s.p.cfg.Identity, s.authorise)
+	c.MinVersion = tls.VersionTLS13
+	c.SessionTicketsDisabled = true // each connection proves its identity itself
+	return c
+}
+
+// authorise is called with an identity that was proven.
+func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error {
+	who := s.identity()
+	who.id = id
+	if len(chains) > 0 {
+		who.chain = chains[0]
+	}
+	s.setIdentity(who)
+	decision := s.p.cfg.Policy.Set().Authorise(who.service, id)
+	if !decision.Allowed {
+		return fmt.Errorf("%w: %s", errNotAuthorised, strings.Join(decision.Near, "; "))
+	}
+	return nil
+}
+
+func (s *session) handshakeRefusal(err error) *refusal {
+	r := &refusal{reason: flow.ReasonHandshakeFailed, how: alerted, err: err}
+	_, own := s.p.cfg.Identity.GetX509SVID()
+	switch {
+	case errors.Is(err, errNotAuthorised):
+		r.reason = flow.ReasonNotAuthorised
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		r.reason, r.how = flow.ReasonHandshakeTimeout, reset
+	case own != nil:
+		r.reason, r.err = flow.ReasonNoOwnIdentity, own
+	}
+	return r
+}
+
+// objection tells why a connection that was let in would not be let in now, or gives nil. That its
+// certificate has expired since is none: it was valid when it was shown.
+func (p *Proxy) objection(who proven, server netip.AddrPort, shown time.Time) error {
+	set := p.cfg.Policy.Set()
+	service, ok := set.ServiceAt(server)
+	if !ok || service.Name != who.service {
+		return fmt.Errorf("%s is not service %s any more", bare(server), who.service)
+	}
+	if d := set.Authorise(who.service, who.id); !d.Allowed {
+		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
+	}
+	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(shown)); err != nil {
+		return fmt.Errorf("identity is not trusted any more: %w", err)
+	}
+	return nil
+}

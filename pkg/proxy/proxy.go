@@ -1,0 +1,240 @@
+// Package proxy is the identity proxy: it proves who a client is, asks policy, and carries the
+// connection to the protected service in the client's name.
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// Identity is the proxy's own identity and what it verifies clients with.
+type Identity interface {
+	x509svid.Source
+	x509bundle.Source
+	// Changed gives a channel that is closed at the next change of either.
+	Changed() <-chan struct{}
+}
+
+// Config of a proxy. Every field but DrainTimeout and Logger must be set.
+type Config struct {
+	// ListenPort is the port of the transparent listeners, on every address of both families.
+	ListenPort uint16
+	// MaxConnections it serves at a time; the next one is reset.
+	MaxConnections int
+	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
+	HandshakeTimeout time.Duration
+	// IdleTimeout ends a connection on which nothing moved in either direction.
+	IdleTimeout time.Duration
+	// DialTimeout is how long a service has to accept, all attempts together.
+	DialTimeout time.Duration
+	// DrainTimeout is how long live connections have after Run's context ended; 0: they are reset at once.
+	DrainTimeout time.Duration
+	Identity     Identity
+	Policy       *PolicyFile
+	// Report takes flow records. It must not block, and is called from many goroutines.
+	Report func(flow.Record)
+	Logger *slog.Logger
+}
+
+func (c Config) validate() error {
+	var errs []error
+	positive := func(name string, v int64) {
+		if v <= 0 {
+			errs = append(errs, fmt.Errorf("%s is %d, must be above 0", name, v))
+		}
+	}
+	positive("ListenPort", int64(c.ListenPort))
+	positive("MaxConnections", int64(c.MaxConnections))
+	positive("HandshakeTimeout", int64(c.HandshakeTimeout))
+	positive("IdleTimeout", int64(c.IdleTimeout))
+	positive("DialTimeout", int64(c.DialTimeout))
+	if c.Identity == nil || c.Policy == nil || c.Report == nil {
+		errs = append(errs, errors.New("Identity, Policy and Report must be set"))
+	}
+	return errors.Join(errs...)
+}
+
+// Proxy serves the connections that the datapath steers into its network namespace.
+type Proxy struct {
+	cfg       Config
+	instance  string // prefix of flow ids
+	listeners []*net.TCPListener
+	denials   *denials
+	buffers   *buffers
+	flows     atomic.Uint64
+	running   sync.WaitGroup // one for each session
+
+	mu       sync.Mutex
+	sessions map[*session]struct{} // guarded by mu; from accept to end
+	draining bool                  // guarded by mu
+}
+
+// New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
+// there. Run closes what New opened.
+func New(cfg Config) (*Proxy, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("configure proxy: %w", err)
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	listeners, err := listenBoth(cfg.ListenPort)
+	if err != nil {
+		return nil, err
+	}
+	return &Proxy{
+		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
+		denials: newDenials(cfg.Report), buffers: newBuffers(), sessions: map[*session]struct{}{},
+	}, nil
+}
+
+// Run serves until ctx ends, then drains: no new connections, live ones go on for DrainTimeout and
+// are then reset. It returns when the last one is over, with nil unless a listener broke.
+func (p *Proxy) Run(ctx context.Context) error {
+	accepting, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	draining, stopHelpers := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopHelpers()
+	var acceptors, helpers sync.WaitGroup
+	helpers.Go(func() { p.denials.run(draining) })
+	helpers.Go(func() { p.recheck(draining) })
+	for _, l := range p.listeners {
+		acceptors.Go(func() { stop(p.accept(accepting, l)) })
+	}
+	<-accepting.Done()
+	for _, l := range p.listeners {
+		l.Close()
+	}
+	acceptors.Wait()
+	p.drain()
+	stopHelpers()
+	helpers.Wait()
+	if cause := context.Cause(accepting); ctx.Err() == nil {
+		return cause
+	}
+	return nil
+}
+
+// Live is the number of connections from accept to end.
+func (p *Proxy) Live() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.sessions)
+}
+
+// retryAccept is how long to wait when the process is out of descriptors or memory.
+const retryAccept = 50 * time.Millisecond
+
+func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
+	for {
+		c, err := l.AcceptTCP()
+		switch {
+		case err == nil:
+			p.start(c)
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EINVAL):
+			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
+		default:
+			p.cfg.Logger.Error("accept", "listener", l.Addr(), "error", err)
+			select {
+			case <-time.After(retryAccept):
+			case <-ctx.Done():
+			}
+		}
+	}
+}
+
+// start runs a session for the connection, or resets it when there is no room.
+func (p *Proxy) start(c *net.TCPConn) {
+	s := newSession(p, c)
+	if reason := p.enter(s); reason != flow.ReasonNone {
+		s.deny(&refusal{reason: reason, how: reset, err: errors.New("no room for another connection")})
+		return
+	}
+	go func() {
+		defer p.running.Done()
+		defer p.leave(s)
+		s.run()
+	}()
+}
+
+func (p *Proxy) enter(s *session) flow.Reason {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.draining:
+		return flow.ReasonDrained
+	case len(p.sessions) >= p.cfg.MaxConnections:
+		return flow.ReasonLimit
+	}
+	p.sessions[s] = struct{}{}
+	p.running.Add(1)
+	return flow.ReasonNone
+}
+
+func (p *Proxy) leave(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.sessions, s)
+}
+
+func (p *Proxy) snapshot() []*session {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make([]*session, 0, len(p.sessions))
+	for s := range p.sessions {
+		all = append(all, s)
+	}
+	return all
+}
+
+// drain waits for the sessions, and cuts those that have not proven an identity at once and all
+// that are left after DrainTimeout.
+func (p *Proxy) drain() {
+	p.mu.Lock()
+	p.draining = true
+	p.mu.Unlock()
+	for _, s := range p.snapshot() {
+		if !s.isOpen() {
+			s.cut(flow.ReasonDrained, "proxy stops")
+		}
+	}
+	timer := time.AfterFunc(p.cfg.DrainTimeout, func() {
+		for _, s := range p.snapshot() {
+			s.cut(flow.ReasonDrained, "proxy stopped, connection was still in use")
+		}
+	})
+	defer timer.Stop()
+	p.running.Wait()
+}
+
+// recheck asks again, of every live connection, whether it would still be let in, whenever policy,
+// bundles or identities change.
+func (p *Proxy) recheck(ctx context.Context) {
+	for {
+		policy, identity := p.cfg.Policy.Changed(), p.cfg.Identity.Changed()
+		for _, s := range p.snapshot() {
+			s.recheck()
+		}
+		select {
+		case <-policy:
+		case <-identity:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

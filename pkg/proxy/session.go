@@ -1,0 +1,218 @@
+package proxy
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
+
+// session is one client connection, from accept to end.
+type session struct {
+	p              *Proxy
+	down           *net.TCPConn
+	client, server netip.AddrPort // server: where the client wanted to go
+	id             string         // of the flow
+	accepted       time.Time
+	ctx            context.Context
+	cancel         context.CancelFunc
+
+	mu   sync.Mutex
+	who  proven       // guarded by mu
+	open bool         // guarded by mu; identity proven, being carried
+	up   *net.TCPConn // guarded by mu; nil until dialled
+	end  *ending      // guarded by mu; why it was cut, nil if it was not
+}
+
+// proven is what the client proved, and for which service.
+type proven struct {
+	service string
+	id      spiffeid.ID
+	chain   []*x509.Certificate // leaf first
+}
+
+// ending says why a connection was cut.
+type ending struct {
+	reason flow.Reason
+	detail string
+}
+
+// refusal is why a client is not let in.
+type refusal struct {
+	reason flow.Reason
+	how    closing
+	err    error
+}
+
+// Error implements error.
+func (r *refusal) Error() string { return fmt.Sprintf("%s: %v", r.reason, r.err) }
+
+// closing is how a refused client is left.
+type closing int
+
+const (
+	reset   closing = iota // at once, by RST
+	alerted                // it was sent a TLS alert, which an RST could overtake
+)
+
+func newSession(p *Proxy, c *net.TCPConn) *session {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &session{
+		p: p, down: c, client: addrPort(c.RemoteAddr()), server: addrPort(c.LocalAddr()),
+		id:       fmt.Sprintf("%s-%x", p.instance, p.flows.Add(1)),
+		accepted: time.Now(), ctx: ctx, cancel: cancel,
+	}
+}
+
+// run takes the connection through its life.
+func (s *session) run() {
+	defer s.cancel()
+	conn, err := s.prove()
+	if err == nil {
+		err = s.dial()
+	}
+	if err != nil {
+		s.deny(err)
+		return
+	}
+	s.p.cfg.Report(s.record(flow.EventOpen, flow.VerdictProxied, flow.ReasonIdentity, ""))
+	s.carry(conn)
+}
+
+// dial connects to the service in the client's name. From here on the connection is live, and a
+// policy that changed meanwhile has its say.
+func (s *session) dial() error {
+	up, err := dial(s.ctx, s.client.Addr(), s.server, s.p.cfg.DialTimeout)
+	if err != nil {
+		return &refusal{reason: flow.ReasonUpstreamFailed, how: reset, err: fmt.Errorf("dial service: %w", err)}
+	}
+	s.mu.Lock()
+	s.up, s.open = up, true
+	s.mu.Unlock()
+	s.recheck()
+	if s.wasCut() != nil {
+		resetClose(up) // a cut from before could not see it
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// deny records why the client was not let in, and leaves it. A cut goes before what it caused.
+func (s *session) deny(err error) {
+	r := &refusal{reason: flow.ReasonHandshakeFailed, how: reset, err: err}
+	errors.As(err, &r)
+	detail := r.err.Error()
+	if end := s.wasCut(); end != nil {
+		r, detail = &refusal{reason: end.reason, how: reset}, end.detail
+	}
+	s.p.denials.add(s.record(flow.EventDeny, flow.VerdictDenied, r.reason, detail))
+	if r.how == alerted {
+		s.linger()
+	}
+	resetClose(s.down)
+}
+
+// Bounds of the wait for a client to take in an alert.
+const (
+	lingerTime  = 500 * time.Millisecond
+	lingerBytes = 256 << 10
+)
+
+// linger ends our half and takes in what the client has still under way: closing with unread data
+// would send an RST, which overtakes the alert.
+func (s *session) linger() {
+	_ = s.down.SetDeadline(time.Now().Add(lingerTime))
+	if s.down.CloseWrite() == nil {
+		_, _ = io.CopyN(io.Discard, s.down, lingerBytes)
+	}
+}
+
+// cut ends the session from outside: both halves are reset. The first reason stands.
+func (s *session) cut(reason flow.Reason, detail string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.end != nil {
+		return
+	}
+	s.end = &ending{reason, detail}
+	s.cancel()
+	resetClose(s.down)
+	if s.up != nil {
+		resetClose(s.up)
+	}
+}
+
+func (s *session) wasCut() *ending {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.end
+}
+
+func (s *session) isOpen() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open
+}
+
+func (s *session) identity() proven {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.who
+}
+
+func (s *session) setIdentity(who proven) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.who = who
+}
+
+// recheck cuts a live connection that would not be let in now.
+func (s *session) recheck() {
+	if !s.isOpen() {
+		return // asks for itself before it opens
+	}
+	if why := s.p.objection(s.identity(), s.server, s.accepted); why != nil {
+		s.cut(flow.ReasonPolicyChanged, why.Error())
+	}
+}
+
+// carry copies both ways until both are done, or one fails, or the session is cut.
+func (s *session) carry(conn *client) {
+	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, began: s.accepted}
+	stop := r.watch(s.p.cfg.IdleTimeout, func() { s.cut(flow.ReasonIdleTimeout, "nothing moved for "+s.p.cfg.IdleTimeout.String()) })
+	err := r.run()
+	stop()
+	reason, detail := flow.ReasonClosed, ""
+	if err != nil {
+		detail = err.Error()
+	}
+	if end := s.wasCut(); end != nil {
+		reason, detail = end.reason, end.detail
+	}
+	rec := s.record(flow.EventClose, flow.VerdictProxied, reason, detail)
+	rec.BytesToServer, rec.BytesToClient = r.toServer, r.toClient
+	s.p.cfg.Report(rec)
+}
+
+func (s *session) record(event flow.Event, verdict flow.Verdict, reason flow.Reason, detail string) flow.Record {
+	who := s.identity()
+	rec := flow.Record{
+		Event: event, Time: time.Now(), Boot: bootTime(), CPU: -1, FlowID: s.id,
+		Verdict: verdict, Reason: reason, Protocol: "tcp",
+		Client: bare(s.client), Server: bare(s.server), Service: who.service,
+		Count: 1, Detail: oneLine(detail),
+	}
+	if !who.id.IsZero() {
+		rec.Identity = who.id.String()
+	}
+	return rec
+}
