@@ -28,6 +28,8 @@ func (c *cli) followAgent(ctx context.Context, f func(context.Context, *client.A
 // agentHint adds the next step to what an agent's call gave.
 func (c *cli) agentHint(err error) error {
 	switch {
+	case err == nil, hinted(err):
+		return err
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, client.ErrForbidden):
 		return withHint(err, "run as root, or as one of spec.operators in the agent's configuration")
 	case errors.Is(err, fs.ErrNotExist):

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -33,22 +35,27 @@ func (e env) note(format string, args ...any) {
 	fmt.Fprintln(e.stderr, "note: "+escapeLines(fmt.Sprintf(format, args...)))
 }
 
-// confirm asks a yes-or-no question. Without a terminal there is nobody to ask: that is an
-// error whose hint is --yes.
-func (e env) confirm(question string) error {
+// confirm asks a yes-or-no question, until ctx ends. Without a terminal there is nobody to ask:
+// that is an error whose hint is --yes.
+func (e env) confirm(ctx context.Context, question string) error {
 	file, ok := e.stdin.(*os.File)
 	if !ok || !term.IsTerminal(int(file.Fd())) {
 		return withHint(usagef("cannot ask %q: standard input is no terminal", question),
 			"give --yes to answer in advance")
 	}
 	fmt.Fprintf(e.stderr, "%s [y/N] ", question)
-	answer, err := bufio.NewReader(file).ReadString('\n')
-	if err != nil && err != io.EOF {
-		return fmt.Errorf("read answer: %w", err)
+	answer := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(file).ReadString('\n') // what cannot be read is no yes
+		answer <- strings.ToLower(strings.TrimSpace(line))
+	}()
+	select {
+	case text := <-answer:
+		if text == "y" || text == "yes" {
+			return nil
+		}
+	case <-ctx.Done():
+		fmt.Fprintln(e.stderr)
 	}
-	switch strings.ToLower(strings.TrimSpace(answer)) {
-	case "y", "yes":
-		return nil
-	}
-	return &exitError{code: exitRefused, err: fmt.Errorf("not confirmed, nothing was done")}
+	return refused(errors.New("not confirmed, nothing was done"))
 }

@@ -54,7 +54,7 @@ done, the path is open, the grant is in the durable record, and its deadline run
 
 // refusalHint adds the next step to a refusal in which the agent named none.
 func refusalHint(err error) error {
-	if !errors.Is(err, client.ErrRefused) || strings.Contains(err.Error(), "\nhint: ") {
+	if !errors.Is(err, client.ErrRefused) || hinted(err) {
 		return err
 	}
 	return withHint(err, "nothing was changed; `sallyport grant show FILE --policy DIR` checks the grant with the resources in DIR")

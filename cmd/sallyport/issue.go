@@ -1,9 +1,9 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -34,11 +34,11 @@ and one that policy refuses is not signed. A grant does nothing until it is acti
       --reason "nightly backup" --key alice.key --policy /etc/sallyport/resources.d --out backup.grant
   sallyport grant activate backup.grant`,
 		Args: exactly(0),
-		RunE: func(*cobra.Command, []string) error { return c.issue(&i) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.issue(cmd.Context(), &i) },
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	i.terms.add(f, c.getenv("USER"))
+	i.terms.add(f)
 	f.StringVar(&i.key, "key", "", "private key `FILE` to sign with")
 	f.StringSliceVar(&i.resources, "policy", nil, "check against the resources in these `FILES` or this directory")
 	f.BoolVar(&i.pin, "pin-policy", false, "make it valid only under the very resources of --policy")
@@ -48,7 +48,7 @@ and one that policy refuses is not signed. A grant does nothing until it is acti
 }
 
 // issue checks, says, asks, signs and writes, in this order.
-func (c *cli) issue(i *issue) error {
+func (c *cli) issue(ctx context.Context, i *issue) error {
 	key, err := i.readKey()
 	if err != nil {
 		return err
@@ -66,7 +66,7 @@ func (c *cli) issue(i *issue) error {
 	}
 	c.say(p, key.Public(), set)
 	if !i.yes {
-		if err := c.confirm("sign this grant?"); err != nil {
+		if err := c.confirm(ctx, "sign this grant?"); err != nil {
 			return err
 		}
 	}
@@ -97,7 +97,7 @@ func (i *issue) readPolicy() (*policy.Set, error) {
 }
 
 func (i *issue) payload(c *cli, set *policy.Set) (grant.Payload, error) {
-	p, err := i.terms.payload(c.now())
+	p, err := i.terms.payload(c.now(), c.getenv("USER"))
 	if i.pin {
 		p.PolicyDigest = set.Digest()
 	}
@@ -182,7 +182,7 @@ func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set) {
 	t.row("signed by", signedBy(set, key, c))
 	t.row("policy", choose(set == nil, "not checked here: the node checks at activation (--policy checks now)", "allows this"))
 	t.Flush()
-	io.WriteString(c.stderr, "\n")
+	fmt.Fprintln(c.stderr)
 }
 
 func signedBy(set *policy.Set, key policy.PublicKey, c *cli) string {

@@ -14,7 +14,6 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	code := report(os.Stderr, run(ctx, processEnv(), os.Args[1:]))
-	stop()
-	os.Exit(code)
+	context.AfterFunc(ctx, stop) // so that a second signal ends what does not listen to the first
+	os.Exit(report(os.Stderr, run(ctx, processEnv(), os.Args[1:])))
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -55,9 +56,14 @@ func serveUnix(t testing.TB, path string, register func(*grpc.Server)) func() {
 	}
 	s := grpc.NewServer()
 	register(s)
-	done := make(chan struct{})
-	go func() { defer close(done); s.Serve(l) }()
-	return func() { s.Stop(); <-done }
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	return func() {
+		s.Stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 func (n *node) serve(t testing.TB, path string) func() {
@@ -142,11 +148,11 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 	now := time.Now()
 	v, err := grant.Verify(r.Envelope, n.policy.Keyrings(), now)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, refusal(codes.InvalidArgument, err)
 	}
 	p := v.Payload
 	if err := errors.Join(p.CheckTime(now), p.CheckAudience(n.name), n.policy.CheckGrant(v.Facts(nil))); err != nil {
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
+		return nil, refusal(codes.FailedPrecondition, err)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -162,6 +168,15 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 	}
 	n.grants = append(n.grants, g)
 	return &api.ActivateReply{Grant: g}, nil
+}
+
+// refusal has a line for each problem and each hint, as the agent's has.
+func refusal(code codes.Code, err error) error {
+	var lines []string
+	for _, e := range policy.Errors(err) {
+		lines = append(lines, e.Error(), "hint: "+e.Hint)
+	}
+	return status.Error(code, strings.Join(lines, "\n"))
 }
 
 func (n *node) Revoke(_ context.Context, r *api.RevokeRequest) (*api.RevokeReply, error) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/sallyport-dev/sallyport/pkg/client"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -45,6 +46,13 @@ func (e *hintError) Unwrap() error { return e.err }
 
 func withHint(err error, format string, args ...any) error {
 	return &hintError{err: err, hint: fmt.Sprintf(format, args...)}
+}
+
+// hinted tells whether an error names the next step: by withHint, or in the agent's own words,
+// which have hints as lines.
+func hinted(err error) bool {
+	_, ok := errors.AsType[*hintError](err)
+	return ok || strings.Contains(err.Error(), "\nhint: ")
 }
 
 func usagef(format string, args ...any) error {

@@ -58,7 +58,7 @@ func newRoot(e env) *cobra.Command {
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
 	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.policy())
-	addGroup(root, groupChange, c.keygen(), c.grant(), c.forward(), c.connect(), c.uninstall())
+	addGroup(root, groupChange, c.keygen(), c.grant(), c.forward(), c.connect(), c.demo(), c.uninstall())
 	root.AddCommand(c.docs())
 	return root
 }
@@ -72,12 +72,12 @@ signs and activates grants, and carries plain clients to protected services.
 func (c *cli) globalFlags(root *cobra.Command) {
 	f := root.PersistentFlags()
 	f.SortFlags = false
-	f.StringVar(&c.runDir, "run-dir", c.orElse("SALLYPORT_RUN_DIR", "/run/sallyport"), "the agent's run directory, with its socket `DIR`")
-	f.StringVar(&c.collector, "collector", c.getenv("SALLYPORT_COLLECTOR"), "ask this collector, `ADDRESS:PORT` or unix:PATH")
+	f.StringVar(&c.runDir, "run-dir", c.orElse("SALLYPORT_RUN_DIR", "/run/sallyport"), "the agent's run `DIRECTORY`, with its socket (or SALLYPORT_RUN_DIR)")
+	f.StringVar(&c.collector, "collector", c.getenv("SALLYPORT_COLLECTOR"), "ask this collector: `ADDRESS:PORT` or unix:PATH (or SALLYPORT_COLLECTOR)")
 	f.StringVar(&c.collectorID, "collector-id", "", "SPIFFE `ID` of the collector (default: /sallyport/collector in our own trust domain)")
-	f.StringVar(&c.workloadAPI, "workload-api", c.getenv("SPIFFE_ENDPOINT_SOCKET"), "Workload API that gives us our identity, `unix:PATH`")
-	f.VarP(&c.output, "output", "o", "table, json or yaml")
-	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "how long to wait for an answer")
+	f.StringVar(&c.workloadAPI, "workload-api", c.getenv("SPIFFE_ENDPOINT_SOCKET"), "Workload API that gives us our identity: `unix:///PATH` (or SPIFFE_ENDPOINT_SOCKET)")
+	f.VarP(&c.output, "output", "o", "write results in this `FORMAT`: table, json or yaml")
+	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "how long to wait for an answer: a `DURATION`")
 	fixed(root, "output", formats)
 }
 

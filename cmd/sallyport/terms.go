@@ -26,21 +26,21 @@ type terms struct {
 	service, node, reason, ticket, requester string
 
 	clients   []string
-	ports     []uint
+	ports     []int
 	duration  time.Duration
 	notBefore string
 	notAfter  string
 }
 
-func (g *terms) add(f *pflag.FlagSet, user string) {
+func (g *terms) add(f *pflag.FlagSet) {
 	f.StringVar(&g.service, "service", "", "protected `SERVICE` to reach")
 	f.StringSliceVar(&g.clients, "client", nil, "`ADDRESS` that may go around the proxy; may be repeated")
-	f.UintSliceVar(&g.ports, "port", nil, "only this `PORT` of the service; may be repeated (default: every port)")
+	f.IntSliceVar(&g.ports, "port", nil, "only this `PORT` of the service; may be repeated (default: every port)")
 	f.DurationVar(&g.duration, "for", 0, "how long from activation: a `DURATION` like 15m")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
-	f.StringVar(&g.requester, "requester", user, "`NAME` of who asks for it")
+	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the user, by USER)")
 	f.StringVar(&g.notBefore, "not-before", "", "no activation before this `TIME`, RFC 3339 (default: a minute before now)")
 	f.StringVar(&g.notAfter, "not-after", "", "no activation and no open path after this `TIME`: RFC 3339, or a duration from\nnot-before (default: an hour longer than --for)")
 }
@@ -70,16 +70,16 @@ func inFlags(what string, err error) error {
 	return err
 }
 
-// payload reads the flags as of now. Its error has what cannot be read; whether the rest is
+// payload reads the flags as of now, with user in the place of a requester. Its error has what cannot be read; whether the rest is
 // valid is for the payload to say.
-func (g *terms) payload(now time.Time) (grant.Payload, error) {
+func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	id, idErr := grant.NewID(now)
 	addresses, addressErr := g.addresses()
 	ports, portErr := g.portList()
 	begin, beginErr := g.begin(now)
 	end, endErr := g.end(begin)
 	return grant.Payload{
-		ID: id, Requester: g.requester, Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
 		NotBefore: begin, NotAfter: end, Duration: g.duration, Reason: g.reason, Ticket: g.ticket, Audience: g.node,
 	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr)
 }
@@ -103,7 +103,7 @@ func (g *terms) portList() ([]uint16, error) {
 	var list []uint16
 	var errs []error
 	for n, port := range g.ports {
-		if port > math.MaxUint16 {
+		if port < 0 || port > math.MaxUint16 {
 			errs = append(errs, &policy.Error{
 				Field: fmt.Sprintf("ports[%d]", n), Msg: fmt.Sprintf("%d is no port", port), Hint: "write a port from 1 to 65535",
 			})

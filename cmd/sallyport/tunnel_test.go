@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -14,9 +15,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/grpc"
 
+	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 )
 
@@ -28,15 +32,14 @@ var (
 
 // world is a Workload API that gives us webID, and a proxy's end of TLS.
 type world struct {
+	authority   *devauthority.Authority
 	workloadAPI string
 	server      string
 }
 
-// newWorld makes a server with the identity id, that lets in whom allow allows and answers with
-// what it read, after its end.
-func newWorld(t *testing.T, id spiffeid.ID, allow tlsconfig.Authorizer) *world {
+func newAuthority(t *testing.T) *world {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "sp")
+	dir, err := os.MkdirTemp("", "sp") // the path of a socket must be short
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,11 +50,19 @@ func newWorld(t *testing.T, id spiffeid.ID, allow tlsconfig.Authorizer) *world {
 	}
 	socket := filepath.Join(dir, "api.sock")
 	background(t, func(ctx context.Context) error { return authority.Serve(ctx, socket, webID) })
-	svid, err := authority.Issue(id)
+	return &world{authority: authority, workloadAPI: "unix://" + socket}
+}
+
+// newWorld makes a server with the identity id, that lets in whom allow allows and answers with
+// what it read, after its end.
+func newWorld(t *testing.T, id spiffeid.ID, allow tlsconfig.Authorizer) *world {
+	t.Helper()
+	w := newAuthority(t)
+	svid, err := w.authority.Issue(id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(svid, authority.Bundle(), allow))
+	l, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(svid, w.authority.Bundle(), allow))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,14 +76,15 @@ func newWorld(t *testing.T, id spiffeid.ID, allow tlsconfig.Authorizer) *world {
 			go answerAfterEnd(conn)
 		}
 	})
-	return &world{workloadAPI: "unix://" + socket, server: l.Addr().String()}
+	w.server = l.Addr().String()
+	return w
 }
 
 func answerAfterEnd(conn net.Conn) {
 	defer conn.Close()
 	data, err := io.ReadAll(conn)
 	if err == nil {
-		io.WriteString(conn, "you said "+string(data))
+		fmt.Fprintf(conn, "you said %s", data)
 	}
 }
 
@@ -162,7 +174,7 @@ func plainService(t *testing.T) string {
 			if err != nil {
 				return nil
 			}
-			io.WriteString(conn, "SSH-2.0-plain\r\n")
+			fmt.Fprint(conn, "SSH-2.0-plain\r\n")
 			defer conn.Close()
 		}
 	})
@@ -215,8 +227,10 @@ func askPlain(t *testing.T, address, question string) string {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	io.WriteString(conn, question)
-	conn.(*net.TCPConn).CloseWrite()
+	fmt.Fprint(conn, question)
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
 	answer, err := io.ReadAll(conn)
 	if err != nil {
 		t.Fatal(err)
@@ -247,11 +261,43 @@ func TestListenAddress(t *testing.T) {
 	}
 }
 
-// TestCollectorOverTLS asks a collector on the network with our identity.
+// TestCollectorOverTLS asks a collector on the network, with our identity, and only the one that
+// has the collector's.
 func TestCollectorOverTLS(t *testing.T) {
-	w := newWorld(t, webID, tlsconfig.AuthorizeAny())
-	r := command(t.Context(), w.vars(), "flows", "--collector", w.server, "--timeout", "2s")
-	if r.code != exitUnreachable || !strings.Contains(r.stderr, "hint: check the address of --collector") {
-		t.Errorf("a server with another identity: %+v", r)
+	for _, c := range []struct {
+		id   string
+		args []string
+		code int
+	}{
+		{"spiffe://example.org/sallyport/collector", nil, exitDone},
+		{"spiffe://example.org/log", []string{"--collector-id", "spiffe://example.org/log"}, exitDone},
+		{"spiffe://example.org/log", nil, exitUnreachable},
+		{"spiffe://example.org/sallyport/collector", []string{"--collector-id", "log"}, exitUsage},
+	} {
+		w := newAuthority(t)
+		address := w.collector(t, spiffeid.RequireFromString(c.id))
+		r := command(t.Context(), w.vars(), append([]string{"flows", "--collector", address, "--timeout", "2s", "-o", "json"}, c.args...)...)
+		if r.code != c.code || (r.code == exitDone) != strings.Contains(r.stdout, `"flow_id":"f1"`) {
+			t.Errorf("%+v: %+v", c, r)
+		}
 	}
+}
+
+// collector serves the Audit service over mTLS as id.
+func (w *world) collector(t *testing.T, id spiffeid.ID) string {
+	svid, err := w.authority.Issue(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer(grpc.Creds(grpccredentials.MTLSServerCredentials(svid, w.authority.Bundle(), tlsconfig.AuthorizeID(webID))))
+	api.RegisterAuditServer(s, newCollector())
+	background(t, func(ctx context.Context) error {
+		defer context.AfterFunc(ctx, s.Stop)()
+		return s.Serve(l)
+	})
+	return l.Addr().String()
 }

@@ -24,7 +24,7 @@ left attached.`,
 		Args:    exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !yes {
-				if err := c.confirm("remove all enforcement from this node?"); err != nil {
+				if err := c.confirm(cmd.Context(), "remove all enforcement from this node?"); err != nil {
 					return err
 				}
 			}

@@ -46,7 +46,7 @@ func runAgentProcess(command string) int {
 		fmt.Println(removed.Describe())
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "error: %v\nhint: %s\n", err, Hint(err))
+		fmt.Fprintln(os.Stderr, Describe(err))
 		return 1
 	}
 	return 0

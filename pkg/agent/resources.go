@@ -194,7 +194,9 @@ func (r *resources) Run(ctx context.Context) error {
 		case <-resync.C:
 			quiet.Reset(0)
 		case <-quiet.C:
-			// A directory that is not there is told of by reload; adding one that is watched changes nothing.
+			// The parent tells when the directory comes back. What cannot be watched is told of by reload, and adding
+			// what is watched already changes nothing.
+			_ = watcher.Add(filepath.Dir(r.dir))
 			_ = watcher.Add(r.dir)
 			r.reload()
 		}

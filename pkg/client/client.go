@@ -25,7 +25,7 @@ type connection struct {
 	address string
 
 	mu     sync.Mutex
-	dialed error // of the latest dial
+	failed error // of the latest dial, or nil
 }
 
 // connect prepares a connection to address, which is host:port or unix:PATH. Nothing is dialled
@@ -52,7 +52,7 @@ func (c *connection) dial(ctx context.Context, address string) (net.Conn, error)
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, network, address)
 	c.mu.Lock()
-	c.dialed = err
+	c.failed = err
 	c.mu.Unlock()
 	return conn, err
 }
@@ -60,7 +60,7 @@ func (c *connection) dial(ctx context.Context, address string) (net.Conn, error)
 func (c *connection) dialError() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.dialed
+	return c.failed
 }
 
 // unary calls one method and translates its error.

@@ -40,7 +40,7 @@ type CallError struct {
 
 // Error gives the operation and the other side's words.
 func (e *CallError) Error() string {
-	if e.Kind == ErrUnreachable {
+	if errors.Is(e.Kind, ErrUnreachable) {
 		return fmt.Sprintf("%s: no answer from %s: %s", e.Op, e.Address, e.Message)
 	}
 	return e.Op + ": " + e.Message

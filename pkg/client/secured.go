@@ -2,6 +2,7 @@ package client
 
 import (
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"sync/atomic"
@@ -23,7 +24,7 @@ func secure(conn net.Conn, cfg *tls.Config) *secured {
 // Read gives io.ErrUnexpectedEOF where the connection was cut.
 func (s *secured) Read(p []byte) (int, error) {
 	n, err := s.Conn.Read(p)
-	if err == io.EOF && s.raw.ended.Load() {
+	if errors.Is(err, io.EOF) && s.raw.ended.Load() {
 		err = io.ErrUnexpectedEOF
 	}
 	return n, err
@@ -38,7 +39,7 @@ type endWatcher struct {
 
 func (w *endWatcher) Read(p []byte) (int, error) {
 	n, err := w.Conn.Read(p)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		w.ended.Store(true)
 	}
 	return n, err

@@ -183,7 +183,7 @@ func half(to, from Stream) error {
 // abort closes with a reset where the transport can say so.
 func abort(s Stream) {
 	if c, ok := s.(interface{ SetLinger(int) error }); ok {
-		c.SetLinger(0)
+		_ = c.SetLinger(0) // the close that follows is the point
 	}
 	s.Close()
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"syscall"
@@ -103,7 +104,9 @@ func (w *world) forward(t *testing.T) *net.TCPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	return conn.(*net.TCPConn)
 }
 
@@ -111,23 +114,23 @@ func (w *world) forward(t *testing.T) *net.TCPConn {
 func answerAfterEnd(conn *tls.Conn) {
 	defer conn.Close()
 	data, err := io.ReadAll(conn)
-	if err != nil {
-		return
+	if err == nil {
+		fmt.Fprintf(conn, "%s", data)
 	}
-	conn.Write(data)
 }
 
 func TestForwardKeepsHalvesApart(t *testing.T) {
 	conn := newWorld(t, answerAfterEnd).forward(t)
 	sent := make([]byte, 20<<20)
 	rand.Read(sent)
+	wrote := make(chan error, 1)
 	go func() {
-		conn.Write(sent)
-		conn.CloseWrite()
+		_, err := conn.Write(sent)
+		wrote <- errors.Join(err, conn.CloseWrite())
 	}()
 	h := sha256.New()
 	n, err := io.Copy(h, conn)
-	if err != nil || n != int64(len(sent)) {
+	if err := errors.Join(err, <-wrote); err != nil || n != int64(len(sent)) {
 		t.Fatalf("got %d bytes of %d, %v", n, len(sent), err)
 	}
 	if want := sha256.Sum256(sent); !bytes.Equal(h.Sum(nil), want[:]) {
@@ -139,18 +142,20 @@ func TestServersHalfEndsFirst(t *testing.T) {
 	got := make(chan string, 1)
 	conn := newWorld(t, func(c *tls.Conn) {
 		defer c.Close()
-		io.WriteString(c, "bye")
-		c.CloseWrite()
-		data, _ := io.ReadAll(c)
-		got <- string(data)
+		fmt.Fprint(c, "bye")
+		err := c.CloseWrite()
+		data, readErr := io.ReadAll(c)
+		got <- fmt.Sprint(string(data), errors.Join(err, readErr))
 	}).forward(t)
 	data, err := io.ReadAll(conn)
 	if err != nil || string(data) != "bye" {
 		t.Fatalf("got %q, %v", data, err)
 	}
-	io.WriteString(conn, "and yet")
-	conn.CloseWrite()
-	if last := <-got; last != "and yet" {
+	fmt.Fprint(conn, "and yet")
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if last := <-got; last != "and yet<nil>" {
 		t.Fatalf("after its end the server got %q", last)
 	}
 }
@@ -159,7 +164,7 @@ func TestServersHalfEndsFirst(t *testing.T) {
 // the plain side.
 func TestCutIsNoEnd(t *testing.T) {
 	conn := newWorld(t, func(c *tls.Conn) {
-		io.WriteString(c, "half of an ans")
+		fmt.Fprint(c, "half of an ans")
 		c.NetConn().Close()
 	}).forward(t)
 	data, err := io.ReadAll(conn)
@@ -183,7 +188,7 @@ func TestServeCutsLiveConnectionsAtItsEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	io.WriteString(conn, "unanswered")
+	fmt.Fprint(conn, "unanswered")
 	cancel()
 	if err := <-done; err != nil {
 		t.Fatal(err)

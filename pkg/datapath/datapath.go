@@ -39,6 +39,8 @@ type Config struct {
 	// MaxFlows, MaxLegs and MaxPaths size the tables of a new datapath; 0 is the default. An
 	// adopted one keeps its sizes.
 	MaxFlows, MaxLegs, MaxPaths uint32
+	// RingBytes sizes each event ring: a power of two and a multiple of the page size; 0 is the default.
+	RingBytes uint32
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
 	Logger *slog.Logger
@@ -153,6 +155,7 @@ func checkVersions(dir string) error {
 // and leaves the services empty: what is pinned there must not be overwritten by a template.
 func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error) {
 	sizes := map[string]uint32{
+		"sp_must_deliver": cfg.RingBytes, "sp_best_effort": cfg.RingBytes,
 		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths,
 	}
 	for name, m := range spec.Maps {

@@ -115,10 +115,11 @@ func TestServerIsReset(t *testing.T) {
 		for _, where := range []*lab.Namespace{n.Node, n.Pod} {
 			t.Run(fmt.Sprintf("%s/%s", where.Name, f), func(t *testing.T) {
 				port := map[bool]uint16{true: 9090, false: 9091}[where == n.Node]
-				conns := make(chan net.Conn, 1)
+				conns, ended := make(chan net.Conn, 1), make(chan error, 1)
 				s, err := where.Serve(netip.AddrPortFrom(where.Addr(f), port), func(c net.Conn) {
 					conns <- c
-					io.Copy(io.Discard, c)
+					_, err := c.Read(make([]byte, 1))
+					ended <- err
 				})
 				must(t, err)
 				defer s.Close()
@@ -136,10 +137,16 @@ func TestServerIsReset(t *testing.T) {
 				server := <-conns
 				must(t, n.d.EndPath(slot, datapath.PathRevoked))
 				must(t, n.d.FreePath(slot))
-				waitUntil(t, "the server's reset", func() bool {
-					_, err := io.WriteString(server, "news\n")
-					return isReset(err)
-				})
+				_, err = io.WriteString(server, "news\n")
+				must(t, err)
+				select {
+				case err := <-ended:
+					if !isReset(err) {
+						t.Errorf("server's connection ended with %v, want a reset", err)
+					}
+				case <-within(t).Done():
+					t.Errorf("server was not reset; counters:%s", n.counters(t))
+				}
 			})
 		}
 	}

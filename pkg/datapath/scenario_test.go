@@ -51,7 +51,7 @@ func newNode(t *testing.T) *node {
 	})
 	n.cf = datapath.Config{
 		Dir: filepath.Join(bpffs, "sallyport"), PxNetns: filepath.Join(n.Dir, "px"), Px0: n.px.Px0(),
-		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, MaxTTL: time.Hour,
+		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
 	}
 	n.open(t)
 	t.Cleanup(func() {

@@ -26,7 +26,7 @@ const recordHandshake = 0x16
 var errNotAuthorised = errors.New("not authorised")
 
 // prove takes the client to a proven and authorised identity. Its errors are refusals.
-func (s *session) prove() (*tls.Conn, error) {
+func (s *session) prove() (*client, error) {
 	if err := s.down.SetDeadline(s.accepted.Add(s.p.cfg.HandshakeTimeout)); err != nil {
 		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
@@ -43,14 +43,15 @@ func (s *session) prove() (*tls.Conn, error) {
 	if _, err := s.p.cfg.Identity.GetX509SVID(); err != nil {
 		return nil, &refusal{reason: flow.ReasonNoOwnIdentity, err: err}
 	}
-	conn := tls.Server(&peeked{TCPConn: s.down, byte: first, pending: true}, s.tlsConfig())
+	raw := &peeked{TCPConn: s.down, first: first, pending: true}
+	conn := tls.Server(raw, s.tlsConfig())
 	if err := conn.HandshakeContext(s.ctx); err != nil {
 		return nil, s.handshakeRefusal(err)
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {
 		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
-	return conn, nil
+	return &client{Conn: conn, raw: raw}, nil
 }
 
 func unknownService(set *policy.Set, server netip.AddrPort) error {
@@ -75,20 +76,42 @@ func (s *session) firstByte() (byte, error) {
 	return b[0], nil
 }
 
-// peeked gives back the byte that was read to look at it.
+// peeked gives back the byte that was read to look at it, and sees the end of the stream.
 type peeked struct {
 	*net.TCPConn
-	byte    byte
-	pending bool // used by the one reader only
+	first   byte
+	pending bool // used by the one reader only, like ended
+	ended   bool
 }
 
 // Read implements net.Conn.
 func (c *peeked) Read(b []byte) (int, error) {
 	if c.pending && len(b) > 0 {
-		b[0], c.pending = c.byte, false
+		b[0], c.pending = c.first, false
 		return 1, nil
 	}
-	return c.TCPConn.Read(b)
+	n, err := c.TCPConn.Read(b)
+	c.ended = c.ended || err == io.EOF
+	return n, err
+}
+
+// errTruncated is the end of a client's stream that is not signed by its key: anybody on the way
+// can send a FIN.
+var errTruncated = errors.New("client ended without close_notify: what it sent may be incomplete")
+
+// client is the TLS connection of a proven client.
+type client struct {
+	*tls.Conn
+	raw *peeked
+}
+
+// Read gives io.EOF after close_notify alone. Go's TLS takes a bare FIN between records for as good.
+func (c *client) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.ErrUnexpectedEOF || err == io.EOF && c.raw.ended {
+		err = errTruncated
+	}
+	return n, err
 }
 
 // tlsConfig is of this connection alone: policy is asked inside the handshake, so that a client

@@ -28,7 +28,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but Logger must be set.
+// Config of a proxy. Every field but DrainTimeout and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -40,7 +40,7 @@ type Config struct {
 	IdleTimeout time.Duration
 	// DialTimeout is how long a service has to accept, all attempts together.
 	DialTimeout time.Duration
-	// DrainTimeout is how long live connections have after Run's context ended.
+	// DrainTimeout is how long live connections have after Run's context ended; 0: they are reset at once.
 	DrainTimeout time.Duration
 	Identity     Identity
 	Policy       *PolicyFile
@@ -61,7 +61,6 @@ func (c Config) validate() error {
 	positive("HandshakeTimeout", int64(c.HandshakeTimeout))
 	positive("IdleTimeout", int64(c.IdleTimeout))
 	positive("DialTimeout", int64(c.DialTimeout))
-	positive("DrainTimeout", int64(c.DrainTimeout))
 	if c.Identity == nil || c.Policy == nil || c.Report == nil {
 		errs = append(errs, errors.New("Identity, Policy and Report must be set"))
 	}

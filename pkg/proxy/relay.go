@@ -1,8 +1,6 @@
 package proxy
 
 import (
-	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,7 +20,7 @@ const (
 // relay carries bytes both ways. A side that does not read holds the other one back: nothing is
 // kept but one buffer in each direction.
 type relay struct {
-	client *tls.Conn
+	client *client
 	down   *net.TCPConn // below client
 	up     *net.TCPConn
 
@@ -77,8 +75,6 @@ func (r *relay) serverward() error {
 		case err == io.EOF:
 			_ = r.up.CloseWrite() // a service that is gone shows in the other direction
 			return nil
-		case errors.Is(err, io.ErrUnexpectedEOF):
-			return errors.New("client ended without close_notify: what it sent may be incomplete")
 		case err != nil:
 			return fmt.Errorf("read from client: %w", err)
 		}

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -187,7 +186,7 @@ func (s *session) recheck() {
 }
 
 // carry copies both ways until both are done, or one fails, or the session is cut.
-func (s *session) carry(conn *tls.Conn) {
+func (s *session) carry(conn *client) {
 	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, began: s.accepted}
 	stop := r.watch(s.p.cfg.IdleTimeout, func() { s.cut(flow.ReasonIdleTimeout, "nothing moved for "+s.p.cfg.IdleTimeout.String()) })
 	err := r.run()

@@ -1,0 +1,113 @@
+// Command sallyport-proxy is the identity proxy of a node.
+//
+// Started as root it waits for the px namespace, enters it, drops to its own user with CAP_NET_RAW
+// alone and executes itself again; that second run serves. It needs no agent.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// environment is what a run has of the outside.
+type environment struct {
+	args   []string
+	vars   []string // NAME=value
+	getenv func(string) string
+	stderr io.Writer
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	env := environment{args: os.Args, vars: os.Environ(), getenv: os.Getenv, stderr: os.Stderr}
+	err := run(ctx, env)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		os.Exit(2)
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "sallyport-proxy:", err)
+		os.Exit(1)
+	}
+}
+
+// options of the command line.
+type options struct {
+	config   string
+	insideFD int // of the second run: descriptor with the configuration; -1: first run
+	version  bool
+}
+
+func run(ctx context.Context, env environment) error {
+	opts, err := parseOptions(env)
+	if err != nil {
+		return err
+	}
+	if opts.version {
+		fmt.Fprintln(env.stderr, "sallyport-proxy", version())
+		return nil
+	}
+	log := slog.New(slog.NewTextHandler(env.stderr, nil))
+	data, err := readConfig(opts)
+	if err != nil {
+		return err
+	}
+	cfg, err := policy.ParseAgentConfig(opts.config, data)
+	if err != nil {
+		return err
+	}
+	if opts.insideFD >= 0 {
+		return serve(ctx, cfg, notifier{env.getenv("NOTIFY_SOCKET")}, log)
+	}
+	return launch(ctx, launcher{config: cfg, path: opts.config, data: data, env: env, log: log})
+}
+
+func parseOptions(env environment) (options, error) {
+	var o options
+	flags := flag.NewFlagSet("sallyport-proxy", flag.ContinueOnError)
+	flags.SetOutput(env.stderr)
+	flags.StringVar(&o.config, "config", "/etc/sallyport/agent.yaml", "`FILE` with the node's AgentConfig")
+	flags.IntVar(&o.insideFD, "inside-fd", -1, "used by the launcher only: descriptor `NUMBER` with the configuration")
+	flags.BoolVar(&o.version, "version", false, "print the version and exit")
+	if err := flags.Parse(env.args[1:]); err != nil {
+		return o, err
+	}
+	if flags.NArg() > 0 {
+		return o, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+	return o, nil
+}
+
+// readConfig reads the file, or in the second run, whose user need not be able to, the descriptor.
+func readConfig(o options) ([]byte, error) {
+	if o.insideFD < 0 {
+		return os.ReadFile(o.config)
+	}
+	f := os.NewFile(uintptr(o.insideFD), o.config)
+	if f == nil {
+		return nil, fmt.Errorf("read configuration from descriptor %d: not open", o.insideFD)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(f)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration from descriptor %d: %w", o.insideFD, err)
+	}
+	return data, nil
+}
+
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/proxy"
+	"github.com/sallyport-dev/sallyport/pkg/px"
+)
+
+const (
+	watchPx = 2 * time.Second
+	// identityTime is how long the start waits for the own identity.
+	identityTime = 3 * time.Second
+	flushTime    = 2 * time.Second
+)
+
+// serve is the second run: inside px, with CAP_NET_RAW alone. It ends in this order: no new
+// connections, the live ones drained, their records handed over, then everything else.
+func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *slog.Logger) error {
+	if err := settle(cfg.PxPath()); err != nil {
+		return err
+	}
+	source, err := identity.New(identity.Config{Address: cfg.Spec.WorkloadAPI, ID: cfg.ProxyID(), Logger: log})
+	if err != nil {
+		return err
+	}
+	file := proxy.NewPolicyFile(cfg.PolicyFile(), log)
+	reporter := proxy.NewReporter(proxy.ReporterConfig{Socket: cfg.ProxySocket(), Version: version(), Logger: log})
+	helpers, stopHelpers := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopHelpers()
+	group, broken := errgroup.WithContext(helpers)
+	group.Go(func() error { return source.Run(broken) })
+	group.Go(func() error { return file.Run(broken) })
+	group.Go(func() error { return reporter.Run(broken) })
+
+	group.Go(func() error { return watchNamespace(broken, cfg.PxPath()) })
+
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	context.AfterFunc(broken, stop) // a helper that broke ends the rest
+	awaitIdentity(serving, source, log)
+	p, err := newProxy(cfg.Spec.Proxy, source, file, reporter, log)
+	if err == nil {
+		context.AfterFunc(serving, func() { notify.send("STOPPING=1") })
+		log.Info("listening", "port", cfg.Spec.Proxy.ListenPort, "identity", cfg.ProxyID())
+		notify.send("READY=1")
+		err = p.Run(serving)
+	}
+	err = errors.Join(err, flush(broken, reporter))
+	stopHelpers()
+	return errors.Join(err, group.Wait())
+}
+
+// awaitIdentity holds the listeners back for a moment: a SYN that finds none is repeated by the
+// client, a connection that finds no identity is reset.
+func awaitIdentity(ctx context.Context, source *identity.Source, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, identityTime)
+	defer cancel()
+	if err := source.Wait(ctx); err != nil {
+		log.Warn("listening without an identity: clients are reset until there is one", "error", err)
+	}
+}
+
+func newProxy(c policy.ProxyConfig, source *identity.Source, file *proxy.PolicyFile, reporter *proxy.Reporter, log *slog.Logger) (*proxy.Proxy, error) {
+	connections, err := fitConnections(c.MaxConnections, log)
+	if err != nil {
+		return nil, err
+	}
+	return proxy.New(proxy.Config{
+		ListenPort:       c.ListenPort,
+		MaxConnections:   connections,
+		HandshakeTimeout: c.HandshakeTimeout.Duration,
+		IdleTimeout:      c.IdleTimeout.Duration,
+		DialTimeout:      c.DialTimeout.Duration,
+		DrainTimeout:     c.DrainTimeout.Duration,
+		Identity:         source,
+		Policy:           file,
+		Report:           reporter.Report,
+		Logger:           log,
+	})
+}
+
+// settle refuses to parse untrusted bytes with more power than planned, and keeps others of the
+// same user away from the private key in memory.
+func settle(path string) error {
+	if err := errors.Join(px.CheckConfined(), px.CheckInside(path)); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("close own memory to others: %w", err)
+	}
+	return nil
+}
+
+// watchNamespace ends the process when px was removed or made anew: in the old one nobody comes.
+// The service manager starts it again, in the new one.
+func watchNamespace(ctx context.Context, path string) error {
+	tick := time.NewTicker(watchPx)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if err := px.CheckInside(path); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// flush gives the agent a moment to take the last records. That it is away is no error here.
+func flush(ctx context.Context, r *proxy.Reporter) error {
+	ctx, cancel := context.WithTimeout(ctx, flushTime)
+	defer cancel()
+	if err := r.Flush(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,372 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+	"github.com/vishvananda/netlink"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// installed is a node of a lab with a configuration, on which agents run as processes.
+type installed struct {
+	t      *testing.T
+	lab    *lab.Lab
+	signer signer
+	config string
+	cfg    policy.AgentConfig
+	notify *net.UnixConn
+}
+
+func install(t *testing.T) *installed {
+	t.Helper()
+	leak.Check(t)
+	in := &installed{t: t, lab: lab.New(t, lab.Options{}), signer: newSigner(t)}
+	bpffs, err := in.lab.MountBPFFS()
+	must(t, err)
+	dir := in.lab.Dir
+	in.config = filepath.Join(dir, "agent.yaml")
+	must(t, os.Mkdir(filepath.Join(dir, "resources.d"), 0o755))
+	must(t, os.WriteFile(in.config, fmt.Appendf(nil, `apiVersion: sallyport.dev/v1alpha1
+kind: AgentConfig
+metadata: {name: %s}
+spec:
+  trustDomain: example.org
+  resources: %[2]s/resources.d
+  stateDir: %[2]s/state
+  runDir: %[2]s/run
+  bpffs: %[3]s
+  workloadAPI: unix://%[2]s/workload.sock
+  devices: {pods: ["vethpod*"]}
+  metrics: "127.0.0.1:9469"
+`, testNode, dir, bpffs), 0o600))
+	in.cfg, err = loadConfig(in.config)
+	must(t, err)
+	in.resources(in.signer.resources("15m"))
+	in.notify, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	must(t, err)
+	t.Cleanup(func() { in.notify.Close() })
+	return in
+}
+
+// resources replaces the only file of the directory.
+func (in *installed) resources(yaml string) {
+	in.t.Helper()
+	must(in.t, replaceFile(filepath.Join(in.cfg.Spec.Resources, "all.yaml"), []byte(yaml), 0o644))
+}
+
+// start runs the test binary as the agent's command, on the node.
+func (in *installed) start(command string) *lab.Process {
+	in.t.Helper()
+	self, err := os.Executable()
+	must(in.t, err)
+	cmd := exec.Command(self)
+	cmd.Env = append(os.Environ(), agentEnv+"="+command, configEnv+"="+in.config, notifyEnv+"="+in.notify.LocalAddr().String())
+	p, err := in.lab.Node.Start(cmd)
+	must(in.t, err)
+	return p
+}
+
+// ready starts a command and waits until it says that it is ready.
+func (in *installed) ready(command string) *lab.Process {
+	in.t.Helper()
+	p := in.start(command)
+	buf := make([]byte, 4096)
+	must(in.t, in.notify.SetReadDeadline(time.Now().Add(20*time.Second)))
+	for {
+		n, err := in.notify.Read(buf)
+		if err != nil {
+			in.t.Fatalf("%s is not ready: %v\n%s", command, err, p.Output())
+		}
+		if strings.HasPrefix(string(buf[:n]), "READY=1") {
+			return p
+		}
+	}
+}
+
+func (in *installed) agent() api.AgentClient {
+	in.t.Helper()
+	conn, err := grpc.NewClient("unix:"+in.cfg.AgentSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(in.t, err)
+	in.t.Cleanup(func() { conn.Close() })
+	return api.NewAgentClient(conn)
+}
+
+// eventually polls a condition on the agent.
+func (in *installed) eventually(what string, ok func() bool) {
+	in.t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(10 * time.Second)
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			in.t.Fatalf("not in time: %s", what)
+		}
+	}
+}
+
+func (in *installed) status() *api.StatusReply {
+	in.t.Helper()
+	s, err := in.agent().Status(in.t.Context(), &api.StatusRequest{}, grpc.WaitForReady(true))
+	must(in.t, err)
+	return s
+}
+
+// uninstall takes everything away and proves it with the leak check.
+func (in *installed) uninstall() string {
+	in.t.Helper()
+	p := in.start("uninstall")
+	if err := p.Wait(in.t.Context()); err != nil {
+		in.t.Fatalf("uninstall: %v\n%s", err, p.Output())
+	}
+	return p.Output()
+}
+
+func hookedDevices(s *api.StatusReply) (out []string) {
+	for _, h := range s.Hooks {
+		out = append(out, h.Device+"="+h.Role)
+	}
+	return out
+}
+
+func TestAgentLife(t *testing.T) {
+	in := install(t)
+	agent := in.ready("run")
+	s := in.status()
+	if !s.Ready || s.Services != 1 || len(s.Problems) != 0 || s.ProxyListening || s.Node != testNode {
+		t.Errorf("status: %v", s)
+	}
+	if got := strings.Join(hookedDevices(s), " "); !contains(got, "up0=uplink", "vethpod=pod", "lo=lo", "px0=px0", "px1=px1") {
+		t.Errorf("hooks: %v", got)
+	}
+	if got, err := os.ReadFile(in.cfg.PolicyFile()); err != nil || !contains(string(got), "kind: ProtectedService") {
+		t.Errorf("file for the proxy: %v, %q", err, got)
+	}
+
+	t.Run("devices", func(t *testing.T) { in.t = t; in.testDevices() })
+	t.Run("resources", func(t *testing.T) { in.t = t; in.testResources() })
+	t.Run("grants", func(t *testing.T) { in.t = t; in.testGrants() })
+	t.Run("metrics", func(t *testing.T) { in.t = t; in.testMetrics() })
+	t.Run("second agent", func(t *testing.T) {
+		in.t = t
+		p := in.start("run")
+		if err := p.Wait(t.Context()); err == nil || !contains(p.Output(), ErrRunning.Error(), "hint: stop it first") {
+			t.Errorf("%v\n%s", err, p.Output())
+		}
+	})
+	t.Run("uninstall while it runs", func(t *testing.T) {
+		in.t = t
+		p := in.start("uninstall")
+		if err := p.Wait(t.Context()); err == nil || !contains(p.Output(), ErrRunning.Error(), "hint: stop it first") {
+			t.Errorf("%v\n%s", err, p.Output())
+		}
+	})
+
+	in.t = t
+	guard := in.ready("guard")
+	must(t, agent.Stop(10*time.Second))
+	if !contains(agent.Output(), "enforcement stays on") {
+		t.Errorf("output: %s", agent.Output())
+	}
+	again := in.ready("run")
+	if !contains(again.Output(), "adopted=true") {
+		t.Errorf("the second start did not adopt: %s", again.Output())
+	}
+	must(t, again.Stop(10*time.Second))
+	if out := in.uninstall(); !contains(out, "detached", "unpinned") {
+		t.Errorf("uninstall: %s", out)
+	}
+	must(t, guard.Stop(5*time.Second))
+}
+
+func (in *installed) testDevices() {
+	t := in.t
+	must(t, in.lab.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "late0"}, PeerName: "vethpodlate"}))
+	in.eventually("a device that appears is hooked", func() bool {
+		return contains(strings.Join(hookedDevices(in.status()), " "), "late0=uplink", "vethpodlate=pod")
+	})
+	link, err := in.lab.Node.Netlink.LinkByName("late0")
+	must(t, err)
+	must(t, in.lab.Node.Netlink.LinkDel(link))
+	in.eventually("a device that is gone is forgotten", func() bool {
+		return !contains(strings.Join(hookedDevices(in.status()), " "), "late0")
+	})
+}
+
+func (in *installed) testResources() {
+	t := in.t
+	good := in.signer.resources("15m")
+	before := in.status().Generation
+	file := filepath.Join(in.cfg.Spec.Resources, "all.yaml")
+
+	in.resources(strings.Replace(good, "ports: [5432, 5433]", "ports: [0]", 1))
+	in.eventually("a bad file is a problem", func() bool {
+		return contains(strings.Join(in.status().Problems, "\n"), file+":6", "ports")
+	})
+	must(t, os.Rename(in.cfg.Spec.Resources, in.cfg.Spec.Resources+".away"))
+	in.eventually("a vanished directory is a problem", func() bool {
+		return contains(strings.Join(in.status().Problems, "\n"), in.cfg.Spec.Resources, "no such file")
+	})
+	if s := in.status(); s.Generation != before || s.Services != 1 {
+		t.Errorf("bad resources changed something: generation %d, was %d", s.Generation, before)
+	}
+	must(t, os.Rename(in.cfg.Spec.Resources+".away", in.cfg.Spec.Resources))
+	in.resources(good)
+	in.eventually("the problem is over", func() bool { return len(in.status().Problems) == 0 })
+
+	must(t, os.Chmod(file, 0o666))
+	in.eventually("a file that others can write is a problem", func() bool {
+		return contains(strings.Join(in.status().Problems, "\n"), file, "0666")
+	})
+	in.resources(strings.Replace(good, "ports: [5432, 5433]", "ports: [5432, 5434]", 1))
+	in.eventually("a change is put to work", func() bool { s := in.status(); return s.Generation > before && len(s.Problems) == 0 })
+	in.resources(good)
+	in.eventually("and back", func() bool { return in.status().Generation > before+1 })
+}
+
+func (in *installed) testGrants() {
+	t := in.t
+	ctx := t.Context()
+	agent := in.agent()
+	envelope := in.signer.envelope(t, two)
+	reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+	must(t, err)
+	g := reply.Grant
+	if g.State != stateActive || len(g.Slots) != 2 || g.Requester != "bob" || len(g.Signers) != 1 {
+		t.Errorf("activated: %v", g)
+	}
+	paths, err := agent.Paths(ctx, &api.PathsRequest{})
+	must(t, err)
+	if len(paths.Paths) != 2 || paths.Paths[0].State != "active" || paths.Paths[0].Grant != g.Id || paths.Paths[0].Left.AsDuration() <= 0 {
+		t.Errorf("paths: %v", paths)
+	}
+	for _, c := range []struct{ client, identity, verdict, reason string }{
+		{clientA.String(), "", "BYPASSED", "PATH_OPEN"},
+		{"10.1.0.77", "", "PROXIED", "NO_PATH"},
+		{"10.1.0.77", "spiffe://example.org/a", "DENIED", "NOT_AUTHORISED"},
+	} {
+		e, err := agent.Explain(ctx, &api.ExplainRequest{Client: c.client, Server: "10.2.0.2:5433", Identity: c.identity})
+		must(t, err)
+		if e.Verdict != c.verdict || e.Reason != c.reason || e.Service != "postgres" || len(e.Lines) < 2 {
+			t.Errorf("explain %s %s: %v", c.client, c.identity, e)
+		}
+	}
+	if e, err := agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Server: "10.2.0.2:80"}); err != nil || e.Verdict != "NONE" {
+		t.Errorf("explain an unprotected port: %v, %v", e, err)
+	}
+	own := in.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{in.lab.Node.Addr(lab.IPv4)} })
+	if _, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: own}); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {
+		t.Errorf("the node's own address: %v", err)
+	}
+	revoked, err := agent.Revoke(ctx, &api.RevokeRequest{Grant: g.Id, Why: "done"})
+	must(t, err)
+	if revoked.Grant.State != "revoked" || revoked.Grant.EndedWhy != "done" {
+		t.Errorf("revoked: %v", revoked)
+	}
+	short, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second })})
+	must(t, err)
+	in.eventually("a grant expires", func() bool {
+		grants, err := agent.Grants(ctx, &api.GrantsRequest{})
+		must(t, err)
+		last := grants.Grants[len(grants.Grants)-1]
+		return last.Id == short.Grant.Id && last.State == "expired"
+	})
+}
+
+func (in *installed) testMetrics() {
+	t := in.t
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+		return in.lab.Node.Dial(ctx, netip.AddrPort{}, netip.MustParseAddrPort(address))
+	}}}
+	reply, err := client.Get("http://" + in.cfg.Spec.Metrics + "/metrics")
+	must(t, err)
+	defer reply.Body.Close()
+	body := readAll(t, reply)
+	for _, want := range []string{
+		"sallyport_ready 1", "sallyport_scrape_failed 0", `sallyport_grant_events_total{step="ACTIVATED"} 2`,
+		`sallyport_grant_events_total{step="EXPIRED"} 1`, `sallyport_grant_events_total{step="REVOKED"} 1`,
+		`sallyport_grant_events_total{step="REFUSED"} 1`, `sallyport_hooked_devices{role="uplink"} 1`, `sallyport_problems{class="resources"} 0`,
+		`sallyport_packets_total{reason="NO_LISTENER"}`, `sallyport_audit_pending_records{class="critical"}`, `sallyport_paths{state="active"} 0`,
+	} {
+		if !contains(body, want) {
+			t.Errorf("metrics lack %s", want)
+		}
+	}
+}
+
+// TestKillAgentAtRandom is invariant 5 from outside: whenever the agent is killed, each open path has its active row.
+func TestKillAgentAtRandom(t *testing.T) {
+	in := install(t)
+	for range 8 {
+		agent := in.ready("run")
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			in.churn(ctx)
+		}()
+		pause := time.NewTimer(time.Duration(rand.IntN(150)) * time.Millisecond)
+		<-pause.C
+		must(t, agent.Kill())
+		cancel()
+		<-done
+		in.checkRows()
+	}
+	agent := in.ready("run")
+	s := in.status()
+	if len(s.Problems) != 0 {
+		t.Errorf("problems after all kills: %v", s.Problems)
+	}
+	must(t, agent.Signal(syscall.SIGKILL))
+	<-agent.Exited()
+	in.uninstall()
+}
+
+// churn activates and revokes until the agent is gone.
+func (in *installed) churn(ctx context.Context) {
+	agent := in.agent()
+	for i := 0; ctx.Err() == nil; i++ {
+		envelope := in.signer.envelope(in.t, func(p *grant.Payload) {
+			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), netip.AddrFrom4([4]byte{10, 2, byte(i >> 8), byte(i)})}
+		})
+		reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+		if err != nil {
+			return
+		}
+		if i%2 == 0 {
+			if _, err := agent.Revoke(ctx, &api.RevokeRequest{Grant: reply.Grant.Id}); err != nil {
+				return
+			}
+		}
+	}
+}
+
+// checkRows looks at kernel and store while no agent lives.
+func (in *installed) checkRows() {
+	in.t.Helper()
+	rows, open := in.offline()
+	for id, n := range open {
+		if rows[id] != stateActive {
+			in.t.Errorf("%d open paths of grant %s, whose row is %q", n, id, rows[id])
+		}
+	}
+}
