@@ -84,7 +84,9 @@ func (f *PolicyFile) await(ctx context.Context, w *fsnotify.Watcher, tick <-chan
 				return true
 			}
 		case err := <-w.Errors: // the queue of events ran over: some were missed
-			return err != nil
+			if err != nil {
+				return true
+			}
 		case <-tick:
 			return true
 		case <-ctx.Done():

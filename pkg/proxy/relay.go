@@ -74,7 +74,7 @@ func (r *relay) serverward() error {
 			}
 		}
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			_ = r.up.CloseWrite() // a service that is gone shows in the other direction
 			return nil
 		case err != nil:
