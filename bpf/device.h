@@ -246,7 +246,9 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	parsed = sp_parse(skb, p);
 	if (parsed == SP_PARSE_OTHER)
-		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb) ?
+		       sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
+		       sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (parsed != SP_PARSE_TCP)
 		return sp_decide_unparsed(skb, p, parsed);
 	to = sp_port_flagged(p->dport);

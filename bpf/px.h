@@ -7,7 +7,6 @@
 #include "device.h"
 
 #define SP_TCP_LISTEN 10
-#define SP_TCP_TIME_WAIT 6
 #define SP_PX_MARK 1		/* in px: routed to the local table, see pkg/px */
 
 /* ---- px0 ingress, host namespace: packets of the proxy ---- */
@@ -133,14 +132,16 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 /*
  * Gives the packet to the socket that has its tuple, else to the transparent listener: a SYN is
  * accepted there, anything else makes the kernel answer with RST from the original destination.
- * A listener or a TIME_WAIT found by the tuple is not the packet's.
+ * A listener found by the tuple is not the packet's. A TIME_WAIT keeps even a SYN: a listener drops
+ * one whose tuple is in use (measured on Linux 6.18), but the answer of the TIME_WAIT makes the
+ * client reset it and send its SYN again at once.
  */
 static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const struct sp_packet *p,
 						const struct sp_config *cfg)
 {
 	struct bpf_sock_tuple t = {};
-	__u32 size, state;
 	struct bpf_sock *sk;
+	__u32 size, state;
 	long assigned;
 
 	if (p->version == 4) {
@@ -160,7 +161,7 @@ static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const str
 	if (sk) {
 		state = sk->state;
 		bpf_sk_release(sk);
-		if (state != SP_TCP_LISTEN && !(state == SP_TCP_TIME_WAIT && sp_syn_only(p)))
+		if (state != SP_TCP_LISTEN)
 			return SP_REASON_PX_ACCEPT;
 	}
 	if (p->version == 4) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -22,23 +24,49 @@ type demoProcess struct {
 	done   chan struct{} // closed when it has ended
 }
 
-// start runs a binary next to this one, and returns when it says READY=1 (sd_notify(3)).
+// start runs a binary next to this one, and returns when it says READY=1 (sd_notify(3)). Its
+// notifications are read as long as it lives.
 func (w *demoWorld) start(ctx context.Context, name string, args ...string) (*demoProcess, error) {
 	socket := filepath.Join(w.dir, fmt.Sprintf("notify-%d", len(w.processes)))
-	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	notifications, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		return nil, fmt.Errorf("listen for readiness: %w", err)
 	}
-	defer os.Remove(socket)
-	defer ready.Close()
 	if err := os.Chmod(socket, 0o666); err != nil { // the proxy is not root
-		return nil, fmt.Errorf("open socket to users: %w", err)
+		return nil, errors.Join(fmt.Errorf("open socket to users: %w", err), notifications.Close())
 	}
 	p, err := w.spawn(name, socket, args)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, notifications.Close())
 	}
-	return p, p.awaitReady(ctx, ready)
+	ready := make(chan struct{})
+	go p.listen(notifications, sync.OnceFunc(func() { close(ready) }))
+	select {
+	case <-ready:
+		return p, nil
+	case <-p.done:
+		return p, fmt.Errorf("%s ended before it was ready: %s", name, p.cmd.ProcessState)
+	case <-ctx.Done():
+		return p, fmt.Errorf("%s did not become ready: %w", name, ctx.Err())
+	}
+}
+
+// listen reads notifications until the process ends.
+func (p *demoProcess) listen(notifications *net.UnixConn, ready func()) {
+	go func() {
+		<-p.done
+		_ = notifications.Close() // ends the reading
+	}()
+	buf := make([]byte, 4096)
+	for {
+		n, err := notifications.Read(buf)
+		if err != nil {
+			return
+		}
+		if slices.Contains(strings.Fields(string(buf[:n])), "READY=1") {
+			ready()
+		}
+	}
 }
 
 func (w *demoWorld) spawn(name, notify string, args []string) (*demoProcess, error) {
@@ -60,28 +88,6 @@ func (w *demoWorld) spawn(name, notify string, args []string) (*demoProcess, err
 		close(p.done)
 	}()
 	return p, nil
-}
-
-// awaitReady reads notifications until one says READY=1, the process ends or ctx does.
-func (p *demoProcess) awaitReady(ctx context.Context, ready *net.UnixConn) error {
-	stop := context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	go func() {
-		<-p.done
-		_ = ready.SetReadDeadline(time.Unix(1, 0)) // after Close this does nothing
-	}()
-	buf := make([]byte, 4096)
-	for {
-		n, err := ready.Read(buf)
-		if err != nil {
-			return fmt.Errorf("%s did not become ready: %w", p.name, err)
-		}
-		for line := range bytes.Lines(buf[:n]) {
-			if bytes.Equal(bytes.TrimSpace(line), []byte("READY=1")) {
-				return nil
-			}
-		}
-	}
 }
 
 // kill ends it at once, as the kernel would under memory pressure.

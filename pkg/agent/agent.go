@@ -55,7 +55,7 @@ type node struct {
 }
 
 // Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
-// needs root. Hint gives the next step for its errors.
+// needs root. Describe gives the next step for its errors.
 func Run(ctx context.Context, o Options) error {
 	cfg, err := loadConfig(o.ConfigFile)
 	if err != nil {
@@ -94,6 +94,7 @@ func (n *node) parts() []part {
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
+		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -233,6 +234,10 @@ func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild()
 
 func (n *node) sweeper() *sweeper {
 	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+}
+
+func (n *node) pxWatch() *pxWatch {
+	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
 }
 
 func (n *node) keeper() *keeper {

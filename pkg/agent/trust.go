@@ -18,11 +18,11 @@ var ErrUntrusted = errors.New("is not root's alone")
 func checkTrusted(path string) error {
 	abs, err := filepath.Abs(path)
 	if err != nil {
-		return fmt.Errorf("check owner: %w", err)
+		return fmt.Errorf("check owner of %s: %w", path, err)
 	}
 	target, err := filepath.EvalSymlinks(abs)
 	if err != nil {
-		return fmt.Errorf("check owner: %w", err)
+		return fmt.Errorf("check owner of %s: %w", path, err)
 	}
 	for _, p := range slices.Compact([]string{abs, target}) {
 		if err := checkChain(p); err != nil {

@@ -33,7 +33,7 @@ var (
 	domain      = spiffeid.RequireTrustDomainFromString("example.org")
 	collectorID = spiffeid.RequireFromPath(domain, "/sallyport/collector")
 	agentID     = spiffeid.RequireFromPath(domain, "/sallyport/agent/node-1")
-	silent      = slog.New(slog.NewTextHandler(io.Discard, nil))
+	silent      = slog.New(slog.DiscardHandler)
 )
 
 type identity struct {

@@ -57,6 +57,8 @@ func synCases() []progCase {
 		syns("unknown state", toProxy(flow.ReasonPathStale), path(unknownState)),
 		syns("another path in the slot", toProxy(flow.ReasonPathStale), path(active, ref(func(r *bpf.PathRef) { r.Epoch = 2 }))),
 		syns("slot out of range", toProxy(flow.ReasonPathStale), path(active, ref(func(r *bpf.PathRef) { r.Slot = 1 << 20 }))),
+		syns("slot of another client", toProxy(flow.ReasonPathStale), path(active, func(_ *bpf.PathKey, _ *bpf.PathRef, v *bpf.Path) { v.Client.Bytes[15]++ })),
+		syns("slot of another service", toProxy(flow.ReasonPathStale), path(active, func(_ *bpf.PathKey, _ *bpf.PathRef, v *bpf.Path) { v.ServiceId++ })),
 		syns("path of another client", toProxy(flow.ReasonNoPath), path(active, key(func(k *bpf.PathKey) { k.Client.Bytes[15]++ }))),
 		syns("path of another service", toProxy(flow.ReasonNoPath), path(active, key(func(k *bpf.PathKey) { k.ServiceId++ }))),
 		syns("path of another port", toProxy(flow.ReasonNoPath), path(active, key(func(k *bpf.PathKey) { k.Port++ }))),

@@ -83,8 +83,8 @@ func (f *PolicyFile) await(ctx context.Context, w *fsnotify.Watcher, tick <-chan
 			if filepath.Base(e.Name) == filepath.Base(f.path) {
 				return true
 			}
-		case <-w.Errors: // the queue of events ran over: some were missed
-			return true
+		case err := <-w.Errors: // the queue of events ran over: some were missed
+			return err != nil
 		case <-tick:
 			return true
 		case <-ctx.Done():

@@ -39,7 +39,7 @@ func (a *agent) Report(stream api.ProxyReport_ReportServer) error {
 	a.mu.Unlock()
 	for frames := 1; ; frames++ {
 		frame, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

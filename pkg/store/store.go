@@ -72,8 +72,7 @@ func Open(path string) (*Store, error) {
 	}
 	s := &Store{path: abs, boot: boot}
 	if err := s.open(); err != nil {
-		s.closeFiles()
-		return nil, fmt.Errorf("open store %s: %w", abs, classify(err))
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", abs, classify(err)), s.closeFiles())
 	}
 	return s, nil
 }
