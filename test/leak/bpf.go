@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // ours begins the name of every program and map of Sallyport.
@@ -84,6 +85,19 @@ func bpfMaps(token string) (snapshot, error) {
 
 // links lists the links that hold one of our programs, whatever they are attached to.
 func links(token string) (snapshot, error) {
+	for {
+		s, err := listLinks()
+		if errors.Is(err, unix.EAGAIN) {
+			continue // somebody is just making one: the kernel knows its id, and does not give it out yet
+		}
+		if err != nil {
+			return s, err
+		}
+		return s, s.dropForeign("link", "link_id", token)
+	}
+}
+
+func listLinks() (snapshot, error) {
 	s := snapshot{}
 	it := new(link.Iterator)
 	defer it.Close()
@@ -108,5 +122,5 @@ func links(token string) (snapshot, error) {
 	if err := it.Err(); err != nil {
 		return s, fmt.Errorf("list links: %w", err)
 	}
-	return s, s.dropForeign("link", "link_id", token)
+	return s, nil
 }
