@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // ours begins the name of every program and map of Sallyport.
@@ -84,6 +85,16 @@ func (v *view) bpfMaps() (snapshot, error) {
 
 // links lists the links that hold one of our programs, whatever they are attached to.
 func (v *view) links() (snapshot, error) {
+	for {
+		s, err := listLinks()
+		if !errors.Is(err, unix.EAGAIN) {
+			return s, err
+		}
+		// Somebody is just making one: the kernel knows its id, and does not give it out yet.
+	}
+}
+
+func listLinks() (snapshot, error) {
 	s := snapshot{}
 	it := new(link.Iterator)
 	defer it.Close()
