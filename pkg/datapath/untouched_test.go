@@ -92,7 +92,7 @@ func TestHostIsUntouched(t *testing.T) {
 	n := &node{Lab: l}
 	where := px.Config{Path: filepath.Join(l.Dir, "px")}
 	must(t, l.Node.Do(func() (err error) { n.px, err = px.Create(where); return err }))
-	defer n.px.Close()
+	t.Cleanup(func() { _ = n.px.Close() })
 	n.cf = datapath.Config{Dir: filepath.Join(bpffs, "sallyport"), PxNetns: where.Path, Px0: n.px.Px0(),
 		ListenPort: listenPort, MaxFlows: 64, MaxLegs: 64, MaxPaths: 16, MaxTTL: time.Hour}
 	n.open(t)
@@ -100,7 +100,7 @@ func TestHostIsUntouched(t *testing.T) {
 	must(t, n.attachAll(n.d))
 	n.protect(t)
 	must(t, n.d.Renew(time.Minute))
-	n.copyProxy(t)
+	n.standIn(t)
 	n.everySays(t, "proxy", "set up")
 	c := n.cells()[0]
 	c.path(n, t, time.Minute)
