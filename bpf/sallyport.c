@@ -11,20 +11,26 @@
 SEC("tcx/ingress")
 int sp_dev_in(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_IN);
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_ANY);
 }
 
 SEC("tcx/egress")
 int sp_dev_out(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_OUT);
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_ANY);
+}
+
+SEC("tcx/egress")
+int sp_pod_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD);
 }
 
 /* Loopback: clients on the node, 127/8, ::1 and the node's own addresses. */
 SEC("tcx/ingress")
 int sp_lo_in(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_LO);
+	return sp_device(skb, SP_HOOK_LO, SP_BEHIND_ANY);
 }
 
 /* The host end of the px pair. */

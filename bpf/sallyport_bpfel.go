@@ -350,6 +350,7 @@ const (
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
+	SallyportProgSpPodOut     = "sp_pod_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -403,6 +404,7 @@ type SallyportProgramSpecs struct {
 	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
 	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
@@ -519,6 +521,7 @@ type SallyportPrograms struct {
 	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
 	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
@@ -530,6 +533,7 @@ func (p *SallyportPrograms) Close() error {
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpLoIn,
+		p.SpPodOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

@@ -63,12 +63,12 @@ func newNode(t *testing.T) *node {
 		if err := n.d.AttachPx(); err != nil {
 			return err
 		}
-		for _, name := range []string{lab.Uplink, lab.PodDevice(0), lab.PodDevice(1), "lo"} {
+		for name, role := range map[string]datapath.Role{lab.Uplink: datapath.RoleUplink, lab.PodDevice(0): datapath.RolePod,
+			lab.PodDevice(1): datapath.RolePod, "lo": datapath.RoleLo} {
 			dev, err := net.InterfaceByName(name)
 			if err != nil {
 				return err
 			}
-			role := map[bool]datapath.Role{true: datapath.RoleLo, false: datapath.RoleUplink}[name == "lo"]
 			if err := n.d.Attach(dev.Index, role); err != nil {
 				return err
 			}
