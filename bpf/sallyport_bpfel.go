@@ -352,6 +352,7 @@ const (
 	SallyportProgSpL3In       = "sp_l3_in"
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
+	SallyportProgSpPodOut     = "sp_pod_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -407,6 +408,7 @@ type SallyportProgramSpecs struct {
 	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
 	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
@@ -525,6 +527,7 @@ type SallyportPrograms struct {
 	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
 	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
@@ -538,6 +541,7 @@ func (p *SallyportPrograms) Close() error {
 		p.SpL3In,
 		p.SpL3Out,
 		p.SpLoIn,
+		p.SpPodOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

@@ -18,7 +18,7 @@ import (
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
-// attachment is one link of one program; its pin has the name of its key.
+// attachment is one link of one program; its pin has the name of its key, which names the place.
 type attachment struct {
 	hook
 	link    link.Link
@@ -27,8 +27,10 @@ type attachment struct {
 	role    Role
 }
 
-// hook is a program and the place in a device's chain that it belongs to.
+// hook is a program and the place in a device's chain that it belongs to. A device whose role changes
+// keeps its places.
 type hook struct {
+	place  string
 	name   string
 	prog   *ebpf.Program
 	attach ebpf.AttachType
@@ -39,18 +41,21 @@ func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	in, out := ebpf.AttachTCXIngress, ebpf.AttachTCXEgress
 	switch role {
 	case RoleLo:
-		return []hook{{"sp_lo_in", d.objs.SpLoIn, in}}
+		return []hook{{"sp_lo_in", "sp_lo_in", d.objs.SpLoIn, in}}
 	case RolePx0:
-		return []hook{{"sp_px0_in", d.objs.SpPx0In, in}}
+		return []hook{{"sp_px0_in", "sp_px0_in", d.objs.SpPx0In, in}}
 	case RolePx1:
-		return []hook{{"sp_px1_in", d.objs.SpPx1In, in}}
+		return []hook{{"sp_px1_in", "sp_px1_in", d.objs.SpPx1In, in}}
 	case rolePxLo:
-		return []hook{{"sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", d.objs.SpPxLoOut, out}}
+		return []hook{{"sp_px_lo_in", "sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", "sp_px_lo_out", d.objs.SpPxLoOut, out}}
 	}
 	if l3 {
-		return []hook{{"sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", d.objs.SpL3Out, out}}
+		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
 	}
-	return []hook{{"sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", d.objs.SpDevOut, out}}
+	if role == RolePod {
+		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	}
+	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -74,10 +79,12 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, h := range d.hooks(role, l3) {
-		key := h.name + "-" + suffix // bpffs takes no dots
+		key := h.place + "-" + suffix // bpffs takes no dots
 		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
-			a.role, a.device = role, dev.Name
-			d.devices[key] = a
+			if err := updateLink(a.link, h.prog); err != nil {
+				return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
+			}
+			d.devices[key] = attachment{h, a.link, ifindex, dev.Name, role}
 			continue
 		} else if ok {
 			closeLink(a.link)

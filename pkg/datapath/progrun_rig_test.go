@@ -196,7 +196,8 @@ func (r *rig) device(t testing.TB, name string) int {
 func (r *rig) program(name string) *ebpf.Program {
 	p := r.d.Programs()
 	return map[string]*ebpf.Program{
-		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
+		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_pod_out": p.SpPodOut,
+		"sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
 	}[name]
 }
