@@ -95,6 +95,9 @@ func (g *grants) allowed(v grant.Verified, e *enforced) error {
 // overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
 func (g *grants) overlap(n *held) error {
 	for id, h := range g.active {
+		if id == n.payload.ID {
+			continue // the store knows it, and says so
+		}
 		if h.over != nil || h.payload.Service != n.payload.Service {
 			continue
 		}
