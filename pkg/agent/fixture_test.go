@@ -204,7 +204,7 @@ func (l *life) kill() {
 // states are the grants' states by id; open the ids that have an open path.
 func (l *life) states() (states map[string]string, open map[string]int) {
 	l.t.Helper()
-	rows, err := l.grants.all(l.t.Context())
+	rows, err := l.all(l.t.Context())
 	must(l.t, err)
 	states, open = make(map[string]string), make(map[string]int)
 	for _, row := range rows {

@@ -187,8 +187,10 @@ func (r *resources) Run(ctx context.Context) error {
 			return nil
 		case <-watcher.Events:
 			quiet.Reset(settle)
-		case <-watcher.Errors: // an overflow: look at all of it
-			quiet.Reset(settle)
+		case err := <-watcher.Errors: // an overflow: look at all of it
+			if err != nil {
+				quiet.Reset(settle)
+			}
 		case <-r.kick:
 			quiet.Reset(0)
 		case <-resync.C:

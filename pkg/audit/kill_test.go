@@ -28,6 +28,7 @@ const (
 	dirEnv     = "SALLYPORT_AUDIT_TEST_DIR"
 	addressEnv = "SALLYPORT_AUDIT_TEST_ADDRESS"
 	nameEnv    = "SALLYPORT_AUDIT_TEST_NAME"
+	paceEnv    = "SALLYPORT_AUDIT_TEST_PACE" // records per millisecond; 0: as fast as it goes
 )
 
 func TestMain(m *testing.M) {
@@ -81,7 +82,11 @@ func produce(s *site, name string) error {
 		return err
 	}
 	n.Kick()
+	pace, _ := strconv.Atoi(os.Getenv(paceEnv))
 	for i := 0; ; i++ {
+		if pace > 0 && i%pace == 0 {
+			<-time.After(time.Millisecond)
+		}
 		id := fmt.Sprintf("%s-%d", name, i)
 		if i%4 == 0 {
 			fmt.Fprintln(out, "critical", id)
@@ -129,10 +134,11 @@ type process struct {
 	lines chan map[string]bool // what it said, by line, when its output ended
 }
 
-func (s *site) startProcess(t *testing.T, role, name string) *process {
+func (s *site) startProcess(t *testing.T, role, name string, env ...string) *process {
 	t.Helper()
 	p := &process{cmd: exec.Command(os.Args[0]), first: make(chan struct{}), lines: make(chan map[string]bool, 1)}
 	p.cmd.Env = append(os.Environ(), roleEnv+"="+role, dirEnv+"="+s.dir, addressEnv+"="+s.address, nameEnv+"="+name)
+	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stderr = os.Stderr
 	out := must(p.cmd.StdoutPipe())(t)
 	if err := p.cmd.Start(); err != nil {
@@ -226,7 +232,7 @@ func TestPowerLost(t *testing.T) {
 	said := map[string]bool{}
 	stop := s.startCollector()
 	for round := range 4 {
-		agent := s.startProcess(t, "agent", strconv.Itoa(round))
+		agent := s.startProcess(t, "agent", strconv.Itoa(round), paceEnv+"=10") // the disk can reserve as fast
 		agent.up(t)
 		<-time.After(100 * time.Millisecond)
 		if round%2 == 0 {

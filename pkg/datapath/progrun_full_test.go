@@ -98,7 +98,7 @@ func sent(send func(scene) probe) given {
 }
 
 func TestFullMustDeliver(t *testing.T) {
-	r := newRig(t, 16384, 16384)
+	r := newRig(t, 4096, 4096)
 	for _, c := range ringCases() {
 		c.unread = true
 		runCases(t, r, []progCase{c})
@@ -107,7 +107,7 @@ func TestFullMustDeliver(t *testing.T) {
 
 // TestLossesAreCounted: produced records are in the ring or counted as lost, to the unit.
 func TestLossesAreCounted(t *testing.T) {
-	r := newRig(t, 16384, 16384)
+	r := newRig(t, 4096, 4096)
 	for _, f := range lab.Families() {
 		s := r.scenes(t, f)["host"]
 		r.reset(t)

@@ -55,7 +55,7 @@ func newRig(t testing.TB, flows, legs uint32) *rig {
 	dir := filepath.Join(bpffs, "sallyport")
 	check(t, r.Node.Do(func() (err error) {
 		r.d, err = datapath.Open(datapath.Config{Dir: dir, PxNetns: where.Path, Px0: r.px.Px0(),
-			ListenPort: listenPort, MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, MaxTTL: time.Hour})
+			ListenPort: listenPort, MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16, MaxTTL: time.Hour})
 		return err
 	}))
 	t.Cleanup(func() {

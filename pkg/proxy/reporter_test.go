@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"path/filepath"
@@ -39,7 +40,7 @@ func (a *agent) Report(stream api.ProxyReport_ReportServer) error {
 	a.mu.Unlock()
 	for frames := 1; ; frames++ {
 		frame, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

@@ -9,19 +9,20 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // ours begins the name of every program and map of Sallyport.
 const ours = "sp_"
 
 // programs lists our programs by id.
-func programs(token string) (snapshot, error) {
+func (v *view) programs() (snapshot, error) {
 	s := snapshot{}
 	var id ebpf.ProgramID
 	for {
 		next, err := ebpf.ProgramGetNextID(id)
 		if errors.Is(err, os.ErrNotExist) {
-			return s, s.dropForeign("program", "prog_id", token)
+			return s, nil
 		}
 		if err != nil {
 			return s, fmt.Errorf("list programs: %w", err)
@@ -34,7 +35,7 @@ func programs(token string) (snapshot, error) {
 		if err != nil {
 			return s, err
 		}
-		s[object{"program", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
+		s[object{kindProgram, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
 	}
 }
 
@@ -52,13 +53,13 @@ func programName(id ebpf.ProgramID) (string, ebpf.ProgramType, error) {
 }
 
 // bpfMaps lists our maps by id.
-func bpfMaps(token string) (snapshot, error) {
+func (v *view) bpfMaps() (snapshot, error) {
 	s := snapshot{}
 	var id ebpf.MapID
 	for {
 		next, err := ebpf.MapGetNextID(id)
 		if errors.Is(err, os.ErrNotExist) {
-			return s, s.dropForeign("map", "map_id", token)
+			return s, nil
 		}
 		if err != nil {
 			return s, fmt.Errorf("list maps: %w", err)
@@ -77,13 +78,23 @@ func bpfMaps(token string) (snapshot, error) {
 			return s, fmt.Errorf("ask about map %d: %w", id, err)
 		}
 		if strings.HasPrefix(info.Name, ours) {
-			s[object{"map", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
+			s[object{kindMap, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
 		}
 	}
 }
 
 // links lists the links that hold one of our programs, whatever they are attached to.
-func links(token string) (snapshot, error) {
+func (v *view) links() (snapshot, error) {
+	for {
+		s, err := listLinks()
+		if !errors.Is(err, unix.EAGAIN) {
+			return s, err
+		}
+		// Somebody is just making one: the kernel knows its id, and does not give it out yet.
+	}
+}
+
+func listLinks() (snapshot, error) {
 	s := snapshot{}
 	it := new(link.Iterator)
 	defer it.Close()
@@ -103,10 +114,10 @@ func links(token string) (snapshot, error) {
 		if tcx := info.TCX(); tcx != nil {
 			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
 		}
-		s[object{"link", fmt.Sprint(it.ID)}] = line
+		s[object{kindLink, fmt.Sprint(it.ID)}] = line
 	}
 	if err := it.Err(); err != nil {
 		return s, fmt.Errorf("list links: %w", err)
 	}
-	return s, s.dropForeign("link", "link_id", token)
+	return s, nil
 }

@@ -1,0 +1,64 @@
+package e2e_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// builds are the programs under test, each kind built at most once per test process.
+type builds struct {
+	dir         string
+	race, plain func() (string, error)
+}
+
+var built builds
+
+func TestMain(m *testing.M) {
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "sallyport-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "make directory of the programs:", err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Setenv("GORACE", "halt_on_error=1 atexit_sleep_ms=0"); err != nil { // of the programs: a second for each command adds up
+		fmt.Fprintln(os.Stderr, "set GORACE:", err)
+		return 1
+	}
+	built = builds{
+		dir:   dir,
+		race:  sync.OnceValues(func() (string, error) { return build(filepath.Join(dir, "race"), "-race") }),
+		plain: sync.OnceValues(func() (string, error) { return build(filepath.Join(dir, "plain"), "-trimpath") }),
+	}
+	return m.Run()
+}
+
+// build puts the four programs into dir.
+func build(dir, flag string) (string, error) {
+	cmd := exec.Command("go", "build", flag, "-o", dir+"/",
+		"./cmd/sallyport", "./cmd/sallyport-agent", "./cmd/sallyport-proxy", "./cmd/sallyport-collector")
+	cmd.Dir = "../.."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build programs: %w\n%s", err, out)
+	}
+	return dir, nil
+}
+
+// programs gives the folder of the programs: with the race detector, or as they are shipped.
+func programs(t *testing.T, plain bool) string {
+	t.Helper()
+	kind := built.race
+	if plain {
+		kind = built.plain
+	}
+	dir, err := kind()
+	must(t, err)
+	return dir
+}
