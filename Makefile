@@ -33,7 +33,6 @@ check: ## format, vet, lint, import rules and the module file
 	go vet ./...
 	go run $(GOLANGCI_LINT) run
 	go mod verify
-	go mod tidy -diff
 
 generate: ## regenerate what is generated, with the pinned clang and protoc (installs them from Debian)
 	go run ./tools/needs generate

@@ -49,12 +49,6 @@ static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_serv
 	return svc->target == SP_TARGET_HOST;
 }
 
-/* The hook that sees the packets towards the service whose packets from it `hook` sees. */
-static __always_inline enum sp_hook sp_forward_hook(enum sp_hook hook)
-{
-	return hook == SP_HOOK_OUT ? SP_HOOK_IN : hook == SP_HOOK_IN ? SP_HOOK_OUT : SP_HOOK_LO;
-}
-
 /* Host services are found by port: the packet may be of another machine. Not on lo. */
 static __always_inline bool sp_may_be_foreign(const struct sp_service *svc, enum sp_hook hook)
 {
@@ -119,7 +113,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 			return sp_decide(SP_ACT_NEXT, reason);
 	}
 	if (!sp_syn_only(p)) {
-		leg = flow ? NULL : sp_find_leg(key, SP_LEG_DOWN);
+		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
 		if (leg) {
 			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), now);
 			return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
@@ -141,12 +135,20 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	return sp_decide(SP_ACT_STEER, reason);
 }
 
+/* The hook that the flow of a packet from a service lives at: the other one of the same device. */
+static __always_inline enum sp_hook sp_home_hook(enum sp_hook hook)
+{
+	if (hook == SP_HOOK_LO)
+		return SP_HOOK_LO;
+	return hook == SP_HOOK_OUT ? SP_HOOK_IN : SP_HOOK_OUT;
+}
+
 /* A packet from a protected service towards a client. */
 static __always_inline struct sp_decision
 sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
 	       enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
 {
-	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP);
+	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP, 0);
 	enum sp_reason reason = SP_REASON_STRAY;
 	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;
@@ -166,7 +168,7 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 	}
 	if (sp_syn_only(p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
-	sp_remember_stray(key, SP_LEG_UP, sp_forward_hook(hook), p->ifindex);
+	sp_remember_stray(key, SP_LEG_UP, sp_home_hook(hook), p->ifindex);
 	return sp_decide(SP_ACT_STEER, reason);
 }
 
@@ -244,7 +246,9 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	parsed = sp_parse(skb, p);
 	if (parsed == SP_PARSE_OTHER)
-		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb) ?
+		       sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
+		       sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (parsed != SP_PARSE_TCP)
 		return sp_decide_unparsed(skb, p, parsed);
 	to = sp_port_flagged(p->dport);

@@ -5,7 +5,8 @@
 /*
  * The one parser. What it does with
  *  - VLAN: an outer tag of id 0 is read through, any other is not ours (the sub-device's hook
- *    sees the packet untagged); a tag left in the payload is not IP here;
+ *    sees the packet untagged); a tag left in the payload is not IP here, and two tags of id 0
+ *    are SP_PARSE_MALFORMED whatever they hide;
  *  - IPv4 options: IHL is honoured;
  *  - fragments: never read for ports; TCP ones are SP_PARSE_FRAGMENT;
  *  - IPv6 extension headers: at most SP_EXT_MAX, each sized by its own type; ESP, no-next-header
@@ -79,6 +80,17 @@ static __always_inline bool sp_other_vlan(const struct __sk_buff *skb)
 	return skb->vlan_present && (skb->vlan_tci & SP_VLAN_VID);
 }
 
+/* Linux takes off every tag of id 0 that follows one of id 0, with no other look at the hooks. */
+static __noinline int sp_hidden_by_tags(struct __sk_buff *skb)
+{
+	__be16 tci;
+
+	if (!skb->vlan_present ||
+	    (skb->protocol != bpf_htons(ETH_P_8021Q) && skb->protocol != bpf_htons(ETH_P_8021AD)))
+		return 0;
+	return bpf_skb_load_bytes(skb, ETH_HLEN, &tci, sizeof(tci)) || !(bpf_ntohs(tci) & SP_VLAN_VID);
+}
+
 static __always_inline void *sp_data(const struct __sk_buff *skb)
 {
 	return (void *)(long)skb->data;
@@ -139,7 +151,7 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, _
 
 	if (!p)
 		return SP_PARSE_MALFORMED;
-	for (int i = 0; i < SP_EXT_MAX; i++) {
+	for (int i = 0; i <= SP_EXT_MAX; i++) {
 		switch (next) {
 		case IPPROTO_TCP:
 			p->l4 = offset;
@@ -229,13 +241,16 @@ static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_
 	       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
 }
 
-/* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers. */
+/* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers, if
+ * they could be read.
+ */
 static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_packet *p)
 {
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
+	__u32 headers = p->l4 ? p->l4 - p->l3 + p->tcp_len : 0;
 
 	p->segments = segments;
-	p->bytes = skb->len - p->l3 + (segments - 1) * (p->l4 - p->l3 + p->tcp_len);
+	p->bytes = skb->len - p->l3 + (segments - 1) * headers;
 }
 
 #endif

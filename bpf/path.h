@@ -77,47 +77,27 @@ static __always_inline enum sp_reason sp_flow_packet(const struct sp_config *cfg
 }
 
 /*
- * A SYN: finds its path, reserves the OPEN record, then inserts the flow, in this order: no bypass
- * without room for its record. Any failure is a reason to go to the proxy. The slot and the epoch
- * come from the index; the slot itself says whether it is live.
+ * Reserves the OPEN record, then inserts the flow, in this order: no bypass without room for its
+ * record. A frame of its own, away from the look-ups: 512 bytes are for all frames together.
  */
-static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
-				   __u32 service_id, __u32 hook_and_ifindex)
+static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct sp_packet *p,
+				     struct sp_path_ref ref, __u32 service_id,
+				     __u32 hook_and_ifindex)
 {
-	__u32 hook = hook_and_ifindex >> 24, ifindex = hook_and_ifindex & 0xffffff;
-	__u64 now = bpf_ktime_get_boot_ns();
-	struct sp_config *cfg = sp_get_config();
+	__u32 slot = ref.slot;
+	struct sp_path *path = bpf_map_lookup_elem(&sp_paths, &slot);
 	struct sp_sequence *seq = sp_get_sequence();
-	struct sp_path_key want = {};
 	struct sp_flow flow = {};
-	struct sp_path_ref *ref;
-	struct sp_path *path;
 	struct sp_event *e;
-	enum sp_reason reason;
 
-	if (!cfg || !seq || !key || !p)
+	if (!path || !seq || !key || !p)
 		return SP_REASON_NO_PATH;
-	want.client = key->client;
-	want.service_id = service_id;
-	want.port = key->server_port;
-	ref = bpf_map_lookup_elem(&sp_path_index, &want);
-	if (!ref)
-		return SP_REASON_NO_PATH;
-	reason = sp_path_check(cfg, ref->slot, ref->epoch, now, &path);
-	if (reason != SP_REASON_PATH_LIVE || !path)
-		return reason;
-	if (!sp_lease_holds(now))
-		return SP_REASON_LEASE_LAPSED;
-	if (sp_find_leg(key, SP_LEG_UP))
-		return SP_REASON_TUPLE_HELD;
-
-	flow.slot = ref->slot;
-	flow.epoch = ref->epoch;
+	flow.slot = ref.slot;
+	flow.epoch = ref.epoch;
 	flow.service_id = service_id;
-	flow.hook = hook;
-	flow.ifindex = ifindex;
-	flow.opened_ns = now;
-	flow.last_ns = now;
+	flow.hook = hook_and_ifindex >> 24;
+	flow.ifindex = hook_and_ifindex & 0xffffff;
+	flow.opened_ns = flow.last_ns = bpf_ktime_get_boot_ns();
 	flow.bytes_to_server = p->bytes;
 	flow.packets_to_server = p->segments;
 
@@ -139,9 +119,52 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 	return SP_REASON_PATH_OPEN;
 }
 
+static __always_inline bool sp_path_is_for(const struct sp_path *path, const struct sp_path_key *want)
+{
+	return path->service_id == want->service_id &&
+	       !__builtin_memcmp(&path->client, &want->client, sizeof(path->client));
+}
+
+/*
+ * A SYN: finds its path and opens a flow. Any failure is a reason to go to the proxy. The slot and the
+ * epoch come from the index, read once; the slot itself says whether it is live, and whose it is.
+ */
+static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
+				   __u32 service_id, __u32 hook_and_ifindex)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct sp_config *cfg = sp_get_config();
+	struct sp_path_key want = {};
+	struct sp_path_ref *found, ref;
+	struct sp_path *path;
+	enum sp_reason reason;
+
+	if (!cfg || !key)
+		return SP_REASON_NO_PATH;
+	want.client = key->client;
+	want.service_id = service_id;
+	want.port = key->server_port;
+	found = bpf_map_lookup_elem(&sp_path_index, &want);
+	if (!found)
+		return SP_REASON_NO_PATH;
+	ref.slot = *(volatile __u32 *)&found->slot;
+	ref.epoch = *(volatile __u32 *)&found->epoch;
+	reason = sp_path_check(cfg, ref.slot, ref.epoch, now, &path);
+	if (reason != SP_REASON_PATH_LIVE || !path)
+		return reason;
+	if (!sp_path_is_for(path, &want))
+		return SP_REASON_PATH_STALE;
+	if (!sp_lease_holds(now))
+		return SP_REASON_LEASE_LAPSED;
+	if (sp_find_leg(key, SP_LEG_UP, 0))
+		return SP_REASON_TUPLE_HELD;
+	return sp_insert_flow(key, p, ref, service_id, hook_and_ifindex);
+}
+
 /*
  * A SYN with the tuple of a flow that is over: its final counters go out in a CLOSE and it makes room.
- * Without room for the record it stays, and the SYN goes to the proxy.
+ * Without room for the record it stays, ended for good: the SYN goes to the proxy, and what follows it
+ * must go there too.
  */
 static __noinline int sp_replace_flow(const struct sp_flow_key *key)
 {
@@ -152,8 +175,10 @@ static __noinline int sp_replace_flow(const struct sp_flow_key *key)
 	flow = bpf_map_lookup_elem(&sp_flows, key);
 	if (!flow)
 		return 1;
-	if (!sp_record_flow(key, flow, SP_EVENT_CLOSE, flow->ended ? : SP_REASON_CLOSED))
+	if (!sp_record_flow(key, flow, SP_EVENT_CLOSE, flow->ended ? : SP_REASON_CLOSED)) {
+		__sync_val_compare_and_swap((__u32 *)&flow->ended, SP_REASON_NONE, SP_REASON_CLOSED);
 		return 0;
+	}
 	bpf_map_delete_elem(&sp_flows, key);
 	return 1;
 }

@@ -7,7 +7,6 @@
 #include "device.h"
 
 #define SP_TCP_LISTEN 10
-#define SP_TCP_TIME_WAIT 6
 #define SP_PX_MARK 1		/* in px: routed to the local table, see pkg/px */
 
 /* ---- px0 ingress, host namespace: packets of the proxy ---- */
@@ -111,12 +110,13 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	struct sp_leg *leg = NULL;
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason = SP_REASON_PX_UNEXPECTED;
+	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p);
 
+	sp_parse_volume(skb, &p);
 	if (!cfg)
 		reason = SP_REASON_NO_CONFIG;
-	else if (sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p))
+	else if (tcp)
 		reason = sp_decide_px0(&p, &at, &leg);
-	sp_parse_volume(skb, &p);
 	sp_count(reason, p.segments, p.bytes);
 	if (!cfg || !leg || !sp_px0_passes(reason))
 		return TC_ACT_SHOT;
@@ -132,14 +132,16 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 /*
  * Gives the packet to the socket that has its tuple, else to the transparent listener: a SYN is
  * accepted there, anything else makes the kernel answer with RST from the original destination.
- * A listener or a TIME_WAIT found by the tuple is not the packet's.
+ * A listener found by the tuple is not the packet's. A TIME_WAIT keeps even a SYN: a listener drops
+ * one whose tuple is in use (measured on Linux 6.18), but the answer of the TIME_WAIT makes the
+ * client reset it and send its SYN again at once.
  */
 static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const struct sp_packet *p,
 						const struct sp_config *cfg)
 {
 	struct bpf_sock_tuple t = {};
-	__u32 size, state;
 	struct bpf_sock *sk;
+	__u32 size, state;
 	long assigned;
 
 	if (p->version == 4) {
@@ -159,7 +161,7 @@ static __always_inline enum sp_reason sp_accept(struct __sk_buff *skb, const str
 	if (sk) {
 		state = sk->state;
 		bpf_sk_release(sk);
-		if (state != SP_TCP_LISTEN && !(state == SP_TCP_TIME_WAIT && sp_syn_only(p)))
+		if (state != SP_TCP_LISTEN)
 			return SP_REASON_PX_ACCEPT;
 	}
 	if (p->version == 4) {
@@ -209,14 +211,17 @@ static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
 	struct sp_packet p = {};
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason;
+	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP;
 
+	if (p.version && !sp_parse_addresses(skb, &p))
+		tcp = false;
+	sp_parse_volume(skb, &p); /* before the first refusal: it counts, and its record has the tuple */
 	if (!cfg)
 		return sp_refuse_px(&p, SP_REASON_NO_CONFIG);
 	if (!sp_stamped(skb, cfg))
 		return sp_refuse_px(&p, SP_REASON_NO_STAMP);
-	if (sp_parse(skb, &p) != SP_PARSE_TCP || !sp_parse_addresses(skb, &p))
+	if (!tcp)
 		return sp_refuse_px(&p, SP_REASON_PX_UNEXPECTED);
-	sp_parse_volume(skb, &p);
 	if (!lo && sp_is_loopback6(&p))
 		return bpf_redirect(SP_LO_IFINDEX, BPF_F_INGRESS);
 	reason = sp_accept(skb, &p, cfg);

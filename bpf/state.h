@@ -99,15 +99,20 @@ static __always_inline struct sp_leg_key sp_leg_key(const struct sp_addr *client
 	};
 }
 
-/* The leg of a flow on one side. A frame of its own: the callers' stacks are small. */
-static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum sp_leg_side side)
+/* The leg of a flow on one side, if it was opened after a time. A frame of its own: the callers'
+ * stacks are small.
+ */
+static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum sp_leg_side side,
+					     __u64 after_ns)
 {
 	struct sp_leg_key at;
+	struct sp_leg *leg;
 
 	if (!key)
 		return NULL;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
-	return bpf_map_lookup_elem(&sp_legs, &at);
+	leg = bpf_map_lookup_elem(&sp_legs, &at);
+	return leg && leg->opened_ns > after_ns ? leg : NULL;
 }
 
 /* Bits that a packet adds to the state of its connection. */

@@ -15,7 +15,6 @@ func (p *process) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "sallyport-agent",
 		Short:         "Enforce on this node that protected services are reached through the proxy",
-		Args:          cobra.NoArgs,
 		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,

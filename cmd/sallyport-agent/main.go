@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"strings"
 	"syscall"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
@@ -25,7 +24,7 @@ func main() {
 	defer stop()
 	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}
 	if err := p.command().ExecuteContext(ctx); err != nil {
-		p.report(err)
+		fmt.Fprintln(os.Stderr, agent.Describe(err))
 		os.Exit(1)
 	}
 }
@@ -44,28 +43,6 @@ func (p *process) options() agent.Options {
 		ConfigFile: p.config, Version: version(), NotifySocket: p.notifySocket,
 		Logger: slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: p.level})),
 	}
-}
-
-// report prints every problem on a line of its own, each followed by its next step.
-func (p *process) report(err error) {
-	for _, e := range policy.Errors(err) {
-		fmt.Fprintln(p.stderr, "error: "+e.Error())
-		if e.Hint != "" {
-			fmt.Fprintln(p.stderr, "hint: "+e.Hint)
-		}
-	}
-	if hint := agent.Hint(err); hint != "" && !hasHints(err) {
-		fmt.Fprintln(p.stderr, "hint: "+strings.ReplaceAll(hint, "\n", "\nhint: "))
-	}
-}
-
-func hasHints(err error) bool {
-	for _, e := range policy.Errors(err) {
-		if e.Hint != "" {
-			return true
-		}
-	}
-	return false
 }
 
 // errNotRoot refuses what cannot work without the kernel's privileges.

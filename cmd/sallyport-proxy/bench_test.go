@@ -337,7 +337,7 @@ func (c *collector) Report(stream api.ProxyReport_ReportServer) error {
 	instance := first.GetHello().GetInstance()
 	for {
 		frame, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

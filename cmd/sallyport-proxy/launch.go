@@ -76,20 +76,42 @@ func handOver(data []byte) (fd int, err error) {
 	return inherited, f.Close()
 }
 
-// raiseFiles makes room for two sockets for each connection. A limit that is higher stays.
+// filesBesides is how many descriptors the proxy needs besides its connections', each of which takes two.
+const filesBesides = 256
+
+// raiseFiles makes room for two sockets for each connection, as far as this process may (CAP_SYS_RESOURCE
+// raises the hard limit). A limit that is higher stays.
 func raiseFiles(connections uint32) error {
-	const others = 256
-	want := 2*uint64(connections) + others
+	want := 2*uint64(connections) + filesBesides
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return fmt.Errorf("read limit of open files: %w", err)
 	}
-	if limit.Max >= want && limit.Cur >= want {
-		return nil
+	wanted := syscall.Rlimit{Cur: max(limit.Cur, want), Max: max(limit.Max, want)}
+	err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &wanted)
+	if errors.Is(err, syscall.EPERM) {
+		err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: limit.Max, Max: limit.Max})
 	}
-	limit.Cur, limit.Max = max(limit.Cur, want), max(limit.Max, want)
-	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+	if err != nil {
 		return fmt.Errorf("raise limit of open files to %d: %w", want, err)
 	}
 	return nil
+}
+
+// fitConnections lowers the number of connections to what the limit of open files holds.
+func fitConnections(want uint32, log *slog.Logger) (int, error) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("read limit of open files: %w", err)
+	}
+	if limit.Cur >= 2*uint64(want)+filesBesides {
+		return int(want), nil
+	}
+	if limit.Cur < filesBesides+2 {
+		return 0, fmt.Errorf("limit of open files is %d: raise it (LimitNOFILE=) to %d", limit.Cur, 2*uint64(want)+filesBesides)
+	}
+	fits := int(limit.Cur-filesBesides) / 2
+	log.Warn("fewer connections than configured: raise the limit of open files (LimitNOFILE=)",
+		"connections", fits, "configured", want, "files", limit.Cur)
+	return fits, nil
 }

@@ -71,9 +71,13 @@ func awaitIdentity(ctx context.Context, source *identity.Source, log *slog.Logge
 }
 
 func newProxy(c policy.ProxyConfig, source *identity.Source, file *proxy.PolicyFile, reporter *proxy.Reporter, log *slog.Logger) (*proxy.Proxy, error) {
+	connections, err := fitConnections(c.MaxConnections, log)
+	if err != nil {
+		return nil, err
+	}
 	return proxy.New(proxy.Config{
 		ListenPort:       c.ListenPort,
-		MaxConnections:   int(c.MaxConnections),
+		MaxConnections:   connections,
 		HandshakeTimeout: c.HandshakeTimeout.Duration,
 		IdleTimeout:      c.IdleTimeout.Duration,
 		DialTimeout:      c.DialTimeout.Duration,

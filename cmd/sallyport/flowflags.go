@@ -13,6 +13,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
+// newestRecords is how many records are shown if nothing else is said.
+const newestRecords = 1000
+
 // flowFlags are the flags that choose flow records.
 type flowFlags struct {
 	q            api.FlowQuery
@@ -33,7 +36,7 @@ func (f *flowFlags) add(cmd *cobra.Command) {
 	flags.StringVar(&f.q.Reason, "reason", "", "only this `REASON`")
 	flags.StringVar(&f.since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now")
 	flags.StringVar(&f.until, "until", "", "only before this `TIME`")
-	flags.Uint32Var(&f.q.Limit, "limit", 0, "at most `N` records (0: the collector's own limit)")
+	flags.Uint32Var(&f.q.Limit, "limit", newestRecords, "the newest `N` records")
 	fixed(cmd, "event", []string{"open", "close", "end", "deny", "update"})
 	fixed(cmd, "verdict", []string{"proxied", "bypassed", "denied"})
 	fixed(cmd, "reason", reasonNames())
@@ -44,6 +47,7 @@ func (f *flowFlags) query(now time.Time) (*api.FlowQuery, error) {
 	q := &f.q
 	q.Event, q.Verdict, q.Reason = strings.ToUpper(q.Event), strings.ToUpper(q.Verdict), strings.ToUpper(q.Reason)
 	checks := []error{
+		positive("limit", q.Limit),
 		word("event", q.Event, flow.ParseEvent),
 		word("verdict", q.Verdict, flow.ParseVerdict),
 		word("reason", q.Reason, flow.ParseReason),
@@ -57,6 +61,13 @@ func (f *flowFlags) query(now time.Time) (*api.FlowQuery, error) {
 		}
 	}
 	return q, nil
+}
+
+func positive(flag string, n uint32) error {
+	if n > 0 {
+		return nil
+	}
+	return withHint(fmt.Errorf("read --%s: 0 records are none", flag), "write a number from 1 on")
 }
 
 func word[T any](flag, value string, parse func(string) (T, error)) error {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"iter"
+	"math"
 
 	"github.com/spf13/cobra"
 
@@ -51,16 +52,16 @@ func (c *cli) agentFlows(ctx context.Context, q *api.FlowQuery) error {
 		read = c.followAgent
 	}
 	return read(ctx, func(ctx context.Context, a *client.Agent) error {
-		return c.showFlows(a.Flows(ctx, q))
+		return c.showFlows(q, a.Flows(ctx, q))
 	})
 }
 
 func (c *cli) collectorFlows(ctx context.Context, q *api.FlowQuery) error {
 	return c.withAudit(ctx, q.GetFollow(), func(ctx context.Context, a *client.Audit) error {
-		if err := c.showFlows(a.Flows(ctx, q)); err != nil || ctx.Err() != nil {
+		if err := c.showFlows(q, a.Flows(ctx, q)); err != nil || ctx.Err() != nil {
 			return err
 		}
-		return c.noteLosses(a.Losses(ctx, &api.LossQuery{Node: q.GetNode()}))
+		return c.noteLosses(a.Losses(ctx, &api.LossQuery{Node: q.GetNode(), Limit: math.MaxInt32}))
 	})
 }
 
@@ -69,8 +70,13 @@ var flowColumns = []column{
 	{"SERVICE", 12}, {"TO SERVER", 12}, {"TO CLIENT", 12}, {"COUNT", 5}, {"IDENTITY OR GRANT", 26}, {"DETAIL", 0},
 }
 
-func (c *cli) showFlows(flows iter.Seq2[*api.StoredFlow, error]) error {
-	return showStream(c, flowColumns, flows, flowCells)
+// showFlows says so where the limit may have left older records out.
+func (c *cli) showFlows(q *api.FlowQuery, flows iter.Seq2[*api.StoredFlow, error]) error {
+	shown, err := showStream(c, flowColumns, flows, flowCells)
+	if err == nil && !q.GetFollow() && shown == int(q.GetLimit()) {
+		c.note("only the newest %s; --limit shows more", plural(shown, "record"))
+	}
+	return err
 }
 
 func flowCells(s *api.StoredFlow) []string {
@@ -91,7 +97,8 @@ func (c *cli) showLosses(ctx context.Context, q *api.LossQuery) error {
 		return withHint(usagef("--losses needs the collector"), "name the collector with --collector; `sallyport status` counts this node's losses")
 	}
 	return c.withAudit(ctx, false, func(ctx context.Context, a *client.Audit) error {
-		return showStream(c, lossColumns, a.Losses(ctx, q), lossCells)
+		_, err := showStream(c, lossColumns, a.Losses(ctx, q), lossCells)
+		return err
 	})
 }
 

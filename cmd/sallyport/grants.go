@@ -27,7 +27,8 @@ func (c *cli) grants() *cobra.Command {
 				return &exitError{exitUsage, err}
 			}
 			return c.withAudit(cmd.Context(), q.Follow, func(ctx context.Context, a *client.Audit) error {
-				return showStream(c, grantEventColumns, a.GrantEvents(ctx, &q), grantEventCells)
+				_, err := showStream(c, grantEventColumns, a.GrantEvents(ctx, &q), grantEventCells)
+				return err
 			})
 		},
 	}
@@ -37,7 +38,7 @@ func (c *cli) grants() *cobra.Command {
 	f.StringVar(&q.Node, "node", "", "only of this `NODE` (collector only)")
 	f.StringVar(&q.Grant, "grant", "", "only of this grant `ID` (collector only)")
 	f.StringVar(&since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now (collector only)")
-	f.Uint32Var(&q.Limit, "limit", 0, "at most `N` events (collector only)")
+	f.Uint32Var(&q.Limit, "limit", newestRecords, "the newest `N` events (collector only)")
 	return cmd
 }
 

@@ -6,16 +6,17 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// showStream writes results as they come: lines of a table, or one object per line.
-func showStream[M proto.Message](c *cli, columns []column, results iter.Seq2[M, error], cells func(M) []string) error {
+// showStream writes results as they come: lines of a table, or one object per line. It gives how
+// many there were.
+func showStream[M proto.Message](c *cli, columns []column, results iter.Seq2[M, error], cells func(M) []string) (shown int, err error) {
 	if c.output == formatTable {
 		if err := writeColumns(c.stdout, columns, titles(columns)); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	for result, err := range results {
 		if err != nil {
-			return err
+			return shown, err
 		}
 		if c.output == formatTable {
 			err = writeColumns(c.stdout, columns, cells(result))
@@ -23,8 +24,9 @@ func showStream[M proto.Message](c *cli, columns []column, results iter.Seq2[M, 
 			err = c.showObject(result)
 		}
 		if err != nil {
-			return err
+			return shown, err
 		}
+		shown++
 	}
-	return nil
+	return shown, nil
 }

@@ -37,6 +37,7 @@ type node struct {
 	lock      *lock
 	store     *store.Store
 	px        *px.Namespace
+	freshPx   bool // px was not there before
 	datapath  *datapath.Datapath
 	identity  *identity.Source // nil without a collector
 	audit     *audit.Streamer
@@ -54,7 +55,7 @@ type node struct {
 }
 
 // Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
-// needs root. Hint gives the next step for its errors.
+// needs root. Describe gives the next step for its errors.
 func Run(ctx context.Context, o Options) error {
 	cfg, err := loadConfig(o.ConfigFile)
 	if err != nil {
@@ -82,7 +83,7 @@ func (n *node) parts() []part {
 	return []part{
 		{name: "lock", start: n.takeLock, stop: func() error { return n.lock.release() }},
 		{name: "store", start: n.openStore, stop: func() error { return n.store.Close() }},
-		{name: "px", start: n.makePx, stop: func() error { return n.px.Close() }},
+		{name: "px", start: n.makePx, stop: n.leavePx},
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
 		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
@@ -93,6 +94,7 @@ func (n *node) parts() []part {
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
+		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -120,8 +122,25 @@ func (n *node) openStore(context.Context) (err error) {
 }
 
 func (n *node) makePx(context.Context) (err error) {
+	before, err := px.Open(n.cfg.PxPath())
+	if err == nil {
+		err = before.Close()
+	} else if errors.Is(err, px.ErrNotThere) {
+		n.freshPx, err = true, nil
+	}
+	if err != nil {
+		return err
+	}
 	n.px, err = px.Create(px.Config{Path: n.cfg.PxPath()})
 	return err
+}
+
+// leavePx keeps px for the proxy, unless it was made for a datapath that could then not be opened.
+func (n *node) leavePx() error {
+	if n.freshPx && n.datapath == nil {
+		return n.px.Remove()
+	}
+	return n.px.Close()
 }
 
 func (n *node) openDatapath(context.Context) (err error) {
@@ -215,6 +234,10 @@ func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild()
 
 func (n *node) sweeper() *sweeper {
 	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+}
+
+func (n *node) pxWatch() *pxWatch {
+	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
 }
 
 func (n *node) keeper() *keeper {

@@ -46,7 +46,7 @@ func runAgentProcess(command string) int {
 		fmt.Println(removed.Describe())
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "error: %v\nhint: %s\n", err, Hint(err))
+		fmt.Fprintln(os.Stderr, Describe(err))
 		return 1
 	}
 	return 0
@@ -204,7 +204,7 @@ func (l *life) kill() {
 // states are the grants' states by id; open the ids that have an open path.
 func (l *life) states() (states map[string]string, open map[string]int) {
 	l.t.Helper()
-	rows, err := l.grants.all(l.t.Context())
+	rows, err := l.all(l.t.Context())
 	must(l.t, err)
 	states, open = make(map[string]string), make(map[string]int)
 	for _, row := range rows {

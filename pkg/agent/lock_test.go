@@ -38,7 +38,7 @@ func TestLockRefusesSymlink(t *testing.T) {
 		t.Fatal(err)
 	}
 	if l, err := takeLock(link); err == nil {
-		l.release()
+		must(t, l.release())
 		t.Error("a symlink was followed")
 	}
 }

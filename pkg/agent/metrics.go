@@ -24,7 +24,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 type metrics struct {
 	node *node
 
-	build, ready, proxy, generation, lease, problems, devices, paths, packets, bytes, records, grants, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, devices, paths, packets, bytes, records, grants, lost, spool, shed,
 	failed *prometheus.Desc
 }
 
@@ -34,6 +34,7 @@ func newMetrics(n *node) *metrics {
 		build:      desc("build_info", "Version of the agent; always 1.", "version"),
 		ready:      desc("ready", "1 if probes crossed the hooks."),
 		proxy:      desc("proxy_listening", "1 if the proxy listens in px."),
+		reporting:  desc("proxy_reporting", "1 if a proxy hands over its flow records."),
 		generation: desc("services_generation", "Generation of the services table in force."),
 		lease:      desc("lease_left_seconds", "How long the kernel admits new bypassed flows without the agent."),
 		problems:   desc("problems", "Problems that stand now, by class.", "class"),
@@ -52,7 +53,7 @@ func newMetrics(n *node) *metrics {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.generation, m.lease, m.problems, m.devices, m.paths,
+	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.devices, m.paths,
 		m.packets, m.bytes, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
 		ch <- d
 	}
@@ -83,6 +84,7 @@ func truth(b bool) float64 {
 func (m *metrics) own(ch chan<- prometheus.Metric) {
 	gauge(ch, m.build, 1, m.node.opt.Version)
 	gauge(ch, m.ready, truth(m.node.readiness.state() == nil))
+	gauge(ch, m.reporting, truth(m.node.reports.connected()))
 	if e := m.node.resources.current(); e != nil {
 		gauge(ch, m.generation, float64(e.generation))
 	}

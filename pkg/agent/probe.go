@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -26,42 +27,62 @@ type probe struct {
 	counters func() (map[flow.Reason]datapath.Counter, error)
 }
 
-// cross connects to a protected address. crossed is told by the steering counters, not by the connection: whoever
-// answers, answers. accepted tells that the proxy took it.
-func (p probe) cross(ctx context.Context, target netip.AddrPort) (crossed, accepted bool, err error) {
+// cross connects to a protected address until a steering counter has moved. The connection itself tells nothing: whoever
+// answers, answers.
+func (p probe) cross(ctx context.Context, target netip.AddrPort) error {
 	before, err := p.counters()
 	if err != nil {
-		return false, false, fmt.Errorf("probe %s: %w", target, err)
+		return fmt.Errorf("probe %s: %w", target, err)
 	}
-	dialer := net.Dialer{Timeout: probeTimeout}
-	dialer.SetMultipathTCP(false)
-	conn, dialErr := dialer.DialContext(ctx, "tcp", target.String())
-	if dialErr == nil {
-		conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	answered := connect(ctx, target)
+	look := time.NewTicker(2 * time.Millisecond)
+	defer look.Stop()
+	for last := false; ; {
+		after, err := p.counters()
+		if err != nil {
+			return fmt.Errorf("probe %s: %w", target, err)
+		}
+		if moved(before, after) {
+			return nil
+		}
+		if last {
+			return fmt.Errorf("probe %s: %w", target, errNotCrossed)
+		}
+		select {
+		case <-answered: // or given up: what its packets did is counted by now
+			last = true
+		case <-look.C:
+		}
 	}
-	after, err := p.counters()
-	if err != nil {
-		return false, false, fmt.Errorf("probe %s: %w", target, err)
-	}
-	for _, r := range steered {
-		crossed = crossed || after[r].Packets > before[r].Packets
-	}
-	accepted = dialErr == nil && after[flow.ReasonPxAccept].Packets > before[flow.ReasonPxAccept].Packets
-	return crossed, accepted, nil
+}
+
+func moved(before, after map[flow.Reason]datapath.Counter) bool {
+	return slices.ContainsFunc(steered, func(r flow.Reason) bool { return after[r].Packets > before[r].Packets })
+}
+
+// connect tries to connect until ctx ends, hangs up at once, and closes the channel then.
+func connect(ctx context.Context, target netip.AddrPort) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		dialer := net.Dialer{}
+		dialer.SetMultipathTCP(false)
+		if conn, err := dialer.DialContext(ctx, "tcp", target.String()); err == nil {
+			conn.Close()
+		}
+	}()
+	return done
 }
 
 // all probes every target; the error names those that met no hook.
-func (p probe) all(ctx context.Context, targets []netip.AddrPort) (accepted bool, err error) {
+func (p probe) all(ctx context.Context, targets []netip.AddrPort) error {
 	var errs []error
 	for _, t := range targets {
-		crossed, ok, err := p.cross(ctx, t)
-		accepted = accepted || ok
-		if err == nil && !crossed {
-			err = fmt.Errorf("probe %s: %w", t, errNotCrossed)
-		}
-		errs = append(errs, err)
+		errs = append(errs, p.cross(ctx, t))
 	}
-	return accepted, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // probeTargets picks what to connect to: one service of each kind in each address family.

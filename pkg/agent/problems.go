@@ -13,6 +13,7 @@ type problemClass string
 // Classes of problems.
 const (
 	problemResources problemClass = "resources"
+	problemPx        problemClass = "px"
 	problemDevice    problemClass = "device"
 	problemIgnored   problemClass = "ignored_device"
 	problemService   problemClass = "service"
@@ -24,7 +25,7 @@ const (
 	problemAudit     problemClass = "audit"
 )
 
-var problemClasses = []problemClass{problemResources, problemDevice, problemIgnored, problemService, problemLease,
+var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit}
 
 type problemKey struct {

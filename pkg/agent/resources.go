@@ -187,14 +187,18 @@ func (r *resources) Run(ctx context.Context) error {
 			return nil
 		case <-watcher.Events:
 			quiet.Reset(settle)
-		case <-watcher.Errors: // an overflow: look at all of it
-			quiet.Reset(settle)
+		case err := <-watcher.Errors: // an overflow: look at all of it
+			if err != nil {
+				quiet.Reset(settle)
+			}
 		case <-r.kick:
 			quiet.Reset(0)
 		case <-resync.C:
 			quiet.Reset(0)
 		case <-quiet.C:
-			// A directory that is not there is told of by reload; adding one that is watched changes nothing.
+			// The parent tells when the directory comes back. What cannot be watched is told of by reload, and adding
+			// what is watched already changes nothing.
+			_ = watcher.Add(filepath.Dir(r.dir))
 			_ = watcher.Add(r.dir)
 			r.reload()
 		}

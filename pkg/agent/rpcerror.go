@@ -34,49 +34,48 @@ var known = []struct {
 	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
 }
 
-// Hint is the next step for an error of this package: a line for each, or nothing.
-func Hint(err error) string {
-	var hints []string
+// Describe tells an error of this package in lines: each problem, and after it "hint: " with its next step.
+func Describe(err error) string {
+	var lines []string
 	for _, e := range policy.Errors(err) {
-		if e.Hint != "" {
-			hints = append(hints, e.Hint)
+		lines = append(lines, e.Error())
+		if hint := hintOf(e); hint != "" {
+			lines = append(lines, "hint: "+hint)
 		}
 	}
-	if len(hints) > 0 {
-		return strings.Join(hints, "\n")
+	return strings.Join(lines, "\n")
+}
+
+func hintOf(e *policy.Error) string {
+	if e.Hint != "" {
+		return e.Hint
 	}
 	for _, k := range known {
-		if errors.Is(err, k.is) {
+		if errors.Is(e, k.is) {
 			return k.hint
 		}
 	}
 	return ""
 }
 
-// toStatus makes of an error what a caller sees: every problem on a line of its own, each with its next step.
+// toStatus makes of an error what a caller sees. A wrong field is the caller's; anything else has the code of its cause.
 func toStatus(err error) error {
 	if err == nil {
 		return nil
 	}
-	var lines []string
-	fields := false
+	return status.Error(codeOf(err), Describe(err))
+}
+
+func codeOf(err error) codes.Code {
 	for _, e := range policy.Errors(err) {
-		lines = append(lines, e.Error())
-		if e.Hint != "" {
-			lines = append(lines, "hint: "+e.Hint)
+		if e.Field != "" {
+			return codes.InvalidArgument
 		}
-		fields = fields || e.Field != ""
-	}
-	code := codes.Internal
-	if fields {
-		code = codes.InvalidArgument
 	}
 	for _, k := range known {
-		if errors.Is(err, k.is) && !fields {
-			code = k.code
-			lines = []string{err.Error(), "hint: " + k.hint}
-			break
+		if errors.Is(err, k.is) {
+			return k.code
 		}
 	}
-	return status.Error(code, strings.Join(lines, "\n"))
+	return codes.Internal
 }

@@ -70,12 +70,3 @@ func (e *endpoint) stop() {
 	defer cut.Stop()
 	e.server.GracefulStop()
 }
-
-// close takes back what newEndpoint made, where Run was never called.
-func (e *endpoint) close() error {
-	e.server.Stop()
-	if err := e.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-		return err
-	}
-	return nil
-}

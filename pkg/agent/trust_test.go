@@ -42,6 +42,20 @@ func TestCheckTrustedDir(t *testing.T) {
 			}
 		})
 	}
+	parent := filepath.Join(t.TempDir(), "parent")
+	must(t, os.MkdirAll(filepath.Join(parent, "resources.d"), 0o755))
+	must(t, os.Chmod(parent, 0o777))
+	if err := checkTrustedDir(filepath.Join(parent, "resources.d")); !errors.Is(err, ErrUntrusted) {
+		t.Errorf("a directory that can be replaced: %v", err)
+	}
+	must(t, os.Chmod(parent, 0o777|os.ModeSticky))
+	must(t, checkTrustedDir(filepath.Join(parent, "resources.d")))
+	link := filepath.Join(t.TempDir(), "link")
+	must(t, os.Symlink(filepath.Join(parent, "resources.d"), link))
+	must(t, os.Chmod(parent, 0o777))
+	if err := checkTrusted(link); !errors.Is(err, ErrUntrusted) {
+		t.Errorf("a link to what can be replaced: %v", err)
+	}
 	if err := checkTrustedDir(filepath.Join(t.TempDir(), "absent")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("absent directory: %v", err)
 	}

@@ -12,7 +12,9 @@
 // that was killed leaves the exact count, and the next one reports the difference with cause
 // agent_restart. A mapping does not survive a power loss. Therefore numbers are also reserved durably
 // in blocks, nothing above the reservation is ever sent, and after a power loss the rest of the block
-// is reported with at_most. An orderly stop leaves the records themselves in the store and loses none.
+// is reported with at_most. (Blocks grow with the rate. A burst that outruns the disk for a moment is
+// not held up by it, so a power loss in that moment can take more than the bound says.) An orderly stop
+// leaves the records themselves in the store and loses none.
 //
 // Classes. Grant events and opens of bypassed flows are critical: they are in the store, on disk,
 // until the collector has them. Everything else is of the flow class and lives in bounded memory,
@@ -77,8 +79,10 @@ const (
 	defaultFlowBuffer = 65536
 	// queueLimit is how many critical flow records may wait for the disk.
 	queueLimit = 4096
-	// reserveBlock bounds what a power loss leaves unknown.
-	reserveBlock = 4096
+	// A block of reserved numbers bounds what a power loss leaves unknown. It doubles while a block
+	// lasts less than reserveLasts, and halves again.
+	minBlock, maxBlock = 4096, 1 << 20
+	reserveLasts       = time.Second
 	// maxLost keeps one report of losses from using up the numbers.
 	maxLost = 1 << 40
 	// stopTimeout bounds the writes of an orderly stop.
@@ -93,6 +97,7 @@ type Streamer struct {
 	mu       sync.Mutex // guards what follows, and is never held over I/O
 	buf      *buffer
 	reserved uint64
+	block    uint64 // numbers that reserved is ahead after a reservation
 	stopped  bool
 	state    connState
 	queue    queue
@@ -138,7 +143,7 @@ func (s *Streamer) takeOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.buf = restore(st, s.cfg.FlowBuffer, time.Now())
+	s.buf, s.block = restore(st, s.cfg.FlowBuffer, time.Now()), minBlock
 	return s.reserve(ctx)
 }
 
@@ -201,7 +206,7 @@ func (s *Streamer) number(take func()) {
 	}
 	take()
 	s.cfg.Store.CountFlow(s.buf.last)
-	if s.buf.last+reserveBlock/2 > s.reserved {
+	if s.buf.last+s.block/2 > s.reserved {
 		wake(s.wakeReserve)
 	}
 	wake(s.wakeSend)
@@ -253,21 +258,34 @@ func (s *Streamer) save(ctx context.Context) error {
 // runReserve keeps the durable reservation ahead of the numbers.
 func (s *Streamer) runReserve(ctx context.Context) {
 	var retry backoff
+	last := time.Now()
 	for {
 		select {
 		case <-s.wakeReserve:
 		case <-ctx.Done():
 			return
 		}
+		s.resize(time.Since(last))
 		for s.reserve(ctx) != nil && retry.wait(ctx) {
 		}
-		retry = backoff{}
+		retry, last = backoff{}, time.Now()
+	}
+}
+
+// resize fits the block to the rate: lasted is how long the one before did.
+func (s *Streamer) resize(lasted time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if lasted < reserveLasts {
+		s.block = min(2*s.block, maxBlock)
+	} else {
+		s.block = max(s.block/2, minBlock)
 	}
 }
 
 func (s *Streamer) reserve(ctx context.Context) error {
 	s.mu.Lock()
-	upTo, acked := s.buf.last+reserveBlock, s.buf.base
+	upTo, acked := s.buf.last+s.block, s.buf.base
 	s.mu.Unlock()
 	err := s.cfg.Store.ReserveFlow(ctx, upTo, acked)
 	s.noteStore(ctx, err)
@@ -275,7 +293,7 @@ func (s *Streamer) reserve(ctx context.Context) error {
 		return err
 	}
 	s.mu.Lock()
-	s.reserved = upTo
+	s.reserved = max(s.reserved, upTo)
 	s.mu.Unlock()
 	wake(s.wakeSend)
 	return nil

@@ -19,7 +19,7 @@ type buffer struct {
 	base  uint64 // the collector has everything up to here
 	last  uint64 // the last number given out
 	lost  []span // ascending, without gaps, directly above base
-	held  []item // ascending, without gaps, directly above lost
+	held  fifo   // ascending, without gaps, directly above lost
 	shed  uint64 // numbers that this buffer had to let go, ever
 }
 
@@ -47,7 +47,7 @@ type item struct {
 	loss        *span
 }
 
-func (i item) when() time.Time {
+func (i *item) when() time.Time {
 	if i.wire != nil {
 		return wireTime(i.wire.GetTime())
 	}
@@ -65,24 +65,25 @@ func (b *buffer) add(r flow.Record) uint64 {
 func (b *buffer) lose(s span, n uint64) {
 	s.first, s.last = b.last+1, b.last+n
 	b.last = s.last
-	if k := len(b.held); k > 0 && b.held[k-1].loss != nil && b.held[k-1].loss.alike(s) {
-		h := &b.held[k-1]
-		h.last, h.loss.last, h.loss.to = s.last, s.last, s.to
-		return
+	if k := b.held.len(); k > 0 {
+		if h := b.held.at(k - 1); h.loss != nil && h.loss.alike(s) {
+			h.last, h.loss.last, h.loss.to = s.last, s.last, s.to
+			return
+		}
 	}
 	b.push(item{first: s.first, last: s.last, loss: &s})
 }
 
 func (b *buffer) push(i item) {
-	b.held = append(b.held, i)
-	for len(b.held) > b.limit {
+	b.held.push(i)
+	for b.held.len() > b.limit {
 		b.shedOldest()
 	}
 }
 
 func (b *buffer) shedOldest() {
-	i := b.held[0]
-	b.dropHeld(1)
+	i := *b.held.at(0)
+	b.held.drop(1)
 	if i.loss != nil {
 		b.appendLost(*i.loss)
 		return
@@ -104,12 +105,6 @@ func (b *buffer) appendLost(s span) {
 	}
 }
 
-// dropHeld forgets the n oldest items, and lets the garbage collector have them.
-func (b *buffer) dropHeld(n int) {
-	clear(b.held[:n])
-	b.held = b.held[n:]
-}
-
 // ack forgets what the collector has: everything up to n. A record that was shed after it had been
 // sent is thereby no loss.
 func (b *buffer) ack(n uint64) {
@@ -123,11 +118,18 @@ func (b *buffer) ack(n uint64) {
 	if len(b.lost) > 0 {
 		b.lost[0].first = max(b.lost[0].first, n+1)
 	}
-	b.dropHeld(sort.Search(len(b.held), func(i int) bool { return b.held[i].last > n }))
-	if len(b.held) > 0 && b.held[0].first <= n {
-		b.held[0].first = n + 1
-		b.held[0].loss.first = n + 1
+	b.held.drop(b.firstAbove(n))
+	if b.held.len() == 0 {
+		return
 	}
+	if h := b.held.at(0); h.first <= n {
+		h.first, h.loss.first = n+1, n+1
+	}
+}
+
+// firstAbove finds the first held item with a number above n.
+func (b *buffer) firstAbove(n uint64) int {
+	return sort.Search(b.held.len(), func(i int) bool { return b.held.at(i).last > n })
 }
 
 // forgotten is for a collector that has less than it once acknowledged: what is gone becomes a loss.
@@ -153,14 +155,13 @@ func (b *buffer) after(cursor, reserved uint64, limit int) []*api.Entry {
 			out = append(out, s.entry(cursor, reserved))
 		}
 	}
-	i := sort.Search(len(b.held), func(i int) bool { return b.held[i].last > cursor })
-	for ; i < len(b.held) && len(out) < limit && b.held[i].first <= reserved; i++ {
-		out = append(out, b.held[i].entry(cursor, reserved))
+	for i := b.firstAbove(cursor); i < b.held.len() && len(out) < limit && b.held.at(i).first <= reserved; i++ {
+		out = append(out, b.held.at(i).entry(cursor, reserved))
 	}
 	return out
 }
 
-func (i item) entry(cursor, reserved uint64) *api.Entry {
+func (i *item) entry(cursor, reserved uint64) *api.Entry {
 	switch {
 	case i.loss != nil:
 		return i.loss.entry(cursor, reserved)
@@ -181,7 +182,7 @@ func (s span) entry(cursor, reserved uint64) *api.Entry {
 // spool is everything that the collector does not have, for the next process.
 func (b *buffer) spool() ([]store.Entry, error) {
 	var out []store.Entry
-	for _, e := range b.after(b.base, b.last, len(b.lost)+len(b.held)) {
+	for _, e := range b.after(b.base, b.last, len(b.lost)+b.held.len()) {
 		data, err := proto.Marshal(e)
 		if err != nil {
 			return nil, err
@@ -238,8 +239,8 @@ func (b *buffer) restart(seq, unsure uint64, now time.Time) {
 // records counts what is held and not lost.
 func (b *buffer) records() uint64 {
 	var n uint64
-	for _, i := range b.held {
-		if i.loss == nil {
+	for i := range b.held.len() {
+		if b.held.at(i).loss == nil {
 			n++
 		}
 	}

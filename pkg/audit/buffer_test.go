@@ -79,7 +79,10 @@ func TestBufferAccounts(t *testing.T) {
 				p.lose(1 + rng.Uint64N(5))
 			case 3: // a batch arrives
 				reserved := p.buf.last - min(p.buf.last, rng.Uint64N(4))
-				for _, e := range p.buf.after(sent, max(reserved, sent), 1+rng.IntN(10)) {
+				for _, e := range p.buf.after(sent, reserved, 1+rng.IntN(10)) {
+					if e.GetSeq() > reserved {
+						t.Fatalf("number %d is sent, reserved is up to %d", e.GetSeq(), reserved)
+					}
 					l.take(t, e)
 					sent = e.GetSeq()
 				}
@@ -89,11 +92,34 @@ func TestBufferAccounts(t *testing.T) {
 				p.buf.ack(l.seq)
 				sent = l.seq
 			}
+			checkCover(t, p.buf)
 		}
 		finish(t, p, l)
 		if got := l.losses[StageKernelRing+"/full"]; got != p.kernel {
 			t.Fatalf("seed %d: %d losses reported by the kernel, %d arrived", seed, p.kernel, got)
 		}
+	}
+}
+
+// checkCover holds that every number above base and up to last is somewhere, once.
+func checkCover(t *testing.T, b *buffer) {
+	t.Helper()
+	next := b.base + 1
+	for _, s := range b.lost {
+		if s.first != next || s.last < s.first {
+			t.Fatalf("lost is %d to %d, want it from %d", s.first, s.last, next)
+		}
+		next = s.last + 1
+	}
+	for k := range b.held.len() {
+		i := b.held.at(k)
+		if i.first != next || i.last < i.first || (i.loss == nil && i.last != i.first) {
+			t.Fatalf("held is %d to %d, want it from %d", i.first, i.last, next)
+		}
+		next = i.last + 1
+	}
+	if next != b.last+1 {
+		t.Fatalf("numbers end at %d, want %d", next-1, b.last)
 	}
 }
 
@@ -112,8 +138,8 @@ func finish(t *testing.T, p *producer, l *ledger) {
 			t.Fatalf("number %d is %q, produced was %q", n, id, p.records[n])
 		}
 	}
-	if len(p.buf.held)+len(p.buf.lost) != 0 {
-		t.Fatalf("%d held and %d lost after everything was acknowledged", len(p.buf.held), len(p.buf.lost))
+	if p.buf.held.len()+len(p.buf.lost) != 0 {
+		t.Fatalf("%d held and %d lost after everything was acknowledged", p.buf.held.len(), len(p.buf.lost))
 	}
 }
 

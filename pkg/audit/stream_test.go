@@ -33,7 +33,7 @@ var (
 	domain      = spiffeid.RequireTrustDomainFromString("example.org")
 	collectorID = spiffeid.RequireFromPath(domain, "/sallyport/collector")
 	agentID     = spiffeid.RequireFromPath(domain, "/sallyport/agent/node-1")
-	silent      = slog.New(slog.NewTextHandler(io.Discard, nil))
+	silent      = slog.New(slog.DiscardHandler)
 )
 
 type identity struct {
@@ -53,14 +53,14 @@ func must[T any](v T, err error) func(testing.TB) T {
 
 // site is a node and a collector on this machine, each of which may come and go.
 type site struct {
-	t         *testing.T
+	t         testing.TB
 	dir       string
 	address   string
 	agent     identity
 	collector identity
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t testing.TB) *site {
 	t.Helper()
 	auth := must(devauthority.New(domain, devauthority.Options{}))(t)
 	l := must(net.Listen("tcp", "127.0.0.1:0"))(t) // a port of our own
@@ -118,7 +118,7 @@ func (s *site) startNode(flowBuffer int) *node {
 }
 
 // drained waits until the collector has everything.
-func (n *node) drained(t *testing.T) audit.Status {
+func (n *node) drained(t testing.TB) audit.Status {
 	t.Helper()
 	var st audit.Status
 	waitFor(t, func() bool {
@@ -128,7 +128,7 @@ func (n *node) drained(t *testing.T) audit.Status {
 	return st
 }
 
-func waitFor(t *testing.T, ready func() bool, what func() string) {
+func waitFor(t testing.TB, ready func() bool, what func() string) {
 	t.Helper()
 	deadline := time.After(60 * time.Second)
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -186,7 +186,7 @@ func (s *site) held() map[api.Class]*held {
 	return out
 }
 
-func drain[M any](t *testing.T, stream grpc.ServerStreamingClient[M], err error) (out []*M) {
+func drain[M any](t testing.TB, stream grpc.ServerStreamingClient[M], err error) (out []*M) {
 	t.Helper()
 	for err == nil {
 		var m *M
@@ -321,22 +321,56 @@ func TestWrongCollector(t *testing.T) {
 func TestStoreSetBack(t *testing.T) {
 	s := newSite(t)
 	defer s.startCollector()()
-	state, backup := filepath.Join(s.dir, "state"), filepath.Join(s.dir, "backup")
 	for _, id := range []string{"a", "b"} {
 		n := s.startNode(10)
 		n.Flow(proxied(id))
 		n.drained(t)
 		n.stop()
 		if id == "a" {
-			if err := os.CopyFS(backup, os.DirFS(state)); err != nil {
-				t.Fatal(err)
-			}
+			s.backup()
 		}
 	}
-	if err := errors.Join(os.RemoveAll(state), os.Rename(backup, state)); err != nil {
-		t.Fatal(err)
-	}
+	s.restore()
 	n := s.startNode(10)
 	waitFor(t, func() bool { return strings.Contains(must(n.Status(t.Context()))(t).Problem, "set back") },
 		func() string { return must(n.Status(t.Context()))(t).Problem })
+}
+
+// A collector that has what it never got to acknowledge says so in its Welcome, and that is enough.
+func TestAcknowledgementLost(t *testing.T) {
+	s := newSite(t)
+	n := s.startNode(100)
+	for i := range 10 {
+		n.Flow(proxied(fmt.Sprint(i)))
+		if err := n.Critical(t.Context(), bypassed(fmt.Sprint(i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.stop()
+	s.backup()
+	defer s.startCollector()()
+	n = s.startNode(100)
+	n.drained(t)
+	n.stop()
+	s.restore()
+	n = s.startNode(100)
+	n.drained(t)
+	for _, h := range s.held() {
+		h.check(t, 10)
+	}
+}
+
+func (s *site) backup() {
+	s.t.Helper()
+	if err := os.CopyFS(filepath.Join(s.dir, "backup"), os.DirFS(filepath.Join(s.dir, "state"))); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) restore() {
+	s.t.Helper()
+	state := filepath.Join(s.dir, "state")
+	if err := errors.Join(os.RemoveAll(state), os.Rename(filepath.Join(s.dir, "backup"), state)); err != nil {
+		s.t.Fatal(err)
+	}
 }

@@ -84,20 +84,46 @@ func (a *Agent) Explain(ctx context.Context, q *api.ExplainRequest) (*api.Explai
 }
 
 // Flows gives the flow records in the agent's memory that match q, in the collector's form but
-// with no node, epoch, sequence or time of receipt. With q.Follow it goes on until ctx ends.
+// with no node, epoch, sequence or time of receipt: the newest q.Limit of them, oldest first, or
+// all for 0. With q.Follow it begins with those of the newest q.Limit records that match, and
+// goes on until ctx ends.
 func (a *Agent) Flows(ctx context.Context, q *api.FlowQuery) iter.Seq2[*api.StoredFlow, error] {
-	request := &api.AgentFlowsRequest{Follow: q.GetFollow()}
+	if q.GetFollow() {
+		return a.matching(ctx, q, &api.AgentFlowsRequest{Follow: true, Limit: q.GetLimit()})
+	}
+	return newest(q.GetLimit(), a.matching(ctx, q, &api.AgentFlowsRequest{}))
+}
+
+// matching chooses on our side: the agent does not.
+func (a *Agent) matching(ctx context.Context, q *api.FlowQuery, request *api.AgentFlowsRequest) iter.Seq2[*api.StoredFlow, error] {
 	return func(yield func(*api.StoredFlow, error) bool) {
-		var given uint32
 		for record, err := range streaming(ctx, a.conn, "read flows", a.rpc.Flows, request) {
 			if err != nil {
 				yield(nil, err)
 				return
 			}
-			if !MatchFlow(q, record) {
-				continue
+			if MatchFlow(q, record) && !yield(&api.StoredFlow{Flow: record}, nil) {
+				return
 			}
-			if given++; !yield(&api.StoredFlow{Flow: record}, nil) || given == q.GetLimit() {
+		}
+	}
+}
+
+// newest gives the last n of a sequence that ends, or all for 0. An error comes in place of them.
+func newest[T any](n uint32, all iter.Seq2[T, error]) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var kept []T
+		for one, err := range all {
+			if err != nil {
+				yield(one, err)
+				return
+			}
+			if kept = append(kept, one); n > 0 && len(kept) > int(n) {
+				kept = kept[1:]
+			}
+		}
+		for _, one := range kept {
+			if !yield(one, nil) {
 				return
 			}
 		}

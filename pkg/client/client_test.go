@@ -37,7 +37,11 @@ func (s *server) Grants(context.Context, *api.GrantsRequest) (*api.GrantsReply, 
 }
 
 func (s *server) Flows(r *api.AgentFlowsRequest, stream grpc.ServerStreamingServer[api.FlowRecord]) error {
-	for _, f := range s.flows {
+	begin := 0
+	if n := int(r.GetLimit()); n > 0 {
+		begin = max(0, len(s.flows)-n)
+	}
+	for _, f := range s.flows[begin:] {
 		if err := stream.Send(f); err != nil {
 			return err
 		}
@@ -170,9 +174,10 @@ func TestFlows(t *testing.T) {
 	}{
 		{&api.FlowQuery{}, 0, "123"},
 		{&api.FlowQuery{Verdict: "DENIED"}, 0, "13"},
-		{&api.FlowQuery{Verdict: "DENIED", Limit: 1}, 0, "1"},
+		{&api.FlowQuery{Verdict: "DENIED", Limit: 1}, 0, "3"},
+		{&api.FlowQuery{Limit: 2}, 0, "23"},
 		{&api.FlowQuery{Follow: true}, 3, "123"},
-		{&api.FlowQuery{Follow: true, Limit: 2}, 0, "12"},
+		{&api.FlowQuery{Follow: true, Limit: 2}, 2, "23"},
 	} {
 		if got := read(c.q, c.most); got != c.want {
 			t.Errorf("%v: got flows %s, want %s", c.q, got, c.want)

@@ -92,7 +92,7 @@ type running struct {
 func start(t *testing.T, ids ids, change func(*Config)) *running {
 	t.Helper()
 	cfg := Config{Dir: filepath.Join(t.TempDir(), "days"), TrustDomain: domain, Source: ids.of("/sallyport/collector"), Listen: "127.0.0.1:0",
-		Readers: []string{"spiffe://example.org/ops/*", "spiffe://example.org/auditor"}, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}
+		Readers: []string{"spiffe://example.org/ops/*", "spiffe://example.org/auditor"}, Logger: slog.New(slog.DiscardHandler)}
 	if change != nil {
 		change(&cfg)
 	}

@@ -291,3 +291,74 @@ func TestRecordsKeepTheirContent(t *testing.T) {
 		t.Errorf("losses are %v", got)
 	}
 }
+
+// A full disk acknowledges nothing and loses nothing: the node goes on where the collector is.
+func TestDiskFull(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 3)...)
+	limit := func(pages int) {
+		t.Helper()
+		must(r.days.all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
+	}
+	limit(40)
+	n.batch(flows, flowEntries(4, 2000)...)
+	n.refused(codes.Unavailable)
+	n, w := r.connect(t, "node-1", epoch1)
+	if w.GetFlowSeq() != 3 {
+		t.Fatalf("welcome: %v", w)
+	}
+	limit(1 << 20)
+	n.store(flows, flowEntries(4, 2000)...)
+	if got := r.flows(t, &api.FlowQuery{Limit: 10000}); len(got) != 2000 {
+		t.Errorf("%d records", len(got))
+	}
+}
+
+// After a take-over the old stream stores nothing, even a batch that had already arrived: the Welcome
+// was an answer for good.
+func TestTakenOver(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	g := newIngest(t.Context(), r.write, r.peers, r.log)
+	session := func() *session { return &session{node: "node-1", epoch: epoch1, over: make(chan struct{})} }
+	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: flows, Epoch: epoch1, Entries: flowEntries(1, 3)}}}
+	first, second := session(), session()
+	g.enter(first)
+	g.enter(second)
+	if _, err := g.take(first, batch); status.Code(err) != codes.Aborted {
+		t.Errorf("batch of the old stream: %v", err)
+	}
+	if ack, err := g.take(second, batch); err != nil || ack.GetSeq() != 3 {
+		t.Errorf("batch of the new stream: %v, %v", ack, err)
+	}
+}
+
+// A commit may take place and still return an error. The marks are what the file says then.
+func TestCommitUnknown(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 3)...)
+	r.write.mu.Lock()
+	clear(r.write.marks) // as if the answer to that commit had been an error
+	r.write.mu.Unlock()
+	n.batch(flows, flowEntries(1, 3)...)
+	n.refused(codes.Unavailable)
+	n, w := r.connect(t, "node-1", epoch1)
+	if w.GetFlowSeq() != 3 {
+		t.Fatalf("welcome: %v", w)
+	}
+	n.store(flows, flowEntries(4, 4)...)
+}
+
+// What is acknowledged has been through fsync.
+func TestSynchronous(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 1)...)
+	for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal"} {
+		var got string
+		if err := r.days.all()[0].writer.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
+			t.Errorf("%s is %s, %v; want %s", pragma, got, err, want)
+		}
+	}
+}

@@ -65,8 +65,17 @@ type sequence struct {
 // marks say how far each sequence is stored.
 type marks map[sequence]uint64
 
-// create makes the tables of a new day, with the marks that hold so far, in one transaction: a file
-// has all of it or nothing.
+// prepare makes the tables of a day that has none: it is new, or it was begun when a process ended.
+func (f *dayFile) prepare(ctx context.Context, m marks) error {
+	_, err := f.marks(ctx)
+	if errors.Is(err, errNoTables) {
+		return f.create(ctx, m)
+	}
+	return err
+}
+
+// create makes the tables, with the marks that hold so far, in one transaction: a file has all of it
+// or nothing.
 func (f *dayFile) create(ctx context.Context, m marks) error {
 	_, err := f.write(func(db *sql.DB) error {
 		tx, err := db.BeginTx(ctx, nil)

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"sync"
 
@@ -63,10 +64,8 @@ func newWriter(d *days) (*writer, error) {
 		break
 	}
 	for _, f := range files {
-		if _, err := f.marks(ctx); errors.Is(err, errNoTables) {
-			if err := f.create(ctx, w.marks); err != nil {
-				return nil, err
-			}
+		if err := f.prepare(ctx, w.marks); err != nil {
+			return nil, err
 		}
 	}
 	d.drop(ctx)
@@ -132,21 +131,37 @@ func (w *writer) commit(group []job) {
 	ctx := context.Background() // what was taken is finished
 	results := make([]result, len(group))
 	reached, err := w.write(ctx, group, results)
-	if err == nil {
-		w.mu.Lock()
-		for s, n := range reached {
-			w.marks[s] = n
-		}
-		close(w.more)
-		w.more = make(chan struct{})
-		w.mu.Unlock()
+	if err != nil { // a commit that failed may yet have taken place: the file knows
+		reached = w.stored(ctx)
 	}
+	w.publish(reached)
 	for i, j := range group {
 		if err != nil {
 			results[i] = result{err: fmt.Errorf("store batch: %w", err)}
 		}
 		j.done <- results[i]
 	}
+}
+
+func (w *writer) publish(reached marks) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	maps.Copy(w.marks, reached)
+	close(w.more)
+	w.more = make(chan struct{})
+}
+
+// stored reads the marks of the newest day, or none if it cannot be read now.
+func (w *writer) stored(ctx context.Context) marks {
+	files := w.days.all()
+	if len(files) == 0 {
+		return nil
+	}
+	m, err := files[len(files)-1].marks(ctx)
+	if err != nil {
+		return nil
+	}
+	return m
 }
 
 func (w *writer) write(ctx context.Context, group []job, results []result) (reached marks, err error) {
@@ -181,12 +196,9 @@ func (w *writer) today(ctx context.Context) (*dayFile, error) {
 		return f, nil
 	}
 	w.mu.Lock()
-	m := make(marks, len(w.marks))
-	for s, n := range w.marks {
-		m[s] = n
-	}
+	m := maps.Clone(w.marks)
 	w.mu.Unlock()
-	if err := f.create(ctx, m); err != nil {
+	if err := f.prepare(ctx, m); err != nil {
 		return nil, errors.Join(err, f.close())
 	}
 	w.days.add(ctx, f)

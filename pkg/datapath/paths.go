@@ -3,7 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -180,13 +179,9 @@ func (d *Datapath) readPath(slot uint32) (PathStatus, error) {
 	if err := d.objs.SpPathState.Lookup(slot, &state); err != nil {
 		return PathStatus{}, fmt.Errorf("read path state %d: %w", slot, err)
 	}
-	return PathStatus{
-		Slot: slot, State: PathState(state.State),
-		Path: Path{Grant: fromLabel(v.Grant), Client: fromAddr(v.Client), ServiceID: v.ServiceId,
-			Service: fromLabel(v.Service), Ports: d.live[slot].Ports, Deadline: time.Duration(v.DeadlineNs)},
-		Flows: v.Flows, BytesToServer: v.BytesToServer, BytesToClient: v.BytesToClient,
-		PacketsToServer: v.PacketsToServer, PacketsToClient: v.PacketsToClient,
-	}, nil
+	s := fromPath(slot, PathState(state.State), &v)
+	s.Ports = d.live[slot].Ports
+	return s, nil
 }
 
 // restorePaths reads which slots are in use, and by what.

@@ -83,8 +83,10 @@ func (f *PolicyFile) await(ctx context.Context, w *fsnotify.Watcher, tick <-chan
 			if filepath.Base(e.Name) == filepath.Base(f.path) {
 				return true
 			}
-		case <-w.Errors: // the queue of events ran over: some were missed
-			return true
+		case err := <-w.Errors: // the queue of events ran over: some were missed
+			if err != nil {
+				return true
+			}
 		case <-tick:
 			return true
 		case <-ctx.Done():

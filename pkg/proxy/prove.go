@@ -91,7 +91,7 @@ func (c *peeked) Read(b []byte) (int, error) {
 		return 1, nil
 	}
 	n, err := c.TCPConn.Read(b)
-	c.ended = c.ended || err == io.EOF
+	c.ended = c.ended || errors.Is(err, io.EOF)
 	return n, err
 }
 
@@ -108,7 +108,7 @@ type client struct {
 // Read gives io.EOF after close_notify alone. Go's TLS takes a bare FIN between records for as good.
 func (c *client) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if err == io.ErrUnexpectedEOF || err == io.EOF && c.raw.ended {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) && c.raw.ended {
 		err = errTruncated
 	}
 	return n, err

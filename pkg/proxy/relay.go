@@ -45,9 +45,11 @@ func (r *relay) run() error {
 		return err
 	}
 	r.close(err)
-	<-done
-	return err
+	return first(err, <-done)
 }
+
+// first is what ended a relay; the other direction ended because of it.
+func first(err, _ error) error { return err }
 
 func (r *relay) close(err error) {
 	if err != nil {
@@ -72,7 +74,7 @@ func (r *relay) serverward() error {
 			}
 		}
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			_ = r.up.CloseWrite() // a service that is gone shows in the other direction
 			return nil
 		case err != nil:

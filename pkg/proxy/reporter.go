@@ -221,7 +221,7 @@ func (r *Reporter) frame(sent uint64) (frame *api.ProxyRecords, last uint64) {
 func (r *Reporter) receive(stream api.ProxyReport_ReportClient) error {
 	for {
 		ack, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return errors.New("agent ended the stream")
 		}
 		if err != nil {
@@ -269,7 +269,7 @@ func receiveError(stream api.ProxyReport_ReportClient, sendErr error) error {
 }
 
 func receiveErrorOf(broken <-chan error, sendErr error) error {
-	if sendErr != io.EOF {
+	if !errors.Is(sendErr, io.EOF) {
 		return sendErr
 	}
 	return <-broken

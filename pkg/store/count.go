@@ -25,12 +25,12 @@ const (
 
 	offEpoch  = 8
 	offBoot   = 40
-	offSeq    = 128
+	offWrites = 128
 	offFlow   = 136
 	offQueued = 144
 )
 
-// readCount says what the process before left: the last seq it saw acknowledged, and whether the
+// readCount says what the process before left: how many writes it saw acknowledged, and whether the
 // counters are of this boot. A file of another epoch means that the database beside it was lost or
 // exchanged, and used grants with it: ErrDamaged.
 func readCount(path, epoch, boot string) (last uint64, exact bool, err error) {
@@ -45,7 +45,7 @@ func readCount(path, epoch, boot string) (last uint64, exact bool, err error) {
 	if len(old) != countSize || !bytes.Equal(old[:offBoot], want[:offBoot]) {
 		return 0, false, fmt.Errorf("%w: %s belongs to another database; move it aside to begin a new epoch", ErrDamaged, path)
 	}
-	return binary.NativeEndian.Uint64(old[offSeq:]), bytes.Equal(old[offBoot:offSeq], want[offBoot:offSeq]), nil
+	return binary.NativeEndian.Uint64(old[offWrites:]), bytes.Equal(old[offBoot:offWrites], want[offBoot:offWrites]), nil
 }
 
 func countHeader(epoch, boot string) []byte {
@@ -59,7 +59,7 @@ func countHeader(epoch, boot string) []byte {
 // createCount puts a new count file in place of what is there.
 func createCount(path, boot string, h head) error {
 	page := countHeader(h.epoch, boot)
-	binary.NativeEndian.PutUint64(page[offSeq:], h.seq)
+	binary.NativeEndian.PutUint64(page[offWrites:], h.writes)
 	binary.NativeEndian.PutUint64(page[offFlow:], h.flowReserved)
 	binary.NativeEndian.PutUint64(page[offQueued:], h.queued)
 	return replaceFile(path, page)

@@ -28,8 +28,8 @@ func (s *Store) adopt(ctx context.Context, h head) (err error) {
 	if err != nil {
 		return fmt.Errorf("read count file: %w", err)
 	}
-	if last > h.seq {
-		return fmt.Errorf("%w: entries up to %d were acknowledged, the store ends at %d", ErrDamaged, last, h.seq)
+	if last > h.writes {
+		return fmt.Errorf("%w: %d writes were acknowledged, the store has %d", ErrDamaged, last, h.writes)
 	}
 	if !exact {
 		if h, err = s.settleBoot(ctx); err != nil {
@@ -44,7 +44,7 @@ func (s *Store) adopt(ctx context.Context, h head) (err error) {
 }
 
 func (s *Store) settleBoot(ctx context.Context) (settled head, err error) {
-	err = s.update(ctx, func(tx *sql.Tx, h *head) error {
+	writes, err := s.update(ctx, func(tx *sql.Tx, h *head) error {
 		if h.clean == 0 {
 			h.flowUnsure = h.flowReserved
 			used, err := grantsInBoot(ctx, tx, h.boot)
@@ -59,6 +59,7 @@ func (s *Store) settleBoot(ctx context.Context) (settled head, err error) {
 		settled = *h
 		return nil
 	})
+	settled.writes = writes
 	return settled, err
 }
 

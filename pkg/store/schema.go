@@ -21,6 +21,7 @@ CREATE TABLE head (
 	one INTEGER PRIMARY KEY CHECK (one = 1),
 	epoch TEXT NOT NULL,
 	boot TEXT NOT NULL,
+	writes INTEGER NOT NULL,
 	seq INTEGER NOT NULL, hash BLOB NOT NULL,
 	base_seq INTEGER NOT NULL, base_hash BLOB NOT NULL,
 	replay_hash BLOB NOT NULL,
@@ -64,6 +65,8 @@ CREATE TABLE spool (
 type head struct {
 	epoch string
 	boot  string // the boot in which the store was last open
+	// writes counts the transactions; the count file remembers how many were acknowledged.
+	writes uint64
 
 	seq, baseSeq   uint64 // last entry, and last entry that was acknowledged and removed
 	hash, baseHash []byte
@@ -83,15 +86,15 @@ func newHead(boot string) head {
 }
 
 func (h head) sum() []byte {
-	return digest([]byte("sallyport head"), []byte(h.epoch), []byte(h.boot), num(h.seq), h.hash, num(h.baseSeq), h.baseHash,
+	return digest([]byte("sallyport head"), []byte(h.epoch), []byte(h.boot), num(h.writes), num(h.seq), h.hash, num(h.baseSeq), h.baseHash,
 		h.replayHash, num(h.queued), num(h.queueUnsure), num(h.flowAcked), num(h.flowReserved), num(h.flowUnsure), num(h.clean))
 }
 
 func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 	var h head
 	var sum []byte
-	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
-		flow_acked, flow_reserved, flow_unsure, clean, sum FROM head`).Scan(&h.epoch, &h.boot, &h.seq, &h.hash, &h.baseSeq, &h.baseHash,
+	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
+		flow_acked, flow_reserved, flow_unsure, clean, sum FROM head`).Scan(&h.epoch, &h.boot, &h.writes, &h.seq, &h.hash, &h.baseSeq, &h.baseHash,
 		&h.replayHash, &h.queued, &h.queueUnsure, &h.flowAcked, &h.flowReserved, &h.flowUnsure, &h.clean, &sum)
 	if err != nil {
 		return head{}, fmt.Errorf("read head: %w", err)
@@ -103,9 +106,9 @@ func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 }
 
 func saveHead(ctx context.Context, tx *sql.Tx, h head) error {
-	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
-		flow_acked, flow_reserved, flow_unsure, clean, sum) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		h.epoch, h.boot, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.queued, h.queueUnsure,
+	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
+		flow_acked, flow_reserved, flow_unsure, clean, sum) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		h.epoch, h.boot, h.writes, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.queued, h.queueUnsure,
 		h.flowAcked, h.flowReserved, h.flowUnsure, h.clean, h.sum())
 	if err != nil {
 		return fmt.Errorf("write head: %w", err)

@@ -72,8 +72,7 @@ func Open(path string) (*Store, error) {
 	}
 	s := &Store{path: abs, boot: boot}
 	if err := s.open(); err != nil {
-		s.closeFiles()
-		return nil, fmt.Errorf("open store %s: %w", abs, classify(err))
+		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(classify(err), s.closeFiles()))
 	}
 	return s, nil
 }
@@ -142,39 +141,35 @@ func (s *Store) Epoch() string { return s.epoch }
 func (s *Store) BootID() string { return s.boot }
 
 // write runs f in one durable transaction, with the head loaded before and saved after it. The count
-// file is told afterwards, so that it never names an entry that is not durable.
+// file is told afterwards, so that it never knows of a write that is not durable.
 func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var seq uint64
-	err := s.update(ctx, func(tx *sql.Tx, h *head) error {
-		err := f(tx, h)
-		seq = h.seq
-		return err
-	})
+	writes, err := s.update(ctx, f)
 	if err == nil {
-		s.count.raise(offSeq, seq)
+		s.count.raise(offWrites, writes)
 	}
 	return err
 }
 
-func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) (writes uint64, err error) {
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
-		return classify(err)
+		return 0, classify(err)
 	}
 	defer tx.Rollback()
 	h, err := loadHead(ctx, tx)
 	if err != nil {
-		return classify(err)
+		return 0, classify(err)
 	}
 	if err := f(tx, &h); err != nil {
-		return classify(err)
+		return 0, classify(err)
 	}
+	h.writes++
 	if err := saveHead(ctx, tx, h); err != nil {
-		return classify(err)
+		return 0, classify(err)
 	}
-	return classify(tx.Commit())
+	return h.writes, classify(tx.Commit())
 }
 
 // classify puts the sentinel for a SQLite result code in front of the error.

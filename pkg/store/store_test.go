@@ -308,20 +308,56 @@ func TestEdited(t *testing.T) {
 // A log that lost its tail takes acknowledged entries with it; the count file remembers them.
 func TestLostTail(t *testing.T) {
 	path := testPath(t)
+	openTest(t, path).Close() // the tables are in the file itself
 	child := startChild(t, path, 1)
-	child.waitLines(t, 20)
+	child.waitLines(t, 40)
 	child.kill(t)
 	wal := must(os.ReadFile(path + "-wal"))(t)
-	for _, size := range []int{0, 32, len(wal) / 2, len(wal) - 4096} {
-		if err := os.WriteFile(path+"-wal", wal[:size], 0o600); err != nil {
+	want := content(t, openTest(t, filepath.Join(copyStore(t, path, len(wal)), "node.db")))
+	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096} {
+		s, err := Open(filepath.Join(copyStore(t, path, size), "node.db"))
+		if errors.Is(err, ErrDamaged) {
+			continue
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(path); !errors.Is(err, ErrDamaged) {
-			t.Errorf("opened with %d of %d bytes of the log: %v", size, len(wal), err)
+		if got := content(t, s); !reflect.DeepEqual(got, want) { // the end of the log need not be in use
+			t.Errorf("opened with %d of %d bytes of the log, and something is missing", size, len(wal))
 		}
-		// what was opened above may have written
-		if err := os.Truncate(path, 0); err != nil {
-			t.Fatal(err)
+		s.Close()
+	}
+}
+
+// copyStore copies the files beside path and cuts the log.
+func copyStore(t *testing.T, path string, logSize int) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := errors.Join(os.CopyFS(dir, os.DirFS(filepath.Dir(path))), os.Truncate(filepath.Join(dir, "node.db-wal"), int64(logSize))); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// A database that is gone takes the used grants with it. That is no new epoch by itself.
+func TestLostDatabase(t *testing.T) {
+	path := testPath(t)
+	fill(t, path)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path); !errors.Is(err, ErrDamaged) {
+		t.Errorf("opened: %v", err)
+	}
+}
+
+// What is acknowledged has been through fsync: no test that only kills processes would notice.
+func TestSynchronous(t *testing.T) {
+	s := openTest(t, testPath(t))
+	for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal", "locking_mode": "exclusive"} {
+		var got string
+		if err := s.db.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
+			t.Errorf("%s is %s, %v; want %s", pragma, got, err, want)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package docs
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -121,6 +122,14 @@ func TestExamplesAreValid(t *testing.T) {
 	got, wanted := describe(config.Spec), describe(want.Spec)
 	if got != wanted {
 		t.Errorf("example and defaults differ:\n%s\n%s", got, wanted)
+	}
+}
+
+func TestCollectorExampleIsValid(t *testing.T) {
+	cmd := exec.Command("go", "run", "./cmd/sallyport-collector", "check", "--config", "deploy/examples/collector.yaml")
+	cmd.Dir = root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

@@ -16,13 +16,13 @@ import (
 const ours = "sp_"
 
 // programs lists our programs by id.
-func programs(token string) (snapshot, error) {
+func (v *view) programs() (snapshot, error) {
 	s := snapshot{}
 	var id ebpf.ProgramID
 	for {
 		next, err := ebpf.ProgramGetNextID(id)
 		if errors.Is(err, os.ErrNotExist) {
-			return s, s.dropForeign("program", "prog_id", token)
+			return s, nil
 		}
 		if err != nil {
 			return s, fmt.Errorf("list programs: %w", err)
@@ -35,7 +35,7 @@ func programs(token string) (snapshot, error) {
 		if err != nil {
 			return s, err
 		}
-		s[object{"program", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
+		s[object{kindProgram, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
 	}
 }
 
@@ -53,13 +53,13 @@ func programName(id ebpf.ProgramID) (string, ebpf.ProgramType, error) {
 }
 
 // bpfMaps lists our maps by id.
-func bpfMaps(token string) (snapshot, error) {
+func (v *view) bpfMaps() (snapshot, error) {
 	s := snapshot{}
 	var id ebpf.MapID
 	for {
 		next, err := ebpf.MapGetNextID(id)
 		if errors.Is(err, os.ErrNotExist) {
-			return s, s.dropForeign("map", "map_id", token)
+			return s, nil
 		}
 		if err != nil {
 			return s, fmt.Errorf("list maps: %w", err)
@@ -78,22 +78,19 @@ func bpfMaps(token string) (snapshot, error) {
 			return s, fmt.Errorf("ask about map %d: %w", id, err)
 		}
 		if strings.HasPrefix(info.Name, ours) {
-			s[object{"map", fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
+			s[object{kindMap, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
 		}
 	}
 }
 
 // links lists the links that hold one of our programs, whatever they are attached to.
-func links(token string) (snapshot, error) {
+func (v *view) links() (snapshot, error) {
 	for {
 		s, err := listLinks()
-		if errors.Is(err, unix.EAGAIN) {
-			continue // somebody is just making one: the kernel knows its id, and does not give it out yet
-		}
-		if err != nil {
+		if !errors.Is(err, unix.EAGAIN) {
 			return s, err
 		}
-		return s, s.dropForeign("link", "link_id", token)
+		// Somebody is just making one: the kernel knows its id, and does not give it out yet.
 	}
 }
 
@@ -117,7 +114,7 @@ func listLinks() (snapshot, error) {
 		if tcx := info.TCX(); tcx != nil {
 			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
 		}
-		s[object{"link", fmt.Sprint(it.ID)}] = line
+		s[object{kindLink, fmt.Sprint(it.ID)}] = line
 	}
 	if err := it.Err(); err != nil {
 		return s, fmt.Errorf("list links: %w", err)

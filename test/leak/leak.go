@@ -26,8 +26,8 @@ const marker = "SALLYPORT_TEST"
 //
 // Objects of the kernel do not say who made them. Test processes that call Check therefore take
 // turns, by a lock below the temporary directory, and a test that calls it cannot be parallel.
-// What other, live processes hold or have mounted is left out, so that an agent that runs on the
-// machine for another reason does not fail the test.
+// What other, live processes hold, have mounted or have pinned in a lab or a demo of theirs is left
+// out, so that an agent that runs on the machine for another reason does not fail the test.
 func Check(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -89,14 +89,21 @@ func (s snapshot) since(before snapshot) []string {
 	return left
 }
 
-// take looks at everything.
+// take looks at everything, once the machine's processes are known.
 func take(token string) (snapshot, error) {
+	v, err := newView(token)
+	if err != nil {
+		return nil, err
+	}
 	all := snapshot{}
 	var errs []error
-	for _, look := range []func(string) (snapshot, error){programs, bpfMaps, links, mounts, controlGroups, devices, namespaces, processes} {
-		s, err := look(token)
+	for _, look := range []func() (snapshot, error){
+		v.programs, v.bpfMaps, v.links, v.mounts, v.controlGroups, v.devices, v.namespaces, v.processes,
+	} {
+		s, err := look()
 		errs = append(errs, err)
 		maps.Copy(all, s)
 	}
+	maps.DeleteFunc(all, func(o object, _ string) bool { return v.foreign[o] && !v.mine[o] })
 	return all, errors.Join(errs...)
 }

@@ -7,11 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // mount is one row of mountinfo.
@@ -34,11 +30,11 @@ func mountTable() ([]mount, error) {
 }
 
 // mounts lists namespace files, bpffs mounts, and the pins in them.
-func mounts(string) (snapshot, error) {
+func (v *view) mounts() (snapshot, error) {
 	all, err := mountTable()
 	s := snapshot{}
 	for _, m := range all {
-		if foreignLab(m.point) || m.kind != "nsfs" && m.kind != "bpf" {
+		if v.isForeign(m.point) || m.kind != "nsfs" && m.kind != "bpf" {
 			continue
 		}
 		s[object{"mount", m.point}] = m.kind
@@ -68,21 +64,8 @@ func (s snapshot) pins(dir string) error {
 	return nil
 }
 
-// labDir is how test/lab names its directory: with the process that it belongs to.
-var labDir = regexp.MustCompile(`/sallyport-lab-(\d+)-[^/]*(/|$)`)
-
-// foreignLab says whether a path is in the lab of another process that is alive.
-func foreignLab(path string) bool {
-	m := labDir.FindStringSubmatch(path)
-	if m == nil {
-		return false
-	}
-	pid, err := strconv.Atoi(m[1])
-	return err == nil && pid != os.Getpid() && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
-}
-
 // controlGroups lists control groups with Sallyport in their name.
-func controlGroups(string) (snapshot, error) {
+func (v *view) controlGroups() (snapshot, error) {
 	all, err := mountTable()
 	s := snapshot{}
 	for _, m := range all {
@@ -104,7 +87,7 @@ func controlGroups(string) (snapshot, error) {
 }
 
 // devices lists network devices of the test's own namespace that are named as ours.
-func devices(string) (snapshot, error) {
+func (v *view) devices() (snapshot, error) {
 	all, err := net.Interfaces()
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
@@ -119,7 +102,7 @@ func devices(string) (snapshot, error) {
 }
 
 // namespaces lists network namespaces that this process still holds open or has a thread in.
-func namespaces(string) (snapshot, error) {
+func (v *view) namespaces() (snapshot, error) {
 	home, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return nil, fmt.Errorf("read own namespace: %w", err)

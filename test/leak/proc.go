@@ -65,62 +65,43 @@ func table(token string) ([]process, error) {
 }
 
 // processes lists the processes that the test started and that still run, but not this one.
-func processes(token string) (snapshot, error) {
-	all, err := table(token)
+func (v *view) processes() (snapshot, error) {
 	s := snapshot{}
-	for _, p := range all {
+	for _, p := range v.procs {
 		if p.mine && p.pid != os.Getpid() {
 			s[object{"process", strconv.Itoa(p.pid)}] = p.name()
 		}
 	}
-	return s, err
+	return s, nil
 }
 
-// dropForeign takes out of s the objects of a kind that another live process holds by a descriptor
-// and none of ours does. key is the word for the object's id in fdinfo.
-func (s snapshot) dropForeign(kind, key, token string) error {
-	if len(s) == 0 {
-		return nil
-	}
-	all, err := table(token)
-	if err != nil {
-		return err
-	}
-	mine, foreign := map[string]bool{}, map[string]bool{}
-	for _, p := range all {
-		for _, id := range p.held(key) {
-			if p.mine {
-				mine[id] = true
-			} else {
-				foreign[id] = true
-			}
-		}
-	}
-	for id := range foreign {
-		if !mine[id] {
-			delete(s, object{kind, id})
-		}
-	}
-	return nil
-}
-
-// held lists the ids that the process's descriptors show under that key of fdinfo.
-func (p process) held(key string) []string {
+// held lists the objects of BPF that the process's descriptors show in fdinfo.
+func (p process) held() []object {
 	files, err := filepath.Glob(p.path("fdinfo/*"))
 	if err != nil {
 		return nil
 	}
-	var ids []string
+	var all []object
 	for _, f := range files {
 		b, err := os.ReadFile(f)
 		if err != nil {
 			continue // closed since
 		}
 		for line := range strings.Lines(string(b)) {
-			if name, value, ok := strings.Cut(line, ":"); ok && name == key {
-				ids = append(ids, strings.TrimSpace(value))
+			key, value, _ := strings.Cut(line, ":")
+			if kind, ok := kindOf[key]; ok {
+				all = append(all, object{kind, strings.TrimSpace(value)})
 			}
 		}
 	}
-	return ids
+	return all
+}
+
+// arguments are the command line.
+func (p process) arguments() string {
+	b, err := os.ReadFile(p.path("cmdline"))
+	if err != nil {
+		return ""
+	}
+	return strings.ReplaceAll(string(b), "\x00", " ")
 }

@@ -15,12 +15,14 @@ import (
 type pkg struct {
 	ImportPath, Name, Doc string
 	Imports               []string
+	TestImports           []string
+	XTestImports          []string
 }
 
 func packages(t *testing.T) []pkg {
 	t.Helper()
 	var stderr bytes.Buffer
-	cmd := exec.Command("go", "list", "-json=ImportPath,Name,Doc,Imports", module+"...")
+	cmd := exec.Command("go", "list", "-json=ImportPath,Name,Doc,Imports,TestImports,XTestImports", module+"...")
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -35,6 +37,40 @@ func packages(t *testing.T) []pkg {
 			t.Fatal(err)
 		}
 		all = append(all, p)
+	}
+}
+
+// TestModuleFile holds what go mod tidy would: direct dependencies are those that we import.
+func TestModuleFile(t *testing.T) {
+	var file struct {
+		Require []struct {
+			Path     string
+			Indirect bool
+		}
+	}
+	out, err := exec.Command("go", "mod", "edit", "-json").Output()
+	if err == nil {
+		err = json.Unmarshal(out, &file)
+	}
+	if err != nil {
+		t.Fatalf("go mod edit: %v", err)
+	}
+	direct := map[string]bool{}
+	for _, p := range packages(t) {
+		for _, i := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
+			owner := "" // the longest module path that is a prefix
+			for _, m := range file.Require {
+				if (i == m.Path || strings.HasPrefix(i, m.Path+"/")) && len(m.Path) > len(owner) {
+					owner = m.Path
+				}
+			}
+			direct[owner] = true
+		}
+	}
+	for _, m := range file.Require {
+		if m.Indirect == direct[m.Path] {
+			t.Errorf("go.mod: %s is indirect: %v, imported by us: %v", m.Path, m.Indirect, direct[m.Path])
+		}
 	}
 }
 
@@ -109,6 +145,7 @@ func TestBrokenRulesAreFound(t *testing.T) {
 		module + "pkg/newcomer":   "github.com/cilium/ebpf/link",
 		module + "pkg/devtool":    module + "tools/fuzz",
 		module + "pkg/newcomer/x": "google.golang.org/grpc",
+		module + "pkg/px":         "github.com/spiffe/go-spiffe/v2/bundle/x509bundle",
 	} {
 		if len(broken(pkg{ImportPath: path, Imports: []string{imports}}, rules)) == 0 {
 			t.Errorf("no rule forbids %s to import %s", path, imports)

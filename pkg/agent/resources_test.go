@@ -1,0 +1,176 @@
+package agent
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// directory is a resources directory, with what came of it.
+type directory struct {
+	*resources
+	t       *testing.T
+	applied [][]datapath.Service
+	changes int
+	ifindex int
+	refuse  error // of the kernel
+}
+
+func newDirectory(t *testing.T, table ...datapath.Service) *directory {
+	t.Helper()
+	root := t.TempDir()
+	d := &directory{t: t, ifindex: 7}
+	d.resources = &resources{
+		dir: filepath.Join(root, "resources.d"), verified: filepath.Join(root, "verified.yaml"), proxy: filepath.Join(root, "policy.yaml"),
+		ids: newServiceIDs(table), problems: newProblems(slog.New(slog.DiscardHandler)), kick: make(chan struct{}, 1),
+		apply: func(s []datapath.Service) (uint32, error) {
+			if d.refuse == nil {
+				d.applied = append(d.applied, s)
+			}
+			return uint32(len(d.applied)), d.refuse
+		},
+		locate: func(policy.ProtectedService) (int, error) {
+			if d.ifindex == 0 {
+				return 0, errNotHere
+			}
+			return d.ifindex, nil
+		},
+		changed: func(*enforced) { d.changes++ },
+	}
+	must(t, os.Mkdir(d.dir, 0o755))
+	return d
+}
+
+// restart is another agent on the same files.
+func (d *directory) restart() *directory {
+	d.t.Helper()
+	next := newDirectory(d.t, d.applied[len(d.applied)-1]...)
+	next.dir, next.verified, next.proxy = d.dir, d.verified, d.proxy
+	return next
+}
+
+func (d *directory) write(name, yaml string) {
+	d.t.Helper()
+	must(d.t, os.WriteFile(filepath.Join(d.dir, name), []byte(yaml), 0o644))
+}
+
+const podAndHost = `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: web}
+spec: {target: Pod, ports: [80], addresses: ["10.2.0.2"]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: db}
+spec: {target: Host, ports: [5432]}
+`
+
+func TestResourcesArePutToWork(t *testing.T) {
+	d := newDirectory(t, datapath.Service{Name: "web", ID: 41})
+	d.write("a.yaml", podAndHost)
+	must(t, d.load())
+	want := []datapath.Service{
+		{ID: 42, Name: "db", Target: datapath.TargetHost, Ports: []uint16{5432}},
+		{ID: 41, Name: "web", Target: datapath.TargetPod, Ports: []uint16{80}, Addresses: d.current().set.Services()[1].Spec.Addresses, Ifindex: 7},
+	}
+	if !reflect.DeepEqual(d.applied, [][]datapath.Service{want}) || d.changes != 1 {
+		t.Errorf("applied %+v, %d changes", d.applied, d.changes)
+	}
+	for _, file := range []string{d.verified, d.proxy} {
+		data, err := os.ReadFile(file)
+		must(t, err)
+		if set, err := policy.Parse(file, data); err != nil || set.Digest() != d.current().set.Digest() {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+	d.reload()
+	if len(d.applied) != 1 || d.changes != 1 {
+		t.Errorf("nothing changed, but: %d tables, %d changes", len(d.applied), d.changes)
+	}
+	d.ifindex = 9 // the pod's device is another one
+	d.reload()
+	if len(d.applied) != 2 || d.applied[1][1].Ifindex != 9 || d.changes != 2 {
+		t.Errorf("device moved: %+v, %d changes", d.applied, d.changes)
+	}
+	d.write("b.yaml", "apiVersion: sallyport.dev/v1alpha1\nkind: Keyring\nmetadata: {name: k}\nspec:\n  people: [{name: a, keys: [{publicKey: \""+newSigner(t).key.Public().String()+"\"}]}]\n")
+	d.reload()
+	if len(d.applied) != 2 || d.changes != 3 || len(d.current().set.Keyrings()) != 1 {
+		t.Errorf("only policy changed: %d tables, %d changes", len(d.applied), d.changes)
+	}
+}
+
+func TestBadResourcesChangeNothing(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		spoil func(d *directory)
+		says  []string
+	}{
+		{"bad file", func(d *directory) { d.write("a.yaml", strings.Replace(podAndHost, "[80]", "[0]", 1)) }, []string{"a.yaml:4", "ports"}},
+		{"no YAML", func(d *directory) { d.write("b.yaml", "{") }, []string{"b.yaml"}},
+		{"vanished directory", func(d *directory) { must(d.t, os.RemoveAll(d.dir)) }, []string{"resources.d"}},
+		{"empty directory", func(d *directory) { must(d.t, os.Remove(filepath.Join(d.dir, "a.yaml"))) }, []string{"resources.d"}},
+		{"somebody's file", func(d *directory) { must(d.t, os.Chown(filepath.Join(d.dir, "a.yaml"), 1000, 0)) }, []string{"a.yaml", "uid 1000"}},
+		{"refused by the kernel", func(d *directory) {
+			d.refuse = errors.New("map is full")
+			d.write("a.yaml", strings.Replace(podAndHost, "[80]", "[81]", 1))
+		}, []string{"map is full"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := newDirectory(t)
+			d.write("a.yaml", podAndHost)
+			must(t, d.load())
+			digest := d.current().set.Digest()
+			c.spoil(d)
+			d.reload()
+			if problems := strings.Join(d.problems.lines(), "\n"); !contains(problems, c.says...) {
+				t.Errorf("problems: %q", problems)
+			}
+			if len(d.applied) != 1 || d.changes != 1 || d.current().set.Digest() != digest {
+				t.Errorf("something changed: %d tables, %d changes", len(d.applied), d.changes)
+			}
+			if d.refuse != nil {
+				return
+			}
+			next := d.restart()
+			must(t, next.load())
+			if next.current().set.Digest() != digest || len(next.problems.lines()) == 0 {
+				t.Errorf("after a restart: digest %s, problems %v", next.current().set.Digest(), next.problems.lines())
+			}
+		})
+	}
+}
+
+func TestFirstStartNeedsGoodResources(t *testing.T) {
+	d := newDirectory(t)
+	if err := d.load(); err == nil || d.current() != nil || len(d.applied) != 0 {
+		t.Errorf("%v", err)
+	}
+	d.write("a.yaml", podAndHost)
+	must(t, os.WriteFile(d.verified, []byte("nonsense"), 0o600))
+	must(t, os.Chmod(filepath.Join(d.dir, "a.yaml"), 0o666))
+	if err := d.load(); err == nil || !contains(err.Error(), "0666", "verified.yaml") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestPodThatIsNotThereYet(t *testing.T) {
+	d := newDirectory(t)
+	d.ifindex = 0
+	d.write("a.yaml", podAndHost)
+	must(t, d.load())
+	if len(d.applied) != 1 || d.applied[0][1].Ifindex != 0 || !contains(strings.Join(d.problems.lines(), "\n"), "web", errNotHere.Error()) {
+		t.Errorf("applied %+v, problems %v", d.applied, d.problems.lines())
+	}
+	d.ifindex = 3
+	d.reload()
+	if len(d.applied) != 2 || len(d.problems.lines()) != 0 {
+		t.Errorf("applied %+v, problems %v", d.applied, d.problems.lines())
+	}
+}

@@ -1,0 +1,36 @@
+package datapath
+
+import "github.com/sallyport-dev/sallyport/bpf"
+
+// Programs and Maps give the tests of the programs what only this package holds.
+func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportPrograms }
+
+// Maps are the tables, for tests that write what no agent would.
+func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
+
+// LinkIDs lists the links of this handle by the name of their pin.
+func (d *Datapath) LinkIDs() (map[string]uint32, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ids := map[string]uint32{}
+	for key, a := range d.devices {
+		info, err := a.link.Info()
+		if err != nil {
+			return nil, err
+		}
+		ids[key] = uint32(info.ID)
+	}
+	return ids, nil
+}
+
+// What the tests of the programs need of the conversions.
+var (
+	ToAddr      = toAddr
+	FromAddr    = fromAddr
+	ToLabel     = toLabel
+	FromLabel   = fromLabel
+	DecodeEvent = decodeEvent
+	EventSize   = eventSize
+	Mounted     = mounted
+	Schema      = schema
+)

@@ -1,0 +1,142 @@
+package datapath_test
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/test/packet"
+)
+
+// A second parser, in Go, from the rules at the head of bpf/parse.h and the RFCs: what the uplink's
+// hook on the way in makes of a frame, where only whether its TCP goes to a protected host port counts.
+
+// class is what a parser makes of a frame.
+type class int
+
+const (
+	other class = iota
+	isTCP
+	isFragment
+	isHidden
+	isMalformed
+)
+
+// view is what the reference knows of a frame.
+type view struct {
+	class        class
+	dst          netip.Addr // invalid when the IP header is not there
+	src          netip.Addr
+	sport, dport uint16
+}
+
+func parseReference(frame []byte) view {
+	ip := frame[14:]
+	switch binary.BigEndian.Uint16(frame[12:]) {
+	case 0x0800:
+		return referenceIPv4(ip)
+	case 0x86dd:
+		return referenceIPv6(ip)
+	}
+	return view{}
+}
+
+func referenceIPv4(ip []byte) view {
+	if len(ip) < 20 {
+		return view{class: isMalformed}
+	}
+	v := view{src: netip.AddrFrom4([4]byte(ip[12:])), dst: netip.AddrFrom4([4]byte(ip[16:]))}
+	protocol, fragment := ip[9], binary.BigEndian.Uint16(ip[6:])
+	header, total := int(ip[0]&15)*4, int(binary.BigEndian.Uint16(ip[2:]))
+	switch {
+	case protocol == packet.ESP, protocol == packet.AH:
+		v.class = isHidden
+	case protocol != packet.TCP:
+		v.class = other
+	case fragment&0x3fff != 0: // more fragments, or an offset
+		v.class = isFragment
+	case ip[0]>>4 != 4, header < 20, total < header+20, len(ip) < header+20:
+		v.class = isMalformed
+	default:
+		v.tcp(ip[header:])
+	}
+	return v
+}
+
+func referenceIPv6(ip []byte) view {
+	if len(ip) < 40 {
+		return view{class: isMalformed}
+	}
+	v := view{src: netip.AddrFrom16([16]byte(ip[8:])), dst: netip.AddrFrom16([16]byte(ip[24:]))}
+	if ip[0]>>4 != 6 || v.src.Is4In6() || v.dst.Is4In6() {
+		v.class = isMalformed
+		return v
+	}
+	next, rest := ip[6], ip[40:]
+	for headers := 0; ; headers++ {
+		length := 0
+		switch next {
+		case packet.TCP:
+			v.tcp(rest)
+			return v
+		case packet.ESP, packet.NoNext:
+			v.class = isHidden
+			return v
+		case packet.Fragment, packet.HopByHop, packet.Routing, packet.DestOptions, packet.AH:
+		default:
+			return v
+		}
+		if len(rest) < 2 {
+			v.class = isMalformed
+			return v
+		}
+		switch length = 8 + 8*int(rest[1]); next {
+		case packet.Fragment:
+			if v.class = isFragment; rest[0] == packet.UDP || rest[0] == packet.ICMPv6 {
+				v.class = other
+			}
+			return v
+		case packet.AH:
+			length = 8 + 4*int(rest[1])
+		}
+		// The ninth header is not walked to its end.
+		if headers == 8 {
+			v.class = isHidden
+			return v
+		}
+		next, rest = rest[0], rest[min(length, len(rest)):]
+	}
+}
+
+func (v *view) tcp(b []byte) {
+	if len(b) < 20 || b[12]>>4 < 5 {
+		v.class = isMalformed
+		return
+	}
+	v.class, v.sport, v.dport = isTCP, binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
+}
+
+// outcome is the verdict and what it is counted as; every reason of steering is NO_PATH here.
+type outcome struct {
+	verdict int32
+	reason  flow.Reason
+}
+
+// judge is what the hook does, given the addresses of the node and of the pod.
+func (v view) judge(node, pod func(netip.Addr) bool) outcome {
+	next := outcome{actNext, flow.ReasonNone}
+	if !v.dst.IsValid() {
+		return next
+	}
+	// What comes from a link-local or multicast address is never forwarded: it is for the node.
+	mine := node(v.dst) || v.src.Is6() && (v.src.IsLinkLocalUnicast() || v.src.IsMulticast())
+	owned := mine || pod(v.dst)
+	drops := map[class]flow.Reason{isFragment: flow.ReasonFragment, isHidden: flow.ReasonExtHeaders, isMalformed: flow.ReasonMalformed}
+	switch reason, broken := drops[v.class]; {
+	case broken && owned:
+		return outcome{actDrop, reason}
+	case v.class == isTCP && v.dport == hostPort && mine:
+		return outcome{actRedirect, flow.ReasonNoPath}
+	}
+	return next
+}
