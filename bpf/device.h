@@ -33,11 +33,17 @@ static __always_inline struct sp_decision sp_decide(enum sp_action action, enum 
 	return (struct sp_decision){ .action = action, .reason = reason };
 }
 
+/* A pod whose device is not known yet is seen everywhere: closed, rather than passed. */
+static __always_inline bool sp_pod_at(const struct sp_service *svc, __u32 ifindex)
+{
+	return svc->target == SP_TARGET_POD && (!svc->ifindex || svc->ifindex == ifindex);
+}
+
 static __always_inline bool sp_sees_towards(enum sp_hook hook, const struct sp_service *svc,
 					    __u32 ifindex)
 {
 	if (hook == SP_HOOK_OUT)
-		return svc->target == SP_TARGET_POD && svc->ifindex == ifindex;
+		return sp_pod_at(svc, ifindex);
 	return svc->target == SP_TARGET_HOST;
 }
 
@@ -45,7 +51,7 @@ static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_serv
 					 __u32 ifindex)
 {
 	if (hook == SP_HOOK_IN)
-		return svc->target == SP_TARGET_POD && svc->ifindex == ifindex;
+		return sp_pod_at(svc, ifindex);
 	return svc->target == SP_TARGET_HOST;
 }
 

@@ -96,7 +96,7 @@ struct sp_service_key {
 struct sp_service {
 	__u32 id;
 	enum sp_target target;
-	__u32 ifindex;		/* of the pod's host-side device */
+	__u32 ifindex;		/* of the pod's host-side device; 0: not known yet */
 	__u32 generation;	/* of the table this row belongs to */
 	char name[SP_LABEL];
 };

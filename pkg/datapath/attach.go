@@ -176,8 +176,8 @@ func (d *Datapath) setPx1(ifindex int) error {
 	return nil
 }
 
-// inNetns runs f on a thread of its own in the namespace. The thread ends with it if it cannot come
-// back.
+// inNetns runs f in the namespace, on a thread that comes back from it. One that cannot come back ends
+// with its goroutine; the process's first thread cannot end, so none is left there without need.
 func inNetns(path string, f func() error) error {
 	target, err := netns.GetFromPath(path)
 	if err != nil {
@@ -186,12 +186,24 @@ func inNetns(path string, f func() error) error {
 	defer target.Close()
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the runtime ends the thread with the goroutine
-		if err := netns.Set(target); err != nil {
-			done <- fmt.Errorf("enter namespace %s: %w", path, err)
+		runtime.LockOSThread()
+		home, err := netns.Get()
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("open own namespace: %w", err)
 			return
 		}
-		done <- f()
+		defer home.Close()
+		err = netns.Set(target)
+		if err != nil {
+			err = fmt.Errorf("enter namespace %s: %w", path, err)
+		} else {
+			err = f()
+		}
+		if netns.Set(home) == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
 	}()
 	return <-done
 }

@@ -192,7 +192,7 @@ func (d *Datapath) restore() error {
 		return fmt.Errorf("read configuration: %w", err)
 	}
 	if c.Schema != 0 && c.Schema != schema {
-		return fmt.Errorf("%w: pinned schema %d, this version reads %d", ErrLayout, c.Schema, schema)
+		return fmt.Errorf("%w: pinned schema %d, this version reads %d: uninstall with the version that made it", ErrLayout, c.Schema, schema)
 	}
 	if err := d.writeConfig(c); err != nil {
 		return err

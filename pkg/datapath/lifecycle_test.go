@@ -320,3 +320,21 @@ func TestRecordsAddUp(t *testing.T) {
 	cancel()
 	must(t, <-done)
 }
+
+// TestPodDeviceUnknown: a pod service whose device is not known yet is closed at every device.
+func TestPodDeviceUnknown(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.copyProxy(t)
+	services := n.d.Services()
+	for i := range services {
+		services[i].Ifindex = 0
+	}
+	_, err := n.d.SetServices(services)
+	must(t, err)
+	for _, c := range n.cells() {
+		if got, err := c.ask(within(t)); got != "proxy" {
+			t.Errorf("%s: answered by %s (%v), want proxy", c.name, got, err)
+		}
+	}
+}

@@ -25,7 +25,7 @@ type Service struct {
 	Target    Target
 	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
-	Ifindex   int // TargetPod: the host-side device
+	Ifindex   int // TargetPod: the host-side device; 0: not known yet, closed at every device
 }
 
 // PathState is the u32 in the path state map. An operator revokes by hand by storing 3.
