@@ -21,6 +21,7 @@ const (
 	nodeName = "node-1"
 	hostPort = 8080 // of host-echo
 	podPort  = 8081 // of pod-echo
+	sinkPort = 8090 // a second port of both, where tests serve what they need
 )
 
 var (
@@ -30,10 +31,10 @@ var (
 	proxyID = spiffeid.RequireFromPath(domain, "/sallyport/proxy/"+nodeName)
 )
 
-// options shape a world. The zero value has the race detector's programs and a lease of 2 s.
+// options shape a world. The zero value has the race detector's programs and the default lease.
 type options struct {
 	plain    bool   // the programs as they are shipped
-	lease    string // of the agent; empty: 2s, the shortest
+	lease    string // of the agent; empty: the default of 15s
 	resource string // more YAML documents, after the world's own
 }
 
@@ -134,7 +135,7 @@ func (w *world) writeConfig(t *testing.T, o options) {
 	t.Helper()
 	lease := o.lease
 	if lease == "" {
-		lease = "2s"
+		lease = "15s"
 	}
 	for file, who := range map[string]string{w.files.agent: "agent", w.files.proxy: "proxy"} {
 		id := spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+nodeName)
@@ -182,7 +183,7 @@ kind: ProtectedService
 metadata: {name: host-echo}
 spec:
   target: Host
-  ports: [%d]
+  ports: [%d, %d]
   access: [{identities: [%q]}]
 ---
 apiVersion: sallyport.dev/v1alpha1
@@ -190,11 +191,11 @@ kind: ProtectedService
 metadata: {name: pod-echo}
 spec:
   target: Pod
-  ports: [%d]
+  ports: [%d, %d]
   addresses: [%q, %q]
   access: [{identities: [%q]}]
 ---
-`, hostPort, web, podPort, w.Pod.Addr(lab.IPv4), w.Pod.Addr(lab.IPv6), web) + bypassPolicy("lab", "host-echo, pod-echo") + w.keyring(t)
+`, hostPort, sinkPort, web, podPort, sinkPort, w.Pod.Addr(lab.IPv4), w.Pod.Addr(lab.IPv6), web) + bypassPolicy("lab", "host-echo, pod-echo") + w.keyring(t)
 }
 
 func bypassPolicy(name, services string) string {
