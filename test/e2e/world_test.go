@@ -47,6 +47,7 @@ type world struct {
 	bpffs     string
 	key       string // file of alice's key
 	files     files
+	echoes    []*lab.Service // host-echo and pod-echo, in each family
 
 	collector, agent, guard, proxy *daemon
 }
@@ -77,10 +78,11 @@ func newWorld(t *testing.T, o options) *world {
 	w.guard = w.daemon("sallyport-agent", "guard", "--config", w.files.agent)
 	w.proxy = w.daemon("sallyport-proxy", "--config", w.files.proxy)
 	for _, f := range lab.Families() {
-		_, err := w.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
+		onNode, err := w.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
 		must(t, err)
-		_, err = w.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
+		inPod, err := w.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
 		must(t, err)
+		w.echoes = append(w.echoes, onNode, inPod)
 	}
 	return w
 }
