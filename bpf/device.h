@@ -260,7 +260,7 @@ static __always_inline bool sp_hook_is_in(enum sp_hook hook)
 /* The decision of every device hook. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb,
 							   struct sp_packet *p, enum sp_hook hook,
-							   enum sp_behind behind,
+							   enum sp_behind behind, __u32 l3,
 							   struct sp_flow_key *key)
 {
 	const struct sp_config *cfg;
@@ -271,7 +271,7 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 
 	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	parsed = sp_parse(skb, p);
+	parsed = sp_parse(skb, p, l3);
 	if (parsed == SP_PARSE_OTHER)
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb) ?
 		       sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
@@ -307,26 +307,29 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
-static __always_inline int sp_steer(struct __sk_buff *skb)
+static __always_inline int sp_steer(struct __sk_buff *skb, __u32 l3)
 {
 	struct sp_config *cfg = sp_get_config();
-	__u8 macs[12] = {};
+	struct ethhdr eth = {};
 
 	if (!cfg)
 		return TC_ACT_SHOT;
-	__builtin_memcpy(&macs[6], cfg->stamp, 6);
-	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+	__builtin_memcpy(eth.h_source, cfg->stamp, sizeof(eth.h_source));
+	eth.h_proto = skb->protocol;
+	if (!l3 && bpf_skb_change_head(skb, ETH_HLEN, 0))
+		return TC_ACT_SHOT;
+	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
 		return TC_ACT_SHOT;
 	return bpf_redirect(cfg->px0_ifindex, 0);
 }
 
 static __always_inline int sp_act_device(struct __sk_buff *skb, struct sp_decision d,
-					 enum sp_hook hook)
+					 enum sp_hook hook, __u32 l3)
 {
 	if (d.action == SP_ACT_DROP)
 		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_STEER)
-		return sp_steer(skb);
+		return sp_steer(skb, l3);
 	if (d.reason == SP_REASON_REINJECTED) {
 		skb->mark = 0;
 		if (sp_hook_is_in(hook))
@@ -340,12 +343,13 @@ static __always_inline bool sp_is_denial(struct sp_decision d)
 	return d.action == SP_ACT_DROP || d.reason == SP_REASON_STRAY;
 }
 
-/* Parse, decide, account, act. */
-static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, enum sp_behind behind)
+/* Parse, decide, account, act. `l3` is where the IP header begins. */
+static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, enum sp_behind behind,
+				     __u32 l3)
 {
 	struct sp_packet p = {};
 	struct sp_flow_key key = {};
-	struct sp_decision d = sp_decide_device(skb, &p, hook, behind, &key);
+	struct sp_decision d = sp_decide_device(skb, &p, hook, behind, l3, &key);
 
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
@@ -357,7 +361,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 			key = sp_key_towards(&p);
 		sp_record_deny(&key, d.reason, p.ifindex);
 	}
-	return sp_act_device(skb, d, hook);
+	return sp_act_device(skb, d, hook, l3);
 }
 
 #endif

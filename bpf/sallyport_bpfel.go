@@ -349,6 +349,8 @@ const (
 	SallyportMapSpTable       = "sp_table"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
+	SallyportProgSpL3In       = "sp_l3_in"
+	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
@@ -403,6 +405,8 @@ type SallyportSpecs struct {
 type SallyportProgramSpecs struct {
 	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
 	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
@@ -520,6 +524,8 @@ type SallyportVariables struct {
 type SallyportPrograms struct {
 	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
 	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
@@ -532,6 +538,8 @@ func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
 		p.SpDevIn,
 		p.SpDevOut,
+		p.SpL3In,
+		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
 		p.SpPx0In,

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
@@ -35,7 +36,8 @@ type hook struct {
 	attach ebpf.AttachType
 }
 
-func (d *Datapath) hooks(role Role) []hook {
+// hooks are the programs of a role; those of a device whose packets begin with the IP header differ.
+func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	in, out := ebpf.AttachTCXIngress, ebpf.AttachTCXEgress
 	switch role {
 	case RoleLo:
@@ -46,11 +48,14 @@ func (d *Datapath) hooks(role Role) []hook {
 		return []hook{{"sp_px1_in", "sp_px1_in", d.objs.SpPx1In, in}}
 	case rolePxLo:
 		return []hook{{"sp_px_lo_in", "sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", "sp_px_lo_out", d.objs.SpPxLoOut, out}}
-	case RolePod:
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
-	default:
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
 	}
+	if l3 {
+		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
+	}
+	if role == RolePod {
+		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	}
+	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -67,9 +72,13 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	if err != nil {
 		return fmt.Errorf("find device %d: %w", ifindex, err)
 	}
+	l3, err := beginsWithIP(dev.Name)
+	if err != nil {
+		return fmt.Errorf("attach to %s: %w", dev.Name, err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, h := range d.hooks(role) {
+	for _, h := range d.hooks(role, l3) {
 		key := h.place + "-" + suffix // bpffs takes no dots
 		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
 			if err := updateLink(a.link, h.prog); err != nil {
@@ -88,6 +97,35 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 		d.devices[key] = attachment{h, l, ifindex, dev.Name, role}
 	}
 	return nil
+}
+
+// ErrLinkType says that a device has a link-layer header that the programs do not know.
+var ErrLinkType = errors.New("unknown link-layer header")
+
+// beginsWithIP asks for the link type of a device: Ethernet, or none at all. The kernel tells the two
+// apart in the same way (dev_is_mac_header_xmit).
+func beginsWithIP(name string) (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, fmt.Errorf("open socket: %w", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(name)
+	if err == nil {
+		err = unix.IoctlIfreq(fd, unix.SIOCGIFHWADDR, req)
+	}
+	if err != nil {
+		return false, fmt.Errorf("read link type: %w", err)
+	}
+	switch typ := req.Uint16(); typ {
+	case unix.ARPHRD_ETHER, unix.ARPHRD_LOOPBACK:
+		return false, nil
+	case unix.ARPHRD_NONE, unix.ARPHRD_VOID, unix.ARPHRD_RAWIP, unix.ARPHRD_TUNNEL, unix.ARPHRD_TUNNEL6, unix.ARPHRD_SIT,
+		unix.ARPHRD_IPGRE, unix.ARPHRD_IP6GRE, unix.ARPHRD_PPP:
+		return true, nil
+	default:
+		return false, fmt.Errorf("%w: type %d", ErrLinkType, typ)
+	}
 }
 
 // linkHook adopts the pinned link or makes one at the head of the chain. The link is pinned before

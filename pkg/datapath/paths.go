@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -176,13 +177,13 @@ func (d *Datapath) FreePath(slot uint32) error {
 	return nil
 }
 
-// Paths lists every slot that is not free, as the kernel has it. A path past its deadline is EXPIRED,
+// Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,
 // whatever its state says.
 func (d *Datapath) Paths() ([]PathStatus, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var out []PathStatus
-	for slot := range d.live {
+	for _, slot := range slices.Sorted(maps.Keys(d.live)) {
 		s, err := d.readPath(slot)
 		if err != nil {
 			return nil, err

@@ -41,7 +41,7 @@ type cell struct {
 
 func newMatrix(t *testing.T, service string, f lab.Family) *matrix {
 	t.Helper()
-	m := &matrix{world: startWorld(t, options{})}
+	m := &matrix{world: startWorld(t, options{lease: "4s"})}
 	m.log = m.follow(t)
 	for _, way := range m.ways(service, f) {
 		m.cells = append(m.cells, &cell{way: way})
@@ -198,7 +198,7 @@ func (m *matrix) proxyKilled(t *testing.T) {
 }
 
 // afterKill is how long paths last that see the agent die: longer than its lease.
-const afterKill = 8 * time.Second
+const afterKill = 12 * time.Second
 
 // agentKilled: a dead agent admits nothing new, and what it admitted dies on time; the proxy goes on.
 func (m *matrix) agentKilled(t *testing.T) {
