@@ -222,7 +222,7 @@ func isClientPort(p uint16) bool { return p >= firstClientPort && p <= lastClien
 // check asks the witnesses. Each must also have seen what went through the proxy, or it saw nothing at all.
 func (d *directWatch) check(t *testing.T) {
 	t.Helper()
-	byProxy, direct := d.counted(t, "byproxy"), d.counted(t, "direct")
+	byProxy, direct := d.counted(t, "watch", "byproxy"), d.counted(t, "watch", "direct")
 	if direct > 0 || byProxy == 0 {
 		t.Errorf("host service: %d packets came directly, %d by the proxy", direct, byProxy)
 	}
@@ -267,17 +267,17 @@ func (d *directWatch) check(t *testing.T) {
 	}
 }
 
-func (d *directWatch) counted(t *testing.T, name string) uint64 {
+// counted reads a named counter of nft in the node.
+func (w *world) counted(t *testing.T, table, name string) (packets uint64) {
 	t.Helper()
-	out, err := d.Node.Run(within(t, patience), "nft", "--json", "list", "counter", "inet", "watch", name)
+	out, err := w.Node.Run(within(t, patience), "nft", "--json", "list", "counter", "inet", table, name)
 	must(t, err)
 	var reply struct {
 		Nftables []struct{ Counter struct{ Packets uint64 } }
 	}
 	must(t, json.Unmarshal([]byte(out), &reply))
-	var n uint64
 	for _, o := range reply.Nftables {
-		n += o.Counter.Packets
+		packets += o.Counter.Packets
 	}
-	return n
+	return packets
 }
