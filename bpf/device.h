@@ -12,6 +12,10 @@
  *   LO     host services      host services
  *
  * so a flow meets exactly one hook in each direction, for its whole life.
+ *
+ * A pod's service is behind one device, and OUT of an uplink leaves the packets of a known one alone:
+ * they may go to another node. But what goes out to a pod has arrived. There a protected address is
+ * closed whatever device the table has, and a path serves only on the one that it has.
  */
 
 #include "mark.h"
@@ -21,6 +25,12 @@ enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
 	SP_ACT_STEER,		/* to the proxy */
 	SP_ACT_DROP,
+};
+
+/* What is behind a device. */
+enum sp_behind {
+	SP_BEHIND_ANY = 0,	/* the network, or the node itself */
+	SP_BEHIND_POD,
 };
 
 struct sp_decision {
@@ -39,12 +49,18 @@ static __always_inline bool sp_pod_at(const struct sp_service *svc, __u32 ifinde
 	return svc->target == SP_TARGET_POD && (!svc->ifindex || svc->ifindex == ifindex);
 }
 
-static __always_inline bool sp_sees_towards(enum sp_hook hook, const struct sp_service *svc,
-					    __u32 ifindex)
+static __always_inline bool sp_sees_towards(enum sp_hook hook, enum sp_behind behind,
+					    const struct sp_service *svc, __u32 ifindex)
 {
 	if (hook == SP_HOOK_OUT)
-		return sp_pod_at(svc, ifindex);
+		return behind == SP_BEHIND_POD ? svc->target == SP_TARGET_POD : sp_pod_at(svc, ifindex);
 	return svc->target == SP_TARGET_HOST;
+}
+
+/* Is this the device that the service's paths are for? */
+static __always_inline bool sp_is_instance(const struct sp_service *svc, __u32 ifindex)
+{
+	return svc->target == SP_TARGET_HOST || svc->ifindex == ifindex;
 }
 
 static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_service *svc,
@@ -113,7 +129,10 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	struct sp_leg *leg;
 
 	flow = bpf_map_lookup_elem(&sp_flows, key);
-	if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
+	if (flow && !sp_is_instance(svc, p->ifindex)) {
+		sp_end_flow(key, flow, SP_REASON_PATH_STALE);
+		reason = flow->ended;
+	} else if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
 		if (reason == SP_REASON_PATH_LIVE)
 			return sp_decide(SP_ACT_NEXT, reason);
@@ -133,6 +152,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		return sp_decide(SP_ACT_STEER, reason);
 	}
 	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
+		 !sp_is_instance(svc, p->ifindex) ? SP_REASON_NO_PATH :
 		 sp_open_flow(key, p, svc->id, (__u32)hook << 24 | (p->ifindex & 0xffffff));
 	if (reason == SP_REASON_PATH_OPEN)
 		return sp_decide(SP_ACT_NEXT, reason);
@@ -240,6 +260,7 @@ static __always_inline bool sp_hook_is_in(enum sp_hook hook)
 /* The decision of every device hook. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb,
 							   struct sp_packet *p, enum sp_hook hook,
+							   enum sp_behind behind, __u32 l3,
 							   struct sp_flow_key *key)
 {
 	const struct sp_config *cfg;
@@ -250,7 +271,7 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 
 	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	parsed = sp_parse(skb, p);
+	parsed = sp_parse(skb, p, l3);
 	if (parsed == SP_PARSE_OTHER)
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb) ?
 		       sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
@@ -273,7 +294,7 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
 	}
 	svc = to ? sp_find_service(&p->dst, p->dport) : NULL;
-	if (svc && sp_sees_towards(hook, svc, p->ifindex)) {
+	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
 		return sp_decide_towards(skb, cfg, p, hook, svc, key);
 	}
@@ -286,26 +307,29 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
-static __always_inline int sp_steer(struct __sk_buff *skb)
+static __always_inline int sp_steer(struct __sk_buff *skb, __u32 l3)
 {
 	struct sp_config *cfg = sp_get_config();
-	__u8 macs[12] = {};
+	struct ethhdr eth = {};
 
 	if (!cfg)
 		return TC_ACT_SHOT;
-	__builtin_memcpy(&macs[6], cfg->stamp, 6);
-	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+	__builtin_memcpy(eth.h_source, cfg->stamp, sizeof(eth.h_source));
+	eth.h_proto = skb->protocol;
+	if (!l3 && bpf_skb_change_head(skb, ETH_HLEN, 0))
+		return TC_ACT_SHOT;
+	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
 		return TC_ACT_SHOT;
 	return bpf_redirect(cfg->px0_ifindex, 0);
 }
 
 static __always_inline int sp_act_device(struct __sk_buff *skb, struct sp_decision d,
-					 enum sp_hook hook)
+					 enum sp_hook hook, __u32 l3)
 {
 	if (d.action == SP_ACT_DROP)
 		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_STEER)
-		return sp_steer(skb);
+		return sp_steer(skb, l3);
 	if (d.reason == SP_REASON_REINJECTED) {
 		skb->mark = 0;
 		if (sp_hook_is_in(hook))
@@ -319,12 +343,13 @@ static __always_inline bool sp_is_denial(struct sp_decision d)
 	return d.action == SP_ACT_DROP || d.reason == SP_REASON_STRAY;
 }
 
-/* Parse, decide, account, act. */
-static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook)
+/* Parse, decide, account, act. `l3` is where the IP header begins. */
+static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, enum sp_behind behind,
+				     __u32 l3)
 {
 	struct sp_packet p = {};
 	struct sp_flow_key key = {};
-	struct sp_decision d = sp_decide_device(skb, &p, hook, &key);
+	struct sp_decision d = sp_decide_device(skb, &p, hook, behind, l3, &key);
 
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
@@ -336,7 +361,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook)
 			key = sp_key_towards(&p);
 		sp_record_deny(&key, d.reason, p.ifindex);
 	}
-	return sp_act_device(skb, d, hook);
+	return sp_act_device(skb, d, hook, l3);
 }
 
 #endif

@@ -13,6 +13,8 @@
  *    and a chain beyond the bound are SP_PARSE_EXT_HEADERS;
  *  - truncation, a header length below its minimum, mapped addresses on the wire: SP_PARSE_MALFORMED;
  *  - everything that is not TCP: SP_PARSE_OTHER.
+ * Where the IP header begins is a constant of the program: behind the Ethernet header, or at once
+ * on a device without one (tunnels). The packet does not say, and its sender must not.
  * Only the first stage, up to the ports, runs for unprotected traffic.
  */
 
@@ -115,9 +117,10 @@ static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct 
 	return p->tcp_len < sizeof(tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
 }
 
-static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_packet *p)
+static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_packet *p,
+						   __u32 l3)
 {
-	struct iphdr *ip = sp_data(skb) + ETH_HLEN;
+	struct iphdr *ip = sp_data(skb) + l3;
 	struct tcphdr *tcp;
 
 	if ((void *)(ip + 1) > sp_end(skb))
@@ -132,7 +135,7 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 	if (ip->version != 4 || ip->ihl < 5 ||
 	    bpf_ntohs(ip->tot_len) < ip->ihl * 4 + sizeof(*tcp))
 		return SP_PARSE_MALFORMED;
-	p->l4 = ETH_HLEN + ip->ihl * 4;
+	p->l4 = l3 + ip->ihl * 4;
 	tcp = (void *)(ip + 1);
 	if (ip->ihl != 5 || (void *)(tcp + 1) > sp_end(skb))
 		return sp_parse_tcp(skb, p);
@@ -147,10 +150,11 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, __u8 next)
 {
 	struct ipv6_opt_hdr opt;
-	__u32 offset = ETH_HLEN + sizeof(struct ipv6hdr);
+	__u32 offset;
 
 	if (!p)
 		return SP_PARSE_MALFORMED;
+	offset = p->l3 + sizeof(struct ipv6hdr);
 	for (int i = 0; i <= SP_EXT_MAX; i++) {
 		switch (next) {
 		case IPPROTO_TCP:
@@ -185,9 +189,10 @@ static __always_inline bool sp_mapped(const struct in6_addr *a)
 	return !a->s6_addr32[0] && !a->s6_addr32[1] && a->s6_addr32[2] == bpf_htonl(0xffff);
 }
 
-static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct sp_packet *p)
+static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct sp_packet *p,
+						   __u32 l3)
 {
-	struct ipv6hdr *ip = sp_data(skb) + ETH_HLEN;
+	struct ipv6hdr *ip = sp_data(skb) + l3;
 	struct tcphdr *tcp;
 	int parsed;
 
@@ -198,7 +203,7 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 		return SP_PARSE_MALFORMED;
 	tcp = (void *)(ip + 1);
 	if (ip->nexthdr == IPPROTO_TCP && (void *)(tcp + 1) <= sp_end(skb)) {
-		p->l4 = ETH_HLEN + sizeof(*ip);
+		p->l4 = l3 + sizeof(*ip);
 		p->sport = bpf_ntohs(tcp->source);
 		p->dport = bpf_ntohs(tcp->dest);
 		p->tcp_len = tcp->doff * 4;
@@ -210,11 +215,11 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 }
 
 /* First stage: up to the ports. Makes the headers linear when they are not. */
-static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_packet *p)
+static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_packet *p, __u32 l3)
 {
-	__u32 need = ETH_HLEN + sizeof(struct ipv6hdr);
+	__u32 need = l3 + sizeof(struct ipv6hdr);
 
-	p->l3 = ETH_HLEN;
+	p->l3 = l3;
 	p->ifindex = skb->ifindex;
 	barrier_var(p->ifindex);
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
@@ -222,8 +227,8 @@ static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_p
 	if (sp_data(skb) + need > sp_end(skb))
 		bpf_skb_pull_data(skb, skb->len < SP_PULL ? skb->len : SP_PULL);
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return sp_parse_ipv4(skb, p);
-	return sp_parse_ipv6(skb, p);
+		return sp_parse_ipv4(skb, p, l3);
+	return sp_parse_ipv6(skb, p, l3);
 }
 
 /* Second stage: addresses, also of a packet whose first stage failed behind the IP header. */
@@ -232,13 +237,13 @@ static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_
 	if (p->version == 4) {
 		p->src.bytes[10] = p->src.bytes[11] = 0xff;
 		p->dst.bytes[10] = p->dst.bytes[11] = 0xff;
-		return !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr),
+		return !bpf_skb_load_bytes(skb, p->l3 + offsetof(struct iphdr, saddr),
 					   &p->src.bytes[12], 4) &&
-		       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, daddr),
+		       !bpf_skb_load_bytes(skb, p->l3 + offsetof(struct iphdr, daddr),
 					   &p->dst.bytes[12], 4);
 	}
-	return !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), &p->src, 16) &&
-	       !bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
+	return !bpf_skb_load_bytes(skb, p->l3 + offsetof(struct ipv6hdr, saddr), &p->src, 16) &&
+	       !bpf_skb_load_bytes(skb, p->l3 + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
 }
 
 /* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers, if

@@ -110,7 +110,7 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	struct sp_leg *leg = NULL;
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason = SP_REASON_PX_UNEXPECTED;
-	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP && sp_parse_addresses(skb, &p);
+	bool tcp = sp_parse(skb, &p, ETH_HLEN) == SP_PARSE_TCP && sp_parse_addresses(skb, &p);
 
 	sp_parse_volume(skb, &p);
 	if (!cfg)
@@ -211,7 +211,7 @@ static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
 	struct sp_packet p = {};
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason;
-	bool tcp = sp_parse(skb, &p) == SP_PARSE_TCP;
+	bool tcp = sp_parse(skb, &p, ETH_HLEN) == SP_PARSE_TCP;
 
 	if (p.version && !sp_parse_addresses(skb, &p))
 		tcp = false;

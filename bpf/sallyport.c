@@ -11,20 +11,40 @@
 SEC("tcx/ingress")
 int sp_dev_in(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_IN);
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_ANY, ETH_HLEN);
 }
 
 SEC("tcx/egress")
 int sp_dev_out(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_OUT);
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_ANY, ETH_HLEN);
+}
+
+/* The host side of a pod's device, egress. */
+SEC("tcx/egress")
+int sp_pod_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD, ETH_HLEN);
+}
+
+/* The same on devices without an Ethernet header: tun, IP tunnels, WireGuard. */
+SEC("tcx/ingress")
+int sp_l3_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_ANY, 0);
+}
+
+SEC("tcx/egress")
+int sp_l3_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_ANY, 0);
 }
 
 /* Loopback: clients on the node, 127/8, ::1 and the node's own addresses. */
 SEC("tcx/ingress")
 int sp_lo_in(struct __sk_buff *skb)
 {
-	return sp_device(skb, SP_HOOK_LO);
+	return sp_device(skb, SP_HOOK_LO, SP_BEHIND_ANY, ETH_HLEN);
 }
 
 /* The host end of the px pair. */

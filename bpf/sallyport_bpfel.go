@@ -349,7 +349,10 @@ const (
 	SallyportMapSpTable       = "sp_table"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
+	SallyportProgSpL3In       = "sp_l3_in"
+	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
+	SallyportProgSpPodOut     = "sp_pod_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -402,7 +405,10 @@ type SallyportSpecs struct {
 type SallyportProgramSpecs struct {
 	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
@@ -518,7 +524,10 @@ type SallyportVariables struct {
 type SallyportPrograms struct {
 	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
 	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
@@ -529,7 +538,10 @@ func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
 		p.SpDevIn,
 		p.SpDevOut,
+		p.SpL3In,
+		p.SpL3Out,
 		p.SpLoIn,
+		p.SpPodOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

@@ -13,11 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
-// attachment is one link of one program; its pin has the name of its key.
+// attachment is one link of one program; its pin has the name of its key, which names the place.
 type attachment struct {
 	hook
 	link    link.Link
@@ -26,27 +27,35 @@ type attachment struct {
 	role    Role
 }
 
-// hook is a program and the place in a device's chain that it belongs to.
+// hook is a program and the place in a device's chain that it belongs to. A device whose role changes
+// keeps its places.
 type hook struct {
+	place  string
 	name   string
 	prog   *ebpf.Program
 	attach ebpf.AttachType
 }
 
-func (d *Datapath) hooks(role Role) []hook {
+// hooks are the programs of a role; those of a device whose packets begin with the IP header differ.
+func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	in, out := ebpf.AttachTCXIngress, ebpf.AttachTCXEgress
 	switch role {
 	case RoleLo:
-		return []hook{{"sp_lo_in", d.objs.SpLoIn, in}}
+		return []hook{{"sp_lo_in", "sp_lo_in", d.objs.SpLoIn, in}}
 	case RolePx0:
-		return []hook{{"sp_px0_in", d.objs.SpPx0In, in}}
+		return []hook{{"sp_px0_in", "sp_px0_in", d.objs.SpPx0In, in}}
 	case RolePx1:
-		return []hook{{"sp_px1_in", d.objs.SpPx1In, in}}
+		return []hook{{"sp_px1_in", "sp_px1_in", d.objs.SpPx1In, in}}
 	case rolePxLo:
-		return []hook{{"sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", d.objs.SpPxLoOut, out}}
-	default:
-		return []hook{{"sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", d.objs.SpDevOut, out}}
+		return []hook{{"sp_px_lo_in", "sp_px_lo_in", d.objs.SpPxLoIn, in}, {"sp_px_lo_out", "sp_px_lo_out", d.objs.SpPxLoOut, out}}
 	}
+	if l3 {
+		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
+	}
+	if role == RolePod {
+		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	}
+	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -63,19 +72,25 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	if err != nil {
 		return fmt.Errorf("find device %d: %w", ifindex, err)
 	}
+	l3, err := beginsWithIP(dev.Name)
+	if err != nil {
+		return fmt.Errorf("attach to %s: %w", dev.Name, err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, h := range d.hooks(role) {
-		key := h.name + "-" + suffix // bpffs takes no dots
+	for _, h := range d.hooks(role, l3) {
+		key := h.place + "-" + suffix // bpffs takes no dots
 		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
-			a.role, a.device = role, dev.Name
-			d.devices[key] = a
+			if err := updateLink(a.link, h.prog); err != nil {
+				return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
+			}
+			d.devices[key] = attachment{h, a.link, ifindex, dev.Name, role}
 			continue
 		} else if ok {
 			closeLink(a.link)
 			delete(d.devices, key)
 		}
-		l, err := d.linkHook(h, ifindex, filepath.Join(linksDir(d.cfg.Dir), key))
+		l, err := d.linkHook(h, ifindex, role, filepath.Join(linksDir(d.cfg.Dir), key))
 		if err != nil {
 			return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
 		}
@@ -84,9 +99,39 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	return nil
 }
 
+// ErrLinkType says that a device has a link-layer header that the programs do not know.
+var ErrLinkType = errors.New("unknown link-layer header")
+
+// beginsWithIP asks for the link type of a device: Ethernet, or none at all. The kernel tells the two
+// apart in the same way (dev_is_mac_header_xmit).
+func beginsWithIP(name string) (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, fmt.Errorf("open socket: %w", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(name)
+	if err == nil {
+		err = unix.IoctlIfreq(fd, unix.SIOCGIFHWADDR, req)
+	}
+	if err != nil {
+		return false, fmt.Errorf("read link type: %w", err)
+	}
+	switch typ := req.Uint16(); typ {
+	case unix.ARPHRD_ETHER, unix.ARPHRD_LOOPBACK:
+		return false, nil
+	case unix.ARPHRD_NONE, unix.ARPHRD_VOID, unix.ARPHRD_RAWIP, unix.ARPHRD_TUNNEL, unix.ARPHRD_TUNNEL6, unix.ARPHRD_SIT,
+		unix.ARPHRD_IPGRE, unix.ARPHRD_IP6GRE, unix.ARPHRD_PPP:
+		return true, nil
+	default:
+		return false, fmt.Errorf("%w: type %d", ErrLinkType, typ)
+	}
+}
+
 // linkHook adopts the pinned link or makes one at the head of the chain. The link is pinned before
-// anything relies on it.
-func (d *Datapath) linkHook(h hook, ifindex int, pin string) (link.Link, error) {
+// anything relies on it. A device that has to be linked is a new one, whatever its number: paths to
+// what was behind that number end before.
+func (d *Datapath) linkHook(h hook, ifindex int, role Role, pin string) (link.Link, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if err == nil && linkedTo(l, ifindex) {
 		return l, updateLink(l, h.prog)
@@ -98,6 +143,11 @@ func (d *Datapath) linkHook(h hook, ifindex int, pin string) (link.Link, error) 
 		}
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("open pinned link: %w", err)
+	}
+	if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
+		if err := d.endPathsBehind(ifindex); err != nil {
+			return nil, err
+		}
 	}
 	l, err = link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: h.prog, Attach: h.attach, Anchor: link.Head()})
 	if err != nil {

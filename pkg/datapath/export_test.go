@@ -30,7 +30,5 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
-	EventSize   = eventSize
-	Mounted     = mounted
 	Schema      = schema
 )

@@ -1,10 +1,15 @@
 package datapath_test
 
 import (
+	"bufio"
 	"context"
+	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -12,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/test/lab"
 )
 
 // guard runs HoldLinks, and says how many links it holds.
@@ -56,6 +62,64 @@ func (g *guard) wait(t *testing.T, count int) {
 	}
 }
 
+// standIn answers in the proxy's place, without dialling the service: where nothing is asked but who
+// answers. Its clean-up ends every connection, whatever became of the hooks.
+func (n *node) standIn(t *testing.T) {
+	t.Helper()
+	for _, f := range lab.Families() {
+		s := &standIn{ln: listenPx(t, n.px, f, listenPort), conns: map[net.Conn]bool{}}
+		s.wg.Go(s.accept)
+		t.Cleanup(s.close)
+	}
+}
+
+type standIn struct {
+	ln    net.Listener
+	wg    sync.WaitGroup
+	mu    sync.Mutex // guards conns; nil: closed
+	conns map[net.Conn]bool
+}
+
+func (s *standIn) accept() {
+	for {
+		c, err := s.ln.Accept()
+		if err != nil {
+			return
+		}
+		if !s.keep(c) {
+			_ = c.Close()
+			return
+		}
+		s.wg.Go(func() {
+			client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+			for lines := bufio.NewScanner(c); lines.Scan(); {
+				fmt.Fprintf(c, "service saw %s\n", netip.AddrPortFrom(client.Addr(), client.Port()^1))
+			}
+			_ = c.Close() // close may have been first
+		})
+	}
+}
+
+func (s *standIn) keep(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conns != nil {
+		s.conns[c] = true
+	}
+	return s.conns != nil
+}
+
+func (s *standIn) close() {
+	_ = s.ln.Close()
+	s.mu.Lock()
+	for c := range s.conns {
+		_ = c.Close()
+	}
+	s.conns = nil
+	s.mu.Unlock()
+	s.wg.Wait()
+}
+
 func (n *node) everySays(t *testing.T, want, when string) {
 	t.Helper()
 	for _, c := range n.cells() {
@@ -71,7 +135,7 @@ func (n *node) everySays(t *testing.T, want, when string) {
 // TestGuardHolds: with the agent's handles closed and every pin removed, the hooks are still there.
 func TestGuardHolds(t *testing.T) {
 	n := newLeakFree(t)
-	n.copyProxy(t)
+	n.standIn(t)
 	links, err := n.d.LinkIDs()
 	must(t, err)
 	g := n.guard(t)

@@ -108,6 +108,10 @@ func (d *Datapath) setState(slot uint32, s PathState) error {
 func (d *Datapath) EndPath(slot uint32, s PathState) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.endPath(slot, s)
+}
+
+func (d *Datapath) endPath(slot uint32, s PathState) error {
 	if err := d.setState(slot, s); err != nil {
 		return err
 	}
@@ -118,6 +122,26 @@ func (d *Datapath) EndPath(slot uint32, s PathState) error {
 	for _, k := range pathKeys(p) {
 		if err := d.dropIndex(k, slot); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// endPathsBehind revokes the open paths to services behind a device. d.mu is held.
+func (d *Datapath) endPathsBehind(ifindex int) error {
+	for slot, p := range d.live {
+		behind := slices.ContainsFunc(d.services, func(s Service) bool {
+			return s.ID == p.ServiceID && s.Target == TargetPod && s.Ifindex == ifindex
+		})
+		if !behind {
+			continue
+		}
+		s, err := d.readPath(slot)
+		if err == nil && (s.State == PathActive || s.State == PathPending) {
+			err = d.endPath(slot, PathRevoked)
+		}
+		if err != nil {
+			return fmt.Errorf("end path in slot %d: %w", slot, err)
 		}
 	}
 	return nil

@@ -52,7 +52,7 @@ func (r *rig) scenes(t testing.TB, f lab.Family) map[string]scene {
 		{"host", f, bpf.SallyportSpHookSP_HOOK_IN, r.device(t, lab.Uplink), at(r.Client.Addr(f), clientPort),
 			at(r.Node.Addr(f), hostPort), hostID, "sp_dev_in", "sp_dev_out"},
 		{"pod", f, bpf.SallyportSpHookSP_HOOK_OUT, r.device(t, lab.PodDevice(0)), at(r.Client.Addr(f), clientPort),
-			at(r.Pod.Addr(f), podPort), podID, "sp_dev_out", "sp_dev_in"},
+			at(r.Pod.Addr(f), podPort), podID, "sp_pod_out", "sp_dev_in"},
 		{"lo", f, bpf.SallyportSpHookSP_HOOK_LO, 1, at(f.Loopback(), clientPort),
 			at(f.Loopback(), hostPort), hostID, "sp_lo_in", "sp_lo_in"},
 	}
@@ -203,7 +203,7 @@ func (r *rig) send(t testing.TB, p probe) (verdict int32, out []byte, mark uint3
 func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte) {
 	t.Helper()
 	expect := bytes.Clone(p.frame)
-	if verdict == actRedirect && (strings.HasPrefix(p.program, "sp_dev") || p.program == "sp_lo_in") {
+	if verdict == actRedirect && !strings.HasPrefix(p.program, "sp_px") {
 		copy(expect, make([]byte, 6))
 		copy(expect[6:], r.cfg.Stamp[:])
 	}

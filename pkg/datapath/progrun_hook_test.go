@@ -1,9 +1,11 @@
 package datapath_test
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 
+	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/test/lab"
@@ -57,14 +59,24 @@ func otherCases() []progCase {
 	}
 }
 
-// wrongDevice: a pod's service is behind one device; elsewhere its packets are no concern of a hook.
+// wrongDevice: a pod's service is behind one device. Other devices but those of pods let its packets
+// go; a pod's device is the end of the way, and its path is not that of the instance behind another.
 func wrongDevice(t *testing.T, r *rig) []progCase {
 	other := r.device(t, lab.PodDevice(1))
+	there := fmt.Sprintf(" at hook %d device %d", bpf.SallyportSpHookSP_HOOK_OUT, other)
 	none := pass(flow.ReasonNone)
 	return []progCase{
 		{name: "other device/to the pod", scenes: []string{"pod"}, want: none, packet: func(s scene) probe {
-			return at(s.towards, other, tcp(s.client, s.server, syn))
+			return at("sp_dev_out", other, tcp(s.client, s.server, syn))
 		}},
+		{name: "other pod's device/to the pod", scenes: []string{"pod"}, want: steer(flow.ReasonNoPath, "leg down"+there, "origin"+there),
+			given: []given{path(datapath.PathActive)}, packet: func(s scene) probe {
+				return at(s.towards, other, tcp(s.client, s.server, syn))
+			}},
+		{name: "other pod's device/live flow", scenes: []string{"pod"}, given: []given{path(datapath.PathActive), bypassed()},
+			want: steer(flow.ReasonPathStale, "flow 0/0 ended=PATH_STALE", "stray down"+there).recorded("END PATH_STALE 0/0"), packet: func(s scene) probe {
+				return at(s.towards, other, tcp(s.client, s.server, ack))
+			}},
 		{name: "other device/from the pod", scenes: []string{"pod"}, want: none, packet: func(s scene) probe {
 			return at(s.from, other, tcp(s.server, s.client, ack))
 		}},
@@ -159,7 +171,7 @@ func TestForwardingOff(t *testing.T) {
 	}, want: want{verdict: actRedirect, counts: one(flow.ReasonNoPath), state: []string{"leg down elsewhere", "origin elsewhere"}}}})
 }
 
-// TestNewAddress: an address that appears later is the node's own at once, and stops being it.
+// TestNewAddress: an address that appears later is the node's own as soon as the kernel has its route.
 func TestNewAddress(t *testing.T) {
 	r := newRig(t, 4096, 4096)
 	for _, f := range lab.Families() {
@@ -173,8 +185,6 @@ func TestNewAddress(t *testing.T) {
 			t.Errorf("%v: foreign address: verdict %d, want %d", f, v, actNext)
 		}
 		addAddress(t, r.Node, foreign(s))
-		if v := probeIt(); v != actRedirect {
-			t.Errorf("%v: new address: verdict %d, want %d", f, v, actRedirect)
-		}
+		waitUntil(t, "the kernel to take the new address for its own", func() bool { return probeIt() == actRedirect })
 	}
 }

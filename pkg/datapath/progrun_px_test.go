@@ -10,6 +10,7 @@ import (
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/px"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/packet"
 )
@@ -36,7 +37,7 @@ func px0Cases(px0 int) []progCase {
 	active := path(datapath.PathActive)
 	unexpected := no(flow.ReasonPxUnexpected)
 	return []progCase{
-		{name: "px0/answer", packet: answer(syn | ack), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down ANSWERED")},
+		{name: "px0/answer", packet: answer(syn | ack), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down")},
 		{name: "px0/answer, fin", packet: answer(ack | packet.FIN), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down FIN_SERVER ANSWERED")},
 		{name: "px0/answer, reset", packet: answer(packet.RST), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down RST ANSWERED")},
 		{name: "px0/answer without a leg", packet: answer(ack), want: unexpected},
@@ -165,10 +166,10 @@ func TestPx(t *testing.T) {
 }
 
 // listenPx opens a transparent listener of the proxy.
-func (r *rig) listenPx(t testing.TB, f lab.Family, port int) net.Listener {
+func listenPx(t testing.TB, n *px.Namespace, f lab.Family, port int) net.Listener {
 	t.Helper()
 	var ln net.Listener
-	check(t, r.px.Do(func() (err error) {
+	check(t, n.Do(func() (err error) {
 		lc := net.ListenConfig{Control: transparent}
 		lc.SetMultipathTCP(false)
 		ln, err = lc.Listen(context.Background(), fmt.Sprintf("tcp%d", int(f)), fmt.Sprintf(":%d", port))

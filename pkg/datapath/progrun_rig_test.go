@@ -43,6 +43,12 @@ type rig struct {
 // newRig makes a rig whose hash tables have the given sizes; 0 is the default.
 func newRig(t testing.TB, flows, legs uint32) *rig {
 	t.Helper()
+	return newRigOf(t, datapath.Config{MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16})
+}
+
+// newRigOf fills in where the datapath lives.
+func newRigOf(t testing.TB, cfg datapath.Config) *rig {
+	t.Helper()
 	r := &rig{Lab: lab.New(t, lab.Options{Pods: 2, UplinkMTU: 9000})}
 	bpffs, err := r.MountBPFFS()
 	check(t, err)
@@ -52,15 +58,12 @@ func newRig(t testing.TB, flows, legs uint32) *rig {
 		check(t, r.px.Close())
 		check(t, r.Node.Do(func() error { return px.Remove(where) }))
 	})
-	dir := filepath.Join(bpffs, "sallyport")
-	check(t, r.Node.Do(func() (err error) {
-		r.d, err = datapath.Open(datapath.Config{Dir: dir, PxNetns: where.Path, Px0: r.px.Px0(),
-			ListenPort: listenPort, MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16, MaxTTL: time.Hour})
-		return err
-	}))
+	cfg.Dir, cfg.PxNetns, cfg.Px0 = filepath.Join(bpffs, "sallyport"), where.Path, r.px.Px0()
+	cfg.ListenPort, cfg.MaxTTL = listenPort, time.Hour
+	check(t, r.Node.Do(func() (err error) { r.d, err = datapath.Open(cfg); return err }))
 	t.Cleanup(func() {
 		check(t, r.d.Close())
-		_, err := datapath.Uninstall(dir)
+		_, err := datapath.Uninstall(cfg.Dir)
 		check(t, err)
 	})
 	r.m = r.d.Maps()
@@ -193,7 +196,8 @@ func (r *rig) device(t testing.TB, name string) int {
 func (r *rig) program(name string) *ebpf.Program {
 	p := r.d.Programs()
 	return map[string]*ebpf.Program{
-		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
+		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_pod_out": p.SpPodOut,
+		"sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
 	}[name]
 }

@@ -283,7 +283,7 @@ func (r *rig) proxySockets(t *testing.T, s scene) {
 		s.client = netip.AddrPortFrom(s.client.Addr(), uint16(clientPort+i)) // a request outlives its listener for a while
 		t.Run(c.name, func(t *testing.T) {
 			if c.listener != 0 {
-				ln := r.listenPx(t, s.family, c.listener)
+				ln := listenPx(t, r.px, s.family, c.listener)
 				defer func() { check(t, ln.Close()) }()
 			}
 			r.reset(t)
@@ -298,7 +298,7 @@ func (r *rig) proxySockets(t *testing.T, s scene) {
 func TestTimeWait(t *testing.T) {
 	r := newWire(t)
 	for _, f := range lab.Families() {
-		ln := r.listenPx(t, f, listenPort)
+		ln := listenPx(t, r.px, f, listenPort)
 		for _, name := range everyScene() {
 			s := r.scenes(t, f)[name]
 			t.Run(name+"/"+f.String(), func(t *testing.T) {

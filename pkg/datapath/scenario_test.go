@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -34,6 +35,8 @@ type node struct {
 	d  *datapath.Datapath
 	px *px.Namespace
 	cf datapath.Config
+
+	relays sync.WaitGroup // accept loops, and relays that still use px
 }
 
 func newNode(t *testing.T) *node {
@@ -63,12 +66,12 @@ func newNode(t *testing.T) *node {
 		if err := n.d.AttachPx(); err != nil {
 			return err
 		}
-		for _, name := range []string{lab.Uplink, lab.PodDevice(0), lab.PodDevice(1), "lo"} {
+		for name, role := range map[string]datapath.Role{lab.Uplink: datapath.RoleUplink, lab.PodDevice(0): datapath.RolePod,
+			lab.PodDevice(1): datapath.RolePod, "lo": datapath.RoleLo} {
 			dev, err := net.InterfaceByName(name)
 			if err != nil {
 				return err
 			}
-			role := map[bool]datapath.Role{true: datapath.RoleLo, false: datapath.RoleUplink}[name == "lo"]
 			if err := n.d.Attach(dev.Index, role); err != nil {
 				return err
 			}
@@ -191,9 +194,12 @@ func (n *node) copyProxy(t *testing.T) io.Closer {
 			return err
 		}))
 		all = append(all, ln)
-		go n.serve(ln)
+		n.relays.Go(func() { n.serve(ln) })
 	}
-	t.Cleanup(func() { all.Close() })
+	t.Cleanup(func() {
+		all.Close()
+		n.relays.Wait()
+	})
 	return all
 }
 
@@ -213,11 +219,13 @@ func (n *node) serve(ln net.Listener) {
 		if err != nil {
 			return
 		}
-		go n.relay(c.(*net.TCPConn))
+		n.relays.Add(1)
+		go n.relay(c.(*net.TCPConn), n.relays.Done)
 	}
 }
 
-func (n *node) relay(c *net.TCPConn) {
+// relay tells when it has dialled.
+func (n *node) relay(c *net.TCPConn, dialled func()) {
 	defer c.Close()
 	var up net.Conn
 	err := n.px.Do(func() error {
@@ -227,6 +235,7 @@ func (n *node) relay(c *net.TCPConn) {
 		up, err = d.Dial("tcp", c.LocalAddr().String())
 		return err
 	})
+	dialled()
 	if err != nil {
 		c.SetLinger(0)
 		return

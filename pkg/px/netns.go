@@ -42,13 +42,25 @@ func unshared() (ns *os.File, err error) {
 	return ns, err
 }
 
-// onThread runs f on a locked thread that is never unlocked: it ends with the goroutine, so that
-// no other goroutine is ever scheduled on a thread in the wrong namespace.
+// onThread runs f on a locked thread and takes the thread back to its namespace. A thread that cannot
+// go back is never unlocked and ends with its goroutine, so that no other goroutine is ever scheduled in
+// the wrong namespace; the first thread of a process cannot end, and would hold on to the namespace.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		done <- f()
+		home, err := current()
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- err
+			return
+		}
+		defer home.Close()
+		err = f()
+		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
 	}()
 	return <-done
 }
