@@ -101,11 +101,7 @@ func (w *world) checkProxied(t *testing.T, log *followed, way way, i int, client
 // sink replaces the echo of a way: it takes what comes to its end, and answers as sizes say.
 func (w *world) sink(t *testing.T, way way) *lab.Service {
 	t.Helper()
-	where, port := w.Node, uint16(sinkPort)
-	if way.service == "pod-echo" {
-		where = w.Pod
-	}
-	s, err := where.Serve(netip.AddrPortFrom(way.to.Addr(), port), func(c net.Conn) {
+	s, err := w.home(way).Serve(netip.AddrPortFrom(way.to.Addr(), sinkPort), func(c net.Conn) {
 		n, err := io.Copy(io.Discard, c)
 		if err != nil {
 			return
