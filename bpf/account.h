@@ -112,8 +112,12 @@ static __always_inline void sp_account_flow(struct sp_flow *flow, struct sp_path
 	__sync_fetch_and_add(&path->packets_to_client, p->segments);
 }
 
-/* How many denials the record to write now stands for; 0: one was written within a second. */
-static __noinline __u64 sp_denials_due(const struct sp_deny_key *key)
+#define SP_DENIAL_LOST (-1)
+
+/* How many denials the record to write now stands for; 0: one was written within a second;
+ * SP_DENIAL_LOST: there is no room to keep count.
+ */
+static __noinline __s64 sp_denials_due(const struct sp_deny_key *key)
 {
 	struct sp_deny fresh = {}, *d;
 	__u64 now = bpf_ktime_get_boot_ns();
@@ -123,7 +127,11 @@ static __noinline __u64 sp_denials_due(const struct sp_deny_key *key)
 	d = bpf_map_lookup_elem(&sp_denies, key);
 	if (!d) {
 		fresh.reported_ns = now;
-		return bpf_map_update_elem(&sp_denies, key, &fresh, BPF_NOEXIST) ? 0 : 1;
+		if (!bpf_map_update_elem(&sp_denies, key, &fresh, BPF_NOEXIST))
+			return 1;
+		d = bpf_map_lookup_elem(&sp_denies, key); /* another CPU may have been first */
+		if (!d)
+			return SP_DENIAL_LOST;
 	}
 	if (now - d->reported_ns < SP_SECOND_NS) {
 		__sync_fetch_and_add(&d->pending, 1);
@@ -138,8 +146,8 @@ static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason
 {
 	struct sp_deny_key deny = {};
 	struct sp_sequence *seq = sp_get_sequence();
-	struct sp_event *e;
-	__u64 count;
+	struct sp_event *e = NULL;
+	__s64 count;
 
 	if (!seq || !key)
 		return 0;
@@ -151,7 +159,8 @@ static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason
 	if (!count)
 		return 0;
 	seq->produced++;
-	e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
+	if (count > 0)
+		e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
 	if (!e) {
 		seq->best_effort_lost++;
 		return 0;

@@ -13,9 +13,9 @@
  *
  * so a flow meets exactly one hook in each direction, for its whole life.
  *
- * A pod's service is behind one device, and OUT of any other leaves its packets alone: they may go to
- * another node. But what goes out to a pod has arrived. There a protected address closes whether or
- * not the table knows the device yet, and the paths are those of the instance that it knows.
+ * A pod's service is behind one device, and OUT of an uplink leaves the packets of a known one alone:
+ * they may go to another node. But what goes out to a pod has arrived. There a protected address is
+ * closed whatever device the table has, and a path serves only on the one that it has.
  */
 
 #include "mark.h"
@@ -53,8 +53,7 @@ static __always_inline bool sp_sees_towards(enum sp_hook hook, enum sp_behind be
 					    const struct sp_service *svc, __u32 ifindex)
 {
 	if (hook == SP_HOOK_OUT)
-		return behind == SP_BEHIND_POD ? svc->target == SP_TARGET_POD :
-						 sp_pod_at(svc, ifindex);
+		return behind == SP_BEHIND_POD ? svc->target == SP_TARGET_POD : sp_pod_at(svc, ifindex);
 	return svc->target == SP_TARGET_HOST;
 }
 

@@ -134,7 +134,7 @@ struct {
 	__type(value, struct sp_counter);
 } sp_counters SEC(".maps");
 
-/* One record a second for equal denials; the rest is counted here. Full: only sp_counters knows. */
+/* One record a second for equal denials; the rest is counted here. Full: counted as lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);

@@ -115,10 +115,12 @@ static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum
 	return leg && leg->opened_ns > after_ns ? leg : NULL;
 }
 
-/* Bits that a packet adds to the state of its connection. */
+/* Bits that a packet adds to the state of its connection. A SYN-ACK is no proof of a client: anybody
+ * can have one sent.
+ */
 static __always_inline __u32 sp_seen(const struct sp_packet *p, bool from_client)
 {
-	__u32 flags = from_client ? 0 : SP_ANSWERED;
+	__u32 flags = from_client || (p->tcp_flags & SP_TCP_SYN) ? 0 : SP_ANSWERED;
 
 	if (p->tcp_flags & SP_TCP_FIN)
 		flags |= from_client ? SP_FIN_CLIENT : SP_FIN_SERVER;

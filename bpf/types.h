@@ -57,7 +57,7 @@ enum sp_flags {
 	SP_FIN_CLIENT = 1,
 	SP_FIN_SERVER = 2,
 	SP_RST = 4,
-	SP_ANSWERED = 8,	/* the other direction was seen */
+	SP_ANSWERED = 8,	/* the other direction was seen, beyond its SYN: both shook hands */
 };
 
 struct sp_config {

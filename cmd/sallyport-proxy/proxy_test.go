@@ -168,6 +168,24 @@ func TestConnectionLimit(t *testing.T) {
 	b.must(err)
 }
 
+// Connections that prove nothing do not keep out one that does, however many they are.
+func TestSilenceKeepsNobodyOut(t *testing.T) {
+	b := newBench(t, func(s *settings) { s.connections = 2 })
+	_, err := b.Pod.WhoAnswers(b.target(lab.IPv4))
+	b.must(err)
+	for range 4 {
+		b.plain(b.target(lab.IPv4))
+	}
+	c := b.dialAs(lab.IPv4, web)
+	_, err = lab.Ask(c)
+	b.must(err)
+	b.find("DENY", "LIMIT")
+	b.plain(b.target(lab.IPv4))
+	b.plain(b.target(lab.IPv4))
+	_, err = lab.Ask(c)
+	b.must(err)
+}
+
 func TestUpstreamRefuses(t *testing.T) {
 	b := newBench(t, nil)
 	c := b.tlsAs(b.plain(b.closed()), web)

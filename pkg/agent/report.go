@@ -36,7 +36,7 @@ type reports struct {
 // reporter is one process of the proxy.
 type reporter struct {
 	instance string
-	seq      uint64 // records up to it were taken
+	seq      uint64 // what numbers up to it stand for was taken
 }
 
 // Report takes records until the proxy ends the stream, and acknowledges each frame. A record that comes again, on a new
@@ -91,19 +91,22 @@ func (r *reports) left(hello *api.ProxyHello) {
 	r.log.Info("proxy stopped reporting", "instance", plain(hello.Instance))
 }
 
-// take hands over the records that are new, and gives the last sequence that is the agent's now.
-func (r *reports) take(instance string, records *api.ProxyRecords) (seq uint64, err error) {
-	if records == nil || len(records.Records) > maxBatch {
-		return 0, fmt.Errorf("want a frame of at most %d records", maxBatch)
+// take hands over the records that are new and counts those that the proxy lost, and gives the last number that is the
+// agent's now. A frame that comes again, because its acknowledgement was lost, brings neither a second time.
+func (r *reports) take(instance string, f *api.ProxyRecords) (seq uint64, err error) {
+	if err := checkFrame(f); err != nil {
+		return 0, err
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	from := r.reporter(instance)
-	for _, wire := range records.Records {
+	// An agent that is new begins where the frame does: what came before is another agent's.
+	missing := f.Last - min(max(from.seq, f.Last-f.Lost-uint64(len(f.Records))), f.Last)
+	for _, wire := range f.Records {
 		if wire.GetSeq() <= from.seq {
 			continue
 		}
-		from.seq = wire.GetSeq()
+		missing--
 		rec, err := audit.FlowFromAPI(wire)
 		if err != nil {
 			r.log.Warn("record of the proxy refused", "error", err)
@@ -112,10 +115,30 @@ func (r *reports) take(instance string, records *api.ProxyRecords) (seq uint64, 
 		}
 		r.sink.take(sourceProxy, fromProxy(rec))
 	}
-	if records.Lost > 0 {
-		r.lost(audit.CauseBufferFull, records.Lost)
+	if missing > 0 {
+		r.lost(audit.CauseBufferFull, missing)
 	}
+	from.seq = max(from.seq, f.Last)
 	return from.seq, nil
+}
+
+// checkFrame holds that every number of the frame stands for one record or one loss.
+func checkFrame(f *api.ProxyRecords) error {
+	if f == nil || len(f.Records) > maxBatch {
+		return fmt.Errorf("want a frame of at most %d records", maxBatch)
+	}
+	n := uint64(len(f.Records))
+	if f.Lost > f.Last || n > f.Last-f.Lost {
+		return fmt.Errorf("frame has %d records and %d losses up to number %d", n, f.Lost, f.Last)
+	}
+	before := f.Last - f.Lost - n
+	for _, rec := range f.Records {
+		if rec.GetSeq() <= before || rec.GetSeq() > f.Last {
+			return fmt.Errorf("record %d is out of order in a frame up to %d", rec.GetSeq(), f.Last)
+		}
+		before = rec.GetSeq()
+	}
+	return nil
 }
 
 // reporter finds the process, and forgets the oldest one for a new one. r.mu is held.

@@ -64,7 +64,16 @@ func (r *reporting) stream(instance string) grpc.BidiStreamingClient[api.ProxyFr
 }
 
 func records(lost uint64, list ...*api.FlowRecord) *api.ProxyFrame {
-	return &api.ProxyFrame{Frame: &api.ProxyFrame_Records{Records: &api.ProxyRecords{Records: list, Lost: lost}}}
+	last := lost
+	if len(list) > 0 {
+		last = list[len(list)-1].GetSeq()
+	}
+	return frameUpTo(last, lost, list...)
+}
+
+// frameUpTo accounts for numbers up to last, of which so many were lost.
+func frameUpTo(last, lost uint64, list ...*api.FlowRecord) *api.ProxyFrame {
+	return &api.ProxyFrame{Frame: &api.ProxyFrame_Records{Records: &api.ProxyRecords{Records: list, Lost: lost, Last: last}}}
 }
 
 func proxied(seq uint64) *api.FlowRecord {
@@ -97,6 +106,34 @@ func TestReportTakesEachRecordOnce(t *testing.T) {
 	}
 }
 
+// A loss is counted once, like a record: also when the frame that tells of it comes again, alone or with more, and by an
+// agent that took over.
+func TestReportCountsEachLossOnce(t *testing.T) {
+	r := newReporting(t)
+	for _, c := range []struct {
+		name     string
+		instance string
+		frame    *api.ProxyFrame
+		lost     uint64 // so far
+	}{
+		{"in between", "a", frameUpTo(5, 3, proxied(1), proxied(5)), 3},
+		{"in between, again", "a", frameUpTo(5, 3, proxied(1), proxied(5)), 3},
+		{"at the end", "a", frameUpTo(9, 4), 7},
+		{"at the end, again", "a", frameUpTo(9, 4), 7},
+		{"at the end, again and more", "a", frameUpTo(12, 6, proxied(11)), 9},
+		{"first of this agent", "b", frameUpTo(108, 2, proxied(107)), 11},
+	} {
+		stream := r.stream(c.instance)
+		must(t, stream.Send(c.frame))
+		ack, err := stream.Recv()
+		must(t, err)
+		if want := c.frame.GetRecords().GetLast(); ack.Seq != want || r.lost[audit.CauseBufferFull] != c.lost {
+			t.Errorf("%s: ack %d, lost %d; want %d, %d", c.name, ack.Seq, r.lost[audit.CauseBufferFull], want, c.lost)
+		}
+		must(t, stream.CloseSend())
+	}
+}
+
 func TestReportOfATakenOverProxy(t *testing.T) {
 	r := newReporting(t)
 	stream := r.stream("a")
@@ -104,11 +141,11 @@ func TestReportOfATakenOverProxy(t *testing.T) {
 	liar.Verdict, liar.Reason, liar.Grant, liar.Slot, liar.Cpu = "BYPASSED", "PATH_OPEN", "01J", 3, 0
 	nonsense := proxied(2)
 	nonsense.Verdict = "WHATEVER"
-	must(t, stream.Send(records(7, liar, nonsense, proxied(3))))
+	must(t, stream.Send(records(7, liar, nonsense, proxied(10))))
 	ack, err := stream.Recv()
 	must(t, err)
 	got := r.sink.recent.last(0)
-	if ack.Seq != 3 || len(got) != 2 || got[0].Verdict != flow.VerdictDenied || got[0].Grant != "" || got[0].CPU != -1 {
+	if ack.Seq != 10 || len(got) != 2 || got[0].Verdict != flow.VerdictDenied || got[0].Grant != "" || got[0].CPU != -1 {
 		t.Errorf("ack %d, taken %+v", ack.Seq, got)
 	}
 	if r.lost[audit.CauseBufferFull] != 7 || r.lost[audit.CauseUnreadable] != 1 {
@@ -124,6 +161,9 @@ func TestReportRefusesWhatIsNoReport(t *testing.T) {
 		"long instance":  {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: strings.Repeat("x", 100)}}}},
 		"hello again":    {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, {Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}},
 		"too many":       {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, records(0, make([]*api.FlowRecord, maxBatch+1)...)},
+		"a number twice": {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, frameUpTo(2, 0, proxied(2), proxied(2))},
+		"beyond its end": {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, frameUpTo(2, 1, proxied(3))},
+		"more than none": {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, frameUpTo(0, 1)},
 		"an empty frame": {{Frame: &api.ProxyFrame_Hello{Hello: &api.ProxyHello{Instance: "a"}}}, {}},
 	} {
 		stream, err := r.client.Report(t.Context())

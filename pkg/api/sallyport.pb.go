@@ -2889,7 +2889,8 @@ func (x *ProxyHello) GetInstance() string {
 type ProxyRecords struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Records       []*FlowRecord          `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"` // cpu -1, ascending seq
-	Lost          uint64                 `protobuf:"varint,2,opt,name=lost,proto3" json:"lost,omitempty"`      // records that did not fit since the last frame
+	Lost          uint64                 `protobuf:"varint,2,opt,name=lost,proto3" json:"lost,omitempty"`      // numbers up to last that are not among records: they did not fit
+	Last          uint64                 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`      // the last number that the frame accounts for; the first is last - lost - records + 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2934,6 +2935,13 @@ func (x *ProxyRecords) GetRecords() []*FlowRecord {
 func (x *ProxyRecords) GetLost() uint64 {
 	if x != nil {
 		return x.Lost
+	}
+	return 0
+}
+
+func (x *ProxyRecords) GetLast() uint64 {
+	if x != nil {
+		return x.Last
 	}
 	return 0
 }
@@ -3308,10 +3316,11 @@ const file_sallyport_proto_rawDesc = "" +
 	"ProxyHello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1a\n" +
-	"\binstance\x18\x03 \x01(\tR\binstance\"\\\n" +
+	"\binstance\x18\x03 \x01(\tR\binstance\"p\n" +
 	"\fProxyRecords\x128\n" +
 	"\arecords\x18\x01 \x03(\v2\x1e.sallyport.v1alpha1.FlowRecordR\arecords\x12\x12\n" +
-	"\x04lost\x18\x02 \x01(\x04R\x04lost\"\x8b\x01\n" +
+	"\x04lost\x18\x02 \x01(\x04R\x04lost\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last\"\x8b\x01\n" +
 	"\n" +
 	"ProxyFrame\x126\n" +
 	"\x05hello\x18\x01 \x01(\v2\x1e.sallyport.v1alpha1.ProxyHelloH\x00R\x05hello\x12<\n" +

@@ -90,7 +90,7 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 			closeLink(a.link)
 			delete(d.devices, key)
 		}
-		l, err := d.linkHook(h, ifindex, filepath.Join(linksDir(d.cfg.Dir), key))
+		l, err := d.linkHook(h, ifindex, role, filepath.Join(linksDir(d.cfg.Dir), key))
 		if err != nil {
 			return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
 		}
@@ -149,8 +149,9 @@ func beginsWithIP(name string) (bool, error) {
 }
 
 // linkHook adopts the pinned link or makes one at the head of the chain. The link is pinned before
-// anything relies on it.
-func (d *Datapath) linkHook(h hook, ifindex int, pin string) (link.Link, error) {
+// anything relies on it. A device that has to be linked is a new one, whatever its number: paths to
+// what was behind that number end before.
+func (d *Datapath) linkHook(h hook, ifindex int, role Role, pin string) (link.Link, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if err == nil && linkedTo(l, ifindex) {
 		return l, updateLink(l, h.prog)
@@ -162,6 +163,11 @@ func (d *Datapath) linkHook(h hook, ifindex int, pin string) (link.Link, error) 
 		}
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("open pinned link: %w", err)
+	}
+	if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
+		if err := d.endPathsBehind(ifindex); err != nil {
+			return nil, err
+		}
 	}
 	l, err = link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: h.prog, Attach: h.attach, Anchor: link.Head()})
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 const (
 	closedFlowLinger = time.Second      // late packets of a closed flow still count for it
 	closedLegLinger  = 10 * time.Second // the proxy's last ACKs and its TIME_WAIT answers
-	openingLegLinger = 30 * time.Second // a SYN that nobody answered
+	openingLegLinger = 30 * time.Second // from the SYN on, without a handshake
 	idleLegLinger    = 15 * time.Minute // the proxy keeps live legs busy with keepalives every 15 s
 	denyLinger       = 2 * time.Second
 )
@@ -161,7 +161,7 @@ func legOver(l *bpf.Leg) bool {
 	case l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0, l.Flags&fins == fins:
 		return idle > closedLegLinger
 	case l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) == 0:
-		return idle > openingLegLinger
+		return BootTime()-time.Duration(l.OpenedNs) > openingLegLinger // a SYN-ACK sent again does not count
 	}
 	return idle > idleLegLinger
 }

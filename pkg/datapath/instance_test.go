@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/test/lab"
 )
@@ -69,4 +71,77 @@ func moved(services []datapath.Service, id uint32, ifindex int) []datapath.Servi
 		}
 	}
 	return out
+}
+
+// TestDeviceOfTheSameNumber: a path ends with the device that it leads to. Another device that takes over
+// its name and its number, under this handle or while there was none, does not inherit it.
+func TestDeviceOfTheSameNumber(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	const name, number = "vethnew", 4242
+	address := netip.MustParseAddr("10.9.0.2")
+	services := []datapath.Service{{ID: 9, Name: "new", Target: datapath.TargetPod, Ports: []uint16{podPort}, Ifindex: number,
+		Addresses: []netip.Addr{address}}}
+	hook := func() {
+		t.Helper()
+		must(t, n.Node.Do(func() error { return n.d.Attach(number, datapath.RolePod) }))
+	}
+	again := func() {
+		t.Helper()
+		must(t, n.d.Close())
+		n.open(t)
+	}
+	renew := func() {
+		t.Helper()
+		must(t, n.Node.Netlink.LinkDel(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, Index: number}}))
+		makeDevice(t, n, name, number)
+	}
+	for what, c := range map[string]struct {
+		change func()
+		want   datapath.PathState
+	}{
+		"same device":                     {func() {}, datapath.PathActive},
+		"same device, another handle":     {again, datapath.PathActive},
+		"another device":                  {renew, datapath.PathRevoked},
+		"another device, other handle":    {func() { renew(); again() }, datapath.PathRevoked},
+		"another device, in the meantime": {func() { must(t, n.d.Close()); renew(); n.open(t) }, datapath.PathRevoked},
+	} {
+		t.Run(what, func(t *testing.T) {
+			makeDevice(t, n, name, number)
+			hook()
+			_, err := n.d.SetServices(services)
+			must(t, err)
+			slot, err := n.d.OpenPath(datapath.Path{Grant: "01NEW", Client: n.Client.Addr(lab.IPv4), ServiceID: 9, Service: "new",
+				Ports: []uint16{podPort}, Deadline: datapath.BootTime() + time.Minute})
+			must(t, err)
+			c.change()
+			hook()
+			if s := n.state(t, slot); s != c.want {
+				t.Errorf("path is in state %d, want %d", s, c.want)
+			}
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			must(t, n.d.FreePath(slot))
+			must(t, n.Node.Netlink.LinkDel(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, Index: number}}))
+			must(t, n.d.Detach(number))
+		})
+	}
+}
+
+// makeDevice adds a veth whose other end nobody uses.
+func makeDevice(t *testing.T, n *node, name string, ifindex int) {
+	t.Helper()
+	must(t, n.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, Index: ifindex}, PeerName: name + "p"}))
+}
+
+func (n *node) state(t *testing.T, slot uint32) datapath.PathState {
+	t.Helper()
+	paths, err := n.d.Paths()
+	must(t, err)
+	for _, p := range paths {
+		if p.Slot == slot {
+			return p.State
+		}
+	}
+	t.Fatalf("no path in slot %d", slot)
+	return 0
 }

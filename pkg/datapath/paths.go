@@ -3,6 +3,8 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -106,6 +108,10 @@ func (d *Datapath) setState(slot uint32, s PathState) error {
 func (d *Datapath) EndPath(slot uint32, s PathState) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.endPath(slot, s)
+}
+
+func (d *Datapath) endPath(slot uint32, s PathState) error {
 	if err := d.setState(slot, s); err != nil {
 		return err
 	}
@@ -116,6 +122,26 @@ func (d *Datapath) EndPath(slot uint32, s PathState) error {
 	for _, k := range pathKeys(p) {
 		if err := d.dropIndex(k, slot); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// endPathsBehind revokes the open paths to services behind a device. d.mu is held.
+func (d *Datapath) endPathsBehind(ifindex int) error {
+	for slot, p := range d.live {
+		behind := slices.ContainsFunc(d.services, func(s Service) bool {
+			return s.ID == p.ServiceID && s.Target == TargetPod && s.Ifindex == ifindex
+		})
+		if !behind {
+			continue
+		}
+		s, err := d.readPath(slot)
+		if err == nil && (s.State == PathActive || s.State == PathPending) {
+			err = d.endPath(slot, PathRevoked)
+		}
+		if err != nil {
+			return fmt.Errorf("end path in slot %d: %w", slot, err)
 		}
 	}
 	return nil
@@ -151,13 +177,13 @@ func (d *Datapath) FreePath(slot uint32) error {
 	return nil
 }
 
-// Paths lists every slot that is not free, as the kernel has it. A path past its deadline is EXPIRED,
+// Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,
 // whatever its state says.
 func (d *Datapath) Paths() ([]PathStatus, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var out []PathStatus
-	for slot := range d.live {
+	for _, slot := range slices.Sorted(maps.Keys(d.live)) {
 		s, err := d.readPath(slot)
 		if err != nil {
 			return nil, err

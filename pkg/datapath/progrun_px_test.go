@@ -37,7 +37,7 @@ func px0Cases(px0 int) []progCase {
 	active := path(datapath.PathActive)
 	unexpected := no(flow.ReasonPxUnexpected)
 	return []progCase{
-		{name: "px0/answer", packet: answer(syn | ack), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down ANSWERED")},
+		{name: "px0/answer", packet: answer(syn | ack), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down")},
 		{name: "px0/answer, fin", packet: answer(ack | packet.FIN), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down FIN_SERVER ANSWERED")},
 		{name: "px0/answer, reset", packet: answer(packet.RST), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down RST ANSWERED")},
 		{name: "px0/answer without a leg", packet: answer(ack), want: unexpected},

@@ -32,7 +32,8 @@ type Identity interface {
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
-	// MaxConnections it serves at a time; the next one is reset.
+	// MaxConnections it serves at a time. The next one takes the place of one that has not proven an
+	// identity; if all have, it is reset.
 	MaxConnections int
 	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
 	HandshakeTimeout time.Duration
@@ -175,15 +176,28 @@ func (p *Proxy) start(c *net.TCPConn) {
 func (p *Proxy) enter(s *session) flow.Reason {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case p.draining:
+	if p.draining {
 		return flow.ReasonDrained
-	case len(p.sessions) >= p.cfg.MaxConnections:
+	}
+	if len(p.sessions) >= p.cfg.MaxConnections && !p.makeRoom() {
 		return flow.ReasonLimit
 	}
 	p.sessions[s] = struct{}{}
 	p.running.Add(1)
 	return flow.ReasonNone
+}
+
+// makeRoom cuts any one session that has not proven an identity: who says nothing must not keep others
+// out. Which one is left to the map's order, so that nobody can hold on to a place. p.mu is held.
+func (p *Proxy) makeRoom() bool {
+	for s := range p.sessions {
+		if s.identity().id.IsZero() {
+			delete(p.sessions, s)
+			s.cut(flow.ReasonLimit, "made room for another connection before it proved an identity")
+			return true
+		}
+	}
+	return false
 }
 
 func (p *Proxy) leave(s *session) {

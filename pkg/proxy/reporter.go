@@ -47,7 +47,7 @@ type Reporter struct {
 
 	mu    sync.Mutex
 	next  uint64            // guarded by mu; number of the next record
-	acked uint64            // guarded by mu; the agent has all up to here
+	acked uint64            // guarded by mu; the agent knows of all up to here
 	held  []*api.FlowRecord // guarded by mu; ascending numbers above acked
 	lost  uint64            // guarded by mu; ever
 	wake  chan struct{}     // has room for one
@@ -200,10 +200,8 @@ func (r *Reporter) frame(sent uint64) (frame *api.ProxyRecords, last uint64) {
 	for first < len(r.held) && r.held[first].Seq <= sent {
 		first++
 	}
-	if len(r.held) == 0 && r.acked < r.next-1 { // the latest were lost: nobody acknowledges those
-		frame = &api.ProxyRecords{Lost: r.next - 1 - r.acked}
-		r.acked = r.next - 1
-		return frame, r.acked
+	if last := r.next - 1; len(r.held) == 0 && sent < last { // the latest were lost
+		return &api.ProxyRecords{Lost: last - sent, Last: last}, last
 	}
 	if first == len(r.held) || first >= maxUnacked {
 		return nil, 0
@@ -213,6 +211,7 @@ func (r *Reporter) frame(sent uint64) (frame *api.ProxyRecords, last uint64) {
 	frame = &api.ProxyRecords{
 		Records: append([]*api.FlowRecord(nil), records...), // acknowledging moves held
 		Lost:    last - sent - uint64(len(records)),
+		Last:    last,
 	}
 	return frame, last
 }
@@ -234,9 +233,9 @@ func (r *Reporter) receive(stream api.ProxyReport_ReportClient) error {
 func (r *Reporter) acknowledge(seq uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.acked = max(r.acked, min(seq, r.next-1))
 	keep := 0
 	for keep < len(r.held) && r.held[keep].Seq <= seq {
-		r.acked = r.held[keep].Seq
 		keep++
 	}
 	if keep == 0 {

@@ -27,7 +27,9 @@ type agent struct {
 	repeated   int               // guarded by mu
 	lost       uint64            // guarded by mu
 	hellos     []*api.ProxyHello // guarded by mu
+	seen       uint64            // guarded by mu; the last number accounted for
 	breakAfter int               // guarded by mu; frames until a stream ends unacknowledged; 0: never
+	deaf       bool              // guarded by mu; that frame is not taken either
 }
 
 func (a *agent) Report(stream api.ProxyReport_ReportServer) error {
@@ -59,18 +61,22 @@ func (a *agent) Report(stream api.ProxyReport_ReportServer) error {
 func (a *agent) take(r *api.ProxyRecords, frames int) (ack uint64, broken bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	broken = a.breakAfter > 0 && frames >= a.breakAfter
+	if broken && a.deaf {
+		return 0, true
+	}
+	fresh := r.GetLast() - max(a.seen, r.GetLast()-r.GetLost()-uint64(len(r.GetRecords())))
 	for _, rec := range r.GetRecords() {
-		if len(a.seqs) > 0 && rec.Seq <= a.seqs[len(a.seqs)-1] {
+		if rec.Seq <= a.seen {
 			a.repeated++
 			continue
 		}
+		fresh--
 		a.seqs = append(a.seqs, rec.Seq)
 	}
-	a.lost += r.GetLost()
-	if len(a.seqs) > 0 {
-		ack = a.seqs[len(a.seqs)-1]
-	}
-	return ack, a.breakAfter > 0 && frames >= a.breakAfter
+	a.lost += fresh
+	a.seen = r.GetLast()
+	return a.seen, broken
 }
 
 func (a *agent) look(f func()) {
@@ -198,6 +204,23 @@ func TestReporterRepeatsWhatWasNotAcknowledged(t *testing.T) {
 	a.look(func() {
 		if !slices.Equal(a.seqs, upTo(2000)) || len(a.hellos) < 2 {
 			t.Errorf("%d records over %d streams", len(a.seqs), len(a.hellos))
+		}
+	})
+}
+
+// A loss that the agent was told of in vain is told again.
+func TestReporterRepeatsLosses(t *testing.T) {
+	r, socket := newReporter(t, 100)
+	a := agent{breakAfter: 2, deaf: true} // the second frame tells of the losses at the end
+	for range 250 {
+		r.Report(flow.Record{})
+	}
+	a.start(t, socket)
+	runReporter(t, r)
+	flush(t, r)
+	a.look(func() {
+		if !slices.Equal(a.seqs, upTo(100)) || a.lost != 150 || len(a.hellos) != 2 {
+			t.Errorf("%d records and %d losses over %d streams, want 100 and 150 over 2", len(a.seqs), a.lost, len(a.hellos))
 		}
 	})
 }

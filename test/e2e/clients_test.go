@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -22,12 +23,13 @@ import (
 type answerer string
 
 const (
-	direct   answerer = "service" // the service, which saw the client's own address and port
-	proxied  answerer = "proxy"   // the service, which saw the client's address with a port of the proxy's
-	cut      answerer = "cut"     // nobody: the connection was reset or ended
-	denied   answerer = "denied"  // nobody: the proxy said no in TLS
-	nobody   answerer = "nobody"  // nobody: silence
-	stranger answerer = "stranger"
+	direct   answerer = "service"  // the service, which saw the client's own address and port
+	proxied  answerer = "proxy"    // the service, which saw the client's address with a port of the proxy's
+	cut      answerer = "cut"      // nobody: the connection was reset
+	ended    answerer = "ended"    // nobody: the connection was closed, as the kernel does for a killed process
+	denied   answerer = "denied"   // nobody: the proxy said no in TLS
+	nobody   answerer = "nobody"   // nobody: silence
+	stranger answerer = "stranger" // whatever else
 )
 
 // outcome of one connection.
@@ -101,6 +103,8 @@ func judge(own, seen netip.AddrPort, err error) outcome {
 		o.err = fmt.Errorf("service saw %s", seen)
 	case isReset(err):
 		o.who = cut
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		o.who = ended
 	case errors.As(err, &op) && op.Op == "remote error": // crypto/tls: an alert
 		o.who = denied
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &op) && op.Timeout():

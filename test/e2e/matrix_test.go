@@ -41,7 +41,7 @@ type cell struct {
 
 func newMatrix(t *testing.T, service string, f lab.Family) *matrix {
 	t.Helper()
-	m := &matrix{world: startWorld(t, options{})}
+	m := &matrix{world: startWorld(t, options{lease: "4s"})}
 	m.log = m.follow(t)
 	for _, way := range m.ways(service, f) {
 		m.cells = append(m.cells, &cell{way: way})
@@ -71,7 +71,7 @@ func (m *matrix) each(t *testing.T, state string, check func(*testing.T, *cell))
 
 func (c *cell) open(t *testing.T, m *matrix, client netip.Addr, duration string) {
 	t.Helper()
-	c.grant = m.world.open(t, wanted{c.service, client, duration})
+	c.grant = m.open(t, wanted{c.service, client, duration})
 }
 
 // closed: the way around the proxy is closed, for this reason, and the proxy is open to those who may come.
@@ -141,7 +141,7 @@ func (m *matrix) live(t *testing.T) {
 func (m *matrix) revoked(t *testing.T) {
 	m.dialAll(t)
 	m.each(t, "revoked", func(t *testing.T, c *cell) {
-		m.world.revoke(t, c.grant)
+		m.revoke(t, c.grant)
 		c.conn.wantCut(t)
 		m.log.find(t, "the flow's end", of(c.conn.own, "CLOSE", "BYPASSED", "PATH_REVOKED"))
 		m.closed(t, c, "NO_PATH")
@@ -150,8 +150,8 @@ func (m *matrix) revoked(t *testing.T) {
 
 // wrongSource: a path for another address opens nothing. It comes before any path for the right one.
 func (m *matrix) wrongSource(t *testing.T, c *cell) {
-	foreign := m.world.open(t, wanted{c.service, c.other, "1m"})
-	defer m.world.revoke(t, foreign)
+	foreign := m.open(t, wanted{c.service, c.other, "1m"})
+	defer m.revoke(t, foreign)
 	m.closed(t, c, "NO_PATH")
 }
 
@@ -191,14 +191,14 @@ func (m *matrix) proxyKilled(t *testing.T) {
 		}
 		c.open(t, m, c.from, "5m")
 		m.bypassed(t, c)
-		m.world.revoke(t, c.grant)
+		m.revoke(t, c.grant)
 	})
 	m.proxy.start(t)
 	m.each(t, "proxy_restarted", func(t *testing.T, c *cell) { m.closed(t, c, "NO_PATH") })
 }
 
 // afterKill is how long paths last that see the agent die: longer than its lease.
-const afterKill = 8 * time.Second
+const afterKill = 12 * time.Second
 
 // agentKilled: a dead agent admits nothing new, and what it admitted dies on time; the proxy goes on.
 func (m *matrix) agentKilled(t *testing.T) {

@@ -21,6 +21,7 @@ const (
 	nodeName = "node-1"
 	hostPort = 8080 // of host-echo
 	podPort  = 8081 // of pod-echo
+	sinkPort = 8090 // a second port of both, where tests serve what they need
 )
 
 var (
@@ -30,10 +31,10 @@ var (
 	proxyID = spiffeid.RequireFromPath(domain, "/sallyport/proxy/"+nodeName)
 )
 
-// options shape a world. The zero value has the race detector's programs and a lease of 2 s.
+// options shape a world. The zero value has the race detector's programs and the default lease.
 type options struct {
 	plain    bool   // the programs as they are shipped
-	lease    string // of the agent; empty: 2s, the shortest
+	lease    string // of the agent; empty: the default of 15s
 	resource string // more YAML documents, after the world's own
 }
 
@@ -46,6 +47,7 @@ type world struct {
 	bpffs     string
 	key       string // file of alice's key
 	files     files
+	echoes    []*lab.Service // host-echo and pod-echo, in each family
 
 	collector, agent, guard, proxy *daemon
 }
@@ -76,10 +78,11 @@ func newWorld(t *testing.T, o options) *world {
 	w.guard = w.daemon("sallyport-agent", "guard", "--config", w.files.agent)
 	w.proxy = w.daemon("sallyport-proxy", "--config", w.files.proxy)
 	for _, f := range lab.Families() {
-		_, err := w.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
+		onNode, err := w.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
 		must(t, err)
-		_, err = w.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
+		inPod, err := w.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
 		must(t, err)
+		w.echoes = append(w.echoes, onNode, inPod)
 	}
 	return w
 }
@@ -134,7 +137,7 @@ func (w *world) writeConfig(t *testing.T, o options) {
 	t.Helper()
 	lease := o.lease
 	if lease == "" {
-		lease = "2s"
+		lease = "15s"
 	}
 	for file, who := range map[string]string{w.files.agent: "agent", w.files.proxy: "proxy"} {
 		id := spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+nodeName)
@@ -182,7 +185,7 @@ kind: ProtectedService
 metadata: {name: host-echo}
 spec:
   target: Host
-  ports: [%d]
+  ports: [%d, %d]
   access: [{identities: [%q]}]
 ---
 apiVersion: sallyport.dev/v1alpha1
@@ -190,11 +193,11 @@ kind: ProtectedService
 metadata: {name: pod-echo}
 spec:
   target: Pod
-  ports: [%d]
+  ports: [%d, %d]
   addresses: [%q, %q]
   access: [{identities: [%q]}]
 ---
-`, hostPort, web, podPort, w.Pod.Addr(lab.IPv4), w.Pod.Addr(lab.IPv6), web) + bypassPolicy("lab", "host-echo, pod-echo") + w.keyring(t)
+`, hostPort, sinkPort, web, podPort, sinkPort, w.Pod.Addr(lab.IPv4), w.Pod.Addr(lab.IPv6), web) + bypassPolicy("lab", "host-echo, pod-echo") + w.keyring(t)
 }
 
 func bypassPolicy(name, services string) string {
