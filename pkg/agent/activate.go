@@ -51,6 +51,7 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 		}
 	}
 	g.events.count(stepActivated)
+	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
 		"deadline", a.held.row.Deadline, "actor", actor)
 	g.kick()

@@ -17,3 +17,16 @@ func TestProblemLines(t *testing.T) {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
+
+// TestActivationIsWellAgain: what kept a refusal from being recorded is over once a grant is.
+func TestActivationIsWellAgain(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	l.problems.report(problemGrants, "activation", errors.New("disk is full"))
+	_, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	if left := l.problems.lines(); len(left) > 0 {
+		t.Errorf("problems after a grant that was recorded: %q", left)
+	}
+}
