@@ -21,7 +21,7 @@ import (
 const (
 	chaosRounds = 20
 	chaosRate   = 500 // connection attempts per second
-	chaosTime   = 90 * time.Second
+	chaosTime   = 5 * time.Minute // a bound; it takes about one on two cores
 	// attemptTime bounds one attempt: a dead proxy answers nothing.
 	attemptTime = 400 * time.Millisecond
 	// secureEvery is how many plain attempts there are for one with an identity.
