@@ -51,6 +51,7 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 		}
 	}
 	g.events.count(stepActivated)
+	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
 		"deadline", a.held.row.Deadline, "actor", actor)
 	g.kick()
@@ -95,6 +96,9 @@ func (g *grants) allowed(v grant.Verified, e *enforced) error {
 // overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
 func (g *grants) overlap(n *held) error {
 	for id, h := range g.active {
+		if id == n.payload.ID {
+			continue // the store knows it, and says so
+		}
 		if h.over != nil || h.payload.Service != n.payload.Service {
 			continue
 		}

@@ -95,6 +95,7 @@ func (n *node) parts() []part {
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
+		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -240,6 +241,10 @@ func (n *node) pxWatch() *pxWatch {
 	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
 }
 
+func (n *node) pinWatch() *pinWatch {
+	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, log: n.log}
+}
+
 func (n *node) keeper() *keeper {
 	return &keeper{datapath: n.datapath, grants: n.grants, lease: n.cfg.Spec.Lease.Duration, clock: n.clock, problems: n.problems,
 		notify: n.notify}
@@ -257,7 +262,7 @@ func (n *node) listenOperators(context.Context) (err error) {
 	o := n.cfg.Spec.Operators
 	n.operators, err = newEndpoint(n.cfg.AgentSocket(), callers{uids: o.UIDs, gids: o.GIDs}, func(r grpc.ServiceRegistrar) {
 		api.RegisterAgentServer(r, &operators{grants: n.grants, datapath: n.datapath, enforced: n.resources.current,
-			status: n.status, recent: n.recent, clock: n.clock, stopping: n.stopping})
+			status: n.status, listening: n.proxyListening, recent: n.recent, clock: n.clock, stopping: n.stopping})
 	})
 	return err
 }

@@ -261,7 +261,7 @@ func (in *installed) testGrants() {
 	}
 	for _, c := range []struct{ client, identity, verdict, reason string }{
 		{clientA.String(), "", "BYPASSED", "PATH_OPEN"},
-		{"10.1.0.77", "", "PROXIED", "NO_PATH"},
+		{"10.1.0.77", "", "DENIED", "NO_LISTENER"}, // no proxy runs here
 		{"10.1.0.77", "spiffe://example.org/a", "DENIED", "NOT_AUTHORISED"},
 	} {
 		e, err := agent.Explain(ctx, &api.ExplainRequest{Client: c.client, Server: "10.2.0.2:5433", Identity: c.identity})
@@ -272,6 +272,10 @@ func (in *installed) testGrants() {
 	}
 	if e, err := agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Server: "10.2.0.2:80"}); err != nil || e.Verdict != "NONE" {
 		t.Errorf("explain an unprotected port: %v, %v", e, err)
+	}
+	_, err = agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Service: "postgers"})
+	if err == nil || !contains(err.Error(), `"postgers": no such protected service`, "hint: ") {
+		t.Errorf("explain a service that is not there: %v", err)
 	}
 	own := in.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{in.lab.Node.Addr(lab.IPv4)} })
 	if _, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: own}); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {

@@ -31,7 +31,27 @@ func (o *operators) Explain(_ context.Context, req *api.ExplainRequest) (*api.Ex
 	if e == nil {
 		return nil, toStatus(ErrNoResources)
 	}
-	return o.answer(q, e), nil
+	if _, ok := e.set.Service(q.service); q.service != "" && !ok {
+		return nil, toStatus(fmt.Errorf("explain %q: %w", q.service, ErrNoService))
+	}
+	r := o.answer(q, e)
+	if r.Verdict == flow.VerdictProxied.String() {
+		return o.closed(r), nil
+	}
+	return r, nil
+}
+
+// closed says what keeps a steered packet from an answer, if anything does.
+func (o *operators) closed(r *api.ExplainReply) *api.ExplainReply {
+	listening, err := o.listening()
+	switch {
+	case err != nil:
+		return say(r, "not known: whether the proxy listens: "+oneLine(err.Error()))
+	case listening:
+		return r
+	}
+	r.Verdict, r.Reason = flow.VerdictDenied.String(), flow.ReasonNoListener.String()
+	return say(r, "but the proxy does not listen now: the packet is dropped (NO_LISTENER)")
 }
 
 func (o *operators) answer(q question, e *enforced) *api.ExplainReply {

@@ -25,6 +25,8 @@ var (
 	ErrNoGrant = errors.New("no active grant")
 	// ErrOverlap says that another grant already has a path for the same client and service.
 	ErrOverlap = errors.New("another grant serves this client")
+	// ErrNoService says that no protected service has the name.
+	ErrNoService = errors.New("no such protected service")
 	// ErrNoResources says that there is no verified set of resources to decide by.
 	ErrNoResources = errors.New("no verified resources")
 )

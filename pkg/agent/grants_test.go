@@ -132,7 +132,7 @@ func TestRefusalsChangeNothing(t *testing.T) {
 		{"the node's own address", b.signer.envelope(t, func(p *grant.Payload) { p.Addresses = b.own }), policy.ErrRefused, "addresses[0]"},
 		{"another port", b.signer.envelope(t, func(p *grant.Payload) { p.Ports = []uint16{22} }), policy.ErrRefused, "ports[0]"},
 		{"another client of a live path", b.signer.envelope(t, nil), ErrOverlap, live.ID},
-		{"used before", used, ErrOverlap, ""},
+		{"used before", used, store.ErrReplayed, ""},
 	} {
 		_, err := l.Activate(t.Context(), c.envelope, "uid:0")
 		if !errors.Is(err, c.is) || !contains(err.Error(), c.says) {

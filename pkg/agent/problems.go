@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -23,10 +24,11 @@ const (
 	problemProbe     problemClass = "probe"
 	problemMetrics   problemClass = "metrics"
 	problemAudit     problemClass = "audit"
+	problemPins      problemClass = "pins"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins}
 
 type problemKey struct {
 	class   problemClass
@@ -67,17 +69,19 @@ func (p *problems) keep(class problemClass, exists func(subject string) bool) {
 	maps.DeleteFunc(p.now, func(k problemKey, _ string) bool { return k.class == class && !exists(k.subject) })
 }
 
-// lines tells every problem, sorted.
+// lines tells every problem, sorted. One that has several causes has a line for each.
 func (p *problems) lines() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var out []string
 	for k, msg := range p.now {
-		line := string(k.class) + ": " + msg
+		name := string(k.class)
 		if k.subject != "" {
-			line = string(k.class) + " " + k.subject + ": " + msg
+			name += " " + k.subject
 		}
-		out = append(out, line)
+		for cause := range strings.SplitSeq(msg, "\n") {
+			out = append(out, name+": "+cause)
+		}
 	}
 	slices.Sort(out)
 	return out

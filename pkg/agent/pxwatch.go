@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 )
 
@@ -23,7 +24,14 @@ func (w *pxWatch) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-look.C:
-			w.problems.report(problemPx, "", errors.Join(w.check(), w.attach()))
+			w.problems.report(problemPx, "", w.look())
 		}
 	}
+}
+
+func (w *pxWatch) look() error {
+	if err := errors.Join(w.check(), w.attach()); err != nil {
+		return fmt.Errorf("what is steered is closed: restart the agent, which makes px anew\n%w", err)
+	}
+	return nil
 }

@@ -26,9 +26,11 @@ type operators struct {
 	datapath *datapath.Datapath
 	enforced func() *enforced
 	status   func(context.Context) *api.StatusReply
-	recent   *recent
-	clock    clock
-	stopping <-chan struct{} // followers leave when it closes
+	// listening tells whether the proxy does.
+	listening func() (bool, error)
+	recent    *recent
+	clock     clock
+	stopping  <-chan struct{} // followers leave when it closes
 }
 
 // Status tells how the agent and its enforcement are.

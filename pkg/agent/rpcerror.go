@@ -21,6 +21,7 @@ var known = []struct {
 	{store.ErrReplayed, codes.AlreadyExists, "a grant is used once: issue a new one"},
 	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
 	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
+	{ErrNoService, codes.NotFound, "`sallyport services` lists the services of this node"},
 	{ErrNoResources, codes.FailedPrecondition, "`sallyport status` tells what is wrong with the resources"},
 	{datapath.ErrPathsFull, codes.ResourceExhausted, "revoke a grant that is no longer needed"},
 	{datapath.ErrPathExists, codes.AlreadyExists, "revoke the grant that serves this client first"},

@@ -42,8 +42,12 @@ func (n *node) hooks() []*api.HookStatus {
 }
 
 func (n *node) proxyStatus(_ context.Context, reply *api.StatusReply) (err error) {
-	reply.ProxyListening, err = proxyListening(n.px, n.cfg.Spec.Proxy.ListenPort)
+	reply.ProxyListening, err = n.proxyListening()
 	return err
+}
+
+func (n *node) proxyListening() (bool, error) {
+	return proxyListening(n.px, n.cfg.Spec.Proxy.ListenPort)
 }
 
 func (n *node) kernelStatus(_ context.Context, reply *api.StatusReply) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -70,7 +71,9 @@ func (u *uninstall) run(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("remove datapath: %w", err)
 	}
-	err = errors.Join(err, px.Remove(px.Config{Path: u.cfg.PxPath()}), u.endGrants(ctx), u.removeFiles(), u.left())
+	unpinned, detachErr := datapath.DetachAll()
+	u.removed.Links += unpinned
+	err = errors.Join(err, detachErr, px.Remove(px.Config{Path: u.cfg.PxPath()}), u.endGrants(ctx), u.removeFiles(), u.left())
 	last, acked, seqErr := u.store.Seqs(ctx)
 	u.removed.Pending = last - acked
 	return errors.Join(err, seqErr)
@@ -133,7 +136,11 @@ func (u *uninstall) left() error {
 	if _, err := netlink.LinkByName(px.HostDevice); err == nil {
 		errs = append(errs, fmt.Errorf("device %s is %w", px.HostDevice, errLeft))
 	}
-	return errors.Join(errs...)
+	hooks, err := datapath.Attached()
+	if len(hooks) > 0 {
+		errs = append(errs, fmt.Errorf("hooks %s are %w", strings.Join(hooks, ", "), errLeft))
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // Describe tells it in one line, for people.

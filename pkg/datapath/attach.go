@@ -95,6 +95,26 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 			return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
 		}
 		d.devices[key] = attachment{h, l, ifindex, dev.Name, role}
+		if err := d.replace(h, l, ifindex, dev.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// replace takes a datapath off the chain that lost its pins and that only the guard still holds. The
+// new link is there already, so there is no gap.
+func (d *Datapath) replace(h hook, l link.Link, ifindex int, device string) error {
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("read link: %w", err)
+	}
+	old, err := detachBut(ifindex, h.attach, info.ID)
+	if len(old) > 0 {
+		d.cfg.Logger.Warn("replaced hooks that had lost their pins", "device", device, "program", h.name, "links", old)
+	}
+	if err != nil {
+		return fmt.Errorf("replace %s on %s: %w", h.name, device, err)
 	}
 	return nil
 }

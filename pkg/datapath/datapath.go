@@ -94,11 +94,8 @@ func Open(cfg Config) (*Datapath, error) {
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(mapsDir(cfg.Dir), 0o700); err != nil {
-		return nil, fmt.Errorf("make pin directory: %w", err)
-	}
-	if err := os.MkdirAll(linksDir(cfg.Dir), 0o700); err != nil {
-		return nil, fmt.Errorf("make pin directory: %w", err)
+	if err := makePinDirs(cfg.Dir); err != nil {
+		return nil, err
 	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapsDir(cfg.Dir)}}
 	if err := spec.LoadAndAssign(&d.objs, opts); err != nil {

@@ -31,4 +31,6 @@ var (
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
 	Schema      = schema
+
+	ProgramNames = programNames
 )

@@ -28,14 +28,13 @@ func HoldLinks(ctx context.Context, dir string, log *slog.Logger, held func(n in
 	}()
 	tick := time.NewTicker(guardInterval)
 	defer tick.Stop()
-	known := -1
+	known, wrong := -1, ""
 	for {
-		if err := holdNew(dir, links, log); err != nil {
-			log.Error("look for links", "err", err)
-		}
+		wrong = tellChange(log, wrong, holdNew(dir, links, log))
 		dropDetached(links, log)
 		if len(links) != known {
 			known = len(links)
+			log.Info("links held", "links", known, "dir", linksDir(dir))
 			held(known)
 		}
 		select {
@@ -46,6 +45,19 @@ func HoldLinks(ctx context.Context, dir string, log *slog.Logger, held func(n in
 	}
 }
 
+// tellChange logs what is wrong when it changes, not at every look, and gives it back.
+func tellChange(log *slog.Logger, before string, err error) string {
+	now := ""
+	if err != nil {
+		now = err.Error()
+	}
+	if now != "" && now != before {
+		log.Error("look for links", "err", err)
+	}
+	return now
+}
+
+// holdNew goes on after a pin that it cannot hold.
 func holdNew(dir string, links map[string]link.Link, log *slog.Logger) error {
 	entries, err := os.ReadDir(linksDir(dir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -54,24 +66,34 @@ func holdNew(dir string, links map[string]link.Link, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("read pins: %w", err)
 	}
+	var errs []error
 	for _, e := range entries {
-		l, err := link.LoadPinnedLink(filepath.Join(linksDir(dir), e.Name()), nil)
-		if err != nil {
-			return fmt.Errorf("open link %s: %w", e.Name(), err)
-		}
-		info, err := l.Info()
-		if err != nil {
-			closeLink(l)
-			return fmt.Errorf("read link %s: %w", e.Name(), err)
-		}
-		id := fmt.Sprintf("%s#%d", e.Name(), info.ID)
-		if _, ok := links[id]; ok {
-			closeLink(l)
-			continue
-		}
-		links[id] = l
-		log.Info("holding link", "link", id)
+		errs = append(errs, hold(filepath.Join(linksDir(dir), e.Name()), links, log))
 	}
+	return errors.Join(errs...)
+}
+
+func hold(pin string, links map[string]link.Link, log *slog.Logger) error {
+	name := filepath.Base(pin)
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) { // removed since it was listed
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open link %s: %w", name, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		closeLink(l)
+		return fmt.Errorf("read link %s: %w", name, err)
+	}
+	id := fmt.Sprintf("%s#%d", name, info.ID)
+	if _, ok := links[id]; ok {
+		closeLink(l)
+		return nil
+	}
+	links[id] = l
+	log.Info("holding link", "link", id)
 	return nil
 }
 

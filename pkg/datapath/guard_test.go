@@ -197,3 +197,18 @@ func TestGuardFollows(t *testing.T) {
 	must(t, n.Node.Netlink.LinkDel(veth))
 	g.wait(t, len(links))
 }
+
+// TestGuardPassesJunk: a pin that is no link keeps the guard from none of the others.
+func TestGuardPassesJunk(t *testing.T) {
+	n := newLeakFree(t)
+	links, err := n.d.LinkIDs()
+	must(t, err)
+	junk := filepath.Join(n.cf.Dir, "v1", "links", "a-junk") // before all links
+	m, err := n.d.Maps().SpLease.Clone()
+	must(t, err)
+	defer m.Close()
+	must(t, m.Pin(junk))
+	t.Cleanup(func() { _ = os.Remove(junk) })
+	g := n.guard(t)
+	g.wait(t, len(links))
+}

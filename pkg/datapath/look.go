@@ -6,7 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -69,34 +69,41 @@ func Attached() ([]string, error) {
 	var out []string
 	for _, dev := range devices {
 		for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-			names, err := attachedTo(dev.Index, attach)
+			found, err := attachedTo(dev.Index, attach)
 			if err != nil {
 				return nil, fmt.Errorf("query %s: %w", dev.Name, err)
 			}
-			for _, name := range names {
-				out = append(out, dev.Name+"/"+name)
+			for _, a := range found {
+				out = append(out, dev.Name+"/"+a.name)
 			}
 		}
 	}
 	return out, nil
 }
 
-func attachedTo(ifindex int, attach ebpf.AttachType) ([]string, error) {
+// attachedProgram is a program of ours in a device's chain. The link is 0 if there is none.
+type attachedProgram struct {
+	name string
+	link link.ID
+}
+
+func attachedTo(ifindex int, attach ebpf.AttachType) ([]attachedProgram, error) {
 	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: attach})
 	if err != nil {
 		return nil, err
 	}
-	var names []string
+	var found []attachedProgram
 	for _, p := range result.Programs {
 		name, err := programName(p.ID)
 		if err != nil {
 			return nil, err
 		}
-		if strings.HasPrefix(name, "sp_") {
-			names = append(names, name)
+		if slices.Contains(programNames(), name) {
+			id, _ := p.LinkID()
+			found = append(found, attachedProgram{name, id})
 		}
 	}
-	return names, nil
+	return found, nil
 }
 
 // programName is empty for a program that is gone since it was listed.

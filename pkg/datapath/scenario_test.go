@@ -94,6 +94,18 @@ func (n *node) open(t *testing.T) {
 
 func (n *node) protect(t *testing.T) {
 	t.Helper()
+	n.program(t)
+	for _, f := range lab.Families() {
+		_, err := n.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
+		must(t, err)
+		_, err = n.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
+		must(t, err)
+	}
+}
+
+// program writes the services into the tables.
+func (n *node) program(t *testing.T) {
+	t.Helper()
 	pod, err := n.Node.Ifindex(lab.PodDevice(0))
 	must(t, err)
 	_, err = n.d.SetServices([]datapath.Service{
@@ -102,12 +114,6 @@ func (n *node) protect(t *testing.T) {
 			Addresses: []netip.Addr{n.Pod.Addr(lab.IPv4), n.Pod.Addr(lab.IPv6)}},
 	})
 	must(t, err)
-	for _, f := range lab.Families() {
-		_, err := n.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), hostPort))
-		must(t, err)
-		_, err = n.Pod.WhoAnswers(netip.AddrPortFrom(unspecified(f), podPort))
-		must(t, err)
-	}
 }
 
 func unspecified(f lab.Family) netip.Addr {

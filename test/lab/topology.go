@@ -122,6 +122,9 @@ func (k link) connect() error {
 				return err
 			}
 		}
+		if err := s.settle(); err != nil {
+			return err
+		}
 	}
 	return k.routes()
 }
@@ -158,6 +161,35 @@ func (s side) address(f Family, subnet byte) error {
 	}
 	s.ns.addrs[f] = append(s.ns.addrs[f], address(f, subnet, s.host+1))
 	return nil
+}
+
+// settleTime bounds the wait for the kernel to take a new address into its routes.
+const settleTime = 10 * time.Second
+
+// settle waits until the namespace takes every address of the side for its own. Linux enters the local
+// route of an IPv6 address from a work queue, also without duplicate address detection; until then
+// the namespace asks its neighbours for its own address.
+func (s side) settle() error {
+	for _, f := range Families() {
+		for _, a := range s.ns.addrs[f] {
+			if err := s.ns.awaitLocal(a); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (n *Namespace) awaitLocal(a netip.Addr) error {
+	for end := time.Now().Add(settleTime); ; time.Sleep(time.Millisecond) {
+		routes, err := n.Netlink.RouteGet(a.AsSlice())
+		if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s is not local to %s after %v: %v, %w", a, n.Name, settleTime, routes, err)
+		}
+	}
 }
 
 // routes sends everything of the leaf by the node.

@@ -1,0 +1,32 @@
+package agent
+
+import (
+	"errors"
+	"log/slog"
+	"slices"
+	"testing"
+)
+
+// TestProblemLines: whoever reads status sees each cause on a line of its own.
+func TestProblemLines(t *testing.T) {
+	p := newProblems(slog.New(slog.DiscardHandler))
+	p.report(problemResources, "", errors.Join(errors.New("a.yaml:1: one"), errors.New("a.yaml:2: two")))
+	p.report(problemService, "redis", errors.New("no route"))
+	want := []string{"resources: a.yaml:1: one", "resources: a.yaml:2: two", "service redis: no route"}
+	if got := p.lines(); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestActivationIsWellAgain: what kept a refusal from being recorded is over once a grant is.
+func TestActivationIsWellAgain(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	l.problems.report(problemGrants, "activation", errors.New("disk is full"))
+	_, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	if left := l.problems.lines(); len(left) > 0 {
+		t.Errorf("problems after a grant that was recorded: %q", left)
+	}
+}
