@@ -5,7 +5,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -22,7 +25,8 @@ func TestMain(m *testing.M) {
 }
 
 func runTests(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "sallyport-e2e-")
+	sweep(os.TempDir())
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", dirName, os.Getpid()))
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "make directory of the programs:", err)
 		return 1
@@ -38,6 +42,22 @@ func runTests(m *testing.M) int {
 		plain: sync.OnceValues(func() (string, error) { return build(filepath.Join(dir, "plain"), "-trimpath") }),
 	}
 	return m.Run()
+}
+
+const dirName = "sallyport-e2e-"
+
+// sweep removes the programs of test processes that were killed.
+func sweep(tmp string) {
+	dirs, err := filepath.Glob(filepath.Join(tmp, dirName+"*"))
+	if err != nil {
+		return
+	}
+	for _, d := range dirs {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(d), dirName), "-")
+		if n, err := strconv.Atoi(pid); err == nil && syscall.Kill(n, 0) == syscall.ESRCH {
+			os.RemoveAll(d)
+		}
+	}
 }
 
 // build puts the four programs into dir.
