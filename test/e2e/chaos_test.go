@@ -20,7 +20,7 @@ import (
 
 const (
 	chaosRounds = 20
-	chaosRate   = 500 // connection attempts per second
+	chaosRate   = 500             // connection attempts per second
 	chaosTime   = 5 * time.Minute // a bound; it takes about one on two cores
 	// attemptTime bounds one attempt: a dead proxy answers nothing.
 	attemptTime = 400 * time.Millisecond
