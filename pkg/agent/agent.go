@@ -147,13 +147,13 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
 	})
 	if err != nil {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
-	n.log.Info("datapath open", "adopted", n.datapath.Adopted())
+	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
 }
 
