@@ -161,7 +161,7 @@ func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error
 			continue
 		}
 		m.Contents = nil
-		if name == "sp_table" || name == "sp_scratch" {
+		if unpinned(name) {
 			continue
 		}
 		m.Pinning = ebpf.PinByName
