@@ -46,7 +46,8 @@ type SallyportSpDenyKey struct {
 	_          structs.HostLayout
 	Client     SallyportSpAddr
 	Server     SallyportSpAddr
-	ServerPort uint32
+	ServerPort uint16
+	Protocol   uint16
 	Reason     SallyportSpReason
 }
 
@@ -343,6 +344,7 @@ const (
 	SallyportMapSpPathState   = "sp_path_state"
 	SallyportMapSpPaths       = "sp_paths"
 	SallyportMapSpPorts       = "sp_ports"
+	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpStrays      = "sp_strays"
@@ -433,6 +435,7 @@ type SallyportMapSpecs struct {
 	SpPathState   *ebpf.MapSpec `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.MapSpec `ebpf:"sp_paths"`
 	SpPorts       *ebpf.MapSpec `ebpf:"sp_ports"`
+	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
@@ -481,6 +484,7 @@ type SallyportMaps struct {
 	SpPathState   *ebpf.Map `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.Map `ebpf:"sp_paths"`
 	SpPorts       *ebpf.Map `ebpf:"sp_ports"`
+	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
@@ -503,6 +507,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpPathState,
 		m.SpPaths,
 		m.SpPorts,
+		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
 		m.SpStrays,
