@@ -3,6 +3,8 @@
 PREFIX   ?= /usr/local
 TOTAL    ?= 1m
 COUNT    ?= 1
+PACKETS  ?= 100000000
+SEED     ?= 1
 IMAGE    ?= sallyport
 BINARIES := sallyport sallyport-agent sallyport-proxy sallyport-collector
 TOOLS    := $(CURDIR)/.tools
@@ -13,7 +15,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test quick check generate fuzz bench image install uninstall clean help
+.PHONY: build demo test quick check generate fuzz prove bench image install uninstall clean help
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -45,6 +47,9 @@ generate: ## regenerate what is generated, with the pinned clang and protoc (ins
 
 fuzz: ## fuzz every target, TOTAL=1m in all
 	go run ./tools/fuzz -total $(TOTAL)
+
+prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
+	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...

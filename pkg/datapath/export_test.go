@@ -30,6 +30,7 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
+	FromEvent   = fromEvent
 	Schema      = schema
 
 	ProgramNames = programNames
