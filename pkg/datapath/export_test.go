@@ -35,6 +35,7 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
+	FromEvent   = fromEvent
 	Schema      = schema
 
 	ProgramNames = programNames
