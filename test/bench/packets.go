@@ -307,19 +307,3 @@ func (rig *packetRig) services(n int) error {
 	rig.cell("steered, "+counted(n, "service")+" at random", prog, rig.dev, from, to, packet.ACK, actRedirect)
 	return nil
 }
-
-// counted says how many there are of a thing.
-func counted(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return thousands(n) + " " + thing + "s"
-}
-
-// thousands writes a number with commas.
-func thousands(n int) string {
-	if n < 1000 {
-		return fmt.Sprint(n)
-	}
-	return thousands(n/1000) + fmt.Sprintf(",%03d", n%1000)
-}
