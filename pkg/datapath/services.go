@@ -9,7 +9,6 @@ import (
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
-
 type row struct {
 	key   bpf.ServiceKey
 	value bpf.Service
