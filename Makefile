@@ -13,7 +13,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-kernels quick check generate fuzz bench image install uninstall clean help
+.PHONY: build demo test test-kernels quick check generate fuzz bench bench-datapath image install uninstall clean help
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -50,6 +50,10 @@ generate: ## regenerate what is generated, with the pinned clang and protoc (ins
 fuzz: ## fuzz every target, TOTAL=1m in all
 	go run ./tools/fuzz -total $(TOTAL)
 
+bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
+	go run ./tools/needs bench-datapath
+	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
+
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
 
@@ -64,7 +68,7 @@ uninstall: ## end enforcement, prove that nothing is left attached, and remove w
 	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean: ## remove what was built
-	rm -rf bin $(TOOLS)
+	rm -rf bin bench-out $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-13s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'
