@@ -59,6 +59,10 @@ insns: ## print what the verifier does for each program, and hold it to its base
 prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
 	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
+bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
+	go run ./tools/needs bench-datapath
+	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
+
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
 
@@ -73,7 +77,7 @@ uninstall: ## end enforcement, prove that nothing is left attached, and remove w
 	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean: ## remove what was built
-	rm -rf bin $(TOOLS)
+	rm -rf bin bench-out $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-13s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'
