@@ -102,8 +102,11 @@ func wantResetNow(t *testing.T, what string, c net.Conn) {
 // TestOnePacketEndsBothHalves: after the end of a path one packet of either party resets both, and nothing
 // of it arrives.
 func TestOnePacketEndsBothHalves(t *testing.T) {
-	t.Parallel()
-	n := newNode(t)
+	eachProfile(t, testOnePacketEndsBothHalves)
+}
+
+func testOnePacketEndsBothHalves(t *testing.T, profile datapath.Profile) {
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	conns := n.pushers(t)
 	for _, c := range n.pushCells() {
