@@ -187,8 +187,8 @@ func linkedTo(l link.Link, ifindex int) bool {
 	if err != nil {
 		return false
 	}
-	tcx := info.TCX()
-	return tcx != nil && int(tcx.Ifindex) == ifindex
+	device, known := linkDevice(info)
+	return known && device == ifindex
 }
 
 // updateLink gives an adopted link this version's program, unless it has the same code already.
@@ -283,6 +283,7 @@ func inNetns(path string, f func() error) error {
 func (d *Datapath) Detach(ifindex int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	delete(d.filters, ifindex)
 	var errs []error
 	for key, a := range d.devices {
 		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {

@@ -53,9 +53,11 @@ type Datapath struct {
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
+	frags   bool // XDP may have frames in several buffers
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
+	filters  map[int]filter // by ifindex
 	services []Service
 	rows     int
 	gen      uint32
@@ -90,7 +92,10 @@ func Open(cfg Config) (*Datapath, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, live: map[uint32]Path{}}
+	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, filters: map[int]filter{}, live: map[uint32]Path{}}
+	if d.frags, err = adaptXDP(spec); err != nil {
+		return nil, err
+	}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}

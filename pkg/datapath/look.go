@@ -78,7 +78,11 @@ func Attached() ([]string, error) {
 			}
 		}
 	}
-	return out, nil
+	filtered, err := xdpDevices()
+	for dev, there := range filtered {
+		out = append(out, dev.Attrs().Name+"/"+there.name)
+	}
+	return out, err
 }
 
 // attachedProgram is a program of ours in a device's chain. The link is 0 if there is none.

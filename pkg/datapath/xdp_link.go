@@ -1,0 +1,182 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// xdpThere is the XDP program that a device has.
+type xdpThere struct {
+	program uint32 // 0: none
+	name    string
+	ours    bool // a program of Sallyport, of this version or another
+	mode    XDPMode
+}
+
+// foreign is the id of a program of somebody else, or 0.
+func (x xdpThere) foreign() uint32 {
+	if x.ours {
+		return 0
+	}
+	return x.program
+}
+
+func readXDP(dev netlink.Link) (xdpThere, error) {
+	x := dev.Attrs().Xdp
+	if x == nil || !x.Attached {
+		return xdpThere{}, nil
+	}
+	there := xdpThere{program: x.ProgId, mode: XDPNative}
+	if x.AttachMode == nl.XDP_ATTACHED_SKB {
+		there.mode = XDPGeneric
+	}
+	var err error
+	there.name, err = programName(ebpf.ProgramID(x.ProgId))
+	there.ours = slices.Contains(programNames(), there.name)
+	return there, err
+}
+
+// xdpRefusedError says that the kernel or the driver would not have the program.
+type xdpRefusedError struct{ errno unix.Errno }
+
+func (e *xdpRefusedError) Error() string {
+	if e.errno == unix.EOPNOTSUPP {
+		return "the driver cannot"
+	}
+	return "the driver refuses: " + e.errno.Error()
+}
+
+// xdpHook is the filter in one mode. Generic XDP gets the one that does not know of several buffers.
+func (d *Datapath) xdpHook(mode XDPMode) hook {
+	if mode == XDPGeneric {
+		return hook{"sp_xdp", "sp_xdp_generic", d.objs.SpXdpGeneric, ebpf.AttachXDP}
+	}
+	return hook{"sp_xdp", "sp_xdp_up", d.objs.SpXdpUp, ebpf.AttachXDP}
+}
+
+// linkXDP adopts the pinned link, or makes one. A filter in another mode, or one that lost its pin, goes
+// first: for that moment tc is alone.
+func (d *Datapath) linkXDP(o XDPOutcome, there xdpThere) error {
+	h := d.xdpHook(o.Mode)
+	key, pin := xdpPin(d.cfg.Dir, o.Ifindex)
+	if there.ours && there.mode == o.Mode {
+		l, err := d.heldXDP(key, pin, o.Ifindex)
+		if err == nil {
+			d.devices[key] = attachment{h, l, o.Ifindex, o.Device, RoleUplink}
+			return updateLink(l, h.prog)
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := d.unlinkXDP(o.Ifindex, there); err != nil {
+		return err
+	}
+	flags := link.XDPDriverMode
+	if o.Mode == XDPGeneric {
+		flags = link.XDPGenericMode
+	}
+	l, err := link.AttachXDP(link.XDPOptions{Program: h.prog, Interface: o.Ifindex, Flags: flags})
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		return &xdpRefusedError{errno}
+	} else if err != nil {
+		return err
+	}
+	if err := l.Pin(pin); err != nil {
+		closeLink(l)
+		return fmt.Errorf("pin link: %w", err)
+	}
+	d.devices[key] = attachment{h, l, o.Ifindex, o.Device, RoleUplink}
+	return nil
+}
+
+func xdpPin(dir string, ifindex int) (key, pin string) {
+	key = fmt.Sprintf("sp_xdp-%d", ifindex)
+	return key, filepath.Join(linksDir(dir), key)
+}
+
+// heldXDP is the link that this process holds, or the pinned one. os.ErrNotExist: there is none for the device.
+func (d *Datapath) heldXDP(key, pin string, ifindex int) (link.Link, error) {
+	if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
+		return a.link, nil
+	}
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link: %w", err)
+	}
+	if !linkedTo(l, ifindex) {
+		closeLink(l)
+		return nil, os.ErrNotExist
+	}
+	return l, nil
+}
+
+// unlinkXDP takes our filter off a device, whoever else holds it, and leaves everybody else's.
+func (d *Datapath) unlinkXDP(ifindex int, there xdpThere) error {
+	key, pin := xdpPin(d.cfg.Dir, ifindex)
+	if a, ok := d.devices[key]; ok {
+		closeLink(a.link)
+		delete(d.devices, key)
+	}
+	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove pin: %w", err)
+	}
+	if !there.ours {
+		return nil
+	}
+	return detachXDP(ifindex, there.program)
+}
+
+// detachXDP detaches the link by which a device has a program. The number of a device is that of its network namespace,
+// but a program is on one device of a number only, unless tests share programs, which they do not.
+func detachXDP(ifindex int, program uint32) error {
+	it := new(link.Iterator)
+	defer it.Close()
+	for it.Next() {
+		info, err := it.Link.Info()
+		if err != nil || info.XDP() == nil || int(info.XDP().Ifindex) != ifindex || uint32(info.Program) != program {
+			continue // a link that is gone since is none either
+		}
+		return it.Link.Detach()
+	}
+	return it.Err()
+}
+
+// xdpDevices lists the devices of the current network namespace that have a filter of ours.
+func xdpDevices() (map[netlink.Link]xdpThere, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	found := map[netlink.Link]xdpThere{}
+	for _, dev := range links {
+		there, err := readXDP(dev)
+		if err != nil {
+			return nil, fmt.Errorf("look for XDP on %s: %w", dev.Attrs().Name, err)
+		}
+		if there.ours {
+			found[dev] = there
+		}
+	}
+	return found, nil
+}
+
+// linkDevice is the ifindex of the device that a link of ours is attached to; 0 when the device is gone.
+func linkDevice(info *link.Info) (ifindex int, known bool) {
+	switch {
+	case info.TCX() != nil:
+		return int(info.TCX().Ifindex), true
+	case info.XDP() != nil:
+		return int(info.XDP().Ifindex), true
+	}
+	return 0, false
+}
