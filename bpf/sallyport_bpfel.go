@@ -51,7 +51,8 @@ type SallyportSpDenyKey struct {
 	_          structs.HostLayout
 	Client     SallyportSpAddr
 	Server     SallyportSpAddr
-	ServerPort uint32
+	ServerPort uint16
+	Protocol   uint16
 	Reason     SallyportSpReason
 }
 
@@ -375,6 +376,7 @@ const (
 	SallyportMapSpPathState   = "sp_path_state"
 	SallyportMapSpPaths       = "sp_paths"
 	SallyportMapSpPorts       = "sp_ports"
+	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpSources     = "sp_sources"
@@ -473,6 +475,7 @@ type SallyportMapSpecs struct {
 	SpPathState   *ebpf.MapSpec `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.MapSpec `ebpf:"sp_paths"`
 	SpPorts       *ebpf.MapSpec `ebpf:"sp_ports"`
+	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
@@ -525,6 +528,7 @@ type SallyportMaps struct {
 	SpPathState   *ebpf.Map `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.Map `ebpf:"sp_paths"`
 	SpPorts       *ebpf.Map `ebpf:"sp_ports"`
+	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpSources     *ebpf.Map `ebpf:"sp_sources"`
@@ -551,6 +555,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpPathState,
 		m.SpPaths,
 		m.SpPorts,
+		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
 		m.SpSources,

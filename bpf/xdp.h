@@ -15,11 +15,20 @@
  * the loader takes out on kernels without it (they have no such frames).
  */
 
+#include <linux/udp.h>
 #include "account.h"
 
 #define SP_XDP_TAGS 2
 #define SP_XDP_REACH 0x3fff	/* furthest offset that is read by pointer */
 #define SP_TAKE_TRIES 8
+
+/* What the parser could make of a packet. */
+enum sp_xdp_parse {
+	SP_XDP_OTHER = 0,	/* not ours, or for tc to judge */
+	SP_XDP_PORTS,		/* the ports of a TCP or UDP packet */
+	SP_XDP_BLIND,		/* a fragment: the ports are not read */
+	SP_XDP_BROKEN,		/* headers lie or are cut off */
+};
 
 struct sp_tag {
 	__be16 tci;
@@ -50,55 +59,65 @@ static __always_inline __u32 sp_xdp_length(struct xdp_md *ctx)
 	return length < 0 ? ctx->data_end - ctx->data : length;
 }
 
-static __always_inline enum sp_parse sp_xdp_parse_tcp(struct xdp_md *ctx, struct sp_packet *p)
+static __always_inline enum sp_xdp_parse sp_xdp_parse_l4(struct xdp_md *ctx, struct sp_head *h)
 {
-	struct tcphdr copy, *tcp = sp_xdp_at(ctx, p->l4, &copy, sizeof(copy));
+	struct tcphdr tcp_copy, *tcp;
+	struct udphdr udp_copy, *udp;
 
+	if (h->protocol == IPPROTO_UDP) {
+		udp = sp_xdp_at(ctx, h->l4, &udp_copy, sizeof(udp_copy));
+		if (!udp)
+			return SP_XDP_BROKEN;
+		h->sport = bpf_ntohs(udp->source);
+		h->dport = bpf_ntohs(udp->dest);
+		return SP_XDP_PORTS;
+	}
+	tcp = sp_xdp_at(ctx, h->l4, &tcp_copy, sizeof(tcp_copy));
 	if (!tcp)
-		return SP_PARSE_MALFORMED;
-	p->sport = bpf_ntohs(tcp->source);
-	p->dport = bpf_ntohs(tcp->dest);
-	p->tcp_len = tcp->doff * 4;
-	p->tcp_flags = ((__u8 *)tcp)[13];
-	return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+		return SP_XDP_BROKEN;
+	h->sport = bpf_ntohs(tcp->source);
+	h->dport = bpf_ntohs(tcp->dest);
+	h->tcp_len = tcp->doff * 4;
+	h->tcp_flags = ((__u8 *)tcp)[13];
+	return h->tcp_len < sizeof(*tcp) ? SP_XDP_BROKEN : SP_XDP_PORTS;
 }
 
-/* A total length of 0 is left to tc: where the stack itself made the packet it stands for more than 64 KiB. */
-static __always_inline enum sp_parse sp_xdp_parse_ipv4(struct xdp_md *ctx, struct sp_packet *p)
+/* A total length of 0 is left to tc: in a packet that the stack made itself it stands for more than 64 KiB. */
+static __always_inline enum sp_xdp_parse sp_xdp_parse_ipv4(struct xdp_md *ctx, struct sp_head *h)
 {
-	struct iphdr copy, *ip = sp_xdp_at(ctx, p->l3, &copy, sizeof(copy));
+	struct iphdr copy, *ip = sp_xdp_at(ctx, h->l3, &copy, sizeof(copy));
+	__u16 total;
 
 	if (!ip)
-		return SP_PARSE_MALFORMED;
-	p->version = 4;
-	if (ip->protocol != IPPROTO_TCP)
-		return SP_PARSE_OTHER;
-	p->bytes = bpf_ntohs(ip->tot_len);
-	if (ip->version != 4 || ip->ihl < 5 || (p->bytes && p->bytes < ip->ihl * 4))
-		return SP_PARSE_MALFORMED;
+		return SP_XDP_BROKEN;
+	h->version = 4;
+	h->protocol = ip->protocol;
+	if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_UDP)
+		return SP_XDP_OTHER;
+	total = bpf_ntohs(ip->tot_len);
+	if (ip->version != 4 || ip->ihl < 5 || (total && total < ip->ihl * 4))
+		return SP_XDP_BROKEN;
 	if (ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
-		return SP_PARSE_FRAGMENT;
-	p->l4 = p->l3 + ip->ihl * 4;
-	return sp_xdp_parse_tcp(ctx, p);
+		return SP_XDP_BLIND;
+	h->l4 = h->l3 + ip->ihl * 4;
+	return sp_xdp_parse_l4(ctx, h);
 }
 
-/* Walks the extension headers as sp_parse_ext does. */
-static __noinline int sp_xdp_parse_ext(struct xdp_md *ctx, struct sp_packet *p, __u8 next)
+/* Walks the extension headers as sp_parse_ext does. A chain beyond the bound, and what only tc refuses, is OTHER. */
+static __noinline int sp_xdp_parse_ext(struct xdp_md *ctx, struct sp_head *h)
 {
 	struct ipv6_opt_hdr copy, *opt;
 	__u32 offset;
 
-	if (!p)
-		return SP_PARSE_OTHER;
-	offset = p->l3 + sizeof(struct ipv6hdr);
+	if (!h)
+		return SP_XDP_OTHER;
+	offset = h->l3 + sizeof(struct ipv6hdr);
 	for (int i = 0; i <= SP_EXT_MAX; i++) {
-		switch (next) {
+		switch (h->protocol) {
 		case IPPROTO_TCP:
-			p->l4 = offset;
-			return SP_PARSE_TCP;
-		case IPPROTO_ESP:
-		case IPPROTO_NONE:
-			return SP_PARSE_EXT_HEADERS;
+		case IPPROTO_UDP:
+			h->l4 = offset;
+			return SP_XDP_PORTS;
 		case IPPROTO_FRAGMENT:
 		case IPPROTO_HOPOPTS:
 		case IPPROTO_ROUTING:
@@ -106,36 +125,34 @@ static __noinline int sp_xdp_parse_ext(struct xdp_md *ctx, struct sp_packet *p, 
 		case IPPROTO_AH:
 			break;
 		default:
-			return SP_PARSE_OTHER;
+			return SP_XDP_OTHER;
 		}
 		opt = sp_xdp_at(ctx, offset, &copy, sizeof(copy));
 		if (!opt)
-			return SP_PARSE_MALFORMED;
-		if (next == IPPROTO_FRAGMENT)
-			return opt->nexthdr == IPPROTO_TCP ? SP_PARSE_FRAGMENT : SP_PARSE_OTHER;
-		offset += next == IPPROTO_AH ? (opt->hdrlen + 2) * 4 : (opt->hdrlen + 1) * 8;
-		next = opt->nexthdr;
+			return SP_XDP_BROKEN;
+		if (h->protocol == IPPROTO_FRAGMENT)
+			return opt->nexthdr == IPPROTO_ICMPV6 ? SP_XDP_OTHER : SP_XDP_BLIND;
+		offset += h->protocol == IPPROTO_AH ? (opt->hdrlen + 2) * 4 : (opt->hdrlen + 1) * 8;
+		h->protocol = opt->nexthdr;
 	}
-	return SP_PARSE_EXT_HEADERS;
+	return SP_XDP_OTHER;
 }
 
-static __always_inline enum sp_parse sp_xdp_parse_ipv6(struct xdp_md *ctx, struct sp_packet *p)
+static __always_inline enum sp_xdp_parse sp_xdp_parse_ipv6(struct xdp_md *ctx, struct sp_head *h)
 {
-	struct ipv6hdr copy, *ip = sp_xdp_at(ctx, p->l3, &copy, sizeof(copy));
-	int parsed;
+	struct ipv6hdr copy, *ip = sp_xdp_at(ctx, h->l3, &copy, sizeof(copy));
+	int parsed = SP_XDP_PORTS;
 
 	if (!ip)
-		return SP_PARSE_MALFORMED;
-	p->version = 6;
-	p->bytes = sizeof(*ip) + bpf_ntohs(ip->payload_len);
+		return SP_XDP_BROKEN;
+	h->version = 6;
+	h->protocol = ip->nexthdr;
 	if (ip->version != 6)
-		return SP_PARSE_MALFORMED;
-	if (ip->nexthdr == IPPROTO_TCP) {
-		p->l4 = p->l3 + sizeof(*ip);
-		return sp_xdp_parse_tcp(ctx, p);
-	}
-	parsed = sp_xdp_parse_ext(ctx, p, ip->nexthdr);
-	return parsed == SP_PARSE_TCP ? sp_xdp_parse_tcp(ctx, p) : (enum sp_parse)parsed;
+		return SP_XDP_BROKEN;
+	h->l4 = h->l3 + sizeof(*ip);
+	if (h->protocol != IPPROTO_TCP && h->protocol != IPPROTO_UDP)
+		parsed = sp_xdp_parse_ext(ctx, h);
+	return parsed == SP_XDP_PORTS ? sp_xdp_parse_l4(ctx, h) : (enum sp_xdp_parse)parsed;
 }
 
 static __always_inline bool sp_is_tag(__be16 protocol)
@@ -143,32 +160,34 @@ static __always_inline bool sp_is_tag(__be16 protocol)
 	return protocol == bpf_htons(ETH_P_8021Q) || protocol == bpf_htons(ETH_P_8021AD);
 }
 
-/* Up to the ports; p->bytes is what the IP header says of its packet. */
-static __always_inline enum sp_parse sp_xdp_parse(struct xdp_md *ctx, struct sp_packet *p)
+/* Up to the ports. */
+static __always_inline enum sp_xdp_parse sp_xdp_parse(struct xdp_md *ctx, struct sp_head *h)
 {
 	struct ethhdr eth_copy, *eth = sp_xdp_at(ctx, 0, &eth_copy, sizeof(eth_copy));
 	struct sp_tag tag_copy, *tag;
 	__be16 protocol;
 
 	if (!eth)
-		return SP_PARSE_OTHER;
+		return SP_XDP_OTHER;
 	protocol = eth->h_proto;
-	p->l3 = ETH_HLEN;
+	h->l3 = ETH_HLEN;
 	for (int i = 0; i < SP_XDP_TAGS && sp_is_tag(protocol); i++) {
-		tag = sp_xdp_at(ctx, p->l3, &tag_copy, sizeof(tag_copy));
+		tag = sp_xdp_at(ctx, h->l3, &tag_copy, sizeof(tag_copy));
 		if (!tag)
-			return SP_PARSE_OTHER;
+			return SP_XDP_OTHER;
 		protocol = tag->protocol;
-		p->l3 += sizeof(*tag);
+		h->l3 += sizeof(*tag);
 	}
 	if (protocol == bpf_htons(ETH_P_IP))
-		return sp_xdp_parse_ipv4(ctx, p);
+		return sp_xdp_parse_ipv4(ctx, h);
 	if (protocol == bpf_htons(ETH_P_IPV6))
-		return sp_xdp_parse_ipv6(ctx, p);
-	return SP_PARSE_OTHER;
+		return sp_xdp_parse_ipv6(ctx, h);
+	return SP_XDP_OTHER;
 }
 
-/* The addresses, of any packet whose IP header could be read. */
+/* The addresses, and in p->bytes the length that the IP header claims, of any packet whose IP header could be
+ * read.
+ */
 static __always_inline bool sp_xdp_addresses(struct xdp_md *ctx, struct sp_packet *p)
 {
 	struct iphdr ip4_copy, *ip4;
@@ -178,6 +197,7 @@ static __always_inline bool sp_xdp_addresses(struct xdp_md *ctx, struct sp_packe
 		ip6 = sp_xdp_at(ctx, p->l3, &ip6_copy, sizeof(ip6_copy));
 		if (!ip6)
 			return false;
+		p->bytes = sizeof(*ip6) + bpf_ntohs(ip6->payload_len);
 		__builtin_memcpy(&p->src, &ip6->saddr, 16);
 		__builtin_memcpy(&p->dst, &ip6->daddr, 16);
 		return true;
@@ -185,6 +205,7 @@ static __always_inline bool sp_xdp_addresses(struct xdp_md *ctx, struct sp_packe
 	ip4 = p->version == 4 ? sp_xdp_at(ctx, p->l3, &ip4_copy, sizeof(ip4_copy)) : NULL;
 	if (!ip4)
 		return false;
+	p->bytes = bpf_ntohs(ip4->tot_len);
 	p->src.bytes[10] = p->src.bytes[11] = 0xff;
 	p->dst.bytes[10] = p->dst.bytes[11] = 0xff;
 	__builtin_memcpy(&p->src.bytes[12], &ip4->saddr, 4);
@@ -242,11 +263,11 @@ static __always_inline enum sp_reason sp_xdp_refused_source(const struct sp_pack
 
 /* What is wrong with a packet, whomever it is for. */
 static __always_inline enum sp_reason sp_xdp_fault(struct xdp_md *ctx, const struct sp_packet *p,
-						   enum sp_parse parsed)
+						   enum sp_xdp_parse parsed)
 {
 	if (p->version == 6 && (sp_addr_mapped(&p->src) || sp_addr_mapped(&p->dst)))
 		return SP_REASON_XDP_MAPPED;
-	if (parsed == SP_PARSE_MALFORMED || p->l3 + p->bytes > sp_xdp_length(ctx))
+	if (parsed == SP_XDP_BROKEN || p->l3 + p->bytes > sp_xdp_length(ctx))
 		return SP_REASON_XDP_MALFORMED;
 	if (sp_xdp_martian(p))
 		return SP_REASON_XDP_MARTIAN;
@@ -259,54 +280,61 @@ static __always_inline enum sp_reason sp_xdp_fault(struct xdp_md *ctx, const str
 static __noinline int sp_xdp_is_local(struct xdp_md *ctx, const struct sp_addr *address,
 				      const struct sp_addr *peer, __u32 version)
 {
-	struct bpf_fib_lookup fib = {};
-	long r;
+	struct bpf_fib_lookup *fib = sp_fib_question(ctx->ingress_ifindex, address, peer, version);
 
-	if (!address || !peer)
-		return 1;
-	fib.ifindex = ctx->ingress_ifindex;
-	if (version == 4) {
-		fib.family = SP_AF_INET;
-		__builtin_memcpy(&fib.ipv4_src, &peer->bytes[12], 4);
-		__builtin_memcpy(&fib.ipv4_dst, &address->bytes[12], 4);
-	} else {
-		fib.family = SP_AF_INET6;
-		__builtin_memcpy(fib.ipv6_src, peer, 16);
-		__builtin_memcpy(fib.ipv6_dst, address, 16);
-	}
-	r = bpf_fib_lookup(ctx, &fib, sizeof(fib), 0);
-	return r < 0 || r == BPF_FIB_LKUP_RET_NOT_FWDED || r == BPF_FIB_LKUP_RET_FWD_DISABLED;
+	return !fib || sp_fib_says_local(bpf_fib_lookup(ctx, fib, sizeof(*fib), 0));
 }
 
-/* The protected service at an address and port, if it is on this node. */
-static __always_inline struct sp_service *
-sp_xdp_service(struct xdp_md *ctx, const struct sp_addr *address, __u16 port,
-	       const struct sp_addr *peer, __u32 version)
+/* The protected service that a packet is for, if it is on this node. */
+static __noinline struct sp_service *sp_xdp_service_to(struct xdp_md *ctx, const struct sp_packet *p)
 {
-	struct sp_service *svc = sp_port_flagged(port) ? sp_find_service(address, port) : NULL;
+	struct sp_service *svc;
 
-	if (!svc || svc->target != SP_TARGET_HOST || sp_xdp_is_local(ctx, address, peer, version))
-		return svc;
-	return NULL;
+	if (!p || !sp_port_flagged(p->protocol, p->dport))
+		return NULL;
+	svc = sp_find_service(&p->dst, p->dport, p->protocol);
+	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->dst, &p->src, p->version))
+		return NULL;
+	return svc;
 }
 
-/* Asked of faulty packets only: is it any of our business? */
-static __noinline int sp_xdp_concerns(struct xdp_md *ctx, const struct sp_packet *p, __u32 parsed)
+/* The same for the one that it claims to come from. */
+static __noinline struct sp_service *sp_xdp_service_from(struct xdp_md *ctx, const struct sp_packet *p)
+{
+	struct sp_service *svc;
+
+	if (!p || !sp_port_flagged(p->protocol, p->sport))
+		return NULL;
+	svc = sp_find_service(&p->src, p->sport, p->protocol);
+	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->src, &p->dst, p->version))
+		return NULL;
+	return svc;
+}
+
+/* Does the address of a packet without ports own a protected one? */
+static __noinline int sp_xdp_owner(struct xdp_md *ctx, const struct sp_packet *p)
 {
 	struct sp_addr any = {}, dst;
 
 	if (!p)
 		return 0;
-	if (parsed == SP_PARSE_TCP)
-		return sp_xdp_service(ctx, &p->dst, p->dport, &p->src, p->version) ||
-		       sp_xdp_service(ctx, &p->src, p->sport, &p->dst, p->version);
 	dst = p->dst;
-	return bpf_map_lookup_elem(&sp_owners, &dst) ||
-	       (bpf_map_lookup_elem(&sp_owners, &any) &&
-		sp_xdp_is_local(ctx, &p->dst, &p->src, p->version));
+	if (bpf_map_lookup_elem(&sp_owners, &dst))
+		return 1;
+	return bpf_map_lookup_elem(&sp_owners, &any) &&
+	       sp_xdp_is_local(ctx, &p->dst, &p->src, p->version);
 }
 
-/* Takes one SYN out of a bucket, never one too many; a CPU that loses the race too often takes none. */
+/* Asked of faulty packets only: are they any of our business? */
+static __always_inline bool sp_xdp_concerns(struct xdp_md *ctx, const struct sp_packet *p,
+					    enum sp_xdp_parse parsed)
+{
+	if (parsed == SP_XDP_PORTS)
+		return sp_xdp_service_to(ctx, p) || sp_xdp_service_from(ctx, p);
+	return sp_xdp_owner(ctx, p);
+}
+
+/* Takes one SYN out of a bucket, never one too many; a CPU that loses the race too often gets none. */
 static __always_inline bool sp_take(struct sp_bucket *b, __u64 interval_ns, __u64 burst_ns)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
@@ -354,7 +382,7 @@ static __noinline int sp_xdp_syn(struct xdp_md *ctx, const struct sp_packet *p)
 	limits = bpf_map_lookup_elem(&sp_syn_limits, &zero);
 	if (!limits || !(limits->source_interval_ns | limits->service_interval_ns))
 		return SP_REASON_NONE;
-	svc = sp_xdp_service(ctx, &p->dst, p->dport, &p->src, p->version);
+	svc = sp_xdp_service_to(ctx, p);
 	if (!svc)
 		return SP_REASON_NONE;
 	source = p->src;
@@ -371,52 +399,52 @@ static __noinline int sp_xdp_syn(struct xdp_md *ctx, const struct sp_packet *p)
 /* Generic XDP sees what px0 puts back on the uplink for a second time; the proxy's half of the flow is
  * known by then. Who guesses that tuple gets no further than to tc.
  */
-static __noinline int sp_xdp_put_back(const struct sp_packet *p)
+static __always_inline bool sp_xdp_put_back(const struct sp_flow_key *key)
 {
-	struct sp_flow_key key = {};
-
-	if (!p)
-		return 0;
-	key.client = p->src;
-	key.server = p->dst;
-	key.client_port = p->sport;
-	key.server_port = p->dport;
-	return !!sp_find_leg(&key, SP_LEG_UP, 0);
+	return sp_find_leg(key, SP_LEG_UP, 0);
 }
 
-static __always_inline enum sp_reason sp_xdp_decide(struct xdp_md *ctx, struct sp_packet *p,
-						    bool generic)
+static __always_inline enum sp_reason sp_xdp_decide(struct xdp_md *ctx, struct sp_scratch *scratch,
+						    enum sp_xdp_parse parsed, bool generic)
 {
-	enum sp_parse parsed = sp_xdp_parse(ctx, p);
+	struct sp_packet *p = &scratch->packet;
 	enum sp_reason fault;
 
-	if (parsed == SP_PARSE_OTHER)
+	if (!sp_xdp_addresses(ctx, p))
 		return SP_REASON_NONE;
-	if (parsed == SP_PARSE_TCP && !sp_port_flagged(p->dport) && !sp_port_flagged(p->sport))
-		return SP_REASON_NONE;
-	if (!sp_xdp_addresses(ctx, p) || (generic && sp_xdp_put_back(p)))
+	scratch->key = sp_key_towards(p);
+	if (generic && sp_xdp_put_back(&scratch->key))
 		return SP_REASON_NONE;
 	fault = sp_xdp_fault(ctx, p, parsed);
 	if (fault != SP_REASON_NONE)
 		return sp_xdp_concerns(ctx, p, parsed) ? fault : SP_REASON_NONE;
-	return parsed == SP_PARSE_TCP && sp_syn_only(p) ? sp_xdp_syn(ctx, p) : SP_REASON_NONE;
+	if (parsed != SP_XDP_PORTS || p->protocol != IPPROTO_TCP || !sp_syn_only(p))
+		return SP_REASON_NONE;
+	return sp_xdp_syn(ctx, p);
 }
 
 /* Parse, decide, account, drop or pass. */
 static __always_inline int sp_xdp(struct xdp_md *ctx, bool generic)
 {
-	struct sp_packet p = {};
-	struct sp_flow_key key = {};
-	enum sp_reason reason = sp_xdp_decide(ctx, &p, generic);
+	struct sp_head head = {};
+	enum sp_xdp_parse parsed = sp_xdp_parse(ctx, &head);
+	struct sp_scratch *scratch;
+	enum sp_reason reason;
 
+	if (parsed == SP_XDP_OTHER ||
+	    (parsed == SP_XDP_PORTS && !sp_port_flagged(head.protocol, head.dport) &&
+	     !sp_port_flagged(head.protocol, head.sport)))
+		return XDP_PASS;
+	scratch = sp_get_scratch();
+	if (!scratch)
+		return XDP_PASS;
+	__builtin_memset(&scratch->packet, 0, sizeof(scratch->packet));
+	__builtin_memcpy(&scratch->packet, &head, sizeof(head));
+	reason = sp_xdp_decide(ctx, scratch, parsed, generic);
 	if (reason == SP_REASON_NONE)
 		return XDP_PASS;
-	key.client = p.src;
-	key.server = p.dst;
-	key.client_port = p.sport;
-	key.server_port = p.dport;
-	sp_count(reason, 1, sp_xdp_length(ctx) - p.l3);
-	sp_record_deny(&key, reason, ctx->ingress_ifindex);
+	sp_count(reason, 1, sp_xdp_length(ctx) - head.l3);
+	sp_record_deny(&scratch->key, reason, ctx->ingress_ifindex);
 	return XDP_DROP;
 }
 
