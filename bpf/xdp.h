@@ -276,11 +276,14 @@ static __always_inline enum sp_reason sp_xdp_fault(struct xdp_md *ctx, const str
 	return sp_xdp_refused_source(p);
 }
 
-/* As sp_is_local, for this kind of context. */
+/* As sp_is_local, but asked from nowhere: what a faulty packet has for a source is no question for the routing
+ * table, which would not forward for a group or for loopback at all.
+ */
 static __noinline int sp_xdp_is_local(struct xdp_md *ctx, const struct sp_addr *address,
-				      const struct sp_addr *peer, __u32 version)
+				      __u32 version)
 {
-	struct bpf_fib_lookup *fib = sp_fib_question(ctx->ingress_ifindex, address, peer, version);
+	struct sp_addr nowhere = {};
+	struct bpf_fib_lookup *fib = sp_fib_question(ctx->ingress_ifindex, address, &nowhere, version);
 
 	return !fib || sp_fib_says_local(bpf_fib_lookup(ctx, fib, sizeof(*fib), 0));
 }
@@ -293,7 +296,7 @@ static __noinline struct sp_service *sp_xdp_service_to(struct xdp_md *ctx, const
 	if (!p || !sp_port_flagged(p->protocol, p->dport))
 		return NULL;
 	svc = sp_find_service(&p->dst, p->dport, p->protocol);
-	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->dst, &p->src, p->version))
+	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->dst, p->version))
 		return NULL;
 	return svc;
 }
@@ -306,7 +309,7 @@ static __noinline struct sp_service *sp_xdp_service_from(struct xdp_md *ctx, con
 	if (!p || !sp_port_flagged(p->protocol, p->sport))
 		return NULL;
 	svc = sp_find_service(&p->src, p->sport, p->protocol);
-	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->src, &p->dst, p->version))
+	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->src, p->version))
 		return NULL;
 	return svc;
 }
@@ -322,7 +325,7 @@ static __noinline int sp_xdp_owner(struct xdp_md *ctx, const struct sp_packet *p
 	if (bpf_map_lookup_elem(&sp_owners, &dst))
 		return 1;
 	return bpf_map_lookup_elem(&sp_owners, &any) &&
-	       sp_xdp_is_local(ctx, &p->dst, &p->src, p->version);
+	       sp_xdp_is_local(ctx, &p->dst, p->version);
 }
 
 /* Asked of faulty packets only: are they any of our business? */
