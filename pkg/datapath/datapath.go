@@ -44,6 +44,8 @@ type Config struct {
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
 	Logger *slog.Logger
+
+	oneBuffer bool // as on kernels before 5.18; for tests
 }
 
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
@@ -93,7 +95,7 @@ func Open(cfg Config) (*Datapath, error) {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
 	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, filters: map[int]filter{}, live: map[uint32]Path{}}
-	if d.frags, err = adaptXDP(spec); err != nil {
+	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
 		return nil, err
 	}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {

@@ -8,6 +8,9 @@ func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportP
 // Maps are the tables, for tests that write what no agent would.
 func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
 
+// OneBuffer makes the XDP programs those of kernels before 5.18.
+func (c *Config) OneBuffer() { c.oneBuffer = true }
+
 // LinkIDs lists the links of this handle by the name of their pin.
 func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	d.mu.Lock()

@@ -29,8 +29,10 @@ const (
 
 // newFilterRig protects a UDP port of the node too, and refuses sources: the node's, the pod's network, and some
 // that are denied.
-func newFilterRig(t testing.TB) *rig {
-	r := newRig(t, 4096, 4096)
+func newFilterRig(t testing.TB) *rig { return newFilterRigOf(t, smallConfig(4096, 4096)) }
+
+func newFilterRigOf(t testing.TB, cfg datapath.Config) *rig {
+	r := newRigOf(t, cfg)
 	pod := r.device(t, lab.PodDevice(0))
 	_, err := r.d.SetServices([]datapath.Service{
 		{ID: hostID, Name: "host-echo", Target: datapath.TargetHost, Ports: []uint16{hostPort}},
@@ -112,8 +114,16 @@ func unprotected(f func(scene, *packet.Packet)) func(scene, *packet.Packet) {
 func none(scene, *packet.Packet) {}
 
 // TestFilter sends every case to both filters, for a service of the node and for one of a pod.
-func TestFilter(t *testing.T) {
-	r := newFilterRig(t)
+func TestFilter(t *testing.T) { newFilterRig(t).runFilters(t) }
+
+// TestFilterOneBuffer does the same with what kernels before 5.18 get.
+func TestFilterOneBuffer(t *testing.T) {
+	cfg := smallConfig(4096, 4096)
+	cfg.OneBuffer()
+	newFilterRigOf(t, cfg).runFilters(t)
+}
+
+func (r *rig) runFilters(t *testing.T) {
 	for _, cases := range [][]filterCase{cleanCases(), sourceCases(), answerCases(), lieCases(), landCases(), headerCases()} {
 		for _, c := range cases {
 			for _, f := range lab.Families() {

@@ -41,7 +41,12 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
+	return newNodeOn(t, lab.Options{Pods: 2})
+}
+
+func newNodeOn(t *testing.T, o lab.Options, changes ...func(*datapath.Config)) *node {
+	t.Helper()
+	n := &node{Lab: lab.New(t, o)}
 	bpffs, err := n.MountBPFFS()
 	must(t, err)
 	must(t, n.Node.Do(func() error {
@@ -55,6 +60,9 @@ func newNode(t *testing.T) *node {
 	n.cf = datapath.Config{
 		Dir: filepath.Join(bpffs, "sallyport"), PxNetns: filepath.Join(n.Dir, "px"), Px0: n.px.Px0(),
 		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
+	}
+	for _, change := range changes {
+		change(&n.cf)
 	}
 	n.open(t)
 	t.Cleanup(func() {

@@ -128,7 +128,7 @@ func (d *Datapath) chooseXDP(dev netlink.Link, wish XDPMode, there xdpThere) (XD
 	switch {
 	case err != nil:
 		return o, err
-	case withoutEthernet || dev.Attrs().Flags&unix.IFF_LOOPBACK != 0:
+	case withoutEthernet || dev.Attrs().RawFlags&unix.IFF_LOOPBACK != 0:
 		return o.with(XDPOff, XDPKind, "no Ethernet device"), nil
 	case dev.Type() == "veth" && dev.Attrs().MasterIndex != 0:
 		return o.with(XDPOff, XDPKind, "a veth in a bridge leads to a pod, not to the network"), nil
@@ -157,7 +157,11 @@ func harm(kind string) string {
 
 // adaptXDP makes the filter loadable on kernels before 5.18, which have frames in one buffer only, and says whether they may
 // be in several.
-func adaptXDP(spec *ebpf.CollectionSpec) (frags bool, err error) {
+func adaptXDP(spec *ebpf.CollectionSpec, oneBuffer bool) (frags bool, err error) {
+	if oneBuffer {
+		withoutFrags(spec)
+		return false, nil
+	}
 	err = features.HaveProgramHelper(ebpf.XDP, asm.FnXdpLoadBytes)
 	if err == nil {
 		return true, nil

@@ -120,8 +120,14 @@ func (d *Datapath) heldXDP(key, pin string, ifindex int) (link.Link, error) {
 	return l, nil
 }
 
-// unlinkXDP takes our filter off a device, whoever else holds it, and leaves everybody else's.
+// unlinkXDP takes our filter off a device, whoever else holds it, and leaves everybody else's. It is off when this returns:
+// the kernel would take its time with a link that only loses its holders.
 func (d *Datapath) unlinkXDP(ifindex int, there xdpThere) error {
+	if there.ours {
+		if err := detachXDP(ifindex, there.program); err != nil {
+			return fmt.Errorf("detach: %w", err)
+		}
+	}
 	key, pin := xdpPin(d.cfg.Dir, ifindex)
 	if a, ok := d.devices[key]; ok {
 		closeLink(a.link)
@@ -130,10 +136,7 @@ func (d *Datapath) unlinkXDP(ifindex int, there xdpThere) error {
 	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove pin: %w", err)
 	}
-	if !there.ours {
-		return nil
-	}
-	return detachXDP(ifindex, there.program)
+	return nil
 }
 
 // detachXDP detaches the link by which a device has a program. The number of a device is that of its network namespace,
