@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -51,23 +52,25 @@ func (o XDPOutcome) with(mode XDPMode, cause XDPCause, format string, args ...an
 	return o
 }
 
-// filter is a device's outcome, and all that it was decided by.
-type filter struct {
+// xdpState is a device's outcome, all that it was decided by, and the link, if there is one.
+type xdpState struct {
 	outcome XDPOutcome
-	asked   filterQuestion
+	asked   xdpQuestion
+	program string
+	link    link.Link
 }
 
-type filterQuestion struct {
+type xdpQuestion struct {
 	name    string
 	mtu     int
 	wish    XDPMode
 	foreign uint32 // id of a program that is not ours
 }
 
-// Filter gives a device of the current network namespace the XDP filter that wish allows it, or takes it away. The filter
-// only ever drops what tc would not let through either, so a device without one is no hole: the outcome says why, and only a
-// device that cannot be looked at is an error. A wish that failed is tried again when the device or the wish has changed.
-func (d *Datapath) Filter(ifindex int, wish XDPMode) (XDPOutcome, error) {
+// SetXDP gives a device of the current network namespace the filter that wish allows it, or takes it away. The filter only ever
+// drops what would not be served, so a device without one is no hole: the outcome says why, and only a device that cannot be
+// looked at is an error. A wish that failed is tried again when it, or the device, has changed.
+func (d *Datapath) SetXDP(ifindex int, wish XDPMode) (XDPOutcome, error) {
 	dev, err := netlink.LinkByIndex(ifindex)
 	if err != nil {
 		return XDPOutcome{}, fmt.Errorf("find device %d: %w", ifindex, err)
@@ -78,41 +81,46 @@ func (d *Datapath) Filter(ifindex int, wish XDPMode) (XDPOutcome, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	asked := filterQuestion{dev.Attrs().Name, dev.Attrs().MTU, wish, there.foreign()}
-	if before, ok := d.filters[ifindex]; ok && before.asked == asked && (before.outcome.Mode == XDPOff) == !there.ours {
+	asked := xdpQuestion{dev.Attrs().Name, dev.Attrs().MTU, wish, there.foreign()}
+	before, known := d.xdp[ifindex]
+	if known && before.asked == asked && (before.link != nil) == there.ours {
 		return before.outcome, nil
 	}
-	outcome, err := d.filter(dev, wish, there)
+	now, err := d.settleXDP(dev, wish, there)
 	if err != nil {
-		return XDPOutcome{}, fmt.Errorf("filter %s: %w", dev.Attrs().Name, err)
+		return XDPOutcome{}, fmt.Errorf("set XDP of %s: %w", dev.Attrs().Name, err)
 	}
-	d.filters[ifindex] = filter{outcome, asked}
-	d.cfg.Logger.Info("XDP chosen", "device", outcome.Device, "mode", outcome.Mode, "why", outcome.Why)
-	return outcome, nil
+	now.asked = asked
+	d.xdp[ifindex] = now
+	if before.outcome != now.outcome {
+		d.cfg.Logger.Info("XDP settled", "device", now.outcome.Device, "mode", now.outcome.Mode, "why", now.outcome.Why)
+	}
+	return now.outcome, nil
 }
 
-func (d *Datapath) filter(dev netlink.Link, wish XDPMode, there xdpThere) (XDPOutcome, error) {
+func (d *Datapath) settleXDP(dev netlink.Link, wish XDPMode, there xdpThere) (xdpState, error) {
 	outcome, err := d.chooseXDP(dev, wish, there)
 	if err != nil {
-		return outcome, err
+		return xdpState{}, err
 	}
 	if outcome.Mode == XDPOff {
-		return outcome, d.unlinkXDP(outcome.Ifindex, there)
+		return xdpState{outcome: outcome}, d.unlinkXDP(outcome.Ifindex, there)
 	}
-	err = d.linkXDP(outcome, there)
+	now, err := d.linkXDP(outcome, there)
 	if refused := (*xdpRefusedError)(nil); errors.As(err, &refused) {
-		return outcome.with(XDPOff, XDPNoDriver, "%s: %s", outcome.Mode, refused), nil
+		now.outcome = outcome.with(XDPOff, XDPNoDriver, "%s: %s", outcome.Mode, refused)
+		return now, nil
 	}
-	return outcome, err
+	return now, err
 }
 
-// Filters lists the outcomes of all devices, by name.
-func (d *Datapath) Filters() []XDPOutcome {
+// XDP lists the outcomes of all devices that were asked for, by ifindex.
+func (d *Datapath) XDP() []XDPOutcome {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var all []XDPOutcome
-	for _, f := range d.filters {
-		all = append(all, f.outcome)
+	for _, x := range d.xdp {
+		all = append(all, x.outcome)
 	}
 	slices.SortFunc(all, func(a, b XDPOutcome) int { return a.Ifindex - b.Ifindex })
 	return all

@@ -55,69 +55,83 @@ func (e *xdpRefusedError) Error() string {
 	return "the driver refuses: " + e.errno.Error()
 }
 
-// xdpHook is the filter in one mode. Generic XDP gets the one that does not know of several buffers.
-func (d *Datapath) xdpHook(mode XDPMode) hook {
+// xdpProgram is the filter for a mode. Generic XDP gets the one that does not know of several buffers.
+func (d *Datapath) xdpProgram(mode XDPMode) (name string, prog *ebpf.Program, flags link.XDPAttachFlags) {
 	if mode == XDPGeneric {
-		return hook{"sp_xdp", "sp_xdp_generic", d.objs.SpXdpGeneric, ebpf.AttachXDP}
+		return "sp_xdp_generic", d.objs.SpXdpGeneric, link.XDPGenericMode
 	}
-	return hook{"sp_xdp", "sp_xdp_up", d.objs.SpXdpUp, ebpf.AttachXDP}
+	return "sp_xdp_up", d.objs.SpXdpUp, link.XDPDriverMode
 }
 
-// linkXDP adopts the pinned link, or makes one. A filter in another mode, or one that lost its pin, goes
-// first: for that moment tc is alone.
-func (d *Datapath) linkXDP(o XDPOutcome, there xdpThere) error {
-	h := d.xdpHook(o.Mode)
-	key, pin := xdpPin(d.cfg.Dir, o.Ifindex)
+// linkXDP adopts what there is, or makes a link. A filter in another mode, or one that lost its pin, goes first: for that
+// moment tc is alone.
+func (d *Datapath) linkXDP(o XDPOutcome, there xdpThere) (xdpState, error) {
+	name, prog, flags := d.xdpProgram(o.Mode)
+	now := xdpState{outcome: o, program: name}
+	pin := filepath.Join(linksDir(d.cfg.Dir), xdpKey(o.Ifindex))
 	if there.ours && there.mode == o.Mode {
-		l, err := d.heldXDP(key, pin, o.Ifindex)
+		var err error
+		now.link, err = d.heldXDP(o.Ifindex, pin)
 		if err == nil {
-			d.devices[key] = attachment{h, l, o.Ifindex, o.Device, RoleUplink}
-			return updateLink(l, h.prog)
+			return now, updateXDP(now.link, there, prog)
 		}
 		if !errors.Is(err, os.ErrNotExist) {
-			return err
+			return now, err
 		}
 	}
 	if err := d.unlinkXDP(o.Ifindex, there); err != nil {
-		return err
+		return now, err
 	}
-	flags := link.XDPDriverMode
-	if o.Mode == XDPGeneric {
-		flags = link.XDPGenericMode
-	}
-	l, err := link.AttachXDP(link.XDPOptions{Program: h.prog, Interface: o.Ifindex, Flags: flags})
+	l, err := link.AttachXDP(link.XDPOptions{Program: prog, Interface: o.Ifindex, Flags: flags})
 	if errno := unix.Errno(0); errors.As(err, &errno) {
-		return &xdpRefusedError{errno}
+		return now, &xdpRefusedError{errno}
 	} else if err != nil {
-		return err
+		return now, err
 	}
 	if err := l.Pin(pin); err != nil {
 		closeLink(l)
-		return fmt.Errorf("pin link: %w", err)
+		return now, fmt.Errorf("pin link: %w", err)
 	}
-	d.devices[key] = attachment{h, l, o.Ifindex, o.Device, RoleUplink}
+	now.link = l
+	return now, nil
+}
+
+func updateXDP(l link.Link, there xdpThere, prog *ebpf.Program) error {
+	same, err := sameProgram(ebpf.ProgramID(there.program), prog)
+	if same || err != nil {
+		return err
+	}
+	if err := l.Update(prog); err != nil {
+		return fmt.Errorf("update link: %w", err)
+	}
 	return nil
 }
 
-func xdpPin(dir string, ifindex int) (key, pin string) {
-	key = fmt.Sprintf("sp_xdp-%d", ifindex)
-	return key, filepath.Join(linksDir(dir), key)
-}
+// xdpKey is the name of the pin of a device's filter.
+func xdpKey(ifindex int) string { return fmt.Sprintf("sp_xdp-%d", ifindex) }
 
 // heldXDP is the link that this process holds, or the pinned one. os.ErrNotExist: there is none for the device.
-func (d *Datapath) heldXDP(key, pin string, ifindex int) (link.Link, error) {
-	if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
-		return a.link, nil
+func (d *Datapath) heldXDP(ifindex int, pin string) (link.Link, error) {
+	if l := d.xdp[ifindex].link; l != nil && filters(l, ifindex) {
+		return l, nil
+	} else if l != nil {
+		closeLink(l)
 	}
 	l, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open pinned link: %w", err)
 	}
-	if !linkedTo(l, ifindex) {
+	if !filters(l, ifindex) {
 		closeLink(l)
 		return nil, os.ErrNotExist
 	}
 	return l, nil
+}
+
+// filters says whether a link is still attached to the device.
+func filters(l link.Link, ifindex int) bool {
+	info, err := l.Info()
+	return err == nil && info.XDP() != nil && int(info.XDP().Ifindex) == ifindex
 }
 
 // unlinkXDP takes our filter off a device, whoever else holds it, and leaves everybody else's. It is off when this returns:
@@ -128,15 +142,31 @@ func (d *Datapath) unlinkXDP(ifindex int, there xdpThere) error {
 			return fmt.Errorf("detach: %w", err)
 		}
 	}
-	key, pin := xdpPin(d.cfg.Dir, ifindex)
-	if a, ok := d.devices[key]; ok {
-		closeLink(a.link)
-		delete(d.devices, key)
+	return d.forgetXDP(ifindex)
+}
+
+// forgetXDP takes the filter off a device, which may be gone, and lets its link and its pin go.
+func (d *Datapath) forgetXDP(ifindex int) error {
+	var err error
+	if l := d.xdp[ifindex].link; l != nil {
+		if filters(l, ifindex) {
+			err = l.Detach()
+		}
+		closeLink(l)
 	}
-	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove pin: %w", err)
+	delete(d.xdp, ifindex)
+	return errors.Join(err, d.removePin(xdpKey(ifindex)))
+}
+
+func (d *Datapath) closeXDP() error {
+	var errs []error
+	for _, x := range d.xdp {
+		if x.link != nil {
+			errs = append(errs, x.link.Close())
+		}
 	}
-	return nil
+	d.xdp = map[int]xdpState{}
+	return errors.Join(errs...)
 }
 
 // detachXDP detaches the link by which a device has a program. The number of a device is that of its network namespace,

@@ -28,7 +28,7 @@ func (n *node) filter(t *testing.T, device string, wish datapath.XDPMode) datapa
 	must(t, err)
 	var o datapath.XDPOutcome
 	must(t, n.Node.Do(func() (err error) {
-		o, err = n.d.Filter(ifindex, wish)
+		o, err = n.d.SetXDP(ifindex, wish)
 		return err
 	}))
 	return o
@@ -70,7 +70,7 @@ func (n *node) xdpProgram(t *testing.T, device string) uint32 {
 
 // TestFilterModes: what becomes of each wish, on each kind of device.
 func TestFilterModes(t *testing.T) {
-	n := newLeakFree(t)
+	n := newLeakFree(t, datapath.ProfileAuto)
 	add := func(l netlink.Link) {
 		must(t, n.Node.Netlink.LinkAdd(l))
 	}
@@ -100,8 +100,8 @@ func TestFilterModes(t *testing.T) {
 		n.filtered(t, "tun9", wish, datapath.XDPOff, datapath.XDPKind)
 		n.filtered(t, "lo", wish, datapath.XDPOff, datapath.XDPKind)
 	}
-	if len(n.d.Filters()) != 5 {
-		t.Errorf("outcomes of %d devices, want 5: %+v", len(n.d.Filters()), n.d.Filters())
+	if len(n.d.XDP()) != 5 {
+		t.Errorf("outcomes of %d devices, want 5: %+v", len(n.d.XDP()), n.d.XDP())
 	}
 }
 
@@ -125,7 +125,7 @@ func TestFilterOneBufferMTU(t *testing.T) {
 
 // TestFilterLeavesOthers: a program of somebody else stays, and when it goes the wish is granted.
 func TestFilterLeavesOthers(t *testing.T) {
-	n := newLeakFree(t)
+	n := newLeakFree(t, datapath.ProfileAuto)
 	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "other", Type: ebpf.XDP, License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, int32(xdpPass)), asm.Return()}})
 	must(t, err)
@@ -152,7 +152,7 @@ func TestFilterLeavesOthers(t *testing.T) {
 
 // TestFilterLives: the filter outlives the agent and its pin by the guard, is adopted, and goes with Uninstall.
 func TestFilterLives(t *testing.T) {
-	n := newLeakFree(t)
+	n := newLeakFree(t, datapath.ProfileAuto)
 	n.filtered(t, lab.Uplink, datapath.XDPNative, datapath.XDPNative, datapath.XDPAsked)
 	links, err := n.d.LinkIDs()
 	must(t, err)
@@ -182,8 +182,7 @@ func TestFilterLives(t *testing.T) {
 	}
 	n.open(t)
 	n.filtered(t, lab.Uplink, datapath.XDPNative, datapath.XDPNative, datapath.XDPAsked)
-	_, err = datapath.Uninstall(n.cf.Dir)
-	must(t, err)
+	n.uninstall(t)
 	if id := n.xdpProgram(t, lab.Uplink); id != 0 {
 		t.Errorf("program %d is there after Uninstall", id)
 	}
@@ -281,7 +280,7 @@ func (n *node) injectOwn(t *testing.T) {
 func TestFlood(t *testing.T) {
 	for mode := range filterWays() {
 		t.Run(string(mode), func(t *testing.T) {
-			n := newNode(t)
+			n := newNode(t, datapath.ProfileAuto)
 			n.copyProxy(t)
 			n.filtered(t, lab.Uplink, mode, mode, datapath.XDPAsked)
 			must(t, n.d.LimitSYNs(datapath.SYNLimit{Rate: 50, Burst: 20}, datapath.SYNLimit{}))
@@ -337,7 +336,7 @@ func flooder(f lab.Family) netip.Addr {
 // kernel copy the packet, and what is copied comes to tc without its Ethernet header (seen on 6.18). Such a packet must
 // not reach the service either.
 func TestGenericNeedsLinearPackets(t *testing.T) {
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.copyProxy(t)
 	var l link.Link
 	must(t, n.Node.Do(func() (err error) {
