@@ -194,6 +194,32 @@ struct sp_origin {
 	__u32 ifindex;
 };
 
+/* A source prefix, of the mapped form: an IPv4 prefix of n bits has 96 + n. */
+struct sp_prefix {
+	__u32 bits;
+	__u8 address[16];
+};
+
+/* Why no packet with this source may come in from outside: XDP_OWN_SOURCE or XDP_DENIED. */
+struct sp_source {
+	enum sp_reason reason;
+};
+
+/* How many SYNs a source and a service may get: one every interval, and burst / interval at a time. An
+ * interval of 0: any number.
+ */
+struct sp_syn_limits {
+	__u64 source_interval_ns;
+	__u64 source_burst_ns;
+	__u64 service_interval_ns;
+	__u64 service_burst_ns;
+};
+
+/* A token bucket, as the time at which it will be full again. */
+struct sp_bucket {
+	__u64 full_ns;
+};
+
 struct sp_counter {
 	__u64 packets;
 	__u64 bytes;
