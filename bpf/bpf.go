@@ -6,26 +6,29 @@ package bpf
 
 // Names of the kernel's types as Go knows them, from the BTF of the programs.
 type (
-	Addr       = SallyportSpAddr
-	Config     = SallyportSpConfig
-	Lease      = SallyportSpLease
-	Ports      = SallyportSpPorts
-	Owner      = SallyportSpOwner
-	ServiceKey = SallyportSpServiceKey
-	Service    = SallyportSpService
-	PathKey    = SallyportSpPathKey
-	PathRef    = SallyportSpPathRef
-	Path       = SallyportSpPath
-	PathStatus = SallyportSpPathStatus
-	FlowKey    = SallyportSpFlowKey
-	Flow       = SallyportSpFlow
-	LegKey     = SallyportSpLegKey
-	Leg        = SallyportSpLeg
-	OriginKey  = SallyportSpOriginKey
-	Origin     = SallyportSpOrigin
-	Counter    = SallyportSpCounter
-	DenyKey    = SallyportSpDenyKey
-	Deny       = SallyportSpDeny
-	Sequence   = SallyportSpSequence
-	Event      = SallyportSpEvent
+	Addr        = SallyportSpAddr
+	Config      = SallyportSpConfig
+	Lease       = SallyportSpLease
+	Ports       = SallyportSpPorts
+	Owner       = SallyportSpOwner
+	ServiceKey  = SallyportSpServiceKey
+	Service     = SallyportSpService
+	PathKey     = SallyportSpPathKey
+	PathRef     = SallyportSpPathRef
+	Path        = SallyportSpPath
+	PathStatus  = SallyportSpPathStatus
+	FlowKey     = SallyportSpFlowKey
+	Flow        = SallyportSpFlow
+	LegKey      = SallyportSpLegKey
+	Leg         = SallyportSpLeg
+	OriginKey   = SallyportSpOriginKey
+	Origin      = SallyportSpOrigin
+	Counter     = SallyportSpCounter
+	Backstop    = SallyportSpBackstop
+	BackstopKey = SallyportSpBackstopKey
+	Traffic     = SallyportSpTraffic
+	DenyKey     = SallyportSpDenyKey
+	Deny        = SallyportSpDeny
+	Sequence    = SallyportSpSequence
+	Event       = SallyportSpEvent
 )

@@ -6,6 +6,7 @@
  * TCX_NEXT (TC_ACT_UNSPEC) for everything that is not ours or goes on under a path.
  */
 #include "px.h"
+#include "backstop.h"
 
 /* Uplinks and the host side of pod devices: ingress and egress. */
 SEC("tcx/ingress")
@@ -71,6 +72,20 @@ SEC("tcx/egress")
 int sp_px_lo_out(struct __sk_buff *skb __attribute__((unused)))
 {
 	return sp_px_to_node();
+}
+
+/* Every socket below a control group, in all network namespaces. */
+SEC("cgroup_skb/ingress")
+int sp_cg_in(struct __sk_buff *skb)
+{
+	return sp_backstop_in(skb);
+}
+
+/* Every look-up of a socket in the host's network namespace. */
+SEC("sk_lookup")
+int sp_sklookup(struct bpf_sk_lookup *ctx)
+{
+	return sp_look_up(ctx);
 }
 
 /* Types that no map names, kept in the BTF for Go. */

@@ -18,16 +18,33 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBackstop struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	LastNs  uint64
+}
+
+type SallyportSpBackstopKey struct {
+	_       structs.HostLayout
+	Netns   uint32
+	Ifindex uint32
+}
+
 type SallyportSpConfig struct {
-	_          structs.HostLayout
-	Schema     uint32
-	Px0Ifindex uint32
-	Px1Ifindex uint32
-	ListenPort uint32
-	MaxTtlNs   uint64
-	Secret     [2]uint64
-	Stamp      [6]uint8
-	Pad        [2]uint8
+	_               structs.HostLayout
+	Schema          uint32
+	Px0Ifindex      uint32
+	Px1Ifindex      uint32
+	ListenPort      uint32
+	MaxTtlNs        uint64
+	Secret          [2]uint64
+	Stamp           [6]uint8
+	Pad             [2]uint8
+	HostNetns       uint64
+	PxNetns         uint64
+	HostNetnsInode  uint32
+	DenyPodLoopback uint32
 }
 
 type SallyportSpCounter struct {
@@ -68,6 +85,8 @@ type SallyportSpEvent struct {
 	ServiceId       uint32
 	Slot            uint32
 	FlowId          uint64
+	Netns           uint32
+	Pad             uint32
 	Count           uint64
 	BytesToServer   uint64
 	BytesToClient   uint64
@@ -80,12 +99,13 @@ type SallyportSpEvent struct {
 type SallyportSpEventKind uint32
 
 const (
-	SallyportSpEventKindSP_EVENT_NONE   SallyportSpEventKind = 0
-	SallyportSpEventKindSP_EVENT_OPEN   SallyportSpEventKind = 1
-	SallyportSpEventKindSP_EVENT_CLOSE  SallyportSpEventKind = 2
-	SallyportSpEventKindSP_EVENT_END    SallyportSpEventKind = 3
-	SallyportSpEventKindSP_EVENT_DENY   SallyportSpEventKind = 4
-	SallyportSpEventKindSP_EVENT_UPDATE SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_NONE     SallyportSpEventKind = 0
+	SallyportSpEventKindSP_EVENT_OPEN     SallyportSpEventKind = 1
+	SallyportSpEventKindSP_EVENT_CLOSE    SallyportSpEventKind = 2
+	SallyportSpEventKindSP_EVENT_END      SallyportSpEventKind = 3
+	SallyportSpEventKindSP_EVENT_DENY     SallyportSpEventKind = 4
+	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
 )
 
 type SallyportSpFlags uint32
@@ -241,6 +261,10 @@ const (
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
+	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
+	SallyportSpReasonSP_REASON_SOCKET_PATH       SallyportSpReason = 26
+	SallyportSpReasonSP_REASON_POD_LOOPBACK      SallyportSpReason = 27
+	SallyportSpReasonSP_REASON_SOCKET_RESET      SallyportSpReason = 28
 	SallyportSpReasonSP_REASON_PX_DOWN           SallyportSpReason = 30
 	SallyportSpReasonSP_REASON_PX_UP             SallyportSpReason = 31
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
@@ -258,6 +282,10 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
+	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
+	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
+	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -316,6 +344,40 @@ const (
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
 
+type SallyportSpTraffic struct {
+	_       structs.HostLayout
+	HookLeg struct {
+		_       structs.HostLayout
+		Opens   uint64
+		Empties uint64
+		Bytes   uint64
+	}
+	HookPath struct {
+		_       structs.HostLayout
+		Opens   uint64
+		Empties uint64
+		Bytes   uint64
+	}
+	SocketLeg struct {
+		_       structs.HostLayout
+		Opens   uint64
+		Empties uint64
+		Bytes   uint64
+	}
+	SocketPath struct {
+		_       structs.HostLayout
+		Opens   uint64
+		Empties uint64
+		Bytes   uint64
+	}
+	SocketLoopback struct {
+		_       structs.HostLayout
+		Opens   uint64
+		Empties uint64
+		Bytes   uint64
+	}
+}
+
 type SallyportSpVerdict uint32
 
 const (
@@ -329,6 +391,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
@@ -347,6 +410,8 @@ const (
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpStrays      = "sp_strays"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportProgSpCgIn       = "sp_cg_in"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
@@ -357,6 +422,7 @@ const (
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
+	SallyportProgSpSklookup   = "sp_sklookup"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
 	SallyportVarSpBtfFlags    = "sp_btf_flags"
 )
@@ -403,22 +469,25 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
-	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpCgIn     *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
+	SpDevIn    *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
+	SpDevOut   *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In     *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out    *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
+	SpLoIn     *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut   *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPx0In    *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
+	SpPx1In    *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
+	SpPxLoIn   *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
+	SpPxLoOut  *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpSklookup *ebpf.ProgramSpec `ebpf:"sp_sklookup"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportMapSpecs struct {
+	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
@@ -437,6 +506,7 @@ type SallyportMapSpecs struct {
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
 
 // SallyportVariableSpecs contains global variables before they are loaded into the kernel.
@@ -467,6 +537,7 @@ func (o *SallyportObjects) Close() error {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportMaps struct {
+	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
@@ -485,10 +556,12 @@ type SallyportMaps struct {
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
 
 func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
+		m.SpBackstop,
 		m.SpBestEffort,
 		m.SpConfig,
 		m.SpCounters,
@@ -507,6 +580,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpServices,
 		m.SpStrays,
 		m.SpTable,
+		m.SpTraffic,
 	)
 }
 
@@ -522,20 +596,23 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
-	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpCgIn     *ebpf.Program `ebpf:"sp_cg_in"`
+	SpDevIn    *ebpf.Program `ebpf:"sp_dev_in"`
+	SpDevOut   *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In     *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out    *ebpf.Program `ebpf:"sp_l3_out"`
+	SpLoIn     *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut   *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPx0In    *ebpf.Program `ebpf:"sp_px0_in"`
+	SpPx1In    *ebpf.Program `ebpf:"sp_px1_in"`
+	SpPxLoIn   *ebpf.Program `ebpf:"sp_px_lo_in"`
+	SpPxLoOut  *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpSklookup *ebpf.Program `ebpf:"sp_sklookup"`
 }
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpCgIn,
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpL3In,
@@ -546,6 +623,7 @@ func (p *SallyportPrograms) Close() error {
 		p.SpPx1In,
 		p.SpPxLoIn,
 		p.SpPxLoOut,
+		p.SpSklookup,
 	)
 }
 

@@ -56,6 +56,8 @@ type Datapath struct {
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
+	backstop map[string]link.Link // by the name of the program, which is that of the pin
+	cgroup   string               // that the backstop is attached to; empty: not yet
 	services []Service
 	rows     int
 	gen      uint32
@@ -90,7 +92,8 @@ func Open(cfg Config) (*Datapath, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, live: map[uint32]Path{}}
+	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
+		backstop: map[string]link.Link{}, live: map[uint32]Path{}}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}
@@ -122,7 +125,10 @@ func (d *Datapath) Close() error {
 	for _, a := range d.devices {
 		errs = append(errs, a.link.Close())
 	}
-	d.devices = map[string]attachment{}
+	for _, l := range d.backstop {
+		errs = append(errs, l.Close())
+	}
+	d.devices, d.backstop = map[string]attachment{}, map[string]link.Link{}
 	return errors.Join(append(errs, d.objs.Close())...)
 }
 
@@ -216,6 +222,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 	c.Px0Ifindex = uint32(d.cfg.Px0)
 	c.ListenPort = uint32(d.cfg.ListenPort)
 	c.MaxTtlNs = uint64(d.cfg.MaxTTL)
+	host, err := ownNetns()
+	if err != nil {
+		return err
+	}
+	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

@@ -99,8 +99,7 @@ func hold(pin string, links map[string]link.Link, log *slog.Logger) error {
 
 func dropDetached(links map[string]link.Link, log *slog.Logger) {
 	for id, l := range links {
-		info, err := l.Info()
-		if err != nil || info.TCX() == nil || info.TCX().Ifindex != 0 {
+		if attachedSomewhere(l) {
 			continue
 		}
 		closeLink(l)

@@ -49,6 +49,9 @@ func (d *Datapath) pins() map[string]pinned {
 	for key, a := range d.devices {
 		all[filepath.Join(linksDir(d.cfg.Dir), key)] = a.link
 	}
+	for name, l := range d.backstop {
+		all[filepath.Join(linksDir(d.cfg.Dir), name)] = l
+	}
 	return all
 }
 
