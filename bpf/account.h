@@ -36,7 +36,6 @@ static __always_inline void sp_event_init(struct sp_event *e, __u64 seq, enum sp
 	e->kind = kind;
 	e->verdict = verdict;
 	e->reason = reason;
-	e->protocol = IPPROTO_TCP;
 	e->count = 1;
 }
 
@@ -46,6 +45,7 @@ static __always_inline void sp_event_tuple(struct sp_event *e, const struct sp_f
 	e->server = key->server;
 	e->client_port = key->client_port;
 	e->server_port = key->server_port;
+	e->protocol = key->protocol;
 }
 
 static __always_inline void sp_event_flow(struct sp_event *e, const struct sp_flow *flow)
@@ -154,6 +154,7 @@ static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason
 	deny.client = key->client;
 	deny.server = key->server;
 	deny.server_port = key->server_port;
+	deny.protocol = key->protocol;
 	deny.reason = reason;
 	count = sp_denials_due(&deny);
 	if (!count)

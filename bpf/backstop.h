@@ -64,7 +64,6 @@ static __always_inline struct net___sp *sp_netns_of(struct __sk_buff *skb)
 
 /* What the socket side knows of a packet: beside the packet, where it is and who gets it. */
 struct sp_delivery {
-	struct sp_flow_key key;
 	struct sp_service *svc;
 	__u64 cookie;		/* of the network namespace; 0: not known, which counts as the host's */
 	__u32 netns;		/* its inode */
@@ -165,6 +164,7 @@ static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 re
 	deny.client = key->client;
 	deny.server = key->server;
 	deny.server_port = key->server_port;
+	deny.protocol = key->protocol;
 	count = sp_denials_due(&deny);
 	if (!count)
 		return 0;
@@ -190,10 +190,14 @@ static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 re
  * socket, which another program may have chosen for it. A service of the host is in its namespace only.
  */
 static __always_inline struct sp_service *sp_service_at(const struct sp_config *cfg, __u64 cookie,
-							const struct sp_addr *address, __u16 port)
+							const struct sp_addr *address, __u16 port,
+							__u8 protocol)
 {
-	struct sp_service *svc = sp_port_flagged(port) ? sp_find_service(address, port) : NULL;
+	struct sp_service *svc;
 
+	if (!sp_port_flagged(protocol, port))
+		return NULL;
+	svc = sp_find_service(address, port, protocol);
 	if (svc && svc->target == SP_TARGET_HOST && cfg && !sp_is_host(cfg, cookie))
 		return NULL;
 	return svc;
@@ -201,30 +205,36 @@ static __always_inline struct sp_service *sp_service_at(const struct sp_config *
 
 static __always_inline enum sp_reason sp_decide_socket(const struct sp_config *cfg,
 						       const struct sp_packet *p,
+						       const struct sp_flow_key *key,
 						       const struct sp_delivery *d)
 {
 	enum sp_reason reason;
 
 	if (!cfg)
 		return SP_REASON_NO_CONFIG;
-	reason = sp_explain(&d->key, d->svc->id, p->tcp_flags);
+	reason = sp_explain(key, d->svc->id, p->tcp_flags);
 	if (reason == SP_REASON_BACKSTOP && d->svc->target == SP_TARGET_POD &&
 	    p->ifindex == SP_LO_IFINDEX && !sp_is_host(cfg, d->cookie))
 		return cfg->deny_pod_loopback ? SP_REASON_LOOPBACK_DENIED : SP_REASON_POD_LOOPBACK;
 	return reason;
 }
 
+/* What the socket tells of a packet. */
+struct sp_owner_socket {
+	__u16 port;
+	__u8 protocol;
+	bool counts;		/* the packet's volume can be compared with that of the hooks */
+};
+
 /* A packet with a protected port, in the packet or at the socket. */
-static __noinline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p, __u32 socket_port,
-				 __u32 counts)
+static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p,
+				      struct sp_flow_key *key, const struct sp_owner_socket *sock)
 {
 	struct sp_config *cfg = sp_get_config();
 	struct net___sp *net = sp_netns_of(skb);
 	struct sp_delivery d = {};
 	enum sp_reason reason;
 
-	if (!p)
-		return SP_CG_DROP;
 	if (net) {
 		d.cookie = BPF_CORE_READ(net, net_cookie);
 		d.netns = BPF_CORE_READ(net, ns.inum);
@@ -232,23 +242,23 @@ static __noinline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p, __u
 	if (cfg && d.cookie && d.cookie == cfg->px_netns)
 		return SP_CG_PASS;
 	sp_parse_addresses(skb, p);
-	d.svc = sp_service_at(cfg, d.cookie, &p->dst, p->dport);
+	d.svc = sp_service_at(cfg, d.cookie, &p->dst, p->dport, p->protocol);
 	if (!d.svc)
-		d.svc = sp_service_at(cfg, d.cookie, &p->dst, socket_port);
+		d.svc = sp_service_at(cfg, d.cookie, &p->dst, sock->port, sock->protocol);
 	if (!d.svc)
 		return SP_CG_PASS;
 	sp_parse_volume(skb, p);
-	d.key = sp_key_towards(p);
-	reason = sp_decide_socket(cfg, p, &d);
+	*key = sp_key_towards(p);
+	reason = sp_decide_socket(cfg, p, key, &d);
 	sp_count(reason, p->segments, p->bytes);
 	if (!sp_refuses(reason)) {
-		if (counts && reason != SP_REASON_SOCKET_RESET)
+		if (sock->counts && reason != SP_REASON_SOCKET_RESET)
 			sp_count_socket(skb, p, d.svc->id, reason);
 		return SP_CG_PASS;
 	}
 	if (reason != SP_REASON_SOCKET_ENDED) {
 		sp_count_device(d.netns, p->ifindex, p->segments, p->bytes);
-		sp_record_backstop(&d.key, reason, p->ifindex, d.netns, d.svc->id);
+		sp_record_backstop(key, reason, p->ifindex, d.netns, d.svc->id);
 	}
 	return SP_CG_DROP;
 }
@@ -260,23 +270,32 @@ static __noinline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p, __u
  */
 static __always_inline int sp_backstop_in(struct __sk_buff *skb)
 {
+	struct sp_owner_socket sock = {};
 	struct bpf_sock *sk = skb->sk;
-	struct sp_packet p = {};
-	__u32 port = 0, counts = 0;
+	struct sp_scratch *scratch;
+	struct sp_head head = {};
 	enum sp_parse parsed;
+	bool listens = false;
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	if (sk)
-		port = sk->src_port;
-	parsed = sp_parse_linear(skb, &p, 0);
-	if (parsed == SP_PARSE_OTHER ||
-	    (!sp_port_flagged(p.dport) && !sp_port_flagged(port)))
+	if (sk) {
+		sock.port = sk->src_port;
+		sock.protocol = sk->protocol;
+		sock.counts = sk->type != SP_SOCK_RAW;
+		listens = sk->state == SP_TCP_LISTEN;
+	}
+	parsed = sp_parse_linear(skb, &head, 0);
+	if (parsed == SP_PARSE_OTHER || (!sp_port_flagged(head.protocol, head.dport) &&
+					 !sp_port_flagged(sock.protocol, sock.port)))
 		return SP_CG_PASS;
-	if (sk)
-		counts = parsed == SP_PARSE_TCP && sk->type != SP_SOCK_RAW &&
-			 (sk->state != SP_TCP_LISTEN || sp_syn_only(&p));
-	return sp_deliver(skb, &p, port, counts);
+	scratch = sp_get_scratch();
+	if (!scratch)
+		return SP_CG_DROP;
+	sp_packet_begin(skb, &scratch->packet, &head);
+	if (parsed != SP_PARSE_TCP || (listens && !sp_syn_only(&scratch->packet)))
+		sock.counts = false;
+	return sp_deliver(skb, &scratch->packet, &scratch->key, &sock);
 }
 
 /* ---- socket look-up in the host's namespace ---- */
@@ -303,7 +322,7 @@ static __always_inline void sp_lookup_addr(struct sp_addr *a, __u32 family, __u3
 /* Each field of the context is loaded for itself: the verifier takes no address of one. */
 static __always_inline struct sp_flow_key sp_lookup_key(volatile struct bpf_sk_lookup *ctx)
 {
-	struct sp_flow_key key = { .protocol = IPPROTO_TCP };
+	struct sp_flow_key key = { .protocol = ctx->protocol };
 
 	sp_lookup_addr(&key.client, ctx->family, ctx->remote_ip4, ctx->remote_ip6[0],
 		       ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3]);
@@ -326,10 +345,10 @@ static __always_inline int sp_look_up(struct bpf_sk_lookup *ctx)
 	struct sp_service *svc;
 	enum sp_reason reason;
 
-	if (ctx->protocol != IPPROTO_TCP || !sp_port_flagged(ctx->local_port))
+	if (!sp_port_flagged(ctx->protocol, ctx->local_port))
 		return SK_PASS;
 	key = sp_lookup_key(ctx);
-	svc = sp_find_service(&key.server, key.server_port);
+	svc = sp_find_service(&key.server, key.server_port, ctx->protocol);
 	if (!svc)
 		return SK_PASS;
 	reason = sp_explain(&key, svc->id, SP_TCP_RST);

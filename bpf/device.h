@@ -207,7 +207,7 @@ static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet 
 {
 	return (struct sp_flow_key){
 		.client = p->src, .server = p->dst,
-		.client_port = p->sport, .server_port = p->dport, .protocol = IPPROTO_TCP,
+		.client_port = p->sport, .server_port = p->dport, .protocol = p->protocol,
 	};
 }
 
@@ -215,7 +215,7 @@ static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
 {
 	return (struct sp_flow_key){
 		.client = p->dst, .server = p->src,
-		.client_port = p->dport, .server_port = p->sport, .protocol = IPPROTO_TCP,
+		.client_port = p->dport, .server_port = p->sport, .protocol = p->protocol,
 	};
 }
 
@@ -252,6 +252,8 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 				parsed == SP_PARSE_EXT_HEADERS ? SP_REASON_EXT_HEADERS :
 				SP_REASON_MALFORMED;
 
+	if (parsed == SP_PARSE_HIDDEN)
+		return sp_decide(SP_ACT_DROP, reason);
 	if (p->version && (!sp_parse_addresses(skb, p) || sp_owns_protected(skb, p)))
 		return sp_decide(SP_ACT_DROP, reason);
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
@@ -262,31 +264,16 @@ static __always_inline bool sp_hook_is_in(enum sp_hook hook)
 	return hook != SP_HOOK_OUT;
 }
 
-/* The decision of every device hook. `key` is filled for records. */
-static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb,
-							   struct sp_packet *p, enum sp_hook hook,
-							   enum sp_behind behind, __u32 l3,
-							   struct sp_flow_key *key)
+/* What the ports of a TCP packet are flagged for, and whose they are. `key` is filled for records. */
+static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
+							  struct sp_packet *p, enum sp_hook hook,
+							  enum sp_behind behind, bool to, bool from,
+							  struct sp_flow_key *key)
 {
 	const struct sp_config *cfg;
 	struct sp_service *svc;
-	enum sp_parse parsed;
 	enum sp_reason again;
-	bool to, from;
 
-	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
-		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	parsed = sp_parse(skb, p, l3);
-	if (parsed == SP_PARSE_OTHER)
-		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb) ?
-		       sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
-		       sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	if (parsed != SP_PARSE_TCP)
-		return sp_decide_unparsed(skb, p, parsed);
-	to = sp_port_flagged(p->dport);
-	from = sp_port_flagged(p->sport);
-	if (!to && !from)
-		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (!sp_parse_addresses(skb, p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
 	sp_parse_volume(skb, p);
@@ -298,17 +285,42 @@ static __always_inline struct sp_decision sp_decide_device(struct __sk_buff *skb
 		if (again != SP_REASON_NONE)
 			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
 	}
-	svc = to ? sp_find_service(&p->dst, p->dport) : NULL;
+	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
 		return sp_decide_towards(skb, cfg, p, hook, svc, key);
 	}
-	svc = from ? sp_find_service(&p->src, p->sport) : NULL;
+	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
 	if (svc && sp_sees_from(hook, svc, p->ifindex)) {
 		*key = sp_key_from(p);
 		return sp_decide_from(skb, cfg, p, hook, svc, key);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+/* What the first stage says of a packet before anything is looked up but the flags of its ports. */
+struct sp_glance {
+	struct sp_head head;
+	enum sp_parse parsed;
+	bool to, from;		/* a flagged port */
+};
+
+/* False: the packet is none of our business. This is all that unprotected traffic costs. */
+static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
+				      __u32 l3)
+{
+	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
+		return false;
+	g->parsed = sp_parse(skb, &g->head, l3);
+	if (g->parsed == SP_PARSE_OTHER) {
+		g->parsed = SP_PARSE_HIDDEN;
+		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb);
+	}
+	if (g->parsed != SP_PARSE_TCP)
+		return true;
+	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
+	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
+	return g->to || g->from;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
@@ -352,19 +364,31 @@ static __always_inline bool sp_is_denial(struct sp_decision d)
 static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, enum sp_behind behind,
 				     __u32 l3)
 {
-	struct sp_packet p = {};
-	struct sp_flow_key key = {};
-	struct sp_decision d = sp_decide_device(skb, &p, hook, behind, l3, &key);
+	struct sp_glance g = {};
+	struct sp_scratch *scratch;
+	struct sp_decision d;
+	struct sp_packet *p;
 
+	if (!sp_glance(skb, &g, hook, l3))
+		return TC_ACT_UNSPEC;
+	scratch = sp_get_scratch();
+	if (!scratch)
+		return TC_ACT_SHOT;
+	p = &scratch->packet;
+	sp_packet_begin(skb, p, &g.head);
+	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
+	d = g.parsed == SP_PARSE_TCP ?
+	    sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key) :
+	    sp_decide_unparsed(skb, p, g.parsed);
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
-	if (!p.segments)
-		sp_parse_volume(skb, &p);
-	sp_count(d.reason, p.segments, p.bytes);
+	if (!p->segments)
+		sp_parse_volume(skb, p);
+	sp_count(d.reason, p->segments, p->bytes);
 	if (sp_is_denial(d)) {
-		if (!key.protocol)
-			key = sp_key_towards(&p);
-		sp_record_deny(&key, d.reason, p.ifindex);
+		if (!scratch->key.protocol)
+			scratch->key = sp_key_towards(p);
+		sp_record_deny(&scratch->key, d.reason, p->ifindex);
 	}
 	return sp_act_device(skb, d, hook, l3);
 }

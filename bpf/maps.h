@@ -6,6 +6,8 @@
 #include <bpf/bpf_helpers.h>
 #include "types.h"
 
+#define SP_PORT_WORDS 1024	/* of each protocol in sp_ports */
+
 /* Written once at set-up. Empty: every packet to a protected port is dropped (NO_CONFIG). */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -23,11 +25,12 @@ struct {
 } sp_lease SEC(".maps");
 
 /* The fast exit: read before anything else. The agent sets bits before it swaps the services in
- * and clears them after, so it always covers the table. 8 KiB: it stays in the cache.
+ * and clears them after, so it always covers the table. 8 KiB for TCP and as much for UDP: it stays in
+ * the cache.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1024);
+	__uint(max_entries, 2 * SP_PORT_WORDS);
 	__type(key, __u32);
 	__type(value, struct sp_ports);
 } sp_ports SEC(".maps");

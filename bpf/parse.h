@@ -53,11 +53,11 @@ enum sp_parse {
 	SP_PARSE_FRAGMENT,
 	SP_PARSE_EXT_HEADERS,
 	SP_PARSE_MALFORMED,
+	SP_PARSE_HIDDEN,	/* behind tags that the kernel takes off without another look at the hooks */
 };
 
-struct sp_packet {
-	struct sp_addr src;
-	struct sp_addr dst;
+/* What the first stage learns; all that a packet with no flagged port costs. */
+struct sp_head {
 	__u16 sport;
 	__u16 dport;
 	__u16 l3;		/* offset of the IP header */
@@ -65,7 +65,13 @@ struct sp_packet {
 	__u8 tcp_flags;
 	__u8 tcp_len;		/* bytes of the TCP header */
 	__u8 version;		/* 4 or 6, 0 when the IP header was not reached */
-	__u8 pad;
+	__u8 protocol;		/* as far as the headers were walked */
+};
+
+struct sp_packet {
+	struct sp_head;
+	struct sp_addr src;
+	struct sp_addr dst;
 	__u32 ifindex;		/* of the hook's device */
 	__u32 bytes;		/* IP bytes on the wire, GSO segments counted */
 	__u32 segments;
@@ -104,7 +110,7 @@ static __always_inline void *sp_end(const struct __sk_buff *skb)
 }
 
 /* Reads the TCP ports and flags at p->l4. */
-static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct sp_packet *p)
+static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct sp_head *p)
 {
 	struct tcphdr tcp;
 
@@ -117,7 +123,7 @@ static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct 
 	return p->tcp_len < sizeof(tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
 }
 
-static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_packet *p,
+static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_head *p,
 						   __u32 l3)
 {
 	struct iphdr *ip = sp_data(skb) + l3;
@@ -126,6 +132,7 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 	if ((void *)(ip + 1) > sp_end(skb))
 		return SP_PARSE_MALFORMED;
 	p->version = 4;
+	p->protocol = ip->protocol;
 	if (ip->protocol == IPPROTO_ESP || ip->protocol == IPPROTO_AH)
 		return SP_PARSE_EXT_HEADERS;
 	if (ip->protocol != IPPROTO_TCP)
@@ -147,7 +154,7 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 }
 
 /* Walks the extension headers from p->l4 on; `next` is the type of the first. */
-static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, __u8 next)
+static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_head *p, __u8 next)
 {
 	struct ipv6_opt_hdr opt;
 	__u32 offset;
@@ -156,6 +163,7 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_packet *p, _
 		return SP_PARSE_MALFORMED;
 	offset = p->l3 + sizeof(struct ipv6hdr);
 	for (int i = 0; i <= SP_EXT_MAX; i++) {
+		p->protocol = next;
 		switch (next) {
 		case IPPROTO_TCP:
 			p->l4 = offset;
@@ -189,7 +197,7 @@ static __always_inline bool sp_mapped(const struct in6_addr *a)
 	return !a->s6_addr32[0] && !a->s6_addr32[1] && a->s6_addr32[2] == bpf_htonl(0xffff);
 }
 
-static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct sp_packet *p,
+static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct sp_head *p,
 						   __u32 l3)
 {
 	struct ipv6hdr *ip = sp_data(skb) + l3;
@@ -199,6 +207,7 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 	if ((void *)(ip + 1) > sp_end(skb))
 		return SP_PARSE_MALFORMED;
 	p->version = 6;
+	p->protocol = ip->nexthdr;
 	if (ip->version != 6 || sp_mapped(&ip->saddr) || sp_mapped(&ip->daddr))
 		return SP_PARSE_MALFORMED;
 	tcp = (void *)(ip + 1);
@@ -208,19 +217,17 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 		p->dport = bpf_ntohs(tcp->dest);
 		p->tcp_len = tcp->doff * 4;
 		p->tcp_flags = ((__u8 *)tcp)[13];
-		return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+			return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
 	}
 	parsed = sp_parse_ext(skb, p, ip->nexthdr);
 	return parsed == SP_PARSE_TCP ? sp_parse_tcp(skb, p) : (enum sp_parse)parsed;
 }
 
 /* First stage: up to the ports, of a packet whose IP header is linear. */
-static __always_inline enum sp_parse sp_parse_linear(struct __sk_buff *skb, struct sp_packet *p,
+static __always_inline enum sp_parse sp_parse_linear(struct __sk_buff *skb, struct sp_head *p,
 						     __u32 l3)
 {
 	p->l3 = l3;
-	p->ifindex = skb->ifindex;
-	barrier_var(p->ifindex);
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return sp_parse_ipv4(skb, p, l3);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
@@ -229,7 +236,7 @@ static __always_inline enum sp_parse sp_parse_linear(struct __sk_buff *skb, stru
 }
 
 /* The same, but makes the headers linear when they are not. */
-static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_packet *p, __u32 l3)
+static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_head *p, __u32 l3)
 {
 	__u32 need = l3 + sizeof(struct ipv6hdr);
 
@@ -237,6 +244,18 @@ static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_p
 	    (skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6)))
 		bpf_skb_pull_data(skb, skb->len < SP_PULL ? skb->len : SP_PULL);
 	return sp_parse_linear(skb, p, l3);
+}
+
+/* Begins the packet of this hook: what the first stage found, and nothing of the packet before. */
+static __always_inline void sp_packet_begin(const struct __sk_buff *skb, struct sp_packet *p,
+					    const struct sp_head *head)
+{
+	__u32 ifindex = skb->ifindex;
+
+	barrier_var(ifindex);
+	__builtin_memset(p, 0, sizeof(*p));
+	__builtin_memcpy(p, head, sizeof(*head));
+	p->ifindex = ifindex;
 }
 
 /* Second stage: addresses, also of a packet whose first stage failed behind the IP header. */

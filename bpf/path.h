@@ -87,25 +87,28 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 	__u32 slot = ref.slot;
 	struct sp_path *path = bpf_map_lookup_elem(&sp_paths, &slot);
 	struct sp_sequence *seq = sp_get_sequence();
-	struct sp_flow flow = {};
+	struct sp_scratch *scratch = sp_get_scratch();
+	struct sp_flow *flow;
 	struct sp_event *e;
 
-	if (!path || !seq || !key || !p)
+	if (!path || !seq || !scratch || !key || !p)
 		return SP_REASON_NO_PATH;
-	flow.slot = ref.slot;
-	flow.epoch = ref.epoch;
-	flow.service_id = service_id;
-	flow.hook = hook_and_ifindex >> 24;
-	flow.ifindex = hook_and_ifindex & 0xffffff;
-	flow.opened_ns = flow.last_ns = bpf_ktime_get_boot_ns();
-	flow.bytes_to_server = p->bytes;
-	flow.packets_to_server = p->segments;
+	flow = &scratch->flow;
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->slot = ref.slot;
+	flow->epoch = ref.epoch;
+	flow->service_id = service_id;
+	flow->hook = hook_and_ifindex >> 24;
+	flow->ifindex = hook_and_ifindex & 0xffffff;
+	flow->opened_ns = flow->last_ns = bpf_ktime_get_boot_ns();
+	flow->bytes_to_server = p->bytes;
+	flow->packets_to_server = p->segments;
 
 	e = bpf_ringbuf_reserve(&sp_must_deliver, sizeof(*e), 0);
 	if (!e)
 		return SP_REASON_RING_FULL;
-	flow.id = ((__u64)bpf_get_smp_processor_id() << 48) | (seq->produced + 1);
-	if (bpf_map_update_elem(&sp_flows, key, &flow, BPF_NOEXIST)) {
+	flow->id = ((__u64)bpf_get_smp_processor_id() << 48) | (seq->produced + 1);
+	if (bpf_map_update_elem(&sp_flows, key, flow, BPF_NOEXIST)) {
 		bpf_ringbuf_discard(e, 0);
 		return SP_REASON_FLOWS_FULL;
 	}
@@ -114,7 +117,7 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 	__sync_fetch_and_add(&path->packets_to_server, p->segments);
 	sp_event_init(e, ++seq->produced, SP_EVENT_OPEN, SP_VERDICT_BYPASSED, SP_REASON_PATH_OPEN);
 	sp_event_tuple(e, key);
-	sp_event_flow(e, &flow);
+	sp_event_flow(e, flow);
 	bpf_ringbuf_submit(e, 0);
 	return SP_REASON_PATH_OPEN;
 }

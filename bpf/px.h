@@ -8,6 +8,19 @@
 
 #define SP_PX_MARK 1		/* in px: routed to the local table, see pkg/px */
 
+/* A packet on the px pair. Everything there has an Ethernet header. NULL: no scratch, never seen. */
+static __always_inline struct sp_packet *sp_packet_of(struct __sk_buff *skb, enum sp_parse *parsed)
+{
+	struct sp_scratch *scratch = sp_get_scratch();
+	struct sp_head head = {};
+
+	if (!scratch)
+		return NULL;
+	*parsed = sp_parse(skb, &head, ETH_HLEN);
+	sp_packet_begin(skb, &scratch->packet, &head);
+	return &scratch->packet;
+}
+
 /* ---- px0 ingress, host namespace: packets of the proxy ---- */
 
 /* The proxy dials a service: allowed for a client that came by a known device, with a tuple that no
@@ -66,7 +79,7 @@ static __always_inline enum sp_reason sp_decide_px0(const struct sp_packet *p, s
 	}
 	*at = up;
 	if (sp_syn_only(p)) {
-		svc = sp_find_service(&p->dst, p->dport);
+		svc = sp_find_service(&p->dst, p->dport, p->protocol);
 		if (!svc)
 			return SP_REASON_PX_UNEXPECTED;
 		reason = sp_register_up(p, svc->id);
@@ -104,26 +117,31 @@ static __always_inline bool sp_px0_passes(enum sp_reason reason)
 
 static __always_inline int sp_px0(struct __sk_buff *skb)
 {
-	struct sp_packet p = {};
+	struct sp_packet *p;
 	struct sp_leg_key at = {};
 	struct sp_leg *leg = NULL;
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason = SP_REASON_PX_UNEXPECTED;
-	bool tcp = sp_parse(skb, &p, ETH_HLEN) == SP_PARSE_TCP && sp_parse_addresses(skb, &p);
+	enum sp_parse parsed;
+	bool tcp;
 
-	sp_parse_volume(skb, &p);
+	p = sp_packet_of(skb, &parsed);
+	if (!p)
+		return TC_ACT_SHOT;
+	tcp = parsed == SP_PARSE_TCP && sp_parse_addresses(skb, p);
+	sp_parse_volume(skb, p);
 	if (!cfg)
 		reason = SP_REASON_NO_CONFIG;
 	else if (tcp)
-		reason = sp_decide_px0(&p, &at, &leg);
-	sp_count(reason, p.segments, p.bytes);
+		reason = sp_decide_px0(p, &at, &leg);
+	sp_count(reason, p->segments, p->bytes);
 	if (!cfg || !leg || !sp_px0_passes(reason))
 		return TC_ACT_SHOT;
 	if (reason != SP_REASON_PX_RESET)
-		sp_touch(&leg->flags, &leg->last_ns, sp_seen(&p, at.side == SP_LEG_UP),
+		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, at.side == SP_LEG_UP),
 			 bpf_ktime_get_boot_ns());
 	if (reason == SP_REASON_PX_UP)
-		sp_count_hook(skb, &p, leg->service_id, true);
+		sp_count_hook(skb, p, leg->service_id, true);
 	skb->mark = sp_mark(&at, cfg->secret[0]);
 	return sp_inject(leg, at.side);
 }
@@ -209,26 +227,31 @@ static __always_inline int sp_refuse_px(const struct sp_packet *p, enum sp_reaso
 /* On px1 and, for ::1, on px's lo: IPv6 takes ::1 from a loopback device only. */
 static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
 {
-	struct sp_packet p = {};
 	struct sp_config *cfg = sp_get_config();
 	enum sp_reason reason;
-	bool tcp = sp_parse(skb, &p, ETH_HLEN) == SP_PARSE_TCP;
+	enum sp_parse parsed;
+	struct sp_packet *p;
+	bool tcp;
 
-	if (p.version && !sp_parse_addresses(skb, &p))
+	p = sp_packet_of(skb, &parsed);
+	if (!p)
+		return TC_ACT_SHOT;
+	tcp = parsed == SP_PARSE_TCP;
+	if (p->version && !sp_parse_addresses(skb, p))
 		tcp = false;
-	sp_parse_volume(skb, &p); /* before the first refusal: it counts, and its record has the tuple */
+	sp_parse_volume(skb, p); /* before the first refusal: it counts, and its record has the tuple */
 	if (!cfg)
-		return sp_refuse_px(&p, SP_REASON_NO_CONFIG);
+		return sp_refuse_px(p, SP_REASON_NO_CONFIG);
 	if (!sp_stamped(skb, cfg))
-		return sp_refuse_px(&p, SP_REASON_NO_STAMP);
+		return sp_refuse_px(p, SP_REASON_NO_STAMP);
 	if (!tcp)
-		return sp_refuse_px(&p, SP_REASON_PX_UNEXPECTED);
-	if (!lo && sp_is_loopback6(&p))
+		return sp_refuse_px(p, SP_REASON_PX_UNEXPECTED);
+	if (!lo && sp_is_loopback6(p))
 		return bpf_redirect(SP_LO_IFINDEX, BPF_F_INGRESS);
-	reason = sp_accept(skb, &p, cfg);
+	reason = sp_accept(skb, p, cfg);
 	if (reason != SP_REASON_PX_ACCEPT)
-		return sp_refuse_px(&p, reason);
-	sp_count(reason, p.segments, p.bytes);
+		return sp_refuse_px(p, reason);
+	sp_count(reason, p->segments, p->bytes);
 	bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
 	if (lo)
 		skb->mark = SP_PX_MARK;

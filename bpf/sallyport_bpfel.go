@@ -63,7 +63,8 @@ type SallyportSpDenyKey struct {
 	_          structs.HostLayout
 	Client     SallyportSpAddr
 	Server     SallyportSpAddr
-	ServerPort uint32
+	ServerPort uint16
+	Protocol   uint16
 	Reason     SallyportSpReason
 }
 
@@ -345,37 +346,12 @@ const (
 )
 
 type SallyportSpTraffic struct {
-	_       structs.HostLayout
-	HookLeg struct {
-		_       structs.HostLayout
-		Opens   uint64
-		Empties uint64
-		Bytes   uint64
-	}
-	HookPath struct {
-		_       structs.HostLayout
-		Opens   uint64
-		Empties uint64
-		Bytes   uint64
-	}
-	SocketLeg struct {
-		_       structs.HostLayout
-		Opens   uint64
-		Empties uint64
-		Bytes   uint64
-	}
-	SocketPath struct {
-		_       structs.HostLayout
-		Opens   uint64
-		Empties uint64
-		Bytes   uint64
-	}
-	SocketLoopback struct {
-		_       structs.HostLayout
-		Opens   uint64
-		Empties uint64
-		Bytes   uint64
-	}
+	_              structs.HostLayout
+	HookLeg        SallyportSpVolume
+	HookPath       SallyportSpVolume
+	SocketLeg      SallyportSpVolume
+	SocketPath     SallyportSpVolume
+	SocketLoopback SallyportSpVolume
 }
 
 type SallyportSpVerdict uint32
@@ -386,6 +362,13 @@ const (
 	SallyportSpVerdictSP_VERDICT_BYPASSED SallyportSpVerdict = 2
 	SallyportSpVerdictSP_VERDICT_DENIED   SallyportSpVerdict = 3
 )
+
+type SallyportSpVolume struct {
+	_       structs.HostLayout
+	Opens   uint64
+	Empties uint64
+	Bytes   uint64
+}
 
 // Names of all BPF objects in the ELF.
 //
@@ -406,6 +389,7 @@ const (
 	SallyportMapSpPathState   = "sp_path_state"
 	SallyportMapSpPaths       = "sp_paths"
 	SallyportMapSpPorts       = "sp_ports"
+	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpStrays      = "sp_strays"
@@ -502,6 +486,7 @@ type SallyportMapSpecs struct {
 	SpPathState   *ebpf.MapSpec `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.MapSpec `ebpf:"sp_paths"`
 	SpPorts       *ebpf.MapSpec `ebpf:"sp_ports"`
+	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
@@ -552,6 +537,7 @@ type SallyportMaps struct {
 	SpPathState   *ebpf.Map `ebpf:"sp_path_state"`
 	SpPaths       *ebpf.Map `ebpf:"sp_paths"`
 	SpPorts       *ebpf.Map `ebpf:"sp_ports"`
+	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
@@ -576,6 +562,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpPathState,
 		m.SpPaths,
 		m.SpPorts,
+		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
 		m.SpStrays,

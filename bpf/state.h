@@ -12,9 +12,36 @@
 #define SP_AF_INET6 10
 #define SP_TCP_LISTEN 10
 
-static __always_inline bool sp_port_flagged(__u16 port)
+/*
+ * Where a packet is taken apart. One a CPU: programs of devices run with softirqs off, one after the
+ * other, and none of them sends a packet into another. What is big lives here, because 512 bytes of
+ * stack are for all frames of a chain of calls together. Never pinned: it means nothing to the next
+ * packet, nor to the next version.
+ */
+struct sp_scratch {
+	struct sp_packet packet;
+	struct sp_flow_key key;
+	struct sp_flow flow;
+	struct bpf_fib_lookup fib;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct sp_scratch)); /* no type: nobody else reads it */
+} sp_scratch SEC(".maps");
+
+static __always_inline struct sp_scratch *sp_get_scratch(void)
 {
-	__u32 word = port >> 6;
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&sp_scratch, &zero);
+}
+
+static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
+{
+	__u32 word = (protocol == IPPROTO_UDP ? SP_PORT_WORDS : 0) + (port >> 6);
 	struct sp_ports *p = bpf_map_lookup_elem(&sp_ports, &word);
 
 	return p && (p->bits >> (port & 63)) & 1;
@@ -31,9 +58,10 @@ static __always_inline struct sp_config *sp_get_config(void)
 /* The exact address first (pods), then "every local address" (host services): for these the caller
  * checks that the address is local.
  */
-static __always_inline struct sp_service *sp_find_service(const struct sp_addr *address, __u16 port)
+static __always_inline struct sp_service *sp_find_service(const struct sp_addr *address, __u16 port,
+							    __u8 protocol)
 {
-	struct sp_service_key key = { .address = *address, .port = port, .protocol = IPPROTO_TCP };
+	struct sp_service_key key = { .address = *address, .port = port, .protocol = protocol };
 	struct sp_service *svc;
 	__u32 zero = 0;
 	void *table;
@@ -56,22 +84,25 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
 				  const struct sp_addr *peer, __u32 version)
 {
-	struct bpf_fib_lookup fib = {};
+	struct sp_scratch *scratch = sp_get_scratch();
+	struct bpf_fib_lookup *fib;
 	long r;
 
-	if (!address || !peer)
+	if (!scratch || !address || !peer)
 		return 1;
-	fib.ifindex = skb->ifindex;
+	fib = &scratch->fib;
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = skb->ifindex;
 	if (version == 4) {
-		fib.family = SP_AF_INET;
-		__builtin_memcpy(&fib.ipv4_src, &peer->bytes[12], 4);
-		__builtin_memcpy(&fib.ipv4_dst, &address->bytes[12], 4);
+		fib->family = SP_AF_INET;
+		__builtin_memcpy(&fib->ipv4_src, &peer->bytes[12], 4);
+		__builtin_memcpy(&fib->ipv4_dst, &address->bytes[12], 4);
 	} else {
-		fib.family = SP_AF_INET6;
-		__builtin_memcpy(fib.ipv6_src, peer, 16);
-		__builtin_memcpy(fib.ipv6_dst, address, 16);
+		fib->family = SP_AF_INET6;
+		__builtin_memcpy(fib->ipv6_src, peer, 16);
+		__builtin_memcpy(fib->ipv6_dst, address, 16);
 	}
-	r = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	r = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	return r < 0 || r == BPF_FIB_LKUP_RET_NOT_FWDED || r == BPF_FIB_LKUP_RET_FWD_DISABLED;
 }
 

@@ -15,7 +15,7 @@
 
 #include "reason.h"
 
-#define SP_SCHEMA 1
+#define SP_SCHEMA 2
 #define SP_LABEL 32
 
 struct sp_addr {
@@ -80,7 +80,9 @@ struct sp_lease {
 	__u64 until_ns;
 };
 
-/* 64 ports, bit n is port 64*index+n. A set bit means "look further", never "protected". */
+/* 64 ports: bit n of TCP port 64*index+n; the UDP ports follow. A set bit means "look further", never
+ * "protected".
+ */
 struct sp_ports {
 	__u64 bits;
 };
@@ -235,7 +237,8 @@ struct sp_traffic {
 struct sp_deny_key {
 	struct sp_addr client;
 	struct sp_addr server;
-	__u32 server_port;
+	__u16 server_port;
+	__u16 protocol;
 	enum sp_reason reason;
 };
 

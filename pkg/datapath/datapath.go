@@ -22,7 +22,7 @@ import (
 )
 
 // schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
-const schema = 1
+const schema = 2
 
 // ErrLayout says that what is pinned has a layout that this version cannot read.
 var ErrLayout = errors.New("unknown map layout")
@@ -167,7 +167,7 @@ func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error
 			continue
 		}
 		m.Contents = nil
-		if name == "sp_table" {
+		if unpinned(name) {
 			continue
 		}
 		m.Pinning = ebpf.PinByName

@@ -55,12 +55,12 @@ func (d *Datapath) pins() map[string]pinned {
 	return all
 }
 
-// maps are the pinned maps by their names; sp_table is only the form of what sp_services holds.
+// maps are the pinned maps by their names.
 func (o *objects) maps() map[string]*ebpf.Map {
 	all := make(map[string]*ebpf.Map)
 	fields := reflect.ValueOf(o.SallyportMaps)
 	for i := range fields.NumField() {
-		if name := fields.Type().Field(i).Tag.Get("ebpf"); name != "sp_table" {
+		if name := fields.Type().Field(i).Tag.Get("ebpf"); !unpinned(name) {
 			all[name] = fields.Field(i).Interface().(*ebpf.Map)
 		}
 	}
@@ -86,3 +86,7 @@ func makePinDirs(dir string) error {
 	}
 	return nil
 }
+
+// unpinned names the maps that outlive nothing: sp_table is only the form of what sp_services holds,
+// and sp_scratch means nothing to the next packet.
+func unpinned(name string) bool { return name == "sp_table" || name == "sp_scratch" }

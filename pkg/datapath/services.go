@@ -9,8 +9,6 @@ import (
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
-const protocolTCP = 6
-
 type row struct {
 	key   bpf.ServiceKey
 	value bpf.Service
@@ -26,7 +24,7 @@ func rowsOf(services []Service, gen uint32) []row {
 		for _, a := range addresses {
 			for _, port := range s.Ports {
 				rows = append(rows, row{
-					bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: protocolTCP},
+					bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint16(s.Protocol.number())},
 					bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex),
 						Generation: gen, Name: toLabel(s.Name)},
 				})
@@ -84,11 +82,18 @@ func (d *Datapath) newTable(rows []row) (*ebpf.Map, error) {
 	return inner, nil
 }
 
-type portBits [1024]bpf.Ports
+// portWords is SP_PORT_WORDS in C: the words of TCP's ports, before those of UDP's.
+const portWords = 1024
+
+type portBits [2 * portWords]bpf.Ports
 
 func bitsOf(rows []row) (b portBits) {
 	for _, r := range rows {
-		b[r.key.Port>>6].Bits |= 1 << (r.key.Port & 63)
+		word := int(r.key.Port >> 6)
+		if Protocol(r.key.Protocol) == UDP {
+			word += portWords
+		}
+		b[word].Bits |= 1 << (r.key.Port & 63)
 	}
 	return b
 }

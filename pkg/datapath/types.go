@@ -18,11 +18,29 @@ const (
 	TargetPod Target = 2
 )
 
+// Protocol is an IP protocol number (IANA).
+type Protocol uint8
+
+// Protocols of a service.
+const (
+	TCP Protocol = 6
+	UDP Protocol = 17
+)
+
+// number makes the zero Protocol TCP.
+func (p Protocol) number() Protocol {
+	if p == 0 {
+		return TCP
+	}
+	return p
+}
+
 // Service is one row group of the services table: a protected service on its addresses and ports.
 type Service struct {
 	ID        uint32 // stable for a name while the agent lives, never 0
 	Name      string // label in the map, cut to 31 bytes
 	Target    Target
+	Protocol  Protocol     // 0: TCP
 	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
 	Ifindex   int // TargetPod: the host-side device; 0: not known yet, closed at every device

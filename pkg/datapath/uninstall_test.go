@@ -57,7 +57,7 @@ func newLeakFree(t *testing.T) *node {
 // mapIDs reads the ids of all pinned maps.
 func (n *node) mapIDs(t *testing.T) map[string]ebpf.MapID {
 	t.Helper()
-	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v1/maps"))
+	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v2/maps"))
 	must(t, err)
 	ids := map[string]ebpf.MapID{}
 	for _, p := range pins {
@@ -221,10 +221,10 @@ func TestUnknownLayouts(t *testing.T) {
 			}
 		})
 	}
-	v2 := filepath.Join(n.cf.Dir, "v2")
-	refuse("newer directory", func() { must(t, os.Mkdir(v2, 0o700)) }, func() { must(t, os.Remove(v2)) })
+	newer := filepath.Join(n.cf.Dir, "v9")
+	refuse("newer directory", func() { must(t, os.Mkdir(newer, 0o700)) }, func() { must(t, os.Remove(newer)) })
 	refuse("other schema", func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 7 }) },
-		func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 1 }) })
+		func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 2 }) })
 	refuse("incompatible map", func() { n.replaceMap(t, "sp_legs") }, func() {})
 	must(t, os.Remove(n.pin("sp_legs")))
 	n.open(t)
