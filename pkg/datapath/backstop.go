@@ -107,11 +107,16 @@ func (d *Datapath) replaceAt(p backstopPlace, l link.Link) error {
 	if err != nil {
 		return fmt.Errorf("read link: %w", err)
 	}
-	old, err := detachLinks(p.name, func(other link.Info) bool { return other.ID != info.ID && p.at(other) })
-	if old > 0 {
-		d.cfg.Logger.Warn("replaced hooks that had lost their pins", "program", p.name, "links", old)
-	}
-	return err
+	return eachLink(func(other link.Link, o link.Info) error {
+		if o.ID == info.ID || !p.at(o) {
+			return nil
+		}
+		if name, err := programName(o.Program); err != nil || name != p.name {
+			return nil // freed since, or somebody else's
+		}
+		d.cfg.Logger.Warn("replaced a hook that had lost its pin", "program", p.name, "link", o.ID)
+		return other.Detach()
+	})
 }
 
 func attachToOwnNetns(p *ebpf.Program) (link.Link, error) {
@@ -123,26 +128,49 @@ func attachToOwnNetns(p *ebpf.Program) (link.Link, error) {
 	return link.AttachNetNs(int(f.Fd()), p)
 }
 
-// detachLinks detaches every link of a program of ours that the caller picks, whoever holds it.
-func detachLinks(program string, pick func(link.Info) bool) (n int, err error) {
+// backstopAt finds the links of the backstop on a control group (empty: none) and on the current network
+// namespace, whoever holds them.
+func backstopAt(cgroup string, each func(link.Link, string) error) error {
+	netns, err := ownNetns()
+	if err != nil {
+		return err
+	}
+	at := map[string]func(link.Info) bool{sklookupHook: atNetns(netns), cgroupHook: func(link.Info) bool { return false }}
+	if cgroup != "" {
+		id, err := cgroupID(cgroup)
+		if err != nil {
+			return err
+		}
+		at[cgroupHook] = atCgroup(id)
+	}
+	return eachLink(func(l link.Link, info link.Info) error {
+		for name, here := range at {
+			if !here(info) {
+				continue
+			}
+			if is, err := programName(info.Program); err != nil || is != name {
+				continue // freed since, or somebody else's
+			}
+			return each(l, name)
+		}
+		return nil
+	})
+}
+
+// eachLink walks over every link of the machine. An error of f does not end the walk.
+func eachLink(f func(link.Link, link.Info) error) error {
+	var errs []error
 	it := new(link.Iterator)
 	defer it.Close()
-	var errs []error
 	for it.Next() {
-		info, err := it.Link.Info()
-		if err != nil || !pick(*info) {
-			continue // freed since, or elsewhere
+		if info, err := it.Link.Info(); err == nil { // else freed since
+			errs = append(errs, f(it.Link, *info))
 		}
-		if name, err := programName(info.Program); err != nil || name != program {
-			continue
-		}
-		if err := it.Link.Detach(); err != nil {
-			errs = append(errs, fmt.Errorf("detach link %d of %s: %w", it.ID, program, err))
-			continue
-		}
-		n++
 	}
-	return n, errors.Join(append(errs, it.Err())...)
+	if err := it.Err(); err != nil {
+		errs = append(errs, fmt.Errorf("list links: %w", err))
+	}
+	return errors.Join(errs...)
 }
 
 // BackstopStatus is where the backstop stands.

@@ -59,9 +59,9 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 	}
 }
 
-// Attached lists the programs of Sallyport on the devices of the current network namespace, as
-// "device/program", whoever attached them.
-func Attached() ([]string, error) {
+// Attached lists the programs of Sallyport on the current network namespace and its devices, and on a
+// control group (empty: on none), as "device/program", whoever attached them.
+func Attached(cgroup string) ([]string, error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
@@ -78,7 +78,11 @@ func Attached() ([]string, error) {
 			}
 		}
 	}
-	return out, nil
+	err = backstopAt(cgroup, func(_ link.Link, name string) error {
+		out = append(out, map[string]string{cgroupHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
+		return nil
+	})
+	return out, err
 }
 
 // attachedProgram is a program of ours in a device's chain. The link is 0 if there is none.

@@ -22,9 +22,10 @@ func programNames() []string {
 	return names
 }
 
-// DetachAll detaches every program of Sallyport from the devices of the current network namespace,
-// whoever holds its link, and says how many: the guard holds links whose pins somebody removed.
-func DetachAll() (n int, err error) {
+// DetachAll detaches every program of Sallyport from the current network namespace and its devices, and
+// the backstop from a control group (empty: from none), whoever holds its link, and says how many: the
+// guard holds links whose pins somebody removed.
+func DetachAll(cgroup string) (n int, err error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return 0, fmt.Errorf("list devices: %w", err)
@@ -39,6 +40,13 @@ func DetachAll() (n int, err error) {
 			n += len(ids)
 		}
 	}
+	errs = append(errs, backstopAt(cgroup, func(l link.Link, name string) error {
+		if err := l.Detach(); err != nil {
+			return fmt.Errorf("detach %s: %w", name, err)
+		}
+		n++
+		return nil
+	}))
 	return n, errors.Join(errs...)
 }
 

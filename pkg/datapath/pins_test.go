@@ -79,7 +79,7 @@ func TestStartWithoutPins(t *testing.T) {
 	n.everySays(t, "proxy", "new datapath")
 	var hooks []string
 	must(t, n.Node.Do(func() (err error) {
-		hooks, err = datapath.Attached()
+		hooks, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	slices.Sort(hooks)
@@ -97,13 +97,13 @@ func TestDetachAll(t *testing.T) {
 	var had, left []string
 	detached := 0
 	must(t, n.Node.Do(func() (err error) {
-		if had, err = datapath.Attached(); err != nil {
+		if had, err = datapath.Attached(n.Cgroup()); err != nil {
 			return err
 		}
-		if detached, err = datapath.DetachAll(); err != nil {
+		if detached, err = datapath.DetachAll(n.Cgroup()); err != nil {
 			return err
 		}
-		left, err = datapath.Attached()
+		left, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	if len(had) == 0 || detached != len(had) || len(left) > 0 {

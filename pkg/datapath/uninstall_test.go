@@ -37,7 +37,8 @@ func (n *node) attachAll(d *datapath.Datapath) error {
 				return err
 			}
 		}
-		return nil
+		_, err := d.AttachBackstop(n.Cgroup())
+		return err
 	})
 }
 
