@@ -13,7 +13,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test quick check generate fuzz bench image install uninstall clean help
+.PHONY: build demo test test-kernels quick check generate fuzz bench image install uninstall clean help
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -26,6 +26,10 @@ test: ## run every test under the race detector (root; installs what it needs fr
 	go run ./tools/needs test
 	go build -race ./...
 	go run ./tools/tests -runner $(GOTESTSUM) -- -race -p 1 -timeout 40m -count $(COUNT) ./...
+
+test-kernels: ## run the suites that depend on the kernel in Debian's 6.1, 6.12 and newest, under QEMU
+	go run ./tools/needs test-kernels
+	CGO_ENABLED=0 go run ./tools/kernels $(KERNELS)
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
@@ -63,4 +67,4 @@ clean: ## remove what was built
 	rm -rf bin $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-13s %s\n", $$1, $$2 }'

@@ -173,27 +173,20 @@ func eachLink(f func(link.Link, link.Info) error) error {
 	return errors.Join(errs...)
 }
 
-// BackstopStatus is where the backstop stands.
-type BackstopStatus struct {
-	Cgroup   string   // the control group whose sockets it sees; empty: not attached
-	Whole    bool     // it is the root: no socket of the machine is outside
-	Programs []string // attached now
-}
+// BackstopPlace is where one program of the backstop is attached.
+type BackstopPlace struct{ Program, Where string }
 
-// Backstop tells where the backstop is attached now.
-func (d *Datapath) Backstop() BackstopStatus {
+// Backstop tells what of the backstop is attached now.
+func (d *Datapath) Backstop() []BackstopPlace {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s := BackstopStatus{Cgroup: d.cgroup}
-	if id, err := cgroupID(d.cgroup); err == nil {
-		s.Whole = id == rootCgroupID
-	}
-	for _, name := range []string{cgroupHook, sklookupHook} {
-		if l := d.backstop[name]; l != nil && attachedSomewhere(l) {
-			s.Programs = append(s.Programs, name)
+	var out []BackstopPlace
+	for _, p := range []BackstopPlace{{cgroupHook, d.cgroup}, {sklookupHook, "netns"}} {
+		if l := d.backstop[p.Program]; l != nil && attachedSomewhere(l) {
+			out = append(out, p)
 		}
 	}
-	return s
+	return out
 }
 
 // attachedSomewhere is false for a link that was detached, or whose place is gone.

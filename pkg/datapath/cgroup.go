@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -33,11 +34,27 @@ func FindCgroup() (string, error) {
 		inner = append(inner, point)
 	}
 	if len(inner) > 0 {
-		return "", fmt.Errorf("%w: %s shows only a part of the hierarchy: share the host's cgroup namespace and mount", ErrCgroup,
-			strings.Join(inner, ", "))
+		return "", fmt.Errorf("%w: what is mounted at %s is a part of the hierarchy, not its root", ErrCgroup, strings.Join(inner, ", "))
 	}
-	return "", fmt.Errorf("%w is mounted: mount it with `mount -t cgroup2 none /sys/fs/cgroup/unified`, or boot with systemd.unified_cgroup_hierarchy=1",
-		ErrCgroup)
+	return "", fmt.Errorf("%w is mounted", ErrCgroup)
+}
+
+// OwnCgroup is the directory of this process's control group.
+func OwnCgroup() (string, error) {
+	root, err := FindCgroup()
+	if err != nil {
+		return "", err
+	}
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", fmt.Errorf("%w: read own control group: %w", ErrCgroup, err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return filepath.Join(root, path), nil
+		}
+	}
+	return "", fmt.Errorf("%w: this process is in none", ErrCgroup)
 }
 
 // cgroupMounts lists the mount points of cgroup v2 in a mountinfo file (proc(5)).

@@ -36,6 +36,8 @@ type Config struct {
 	Px0     int
 	// ListenPort is the port of the proxy's transparent listeners in px.
 	ListenPort uint16
+	// Profile is how programs are held on devices; empty is ProfileAuto.
+	Profile Profile
 	// MaxFlows, MaxLegs and MaxPaths size the tables of a new datapath; 0 is the default. An
 	// adopted one keeps its sizes.
 	MaxFlows, MaxLegs, MaxPaths uint32
@@ -50,6 +52,7 @@ type Config struct {
 // goroutines.
 type Datapath struct {
 	cfg     Config
+	profile Profile // settled
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
@@ -88,11 +91,16 @@ func Open(cfg Config) (*Datapath, error) {
 	if err := checkVersions(cfg.Dir); err != nil {
 		return nil, err
 	}
+	profile, err := cfg.Profile.choose()
+	if err != nil {
+		return nil, err
+	}
 	spec, err := bpf.LoadSallyport()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
+	profile.prepare(spec)
+	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
 		backstop: map[string]link.Link{}, live: map[uint32]Path{}}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
@@ -114,6 +122,9 @@ func Open(cfg Config) (*Datapath, error) {
 	return d, nil
 }
 
+// Profile is how programs are held on devices: never ProfileAuto.
+func (d *Datapath) Profile() Profile { return d.profile }
+
 // Adopted says whether Open found a datapath and went on with it.
 func (d *Datapath) Adopted() bool { return d.adopted }
 
@@ -123,7 +134,7 @@ func (d *Datapath) Close() error {
 	defer d.mu.Unlock()
 	var errs []error
 	for _, a := range d.devices {
-		errs = append(errs, a.link.Close())
+		errs = append(errs, a.hold.close())
 	}
 	for _, l := range d.backstop {
 		errs = append(errs, l.Close())
@@ -135,6 +146,9 @@ func (d *Datapath) Close() error {
 func version(dir string) string  { return filepath.Join(dir, fmt.Sprintf("v%d", schema)) }
 func mapsDir(dir string) string  { return filepath.Join(version(dir), "maps") }
 func linksDir(dir string) string { return filepath.Join(version(dir), "links") }
+
+// qdiscsDir has an empty directory for each device whose qdisc clsact we made, by its ifindex.
+func qdiscsDir(dir string) string { return filepath.Join(version(dir), "qdiscs") }
 
 // checkVersions refuses a directory that holds the pins of another layout: two datapaths on one
 // node would fight for its devices.
