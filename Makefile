@@ -15,7 +15,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test quick check generate fuzz insns prove bench image install uninstall clean help
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -28,6 +28,10 @@ test: ## run every test under the race detector (root; installs what it needs fr
 	go run ./tools/needs test
 	go build -race ./...
 	go run ./tools/tests -runner $(GOTESTSUM) -- -race -p 1 -timeout 40m -count $(COUNT) ./...
+
+test-kernels: ## run the suites that depend on the kernel in Debian's 6.1, 6.12 and newest, under QEMU
+	go run ./tools/needs test-kernels
+	CGO_ENABLED=0 go run ./tools/kernels $(KERNELS)
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
@@ -55,6 +59,10 @@ insns: ## print what the verifier does for each program, and hold it to its base
 prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
 	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
+bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
+	go run ./tools/needs bench-datapath
+	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
+
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
 
@@ -69,7 +77,7 @@ uninstall: ## end enforcement, prove that nothing is left attached, and remove w
 	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean: ## remove what was built
-	rm -rf bin $(TOOLS)
+	rm -rf bin bench-out $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'

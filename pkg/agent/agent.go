@@ -30,6 +30,7 @@ type node struct {
 	notify  notifier
 
 	problems    *problems
+	alarms      *alarms
 	recent      *recent
 	flowCounts  *flowCounter
 	eventCounts *eventCounter
@@ -70,11 +71,13 @@ func Run(ctx context.Context, o Options) error {
 
 func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
-	return &node{
+	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
 		stopping: make(chan struct{}),
 	}
+	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
+	return n
 }
 
 // parts is the order of start; stop is the reverse. Tables come before hooks, and what an earlier agent left is settled
@@ -87,6 +90,7 @@ func (n *node) parts() []part {
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
 		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
+		{name: "alarms", run: n.runAlarms},
 		{name: "resources", start: n.loadResources},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
@@ -147,13 +151,13 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
 	})
 	if err != nil {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
-	n.log.Info("datapath open", "adopted", n.datapath.Adopted())
+	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
 }
 
@@ -185,6 +189,10 @@ func (n *node) makeAudit(context.Context) (err error) {
 	}
 	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts}
 	return nil
+}
+
+func (n *node) runAlarms(ctx context.Context) error {
+	return n.alarms.Run(ctx, func(err error) { n.problems.report(problemAlarms, "", err) })
 }
 
 func (n *node) classifier() classifier {
@@ -242,12 +250,12 @@ func (n *node) pxWatch() *pxWatch {
 }
 
 func (n *node) pinWatch() *pinWatch {
-	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, log: n.log}
+	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) keeper() *keeper {
 	return &keeper{datapath: n.datapath, grants: n.grants, lease: n.cfg.Spec.Lease.Duration, clock: n.clock, problems: n.problems,
-		notify: n.notify}
+		alarm: n.alarms.raise, notify: n.notify}
 }
 
 func (n *node) listenProxy(context.Context) (err error) {

@@ -24,7 +24,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 type metrics struct {
 	node *node
 
-	build, ready, proxy, reporting, generation, lease, problems, devices, paths, packets, bytes, records, grants, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, paths, packets, bytes, records, grants, lost, spool, shed,
 	failed *prometheus.Desc
 }
 
@@ -38,6 +38,7 @@ func newMetrics(n *node) *metrics {
 		generation: desc("services_generation", "Generation of the services table in force."),
 		lease:      desc("lease_left_seconds", "How long the kernel admits new bypassed flows without the agent."),
 		problems:   desc("problems", "Problems that stand now, by class.", "class"),
+		alarms:     desc("alarms_total", "Alarms of this process, by name: something worked against enforcement.", "alarm"),
 		devices:    desc("hooked_devices", "Devices that have hooks, by role.", "role"),
 		paths:      desc("paths", "Path slots in use, by state.", "state"),
 		packets:    desc("packets_total", "Packets towards and from protected services, by reason.", "reason"),
@@ -53,7 +54,7 @@ func newMetrics(n *node) *metrics {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.devices, m.paths,
+	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.paths,
 		m.packets, m.bytes, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
 		ch <- d
 	}
@@ -90,6 +91,13 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	}
 	for class, n := range m.node.problems.counts() {
 		gauge(ch, m.problems, float64(n), string(class))
+	}
+	raised := make(map[alarmName]uint64)
+	for _, a := range m.node.alarms.list() {
+		raised[a.name] = a.count
+	}
+	for _, name := range alarmNames {
+		counter(ch, m.alarms, raised[name], string(name))
 	}
 	roles := make(map[datapath.Role]int)
 	for _, d := range m.node.datapath.Devices() {

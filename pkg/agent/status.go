@@ -24,7 +24,10 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 	if e := n.resources.current(); e != nil {
 		reply.Services, reply.Generation = uint32(len(e.services)), e.generation
 	}
-	reply.Problems = n.problems.lines()
+	for _, a := range n.alarms.list() {
+		reply.Problems = append(reply.Problems, "alarm "+a.String())
+	}
+	reply.Problems = append(reply.Problems, n.problems.lines()...)
 	for _, read := range []func(context.Context, *api.StatusReply) error{n.proxyStatus, n.kernelStatus, n.auditStatus} {
 		if err := read(ctx, reply); err != nil {
 			reply.Problems = append(reply.Problems, "status: "+oneLine(err.Error()))

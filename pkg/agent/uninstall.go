@@ -72,8 +72,9 @@ func (u *uninstall) run(ctx context.Context) error {
 		err = fmt.Errorf("remove datapath: %w", err)
 	}
 	unpinned, detachErr := datapath.DetachAll()
-	u.removed.Links += unpinned
-	err = errors.Join(err, detachErr, px.Remove(px.Config{Path: u.cfg.PxPath()}), u.endGrants(ctx), u.removeFiles(), u.left())
+	inPx, pxErr := datapath.DetachPx(u.cfg.PxPath())
+	u.removed.Links += unpinned + inPx
+	err = errors.Join(err, detachErr, pxErr, px.Remove(px.Config{Path: u.cfg.PxPath()}), u.endGrants(ctx), u.removeFiles(), u.left())
 	last, acked, seqErr := u.store.Seqs(ctx)
 	u.removed.Pending = last - acked
 	return errors.Join(err, seqErr)

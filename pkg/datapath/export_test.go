@@ -8,17 +8,34 @@ func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportP
 // Maps are the tables, for tests that write what no agent would.
 func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
 
-// LinkIDs lists the links of this handle by the name of their pin.
+// OneBuffer makes the XDP programs those of kernels before 5.18.
+func (c *Config) OneBuffer() { c.oneBuffer = true }
+
+// LinkIDs lists the holds of this handle by their key: the id of a link, the handle of a filter.
 func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	ids := map[string]uint32{}
 	for key, a := range d.devices {
-		info, err := a.link.Info()
-		if err != nil {
-			return nil, err
+		switch h := a.hold.(type) {
+		case tcxLink:
+			info, err := h.Info()
+			if err != nil {
+				return nil, err
+			}
+			ids[key] = uint32(info.ID)
+		case *filter:
+			ids[key] = h.handle
 		}
-		ids[key] = uint32(info.ID)
+	}
+	for _, x := range d.xdp {
+		if x.link != nil {
+			info, err := x.link.Info()
+			if err != nil {
+				return nil, err
+			}
+			ids[xdpKey(x.outcome.Ifindex)] = uint32(info.ID)
+		}
 	}
 	return ids, nil
 }

@@ -6,11 +6,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
@@ -68,42 +66,21 @@ func Attached() ([]string, error) {
 	}
 	var out []string
 	for _, dev := range devices {
-		for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-			found, err := attachedTo(dev.Index, attach)
+		for _, attach := range directions() {
+			ours, err := findOurs(place{dev.Index, dev.Name, attach})
 			if err != nil {
-				return nil, fmt.Errorf("query %s: %w", dev.Name, err)
+				return nil, err
 			}
-			for _, a := range found {
-				out = append(out, dev.Name+"/"+a.name)
+			for _, f := range ours {
+				out = append(out, dev.Name+"/"+f.name)
 			}
 		}
 	}
-	return out, nil
-}
-
-// attachedProgram is a program of ours in a device's chain. The link is 0 if there is none.
-type attachedProgram struct {
-	name string
-	link link.ID
-}
-
-func attachedTo(ifindex int, attach ebpf.AttachType) ([]attachedProgram, error) {
-	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: attach})
-	if err != nil {
-		return nil, err
+	filtered, err := xdpDevices()
+	for dev, there := range filtered {
+		out = append(out, dev.Attrs().Name+"/"+there.name)
 	}
-	var found []attachedProgram
-	for _, p := range result.Programs {
-		name, err := programName(p.ID)
-		if err != nil {
-			return nil, err
-		}
-		if slices.Contains(programNames(), name) {
-			id, _ := p.LinkID()
-			found = append(found, attachedProgram{name, id})
-		}
-	}
-	return found, nil
+	return out, err
 }
 
 // programName is empty for a program that is gone since it was listed.

@@ -43,7 +43,11 @@ type rig struct {
 // newRig makes a rig whose hash tables have the given sizes; 0 is the default.
 func newRig(t testing.TB, flows, legs uint32) *rig {
 	t.Helper()
-	return newRigOf(t, datapath.Config{MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16})
+	return newRigOf(t, smallConfig(flows, legs))
+}
+
+func smallConfig(flows, legs uint32) datapath.Config {
+	return datapath.Config{MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16}
 }
 
 // newRigOf fills in where the datapath lives.

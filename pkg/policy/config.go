@@ -33,6 +33,9 @@ type AgentConfigSpec struct {
 	WorkloadAPI string `json:"workloadAPI" yaml:"workloadAPI"`
 	// Devices tells the node's devices apart.
 	Devices DevicesConfig `json:"devices" yaml:"devices"`
+	// Hooks is how programs are held on devices: tcx (Linux 6.6 and later), clsact (5.15 and later), or
+	// auto, which is tcx where the kernel has it.
+	Hooks string `json:"hooks" yaml:"hooks"`
 	// Lease is how long the kernel admits new bypassed flows without a sign of life from the agent:
 	// 15s, from 2s to 60s.
 	Lease Duration `json:"lease" yaml:"lease"`
@@ -103,6 +106,7 @@ func DefaultAgentConfig() AgentConfig {
 			BPFFS:       "/sys/fs/bpf",
 			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",
 			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
+			Hooks:       "auto",
 			Lease:       Duration{15 * time.Second},
 			FlowBuffer:  65536,
 			Operators:   OperatorsConfig{UIDs: []uint32{0}},

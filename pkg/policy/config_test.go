@@ -21,6 +21,7 @@ spec:
   bpffs: /sys/fs/bpf
   workloadAPI: unix:///run/spire/sockets/agent.sock
   devices: {pods: ["veth*", "cali*"], ignore: []}
+  hooks: auto
   lease: 15s
   collector: {address: "10.9.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   flowBuffer: 65536
@@ -138,6 +139,7 @@ var wrongConfigs = []wrong{
 	{"everything ignored", "ignore: []", `ignore: ["*"]`, "ignore", "spec.devices.ignore[0]", "always hooked"},
 	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},
 	{"empty pattern ignored", "ignore: []", `ignore: [""]`, "ignore", "spec.devices.ignore[0]", "not a pattern"},
+	{"unknown hooks", "hooks: auto", "hooks: xdp", "hooks", "spec.hooks", "\"xdp\" is not a way"},
 	{"short lease", "lease: 15s", "lease: 1s", "lease", "spec.lease", "1s is not from 2s to 1m"},
 	{"long lease", "lease: 15s", "lease: 61s", "lease", "spec.lease", "1m1s is not from 2s to 1m"},
 	{"lease 0", "lease: 15s", "lease: 0s", "lease", "spec.lease", "0s is not from 2s"},

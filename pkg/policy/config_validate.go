@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ func (c *AgentConfig) validate(d *document) {
 	d.report("spec.runDir", checkPath(c.Spec.RunDir))
 	d.report("spec.bpffs", checkPath(c.Spec.BPFFS))
 	d.report("spec.workloadAPI", checkSocket(c.Spec.WorkloadAPI))
+	d.report("spec.hooks", checkHooks(c.Spec.Hooks))
 	d.report("spec.lease", checkRange(c.Spec.Lease, minLease, maxLease))
 	d.report("spec.flowBuffer", checkCount(c.Spec.FlowBuffer, maxFlowBuffer))
 	if c.Spec.Metrics != "" {
@@ -91,6 +93,13 @@ func checkTrustDomain(s string) error {
 	td, err := spiffeid.TrustDomainFromString(s)
 	if err != nil || td.Name() != s {
 		return faultf("write it like example.org, without spiffe:// and path", "%q is not a trust domain", s)
+	}
+	return nil
+}
+
+func checkHooks(s string) error {
+	if !slices.Contains([]string{"auto", "tcx", "clsact"}, s) {
+		return faultf("write auto, tcx or clsact", "%q is not a way to hold programs on devices", s)
 	}
 	return nil
 }
