@@ -26,10 +26,12 @@ const (
 	problemAudit     problemClass = "audit"
 	problemPins      problemClass = "pins"
 	problemAlarms    problemClass = "alarms"
+	problemXDP       problemClass = "xdp"
+	problemSources   problemClass = "sources"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemAlarms}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemAlarms, problemXDP, problemSources}
 
 type problemKey struct {
 	class   problemClass
