@@ -44,6 +44,9 @@ enum sp_reason {
 	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
 	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
 
+	/* the packet ended a flow whose path is over */
+	SP_REASON_PATH_RESET = 40,	/* it went on as the RST that ends the other half */
+
 	/* the packet was dropped */
 	SP_REASON_MALFORMED = 50,	/* headers lie or are cut off */
 	SP_REASON_FRAGMENT = 51,	/* TCP fragment towards a protected address */

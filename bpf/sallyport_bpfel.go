@@ -101,6 +101,8 @@ const (
 	SallyportSpFlagsSP_FIN_SERVER SallyportSpFlags = 2
 	SallyportSpFlagsSP_RST        SallyportSpFlags = 4
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
+	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
+	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
 )
 
 type SallyportSpFlow struct {
@@ -258,6 +260,7 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
 	SallyportSpReasonSP_REASON_EXT_HEADERS       SallyportSpReason = 52

@@ -58,6 +58,8 @@ enum sp_flags {
 	SP_FIN_SERVER = 2,
 	SP_RST = 4,
 	SP_ANSWERED = 8,	/* the other direction was seen, beyond its SYN: both shook hands */
+	SP_CUT_SERVER = 16,	/* its path ended, and an RST of the client went on to the server */
+	SP_CUT_CLIENT = 32,	/* the same, to the client */
 };
 
 struct sp_config {

@@ -47,6 +47,7 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
+	FromEvent   = fromEvent
 	Schema      = schema
 
 	ProgramNames = programNames

@@ -44,6 +44,7 @@ const (
 	ReasonPxReset          Reason = 32
 	ReasonPxAccept         Reason = 33
 	ReasonReinjected       Reason = 34
+	ReasonPathReset        Reason = 40
 	ReasonMalformed        Reason = 50
 	ReasonFragment         Reason = 51
 	ReasonExtHeaders       Reason = 52
@@ -99,6 +100,7 @@ var reasonNames = map[Reason]string{
 	ReasonPxReset:          "PX_RESET",
 	ReasonPxAccept:         "PX_ACCEPT",
 	ReasonReinjected:       "REINJECTED",
+	ReasonPathReset:        "PATH_RESET",
 	ReasonMalformed:        "MALFORMED",
 	ReasonFragment:         "FRAGMENT",
 	ReasonExtHeaders:       "EXT_HEADERS",
