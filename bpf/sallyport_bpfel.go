@@ -31,6 +31,11 @@ type SallyportSpBackstopKey struct {
 	Ifindex uint32
 }
 
+type SallyportSpBucket struct {
+	_      structs.HostLayout
+	FullNs uint64
+}
+
 type SallyportSpConfig struct {
 	_               structs.HostLayout
 	Schema          uint32
@@ -116,6 +121,8 @@ const (
 	SallyportSpFlagsSP_FIN_SERVER SallyportSpFlags = 2
 	SallyportSpFlagsSP_RST        SallyportSpFlags = 4
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
+	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
+	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
 )
 
 type SallyportSpFlow struct {
@@ -245,6 +252,12 @@ type SallyportSpPorts struct {
 	Bits uint64
 }
 
+type SallyportSpPrefix struct {
+	_       structs.HostLayout
+	Bits    uint32
+	Address [16]uint8
+}
+
 type SallyportSpReason uint32
 
 const (
@@ -271,6 +284,7 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
 	SallyportSpReasonSP_REASON_EXT_HEADERS       SallyportSpReason = 52
@@ -287,6 +301,14 @@ const (
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
 	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
+	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
+	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
+	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
+	SallyportSpReasonSP_REASON_XDP_LAND          SallyportSpReason = 83
+	SallyportSpReasonSP_REASON_XDP_OWN_SOURCE    SallyportSpReason = 84
+	SallyportSpReasonSP_REASON_XDP_DENIED        SallyportSpReason = 85
+	SallyportSpReasonSP_REASON_XDP_SYN_SOURCE    SallyportSpReason = 86
+	SallyportSpReasonSP_REASON_XDP_SYN_SERVICE   SallyportSpReason = 87
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -326,6 +348,11 @@ type SallyportSpServiceKey struct {
 	Pad      uint32
 }
 
+type SallyportSpSource struct {
+	_      structs.HostLayout
+	Reason SallyportSpReason
+}
+
 type SallyportSpState uint32
 
 const (
@@ -336,6 +363,14 @@ const (
 	SallyportSpStateSP_PATH_EXPIRED SallyportSpState = 4
 	SallyportSpStateSP_PATH_SPENT   SallyportSpState = 5
 )
+
+type SallyportSpSynLimits struct {
+	_                 structs.HostLayout
+	SourceIntervalNs  uint64
+	SourceBurstNs     uint64
+	ServiceIntervalNs uint64
+	ServiceBurstNs    uint64
+}
 
 type SallyportSpTarget uint32
 
@@ -392,7 +427,11 @@ const (
 	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
+	SallyportMapSpSources     = "sp_sources"
 	SallyportMapSpStrays      = "sp_strays"
+	SallyportMapSpSynLimits   = "sp_syn_limits"
+	SallyportMapSpSynServices = "sp_syn_services"
+	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
 	SallyportMapSpTraffic     = "sp_traffic"
 	SallyportProgSpCgIn       = "sp_cg_in"
@@ -407,6 +446,8 @@ const (
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
 	SallyportProgSpSklookup   = "sp_sklookup"
+	SallyportProgSpXdpGeneric = "sp_xdp_generic"
+	SallyportProgSpXdpUp      = "sp_xdp_up"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
 	SallyportVarSpBtfFlags    = "sp_btf_flags"
 )
@@ -453,18 +494,20 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
-	SpCgIn     *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
-	SpDevIn    *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
-	SpDevOut   *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
-	SpL3In     *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
-	SpL3Out    *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
-	SpLoIn     *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
-	SpPodOut   *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
-	SpPx0In    *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
-	SpPx1In    *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
-	SpPxLoIn   *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
-	SpPxLoOut  *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
-	SpSklookup *ebpf.ProgramSpec `ebpf:"sp_sklookup"`
+	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
+	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.ProgramSpec `ebpf:"sp_sklookup"`
+	SpXdpGeneric *ebpf.ProgramSpec `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.ProgramSpec `ebpf:"sp_xdp_up"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
@@ -489,7 +532,11 @@ type SallyportMapSpecs struct {
 	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
+	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.MapSpec `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
 	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
@@ -540,7 +587,11 @@ type SallyportMaps struct {
 	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
+	SpSources     *ebpf.Map `ebpf:"sp_sources"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.Map `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
 	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
@@ -565,7 +616,11 @@ func (m *SallyportMaps) Close() error {
 		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
+		m.SpSources,
 		m.SpStrays,
+		m.SpSynLimits,
+		m.SpSynServices,
+		m.SpSynSources,
 		m.SpTable,
 		m.SpTraffic,
 	)
@@ -583,18 +638,20 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
-	SpCgIn     *ebpf.Program `ebpf:"sp_cg_in"`
-	SpDevIn    *ebpf.Program `ebpf:"sp_dev_in"`
-	SpDevOut   *ebpf.Program `ebpf:"sp_dev_out"`
-	SpL3In     *ebpf.Program `ebpf:"sp_l3_in"`
-	SpL3Out    *ebpf.Program `ebpf:"sp_l3_out"`
-	SpLoIn     *ebpf.Program `ebpf:"sp_lo_in"`
-	SpPodOut   *ebpf.Program `ebpf:"sp_pod_out"`
-	SpPx0In    *ebpf.Program `ebpf:"sp_px0_in"`
-	SpPx1In    *ebpf.Program `ebpf:"sp_px1_in"`
-	SpPxLoIn   *ebpf.Program `ebpf:"sp_px_lo_in"`
-	SpPxLoOut  *ebpf.Program `ebpf:"sp_px_lo_out"`
-	SpSklookup *ebpf.Program `ebpf:"sp_sklookup"`
+	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
+	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.Program `ebpf:"sp_sklookup"`
+	SpXdpGeneric *ebpf.Program `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.Program `ebpf:"sp_xdp_up"`
 }
 
 func (p *SallyportPrograms) Close() error {
@@ -611,6 +668,8 @@ func (p *SallyportPrograms) Close() error {
 		p.SpPxLoIn,
 		p.SpPxLoOut,
 		p.SpSklookup,
+		p.SpXdpGeneric,
+		p.SpXdpUp,
 	)
 }
 

@@ -195,9 +195,10 @@ func attachedSomewhere(l link.Link) bool {
 	if err != nil {
 		return false
 	}
+	if device, known := linkDevice(info); known {
+		return device != 0
+	}
 	switch {
-	case info.TCX() != nil:
-		return info.TCX().Ifindex != 0
 	case info.Cgroup() != nil:
 		return info.Cgroup().CgroupId != 0
 	case info.NetNs() != nil:

@@ -46,6 +46,8 @@ type Config struct {
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
 	Logger *slog.Logger
+
+	oneBuffer bool // as on kernels before 5.18; for tests
 }
 
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
@@ -56,9 +58,11 @@ type Datapath struct {
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
+	frags   bool // XDP may have frames in several buffers
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
+	xdp      map[int]xdpState     // by ifindex
 	backstop map[string]link.Link // by the name of the program, which is that of the pin
 	cgroup   string               // that the backstop is attached to; empty: not yet
 	services []Service
@@ -101,7 +105,10 @@ func Open(cfg Config) (*Datapath, error) {
 	}
 	profile.prepare(spec)
 	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
-		backstop: map[string]link.Link{}, live: map[uint32]Path{}}
+		xdp: map[int]xdpState{}, backstop: map[string]link.Link{}, live: map[uint32]Path{}}
+	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
+		return nil, err
+	}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}
@@ -136,6 +143,7 @@ func (d *Datapath) Close() error {
 	for _, a := range d.devices {
 		errs = append(errs, a.hold.close())
 	}
+	errs = append(errs, d.closeXDP())
 	for _, l := range d.backstop {
 		errs = append(errs, l.Close())
 	}

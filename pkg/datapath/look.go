@@ -77,6 +77,13 @@ func Attached(cgroup string) ([]string, error) {
 			}
 		}
 	}
+	filtered, err := xdpDevices()
+	if err != nil {
+		return nil, err
+	}
+	for dev, there := range filtered {
+		out = append(out, dev.Attrs().Name+"/"+there.name)
+	}
 	err = backstopAt(cgroup, func(_ link.Link, name string) error {
 		out = append(out, map[string]string{cgroupHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
 		return nil

@@ -37,6 +37,15 @@ func DetachAll(cgroup string) (n int, err error) {
 			n += len(dropped)
 		}
 	}
+	filtered, err := xdpDevices()
+	errs = append(errs, err)
+	for dev, there := range filtered {
+		if err := detachXDP(dev.Attrs().Index, there.program); err != nil {
+			errs = append(errs, fmt.Errorf("detach XDP from %s: %w", dev.Attrs().Name, err))
+			continue
+		}
+		n++
+	}
 	errs = append(errs, backstopAt(cgroup, func(l link.Link, name string) error {
 		if err := l.Detach(); err != nil {
 			return fmt.Errorf("detach %s: %w", name, err)

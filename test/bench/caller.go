@@ -143,6 +143,8 @@ func localPort(c *os.File) (uint16, error) {
 	return uint16(sa.(*unix.SockaddrInet4).Port), nil
 }
 
+func us(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }
+
 func ms(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e6 }
 
 // clocks turn the wall clock's time stamps into boot time. Nothing steps the wall clock meanwhile.

@@ -73,7 +73,7 @@ func (rig *endsRig) open(r *results, left time.Duration) (slot uint32, deadline 
 	began := time.Now()
 	slot, err = rig.d.OpenPath(datapath.Path{Grant: "01BENCH", Client: rig.from, ServiceID: serviceID, Service: "measured",
 		Ports: []uint16{servicePort}, Deadline: deadline})
-	r.add(groupEnds, endOpen, "ms", ms(time.Since(began)))
+	r.add(groupEnds, endOpen, "µs", us(time.Since(began)))
 	return slot, deadline, err
 }
 
@@ -113,7 +113,7 @@ func (rig *endsRig) overshoot(r *results) error {
 		return err
 	}
 	r.add(groupEnds, endLate, "packets", float64(late.packets))
-	r.add(groupEnds, endOvershoot, "ms", ms(late.last))
+	r.add(groupEnds, endOvershoot, "µs", us(late.last))
 	return rig.free(slot, datapath.PathExpired)
 }
 
@@ -132,7 +132,7 @@ func (rig *endsRig) revokeUnderLoad(r *results) error {
 		return err
 	}
 	r.add(groupEnds, endRevokeLate, "packets", float64(late.packets))
-	r.add(groupEnds, endRevokeLast, "ms", ms(late.last))
+	r.add(groupEnds, endRevokeLast, "µs", us(late.last))
 	return rig.free(slot, datapath.PathRevoked)
 }
 
@@ -189,7 +189,7 @@ func (rig *endsRig) after(r *results, c *os.File, toReset, toServed string) erro
 		return fmt.Errorf("connect after the end: %w", err)
 	}
 	served := time.Since(began)
-	r.add(groupEnds, toReset, "µs", float64(took.Nanoseconds())/1e3)
+	r.add(groupEnds, toReset, "µs", us(took))
 	r.add(groupEnds, toServed, "ms", ms(served))
 	return again.Close()
 }

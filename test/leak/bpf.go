@@ -118,6 +118,9 @@ func listLinks() (snapshot, error) {
 		} else if ns := info.NetNs(); ns != nil {
 			line = fmt.Sprintf("on namespace net:[%d] of program %s", ns.NetnsInode, name)
 		}
+		if xdp := info.XDP(); xdp != nil {
+			line = fmt.Sprintf("XDP on device %d of program %s", xdp.Ifindex, name)
+		}
 		s[object{kindLink, fmt.Sprint(it.ID)}] = line
 	}
 	if err := it.Err(); err != nil {

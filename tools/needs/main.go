@@ -35,6 +35,10 @@ var needs = map[string][]need{
 		{"bpftool", "tests in the guests read the maps as an operator does", []string{"bpftool"}},
 		{"nft", "tests in the guests put a firewall into the node", []string{"nftables"}},
 	},
+	"bench-datapath": {
+		{"iptables-legacy-restore", "a peer that the datapath is measured beside", []string{"iptables"}},
+		{"nft", "a peer that the datapath is measured beside", []string{"nftables"}},
+	},
 	"generate": {
 		{"clang-16", "the one compiler of bpf/", []string{"clang-16", "llvm-16"}},
 		{"/usr/include/bpf/bpf_helpers.h", "headers of bpf/", []string{"libbpf-dev"}},
