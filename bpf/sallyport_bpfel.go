@@ -133,6 +133,7 @@ const (
 	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
 )
 
 type SallyportSpLease struct {
@@ -148,6 +149,12 @@ type SallyportSpLeg struct {
 	Flags     uint32
 	OpenedNs  uint64
 	LastNs    uint64
+	Ether     struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpLegKey struct {
@@ -171,6 +178,12 @@ type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
 	Ifindex uint32
+	Ether   struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpOriginKey struct {
@@ -349,12 +362,17 @@ const (
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpStrays      = "sp_strays"
 	SallyportMapSpTable       = "sp_table"
+	SallyportProgSpBridgeIn   = "sp_bridge_in"
+	SallyportProgSpBridgeOut  = "sp_bridge_out"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
+	SallyportProgSpPodPortOut = "sp_pod_port_out"
+	SallyportProgSpPortIn     = "sp_port_in"
+	SallyportProgSpPortOut    = "sp_port_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -405,16 +423,21 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
-	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
+	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.ProgramSpec `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.ProgramSpec `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.ProgramSpec `ebpf:"sp_port_out"`
+	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
@@ -527,26 +550,36 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
-	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
+	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.Program `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.Program `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.Program `ebpf:"sp_port_out"`
+	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
 }
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpBridgeIn,
+		p.SpBridgeOut,
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpL3In,
 		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
+		p.SpPodPortOut,
+		p.SpPortIn,
+		p.SpPortOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

@@ -48,7 +48,12 @@ func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
 
 func newNode(t *testing.T, profile datapath.Profile) *node {
 	t.Helper()
-	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
+	return newNodeOf(t, profile, 2)
+}
+
+func newNodeOf(t *testing.T, profile datapath.Profile, pods int) *node {
+	t.Helper()
+	n := &node{Lab: lab.New(t, lab.Options{Pods: pods})}
 	bpffs, err := n.MountBPFFS()
 	must(t, err)
 	must(t, n.Node.Do(func() error {
