@@ -18,6 +18,11 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBucket struct {
+	_      structs.HostLayout
+	FullNs uint64
+}
+
 type SallyportSpConfig struct {
 	_          structs.HostLayout
 	Schema     uint32
@@ -96,6 +101,8 @@ const (
 	SallyportSpFlagsSP_FIN_SERVER SallyportSpFlags = 2
 	SallyportSpFlagsSP_RST        SallyportSpFlags = 4
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
+	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
+	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
 )
 
 type SallyportSpFlow struct {
@@ -238,6 +245,12 @@ type SallyportSpPorts struct {
 	Bits uint64
 }
 
+type SallyportSpPrefix struct {
+	_       structs.HostLayout
+	Bits    uint32
+	Address [16]uint8
+}
+
 type SallyportSpReason uint32
 
 const (
@@ -260,6 +273,7 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
 	SallyportSpReasonSP_REASON_EXT_HEADERS       SallyportSpReason = 52
@@ -272,6 +286,14 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
+	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
+	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
+	SallyportSpReasonSP_REASON_XDP_LAND          SallyportSpReason = 83
+	SallyportSpReasonSP_REASON_XDP_OWN_SOURCE    SallyportSpReason = 84
+	SallyportSpReasonSP_REASON_XDP_DENIED        SallyportSpReason = 85
+	SallyportSpReasonSP_REASON_XDP_SYN_SOURCE    SallyportSpReason = 86
+	SallyportSpReasonSP_REASON_XDP_SYN_SERVICE   SallyportSpReason = 87
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -311,6 +333,11 @@ type SallyportSpServiceKey struct {
 	Pad      uint32
 }
 
+type SallyportSpSource struct {
+	_      structs.HostLayout
+	Reason SallyportSpReason
+}
+
 type SallyportSpState uint32
 
 const (
@@ -321,6 +348,14 @@ const (
 	SallyportSpStateSP_PATH_EXPIRED SallyportSpState = 4
 	SallyportSpStateSP_PATH_SPENT   SallyportSpState = 5
 )
+
+type SallyportSpSynLimits struct {
+	_                 structs.HostLayout
+	SourceIntervalNs  uint64
+	SourceBurstNs     uint64
+	ServiceIntervalNs uint64
+	ServiceBurstNs    uint64
+}
 
 type SallyportSpTarget uint32
 
@@ -360,7 +395,11 @@ const (
 	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
+	SallyportMapSpSources     = "sp_sources"
 	SallyportMapSpStrays      = "sp_strays"
+	SallyportMapSpSynLimits   = "sp_syn_limits"
+	SallyportMapSpSynServices = "sp_syn_services"
+	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
 	SallyportProgSpBridgeIn   = "sp_bridge_in"
 	SallyportProgSpBridgeOut  = "sp_bridge_out"
@@ -377,6 +416,8 @@ const (
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
+	SallyportProgSpXdpGeneric = "sp_xdp_generic"
+	SallyportProgSpXdpUp      = "sp_xdp_up"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
 	SallyportVarSpBtfFlags    = "sp_btf_flags"
 )
@@ -438,6 +479,8 @@ type SallyportProgramSpecs struct {
 	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
 	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpXdpGeneric *ebpf.ProgramSpec `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.ProgramSpec `ebpf:"sp_xdp_up"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
@@ -461,7 +504,11 @@ type SallyportMapSpecs struct {
 	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
+	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.MapSpec `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
 }
 
@@ -510,7 +557,11 @@ type SallyportMaps struct {
 	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
+	SpSources     *ebpf.Map `ebpf:"sp_sources"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.Map `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
 }
 
@@ -533,7 +584,11 @@ func (m *SallyportMaps) Close() error {
 		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
+		m.SpSources,
 		m.SpStrays,
+		m.SpSynLimits,
+		m.SpSynServices,
+		m.SpSynSources,
 		m.SpTable,
 	)
 }
@@ -565,6 +620,8 @@ type SallyportPrograms struct {
 	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
 	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpXdpGeneric *ebpf.Program `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.Program `ebpf:"sp_xdp_up"`
 }
 
 func (p *SallyportPrograms) Close() error {
@@ -584,6 +641,8 @@ func (p *SallyportPrograms) Close() error {
 		p.SpPx1In,
 		p.SpPxLoIn,
 		p.SpPxLoOut,
+		p.SpXdpGeneric,
+		p.SpXdpUp,
 	)
 }
 

@@ -50,7 +50,7 @@ func bridgeNet(f lab.Family, a netip.Addr) *netlink.Addr {
 // conntrack does not understand. With filtered, bridged packets pass the filters of the node too.
 func newBridged(t *testing.T, profile datapath.Profile, filtered bool) *node {
 	t.Helper()
-	n := newNodeOf(t, profile, 3)
+	n := newNodeOn(t, lab.Options{Pods: 3}, func(c *datapath.Config) { c.Profile = profile })
 	if filtered {
 		for _, key := range []string{"bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"} {
 			must(t, n.Node.Sysctl(key, "1"))
