@@ -3,6 +3,8 @@
 PREFIX   ?= /usr/local
 TOTAL    ?= 1m
 COUNT    ?= 1
+PACKETS  ?= 100000000
+SEED     ?= 1
 IMAGE    ?= sallyport
 BINARIES := sallyport sallyport-agent sallyport-proxy sallyport-collector
 TOOLS    := $(CURDIR)/.tools
@@ -13,7 +15,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-kernels quick check generate fuzz bench bench-datapath image install uninstall clean help
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -46,9 +48,16 @@ generate: ## regenerate what is generated, with the pinned clang and protoc (ins
 	GOBIN=$(TOOLS) go install $(PROTOC_GRPC)
 	PATH="$(TOOLS):$$PATH" go generate ./bpf
 	PATH="$(TOOLS):$$PATH" go generate ./...
+	$(MAKE) insns
 
 fuzz: ## fuzz every target, TOTAL=1m in all
 	go run ./tools/fuzz -total $(TOTAL)
+
+insns: ## print what the verifier does for each program, and hold it to its baseline; UPDATE=1 records it (root)
+	go test -count 1 -run '^TestInstructionCounts$$' -v ./pkg/datapath $(if $(UPDATE),-args -update)
+
+prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
+	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
 bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
 	go run ./tools/needs bench-datapath

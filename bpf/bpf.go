@@ -27,5 +27,9 @@ type (
 	DenyKey    = SallyportSpDenyKey
 	Deny       = SallyportSpDeny
 	Sequence   = SallyportSpSequence
+	Prefix     = SallyportSpPrefix
+	Source     = SallyportSpSource
+	SYNLimits  = SallyportSpSynLimits
+	Bucket     = SallyportSpBucket
 	Event      = SallyportSpEvent
 )

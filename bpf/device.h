@@ -19,12 +19,13 @@
  */
 
 #include "mark.h"
-#include "path.h"
+#include "cut.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
 	SP_ACT_STEER,		/* to the proxy */
 	SP_ACT_DROP,
+	SP_ACT_CUT,		/* the path of its flow is over: both halves end */
 };
 
 /* What is behind a device. */
@@ -149,6 +150,8 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (!sp_syn_only(p)) {
 		sp_remember_stray(key, SP_LEG_DOWN, hook, p->ifindex);
+		if (sp_is_instance(svc, p->ifindex) && sp_cuts(flow, reason, true))
+			return sp_decide(SP_ACT_CUT, reason);
 		return sp_decide(SP_ACT_STEER, reason);
 	}
 	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
@@ -195,7 +198,7 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 	if (sp_syn_only(p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
 	sp_remember_stray(key, SP_LEG_UP, sp_home_hook(hook), p->ifindex);
-	return sp_decide(SP_ACT_STEER, reason);
+	return sp_decide(sp_cuts(flow, reason, false) ? SP_ACT_CUT : SP_ACT_STEER, reason);
 }
 
 static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet *p)
@@ -385,6 +388,8 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 			scratch->key = sp_key_towards(p);
 		sp_record_deny(&scratch->key, d.reason, p->ifindex);
 	}
+	if (d.action == SP_ACT_CUT)
+		return sp_cut(skb, p, sp_hook_is_in(hook));
 	return sp_act_device(skb, d, hook, l3);
 }
 

@@ -44,6 +44,9 @@ enum sp_reason {
 	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
 	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
 
+	/* the packet ended a flow whose path is over */
+	SP_REASON_PATH_RESET = 40,	/* it went on as the RST that ends the other half */
+
 	/* the packet was dropped */
 	SP_REASON_MALFORMED = 50,	/* headers lie or are cut off */
 	SP_REASON_FRAGMENT = 51,	/* TCP fragment towards a protected address */
@@ -57,6 +60,16 @@ enum sp_reason {
 	SP_REASON_NO_STAMP = 59,	/* on px1, but not sent there by our programs */
 	SP_REASON_REVERSE_OPEN = 60,	/* SYN that leaves from a protected port */
 	SP_REASON_NO_CONFIG = 61,	/* configuration map is empty */
+
+	/* the packet was dropped by XDP, at the uplink */
+	SP_REASON_XDP_MALFORMED = 80,	/* headers lie or are cut off */
+	SP_REASON_XDP_MAPPED = 81,	/* IPv4-mapped IPv6 address on the wire */
+	SP_REASON_XDP_MARTIAN = 82,	/* loopback on the wire; source is a group, all or none */
+	SP_REASON_XDP_LAND = 83,	/* source is the destination */
+	SP_REASON_XDP_OWN_SOURCE = 84,	/* source is an address of this node or of its pods */
+	SP_REASON_XDP_DENIED = 85,	/* source is on the deny list */
+	SP_REASON_XDP_SYN_SOURCE = 86,	/* source sends too many SYNs */
+	SP_REASON_XDP_SYN_SERVICE = 87,	/* service gets too many SYNs */
 
 	/* given by the proxy */
 	SP_REASON_IDENTITY = 100,	/* served: identity proven and authorised */

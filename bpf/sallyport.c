@@ -6,6 +6,7 @@
  * TCX_NEXT (TC_ACT_UNSPEC) for everything that is not ours or goes on under a path.
  */
 #include "px.h"
+#include "xdp.h"
 
 /* Uplinks and the host side of pod devices: ingress and egress. */
 SEC("tcx/ingress")
@@ -71,6 +72,22 @@ SEC("tcx/egress")
 int sp_px_lo_out(struct __sk_buff *skb __attribute__((unused)))
 {
 	return sp_px_to_node();
+}
+
+/* The filter in front of an uplink, in its driver. The same for generic XDP is not aware of frames in several
+ * buffers: the kernel then makes the packet linear, where it would otherwise hand it on to tc without
+ * its Ethernet header (6.18).
+ */
+SEC("xdp.frags")
+int sp_xdp_up(struct xdp_md *ctx)
+{
+	return sp_xdp(ctx, false);
+}
+
+SEC("xdp")
+int sp_xdp_generic(struct xdp_md *ctx)
+{
+	return sp_xdp(ctx, true);
 }
 
 /* Types that no map names, kept in the BTF for Go. */

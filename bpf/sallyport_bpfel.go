@@ -18,6 +18,11 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBucket struct {
+	_      structs.HostLayout
+	FullNs uint64
+}
+
 type SallyportSpConfig struct {
 	_          structs.HostLayout
 	Schema     uint32
@@ -96,6 +101,8 @@ const (
 	SallyportSpFlagsSP_FIN_SERVER SallyportSpFlags = 2
 	SallyportSpFlagsSP_RST        SallyportSpFlags = 4
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
+	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
+	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
 )
 
 type SallyportSpFlow struct {
@@ -225,6 +232,12 @@ type SallyportSpPorts struct {
 	Bits uint64
 }
 
+type SallyportSpPrefix struct {
+	_       structs.HostLayout
+	Bits    uint32
+	Address [16]uint8
+}
+
 type SallyportSpReason uint32
 
 const (
@@ -247,6 +260,7 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
 	SallyportSpReasonSP_REASON_EXT_HEADERS       SallyportSpReason = 52
@@ -259,6 +273,14 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
+	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
+	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
+	SallyportSpReasonSP_REASON_XDP_LAND          SallyportSpReason = 83
+	SallyportSpReasonSP_REASON_XDP_OWN_SOURCE    SallyportSpReason = 84
+	SallyportSpReasonSP_REASON_XDP_DENIED        SallyportSpReason = 85
+	SallyportSpReasonSP_REASON_XDP_SYN_SOURCE    SallyportSpReason = 86
+	SallyportSpReasonSP_REASON_XDP_SYN_SERVICE   SallyportSpReason = 87
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -298,6 +320,11 @@ type SallyportSpServiceKey struct {
 	Pad      uint32
 }
 
+type SallyportSpSource struct {
+	_      structs.HostLayout
+	Reason SallyportSpReason
+}
+
 type SallyportSpState uint32
 
 const (
@@ -308,6 +335,14 @@ const (
 	SallyportSpStateSP_PATH_EXPIRED SallyportSpState = 4
 	SallyportSpStateSP_PATH_SPENT   SallyportSpState = 5
 )
+
+type SallyportSpSynLimits struct {
+	_                 structs.HostLayout
+	SourceIntervalNs  uint64
+	SourceBurstNs     uint64
+	ServiceIntervalNs uint64
+	ServiceBurstNs    uint64
+}
 
 type SallyportSpTarget uint32
 
@@ -347,7 +382,11 @@ const (
 	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
+	SallyportMapSpSources     = "sp_sources"
 	SallyportMapSpStrays      = "sp_strays"
+	SallyportMapSpSynLimits   = "sp_syn_limits"
+	SallyportMapSpSynServices = "sp_syn_services"
+	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
@@ -359,6 +398,8 @@ const (
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
+	SallyportProgSpXdpGeneric = "sp_xdp_generic"
+	SallyportProgSpXdpUp      = "sp_xdp_up"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
 	SallyportVarSpBtfFlags    = "sp_btf_flags"
 )
@@ -405,16 +446,18 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
-	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpXdpGeneric *ebpf.ProgramSpec `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.ProgramSpec `ebpf:"sp_xdp_up"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
@@ -438,7 +481,11 @@ type SallyportMapSpecs struct {
 	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
+	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.MapSpec `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
 }
 
@@ -487,7 +534,11 @@ type SallyportMaps struct {
 	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
+	SpSources     *ebpf.Map `ebpf:"sp_sources"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.Map `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
 }
 
@@ -510,7 +561,11 @@ func (m *SallyportMaps) Close() error {
 		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
+		m.SpSources,
 		m.SpStrays,
+		m.SpSynLimits,
+		m.SpSynServices,
+		m.SpSynSources,
 		m.SpTable,
 	)
 }
@@ -527,16 +582,18 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
-	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpXdpGeneric *ebpf.Program `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.Program `ebpf:"sp_xdp_up"`
 }
 
 func (p *SallyportPrograms) Close() error {
@@ -551,6 +608,8 @@ func (p *SallyportPrograms) Close() error {
 		p.SpPx1In,
 		p.SpPxLoIn,
 		p.SpPxLoOut,
+		p.SpXdpGeneric,
+		p.SpXdpUp,
 	)
 }
 

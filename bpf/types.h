@@ -58,6 +58,8 @@ enum sp_flags {
 	SP_FIN_SERVER = 2,
 	SP_RST = 4,
 	SP_ANSWERED = 8,	/* the other direction was seen, beyond its SYN: both shook hands */
+	SP_CUT_SERVER = 16,	/* its path ended, and an RST of the client went on to the server */
+	SP_CUT_CLIENT = 32,	/* the same, to the client */
 };
 
 struct sp_config {
@@ -190,6 +192,32 @@ struct sp_origin_key {
 struct sp_origin {
 	enum sp_hook hook;
 	__u32 ifindex;
+};
+
+/* A source prefix, of the mapped form: an IPv4 prefix of n bits has 96 + n. */
+struct sp_prefix {
+	__u32 bits;
+	__u8 address[16];
+};
+
+/* Why no packet with this source may come in from outside: XDP_OWN_SOURCE or XDP_DENIED. */
+struct sp_source {
+	enum sp_reason reason;
+};
+
+/* How many SYNs a source and a service may get: one every interval, and burst / interval at a time. An
+ * interval of 0: any number.
+ */
+struct sp_syn_limits {
+	__u64 source_interval_ns;
+	__u64 source_burst_ns;
+	__u64 service_interval_ns;
+	__u64 service_burst_ns;
+};
+
+/* A token bucket, as the time at which it will be full again. */
+struct sp_bucket {
+	__u64 full_ns;
 };
 
 struct sp_counter {

@@ -245,7 +245,7 @@ func (d *Datapath) Detach(ifindex int) error {
 		errs = append(errs, a.hold.drop(), a.hold.close(), d.removePin(key))
 		delete(d.devices, key)
 	}
-	return errors.Join(append(errs, forgetQdisc(d.cfg.Dir, ifindex))...)
+	return errors.Join(append(errs, forgetQdisc(d.cfg.Dir, ifindex), d.forgetXDP(ifindex))...)
 }
 
 // Devices lists what is hooked, by role and name.
@@ -264,6 +264,13 @@ func (d *Datapath) Devices() []Device {
 		dev.Programs = append(dev.Programs, a.name)
 		slices.Sort(dev.Programs)
 		byKey[id] = dev
+	}
+	for _, x := range d.xdp {
+		id := fmt.Sprintf("%s/%s", RoleUplink, x.outcome.Device)
+		if dev, ok := byKey[id]; ok && x.link != nil {
+			dev.Programs = append(dev.Programs, x.program)
+			byKey[id] = dev
+		}
 	}
 	var out []Device
 	for _, id := range slices.Sorted(maps.Keys(byKey)) {

@@ -46,6 +46,8 @@ type Config struct {
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
 	Logger *slog.Logger
+
+	oneBuffer bool // as on kernels before 5.18; for tests
 }
 
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
@@ -56,9 +58,11 @@ type Datapath struct {
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
+	frags   bool // XDP may have frames in several buffers
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
+	xdp      map[int]xdpState // by ifindex
 	services []Service
 	rows     int
 	gen      uint32
@@ -98,7 +102,10 @@ func Open(cfg Config) (*Datapath, error) {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
 	profile.prepare(spec)
-	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, live: map[uint32]Path{}}
+	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, xdp: map[int]xdpState{}, live: map[uint32]Path{}}
+	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
+		return nil, err
+	}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}
@@ -134,6 +141,7 @@ func (d *Datapath) Close() error {
 		errs = append(errs, a.hold.close())
 	}
 	d.devices = map[string]attachment{}
+	errs = append(errs, d.closeXDP())
 	return errors.Join(append(errs, d.objs.Close())...)
 }
 

@@ -8,6 +8,9 @@ func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportP
 // Maps are the tables, for tests that write what no agent would.
 func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
 
+// OneBuffer makes the XDP programs those of kernels before 5.18.
+func (c *Config) OneBuffer() { c.oneBuffer = true }
+
 // LinkIDs lists the holds of this handle by their key: the id of a link, the handle of a filter.
 func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	d.mu.Lock()
@@ -25,6 +28,15 @@ func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 			ids[key] = h.handle
 		}
 	}
+	for _, x := range d.xdp {
+		if x.link != nil {
+			info, err := x.link.Info()
+			if err != nil {
+				return nil, err
+			}
+			ids[xdpKey(x.outcome.Ifindex)] = uint32(info.ID)
+		}
+	}
 	return ids, nil
 }
 
@@ -35,6 +47,7 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
+	FromEvent   = fromEvent
 	Schema      = schema
 
 	ProgramNames = programNames

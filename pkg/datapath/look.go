@@ -76,7 +76,11 @@ func Attached() ([]string, error) {
 			}
 		}
 	}
-	return out, nil
+	filtered, err := xdpDevices()
+	for dev, there := range filtered {
+		out = append(out, dev.Attrs().Name+"/"+there.name)
+	}
+	return out, err
 }
 
 // programName is empty for a program that is gone since it was listed.

@@ -35,6 +35,15 @@ func DetachAll() (n int, err error) {
 			n += len(dropped)
 		}
 	}
+	filtered, err := xdpDevices()
+	errs = append(errs, err)
+	for dev, there := range filtered {
+		if err := detachXDP(dev.Attrs().Index, there.program); err != nil {
+			errs = append(errs, fmt.Errorf("detach XDP from %s: %w", dev.Attrs().Name, err))
+			continue
+		}
+		n++
+	}
 	return n, errors.Join(errs...)
 }
 

@@ -51,6 +51,11 @@ func (d *Datapath) pins() map[string]pinned {
 			all[filepath.Join(linksDir(d.cfg.Dir), key)] = l
 		}
 	}
+	for ifindex, x := range d.xdp {
+		if x.link != nil {
+			all[filepath.Join(linksDir(d.cfg.Dir), xdpKey(ifindex))] = x.link
+		}
+	}
 	return all
 }
 

@@ -112,6 +112,8 @@ type want struct {
 	records []string
 	// mark of the packet afterwards; nil: as before.
 	mark func(r *rig, s scene) uint32
+	// becomes is what goes on in place of the packet; nil: the packet.
+	becomes func(s scene) probe
 }
 
 // one is a single packet of one reason.
@@ -136,6 +138,12 @@ func pass(reason flow.Reason, state ...string) want {
 
 func drop(reason flow.Reason, state ...string) want {
 	return want{verdict: actDrop, counts: one(reason), state: state, records: []string{"DENY " + reason.String()}}
+}
+
+// cuts is for a packet that goes on as another, and that the proxy got a copy of.
+func cuts(reason flow.Reason, becomes func(s scene) probe, state ...string) want {
+	counts := map[flow.Reason]uint64{reason: 1, flow.ReasonPathReset: 1}
+	return want{verdict: actNext, counts: counts, state: state, becomes: becomes}
 }
 
 func (w want) recorded(records ...string) want {
@@ -167,7 +175,11 @@ func (c progCase) run(t *testing.T, r *rig, s scene) {
 	if verdict != c.want.verdict {
 		t.Errorf("verdict %d, want %d", verdict, c.want.verdict)
 	}
-	r.compareBytes(t, p, verdict, out)
+	became := p
+	if c.want.becomes != nil {
+		became = c.want.becomes(s)
+	}
+	r.compareBytes(t, became, verdict, out)
 	wantMark := p.ctx.Mark
 	if c.want.mark != nil {
 		wantMark = c.want.mark(r, s)
@@ -175,7 +187,7 @@ func (c progCase) run(t *testing.T, r *rig, s scene) {
 	if mark != wantMark {
 		t.Errorf("mark %#x, want %#x", mark, wantMark)
 	}
-	r.compareCounters(t, p, counted, c.want.counts)
+	r.compareCounters(t, p, became, counted, c.want.counts)
 	if !c.unread {
 		compareLines(t, "records", r.renderEvents(t, r.drain(t), s), c.want.records)
 	}
@@ -212,11 +224,14 @@ func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte) {
 	}
 }
 
-func (r *rig) compareCounters(t *testing.T, p probe, before map[flow.Reason]datapath.Counter, counts map[flow.Reason]uint64) {
+func (r *rig) compareCounters(t *testing.T, p, became probe, before map[flow.Reason]datapath.Counter, counts map[flow.Reason]uint64) {
 	t.Helper()
 	expect := maps.Clone(before)
 	for reason, n := range counts {
-		c := expect[reason]
+		c, p := expect[reason], p
+		if reason == flow.ReasonPathReset {
+			p = became
+		}
 		expect[reason] = datapath.Counter{Packets: c.Packets + n*p.segs, Bytes: c.Bytes + n*p.bytes}
 	}
 	if have := r.counters(t); !maps.Equal(have, expect) {

@@ -9,6 +9,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/packet"
 )
 
 const small = 4 // entries of the tables of a rig that is to be full
@@ -81,7 +82,8 @@ func ringCases() []progCase {
 	return []progCase{
 		full("syn", towards(syn), toProxy),
 		full("live flow", towards(ack), pass(flow.ReasonPathLive, "flow 1/0"), bypassed()),
-		full("end", towards(ack), steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "stray down"), path(datapath.PathRevoked), bypassed()),
+		full("end", towards(ack), cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), "flow 0/0 ended=PATH_REVOKED CUT_SERVER", "stray down"),
+			path(datapath.PathRevoked), bypassed()),
 		full("syn of an ended flow", towards(syn), keeps("flow 0/0 ended=PATH_EXPIRED"), bypassed(ended(flow.ReasonPathExpired))),
 		full("syn of a closed flow", towards(syn), keeps("flow 0/0 ended=CLOSED FIN_CLIENT FIN_SERVER"), bypassed(flags(bothFins))),
 		// what follows such a SYN belongs to the proxy, though the old flow is still there

@@ -128,28 +128,28 @@ func endCases() []progCase {
 		record := "END " + name + " 0/0"
 		out = append(out,
 			progCase{name: "end/" + e.name + "/to server", packet: towards(ack), given: []given{e.path, e.flow},
-				want: steer(e.reason, "flow 0/0"+gone, "stray down").recorded(record)},
+				want: cuts(e.reason, towards(packet.RST|ack), "flow 0/0"+gone+" CUT_SERVER", "stray down").recorded(record)},
 			progCase{name: "end/" + e.name + "/to client", packet: from(ack), given: []given{e.path, e.flow},
-				want: steer(e.reason, "flow 0/0"+gone, "stray up").recorded(record)},
+				want: cuts(e.reason, from(packet.RST|ack), "flow 0/0"+gone+" CUT_CLIENT", "stray up").recorded(record)},
 			progCase{name: "end/" + e.name + "/reset by the server", packet: from(packet.RST), given: []given{e.path, e.flow},
-				want: steer(e.reason, "flow 0/0"+gone, "stray up").recorded(record)},
+				want: cuts(e.reason, from(packet.RST), "flow 0/0"+gone+" CUT_CLIENT", "stray up").recorded(record)},
 			progCase{name: "end/" + e.name + "/syn", packet: towards(syn), given: []given{e.path, e.flow},
 				want: steer(e.reason, "leg down", "origin").recorded(record, "CLOSE "+name+" 0/0")},
 		)
 	}
 	stale := []progCase{
 		{name: "end/slot reused", packet: towards(ack), given: []given{path(datapath.PathActive), bypassed(moved)},
-			want: steer(flow.ReasonPathStale, "flow 0/0 slot=0 epoch=2 ended=PATH_STALE", "stray down").
+			want: cuts(flow.ReasonPathStale, towards(packet.RST|ack), "flow 0/0 slot=0 epoch=2 ended=PATH_STALE CUT_SERVER", "stray down").
 				recorded(`END PATH_STALE 0/0 grant ""`)},
 		{name: "end/address serves another service", packet: towards(ack), given: []given{path(datapath.PathActive), bypassed(other)},
-			want: steer(flow.ReasonPathStale, "flow 0/0 service=99 ended=PATH_STALE", "stray down").
+			want: cuts(flow.ReasonPathStale, towards(packet.RST|ack), "flow 0/0 service=99 ended=PATH_STALE CUT_SERVER", "stray down").
 				recorded("END PATH_STALE 0/0 service=99")},
 		{name: "end/told once", packet: towards(ack), given: []given{path(datapath.PathRevoked), bypassed(ended(flow.ReasonPathRevoked))},
-			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "stray down")},
+			want: cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), "flow 0/0 ended=PATH_REVOKED CUT_SERVER", "stray down")},
 		{name: "end/never again", packet: towards(ack), given: []given{path(datapath.PathActive), bypassed(ended(flow.ReasonPathRevoked))},
-			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "stray down")},
+			want: cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), "flow 0/0 ended=PATH_REVOKED CUT_SERVER", "stray down")},
 		{name: "end/client leg of an earlier connection", packet: towards(ack), given: []given{path(datapath.PathRevoked), leg(down), bypassed()},
-			want: steer(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "leg down", "stray down").recorded("END PATH_REVOKED 0/0")},
+			want: cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), "flow 0/0 ended=PATH_REVOKED CUT_SERVER", "leg down", "stray down").recorded("END PATH_REVOKED 0/0")},
 		{name: "end/syn of the server", packet: from(syn), given: []given{path(datapath.PathActive), bypassed(ended(flow.ReasonPathRevoked))},
 			want: drop(flow.ReasonReverseOpen, "flow 0/0 ended=PATH_REVOKED")},
 	}

@@ -43,7 +43,11 @@ type rig struct {
 // newRig makes a rig whose hash tables have the given sizes; 0 is the default.
 func newRig(t testing.TB, flows, legs uint32) *rig {
 	t.Helper()
-	return newRigOf(t, datapath.Config{MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16})
+	return newRigOf(t, smallConfig(flows, legs))
+}
+
+func smallConfig(flows, legs uint32) datapath.Config {
+	return datapath.Config{MaxFlows: flows, MaxLegs: legs, MaxPaths: 64, RingBytes: 1 << 16}
 }
 
 // newRigOf fills in where the datapath lives.
@@ -197,7 +201,7 @@ func (r *rig) program(name string) *ebpf.Program {
 	p := r.d.Programs()
 	return map[string]*ebpf.Program{
 		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_pod_out": p.SpPodOut,
-		"sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
+		"sp_l3_in": p.SpL3In, "sp_l3_out": p.SpL3Out, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
 	}[name]
 }

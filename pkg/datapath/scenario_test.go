@@ -48,7 +48,12 @@ func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
 
 func newNode(t *testing.T, profile datapath.Profile) *node {
 	t.Helper()
-	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
+	return newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.Profile = profile })
+}
+
+func newNodeOn(t *testing.T, o lab.Options, changes ...func(*datapath.Config)) *node {
+	t.Helper()
+	n := &node{Lab: lab.New(t, o)}
 	bpffs, err := n.MountBPFFS()
 	must(t, err)
 	must(t, n.Node.Do(func() error {
@@ -61,7 +66,10 @@ func newNode(t *testing.T, profile datapath.Profile) *node {
 	})
 	n.cf = datapath.Config{
 		Dir: filepath.Join(bpffs, "sallyport"), PxNetns: filepath.Join(n.Dir, "px"), Px0: n.px.Px0(),
-		ListenPort: listenPort, Profile: profile, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
+		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
+	}
+	for _, change := range changes {
+		change(&n.cf)
 	}
 	n.open(t)
 	t.Cleanup(func() {

@@ -78,7 +78,7 @@ func detachPinned(pin string) error {
 	if err != nil {
 		return fmt.Errorf("read link %s: %w", filepath.Base(pin), err)
 	}
-	if tcx := info.TCX(); tcx != nil && tcx.Ifindex != 0 {
+	if device, _ := linkDevice(info); device != 0 {
 		if err := l.Detach(); err != nil {
 			return fmt.Errorf("detach %s: %w", filepath.Base(pin), err)
 		}

@@ -44,6 +44,7 @@ const (
 	ReasonPxReset          Reason = 32
 	ReasonPxAccept         Reason = 33
 	ReasonReinjected       Reason = 34
+	ReasonPathReset        Reason = 40
 	ReasonMalformed        Reason = 50
 	ReasonFragment         Reason = 51
 	ReasonExtHeaders       Reason = 52
@@ -56,6 +57,14 @@ const (
 	ReasonNoStamp          Reason = 59
 	ReasonReverseOpen      Reason = 60
 	ReasonNoConfig         Reason = 61
+	ReasonXDPMalformed     Reason = 80
+	ReasonXDPMapped        Reason = 81
+	ReasonXDPMartian       Reason = 82
+	ReasonXDPLand          Reason = 83
+	ReasonXDPOwnSource     Reason = 84
+	ReasonXDPDenied        Reason = 85
+	ReasonXDPSYNSource     Reason = 86
+	ReasonXDPSYNService    Reason = 87
 	ReasonIdentity         Reason = 100
 	ReasonNoTLS            Reason = 101
 	ReasonHandshakeFailed  Reason = 102
@@ -91,6 +100,7 @@ var reasonNames = map[Reason]string{
 	ReasonPxReset:          "PX_RESET",
 	ReasonPxAccept:         "PX_ACCEPT",
 	ReasonReinjected:       "REINJECTED",
+	ReasonPathReset:        "PATH_RESET",
 	ReasonMalformed:        "MALFORMED",
 	ReasonFragment:         "FRAGMENT",
 	ReasonExtHeaders:       "EXT_HEADERS",
@@ -103,6 +113,14 @@ var reasonNames = map[Reason]string{
 	ReasonNoStamp:          "NO_STAMP",
 	ReasonReverseOpen:      "REVERSE_OPEN",
 	ReasonNoConfig:         "NO_CONFIG",
+	ReasonXDPMalformed:     "XDP_MALFORMED",
+	ReasonXDPMapped:        "XDP_MAPPED",
+	ReasonXDPMartian:       "XDP_MARTIAN",
+	ReasonXDPLand:          "XDP_LAND",
+	ReasonXDPOwnSource:     "XDP_OWN_SOURCE",
+	ReasonXDPDenied:        "XDP_DENIED",
+	ReasonXDPSYNSource:     "XDP_SYN_SOURCE",
+	ReasonXDPSYNService:    "XDP_SYN_SERVICE",
 	ReasonIdentity:         "IDENTITY",
 	ReasonNoTLS:            "NO_TLS",
 	ReasonHandshakeFailed:  "HANDSHAKE_FAILED",

@@ -114,6 +114,9 @@ func listLinks() (snapshot, error) {
 		if tcx := info.TCX(); tcx != nil {
 			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
 		}
+		if xdp := info.XDP(); xdp != nil {
+			line = fmt.Sprintf("XDP on device %d of program %s", xdp.Ifindex, name)
+		}
 		s[object{kindLink, fmt.Sprint(it.ID)}] = line
 	}
 	if err := it.Err(); err != nil {
