@@ -25,11 +25,12 @@ const (
 	problemMetrics   problemClass = "metrics"
 	problemAudit     problemClass = "audit"
 	problemPins      problemClass = "pins"
+	problemBackstop  problemClass = "backstop"
 	problemAlarms    problemClass = "alarms"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemAlarms}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms}
 
 type problemKey struct {
 	class   problemClass

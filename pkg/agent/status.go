@@ -41,6 +41,9 @@ func (n *node) hooks() []*api.HookStatus {
 	for _, d := range n.datapath.Devices() {
 		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs})
 	}
+	for _, p := range n.datapath.Backstop() {
+		out = append(out, &api.HookStatus{Device: p.Where, Role: "backstop", Programs: []string{p.Program}})
+	}
 	return out
 }
 

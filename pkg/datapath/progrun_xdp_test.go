@@ -95,8 +95,8 @@ func claims(address string) func(scene, *packet.Packet) {
 	}
 }
 
-// elsewhere sends it to another machine's address.
-func elsewhere(f func(scene, *packet.Packet)) func(scene, *packet.Packet) {
+// towardsElsewhere sends it to another machine's address.
+func towardsElsewhere(f func(scene, *packet.Packet)) func(scene, *packet.Packet) {
 	return func(s scene, p *packet.Packet) {
 		f(s, p)
 		p.Dst = netip.AddrPortFrom(foreign(s), p.Dst.Port())
@@ -273,13 +273,13 @@ func TestFilterKnowsSecondPass(t *testing.T) {
 
 // TestFilterOnlyDropsOrPasses sends random frames: no other verdict, no change, and nothing at all without tables.
 func TestFilterOnlyDropsOrPasses(t *testing.T) {
-	d := newDifferential(t)
+	d := newDifferential(t, 1)
 	check(t, d.d.LimitSYNs(datapath.SYNLimit{Rate: 100, Burst: 10}, datapath.SYNLimit{Rate: 100, Burst: 10}))
 	check(t, d.d.SetSources([]netip.Prefix{host(d.Node.Addr(lab.IPv4)), host(d.Node.Addr(lab.IPv6))}, []netip.Prefix{prefix("0.0.0.0/1")}))
 	rnd := rand.New(rand.NewPCG(1, 2))
 	dropped := 0
 	for i := range 20000 {
-		frame := d.random(rnd)
+		frame := d.gen.Case(uint64(i)).Frame
 		if i%4 == 0 && len(frame) > 14 {
 			frame = frame[:14+rnd.IntN(len(frame)-13)]
 		}
