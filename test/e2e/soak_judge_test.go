@@ -36,6 +36,7 @@ type leakJudge struct {
 	event   string
 	leaks   []leaked
 	count   int // of all leaks
+	raw     int // of leaks that were raw probes
 	byProxy int
 }
 
@@ -66,6 +67,9 @@ func (j *leakJudge) leak(l leaked) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.count++
+	if l.Src.Port() >= firstRawPort {
+		j.raw++
+	}
 	if l.LastEvent = j.event; len(j.leaks) < maxLeaks {
 		j.leaks = append(j.leaks, l)
 	}
@@ -78,13 +82,13 @@ func (j *leakJudge) begin(event string) {
 	j.event = fmt.Sprintf("%s at %s", event, time.Now().Format("15:04:05.000000"))
 }
 
-// reset ends the control run: from here on nothing may leak.
-func (j *leakJudge) reset() (counted int) {
+// reset ends the control run: from here on nothing may leak. It returns how many raw probes were seen.
+func (j *leakJudge) reset() (raw int) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	counted = j.count
-	j.count, j.byProxy, j.leaks = 0, 0, nil
-	return counted
+	raw = j.raw
+	j.count, j.raw, j.byProxy, j.leaks = 0, 0, 0, nil
+	return raw
 }
 
 // blind fails the test when a service was given packets that the judge did not see.
