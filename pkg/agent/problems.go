@@ -25,10 +25,11 @@ const (
 	problemMetrics   problemClass = "metrics"
 	problemAudit     problemClass = "audit"
 	problemPins      problemClass = "pins"
+	problemSockets   problemClass = "sockets"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemSockets}
 
 type problemKey struct {
 	class   problemClass

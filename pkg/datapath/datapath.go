@@ -53,6 +53,7 @@ type Datapath struct {
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
+	cuts    cuts // owned by Sweep
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment

@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -54,43 +55,70 @@ func (d *Datapath) LiveFlows() ([]flow.Record, error) {
 
 // Sweep removes what is over: bypassed flows that closed or whose path ended, legs of closed or dead
 // connections, and denials not yet told. It returns the final records of the flows. The kernel never
-// relies on it.
+// relies on it. Connections whose path ended are cut first, also where nobody says a word; their flows are taken by a
+// later sweep. One at a time.
 func (d *Datapath) Sweep() ([]flow.Record, error) {
 	out, err := d.sweepFlows()
-	if err != nil {
-		return out, err
-	}
-	denied, err := d.sweepDenies()
-	out = append(out, denied...)
-	if err != nil {
-		return out, err
-	}
-	return out, d.sweepLegs()
+	denied, derr := d.sweepDenies()
+	return append(out, denied...), errors.Join(err, derr, d.sweepLegs())
+}
+
+// over is what a sweep found to be over.
+type over struct {
+	keys    []bpf.FlowKey
+	flows   []bpf.Flow
+	reasons []flow.Reason
+	paths   []bpf.Path
+}
+
+func (o *over) add(k bpf.FlowKey, f bpf.Flow, r flow.Reason, p bpf.Path) {
+	o.keys, o.flows = append(o.keys, k), append(o.flows, f)
+	o.reasons, o.paths = append(o.reasons, r), append(o.paths, p)
 }
 
 func (d *Datapath) sweepFlows() ([]flow.Record, error) {
-	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	cut, done, err := d.overFlows()
 	if err != nil {
 		return nil, err
 	}
+	if err = destroySockets(cut.keys, cut.flows); errors.Is(err, ErrNoDestroy) {
+		err = nil // CanDestroy tells of it
+	}
 	var out []flow.Record
-	for i := range keys {
-		path, reason, err := d.pathOf(&flows[i])
-		if err != nil {
-			return out, err
-		}
-		if reason = endOf(&flows[i], reason); reason == flow.ReasonNone {
-			continue
-		}
+	for i := range done.keys {
 		var last bpf.Flow
-		if err := d.objs.SpFlows.LookupAndDelete(&keys[i], &last); isMissing(err) {
+		if err := d.objs.SpFlows.LookupAndDelete(&done.keys[i], &last); isMissing(err) {
 			continue // a SYN replaced it; the kernel told of it
 		} else if err != nil {
 			return out, fmt.Errorf("take flow: %w", err)
 		}
-		out = append(out, fromFlow(&keys[i], &last, &path, flow.EventClose, reason))
+		out = append(out, fromFlow(&done.keys[i], &last, &done.paths[i], flow.EventClose, done.reasons[i]))
 	}
-	return out, nil
+	return out, err
+}
+
+// overFlows sorts the flows that are over into those to cut, because their path ended, and those that are done with.
+func (d *Datapath) overFlows() (cut, done over, err error) {
+	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	if err != nil {
+		return cut, done, err
+	}
+	seen := cuts{}
+	for i := range keys {
+		path, reason, err := d.pathOf(&flows[i])
+		if err != nil {
+			return cut, done, err
+		}
+		switch reason = endOf(&flows[i], reason); {
+		case reason == flow.ReasonNone:
+		case d.cuts.done(seen, keys[i], &flows[i], reason):
+			done.add(keys[i], flows[i], reason, path)
+		case seen[keys[i]].fresh:
+			cut.add(keys[i], flows[i], reason, path)
+		}
+	}
+	d.cuts = seen
+	return cut, done, nil
 }
 
 // endOf says why a flow is over, or NONE.
