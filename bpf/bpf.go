@@ -16,6 +16,7 @@ type (
 	PathKey    = SallyportSpPathKey
 	PathRef    = SallyportSpPathRef
 	Path       = SallyportSpPath
+	Budget     = SallyportSpBudget
 	PathStatus = SallyportSpPathStatus
 	FlowKey    = SallyportSpFlowKey
 	Flow       = SallyportSpFlow

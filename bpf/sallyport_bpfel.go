@@ -18,6 +18,14 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBudget struct {
+	_           structs.HostLayout
+	Epoch       uint32
+	Pad         uint32
+	BytesLeft   uint64
+	PacketsLeft uint64
+}
+
 type SallyportSpConfig struct {
 	_          structs.HostLayout
 	Schema     uint32
@@ -28,6 +36,8 @@ type SallyportSpConfig struct {
 	Secret     [2]uint64
 	Stamp      [6]uint8
 	Pad        [2]uint8
+	Cpus       uint32
+	Pad2       uint32
 }
 
 type SallyportSpCounter struct {
@@ -189,18 +199,32 @@ type SallyportSpOwner struct {
 }
 
 type SallyportSpPath struct {
-	_               structs.HostLayout
-	Epoch           uint32
-	ServiceId       uint32
-	Client          SallyportSpAddr
-	DeadlineNs      uint64
-	Grant           [32]int8
-	Service         [32]int8
-	Flows           uint64
-	BytesToServer   uint64
-	BytesToClient   uint64
-	PacketsToServer uint64
-	PacketsToClient uint64
+	_                structs.HostLayout
+	Epoch            uint32
+	ServiceId        uint32
+	Client           SallyportSpAddr
+	DeadlineNs       uint64
+	Grant            [32]int8
+	Service          [32]int8
+	Flows            uint64
+	BytesToServer    uint64
+	BytesToClient    uint64
+	PacketsToServer  uint64
+	PacketsToClient  uint64
+	BytesLimit       uint64
+	PacketsLimit     uint64
+	ConnectionsLimit uint64
+	BytesTaken       uint64
+	PacketsTaken     uint64
+	ConnectionsTaken uint64
+	SecondNs         uint64
+	InSecond         uint32
+	RateLimit        uint32
+	Lock             struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad uint32
 }
 
 type SallyportSpPathKey struct {
@@ -242,6 +266,8 @@ const (
 	SallyportSpReasonSP_REASON_RING_FULL         SallyportSpReason = 9
 	SallyportSpReasonSP_REASON_FLOWS_FULL        SallyportSpReason = 10
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
+	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
+	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
 	SallyportSpReasonSP_REASON_PX_DOWN           SallyportSpReason = 30
@@ -334,6 +360,7 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	SallyportMapSpBestEffort  = "sp_best_effort"
+	SallyportMapSpBudget      = "sp_budget"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
@@ -425,6 +452,7 @@ type SallyportProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportMapSpecs struct {
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.MapSpec `ebpf:"sp_budget"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
@@ -474,6 +502,7 @@ func (o *SallyportObjects) Close() error {
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportMaps struct {
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.Map `ebpf:"sp_budget"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
@@ -497,6 +526,7 @@ type SallyportMaps struct {
 func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
 		m.SpBestEffort,
+		m.SpBudget,
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,

@@ -239,7 +239,7 @@ func (n *node) readEvents(t *testing.T) {
 
 // TestThousandIdleConnections: a path with a thousand live connections ends within a second.
 func TestThousandIdleConnections(t *testing.T) {
-	n := newNode(t)
+	n := newNode(t, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
 	n.copyProxy(t)
 	n.showPods(t)
 	n.readEvents(t)

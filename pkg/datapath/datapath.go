@@ -154,7 +154,7 @@ func checkVersions(dir string) error {
 func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error) {
 	sizes := map[string]uint32{
 		"sp_must_deliver": cfg.RingBytes, "sp_best_effort": cfg.RingBytes,
-		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths,
+		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths, "sp_budget": cfg.MaxPaths,
 	}
 	for name, m := range spec.Maps {
 		if !strings.HasPrefix(name, "sp_") {
@@ -217,6 +217,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 	c.Px0Ifindex = uint32(d.cfg.Px0)
 	c.ListenPort = uint32(d.cfg.ListenPort)
 	c.MaxTtlNs = uint64(d.cfg.MaxTTL)
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	c.Cpus = uint32(cpus)
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

@@ -58,9 +58,42 @@ func (d *Datapath) LiveFlows() ([]flow.Record, error) {
 // relies on it. Connections whose path ended are cut first, also where nobody says a word; their flows are taken by a
 // later sweep. One at a time.
 func (d *Datapath) Sweep() ([]flow.Record, error) {
-	out, err := d.sweepFlows()
+	full, err := d.fullPaths() // before the flows: what is full takes no more of them
+	if err != nil {
+		return nil, err
+	}
+	out, err := d.sweepFlows(full)
 	denied, derr := d.sweepDenies()
-	return append(out, denied...), errors.Join(err, derr, d.sweepLegs())
+	return append(out, denied...), errors.Join(err, derr, d.sweepLegs(), d.endFull(full))
+}
+
+// fullPaths are the slots of live paths that took all connections of their budget.
+func (d *Datapath) fullPaths() (map[uint32]bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	full := map[uint32]bool{}
+	for slot, p := range d.live {
+		if p.Budget.Connections == 0 {
+			continue
+		}
+		s, err := d.readPath(slot)
+		if err != nil {
+			return nil, err
+		}
+		if s.State == PathActive && s.Flows >= s.Budget.Connections {
+			full[slot] = true
+		}
+	}
+	return full, nil
+}
+
+// endFull ends the full paths that are left: those without a flow.
+func (d *Datapath) endFull(full map[uint32]bool) error {
+	var errs []error
+	for slot := range full {
+		errs = append(errs, d.EndPath(slot, PathSpent))
+	}
+	return errors.Join(errs...)
 }
 
 // over is what a sweep found to be over.
@@ -76,8 +109,8 @@ func (o *over) add(k bpf.FlowKey, f bpf.Flow, r flow.Reason, p bpf.Path) {
 	o.reasons, o.paths = append(o.reasons, r), append(o.paths, p)
 }
 
-func (d *Datapath) sweepFlows() ([]flow.Record, error) {
-	cut, done, err := d.overFlows()
+func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
+	cut, done, err := d.overFlows(full)
 	if err != nil {
 		return nil, err
 	}
@@ -97,14 +130,16 @@ func (d *Datapath) sweepFlows() ([]flow.Record, error) {
 	return out, err
 }
 
-// overFlows sorts the flows that are over into those to cut, because their path ended, and those that are done with.
-func (d *Datapath) overFlows() (cut, done over, err error) {
+// overFlows sorts the flows that are over into those to cut, because their path ended, and those that are done with. Paths
+// that have one are taken out of `full`.
+func (d *Datapath) overFlows(full map[uint32]bool) (cut, done over, err error) {
 	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
 	if err != nil {
 		return cut, done, err
 	}
 	seen := cuts{}
 	for i := range keys {
+		delete(full, flows[i].Slot)
 		path, reason, err := d.pathOf(&flows[i])
 		if err != nil {
 			return cut, done, err

@@ -39,7 +39,7 @@ type node struct {
 	relays sync.WaitGroup // accept loops, and relays that still use px
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t *testing.T, change ...func(*datapath.Config)) *node {
 	t.Helper()
 	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
 	bpffs, err := n.MountBPFFS()
@@ -55,6 +55,9 @@ func newNode(t *testing.T) *node {
 	n.cf = datapath.Config{
 		Dir: filepath.Join(bpffs, "sallyport"), PxNetns: filepath.Join(n.Dir, "px"), Px0: n.px.Px0(),
 		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
+	}
+	for _, f := range change {
+		f(&n.cf)
 	}
 	n.open(t)
 	t.Cleanup(func() {
