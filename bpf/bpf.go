@@ -26,6 +26,7 @@ type (
 	Counter    = SallyportSpCounter
 	DenyKey    = SallyportSpDenyKey
 	Deny       = SallyportSpDeny
+	Tokens     = SallyportSpTokens
 	Sequence   = SallyportSpSequence
 	Event      = SallyportSpEvent
 )

@@ -107,7 +107,7 @@ type SallyportSpFlow struct {
 	Ifindex         uint32
 	Flags           uint32
 	Ended           SallyportSpReason
-	Pad             uint32
+	UdpIdleS        uint32
 	Id              uint64
 	OpenedNs        uint64
 	LastNs          uint64
@@ -259,6 +259,10 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_UDP_NO_PATH       SallyportSpReason = 62
+	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
+	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
+	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -287,6 +291,7 @@ type SallyportSpService struct {
 	Target     SallyportSpTarget
 	Ifindex    uint32
 	Generation uint32
+	UdpIdleS   uint32
 	Name       [32]int8
 }
 
@@ -316,6 +321,12 @@ const (
 	SallyportSpTargetSP_TARGET_HOST SallyportSpTarget = 1
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
+
+type SallyportSpTokens struct {
+	_          structs.HostLayout
+	RefilledNs uint64
+	Left       uint64
+}
 
 type SallyportSpVerdict uint32
 
@@ -349,6 +360,7 @@ const (
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpStrays      = "sp_strays"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTokens      = "sp_tokens"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
@@ -440,6 +452,7 @@ type SallyportMapSpecs struct {
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTokens      *ebpf.MapSpec `ebpf:"sp_tokens"`
 }
 
 // SallyportVariableSpecs contains global variables before they are loaded into the kernel.
@@ -489,6 +502,7 @@ type SallyportMaps struct {
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTokens      *ebpf.Map `ebpf:"sp_tokens"`
 }
 
 func (m *SallyportMaps) Close() error {
@@ -512,6 +526,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpServices,
 		m.SpStrays,
 		m.SpTable,
+		m.SpTokens,
 	)
 }
 

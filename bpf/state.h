@@ -46,6 +46,12 @@ static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
 	return p && (p->bits >> (port & 63)) & 1;
 }
 
+/* Port 0, which no service has, is flagged while there is any service. */
+static __always_inline bool sp_anything_protected(void)
+{
+	return sp_port_flagged(IPPROTO_TCP, 0);
+}
+
 static __always_inline struct sp_config *sp_get_config(void)
 {
 	__u32 zero = 0;

@@ -62,6 +62,9 @@ func (d *differential) compare(t *testing.T, frame []byte) class {
 		return err
 	}))
 	counted := d.total(t, want.reason) - before
+	if want.verdict == anyRefusal && (verdict == actRedirect || verdict == actDrop) {
+		verdict = anyRefusal
+	}
 	if verdict != want.verdict || want.reason != flow.ReasonNone && counted != 1 {
 		t.Errorf("kernel: verdict %d, reference: %d with %s (counted %d), parsed as %+v\n%x", verdict, want.verdict, want.reason, counted, v, frame)
 	}
@@ -88,7 +91,7 @@ func (d *differential) total(t testing.TB, reason flow.Reason) uint64 {
 // random makes a frame that is valid, or nearly so.
 func (d *differential) random(rnd *rand.Rand) []byte {
 	f := lab.Families()[rnd.IntN(2)]
-	ports := []uint16{hostPort, podPort, 9999, clientPort}
+	ports := []uint16{hostPort, podPort, 9999, clientPort, hostUDPPort, hostWebPort}
 	port := func() uint16 { return ports[rnd.IntN(len(ports))] }
 	p := tcp(netip.AddrPortFrom(d.Client.Addr(f), port()), netip.AddrPortFrom(d.dsts[f][rnd.IntN(4)], port()), uint8(rnd.Uint32()))
 	if rnd.IntN(2) == 0 {
@@ -100,7 +103,7 @@ func (d *differential) random(rnd *rand.Rand) []byte {
 		p.TCPOptions = make([]byte, 4*rnd.IntN(11))
 	}
 	if rnd.IntN(8) == 0 {
-		p.Protocol = []uint8{packet.UDP, packet.ESP, packet.AH, packet.NoNext, packet.ICMPv6, packet.Fragment, uint8(rnd.Uint32())}[rnd.IntN(7)]
+		p.Protocol = []uint8{packet.UDP, packet.UDP, packet.ESP, packet.AH, packet.NoNext, packet.ICMPv6, packet.Fragment, uint8(rnd.Uint32())}[rnd.IntN(8)]
 	}
 	if f == lab.IPv4 {
 		p.Options = make([]byte, 4*max(0, rnd.IntN(21)-10))
@@ -164,8 +167,9 @@ func TestParseAsReference(t *testing.T) {
 			break
 		}
 	}
-	t.Logf("other %d, TCP %d, fragments %d, hidden %d, malformed %d", met[other], met[isTCP], met[isFragment], met[isHidden], met[isMalformed])
-	for c := other; c <= isMalformed; c++ {
+	t.Logf("other %d, TCP %d, fragments %d, hidden %d, malformed %d, UDP %d, misplaced %d",
+		met[other], met[isTCP], met[isFragment], met[isHidden], met[isMalformed], met[isUDP], met[isMisplaced])
+	for c := other; c <= isMisplaced; c++ {
 		if met[c] < 100 {
 			t.Errorf("class %d was met %d times only", c, met[c])
 		}

@@ -20,6 +20,8 @@ const (
 	isFragment
 	isHidden
 	isMalformed
+	isUDP
+	isMisplaced
 )
 
 // view is what the reference knows of a frame.
@@ -48,17 +50,22 @@ func referenceIPv4(ip []byte) view {
 	v := view{src: netip.AddrFrom4([4]byte(ip[12:])), dst: netip.AddrFrom4([4]byte(ip[16:]))}
 	protocol, fragment := ip[9], binary.BigEndian.Uint16(ip[6:])
 	header, total := int(ip[0]&15)*4, int(binary.BigEndian.Uint16(ip[2:]))
+	least := map[uint8]int{packet.TCP: 20, packet.UDP: 8}[protocol]
 	switch {
+	case ip[0]>>4 != 4:
+		v.class = isMisplaced
 	case protocol == packet.ESP, protocol == packet.AH:
 		v.class = isHidden
-	case protocol != packet.TCP:
+	case least == 0:
+		v.class = other
+	case fragment&0x3fff != 0 && protocol == packet.UDP:
 		v.class = other
 	case fragment&0x3fff != 0: // more fragments, or an offset
 		v.class = isFragment
-	case ip[0]>>4 != 4, header < 20, total < header+20, len(ip) < header+20:
+	case header < 20, total < header+least, len(ip) < header+least:
 		v.class = isMalformed
 	default:
-		v.tcp(ip[header:])
+		v.ports(protocol, ip[header:])
 	}
 	return v
 }
@@ -68,7 +75,11 @@ func referenceIPv6(ip []byte) view {
 		return view{class: isMalformed}
 	}
 	v := view{src: netip.AddrFrom16([16]byte(ip[8:])), dst: netip.AddrFrom16([16]byte(ip[24:]))}
-	if ip[0]>>4 != 6 || v.src.Is4In6() || v.dst.Is4In6() {
+	if ip[0]>>4 != 6 {
+		v.class = isMisplaced
+		return v
+	}
+	if v.src.Is4In6() || v.dst.Is4In6() {
 		v.class = isMalformed
 		return v
 	}
@@ -76,8 +87,8 @@ func referenceIPv6(ip []byte) view {
 	for headers := 0; ; headers++ {
 		length := 0
 		switch next {
-		case packet.TCP:
-			v.tcp(rest)
+		case packet.TCP, packet.UDP:
+			v.ports(next, rest)
 			return v
 		case packet.ESP, packet.NoNext:
 			v.class = isHidden
@@ -108,13 +119,17 @@ func referenceIPv6(ip []byte) view {
 	}
 }
 
-func (v *view) tcp(b []byte) {
-	if len(b) < 20 || b[12]>>4 < 5 {
+func (v *view) ports(protocol uint8, b []byte) {
+	if protocol == packet.TCP && (len(b) < 20 || b[12]>>4 < 5) || len(b) < 8 {
 		v.class = isMalformed
 		return
 	}
-	v.class, v.sport, v.dport = isTCP, binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
+	v.class = map[uint8]class{packet.TCP: isTCP, packet.UDP: isUDP}[protocol]
+	v.sport, v.dport = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
 }
+
+// anyRefusal is of a datagram that is dropped, or made into the answer to its sender.
+const anyRefusal int32 = 100
 
 // outcome is the verdict and what it is counted as; every reason of steering is NO_PATH here.
 type outcome struct {
@@ -131,11 +146,20 @@ func (v view) judge(node, pod func(netip.Addr) bool) outcome {
 	// What comes from a link-local or multicast address is never forwarded: it is for the node.
 	mine := node(v.dst) || v.src.Is6() && (v.src.IsLinkLocalUnicast() || v.src.IsMulticast())
 	owned := mine || pod(v.dst)
+	if v.class == isMisplaced {
+		return outcome{actDrop, flow.ReasonMalformed}
+	}
 	drops := map[class]flow.Reason{isFragment: flow.ReasonFragment, isHidden: flow.ReasonExtHeaders, isMalformed: flow.ReasonMalformed}
 	switch reason, broken := drops[v.class]; {
 	case broken && owned:
 		return outcome{actDrop, reason}
 	case v.class == isTCP && v.dport == hostPort && mine:
+		return outcome{actRedirect, flow.ReasonNoPath}
+	case v.class == isUDP && v.dport == hostUDPPort && mine:
+		return outcome{anyRefusal, flow.ReasonUDPNoPath}
+	case v.class == isUDP && v.dport == hostWebPort && mine:
+		return outcome{anyRefusal, flow.ReasonUDPDenied}
+	case v.class == isTCP && (v.dport == hostWebPort || v.dport == hostUDPPort) && mine:
 		return outcome{actRedirect, flow.ReasonNoPath}
 	}
 	return next

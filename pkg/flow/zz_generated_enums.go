@@ -56,6 +56,10 @@ const (
 	ReasonNoStamp          Reason = 59
 	ReasonReverseOpen      Reason = 60
 	ReasonNoConfig         Reason = 61
+	ReasonUDPNoPath        Reason = 62
+	ReasonUDPNoFlow        Reason = 63
+	ReasonUDPIdle          Reason = 64
+	ReasonUDPDenied        Reason = 65
 	ReasonIdentity         Reason = 100
 	ReasonNoTLS            Reason = 101
 	ReasonHandshakeFailed  Reason = 102
@@ -103,6 +107,10 @@ var reasonNames = map[Reason]string{
 	ReasonNoStamp:          "NO_STAMP",
 	ReasonReverseOpen:      "REVERSE_OPEN",
 	ReasonNoConfig:         "NO_CONFIG",
+	ReasonUDPNoPath:        "UDP_NO_PATH",
+	ReasonUDPNoFlow:        "UDP_NO_FLOW",
+	ReasonUDPIdle:          "UDP_IDLE",
+	ReasonUDPDenied:        "UDP_DENIED",
 	ReasonIdentity:         "IDENTITY",
 	ReasonNoTLS:            "NO_TLS",
 	ReasonHandshakeFailed:  "HANDSHAKE_FAILED",
