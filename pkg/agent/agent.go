@@ -157,7 +157,7 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Repaired: n.repaired, Logger: n.log,
 	})
 	if err != nil {
 		return err
@@ -165,6 +165,15 @@ func (n *node) openDatapath(context.Context) (err error) {
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
+}
+
+// repaired makes an alarm of a hook that was mended.
+func (n *node) repaired(r datapath.Repair) {
+	name := alarmHookLost
+	if r.Kind == datapath.RepairBehind {
+		name = alarmHookBehind
+	}
+	n.alarms.raise(name, r.String())
 }
 
 func (n *node) currentResources() *enforced { return n.resources.current() }
@@ -203,7 +212,7 @@ func (n *node) runAlarms(ctx context.Context) error {
 
 func (n *node) classifier() classifier {
 	d := n.cfg.Spec.Devices
-	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0()}
+	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0}
 }
 
 func (n *node) loadResources(context.Context) error {
@@ -252,7 +261,7 @@ func (n *node) sweeper() *sweeper {
 }
 
 func (n *node) pxWatch() *pxWatch {
-	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
+	return &pxWatch{px: n.px, move: n.datapath.MovePx, attach: n.datapath.AttachPx, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) pinWatch() *pinWatch {
