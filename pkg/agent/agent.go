@@ -47,6 +47,7 @@ type node struct {
 	resources *resources
 	devices   *devices
 	backstop  *backstop
+	uplinks   *uplinks
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -54,6 +55,7 @@ type node struct {
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
+	sweepNow  chan struct{}
 	stopping  chan struct{}
 }
 
@@ -79,7 +81,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
-		stopping: make(chan struct{}),
+		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
 	return n
@@ -106,6 +108,7 @@ func (n *node) parts() []part {
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
+		{name: "address watch", run: func(ctx context.Context) error { return n.sources().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -163,6 +166,7 @@ func (n *node) openDatapath(context.Context) (err error) {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
 }
@@ -224,7 +228,7 @@ func (n *node) loadResources(context.Context) error {
 	}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.audit.Kick,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
@@ -241,8 +245,20 @@ func (n *node) resourcesChanged(e *enforced) {
 
 // hookDevices hooks every device that is there; the watch takes over from it.
 func (n *node) hookDevices(context.Context) error {
-	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), problems: n.problems, log: n.log, changed: n.devicesChanged}
+	n.uplinks = &uplinks{datapath: n.datapath, classify: n.classifier(), spec: n.cfg.Spec.XDP, problems: n.problems}
+	if err := n.uplinks.limit(); err != nil {
+		return err
+	}
+	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
 	return n.devices.sync()
+}
+
+func (n *node) sources() *sources {
+	s := &sources{datapath: n.datapath, classify: n.classifier(), services: n.datapath.Services, problems: n.problems}
+	for _, r := range n.cfg.Spec.XDP.DenySources {
+		s.denied = append(s.denied, r.Prefix)
+	}
+	return s
 }
 
 func (n *node) devicesChanged() {
@@ -257,7 +273,16 @@ func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapat
 func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild() }
 
 func (n *node) sweeper() *sweeper {
-	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems, wake: n.sweepNow}
+}
+
+// grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
+func (n *node) grantsMoved() {
+	n.audit.Kick()
+	select {
+	case n.sweepNow <- struct{}{}:
+	default: // it has not looked yet
+	}
 }
 
 func (n *node) pxWatch() *pxWatch {

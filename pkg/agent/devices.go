@@ -132,6 +132,7 @@ func rank(r datapath.Role) int {
 type devices struct {
 	datapath *datapath.Datapath
 	classify classifier
+	uplinks  *uplinks
 	problems *problems
 	log      *slog.Logger
 	changed  func() // called after devices came or went, from Run
@@ -198,6 +199,7 @@ func (d *devices) sync() error {
 			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
 		}
 	}
+	d.uplinks.sync(links)
 	d.reportHoles(links)
 	if moved {
 		d.changed()
