@@ -160,6 +160,7 @@ const (
 	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
 )
 
 type SallyportSpLease struct {
@@ -175,6 +176,12 @@ type SallyportSpLeg struct {
 	Flags     uint32
 	OpenedNs  uint64
 	LastNs    uint64
+	Ether     struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpLegKey struct {
@@ -198,6 +205,12 @@ type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
 	Ifindex uint32
+	Ether   struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpOriginKey struct {
@@ -434,6 +447,8 @@ const (
 	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
 	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportProgSpBridgeIn   = "sp_bridge_in"
+	SallyportProgSpBridgeOut  = "sp_bridge_out"
 	SallyportProgSpCgIn       = "sp_cg_in"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
@@ -441,6 +456,9 @@ const (
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
+	SallyportProgSpPodPortOut = "sp_pod_port_out"
+	SallyportProgSpPortIn     = "sp_port_in"
+	SallyportProgSpPortOut    = "sp_port_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -494,6 +512,8 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
+	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
@@ -501,6 +521,9 @@ type SallyportProgramSpecs struct {
 	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.ProgramSpec `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.ProgramSpec `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.ProgramSpec `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
@@ -638,6 +661,8 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
+	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
@@ -645,6 +670,9 @@ type SallyportPrograms struct {
 	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.Program `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.Program `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.Program `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
@@ -656,6 +684,8 @@ type SallyportPrograms struct {
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpBridgeIn,
+		p.SpBridgeOut,
 		p.SpCgIn,
 		p.SpDevIn,
 		p.SpDevOut,
@@ -663,6 +693,9 @@ func (p *SallyportPrograms) Close() error {
 		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
+		p.SpPodPortOut,
+		p.SpPortIn,
+		p.SpPortOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

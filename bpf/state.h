@@ -23,6 +23,7 @@ struct sp_scratch {
 	struct sp_flow_key key;
 	struct sp_flow flow;
 	struct bpf_fib_lookup fib;
+	struct sp_ether ether;	/* of the packet, at a bridge's port */
 };
 
 struct {

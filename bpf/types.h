@@ -35,6 +35,7 @@ enum sp_hook {
 	SP_HOOK_IN = 1,		/* ingress of a device: host service, client beyond the device */
 	SP_HOOK_OUT = 2,	/* egress of a device: pod service behind the device */
 	SP_HOOK_LO = 3,		/* ingress of lo: host service, client on the node */
+	SP_HOOK_PORT = 4,	/* egress of a bridge's port: pod service behind the port */
 };
 
 enum sp_state {
@@ -175,6 +176,15 @@ struct sp_leg_key {
 	enum sp_leg_side side;
 };
 
+/* Link-layer addresses of the two parties at a bridge's port, where no neighbour look-up can be made:
+ * the bridge takes the answers. Zero at other hooks.
+ */
+struct sp_ether {
+	__u8 client[6];
+	__u8 server[6];
+	__u32 pad;
+};
+
 /* Where a packet of the proxy is put back. Also the value of the stray map. */
 struct sp_leg {
 	enum sp_hook hook;
@@ -183,6 +193,7 @@ struct sp_leg {
 	__u32 flags;		/* enum sp_flags */
 	__u64 opened_ns;
 	__u64 last_ns;
+	struct sp_ether ether;
 };
 
 /* By which device a client reached a service, for the proxy's own connection to it. */
@@ -196,6 +207,7 @@ struct sp_origin_key {
 struct sp_origin {
 	enum sp_hook hook;
 	__u32 ifindex;
+	struct sp_ether ether;
 };
 
 /* A source prefix, of the mapped form: an IPv4 prefix of n bits has 96 + n. */

@@ -51,10 +51,21 @@ func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	if l3 {
 		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
 	}
-	if role == RolePod {
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	first, last := hook{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, hook{"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}
+	switch role {
+	case RolePod:
+		last.name, last.prog = "sp_pod_out", d.objs.SpPodOut
+	case RoleBridge:
+		first.name, first.prog = "sp_bridge_in", d.objs.SpBridgeIn
+		last.name, last.prog = "sp_bridge_out", d.objs.SpBridgeOut
+	case RolePort, RolePodPort:
+		first.name, first.prog = "sp_port_in", d.objs.SpPortIn
+		last.name, last.prog = "sp_port_out", d.objs.SpPortOut
+		if role == RolePodPort {
+			last.name, last.prog = "sp_pod_port_out", d.objs.SpPodPortOut
+		}
 	}
-	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
+	return []hook{first, last}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -125,7 +136,7 @@ func (d *Datapath) removePin(key string) error {
 // its number: paths to what was behind that number end before.
 func (d *Datapath) take(p place, prog *ebpf.Program, key string, role Role) (hold, error) {
 	fresh := func() error {
-		if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
+		if role.ofDevice() { // px1's number is that of another namespace
 			return d.endPathsBehind(p.ifindex)
 		}
 		return nil
@@ -236,7 +247,7 @@ func (d *Datapath) Detach(ifindex int) error {
 	defer d.mu.Unlock()
 	var errs []error
 	for key, a := range d.devices {
-		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {
+		if a.ifindex != ifindex || !a.role.ofDevice() {
 			continue
 		}
 		errs = append(errs, a.hold.drop(), a.hold.close(), d.removePin(key))

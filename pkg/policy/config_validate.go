@@ -16,6 +16,8 @@ import (
 // Bounds of what an AgentConfig may say.
 const (
 	minLease       = 2 * time.Second
+	maxDenied      = 32768
+	maxSYNs        = 1000000
 	maxLease       = 60 * time.Second
 	maxFlowBuffer  = 1 << 24
 	maxConnections = 1 << 20
@@ -43,7 +45,39 @@ func (c *AgentConfig) validate(d *document) {
 	}
 	c.validateDevices(d)
 	c.validateCollector(d)
+	c.Spec.XDP.validate(d)
 	c.Spec.Proxy.validate(d)
+}
+
+func (x *XDPConfig) validate(d *document) {
+	if !slices.Contains([]string{"auto", "native", "generic", "off"}, x.Mode) {
+		d.report("spec.xdp.mode", faultf("write auto, native, generic or off", "%q is not a mode", x.Mode))
+	}
+	if len(x.DenySources) > maxDenied {
+		d.report("spec.xdp.denySources", faultf("join neighbours to larger prefixes", "%d prefixes are more than %d", len(x.DenySources), maxDenied))
+	}
+	for i, r := range x.DenySources {
+		if r.IsValid() && r.Bits() == 0 {
+			d.report(fmt.Sprintf("spec.xdp.denySources[%d]", i), faultf("name smaller prefixes", "%s is everybody", r))
+		}
+	}
+	x.SYNsPerSource.validate(d, "spec.xdp.synsPerSource")
+	x.SYNsPerService.validate(d, "spec.xdp.synsPerService")
+}
+
+func (l *SYNLimit) validate(d *document, field string) {
+	if l.Rate > maxSYNs {
+		d.report(field+".rate", checkCount(l.Rate, maxSYNs))
+	}
+	if l.Burst > maxSYNs {
+		d.report(field+".burst", checkCount(l.Burst, maxSYNs))
+	}
+	if l.Rate == 0 && l.Burst != 0 {
+		d.report(field+".burst", faultf("give a rate too", "a burst without a rate bounds nothing"))
+	}
+	if l.Burst == 0 {
+		l.Burst = l.Rate
+	}
 }
 
 func (c *AgentConfig) validateDevices(d *document) {
