@@ -100,7 +100,6 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		  enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
 {
 	enum sp_reason reason = SP_REASON_STRAY;
-	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;
 	struct sp_leg *leg;
 
@@ -118,7 +117,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	if (!sp_syn_only(p)) {
 		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
 		if (leg) {
-			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), now);
+			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), bpf_ktime_get_boot_ns());
 			return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 		}
 	}
@@ -158,11 +157,10 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 {
 	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP, 0);
 	enum sp_reason reason = SP_REASON_STRAY;
-	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;
 
 	if (leg) {
-		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, false), now);
+		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, false), bpf_ktime_get_boot_ns());
 		return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 	}
 	flow = bpf_map_lookup_elem(&sp_flows, key);
