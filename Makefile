@@ -3,6 +3,8 @@
 PREFIX   ?= /usr/local
 TOTAL    ?= 1m
 COUNT    ?= 1
+PACKETS  ?= 100000000
+SEED     ?= 1
 IMAGE    ?= sallyport
 BINARIES := sallyport sallyport-agent sallyport-proxy sallyport-collector
 TOOLS    := $(CURDIR)/.tools
@@ -13,7 +15,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test quick check generate fuzz bench image install uninstall clean help
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -26,6 +28,15 @@ test: ## run every test under the race detector (root; installs what it needs fr
 	go run ./tools/needs test
 	go build -race ./...
 	go run ./tools/tests -runner $(GOTESTSUM) -- -race -p 1 -timeout 40m -count $(COUNT) ./...
+
+test-kernels: ## run the suites that depend on the kernel in Debian's 6.1, 6.12 and newest, under QEMU
+	go run ./tools/needs test-kernels
+	CGO_ENABLED=0 go run ./tools/kernels $(KERNELS)
+
+soak-leaks: ## probe without an identity while everything is killed and replaced: 0 leaked (DURATION=3m, PROBES=60000000, SEED=, JSON=file)
+	go run ./tools/needs test
+	SOAK_DURATION=$(or $(DURATION),$(if $(PROBES),,35m)) SOAK_PROBES=$(PROBES) SOAK_SEED=$(if $(filter file,$(origin SEED)),,$(SEED)) SOAK_JSON=$(abspath $(JSON)) \
+		go test -count 1 -v -timeout 0 -run '^TestSoakLeaks$$' ./test/e2e
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
@@ -42,9 +53,20 @@ generate: ## regenerate what is generated, with the pinned clang and protoc (ins
 	GOBIN=$(TOOLS) go install $(PROTOC_GRPC)
 	PATH="$(TOOLS):$$PATH" go generate ./bpf
 	PATH="$(TOOLS):$$PATH" go generate ./...
+	$(MAKE) insns
 
 fuzz: ## fuzz every target, TOTAL=1m in all
 	go run ./tools/fuzz -total $(TOTAL)
+
+insns: ## print what the verifier does for each program, and hold it to its baseline; UPDATE=1 records it (root)
+	go test -count 1 -run '^TestInstructionCounts$$' -v ./pkg/datapath $(if $(UPDATE),-args -update)
+
+prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
+	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
+
+bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
+	go run ./tools/needs bench-datapath
+	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
@@ -60,7 +82,7 @@ uninstall: ## end enforcement, prove that nothing is left attached, and remove w
 	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean: ## remove what was built
-	rm -rf bin $(TOOLS)
+	rm -rf bin bench-out $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'

@@ -137,6 +137,42 @@ struct {
 	__type(value, struct sp_origin);
 } sp_origins SEC(".maps");
 
+/* Sources that no packet from an uplink may have: what the node and its pods have themselves, and the
+ * deny list. Read by XDP only. Full: the agent says so, and the rest is not refused.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_prefix);
+	__type(value, struct sp_source);
+} sp_sources SEC(".maps");
+
+/* Empty: no limits. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sp_syn_limits);
+} sp_syn_limits SEC(".maps");
+
+/* Token buckets of sources (an IPv4 address, an IPv6 /64) and of services. Shared by all CPUs. LRU: one
+ * that is forgotten is full again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sp_addr);
+	__type(value, struct sp_bucket);
+} sp_syn_sources SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct sp_bucket);
+} sp_syn_services SEC(".maps");
+
 /* Packets and bytes by reason. Unprotected packets are not counted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -144,6 +180,23 @@ struct {
 	__type(key, __u32);
 	__type(value, struct sp_counter);
 } sp_counters SEC(".maps");
+
+/* Refused by the backstop. LRU: losing one costs a device its count, never the refusal. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct sp_backstop_key);
+	__type(value, struct sp_backstop);
+} sp_backstop SEC(".maps");
+
+/* By service id. The agent makes the rows; a service without one is not counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct sp_traffic);
+} sp_traffic SEC(".maps");
 
 /* One record a second for equal denials; the rest is counted here. Full: counted as lost. */
 struct {

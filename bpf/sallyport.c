@@ -6,6 +6,8 @@
  * TCX_NEXT (TC_ACT_UNSPEC) for everything that is not ours or goes on under a path.
  */
 #include "px.h"
+#include "xdp.h"
+#include "backstop.h"
 
 /* Uplinks and the host side of pod devices: ingress and egress. */
 SEC("tcx/ingress")
@@ -25,6 +27,37 @@ SEC("tcx/egress")
 int sp_pod_out(struct __sk_buff *skb)
 {
 	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD, ETH_HLEN);
+}
+
+/* Ports of a bridge, and the bridge. */
+SEC("tcx/ingress")
+int sp_port_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_pod_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD_PORT, ETH_HLEN);
+}
+
+SEC("tcx/ingress")
+int sp_bridge_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_BRIDGE, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_bridge_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_BRIDGE, ETH_HLEN);
 }
 
 /* The same on devices without an Ethernet header: tun, IP tunnels, WireGuard. */
@@ -71,6 +104,36 @@ SEC("tcx/egress")
 int sp_px_lo_out(struct __sk_buff *skb __attribute__((unused)))
 {
 	return sp_px_to_node();
+}
+
+/* The filter in front of an uplink, in its driver. The same for generic XDP is not aware of frames in several
+ * buffers: the kernel then makes the packet linear, where it would otherwise hand it on to tc without
+ * its Ethernet header (6.18).
+ */
+SEC("xdp.frags")
+int sp_xdp_up(struct xdp_md *ctx)
+{
+	return sp_xdp(ctx, false);
+}
+
+SEC("xdp")
+int sp_xdp_generic(struct xdp_md *ctx)
+{
+	return sp_xdp(ctx, true);
+}
+
+/* Every socket below a control group, in all network namespaces. */
+SEC("cgroup_skb/ingress")
+int sp_cg_in(struct __sk_buff *skb)
+{
+	return sp_backstop_in(skb);
+}
+
+/* Every look-up of a socket in the host's network namespace. */
+SEC("sk_lookup")
+int sp_sklookup(struct bpf_sk_lookup *ctx)
+{
+	return sp_look_up(ctx);
 }
 
 /* Types that no map names, kept in the BTF for Go. */

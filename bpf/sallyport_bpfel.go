@@ -18,6 +18,24 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBackstop struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	LastNs  uint64
+}
+
+type SallyportSpBackstopKey struct {
+	_       structs.HostLayout
+	Netns   uint32
+	Ifindex uint32
+}
+
+type SallyportSpBucket struct {
+	_      structs.HostLayout
+	FullNs uint64
+}
+
 type SallyportSpBudget struct {
 	_           structs.HostLayout
 	Epoch       uint32
@@ -27,17 +45,21 @@ type SallyportSpBudget struct {
 }
 
 type SallyportSpConfig struct {
-	_          structs.HostLayout
-	Schema     uint32
-	Px0Ifindex uint32
-	Px1Ifindex uint32
-	ListenPort uint32
-	MaxTtlNs   uint64
-	Secret     [2]uint64
-	Stamp      [6]uint8
-	Pad        [2]uint8
-	Cpus       uint32
-	Pad2       uint32
+	_               structs.HostLayout
+	Schema          uint32
+	Px0Ifindex      uint32
+	Px1Ifindex      uint32
+	ListenPort      uint32
+	MaxTtlNs        uint64
+	Secret          [2]uint64
+	Stamp           [6]uint8
+	Pad             [2]uint8
+	HostNetns       uint64
+	PxNetns         uint64
+	HostNetnsInode  uint32
+	DenyPodLoopback uint32
+	Cpus            uint32
+	Pad2            uint32
 }
 
 type SallyportSpCounter struct {
@@ -79,6 +101,8 @@ type SallyportSpEvent struct {
 	ServiceId       uint32
 	Slot            uint32
 	FlowId          uint64
+	Netns           uint32
+	Pad             uint32
 	Count           uint64
 	BytesToServer   uint64
 	BytesToClient   uint64
@@ -91,12 +115,13 @@ type SallyportSpEvent struct {
 type SallyportSpEventKind uint32
 
 const (
-	SallyportSpEventKindSP_EVENT_NONE   SallyportSpEventKind = 0
-	SallyportSpEventKindSP_EVENT_OPEN   SallyportSpEventKind = 1
-	SallyportSpEventKindSP_EVENT_CLOSE  SallyportSpEventKind = 2
-	SallyportSpEventKindSP_EVENT_END    SallyportSpEventKind = 3
-	SallyportSpEventKindSP_EVENT_DENY   SallyportSpEventKind = 4
-	SallyportSpEventKindSP_EVENT_UPDATE SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_NONE     SallyportSpEventKind = 0
+	SallyportSpEventKindSP_EVENT_OPEN     SallyportSpEventKind = 1
+	SallyportSpEventKindSP_EVENT_CLOSE    SallyportSpEventKind = 2
+	SallyportSpEventKindSP_EVENT_END      SallyportSpEventKind = 3
+	SallyportSpEventKindSP_EVENT_DENY     SallyportSpEventKind = 4
+	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
 )
 
 type SallyportSpFlags uint32
@@ -145,6 +170,7 @@ const (
 	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
 )
 
 type SallyportSpLease struct {
@@ -160,6 +186,12 @@ type SallyportSpLeg struct {
 	Flags     uint32
 	OpenedNs  uint64
 	LastNs    uint64
+	Ether     struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpLegKey struct {
@@ -183,6 +215,12 @@ type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
 	Ifindex uint32
+	Ether   struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpOriginKey struct {
@@ -251,6 +289,12 @@ type SallyportSpPorts struct {
 	Bits uint64
 }
 
+type SallyportSpPrefix struct {
+	_       structs.HostLayout
+	Bits    uint32
+	Address [16]uint8
+}
+
 type SallyportSpReason uint32
 
 const (
@@ -270,6 +314,10 @@ const (
 	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
+	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
+	SallyportSpReasonSP_REASON_SOCKET_PATH       SallyportSpReason = 26
+	SallyportSpReasonSP_REASON_POD_LOOPBACK      SallyportSpReason = 27
+	SallyportSpReasonSP_REASON_SOCKET_RESET      SallyportSpReason = 28
 	SallyportSpReasonSP_REASON_PX_DOWN           SallyportSpReason = 30
 	SallyportSpReasonSP_REASON_PX_UP             SallyportSpReason = 31
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
@@ -288,6 +336,18 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
+	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
+	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
+	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
+	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
+	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
+	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
+	SallyportSpReasonSP_REASON_XDP_LAND          SallyportSpReason = 83
+	SallyportSpReasonSP_REASON_XDP_OWN_SOURCE    SallyportSpReason = 84
+	SallyportSpReasonSP_REASON_XDP_DENIED        SallyportSpReason = 85
+	SallyportSpReasonSP_REASON_XDP_SYN_SOURCE    SallyportSpReason = 86
+	SallyportSpReasonSP_REASON_XDP_SYN_SERVICE   SallyportSpReason = 87
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -327,6 +387,11 @@ type SallyportSpServiceKey struct {
 	Pad      uint32
 }
 
+type SallyportSpSource struct {
+	_      structs.HostLayout
+	Reason SallyportSpReason
+}
+
 type SallyportSpState uint32
 
 const (
@@ -338,6 +403,14 @@ const (
 	SallyportSpStateSP_PATH_SPENT   SallyportSpState = 5
 )
 
+type SallyportSpSynLimits struct {
+	_                 structs.HostLayout
+	SourceIntervalNs  uint64
+	SourceBurstNs     uint64
+	ServiceIntervalNs uint64
+	ServiceBurstNs    uint64
+}
+
 type SallyportSpTarget uint32
 
 const (
@@ -345,6 +418,15 @@ const (
 	SallyportSpTargetSP_TARGET_HOST SallyportSpTarget = 1
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
+
+type SallyportSpTraffic struct {
+	_              structs.HostLayout
+	HookLeg        SallyportSpVolume
+	HookPath       SallyportSpVolume
+	SocketLeg      SallyportSpVolume
+	SocketPath     SallyportSpVolume
+	SocketLoopback SallyportSpVolume
+}
 
 type SallyportSpVerdict uint32
 
@@ -355,10 +437,18 @@ const (
 	SallyportSpVerdictSP_VERDICT_DENIED   SallyportSpVerdict = 3
 )
 
+type SallyportSpVolume struct {
+	_       structs.HostLayout
+	Opens   uint64
+	Empties uint64
+	Bytes   uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
 	SallyportMapSpBudget      = "sp_budget"
 	SallyportMapSpConfig      = "sp_config"
@@ -377,18 +467,32 @@ const (
 	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
+	SallyportMapSpSources     = "sp_sources"
 	SallyportMapSpStrays      = "sp_strays"
+	SallyportMapSpSynLimits   = "sp_syn_limits"
+	SallyportMapSpSynServices = "sp_syn_services"
+	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportProgSpBridgeIn   = "sp_bridge_in"
+	SallyportProgSpBridgeOut  = "sp_bridge_out"
+	SallyportProgSpCgIn       = "sp_cg_in"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
+	SallyportProgSpPodPortOut = "sp_pod_port_out"
+	SallyportProgSpPortIn     = "sp_port_in"
+	SallyportProgSpPortOut    = "sp_port_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
+	SallyportProgSpSklookup   = "sp_sklookup"
+	SallyportProgSpXdpGeneric = "sp_xdp_generic"
+	SallyportProgSpXdpUp      = "sp_xdp_up"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
 	SallyportVarSpBtfFlags    = "sp_btf_flags"
 )
@@ -435,22 +539,32 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
-	SpDevIn   *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
+	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
+	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.ProgramSpec `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.ProgramSpec `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.ProgramSpec `ebpf:"sp_port_out"`
+	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.ProgramSpec `ebpf:"sp_sklookup"`
+	SpXdpGeneric *ebpf.ProgramSpec `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.ProgramSpec `ebpf:"sp_xdp_up"`
 }
 
 // SallyportMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportMapSpecs struct {
+	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
 	SpBudget      *ebpf.MapSpec `ebpf:"sp_budget"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
@@ -469,8 +583,13 @@ type SallyportMapSpecs struct {
 	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
+	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.MapSpec `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
 
 // SallyportVariableSpecs contains global variables before they are loaded into the kernel.
@@ -501,6 +620,7 @@ func (o *SallyportObjects) Close() error {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportMaps struct {
+	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
 	SpBudget      *ebpf.Map `ebpf:"sp_budget"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
@@ -519,12 +639,18 @@ type SallyportMaps struct {
 	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
+	SpSources     *ebpf.Map `ebpf:"sp_sources"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
+	SpSynLimits   *ebpf.Map `ebpf:"sp_syn_limits"`
+	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
+	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
 
 func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
+		m.SpBackstop,
 		m.SpBestEffort,
 		m.SpBudget,
 		m.SpConfig,
@@ -543,8 +669,13 @@ func (m *SallyportMaps) Close() error {
 		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
+		m.SpSources,
 		m.SpStrays,
+		m.SpSynLimits,
+		m.SpSynServices,
+		m.SpSynSources,
 		m.SpTable,
+		m.SpTraffic,
 	)
 }
 
@@ -560,30 +691,48 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
-	SpDevIn   *ebpf.Program `ebpf:"sp_dev_in"`
-	SpDevOut  *ebpf.Program `ebpf:"sp_dev_out"`
-	SpL3In    *ebpf.Program `ebpf:"sp_l3_in"`
-	SpL3Out   *ebpf.Program `ebpf:"sp_l3_out"`
-	SpLoIn    *ebpf.Program `ebpf:"sp_lo_in"`
-	SpPodOut  *ebpf.Program `ebpf:"sp_pod_out"`
-	SpPx0In   *ebpf.Program `ebpf:"sp_px0_in"`
-	SpPx1In   *ebpf.Program `ebpf:"sp_px1_in"`
-	SpPxLoIn  *ebpf.Program `ebpf:"sp_px_lo_in"`
-	SpPxLoOut *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
+	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
+	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
+	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
+	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
+	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
+	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
+	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.Program `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.Program `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.Program `ebpf:"sp_port_out"`
+	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
+	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
+	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
+	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.Program `ebpf:"sp_sklookup"`
+	SpXdpGeneric *ebpf.Program `ebpf:"sp_xdp_generic"`
+	SpXdpUp      *ebpf.Program `ebpf:"sp_xdp_up"`
 }
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpBridgeIn,
+		p.SpBridgeOut,
+		p.SpCgIn,
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpL3In,
 		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
+		p.SpPodPortOut,
+		p.SpPortIn,
+		p.SpPortOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,
 		p.SpPxLoOut,
+		p.SpSklookup,
+		p.SpXdpGeneric,
+		p.SpXdpUp,
 	)
 }
 

@@ -10,6 +10,7 @@
 #define SP_LO_IFINDEX 1
 #define SP_AF_INET 2
 #define SP_AF_INET6 10
+#define SP_TCP_LISTEN 10
 
 /*
  * Where a packet is taken apart. One a CPU: programs of devices run with softirqs off, one after the
@@ -22,6 +23,7 @@ struct sp_scratch {
 	struct sp_flow_key key;
 	struct sp_flow flow;
 	struct bpf_fib_lookup fib;
+	struct sp_ether ether;	/* of the packet, at a bridge's port */
 };
 
 struct {
@@ -75,23 +77,20 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 	return bpf_map_lookup_elem(table, &key);
 }
 
-/*
- * Is `address` one of this node's? Asked of the routing table, so that an address that appears
- * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
- * what it takes in is for this node or for nobody.
- */
-static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
-				  const struct sp_addr *peer, __u32 version)
+/* The question to the routing table for a packet from peer to address, in the scratch. */
+static __always_inline struct bpf_fib_lookup *sp_fib_question(__u32 ifindex,
+							      const struct sp_addr *address,
+							      const struct sp_addr *peer,
+							      __u32 version)
 {
 	struct sp_scratch *scratch = sp_get_scratch();
 	struct bpf_fib_lookup *fib;
-	long r;
 
 	if (!scratch || !address || !peer)
-		return 1;
+		return NULL;
 	fib = &scratch->fib;
 	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->ifindex = skb->ifindex;
+	fib->ifindex = ifindex;
 	if (version == 4) {
 		fib->family = SP_AF_INET;
 		__builtin_memcpy(&fib->ipv4_src, &peer->bytes[12], 4);
@@ -101,8 +100,25 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 		__builtin_memcpy(fib->ipv6_src, peer, 16);
 		__builtin_memcpy(fib->ipv6_dst, address, 16);
 	}
-	r = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	return fib;
+}
+
+static __always_inline bool sp_fib_says_local(long r)
+{
 	return r < 0 || r == BPF_FIB_LKUP_RET_NOT_FWDED || r == BPF_FIB_LKUP_RET_FWD_DISABLED;
+}
+
+/*
+ * Is `address` one of this node's? Asked of the routing table, so that an address that appears
+ * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
+ * what it takes in is for this node or for nobody.
+ */
+static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
+				  const struct sp_addr *peer, __u32 version)
+{
+	struct bpf_fib_lookup *fib = sp_fib_question(skb->ifindex, address, peer, version);
+
+	return !fib || sp_fib_says_local(bpf_fib_lookup(skb, fib, sizeof(*fib), 0));
 }
 
 /* For packets that could not be parsed: does the address they go to own a protected port? */

@@ -30,11 +30,13 @@ type node struct {
 	notify  notifier
 
 	problems    *problems
+	alarms      *alarms
 	recent      *recent
 	flowCounts  *flowCounter
 	eventCounts *eventCounter
 
 	lock      *lock
+	cgroup    string // that the backstop is attached to
 	store     *store.Store
 	px        *px.Namespace
 	freshPx   bool // px was not there before
@@ -44,6 +46,8 @@ type node struct {
 	sink      *sink
 	resources *resources
 	devices   *devices
+	backstop  *backstop
+	uplinks   *uplinks
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -66,16 +70,21 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	n := newNode(o, cfg)
+	if n.cgroup, err = backstopCgroup(cfg); err != nil {
+		return err
+	}
 	return runParts(ctx, n.parts(), n.log)
 }
 
 func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
-	return &node{
+	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
+	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
+	return n
 }
 
 // parts is the order of start; stop is the reverse. Tables come before hooks, and what an earlier agent left is settled
@@ -88,15 +97,18 @@ func (n *node) parts() []part {
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
 		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
+		{name: "alarms", run: n.runAlarms},
 		{name: "resources", start: n.loadResources},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
+		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
 		{name: "grants", start: n.adoptGrants},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
+		{name: "address watch", run: func(ctx context.Context) error { return n.sources().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -148,14 +160,14 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
 	})
 	if err != nil {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
 	n.problems.report(problemSockets, "", datapath.CanDestroy())
-	n.log.Info("datapath open", "adopted", n.datapath.Adopted())
+	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
 }
 
@@ -189,6 +201,10 @@ func (n *node) makeAudit(context.Context) (err error) {
 	return nil
 }
 
+func (n *node) runAlarms(ctx context.Context) error {
+	return n.alarms.Run(ctx, func(err error) { n.problems.report(problemAlarms, "", err) })
+}
+
 func (n *node) classifier() classifier {
 	d := n.cfg.Spec.Devices
 	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0()}
@@ -198,7 +214,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier()}.device, problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.device, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -220,8 +236,20 @@ func (n *node) resourcesChanged(e *enforced) {
 
 // hookDevices hooks every device that is there; the watch takes over from it.
 func (n *node) hookDevices(context.Context) error {
-	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), problems: n.problems, log: n.log, changed: n.devicesChanged}
+	n.uplinks = &uplinks{datapath: n.datapath, classify: n.classifier(), spec: n.cfg.Spec.XDP, problems: n.problems}
+	if err := n.uplinks.limit(); err != nil {
+		return err
+	}
+	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
 	return n.devices.sync()
+}
+
+func (n *node) sources() *sources {
+	s := &sources{datapath: n.datapath, classify: n.classifier(), services: n.datapath.Services, problems: n.problems}
+	for _, r := range n.cfg.Spec.XDP.DenySources {
+		s.denied = append(s.denied, r.Prefix)
+	}
+	return s
 }
 
 func (n *node) devicesChanged() {
@@ -253,12 +281,12 @@ func (n *node) pxWatch() *pxWatch {
 }
 
 func (n *node) pinWatch() *pinWatch {
-	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, log: n.log}
+	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) keeper() *keeper {
 	return &keeper{datapath: n.datapath, grants: n.grants, lease: n.cfg.Spec.Lease.Duration, clock: n.clock, problems: n.problems,
-		notify: n.notify}
+		alarm: n.alarms.raise, notify: n.notify}
 }
 
 func (n *node) listenProxy(context.Context) (err error) {

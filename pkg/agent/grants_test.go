@@ -337,7 +337,9 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	defer l.kill()
 	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
 	must(t, err)
-	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems}
+	var alarms []alarmName
+	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
+		alarm: func(name alarmName, _ string) { alarms = append(alarms, name) }}
 	k.origin, k.last = k.clock.origin(), k.clock.boot()
 	must(t, k.tick(t.Context()))
 	if _, open := l.states(); open[row.ID] != 1 {
@@ -349,6 +351,9 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	must(t, err)
 	if _, open := l.states(); len(open) != 0 || rows[0].State != store.StateRevoked || !contains(rows[0].EndedWhy, "clock moved") {
 		t.Errorf("%+v, open %v", rows[0], open)
+	}
+	if !slices.Equal(alarms, []alarmName{alarmClockJump}) {
+		t.Errorf("alarms are %v", alarms)
 	}
 	left, err := l.datapath.LeaseLeft()
 	must(t, err)

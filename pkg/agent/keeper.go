@@ -19,6 +19,7 @@ type keeper struct {
 	lease    time.Duration
 	clock    clock
 	problems *problems
+	alarm    func(alarmName, string)
 	notify   notifier
 
 	origin time.Time     // owned by Run; wall minus boot time at the last tick
@@ -46,6 +47,7 @@ func (k *keeper) tick(ctx context.Context) error {
 	origin, boot := k.clock.origin(), k.clock.boot()
 	if jumped(k.origin, origin, boot-k.last) {
 		why := fmt.Sprintf("the wall clock moved by %s against boot time", origin.Sub(k.origin).Round(time.Second))
+		k.alarm(alarmClockJump, why+": every path ends")
 		if err := k.grants.endAll(ctx, stepRevoked, why, "agent"); err != nil {
 			return fmt.Errorf("end paths after a jump of the clock: %w", err)
 		}

@@ -17,6 +17,7 @@ const (
 	stepSpent       = "SPENT"
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
+	stepAlarm       = "ALARM"
 )
 
 // States of a grant on this node.

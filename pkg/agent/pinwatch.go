@@ -2,7 +2,7 @@ package agent
 
 import (
 	"context"
-	"log/slog"
+	"fmt"
 	"time"
 )
 
@@ -11,7 +11,7 @@ import (
 type pinWatch struct {
 	repin    func() (int, error)
 	problems *problems
-	log      *slog.Logger
+	alarm    func(alarmName, string)
 }
 
 // Run looks every resyncEvery until ctx ends.
@@ -25,7 +25,7 @@ func (w *pinWatch) Run(ctx context.Context) error {
 		case <-look.C:
 			n, err := w.repin()
 			if n > 0 {
-				w.log.Warn("pins were removed, and are there again", "pins", n)
+				w.alarm(alarmPinsLost, fmt.Sprintf("%d pins were removed, and are there again", n))
 			}
 			w.problems.report(problemPins, "", err)
 		}

@@ -25,11 +25,16 @@ const (
 	problemMetrics   problemClass = "metrics"
 	problemAudit     problemClass = "audit"
 	problemPins      problemClass = "pins"
+	problemBackstop  problemClass = "backstop"
+	problemAlarms    problemClass = "alarms"
+	problemXDP       problemClass = "xdp"
+	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemSockets}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
+	problemXDP, problemSources, problemSockets}
 
 type problemKey struct {
 	class   problemClass

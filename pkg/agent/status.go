@@ -24,7 +24,10 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 	if e := n.resources.current(); e != nil {
 		reply.Services, reply.Generation = uint32(len(e.services)), e.generation
 	}
-	reply.Problems = n.problems.lines()
+	for _, a := range n.alarms.list() {
+		reply.Problems = append(reply.Problems, "alarm "+a.String())
+	}
+	reply.Problems = append(reply.Problems, n.problems.lines()...)
 	for _, read := range []func(context.Context, *api.StatusReply) error{n.proxyStatus, n.kernelStatus, n.auditStatus} {
 		if err := read(ctx, reply); err != nil {
 			reply.Problems = append(reply.Problems, "status: "+oneLine(err.Error()))
@@ -34,9 +37,17 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 }
 
 func (n *node) hooks() []*api.HookStatus {
+	xdp := make(map[string]string)
+	for _, x := range n.datapath.XDP() {
+		xdp[x.Device] = fmt.Sprintf("%s: %s", x.Mode, x.Why)
+	}
 	var out []*api.HookStatus
 	for _, d := range n.datapath.Devices() {
-		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs})
+		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs,
+			Xdp: xdp[d.Name]})
+	}
+	for _, p := range n.datapath.Backstop() {
+		out = append(out, &api.HookStatus{Device: p.Where, Role: "backstop", Programs: []string{p.Program}})
 	}
 	return out
 }

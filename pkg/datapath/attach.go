@@ -11,17 +11,16 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
-// attachment is one link of one program; its pin has the name of its key, which names the place.
+// attachment is one program at its place; its key names the place, and the pin of a link.
 type attachment struct {
 	hook
-	link    link.Link
+	hold    hold
 	ifindex int
 	device  string
 	role    Role
@@ -52,10 +51,21 @@ func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	if l3 {
 		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
 	}
-	if role == RolePod {
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	first, last := hook{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, hook{"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}
+	switch role {
+	case RolePod:
+		last.name, last.prog = "sp_pod_out", d.objs.SpPodOut
+	case RoleBridge:
+		first.name, first.prog = "sp_bridge_in", d.objs.SpBridgeIn
+		last.name, last.prog = "sp_bridge_out", d.objs.SpBridgeOut
+	case RolePort, RolePodPort:
+		first.name, first.prog = "sp_port_in", d.objs.SpPortIn
+		last.name, last.prog = "sp_port_out", d.objs.SpPortOut
+		if role == RolePodPort {
+			last.name, last.prog = "sp_pod_port_out", d.objs.SpPodPortOut
+		}
 	}
-	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
+	return []hook{first, last}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -80,43 +90,65 @@ func (d *Datapath) attach(ifindex int, role Role, suffix string) error {
 	defer d.mu.Unlock()
 	for _, h := range d.hooks(role, l3) {
 		key := h.place + "-" + suffix // bpffs takes no dots
-		if a, ok := d.devices[key]; ok && linkedTo(a.link, ifindex) {
-			if err := updateLink(a.link, h.prog); err != nil {
-				return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
-			}
-			d.devices[key] = attachment{h, a.link, ifindex, dev.Name, role}
-			continue
-		} else if ok {
-			closeLink(a.link)
-			delete(d.devices, key)
-		}
-		l, err := d.linkHook(h, ifindex, role, filepath.Join(linksDir(d.cfg.Dir), key))
-		if err != nil {
+		if err := d.attachHook(h, key, place{ifindex, dev.Name, h.attach}, role); err != nil {
 			return fmt.Errorf("attach %s to %s: %w", h.name, dev.Name, err)
-		}
-		d.devices[key] = attachment{h, l, ifindex, dev.Name, role}
-		if err := d.replace(h, l, ifindex, dev.Name); err != nil {
-			return err
 		}
 	}
 	return nil
 }
 
-// replace takes a datapath off the chain that lost its pins and that only the guard still holds. The
-// new link is there already, so there is no gap.
-func (d *Datapath) replace(h hook, l link.Link, ifindex int, device string) error {
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("read link: %w", err)
+// attachHook brings one program to its place. Others of ours leave it last, so there is no gap: a
+// datapath that lost its pins and that only the guard still holds, or one of another profile.
+func (d *Datapath) attachHook(h hook, key string, p place, role Role) error {
+	a, ok := d.devices[key]
+	if ok && a.ifindex == p.ifindex && a.hold.there() {
+		a.hook, a.device, a.role = h, p.device, role
+		d.devices[key] = a
+		return a.hold.update(h.prog)
 	}
-	old, err := detachBut(ifindex, h.attach, info.ID)
+	if ok {
+		_ = a.hold.close()
+		delete(d.devices, key)
+	}
+	kept, err := d.take(p, h.prog, key, role)
+	if err != nil {
+		return err
+	}
+	d.devices[key] = attachment{h, kept, p.ifindex, p.device, role}
+	old, err := clearBut(p, kept)
 	if len(old) > 0 {
-		d.cfg.Logger.Warn("replaced hooks that had lost their pins", "device", device, "program", h.name, "links", old)
+		d.cfg.Logger.Warn("replaced hooks of another datapath", "device", p.device, "program", h.name, "hooks", len(old))
 	}
-	if err != nil {
-		return fmt.Errorf("replace %s on %s: %w", h.name, device, err)
+	if _, links := kept.(pinned); !links { // what a link of before has left
+		err = errors.Join(err, d.removePin(key))
+	}
+	return err
+}
+
+func (d *Datapath) removePin(key string) error {
+	if err := os.Remove(filepath.Join(linksDir(d.cfg.Dir), key)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove pin: %w", err)
 	}
 	return nil
+}
+
+// take adopts what holds the place, or takes it. A device that has to be taken is a new one, whatever
+// its number: paths to what was behind that number end before.
+func (d *Datapath) take(p place, prog *ebpf.Program, key string, role Role) (hold, error) {
+	fresh := func() error {
+		if role.ofDevice() { // px1's number is that of another namespace
+			return d.endPathsBehind(p.ifindex)
+		}
+		return nil
+	}
+	if d.profile == ProfileTCX {
+		return takeLink(p, prog, filepath.Join(linksDir(d.cfg.Dir), key), fresh)
+	}
+	qdiscs := qdiscsDir(d.cfg.Dir)
+	if role == RolePx1 || role == rolePxLo { // they go with px
+		qdiscs = ""
+	}
+	return takeFilter(p, prog, qdiscs, fresh)
 }
 
 // ErrLinkType says that a device has a link-layer header that the programs do not know.
@@ -148,72 +180,6 @@ func beginsWithIP(name string) (bool, error) {
 	}
 }
 
-// linkHook adopts the pinned link or makes one at the head of the chain. The link is pinned before
-// anything relies on it. A device that has to be linked is a new one, whatever its number: paths to
-// what was behind that number end before.
-func (d *Datapath) linkHook(h hook, ifindex int, role Role, pin string) (link.Link, error) {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err == nil && linkedTo(l, ifindex) {
-		return l, updateLink(l, h.prog)
-	}
-	if err == nil { // its device is gone
-		closeLink(l)
-		if err := os.Remove(pin); err != nil {
-			return nil, fmt.Errorf("remove stale pin: %w", err)
-		}
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("open pinned link: %w", err)
-	}
-	if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
-		if err := d.endPathsBehind(ifindex); err != nil {
-			return nil, err
-		}
-	}
-	l, err = link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: h.prog, Attach: h.attach, Anchor: link.Head()})
-	if err != nil {
-		return nil, err
-	}
-	if err := l.Pin(pin); err != nil {
-		closeLink(l)
-		return nil, fmt.Errorf("pin link: %w", err)
-	}
-	return l, nil
-}
-
-// linkedTo says whether a link is still attached to the device; a link whose device went away has
-// ifindex 0.
-func linkedTo(l link.Link, ifindex int) bool {
-	info, err := l.Info()
-	if err != nil {
-		return false
-	}
-	tcx := info.TCX()
-	return tcx != nil && int(tcx.Ifindex) == ifindex
-}
-
-// updateLink gives an adopted link this version's program, unless it has the same code already.
-func updateLink(l link.Link, prog *ebpf.Program) error {
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("read link: %w", err)
-	}
-	want, err := prog.Info()
-	if err != nil {
-		return fmt.Errorf("read program: %w", err)
-	}
-	old, err := ebpf.NewProgramFromID(info.Program)
-	if err == nil {
-		defer old.Close()
-		if have, err := old.Info(); err == nil && have.Tag == want.Tag {
-			return nil
-		}
-	}
-	if err := l.Update(prog); err != nil {
-		return fmt.Errorf("update link: %w", err)
-	}
-	return nil
-}
-
 // AttachPx hooks px0 in the current namespace, and px1 and lo in the px namespace.
 func (d *Datapath) AttachPx() error {
 	if err := d.attach(d.cfg.Px0, RolePx0, "px"); err != nil {
@@ -224,7 +190,7 @@ func (d *Datapath) AttachPx() error {
 		if err != nil {
 			return fmt.Errorf("find px1: %w", err)
 		}
-		if err := d.setPx1(px1.Index); err != nil {
+		if err := d.setPx(px1.Index); err != nil {
 			return err
 		}
 		if err := d.attach(px1.Index, RolePx1, "px"); err != nil {
@@ -234,16 +200,13 @@ func (d *Datapath) AttachPx() error {
 	})
 }
 
-func (d *Datapath) setPx1(ifindex int) error {
-	var c bpf.Config
-	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
-		return fmt.Errorf("read configuration: %w", err)
+// setPx tells the programs of px, from within it.
+func (d *Datapath) setPx(px1 int) error {
+	px, err := ownNetns()
+	if err != nil {
+		return err
 	}
-	c.Px1Ifindex = uint32(ifindex)
-	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
-		return fmt.Errorf("write configuration: %w", err)
-	}
-	return nil
+	return d.changeConfig(func(c *bpf.Config) { c.Px1Ifindex, c.PxNetns = uint32(px1), px.cookie })
 }
 
 // inNetns runs f in the namespace, on a thread that comes back from it. One that cannot come back ends
@@ -278,23 +241,19 @@ func inNetns(path string, f func() error) error {
 	return <-done
 }
 
-// Detach forgets a device that is gone and removes its pins. Links of a device that is still there
-// are detached.
+// Detach takes our hooks off a device, which may be gone, and forgets it.
 func (d *Datapath) Detach(ifindex int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var errs []error
 	for key, a := range d.devices {
-		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {
+		if a.ifindex != ifindex || !a.role.ofDevice() {
 			continue
 		}
-		closeLink(a.link)
+		errs = append(errs, a.hold.drop(), a.hold.close(), d.removePin(key))
 		delete(d.devices, key)
-		if err := os.Remove(filepath.Join(linksDir(d.cfg.Dir), key)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("remove pin: %w", err))
-		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, forgetQdisc(d.cfg.Dir, ifindex), d.forgetXDP(ifindex))...)
 }
 
 // Devices lists what is hooked, by role and name.
@@ -313,6 +272,13 @@ func (d *Datapath) Devices() []Device {
 		dev.Programs = append(dev.Programs, a.name)
 		slices.Sort(dev.Programs)
 		byKey[id] = dev
+	}
+	for _, x := range d.xdp {
+		id := fmt.Sprintf("%s/%s", RoleUplink, x.outcome.Device)
+		if dev, ok := byKey[id]; ok && x.link != nil {
+			dev.Programs = append(dev.Programs, x.program)
+			byKey[id] = dev
+		}
 	}
 	var out []Device
 	for _, id := range slices.Sorted(maps.Keys(byKey)) {

@@ -57,7 +57,7 @@ func arrived(t *testing.T, tap *lab.Tap) (packets, bytes uint64) {
 // takes part.
 func TestBudgetIsExact(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.copyProxy(t)
 	n.readEvents(t)
 	conns := n.pushers(t)
@@ -139,7 +139,7 @@ func (n *node) wantSpent(t *testing.T, slot uint32, b datapath.Budget) {
 // keeps out only what is too quick.
 func TestConnectionBudget(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.copyProxy(t)
 	c := n.cells()[0]
 	slot, err := n.d.OpenPath(datapath.Path{Grant: "01TEST", Client: c.from, ServiceID: c.serviceID, Service: "test",
@@ -174,7 +174,7 @@ func TestConnectionBudget(t *testing.T) {
 // TestBudgetAdopted: limits and what was used survive a restart of the agent.
 func TestBudgetAdopted(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	b := datapath.Budget{Bytes: 1 << 30, Packets: 1 << 20, Connections: 10, ConnectionsPerSecond: 5}
 	_, err := n.d.OpenPath(datapath.Path{Grant: "01TEST", Client: netip.MustParseAddr("10.1.0.2"), ServiceID: hostID, Service: "test",
 		Ports: []uint16{hostPort}, Deadline: datapath.BootTime() + time.Minute, Budget: b})

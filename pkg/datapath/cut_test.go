@@ -108,8 +108,11 @@ func wantResetNow(t *testing.T, what string, c net.Conn) {
 // TestOnePacketEndsBothHalves: after the end of a path one packet of either party resets both, and nothing
 // of it arrives.
 func TestOnePacketEndsBothHalves(t *testing.T) {
-	t.Parallel()
-	n := newNode(t)
+	eachProfile(t, testOnePacketEndsBothHalves)
+}
+
+func testOnePacketEndsBothHalves(t *testing.T, profile datapath.Profile) {
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	conns := n.pushers(t)
 	for _, c := range n.pushCells() {
@@ -163,7 +166,7 @@ func (n *node) sweep(t *testing.T) (out []flow.Record) {
 // listener alone. The record of the flow follows.
 func TestIdleConnectionsEnd(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.copyProxy(t)
 	n.showPods(t)
 	conns := n.pushers(t)
@@ -200,7 +203,7 @@ func TestIdleConnectionsEnd(t *testing.T) {
 // the node end with their own.
 func TestIdleBehindUnknownNamespace(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.copyProxy(t)
 	conns := n.pushers(t)
 	for _, c := range n.pushCells() {
@@ -239,7 +242,7 @@ func (n *node) readEvents(t *testing.T) {
 
 // TestThousandIdleConnections: a path with a thousand live connections ends within a second.
 func TestThousandIdleConnections(t *testing.T) {
-	n := newNode(t, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
+	n := newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
 	n.copyProxy(t)
 	n.showPods(t)
 	n.readEvents(t)

@@ -36,6 +36,8 @@ type Config struct {
 	Px0     int
 	// ListenPort is the port of the proxy's transparent listeners in px.
 	ListenPort uint16
+	// Profile is how programs are held on devices; empty is ProfileAuto.
+	Profile Profile
 	// MaxFlows, MaxLegs and MaxPaths size the tables of a new datapath; 0 is the default. An
 	// adopted one keeps its sizes.
 	MaxFlows, MaxLegs, MaxPaths uint32
@@ -44,19 +46,26 @@ type Config struct {
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
 	Logger *slog.Logger
+
+	oneBuffer bool // as on kernels before 5.18; for tests
 }
 
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
 // goroutines.
 type Datapath struct {
 	cfg     Config
+	profile Profile // settled
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
 	cuts    cuts // owned by Sweep
+	frags   bool // XDP may have frames in several buffers
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
+	xdp      map[int]xdpState     // by ifindex
+	backstop map[string]link.Link // by the name of the program, which is that of the pin
+	cgroup   string               // that the backstop is attached to; empty: not yet
 	services []Service
 	rows     int
 	gen      uint32
@@ -87,11 +96,20 @@ func Open(cfg Config) (*Datapath, error) {
 	if err := checkVersions(cfg.Dir); err != nil {
 		return nil, err
 	}
+	profile, err := cfg.Profile.choose()
+	if err != nil {
+		return nil, err
+	}
 	spec, err := bpf.LoadSallyport()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	d := &Datapath{cfg: cfg, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, live: map[uint32]Path{}}
+	profile.prepare(spec)
+	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
+		xdp: map[int]xdpState{}, backstop: map[string]link.Link{}, live: map[uint32]Path{}}
+	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
+		return nil, err
+	}
 	if d.adopted, err = prepareMaps(spec, cfg); err != nil {
 		return nil, err
 	}
@@ -112,6 +130,9 @@ func Open(cfg Config) (*Datapath, error) {
 	return d, nil
 }
 
+// Profile is how programs are held on devices: never ProfileAuto.
+func (d *Datapath) Profile() Profile { return d.profile }
+
 // Adopted says whether Open found a datapath and went on with it.
 func (d *Datapath) Adopted() bool { return d.adopted }
 
@@ -121,15 +142,22 @@ func (d *Datapath) Close() error {
 	defer d.mu.Unlock()
 	var errs []error
 	for _, a := range d.devices {
-		errs = append(errs, a.link.Close())
+		errs = append(errs, a.hold.close())
 	}
-	d.devices = map[string]attachment{}
+	errs = append(errs, d.closeXDP())
+	for _, l := range d.backstop {
+		errs = append(errs, l.Close())
+	}
+	d.devices, d.backstop = map[string]attachment{}, map[string]link.Link{}
 	return errors.Join(append(errs, d.objs.Close())...)
 }
 
 func version(dir string) string  { return filepath.Join(dir, fmt.Sprintf("v%d", schema)) }
 func mapsDir(dir string) string  { return filepath.Join(version(dir), "maps") }
 func linksDir(dir string) string { return filepath.Join(version(dir), "links") }
+
+// qdiscsDir has an empty directory for each device whose qdisc clsact we made, by its ifindex.
+func qdiscsDir(dir string) string { return filepath.Join(version(dir), "qdiscs") }
 
 // checkVersions refuses a directory that holds the pins of another layout: two datapaths on one
 // node would fight for its devices.
@@ -222,6 +250,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 		return fmt.Errorf("count CPUs: %w", err)
 	}
 	c.Cpus = uint32(cpus)
+	host, err := ownNetns()
+	if err != nil {
+		return err
+	}
+	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

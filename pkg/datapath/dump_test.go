@@ -65,7 +65,7 @@ func wantField(t *testing.T, v any, name string, want any) {
 // TestDumpServices: the table behind the outer map has names, kinds and ports to read.
 func TestDumpServices(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	outer := n.bpftool(t, "map", "dump", "pinned", n.pin("sp_services"))
 	_, value, _ := strings.Cut(outer, "value:")
 	var id [4]byte
@@ -98,7 +98,7 @@ func TestDumpServices(t *testing.T) {
 // TestDumpPathsAndFlows: who may go where until when, and what did, reads alone.
 func TestDumpPathsAndFlows(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	c := n.cells()[0]
 	slot := c.path(n, t, time.Minute)
 	conn := c.dialDirect(t)
@@ -162,7 +162,7 @@ func hexSlot(slot uint32) []string {
 // TestRevokeByHand: one bpftool command closes a path, for its live connection and for new ones.
 func TestRevokeByHand(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	n.showPods(t)
 	n.copyProxy(t)
 	for _, c := range n.cells() {
@@ -198,7 +198,7 @@ func TestRevokeByHand(t *testing.T) {
 // TestNamesOfMaps: an operator finds every map and program by its name.
 func TestNamesOfMaps(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	for name := range loadSpec(t).Maps {
 		if !strings.HasPrefix(name, "sp_") || name == "sp_table" || name == "sp_scratch" {
 			continue

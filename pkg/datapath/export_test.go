@@ -8,19 +8,62 @@ func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportP
 // Maps are the tables, for tests that write what no agent would.
 func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
 
-// LinkIDs lists the links of this handle by the name of their pin.
+// OneBuffer makes the XDP programs those of kernels before 5.18.
+func (c *Config) OneBuffer() { c.oneBuffer = true }
+
+// LinkIDs lists the holds of this handle by their key: the id of a link, the handle of a filter.
 func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	ids := map[string]uint32{}
 	for key, a := range d.devices {
-		info, err := a.link.Info()
+		switch h := a.hold.(type) {
+		case tcxLink:
+			info, err := h.Info()
+			if err != nil {
+				return nil, err
+			}
+			ids[key] = uint32(info.ID)
+		case *filter:
+			ids[key] = h.handle
+		}
+	}
+	for _, x := range d.xdp {
+		if x.link != nil {
+			info, err := x.link.Info()
+			if err != nil {
+				return nil, err
+			}
+			ids[xdpKey(x.outcome.Ifindex)] = uint32(info.ID)
+		}
+	}
+	for key, l := range d.backstop {
+		info, err := l.Info()
 		if err != nil {
 			return nil, err
 		}
 		ids[key] = uint32(info.ID)
 	}
 	return ids, nil
+}
+
+// DetachBackstop takes a part of the backstop off its place, as others could.
+func DetachBackstop(d *Datapath, program string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.backstop[program].Detach()
+}
+
+// OwnNetns is the cookie of the current namespace.
+func OwnNetns() (uint64, error) {
+	n, err := ownNetns()
+	return n.cookie, err
+}
+
+// NetnsInode is the inode of the current namespace.
+func NetnsInode() (uint32, error) {
+	n, err := ownNetns()
+	return n.inode, err
 }
 
 // What the tests of the programs need of the conversions.
@@ -30,6 +73,7 @@ var (
 	ToLabel     = toLabel
 	FromLabel   = fromLabel
 	DecodeEvent = decodeEvent
+	FromEvent   = fromEvent
 	Schema      = schema
 
 	ProgramNames = programNames

@@ -68,12 +68,12 @@ func holdNew(dir string, links map[string]link.Link, log *slog.Logger) error {
 	}
 	var errs []error
 	for _, e := range entries {
-		errs = append(errs, hold(filepath.Join(linksDir(dir), e.Name()), links, log))
+		errs = append(errs, holdLink(filepath.Join(linksDir(dir), e.Name()), links, log))
 	}
 	return errors.Join(errs...)
 }
 
-func hold(pin string, links map[string]link.Link, log *slog.Logger) error {
+func holdLink(pin string, links map[string]link.Link, log *slog.Logger) error {
 	name := filepath.Base(pin)
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) { // removed since it was listed
@@ -99,8 +99,7 @@ func hold(pin string, links map[string]link.Link, log *slog.Logger) error {
 
 func dropDetached(links map[string]link.Link, log *slog.Logger) {
 	for id, l := range links {
-		info, err := l.Info()
-		if err != nil || info.TCX() == nil || info.TCX().Ifindex != 0 {
+		if attachedSomewhere(l) {
 			continue
 		}
 		closeLink(l)

@@ -17,9 +17,11 @@ import (
 // TestPodOfUnknownDevice: a pod that is up before the table knows its device, or behind another device
 // than the table says, is closed, also to those who have a path to the instance before. There is no
 // proxy: nobody else could answer.
-func TestPodOfUnknownDevice(t *testing.T) {
+func TestPodOfUnknownDevice(t *testing.T) { eachProfile(t, testPodOfUnknownDevice) }
+
+func testPodOfUnknownDevice(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	other, err := n.Node.Ifindex(lab.PodDevice(1))
 	must(t, err)
 	known := n.d.Services()
@@ -75,9 +77,11 @@ func moved(services []datapath.Service, id uint32, ifindex int) []datapath.Servi
 
 // TestDeviceOfTheSameNumber: a path ends with the device that it leads to. Another device that takes over
 // its name and its number, under this handle or while there was none, does not inherit it.
-func TestDeviceOfTheSameNumber(t *testing.T) {
+func TestDeviceOfTheSameNumber(t *testing.T) { eachProfile(t, testDeviceOfTheSameNumber) }
+
+func testDeviceOfTheSameNumber(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	const name, number = "vethnew", 4242
 	address := netip.MustParseAddr("10.9.0.2")
 	services := []datapath.Service{{ID: 9, Name: "new", Target: datapath.TargetPod, Ports: []uint16{podPort}, Ifindex: number,

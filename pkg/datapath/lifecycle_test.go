@@ -73,9 +73,11 @@ func waitUntil(t *testing.T, what string, done func() bool) {
 
 // TestDeadlineResets: a live connection meets the kernel's deadline with nobody's help, is reset at
 // its next packet, and the next connection is the proxy's.
-func TestDeadlineResets(t *testing.T) {
+func TestDeadlineResets(t *testing.T) { eachProfile(t, testDeadlineResets) }
+
+func testDeadlineResets(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	for _, c := range n.cells() {
 		t.Run(c.name, func(t *testing.T) {
@@ -107,9 +109,11 @@ func (n *node) deadline(t *testing.T, slot uint32) time.Duration {
 }
 
 // TestServerIsReset: a service that speaks after the end of the path is reset too.
-func TestServerIsReset(t *testing.T) {
+func TestServerIsReset(t *testing.T) { eachProfile(t, testServerIsReset) }
+
+func testServerIsReset(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	for _, f := range lab.Families() {
 		for _, where := range []*lab.Namespace{n.Node, n.Pod} {
@@ -153,9 +157,11 @@ func TestServerIsReset(t *testing.T) {
 }
 
 // TestLeaseLapsed: a dead agent admits nothing new; what it admitted goes on to its deadline.
-func TestLeaseLapsed(t *testing.T) {
+func TestLeaseLapsed(t *testing.T) { eachProfile(t, testLeaseLapsed) }
+
+func testLeaseLapsed(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	c := n.cells()[0]
 	c.path(n, t, time.Minute)
@@ -173,9 +179,11 @@ func TestLeaseLapsed(t *testing.T) {
 }
 
 // TestMidStream: a connection that is older than its protection is reset, not passed.
-func TestMidStream(t *testing.T) {
+func TestMidStream(t *testing.T) { eachProfile(t, testMidStream) }
+
+func testMidStream(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	services := n.d.Services()
 	for _, c := range n.cells() {
@@ -191,9 +199,11 @@ func TestMidStream(t *testing.T) {
 }
 
 // TestProxiedConnectionKept: opening a path does not touch a proxied connection.
-func TestProxiedConnectionKept(t *testing.T) {
+func TestProxiedConnectionKept(t *testing.T) { eachProfile(t, testProxiedConnectionKept) }
+
+func testProxiedConnectionKept(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	for _, c := range n.cells() {
 		t.Run(c.name, func(t *testing.T) {
@@ -213,9 +223,11 @@ func TestProxiedConnectionKept(t *testing.T) {
 }
 
 // TestProxyDead: without a listener the port is closed, and a live path unaffected.
-func TestProxyDead(t *testing.T) {
+func TestProxyDead(t *testing.T) { eachProfile(t, testProxyDead) }
+
+func testProxyDead(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	for _, c := range n.cells() {
 		t.Run(c.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
@@ -237,9 +249,11 @@ func TestProxyDead(t *testing.T) {
 }
 
 // TestRecordOrProxy: with the reader stopped and the ring full, the SYN goes to the proxy.
-func TestRecordOrProxy(t *testing.T) {
+func TestRecordOrProxy(t *testing.T) { eachProfile(t, testRecordOrProxy) }
+
+func testRecordOrProxy(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	c := n.cells()[2] // loopback is the quickest
 	c.path(n, t, time.Minute)
@@ -261,9 +275,11 @@ func TestRecordOrProxy(t *testing.T) {
 }
 
 // TestRecordsAddUp: the records of a path's flows and its counters in the kernel agree to the byte.
-func TestRecordsAddUp(t *testing.T) {
+func TestRecordsAddUp(t *testing.T) { eachProfile(t, testRecordsAddUp) }
+
+func testRecordsAddUp(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	ctx, cancel := context.WithCancel(context.Background())
 	var mu sync.Mutex
 	var records []flow.Record
@@ -322,9 +338,11 @@ func TestRecordsAddUp(t *testing.T) {
 }
 
 // TestPodDeviceUnknown: a pod service whose device is not known yet is closed at every device.
-func TestPodDeviceUnknown(t *testing.T) {
+func TestPodDeviceUnknown(t *testing.T) { eachProfile(t, testPodDeviceUnknown) }
+
+func testPodDeviceUnknown(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	services := n.d.Services()
 	for i := range services {

@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -60,51 +59,37 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 	}
 }
 
-// Attached lists the programs of Sallyport on the devices of the current network namespace, as
-// "device/program", whoever attached them.
-func Attached() ([]string, error) {
+// Attached lists the programs of Sallyport on the current network namespace and its devices, and on a
+// control group (empty: on none), as "device/program", whoever attached them.
+func Attached(cgroup string) ([]string, error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
 	var out []string
 	for _, dev := range devices {
-		for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-			found, err := attachedTo(dev.Index, attach)
+		for _, attach := range directions() {
+			ours, err := findOurs(place{dev.Index, dev.Name, attach})
 			if err != nil {
-				return nil, fmt.Errorf("query %s: %w", dev.Name, err)
+				return nil, err
 			}
-			for _, a := range found {
-				out = append(out, dev.Name+"/"+a.name)
+			for _, f := range ours {
+				out = append(out, dev.Name+"/"+f.name)
 			}
 		}
 	}
-	return out, nil
-}
-
-// attachedProgram is a program of ours in a device's chain. The link is 0 if there is none.
-type attachedProgram struct {
-	name string
-	link link.ID
-}
-
-func attachedTo(ifindex int, attach ebpf.AttachType) ([]attachedProgram, error) {
-	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: attach})
+	filtered, err := xdpDevices()
 	if err != nil {
 		return nil, err
 	}
-	var found []attachedProgram
-	for _, p := range result.Programs {
-		name, err := programName(p.ID)
-		if err != nil {
-			return nil, err
-		}
-		if slices.Contains(programNames(), name) {
-			id, _ := p.LinkID()
-			found = append(found, attachedProgram{name, id})
-		}
+	for dev, there := range filtered {
+		out = append(out, dev.Attrs().Name+"/"+there.name)
 	}
-	return found, nil
+	err = backstopAt(cgroup, func(_ link.Link, name string) error {
+		out = append(out, map[string]string{cgroupHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
+		return nil
+	})
+	return out, err
 }
 
 // programName is empty for a program that is gone since it was listed.

@@ -7,7 +7,6 @@ import (
 	"os"
 	"reflect"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/sallyport-dev/sallyport/bpf"
@@ -22,56 +21,49 @@ func programNames() []string {
 	return names
 }
 
-// DetachAll detaches every program of Sallyport from the devices of the current network namespace,
-// whoever holds its link, and says how many: the guard holds links whose pins somebody removed.
-func DetachAll() (n int, err error) {
+// DetachAll detaches every program of Sallyport from the current network namespace and its devices, and
+// the backstop from a control group (empty: from none), whoever holds it, and says how many: the guard
+// holds links whose pins somebody removed, and filters have no pins.
+func DetachAll(cgroup string) (n int, err error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return 0, fmt.Errorf("list devices: %w", err)
 	}
 	var errs []error
 	for _, dev := range devices {
-		for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-			ids, err := detachBut(dev.Index, attach, 0)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("detach from %s: %w", dev.Name, err))
-			}
-			n += len(ids)
+		for _, attach := range directions() {
+			dropped, err := clearBut(place{dev.Index, dev.Name, attach}, nil)
+			errs = append(errs, err)
+			n += len(dropped)
 		}
 	}
+	filtered, err := xdpDevices()
+	errs = append(errs, err)
+	for dev, there := range filtered {
+		if err := detachXDP(dev.Attrs().Index, there.program); err != nil {
+			errs = append(errs, fmt.Errorf("detach XDP from %s: %w", dev.Attrs().Name, err))
+			continue
+		}
+		n++
+	}
+	errs = append(errs, backstopAt(cgroup, func(l link.Link, name string) error {
+		if err := l.Detach(); err != nil {
+			return fmt.Errorf("detach %s: %w", name, err)
+		}
+		n++
+		return nil
+	}))
 	return n, errors.Join(errs...)
 }
 
-// detachBut detaches our programs from one place of a device, but for one link. Two datapaths in one
-// chain would drop each other's packets.
-func detachBut(ifindex int, attach ebpf.AttachType, keep link.ID) (detached []link.ID, err error) {
-	found, err := attachedTo(ifindex, attach)
-	if err != nil {
-		return nil, err
+// DetachPx does the same in the px namespace, if it is there: what runs in it keeps its devices.
+func DetachPx(netnsFile string) (n int, err error) {
+	if _, err := os.Stat(netnsFile); errors.Is(err, os.ErrNotExist) {
+		return 0, nil
 	}
-	var errs []error
-	for _, a := range found {
-		if a.link == keep {
-			continue
-		}
-		if err := detachLink(a.link); err != nil {
-			errs = append(errs, fmt.Errorf("detach link %d of %s: %w", a.link, a.name, err))
-			continue
-		}
-		detached = append(detached, a.link)
-	}
-	return detached, errors.Join(errs...)
-}
-
-// detachLink is content with a link that is gone.
-func detachLink(id link.ID) error {
-	l, err := link.NewFromID(id)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	err = inNetns(netnsFile, func() error {
+		n, err = DetachAll("")
 		return err
-	}
-	defer closeLink(l)
-	return l.Detach()
+	})
+	return n, err
 }

@@ -47,7 +47,17 @@ func (d *Datapath) pins() map[string]pinned {
 		all[filepath.Join(mapsDir(d.cfg.Dir), name)] = m
 	}
 	for key, a := range d.devices {
-		all[filepath.Join(linksDir(d.cfg.Dir), key)] = a.link
+		if l, ok := a.hold.(pinned); ok {
+			all[filepath.Join(linksDir(d.cfg.Dir), key)] = l
+		}
+	}
+	for ifindex, x := range d.xdp {
+		if x.link != nil {
+			all[filepath.Join(linksDir(d.cfg.Dir), xdpKey(ifindex))] = x.link
+		}
+	}
+	for name, l := range d.backstop {
+		all[filepath.Join(linksDir(d.cfg.Dir), name)] = l
 	}
 	return all
 }

@@ -16,13 +16,16 @@ import (
 )
 
 // unpinned is a node whose pins are all removed, while a guard holds the links.
-func unpinned(t *testing.T) (*node, *guard) {
+func unpinned(t *testing.T, profile datapath.Profile) (*node, *guard) {
 	t.Helper()
-	n := newLeakFree(t)
+	n := newLeakFree(t, profile)
 	n.standIn(t)
 	links, err := n.d.LinkIDs()
 	must(t, err)
 	g := n.guard(t)
+	if profile == datapath.ProfileClsact { // filters need nobody
+		links = nil
+	}
 	g.wait(t, len(links))
 	must(t, os.RemoveAll(n.cf.Dir))
 	return n, g
@@ -30,7 +33,7 @@ func unpinned(t *testing.T) (*node, *guard) {
 
 // TestRepin: the same maps and links are found where they were, so that the next Open adopts them.
 func TestRepin(t *testing.T) {
-	n := newLeakFree(t)
+	n := newLeakFree(t, datapath.ProfileAuto)
 	before := n.mapIDs(t)
 	links, err := n.d.LinkIDs()
 	must(t, err)
@@ -55,7 +58,7 @@ func TestRepin(t *testing.T) {
 
 // TestRepinWithoutBPFFS: what cannot be pinned is told, and nothing is made in what lies below the mount.
 func TestRepinWithoutBPFFS(t *testing.T) {
-	n := newLeakFree(t)
+	n := newLeakFree(t, datapath.ProfileAuto)
 	must(t, unix.Unmount(filepath.Dir(n.cf.Dir), unix.MNT_DETACH))
 	if _, err := n.d.Repin(); !errors.Is(err, datapath.ErrBPFFS) {
 		t.Errorf("%v, want %v", err, datapath.ErrBPFFS)
@@ -67,8 +70,10 @@ func TestRepinWithoutBPFFS(t *testing.T) {
 
 // TestStartWithoutPins: a datapath that finds none takes the place of the one that the guard still
 // holds. Both in one chain would drop each other's packets.
-func TestStartWithoutPins(t *testing.T) {
-	n, g := unpinned(t)
+func TestStartWithoutPins(t *testing.T) { eachProfile(t, testStartWithoutPins) }
+
+func testStartWithoutPins(t *testing.T, profile datapath.Profile) {
+	n, g := unpinned(t, profile)
 	must(t, n.d.Close())
 	n.open(t)
 	if n.d.Adopted() {
@@ -79,7 +84,7 @@ func TestStartWithoutPins(t *testing.T) {
 	n.everySays(t, "proxy", "new datapath")
 	var hooks []string
 	must(t, n.Node.Do(func() (err error) {
-		hooks, err = datapath.Attached()
+		hooks, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	slices.Sort(hooks)
@@ -91,19 +96,21 @@ func TestStartWithoutPins(t *testing.T) {
 }
 
 // TestDetachAll: an uninstall without pins takes the hooks from the guard.
-func TestDetachAll(t *testing.T) {
-	n, _ := unpinned(t)
+func TestDetachAll(t *testing.T) { eachProfile(t, testDetachAll) }
+
+func testDetachAll(t *testing.T, profile datapath.Profile) {
+	n, _ := unpinned(t, profile)
 	must(t, n.d.Close())
 	var had, left []string
 	detached := 0
 	must(t, n.Node.Do(func() (err error) {
-		if had, err = datapath.Attached(); err != nil {
+		if had, err = datapath.Attached(n.Cgroup()); err != nil {
 			return err
 		}
-		if detached, err = datapath.DetachAll(); err != nil {
+		if detached, err = datapath.DetachAll(n.Cgroup()); err != nil {
 			return err
 		}
-		left, err = datapath.Attached()
+		left, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	if len(had) == 0 || detached != len(had) || len(left) > 0 {

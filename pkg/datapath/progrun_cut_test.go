@@ -13,7 +13,7 @@ import (
 )
 
 // shape changes a packet of a case.
-type shape func(*packet.Packet)
+type bend func(*packet.Packet)
 
 // bulk is all that an RST must not have.
 func bulk(p *packet.Packet) {
@@ -27,15 +27,15 @@ func extensions(p *packet.Packet) {
 	p.Extensions = []packet.Extension{{Type: packet.DestOptions, Body: packet.SkippedOption(16)}}
 }
 
-func towardsAs(flags uint8, shapes ...shape) func(scene) probe {
+func towardsAs(flags uint8, shapes ...bend) func(scene) probe {
 	return func(s scene) probe { return shapedAs(s.towards, s.device, tcp(s.client, s.server, flags), shapes) }
 }
 
-func fromAs(flags uint8, shapes ...shape) func(scene) probe {
+func fromAs(flags uint8, shapes ...bend) func(scene) probe {
 	return func(s scene) probe { return shapedAs(s.from, s.device, tcp(s.server, s.client, flags), shapes) }
 }
 
-func shapedAs(program string, device int, p packet.Packet, shapes []shape) probe {
+func shapedAs(program string, device int, p packet.Packet, shapes []bend) probe {
 	for _, f := range shapes {
 		f(&p)
 	}

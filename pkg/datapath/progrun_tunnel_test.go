@@ -68,9 +68,11 @@ func joined(a, b *os.File) {
 
 // TestWhoAnswersThroughATunnel: packets that begin with the IP header are steered, served, bypassed
 // and cut like any others.
-func TestWhoAnswersThroughATunnel(t *testing.T) {
+func TestWhoAnswersThroughATunnel(t *testing.T) { eachProfile(t, testWhoAnswersThroughATunnel) }
+
+func testWhoAnswersThroughATunnel(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	joined(openTun(t, n.Node, "10.8.0.1/24", "fd00:8::1/64"), openTun(t, n.Client, "10.8.0.2/24", "fd00:8::2/64"))
 	dev, err := n.Node.Ifindex(tunnel)

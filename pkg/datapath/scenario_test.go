@@ -39,9 +39,21 @@ type node struct {
 	relays sync.WaitGroup // accept loops, and relays that still use px
 }
 
-func newNode(t *testing.T, change ...func(*datapath.Config)) *node {
+// eachProfile runs a test with tcx links and with filters of clsact.
+func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
+	for _, p := range []datapath.Profile{datapath.ProfileTCX, datapath.ProfileClsact} {
+		t.Run(string(p), func(t *testing.T) { test(t, p) })
+	}
+}
+
+func newNode(t *testing.T, profile datapath.Profile) *node {
 	t.Helper()
-	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
+	return newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.Profile = profile })
+}
+
+func newNodeOn(t *testing.T, o lab.Options, changes ...func(*datapath.Config)) *node {
+	t.Helper()
+	n := &node{Lab: lab.New(t, o)}
 	bpffs, err := n.MountBPFFS()
 	must(t, err)
 	must(t, n.Node.Do(func() error {
@@ -56,34 +68,32 @@ func newNode(t *testing.T, change ...func(*datapath.Config)) *node {
 		Dir: filepath.Join(bpffs, "sallyport"), PxNetns: filepath.Join(n.Dir, "px"), Px0: n.px.Px0(),
 		ListenPort: listenPort, MaxFlows: 4096, MaxLegs: 8192, MaxPaths: 256, RingBytes: 64 << 10, MaxTTL: time.Hour,
 	}
-	for _, f := range change {
-		f(&n.cf)
+	for _, change := range changes {
+		change(&n.cf)
 	}
 	n.open(t)
 	t.Cleanup(func() {
 		n.d.Close()
-		_, err := datapath.Uninstall(n.cf.Dir)
-		must(t, err)
+		n.uninstall(t)
 	})
-	must(t, n.Node.Do(func() error {
-		if err := n.d.AttachPx(); err != nil {
-			return err
-		}
-		for name, role := range map[string]datapath.Role{lab.Uplink: datapath.RoleUplink, lab.PodDevice(0): datapath.RolePod,
-			lab.PodDevice(1): datapath.RolePod, "lo": datapath.RoleLo} {
-			dev, err := net.InterfaceByName(name)
-			if err != nil {
-				return err
-			}
-			if err := n.d.Attach(dev.Index, role); err != nil {
-				return err
-			}
-		}
-		return nil
-	}))
+	must(t, n.attachAll(n.d))
 	n.protect(t)
 	must(t, n.d.Renew(time.Minute))
 	return n
+}
+
+// uninstall runs where the agent does: filters are found by their devices.
+func (n *node) uninstall(t *testing.T) (r datapath.Report) {
+	t.Helper()
+	must(t, n.Node.Do(func() (err error) {
+		if r, err = datapath.Uninstall(n.cf.Dir); err != nil {
+			return err
+		}
+		inPx, err := datapath.DetachPx(n.cf.PxNetns)
+		r.Links += inPx
+		return err
+	}))
+	return r
 }
 
 func (n *node) open(t *testing.T) {
@@ -195,7 +205,7 @@ func (n *node) copyProxy(t *testing.T) io.Closer {
 	var all closers
 	for _, network := range []string{"tcp4", "tcp6"} {
 		var ln net.Listener
-		must(t, n.px.Do(func() error {
+		must(t, n.inPx(func() error {
 			var err error
 			lc := net.ListenConfig{Control: transparent}
 			lc.SetMultipathTCP(false)
@@ -210,6 +220,11 @@ func (n *node) copyProxy(t *testing.T) io.Closer {
 		n.relays.Wait()
 	})
 	return all
+}
+
+// inPx runs f in px, with sockets that the backstop sees.
+func (n *node) inPx(f func() error) error {
+	return n.Do(func() error { return n.px.Do(f) })
 }
 
 type closers []io.Closer
@@ -237,7 +252,7 @@ func (n *node) serve(ln net.Listener) {
 func (n *node) relay(c *net.TCPConn, dialled func()) {
 	defer c.Close()
 	var up net.Conn
-	err := n.px.Do(func() error {
+	err := n.inPx(func() error {
 		d := net.Dialer{Control: transparent, Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{IP: c.RemoteAddr().(*net.TCPAddr).IP}}
 		d.SetMultipathTCP(false)
 		var err error
@@ -303,9 +318,11 @@ func (n *node) counters(t *testing.T) string {
 
 // TestWhoAnswers asks every service in every way: through the proxy without a path, directly with
 // one, by the proxy again when it is over.
-func TestWhoAnswers(t *testing.T) {
+func TestWhoAnswers(t *testing.T) { eachProfile(t, testWhoAnswers) }
+
+func testWhoAnswers(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	n.copyProxy(t)
 	for _, c := range n.cells() {
 		t.Run(c.name, func(t *testing.T) {

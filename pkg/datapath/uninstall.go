@@ -5,18 +5,20 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"github.com/cilium/ebpf/link"
 )
 
 // Report is what Uninstall removed.
 type Report struct {
-	Links int // detached
+	Links int // detached, or filters deleted
 	Maps  int // unpinned
 }
 
-// Uninstall detaches every link under dir, whoever else holds it, and removes all pins. It goes on
-// after an error and returns all of them. It can be repeated.
+// Uninstall detaches every link under dir, whoever else holds it, removes each qdisc that we made and
+// nobody else uses from the devices of the current network namespace, and removes all pins. It goes
+// on after an error and returns all of them. It can be repeated.
 func Uninstall(dir string) (Report, error) {
 	var r Report
 	var errs []error
@@ -29,6 +31,9 @@ func Uninstall(dir string) (Report, error) {
 		}
 		r.Links++
 	}
+	filters, err := dropQdiscs(dir)
+	errs = append(errs, err)
+	r.Links += filters
 	pins, err = readPins(mapsDir(dir))
 	errs = append(errs, err)
 	for _, pin := range pins {
@@ -38,7 +43,7 @@ func Uninstall(dir string) (Report, error) {
 		}
 		r.Maps++
 	}
-	for _, d := range []string{linksDir(dir), mapsDir(dir), version(dir), dir} {
+	for _, d := range []string{linksDir(dir), qdiscsDir(dir), mapsDir(dir), version(dir), dir} {
 		if err := os.Remove(d); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove pin directory: %w", err))
 		}
@@ -61,7 +66,7 @@ func readPins(dir string) ([]string, error) {
 	return pins, nil
 }
 
-// detachPinned detaches before it unpins: the guard may hold the link too. A link whose device is gone
+// detachPinned detaches before it unpins: the guard may hold the link too. A link whose place is gone
 // cannot be detached any more (ENOLINK) and need not be.
 func detachPinned(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
@@ -69,17 +74,42 @@ func detachPinned(pin string) error {
 		return fmt.Errorf("open link %s: %w", filepath.Base(pin), err)
 	}
 	defer closeLink(l)
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("read link %s: %w", filepath.Base(pin), err)
-	}
-	if tcx := info.TCX(); tcx != nil && tcx.Ifindex != 0 {
+	if attachedSomewhere(l) {
 		if err := l.Detach(); err != nil {
 			return fmt.Errorf("detach %s: %w", filepath.Base(pin), err)
 		}
 	}
 	if err := os.Remove(pin); err != nil {
 		return fmt.Errorf("unpin link: %w", err)
+	}
+	return nil
+}
+
+// dropQdiscs removes the qdiscs that we made.
+func dropQdiscs(dir string) (filters int, err error) {
+	notes, err := readPins(qdiscsDir(dir))
+	errs := []error{err}
+	for _, note := range notes {
+		ifindex, err := strconv.Atoi(filepath.Base(note))
+		if err != nil {
+			errs = append(errs, fmt.Errorf("read note of qdisc: %w", err))
+			continue
+		}
+		n, err := dropQdisc(ifindex)
+		filters += n
+		if err == nil {
+			err = forgetQdisc(dir, ifindex)
+		}
+		errs = append(errs, err)
+	}
+	return filters, errors.Join(errs...)
+}
+
+// forgetQdisc removes the note that a device's qdisc is ours.
+func forgetQdisc(dir string, ifindex int) error {
+	err := os.Remove(filepath.Join(qdiscsDir(dir), strconv.Itoa(ifindex)))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("forget qdisc: %w", err)
 	}
 	return nil
 }

@@ -8,12 +8,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -37,7 +39,8 @@ func (n *node) attachAll(d *datapath.Datapath) error {
 				return err
 			}
 		}
-		return nil
+		_, err := d.AttachBackstop(n.Cgroup())
+		return err
 	})
 }
 
@@ -46,10 +49,10 @@ func (n *node) attachAll(d *datapath.Datapath) error {
 func init() { runtime.LockOSThread() }
 
 // newLeakFree makes a node that must leave nothing behind.
-func newLeakFree(t *testing.T) *node {
+func newLeakFree(t *testing.T, profile datapath.Profile) *node {
 	t.Helper()
 	leak.Check(t)
-	n := newNode(t)
+	n := newNode(t, profile)
 	t.Cleanup(func() { _ = n.px.Close() }) // its descriptors hold namespaces
 	return n
 }
@@ -81,9 +84,11 @@ func (n *node) config(t *testing.T) bpf.Config {
 
 // TestSecondOpenAdopts: the same links and maps, the same secrets, services and paths; a live
 // connection notices nothing.
-func TestSecondOpenAdopts(t *testing.T) {
+func TestSecondOpenAdopts(t *testing.T) { eachProfile(t, testSecondOpenAdopts) }
+
+func testSecondOpenAdopts(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, profile)
 	if n.d.Adopted() {
 		t.Error("the first Open adopted")
 	}
@@ -132,12 +137,13 @@ func TestSecondOpenAdopts(t *testing.T) {
 }
 
 // TestUninstallLeavesNothing: no link, program, map or pin, though handles were open.
-func TestUninstallLeavesNothing(t *testing.T) {
-	n := newLeakFree(t)
+func TestUninstallLeavesNothing(t *testing.T) { eachProfile(t, testUninstallLeavesNothing) }
+
+func testUninstallLeavesNothing(t *testing.T, profile datapath.Profile) {
+	n := newLeakFree(t, profile)
 	links, err := n.d.LinkIDs()
 	must(t, err)
-	report, err := datapath.Uninstall(n.cf.Dir)
-	must(t, err)
+	report := n.uninstall(t)
 	if report.Links != len(links) || report.Maps == 0 {
 		t.Errorf("report is %+v, want %d links and some maps", report, len(links))
 	}
@@ -150,9 +156,8 @@ func TestUninstallLeavesNothing(t *testing.T) {
 			t.Errorf("%s: answered by %s (%v), want the service: nothing is steered any more", c.name, got, err)
 		}
 	}
-	again, err := datapath.Uninstall(n.cf.Dir)
-	if err != nil || again != (datapath.Report{}) {
-		t.Errorf("second uninstall: %+v, %v", again, err)
+	if again := n.uninstall(t); again != (datapath.Report{}) {
+		t.Errorf("second uninstall: %+v", again)
 	}
 	n.open(t) // and from the beginning
 	if n.d.Adopted() {
@@ -160,7 +165,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	}
 }
 
-// noHooks looks at the devices of the node and of px for tcx programs.
+// noHooks looks at the devices of the node and of px for tcx programs and for our filters.
 func (n *node) noHooks(t *testing.T) {
 	t.Helper()
 	look := func() error {
@@ -178,6 +183,15 @@ func (n *node) noHooks(t *testing.T) {
 					t.Errorf("%d programs are left on %s %v", len(q.Programs), dev.Name, at)
 				}
 			}
+			for _, side := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+				names, err := filters(&netlink.Handle{}, &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: dev.Index}}, side)
+				if err != nil {
+					return err
+				}
+				if slices.ContainsFunc(names, func(name string) bool { return strings.HasPrefix(name, "sp_") }) {
+					t.Errorf("filters %v are left on %s", names, dev.Name)
+				}
+			}
 		}
 		return nil
 	}
@@ -186,20 +200,21 @@ func (n *node) noHooks(t *testing.T) {
 }
 
 // TestUninstallWithoutDevices: links of devices that are gone are no obstacle.
-func TestUninstallWithoutDevices(t *testing.T) {
-	n := newLeakFree(t)
+func TestUninstallWithoutDevices(t *testing.T) { eachProfile(t, testUninstallWithoutDevices) }
+
+func testUninstallWithoutDevices(t *testing.T, profile datapath.Profile) {
+	n := newLeakFree(t, profile)
 	dev, err := n.Node.Netlink.LinkByName(lab.PodDevice(1))
 	must(t, err)
 	must(t, n.Node.Netlink.LinkDel(dev))
-	_, err = datapath.Uninstall(n.cf.Dir)
-	must(t, err)
+	n.uninstall(t)
 	n.noHooks(t)
 }
 
 // TestUnknownLayouts: what this version cannot read stays as it is.
 func TestUnknownLayouts(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, datapath.ProfileAuto)
 	must(t, n.d.Close())
 	refuse := func(name string, prepare, restore func()) {
 		t.Run(name, func(t *testing.T) {
@@ -245,7 +260,7 @@ func (n *node) changeConfig(t *testing.T, f func(*bpf.Config)) {
 func (n *node) replaceMap(t *testing.T, name string) {
 	t.Helper()
 	must(t, os.Remove(n.pin(name)))
-	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.Hash, KeySize: 40, ValueSize: 48, MaxEntries: 16})
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.Hash, KeySize: 40, ValueSize: 56, MaxEntries: 16})
 	must(t, err)
 	defer m.Close()
 	must(t, m.Pin(n.pin(name)))

@@ -109,8 +109,7 @@ func TestHostIsUntouched(t *testing.T) {
 		t.Errorf("in use: %s", d)
 	}
 
-	_, err = datapath.Uninstall(n.cf.Dir)
-	must(t, err)
+	n.uninstall(t)
 	must(t, l.Node.Do(func() error { return px.Remove(where) }))
 	for _, d := range differences(before, surroundings(t, l.Node)) {
 		t.Errorf("removed: %s", d)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -23,6 +24,7 @@ type Namespace struct {
 	lab    *Lab
 	handle netns.NsHandle
 	addrs  map[Family][]netip.Addr
+	end    func() error // closes handle and Netlink, once
 }
 
 // newNamespace makes an empty namespace with lo up and without duplicate address detection.
@@ -32,11 +34,11 @@ func (l *Lab) newNamespace(name string) (*Namespace, error) {
 		return nil, fmt.Errorf("create namespace %s: %w", name, err)
 	}
 	n := &Namespace{Name: name, lab: l, handle: h, addrs: map[Family][]netip.Addr{}}
-	l.onClose(n.handle.Close)
+	n.end = sync.OnceValue(n.close)
+	l.onClose(n.end)
 	if n.Netlink, err = netlink.NewHandleAt(h); err != nil {
 		return nil, fmt.Errorf("open netlink of %s: %w", name, err)
 	}
-	l.onClose(func() error { n.Netlink.Close(); return nil })
 	for key, value := range map[string]string{
 		"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0",
 		"ipv6/conf/default/accept_ra": "0", "ipv6/conf/default/router_solicitations": "0",
@@ -47,6 +49,13 @@ func (l *Lab) newNamespace(name string) (*Namespace, error) {
 	}
 	lo := side{ns: n, device: "lo"}
 	return n, lo.up()
+}
+
+func (n *Namespace) close() error {
+	if n.Netlink != nil {
+		n.Netlink.Close()
+	}
+	return n.handle.Close()
 }
 
 // create unshares a namespace on a thread that then returns to its own.
@@ -83,7 +92,7 @@ func (n *Namespace) Do(f func() error) error {
 		if err := netns.Set(n.handle); err != nil {
 			return fmt.Errorf("enter %s: %w", n.Name, err)
 		}
-		return f()
+		return n.lab.cgroup.do(f)
 	})
 }
 

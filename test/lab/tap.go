@@ -141,6 +141,10 @@ func tapFilter(ports []uint16) (*unix.SockFprog, error) {
 			in[i] = j
 		}
 	}
+	return assemble(in)
+}
+
+func assemble(in []bpf.Instruction) (*unix.SockFprog, error) {
 	raw, err := bpf.Assemble(in)
 	if err != nil {
 		return nil, fmt.Errorf("assemble filter: %w", err)

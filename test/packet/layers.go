@@ -7,14 +7,22 @@ import (
 
 func (p Packet) link() []byte {
 	b := append(append([]byte(nil), p.DstMAC[:]...), p.SrcMAC[:]...)
-	for _, id := range p.VLANs {
-		b = binary.BigEndian.AppendUint16(b, etherVLAN)
+	for i, id := range p.VLANs {
+		typ := uint16(etherVLAN)
+		if p.QinQ && i == 0 {
+			typ = etherQinQ
+		}
+		b = binary.BigEndian.AppendUint16(b, typ)
 		b = binary.BigEndian.AppendUint16(b, id)
 	}
+	return binary.BigEndian.AppendUint16(b, p.etherType())
+}
+
+func (p Packet) etherType() uint16 {
 	if p.ipv4() {
-		return binary.BigEndian.AppendUint16(b, etherIPv4)
+		return etherIPv4
 	}
-	return binary.BigEndian.AppendUint16(b, etherIPv6)
+	return etherIPv6
 }
 
 // network is the IP header with its options or extension headers, for a payload of n bytes.

@@ -15,6 +15,8 @@ const (
 	PSH
 	ACK
 	URG
+	ECE
+	CWR
 )
 
 // Protocol and extension header numbers.
@@ -39,15 +41,17 @@ const (
 const (
 	etherIPv4 = 0x0800
 	etherIPv6 = 0x86dd
-	etherVLAN = 0x8100
+	etherVLAN = 0x8100 // 802.1Q
+	etherQinQ = 0x88a8 // 802.1ad
 )
 
 // Packet describes one frame. The zero values of TTL and Protocol are 64 and TCP. Src decides the
 // IP family; IPv4-mapped addresses are IPv4.
 type Packet struct {
 	SrcMAC, DstMAC [6]byte
-	// VLANs are the tags' identifiers, the outermost first.
+	// VLANs are the tags' identifiers, the outermost first; QinQ makes the outermost a service tag.
 	VLANs []uint16
+	QinQ  bool
 
 	Src, Dst netip.AddrPort
 	TOS, TTL uint8
@@ -111,21 +115,28 @@ func (p Packet) Build() ([]byte, Offsets) {
 // Fragments cuts the frame into fragments with at most size bytes of IP payload each, size being a
 // multiple of eight. Reassembled they are the frame that Bytes gives, id being their identification.
 func (p Packet) Fragments(size int, id uint32) [][]byte {
-	l2, l4 := p.link(), p.transport()
+	l4 := p.transport()
 	var all [][]byte
 	for at := 0; at < len(l4); at += size {
-		part := l4[at:min(at+size, len(l4))]
-		more := at+len(part) < len(l4)
-		if p.ipv4() {
-			p.ID = uint16(id)
-			all = append(all, concat(l2, p.network(nil, uint16(at/8)|flag(more, 1<<13), len(part)), part))
-			continue
-		}
-		ext := append(append([]Extension(nil), p.Extensions...), FragmentHeader(at, more, id))
-		all = append(all, concat(l2, p.network(ext, 0, len(part)), part))
+		end := min(at+size, len(l4))
+		all = append(all, p.Piece(l4[at:end], at, end < len(l4), id))
 	}
 	return all
 }
+
+// Piece is a fragment of an IP packet with p's headers: the given bytes of its payload, from an offset that
+// is a multiple of eight.
+func (p Packet) Piece(part []byte, offset int, more bool, id uint32) []byte {
+	if p.ipv4() {
+		p.ID = uint16(id)
+		return concat(p.link(), p.network(nil, uint16(offset/8)|flag(more, 1<<13), len(part)), part)
+	}
+	ext := append(append([]Extension(nil), p.Extensions...), FragmentHeader(offset, more, id))
+	return concat(p.link(), p.network(ext, 0, len(part)), part)
+}
+
+// Transport is what is behind the IP header and its extensions.
+func (p Packet) Transport() []byte { return p.transport() }
 
 // Reply is the packet back: addresses, ports and MACs change sides, everything else stays.
 func (p Packet) Reply() Packet {

@@ -16,7 +16,7 @@ func Verify(frame []byte) error {
 		return errShort
 	}
 	typ, b := binary.BigEndian.Uint16(frame[12:]), frame[14:]
-	for typ == etherVLAN && len(b) >= 4 {
+	for (typ == etherVLAN || typ == etherQinQ) && len(b) >= 4 {
 		typ, b = binary.BigEndian.Uint16(b[2:]), b[4:]
 	}
 	switch typ {
@@ -84,4 +84,25 @@ func verifyTransport(src, dst netip.Addr, protocol uint8, b []byte) error {
 		return fmt.Errorf("checksum of protocol %d is off by %#x", protocol, ^c)
 	}
 	return nil
+}
+
+// FixIPv4 computes the checksum of the IPv4 header at an offset again, if there is one.
+func FixIPv4(b []byte, at int) {
+	if len(b) < at+20 || b[at]>>4 != 4 {
+		return
+	}
+	n := min(max(20, int(b[at]&15)*4), len(b)-at)
+	binary.BigEndian.PutUint16(b[at+10:], 0)
+	binary.BigEndian.PutUint16(b[at+10:], ^fold(sum(b[at:at+n])))
+}
+
+// SetLength has the IP header say that n bytes follow it and its extensions, and returns the frame.
+func SetLength(b []byte, at Offsets, n int) []byte {
+	if n += at.L4 - at.L3; b[at.L3]>>4 == 6 {
+		binary.BigEndian.PutUint16(b[at.L3+4:], uint16(n-40))
+		return b
+	}
+	binary.BigEndian.PutUint16(b[at.L3+2:], uint16(n))
+	FixIPv4(b, at.L3)
+	return b
 }

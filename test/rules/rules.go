@@ -62,7 +62,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/spf13/cobra", "flag"},
-		only:    []string{"./cmd/...", "./tools/..."},
+		only:    []string{"./cmd/...", "./tools/...", "./test/bench"},
 		why:     "packages take a Config; only commands read flags",
 	},
 	{

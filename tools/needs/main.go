@@ -26,6 +26,19 @@ var needs = map[string][]need{
 		{"nft", "tests put a firewall into the node", []string{"nftables"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
 	},
+	"test-kernels": {
+		{"qemu-system-x86_64", "it boots the kernels", []string{"qemu-system-x86"}},
+		{"/bin/busybox", "the shell of the guests", []string{"busybox-static"}},
+		{"/usr/share/keyrings/debian-archive-keyring.gpg", "the kernels' packages are signed with it", []string{"debian-archive-keyring"}},
+		{"xz", "the kernels' modules are compressed with it", []string{"xz-utils"}},
+		{"ip", "tests in the guests ask it", []string{"iproute2"}},
+		{"bpftool", "tests in the guests read the maps as an operator does", []string{"bpftool"}},
+		{"nft", "tests in the guests put a firewall into the node", []string{"nftables"}},
+	},
+	"bench-datapath": {
+		{"iptables-legacy-restore", "a peer that the datapath is measured beside", []string{"iptables"}},
+		{"nft", "a peer that the datapath is measured beside", []string{"nftables"}},
+	},
 	"generate": {
 		{"clang-16", "the one compiler of bpf/", []string{"clang-16", "llvm-16"}},
 		{"/usr/include/bpf/bpf_helpers.h", "headers of bpf/", []string{"libbpf-dev"}},

@@ -1,0 +1,167 @@
+package datapath_test
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/packet"
+	"github.com/sallyport-dev/sallyport/test/reference"
+	"github.com/sallyport-dev/sallyport/test/shape"
+)
+
+// place is one program on one device.
+type place struct {
+	name   string
+	hook   reference.Hook
+	device int
+	plain  *runner
+	tagged *runner // puts a VLAN tag beside the packet; nil on devices without Ethernet
+}
+
+func (p place) ingress() bool { return p.hook == reference.DeviceIn || p.hook == reference.LoopbackIn }
+
+// vlanType is 802.1Q's EtherType in network order, on a little-endian machine.
+const vlanType = 0x0081
+
+// differential runs generated packets through the programs and the reference.
+type differential struct {
+	*rig
+	world   *reference.World
+	gen     *shape.Generator
+	places  []place
+	granted map[netip.Addr]bool // clients with a live path to both services
+}
+
+func newDifferential(t testing.TB, seed uint64) *differential {
+	r := newRig(t, 65536, 65536)
+	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}}
+	uplink, pod0, pod1 := r.device(t, lab.Uplink), r.device(t, lab.PodDevice(0)), r.device(t, lab.PodDevice(1))
+	add := func(name string, hook reference.Hook, device int) {
+		program := r.program(name)
+		if program == nil {
+			t.Fatalf("no program %s", name)
+		}
+		at := place{name: name, hook: hook, device: device, plain: newRunner(t, program)}
+		attach := ebpf.AttachTCXIngress
+		if hook == reference.DeviceOut || hook == reference.PodOut {
+			attach = ebpf.AttachTCXEgress
+		}
+		if hook != reference.L3In && hook != reference.L3Out {
+			at.tagged = newRunner(t, tagging(t, program, attach))
+		}
+		d.places = append(d.places, at)
+	}
+	add("sp_dev_in", reference.DeviceIn, uplink)
+	add("sp_dev_in", reference.DeviceIn, pod1)
+	add("sp_dev_out", reference.DeviceOut, uplink)
+	add("sp_dev_out", reference.DeviceOut, pod0)
+	add("sp_pod_out", reference.PodOut, pod0)
+	add("sp_pod_out", reference.PodOut, pod1)
+	add("sp_lo_in", reference.LoopbackIn, 1)
+	add("sp_l3_in", reference.L3In, uplink)
+	add("sp_l3_out", reference.L3Out, pod0)
+	var ends [][2]shape.Ends
+	for _, at := range d.places {
+		ends = append(ends, [2]shape.Ends{d.ends(t, at, lab.IPv4), d.ends(t, at, lab.IPv6)})
+	}
+	d.gen = shape.NewGenerator(seed, ends)
+	r.reset(t)
+	d.route(t)
+	d.grant(t)
+	return d
+}
+
+// world is what the rig protects, told to the reference.
+func (r *rig) world(t testing.TB) *reference.World {
+	pod := r.device(t, lab.PodDevice(0))
+	w := &reference.World{Services: []reference.Service{
+		{Protocol: packet.TCP, Port: hostPort},
+		{Protocol: packet.TCP, Port: podPort, Device: pod, Addresses: []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}},
+	}}
+	links, err := r.Node.Netlink.LinkList()
+	check(t, err)
+	for _, l := range links {
+		addrs, err := r.Node.Netlink.AddrList(l, netlink.FAMILY_ALL)
+		check(t, err)
+		for _, a := range addrs {
+			own, _ := netip.AddrFromSlice(a.IP)
+			w.Local = append(w.Local, own.Unmap())
+			if b, ok := netip.AddrFromSlice(a.Broadcast); ok {
+				w.Shared = append(w.Shared, b.Unmap())
+			}
+			if anycast := netip.PrefixFrom(own, 64).Masked().Addr(); own.Is6() && !own.Is4In6() && !own.IsLoopback() {
+				w.Shared = append(w.Shared, anycast)
+			}
+		}
+	}
+	return w
+}
+
+// ends are the addresses that packets at a place are made between: mostly those that matter there, of
+// everybody else in the lab, and of nobody.
+func (d *differential) ends(t testing.TB, at place, f lab.Family) shape.Ends {
+	e := shape.Ends{Ports: []uint16{hostPort, podPort, 9999, clientPort, 0}, Wanted: []uint16{hostPort}}
+	e.Dst = []netip.Addr{d.Node.Addr(f), d.Node.Addr(f), d.Node.Other(f), f.Loopback()}
+	if at.hook == reference.PodOut || at.device == d.device(t, lab.PodDevice(0)) {
+		e.Wanted = []uint16{podPort}
+		e.Dst = slices.Repeat([]netip.Addr{d.Pod.Addr(f)}, 8)
+	}
+	e.Dst = append(e.Dst, d.Pods[1].Addr(f), d.Client.Addr(f), d.Pod.Addr(f))
+	for _, a := range slices.Concat(d.world.Local, d.world.Shared) {
+		if a.Is4() == (f == lab.IPv4) {
+			e.Dst = append(e.Dst, a)
+		}
+	}
+	e.Src = []netip.Addr{d.Client.Addr(f), d.Client.Addr(f), d.Client.Other(f), d.Pods[1].Addr(f), d.Node.Addr(f), d.Pod.Addr(f), f.Loopback()}
+	for _, s := range strangers(f) {
+		e.Dst, e.Src = append(e.Dst, s), append(e.Src, s)
+	}
+	mac, err := d.Node.MAC(lab.Uplink)
+	check(t, err)
+	e.SrcMAC, e.DstMAC = [6]byte{2, 0, 0, 0, 0, 1}, mac
+	return e
+}
+
+// strangers are addresses of nobody in the lab, some of which no router passes on.
+func strangers(f lab.Family) []netip.Addr {
+	names := []string{"10.1.0.77", "127.0.0.5", "203.0.113.5", "224.0.0.9", "0.0.0.0", "255.255.255.255", "8.0.0.9"}
+	if f == lab.IPv6 {
+		names = []string{"fd00:1::77", "fe80::77", "2001:db8::5", "ff02::9", "::", "ff02::1", "2001:db8:86dd::9"}
+	}
+	var all []netip.Addr
+	for _, n := range names {
+		all = append(all, netip.MustParseAddr(n))
+	}
+	return all
+}
+
+// route sends what is nobody's by the client, so that no address is in doubt for want of a route.
+func (d *differential) route(t testing.TB) {
+	for _, f := range lab.Families() {
+		gw := d.Client.Addr(f)
+		check(t, d.Node.Netlink.RouteAdd(&netlink.Route{LinkIndex: d.device(t, lab.Uplink), Gw: gw.AsSlice()}))
+	}
+}
+
+// grant gives the client's second addresses a live path to each service.
+func (d *differential) grant(t testing.TB) {
+	slot := uint32(0)
+	for _, f := range lab.Families() {
+		client := d.Client.Other(f)
+		d.granted[client] = true
+		for id, port := range map[uint32]uint16{hostID: hostPort, podID: podPort} {
+			check(t, d.m.SpPaths.Put(slot, &bpf.Path{Epoch: 1, ServiceId: id, Client: datapath.ToAddr(client), DeadlineNs: later()}))
+			check(t, d.m.SpPathState.Put(slot, &bpf.PathStatus{State: bpf.SallyportSpState(datapath.PathActive)}))
+			key := bpf.PathKey{Client: datapath.ToAddr(client), ServiceId: id, Port: port}
+			check(t, d.m.SpPathIndex.Put(&key, &bpf.PathRef{Slot: slot, Epoch: 1}))
+			slot++
+		}
+	}
+}

@@ -1,0 +1,75 @@
+package reference
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// reaches says whether the packet, passed on from the hook, could come to a protected port.
+func (w *World) reaches(f Frame, d dissection) bool {
+	if d.kind == nothing {
+		return false
+	}
+	if d.dst.IsLoopback() && d.dst.Is6() && f.Hook != LoopbackIn {
+		return false // refused on every other device
+	}
+	return slices.ContainsFunc(w.Services, func(s Service) bool {
+		if d.kind != hidden && s.Protocol != d.protocol {
+			return false
+		}
+		if (d.kind == ported || d.kind == opening || d.kind == about) && s.Port != d.dport {
+			return false
+		}
+		return w.arrives(f, d.dst, s)
+	})
+}
+
+// arrives says whether what the hook passes on gets to the service's sockets by this destination.
+func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
+	node := len(s.Addresses) == 0
+	if node != f.Hook.ingress() {
+		return false // services of the node are met on the way in, those of pods on the way out
+	}
+	if !node && f.Hook != PodOut && s.Device != f.Ifindex {
+		return false
+	}
+	if f.Hook == LoopbackIn {
+		return true // what is on lo has its route already: nobody looks at the destination again
+	}
+	if dst.IsMulticast() || w.shared(dst) {
+		return s.Protocol == protoUDP && (node || s.Device == f.Ifindex) // TCP takes unicast alone
+	}
+	return w.has(s, dst)
+}
+
+// owns says whether the address has a protected port, whoever asks.
+func (w *World) owns(a netip.Addr) bool {
+	return a.IsValid() && slices.ContainsFunc(w.Services, func(s Service) bool { return w.has(s, a) })
+}
+
+// has says whether the service is at that unicast address.
+func (w *World) has(s Service, a netip.Addr) bool {
+	if len(s.Addresses) == 0 {
+		return a.IsLoopback() || slices.Contains(w.Local, a)
+	}
+	return slices.Contains(s.Addresses, a)
+}
+
+// staysHere says whether the address is none that a router passes on.
+func (w *World) staysHere(a netip.Addr) bool {
+	return a.IsMulticast() || a.IsLinkLocalUnicast() || a.IsLoopback() || a.IsUnspecified() || a.Is4In6() || w.shared(a)
+}
+
+// answers says whether the packet comes from a protected port.
+func (w *World) answers(d dissection) bool {
+	return slices.ContainsFunc(w.Services, func(s Service) bool {
+		return s.Protocol == d.protocol && s.Port == d.sport && w.has(s, d.src)
+	})
+}
+
+var limited = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// shared: 0.0.0.0 is the old form of the limited broadcast (RFC 1122, section 3.2.1.3).
+func (w *World) shared(a netip.Addr) bool {
+	return a == limited || a == netip.IPv4Unspecified() || slices.Contains(w.Shared, a)
+}
