@@ -242,7 +242,7 @@ func (n *node) readEvents(t *testing.T) {
 
 // TestThousandIdleConnections: a path with a thousand live connections ends within a second.
 func TestThousandIdleConnections(t *testing.T) {
-	n := newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
+	n := newNode(t, datapath.ProfileAuto, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
 	n.copyProxy(t)
 	n.showPods(t)
 	n.readEvents(t)

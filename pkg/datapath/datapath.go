@@ -58,8 +58,8 @@ type Datapath struct {
 	objs    objects
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
-	cuts    cuts // owned by Sweep
 	frags   bool // XDP may have frames in several buffers
+	cuts    cuts // owned by Sweep
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
@@ -245,16 +245,16 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 	c.Px0Ifindex = uint32(d.cfg.Px0)
 	c.ListenPort = uint32(d.cfg.ListenPort)
 	c.MaxTtlNs = uint64(d.cfg.MaxTTL)
-	cpus, err := ebpf.PossibleCPU()
-	if err != nil {
-		return fmt.Errorf("count CPUs: %w", err)
-	}
-	c.Cpus = uint32(cpus)
 	host, err := ownNetns()
 	if err != nil {
 		return err
 	}
 	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	c.Cpus = uint32(cpus)
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

@@ -16,8 +16,8 @@ func everyCase(r *rig) []progCase {
 	var out []progCase
 	for _, cases := range [][]progCase{
 		deviceCases(), shapeCases(), brokenCases(), fragmentCases(), unownedCases(), otherCases(), configCases(), reinjectCases(),
-		volumeCases(), tableCases(2), ringCases(), px0Cases(2), pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(), budgetCases(),
-		backstopCases(),
+		volumeCases(), tableCases(2), ringCases(), px0Cases(2), pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(),
+		backstopCases(), budgetCases(),
 	} {
 		out = append(out, cases...)
 	}
