@@ -160,12 +160,12 @@ func ownSources(c classifier, services []datapath.Service) ([]netip.Prefix, erro
 
 // podNetworks are the destinations of routes that end at a pod's device, or at a bridge of such.
 func podNetworks(c classifier) ([]netip.Prefix, error) {
-	links, err := listLinks()
+	all, err := listLinks()
 	if err != nil {
 		return nil, err
 	}
 	var pods []int
-	for _, l := range links {
+	for _, l := range all {
 		role, _ := c.role(l)
 		if role != datapath.RolePod && role != datapath.RolePodPort {
 			continue
