@@ -20,6 +20,7 @@
 
 #include "mark.h"
 #include "cut.h"
+#include "traffic.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
@@ -135,8 +136,10 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		reason = flow->ended;
 	} else if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
-		if (reason == SP_REASON_PATH_LIVE)
+		if (reason == SP_REASON_PATH_LIVE) {
+			sp_count_hook(skb, p, svc->id, false);
 			return sp_decide(SP_ACT_NEXT, reason);
+		}
 	}
 	if (!sp_syn_only(p)) {
 		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
@@ -157,8 +160,10 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
 		 !sp_is_instance(svc, p->ifindex) ? SP_REASON_NO_PATH :
 		 sp_open_flow(key, p, svc->id, (__u32)hook << 24 | (p->ifindex & 0xffffff));
-	if (reason == SP_REASON_PATH_OPEN)
+	if (reason == SP_REASON_PATH_OPEN) {
+		sp_count_hook(skb, p, svc->id, false);
 		return sp_decide(SP_ACT_NEXT, reason);
+	}
 	if (!sp_register_down(key, svc->id, hook, p->ifindex))
 		return sp_decide(SP_ACT_DROP, SP_REASON_LEGS_FULL);
 	return sp_decide(SP_ACT_STEER, reason);

@@ -6,7 +6,6 @@
 
 #include "device.h"
 
-#define SP_TCP_LISTEN 10
 #define SP_PX_MARK 1		/* in px: routed to the local table, see pkg/px */
 
 /* A packet on the px pair. Everything there has an Ethernet header. NULL: no scratch, never seen. */
@@ -141,6 +140,8 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (reason != SP_REASON_PX_RESET)
 		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, at.side == SP_LEG_UP),
 			 bpf_ktime_get_boot_ns());
+	if (reason == SP_REASON_PX_UP)
+		sp_count_hook(skb, p, leg->service_id, true);
 	skb->mark = sp_mark(&at, cfg->secret[0]);
 	return sp_inject(leg, at.side);
 }

@@ -7,6 +7,7 @@
  */
 #include "px.h"
 #include "xdp.h"
+#include "backstop.h"
 
 /* Uplinks and the host side of pod devices: ingress and egress. */
 SEC("tcx/ingress")
@@ -88,6 +89,20 @@ SEC("xdp")
 int sp_xdp_generic(struct xdp_md *ctx)
 {
 	return sp_xdp(ctx, true);
+}
+
+/* Every socket below a control group, in all network namespaces. */
+SEC("cgroup_skb/ingress")
+int sp_cg_in(struct __sk_buff *skb)
+{
+	return sp_backstop_in(skb);
+}
+
+/* Every look-up of a socket in the host's network namespace. */
+SEC("sk_lookup")
+int sp_sklookup(struct bpf_sk_lookup *ctx)
+{
+	return sp_look_up(ctx);
 }
 
 /* Types that no map names, kept in the BTF for Go. */

@@ -36,6 +36,7 @@ type node struct {
 	eventCounts *eventCounter
 
 	lock      *lock
+	cgroup    string // that the backstop is attached to
 	store     *store.Store
 	px        *px.Namespace
 	freshPx   bool // px was not there before
@@ -46,6 +47,7 @@ type node struct {
 	resources *resources
 	devices   *devices
 	uplinks   *uplinks
+	backstop  *backstop
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -67,6 +69,9 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	n := newNode(o, cfg)
+	if n.cgroup, err = backstopCgroup(cfg); err != nil {
+		return err
+	}
 	return runParts(ctx, n.parts(), n.log)
 }
 
@@ -95,6 +100,7 @@ func (n *node) parts() []part {
 		{name: "resources", start: n.loadResources},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
+		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
 		{name: "grants", start: n.adoptGrants},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},

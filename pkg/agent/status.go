@@ -46,6 +46,9 @@ func (n *node) hooks() []*api.HookStatus {
 		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs,
 			Xdp: xdp[d.Name]})
 	}
+	for _, p := range n.datapath.Backstop() {
+		out = append(out, &api.HookStatus{Device: p.Where, Role: "backstop", Programs: []string{p.Program}})
+	}
 	return out
 }
 

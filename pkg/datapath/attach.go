@@ -179,7 +179,7 @@ func (d *Datapath) AttachPx() error {
 		if err != nil {
 			return fmt.Errorf("find px1: %w", err)
 		}
-		if err := d.setPx1(px1.Index); err != nil {
+		if err := d.setPx(px1.Index); err != nil {
 			return err
 		}
 		if err := d.attach(px1.Index, RolePx1, "px"); err != nil {
@@ -189,16 +189,13 @@ func (d *Datapath) AttachPx() error {
 	})
 }
 
-func (d *Datapath) setPx1(ifindex int) error {
-	var c bpf.Config
-	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
-		return fmt.Errorf("read configuration: %w", err)
+// setPx tells the programs of px, from within it.
+func (d *Datapath) setPx(px1 int) error {
+	px, err := ownNetns()
+	if err != nil {
+		return err
 	}
-	c.Px1Ifindex = uint32(ifindex)
-	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
-		return fmt.Errorf("write configuration: %w", err)
-	}
-	return nil
+	return d.changeConfig(func(c *bpf.Config) { c.Px1Ifindex, c.PxNetns = uint32(px1), px.cookie })
 }
 
 // inNetns runs f in the namespace, on a thread that comes back from it. One that cannot come back ends

@@ -123,7 +123,7 @@ const sampled = 64
 
 // overClosing are the reasons that may close what no part of could reach a protected port, and why. The
 // rule is that a doubt towards an address that owns a protected port closes. Elsewhere nothing is in doubt, but
-// for what stands in elsewhere.
+// for what stands in anywhere.
 var overClosing = map[flow.Reason]string{
 	flow.ReasonMalformed:   "refused by every receiver, or read no further than it must be",
 	flow.ReasonFragment:    "TCP is not fragmented: none is let through to look at the first",
@@ -135,7 +135,7 @@ var overClosing = map[flow.Reason]string{
 	flow.ReasonPathLive:    "the same",
 }
 
-var elsewhere = map[flow.Reason]string{
+var anywhere = map[flow.Reason]string{
 	flow.ReasonMalformed: "more than one tag of id 0",
 	flow.ReasonLeg:       "the tuple was seen on lo, where every address is the node's",
 }
@@ -145,7 +145,7 @@ func (c closing) agreed() bool {
 	if c.owned {
 		return overClosing[c.reason] != ""
 	}
-	return elsewhere[c.reason] != ""
+	return anywhere[c.reason] != ""
 }
 
 // reasonOf runs the case again and looks which reason counts it.

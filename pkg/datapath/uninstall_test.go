@@ -39,7 +39,8 @@ func (n *node) attachAll(d *datapath.Datapath) error {
 				return err
 			}
 		}
-		return nil
+		_, err := d.AttachBackstop(n.Cgroup())
+		return err
 	})
 }
 

@@ -38,6 +38,11 @@ type AgentConfigSpec struct {
 	Hooks string `json:"hooks" yaml:"hooks"`
 	// XDP configures the filter in front of uplinks.
 	XDP XDPConfig `json:"xdp" yaml:"xdp"`
+	// Cgroup is the directory of the control group (version 2) whose sockets the backstop watches. Left
+	// out: the root, which is every socket of the machine; any other leaves sockets out.
+	Cgroup string `json:"cgroup,omitempty" yaml:"cgroup,omitempty"`
+	// PodLoopback says whether a pod may reach its own protected service without the proxy: admit, or deny.
+	PodLoopback string `json:"podLoopback" yaml:"podLoopback"`
 	// Lease is how long the kernel admits new bypassed flows without a sign of life from the agent:
 	// 15s, from 2s to 60s.
 	Lease Duration `json:"lease" yaml:"lease"`
@@ -52,6 +57,12 @@ type AgentConfigSpec struct {
 	// Proxy configures the identity proxy.
 	Proxy ProxyConfig `json:"proxy" yaml:"proxy"`
 }
+
+// Values of AgentConfigSpec.PodLoopback.
+const (
+	PodLoopbackAdmit = "admit"
+	PodLoopbackDeny  = "deny"
+)
 
 // DevicesConfig tells devices apart by shell patterns of their names.
 type DevicesConfig struct {
@@ -135,6 +146,7 @@ func DefaultAgentConfig() AgentConfig {
 			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
 			Hooks:       "auto",
 			XDP:         XDPConfig{Mode: "auto"},
+			PodLoopback: PodLoopbackAdmit,
 			Lease:       Duration{15 * time.Second},
 			FlowBuffer:  65536,
 			Operators:   OperatorsConfig{UIDs: []uint32{0}},

@@ -34,6 +34,10 @@ func (c *AgentConfig) validate(d *document) {
 	d.report("spec.bpffs", checkPath(c.Spec.BPFFS))
 	d.report("spec.workloadAPI", checkSocket(c.Spec.WorkloadAPI))
 	d.report("spec.hooks", checkHooks(c.Spec.Hooks))
+	if c.Spec.Cgroup != "" {
+		d.report("spec.cgroup", checkPath(c.Spec.Cgroup))
+	}
+	d.report("spec.podLoopback", checkPodLoopback(c.Spec.PodLoopback))
 	d.report("spec.lease", checkRange(c.Spec.Lease, minLease, maxLease))
 	d.report("spec.flowBuffer", checkCount(c.Spec.FlowBuffer, maxFlowBuffer))
 	if c.Spec.Metrics != "" {
@@ -134,6 +138,13 @@ func checkTrustDomain(s string) error {
 func checkHooks(s string) error {
 	if !slices.Contains([]string{"auto", "tcx", "clsact"}, s) {
 		return faultf("write auto, tcx or clsact", "%q is not a way to hold programs on devices", s)
+	}
+	return nil
+}
+
+func checkPodLoopback(s string) error {
+	if s != PodLoopbackAdmit && s != PodLoopbackDeny {
+		return faultf("write admit or deny", "%q says not what a pod may do with its own service", s)
 	}
 	return nil
 }

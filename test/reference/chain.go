@@ -5,7 +5,8 @@ import (
 	"net/netip"
 )
 
-// dissectIPv6 reads RFC 8200, with what Linux refuses of addresses (RFC 4291).
+// dissectIPv6 reads RFC 8200, with what Linux refuses of addresses (RFC 4291). It takes IPv4-mapped sources,
+// but for a SYN.
 func dissectIPv6(b []byte, segmented bool) dissection {
 	if len(b) < 40 {
 		return refused(IPv6Header)
@@ -20,8 +21,6 @@ func dissectIPv6(b []byte, segmented bool) dissection {
 		d.shape = IPv6Header
 	case payload > len(b)-40:
 		d.shape = IPv6Length
-	case d.src.Is4In6():
-		d.shape = IPv6Mapped
 	case d.src.IsMulticast():
 		d.shape = IPv6Multicast
 	default:

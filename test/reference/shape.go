@@ -12,7 +12,6 @@ const (
 	IPv4Length       Shape = "IPv4 length refused"
 	IPv6Header       Shape = "IPv6 header refused"
 	IPv6Length       Shape = "IPv6 length refused"
-	IPv6Mapped       Shape = "IPv4-mapped source on the wire"
 	IPv6Multicast    Shape = "multicast source"
 	IPv6Loopback     Shape = "loopback address on the wire"
 	ChainCut         Shape = "extension headers cut off"

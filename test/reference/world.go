@@ -33,6 +33,9 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 	if !node && f.Hook != PodOut && s.Device != f.Ifindex {
 		return false
 	}
+	if f.Hook == LoopbackIn {
+		return true // what is on lo has its route already: nobody looks at the destination again
+	}
 	if dst.IsMulticast() || w.shared(dst) {
 		return s.Protocol == protoUDP && (node || s.Device == f.Ifindex) // TCP takes unicast alone
 	}

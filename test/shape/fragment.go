@@ -7,9 +7,6 @@ import (
 	"github.com/sallyport-dev/sallyport/test/packet"
 )
 
-// identity of the fragments of one shape.
-const fragmentID = 0x5a11
-
 // harmless is the transport header towards a port that nobody protects.
 func harmless(p packet.Packet) []byte {
 	b := p.Transport()
@@ -21,7 +18,7 @@ func harmless(p packet.Packet) []byte {
 func pieces(size int, order func([][]byte) [][]byte) func(packet.Packet) [][]byte {
 	return func(p packet.Packet) [][]byte {
 		p.Payload = make([]byte, 40)
-		return order(p.Fragments(size, fragmentID))
+		return order(p.Fragments(size, uint32(p.ID)))
 	}
 }
 
@@ -42,9 +39,9 @@ func overlapping(p packet.Packet) [][]byte {
 	p.Payload = make([]byte, 40)
 	real := p.Transport()
 	return [][]byte{
-		p.Piece(harmless(p)[:16], 0, true, fragmentID),
-		p.Piece(real[:24], 0, true, fragmentID),
-		p.Piece(real[24:], 24, false, fragmentID),
+		p.Piece(harmless(p)[:16], 0, true, uint32(p.ID)),
+		p.Piece(real[:24], 0, true, uint32(p.ID)),
+		p.Piece(real[24:], 24, false, uint32(p.ID)),
 	}
 }
 
@@ -53,8 +50,8 @@ func overlappingFlags(p packet.Packet) [][]byte {
 	p.Payload = make([]byte, 40)
 	real := p.Transport()
 	return [][]byte{
-		p.Piece(real[:16], 0, true, fragmentID),
-		p.Piece(real[8:], 8, false, fragmentID),
+		p.Piece(real[:16], 0, true, uint32(p.ID)),
+		p.Piece(real[8:], 8, false, uint32(p.ID)),
 	}
 }
 
@@ -62,8 +59,8 @@ func overlappingFlags(p packet.Packet) [][]byte {
 func reused(p packet.Packet) [][]byte {
 	p.Payload = make([]byte, 40)
 	other := harmless(p)
-	first := [][]byte{p.Piece(other[:24], 0, true, fragmentID), p.Piece(other[24:], 24, false, fragmentID)}
-	return append(first, p.Fragments(24, fragmentID)...)
+	first := [][]byte{p.Piece(other[:24], 0, true, uint32(p.ID)), p.Piece(other[24:], 24, false, uint32(p.ID))}
+	return append(first, p.Fragments(24, uint32(p.ID))...)
 }
 
 const (
@@ -83,7 +80,7 @@ func fragmentShapes() []Shape {
 		{Name: "fragment/identification used again", Family: 4, Frames: reused},
 		{Name: "fragment/beyond 64 KiB", Family: 4, Refused: "too long", Frames: func(p packet.Packet) [][]byte {
 			b := p.Transport()
-			return [][]byte{p.Piece(b[:8], 0, true, fragmentID), p.Piece(make([]byte, 64), 65528, false, fragmentID)}
+			return [][]byte{p.Piece(b[:8], 0, true, uint32(p.ID)), p.Piece(make([]byte, 64), 65528, false, uint32(p.ID))}
 		}},
 	}
 }
@@ -96,7 +93,7 @@ func fragment6Shapes() []Shape {
 		{Name: "fragment6/first alone", Family: 6, Frames: pieces(24, firstOnly)},
 		{Name: "fragment6/without the first", Family: 6, Refused: incomplete, Frames: pieces(24, withoutFirst)},
 		{Name: "fragment6/overlapping ports", Family: 6, Frames: overlapping},
-		{Name: "fragment6/whole packet", Family: 6, Frames: extended(packet.FragmentHeader(0, false, fragmentID))},
+		{Name: "fragment6/whole packet", Family: 6, Frames: extended(packet.FragmentHeader(0, false, 1))},
 		{Name: "fragment6/whole packet, twice over", Family: 6, Frames: extended(packet.FragmentHeader(0, false, 1), packet.FragmentHeader(0, false, 2))},
 		{Name: "fragment6/behind options", Family: 6, Frames: shapedPieces(options(1), 24)},
 		{Name: "fragment6/of options and segment", Family: 6, Frames: chainInside(24, packet.DestOptions)},
@@ -125,6 +122,6 @@ func chainInside(first int, claim uint8) func(packet.Packet) [][]byte {
 		body := append([]byte{next, 0, 0x1e, 4, 0, 0, 0, 0}, p.Transport()...)
 		a, b := p, p
 		a.Protocol, b.Protocol = packet.DestOptions, claim
-		return [][]byte{a.Piece(body[:first], 0, true, fragmentID), b.Piece(body[first:], first, false, fragmentID)}
+		return [][]byte{a.Piece(body[:first], 0, true, uint32(p.ID)), b.Piece(body[first:], first, false, uint32(p.ID))}
 	}
 }

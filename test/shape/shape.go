@@ -14,7 +14,8 @@ type Shape struct {
 	Name string
 	// Family is 4 or 6, or 0 for both.
 	Family int
-	// Refused says why Linux brings no part of it to the port's host by itself; empty where it does.
+	// Refused says why Linux brings no part of it with the port to the input of its own stack; empty where
+	// it does, whatever TCP or UDP make of it then.
 	Refused string
 	// Frames gives it the packet p, a TCP segment or UDP datagram towards the port. They are sent in order.
 	Frames func(p packet.Packet) [][]byte

@@ -68,7 +68,7 @@ func udpShapes() []Shape {
 		{Name: "udp/fragments6 reversed", Family: 6, Frames: pieces(16, reversed)},
 		{Name: "udp/fragments6 overlapping", Family: 6, Frames: overlapping},
 		{Name: "udp/fragments6, chain inside", Family: 6, Frames: chainInside(24, packet.ICMPv6)},
-		{Name: "udp/fragment6 that is whole", Family: 6, Frames: extended(packet.FragmentHeader(0, false, fragmentID))},
+		{Name: "udp/fragment6 that is whole", Family: 6, Frames: extended(packet.FragmentHeader(0, false, 1))},
 	}
 	for i, s := range slices.Clone(list) {
 		list[i].Frames = datagram(s.Frames)
