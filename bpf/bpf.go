@@ -2,34 +2,38 @@
 // Only pkg/datapath reads it.
 package bpf
 
-//go:generate go tool bpf2go -go-package bpf -output-stem sallyport -target bpfel -cc clang-16 -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -fms-extensions -Wno-microsoft-anon-tag -I/usr/include/x86_64-linux-gnu -ffile-prefix-map=.=." -type sp_event -type sp_state -type sp_target -type sp_hook -type sp_flags -type sp_leg_side -type sp_verdict -type sp_reason -type sp_event_kind Sallyport sallyport.c
+//go:generate go tool bpf2go -go-package bpf -output-stem sallyport -target bpfel -cc clang-16 -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -fms-extensions -Wno-microsoft-anon-tag -I/usr/include/x86_64-linux-gnu -ffile-prefix-map=.=." -type sp_event -type sp_volume -type sp_state -type sp_target -type sp_hook -type sp_flags -type sp_leg_side -type sp_verdict -type sp_reason -type sp_event_kind Sallyport sallyport.c
 
 // Names of the kernel's types as Go knows them, from the BTF of the programs.
 type (
-	Addr       = SallyportSpAddr
-	Config     = SallyportSpConfig
-	Lease      = SallyportSpLease
-	Ports      = SallyportSpPorts
-	Owner      = SallyportSpOwner
-	ServiceKey = SallyportSpServiceKey
-	Service    = SallyportSpService
-	PathKey    = SallyportSpPathKey
-	PathRef    = SallyportSpPathRef
-	Path       = SallyportSpPath
-	PathStatus = SallyportSpPathStatus
-	FlowKey    = SallyportSpFlowKey
-	Flow       = SallyportSpFlow
-	LegKey     = SallyportSpLegKey
-	Leg        = SallyportSpLeg
-	OriginKey  = SallyportSpOriginKey
-	Origin     = SallyportSpOrigin
-	Counter    = SallyportSpCounter
-	DenyKey    = SallyportSpDenyKey
-	Deny       = SallyportSpDeny
-	Sequence   = SallyportSpSequence
-	Prefix     = SallyportSpPrefix
-	Source     = SallyportSpSource
-	SYNLimits  = SallyportSpSynLimits
-	Bucket     = SallyportSpBucket
-	Event      = SallyportSpEvent
+	Addr        = SallyportSpAddr
+	Backstop    = SallyportSpBackstop
+	BackstopKey = SallyportSpBackstopKey
+	Bucket      = SallyportSpBucket
+	Config      = SallyportSpConfig
+	Counter     = SallyportSpCounter
+	Deny        = SallyportSpDeny
+	DenyKey     = SallyportSpDenyKey
+	Event       = SallyportSpEvent
+	Flow        = SallyportSpFlow
+	FlowKey     = SallyportSpFlowKey
+	Lease       = SallyportSpLease
+	Leg         = SallyportSpLeg
+	LegKey      = SallyportSpLegKey
+	Origin      = SallyportSpOrigin
+	OriginKey   = SallyportSpOriginKey
+	Owner       = SallyportSpOwner
+	Path        = SallyportSpPath
+	PathKey     = SallyportSpPathKey
+	PathRef     = SallyportSpPathRef
+	PathStatus  = SallyportSpPathStatus
+	Ports       = SallyportSpPorts
+	Prefix      = SallyportSpPrefix
+	SYNLimits   = SallyportSpSynLimits
+	Sequence    = SallyportSpSequence
+	Service     = SallyportSpService
+	ServiceKey  = SallyportSpServiceKey
+	Source      = SallyportSpSource
+	Traffic     = SallyportSpTraffic
+	Volume      = SallyportSpVolume
 )

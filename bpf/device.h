@@ -11,6 +11,9 @@
  *   OUT    pod services       host services
  *   LO     host services      host services
  *
+ * A bridge and its ports share the work, because a packet meets both: the ports see the pod services,
+ * the bridge the host services.
+ *
  * so a flow meets exactly one hook in each direction, for its whole life.
  *
  * A pod's service is behind one device, and OUT of an uplink leaves the packets of a known one alone:
@@ -20,6 +23,7 @@
 
 #include "mark.h"
 #include "cut.h"
+#include "traffic.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
@@ -32,7 +36,15 @@ enum sp_action {
 enum sp_behind {
 	SP_BEHIND_ANY = 0,	/* the network, or the node itself */
 	SP_BEHIND_POD,
+	SP_BEHIND_PORT,		/* of a bridge: the network, or a pod that is not known for one */
+	SP_BEHIND_POD_PORT,
+	SP_BEHIND_BRIDGE,	/* the bridge itself: what is behind its ports */
 };
+
+static __always_inline bool sp_is_port(enum sp_behind behind)
+{
+	return behind == SP_BEHIND_PORT || behind == SP_BEHIND_POD_PORT;
+}
 
 struct sp_decision {
 	enum sp_action action;
@@ -53,9 +65,11 @@ static __always_inline bool sp_pod_at(const struct sp_service *svc, __u32 ifinde
 static __always_inline bool sp_sees_towards(enum sp_hook hook, enum sp_behind behind,
 					    const struct sp_service *svc, __u32 ifindex)
 {
-	if (hook == SP_HOOK_OUT)
-		return behind == SP_BEHIND_POD ? svc->target == SP_TARGET_POD : sp_pod_at(svc, ifindex);
-	return svc->target == SP_TARGET_HOST;
+	if (hook != SP_HOOK_OUT)
+		return svc->target == SP_TARGET_HOST && !sp_is_port(behind);
+	if (behind == SP_BEHIND_POD || behind == SP_BEHIND_POD_PORT)
+		return svc->target == SP_TARGET_POD;
+	return behind != SP_BEHIND_BRIDGE && sp_pod_at(svc, ifindex);
 }
 
 /* Is this the device that the service's paths are for? */
@@ -64,12 +78,32 @@ static __always_inline bool sp_is_instance(const struct sp_service *svc, __u32 i
 	return svc->target == SP_TARGET_HOST || svc->ifindex == ifindex;
 }
 
-static __always_inline bool sp_sees_from(enum sp_hook hook, const struct sp_service *svc,
-					 __u32 ifindex)
+static __always_inline bool sp_sees_from(enum sp_hook hook, enum sp_behind behind,
+					 const struct sp_service *svc, __u32 ifindex)
 {
 	if (hook == SP_HOOK_IN)
-		return sp_pod_at(svc, ifindex);
-	return svc->target == SP_TARGET_HOST;
+		return behind != SP_BEHIND_BRIDGE && sp_pod_at(svc, ifindex);
+	return svc->target == SP_TARGET_HOST && !sp_is_port(behind);
+}
+
+/* Who speaks to whom on the wire of a bridge's port: `towards` the service, or from it. */
+static __always_inline void sp_note_ether(struct __sk_buff *skb, bool towards)
+{
+	struct sp_scratch *scratch = sp_get_scratch();
+	struct ethhdr eth = {};
+
+	if (!scratch || bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
+		return;
+	__builtin_memcpy(scratch->ether.client, towards ? eth.h_source : eth.h_dest, ETH_ALEN);
+	__builtin_memcpy(scratch->ether.server, towards ? eth.h_dest : eth.h_source, ETH_ALEN);
+}
+
+static __always_inline void sp_get_ether(struct sp_ether *ether, enum sp_hook hook)
+{
+	struct sp_scratch *scratch = sp_get_scratch();
+
+	if (hook == SP_HOOK_PORT && scratch)
+		*ether = scratch->ether;
 }
 
 /* Host services are found by port: the packet may be of another machine. Not on lo. */
@@ -81,12 +115,15 @@ static __always_inline bool sp_may_be_foreign(const struct sp_service *svc, enum
 static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_leg_side side,
 					enum sp_hook hook, __u32 ifindex)
 {
-	struct sp_leg leg = { .hook = hook, .ifindex = ifindex };
+	struct sp_leg leg = {};
 	struct sp_leg_key at;
 
 	if (!key)
 		return 0;
+	leg.hook = hook;
+	leg.ifindex = ifindex;
 	leg.opened_ns = leg.last_ns = bpf_ktime_get_boot_ns();
+	sp_get_ether(&leg.ether, hook);
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
 	return !bpf_map_update_elem(&sp_strays, &at, &leg, BPF_ANY);
 }
@@ -109,6 +146,7 @@ static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 serv
 	leg.service_id = service_id;
 	leg.opened_ns = now;
 	leg.last_ns = now;
+	sp_get_ether(&leg.ether, hook);
 	if (bpf_map_update_elem(&sp_legs, &at, &leg, BPF_ANY))
 		return 0;
 	who.client = key->client;
@@ -116,6 +154,7 @@ static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 serv
 	who.server_port = key->server_port;
 	origin.hook = hook;
 	origin.ifindex = ifindex;
+	origin.ether = leg.ether;
 	return !bpf_map_update_elem(&sp_origins, &who, &origin, BPF_ANY);
 }
 
@@ -135,8 +174,10 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		reason = flow->ended;
 	} else if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
-		if (reason == SP_REASON_PATH_LIVE)
+		if (reason == SP_REASON_PATH_LIVE) {
+			sp_count_hook(skb, p, svc->id, false);
 			return sp_decide(SP_ACT_NEXT, reason);
+		}
 	}
 	if (!sp_syn_only(p)) {
 		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
@@ -157,8 +198,10 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
 		 !sp_is_instance(svc, p->ifindex) ? SP_REASON_NO_PATH :
 		 sp_open_flow(key, p, svc->id, (__u32)hook << 24 | (p->ifindex & 0xffffff));
-	if (reason == SP_REASON_PATH_OPEN)
+	if (reason == SP_REASON_PATH_OPEN) {
+		sp_count_hook(skb, p, svc->id, false);
 		return sp_decide(SP_ACT_NEXT, reason);
+	}
 	if (!sp_register_down(key, svc->id, hook, p->ifindex))
 		return sp_decide(SP_ACT_DROP, SP_REASON_LEGS_FULL);
 	return sp_decide(SP_ACT_STEER, reason);
@@ -167,8 +210,8 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 /* The hook that the flow of a packet from a service lives at: the other one of the same device. */
 static __always_inline enum sp_hook sp_home_hook(enum sp_hook hook)
 {
-	if (hook == SP_HOOK_LO)
-		return SP_HOOK_LO;
+	if (hook == SP_HOOK_LO || hook == SP_HOOK_PORT)
+		return hook;
 	return hook == SP_HOOK_OUT ? SP_HOOK_IN : SP_HOOK_OUT;
 }
 
@@ -286,12 +329,16 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
-		return sp_decide_towards(skb, cfg, p, hook, svc, key);
+		if (sp_is_port(behind))
+			sp_note_ether(skb, true);
+		return sp_decide_towards(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
 	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
-	if (svc && sp_sees_from(hook, svc, p->ifindex)) {
+	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_from(p);
-		return sp_decide_from(skb, cfg, p, hook, svc, key);
+		if (sp_is_port(behind))
+			sp_note_ether(skb, false);
+		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }

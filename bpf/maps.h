@@ -173,6 +173,23 @@ struct {
 	__type(value, struct sp_counter);
 } sp_counters SEC(".maps");
 
+/* Refused by the backstop. LRU: losing one costs a device its count, never the refusal. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct sp_backstop_key);
+	__type(value, struct sp_backstop);
+} sp_backstop SEC(".maps");
+
+/* By service id. The agent makes the rows; a service without one is not counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct sp_traffic);
+} sp_traffic SEC(".maps");
+
 /* One record a second for equal denials; the rest is counted here. Full: counted as lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -223,19 +223,27 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 	return parsed == SP_PARSE_TCP ? sp_parse_tcp(skb, p) : (enum sp_parse)parsed;
 }
 
-/* First stage: up to the ports. Makes the headers linear when they are not. */
+/* First stage: up to the ports, of a packet whose IP header is linear. */
+static __always_inline enum sp_parse sp_parse_linear(struct __sk_buff *skb, struct sp_head *p,
+						     __u32 l3)
+{
+	p->l3 = l3;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return sp_parse_ipv4(skb, p, l3);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return sp_parse_ipv6(skb, p, l3);
+	return SP_PARSE_OTHER;
+}
+
+/* The same, but makes the headers linear when they are not. */
 static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_head *p, __u32 l3)
 {
 	__u32 need = l3 + sizeof(struct ipv6hdr);
 
-	p->l3 = l3;
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return SP_PARSE_OTHER;
-	if (sp_data(skb) + need > sp_end(skb))
+	if (sp_data(skb) + need > sp_end(skb) &&
+	    (skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6)))
 		bpf_skb_pull_data(skb, skb->len < SP_PULL ? skb->len : SP_PULL);
-	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return sp_parse_ipv4(skb, p, l3);
-	return sp_parse_ipv6(skb, p, l3);
+	return sp_parse_linear(skb, p, l3);
 }
 
 /* Begins the packet of this hook: what the first stage found, and nothing of the packet before. */

@@ -37,6 +37,12 @@ enum sp_reason {
 	SP_REASON_PATH_OPEN = 20,	/* SYN that opened a bypassed flow */
 	SP_REASON_PATH_LIVE = 21,	/* later packet of a bypassed flow */
 
+	/* a socket was given the packet: the backstop knows why it came */
+	SP_REASON_SOCKET_LEG = 25,	/* the proxy sent it */
+	SP_REASON_SOCKET_PATH = 26,	/* under a live path */
+	SP_REASON_POD_LOOPBACK = 27,	/* from the pod to its own service */
+	SP_REASON_SOCKET_RESET = 28,	/* a RST of a flow whose path ended, or that answers a stray */
+
 	/* the packet came from the proxy and was put where it belongs */
 	SP_REASON_PX_DOWN = 30,		/* towards the client */
 	SP_REASON_PX_UP = 31,		/* towards the service */
@@ -60,6 +66,14 @@ enum sp_reason {
 	SP_REASON_NO_STAMP = 59,	/* on px1, but not sent there by our programs */
 	SP_REASON_REVERSE_OPEN = 60,	/* SYN that leaves from a protected port */
 	SP_REASON_NO_CONFIG = 61,	/* configuration map is empty */
+
+	/* the packet was dropped before a socket, by the backstop */
+	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */
+	SP_REASON_SOCKET_ENDED = 76,	/* was on its way when its path ended */
+	SP_REASON_LOOPBACK_DENIED = 77,	/* from the pod to its own service, which is denied */
+
+	/* given by the agent */
+	SP_REASON_UNEXPLAINED = 78,	/* sockets got more than the hooks let through */
 
 	/* the packet was dropped by XDP, at the uplink */
 	SP_REASON_XDP_MALFORMED = 80,	/* headers lie or are cut off */
@@ -95,6 +109,7 @@ enum sp_event_kind {
 	SP_EVENT_END = 3,	/* its path ended while the flow was alive */
 	SP_EVENT_DENY = 4,	/* refused; count says how often since the last record */
 	SP_EVENT_UPDATE = 5,	/* a flow goes on; counters so far */
+	SP_EVENT_BACKSTOP = 8,	/* traffic came around the hooks; count says how much of it */
 };
 
 #endif

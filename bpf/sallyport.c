@@ -7,6 +7,7 @@
  */
 #include "px.h"
 #include "xdp.h"
+#include "backstop.h"
 
 /* Uplinks and the host side of pod devices: ingress and egress. */
 SEC("tcx/ingress")
@@ -26,6 +27,37 @@ SEC("tcx/egress")
 int sp_pod_out(struct __sk_buff *skb)
 {
 	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD, ETH_HLEN);
+}
+
+/* Ports of a bridge, and the bridge. */
+SEC("tcx/ingress")
+int sp_port_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_pod_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD_PORT, ETH_HLEN);
+}
+
+SEC("tcx/ingress")
+int sp_bridge_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_BRIDGE, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_bridge_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_BRIDGE, ETH_HLEN);
 }
 
 /* The same on devices without an Ethernet header: tun, IP tunnels, WireGuard. */
@@ -88,6 +120,20 @@ SEC("xdp")
 int sp_xdp_generic(struct xdp_md *ctx)
 {
 	return sp_xdp(ctx, true);
+}
+
+/* Every socket below a control group, in all network namespaces. */
+SEC("cgroup_skb/ingress")
+int sp_cg_in(struct __sk_buff *skb)
+{
+	return sp_backstop_in(skb);
+}
+
+/* Every look-up of a socket in the host's network namespace. */
+SEC("sk_lookup")
+int sp_sklookup(struct bpf_sk_lookup *ctx)
+{
+	return sp_look_up(ctx);
 }
 
 /* Types that no map names, kept in the BTF for Go. */

@@ -18,21 +18,38 @@ type SallyportSpAddr struct {
 	Bytes [16]uint8
 }
 
+type SallyportSpBackstop struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	LastNs  uint64
+}
+
+type SallyportSpBackstopKey struct {
+	_       structs.HostLayout
+	Netns   uint32
+	Ifindex uint32
+}
+
 type SallyportSpBucket struct {
 	_      structs.HostLayout
 	FullNs uint64
 }
 
 type SallyportSpConfig struct {
-	_          structs.HostLayout
-	Schema     uint32
-	Px0Ifindex uint32
-	Px1Ifindex uint32
-	ListenPort uint32
-	MaxTtlNs   uint64
-	Secret     [2]uint64
-	Stamp      [6]uint8
-	Pad        [2]uint8
+	_               structs.HostLayout
+	Schema          uint32
+	Px0Ifindex      uint32
+	Px1Ifindex      uint32
+	ListenPort      uint32
+	MaxTtlNs        uint64
+	Secret          [2]uint64
+	Stamp           [6]uint8
+	Pad             [2]uint8
+	HostNetns       uint64
+	PxNetns         uint64
+	HostNetnsInode  uint32
+	DenyPodLoopback uint32
 }
 
 type SallyportSpCounter struct {
@@ -74,6 +91,8 @@ type SallyportSpEvent struct {
 	ServiceId       uint32
 	Slot            uint32
 	FlowId          uint64
+	Netns           uint32
+	Pad             uint32
 	Count           uint64
 	BytesToServer   uint64
 	BytesToClient   uint64
@@ -86,12 +105,13 @@ type SallyportSpEvent struct {
 type SallyportSpEventKind uint32
 
 const (
-	SallyportSpEventKindSP_EVENT_NONE   SallyportSpEventKind = 0
-	SallyportSpEventKindSP_EVENT_OPEN   SallyportSpEventKind = 1
-	SallyportSpEventKindSP_EVENT_CLOSE  SallyportSpEventKind = 2
-	SallyportSpEventKindSP_EVENT_END    SallyportSpEventKind = 3
-	SallyportSpEventKindSP_EVENT_DENY   SallyportSpEventKind = 4
-	SallyportSpEventKindSP_EVENT_UPDATE SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_NONE     SallyportSpEventKind = 0
+	SallyportSpEventKindSP_EVENT_OPEN     SallyportSpEventKind = 1
+	SallyportSpEventKindSP_EVENT_CLOSE    SallyportSpEventKind = 2
+	SallyportSpEventKindSP_EVENT_END      SallyportSpEventKind = 3
+	SallyportSpEventKindSP_EVENT_DENY     SallyportSpEventKind = 4
+	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
 )
 
 type SallyportSpFlags uint32
@@ -140,6 +160,7 @@ const (
 	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
 )
 
 type SallyportSpLease struct {
@@ -155,6 +176,12 @@ type SallyportSpLeg struct {
 	Flags     uint32
 	OpenedNs  uint64
 	LastNs    uint64
+	Ether     struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpLegKey struct {
@@ -178,6 +205,12 @@ type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
 	Ifindex uint32
+	Ether   struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpOriginKey struct {
@@ -255,6 +288,10 @@ const (
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
+	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
+	SallyportSpReasonSP_REASON_SOCKET_PATH       SallyportSpReason = 26
+	SallyportSpReasonSP_REASON_POD_LOOPBACK      SallyportSpReason = 27
+	SallyportSpReasonSP_REASON_SOCKET_RESET      SallyportSpReason = 28
 	SallyportSpReasonSP_REASON_PX_DOWN           SallyportSpReason = 30
 	SallyportSpReasonSP_REASON_PX_UP             SallyportSpReason = 31
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
@@ -273,6 +310,10 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
+	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
+	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
+	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
 	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
 	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
@@ -352,6 +393,15 @@ const (
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
 
+type SallyportSpTraffic struct {
+	_              structs.HostLayout
+	HookLeg        SallyportSpVolume
+	HookPath       SallyportSpVolume
+	SocketLeg      SallyportSpVolume
+	SocketPath     SallyportSpVolume
+	SocketLoopback SallyportSpVolume
+}
+
 type SallyportSpVerdict uint32
 
 const (
@@ -361,10 +411,18 @@ const (
 	SallyportSpVerdictSP_VERDICT_DENIED   SallyportSpVerdict = 3
 )
 
+type SallyportSpVolume struct {
+	_       structs.HostLayout
+	Opens   uint64
+	Empties uint64
+	Bytes   uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
@@ -388,16 +446,24 @@ const (
 	SallyportMapSpSynServices = "sp_syn_services"
 	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportProgSpBridgeIn   = "sp_bridge_in"
+	SallyportProgSpBridgeOut  = "sp_bridge_out"
+	SallyportProgSpCgIn       = "sp_cg_in"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
+	SallyportProgSpPodPortOut = "sp_pod_port_out"
+	SallyportProgSpPortIn     = "sp_port_in"
+	SallyportProgSpPortOut    = "sp_port_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
 	SallyportProgSpPxLoOut    = "sp_px_lo_out"
+	SallyportProgSpSklookup   = "sp_sklookup"
 	SallyportProgSpXdpGeneric = "sp_xdp_generic"
 	SallyportProgSpXdpUp      = "sp_xdp_up"
 	SallyportVarSpBtfEvent    = "sp_btf_event"
@@ -446,16 +512,23 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
+	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
+	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
 	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
 	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.ProgramSpec `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.ProgramSpec `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.ProgramSpec `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
 	SpPxLoOut    *ebpf.ProgramSpec `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.ProgramSpec `ebpf:"sp_sklookup"`
 	SpXdpGeneric *ebpf.ProgramSpec `ebpf:"sp_xdp_generic"`
 	SpXdpUp      *ebpf.ProgramSpec `ebpf:"sp_xdp_up"`
 }
@@ -464,6 +537,7 @@ type SallyportProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportMapSpecs struct {
+	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
@@ -487,6 +561,7 @@ type SallyportMapSpecs struct {
 	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
 
 // SallyportVariableSpecs contains global variables before they are loaded into the kernel.
@@ -517,6 +592,7 @@ func (o *SallyportObjects) Close() error {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportMaps struct {
+	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
@@ -540,10 +616,12 @@ type SallyportMaps struct {
 	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
 
 func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
+		m.SpBackstop,
 		m.SpBestEffort,
 		m.SpConfig,
 		m.SpCounters,
@@ -567,6 +645,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpSynServices,
 		m.SpSynSources,
 		m.SpTable,
+		m.SpTraffic,
 	)
 }
 
@@ -582,32 +661,46 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
+	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
+	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
 	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
 	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.Program `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.Program `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.Program `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
 	SpPxLoOut    *ebpf.Program `ebpf:"sp_px_lo_out"`
+	SpSklookup   *ebpf.Program `ebpf:"sp_sklookup"`
 	SpXdpGeneric *ebpf.Program `ebpf:"sp_xdp_generic"`
 	SpXdpUp      *ebpf.Program `ebpf:"sp_xdp_up"`
 }
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpBridgeIn,
+		p.SpBridgeOut,
+		p.SpCgIn,
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpL3In,
 		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
+		p.SpPodPortOut,
+		p.SpPortIn,
+		p.SpPortOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,
 		p.SpPxLoOut,
+		p.SpSklookup,
 		p.SpXdpGeneric,
 		p.SpXdpUp,
 	)

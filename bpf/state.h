@@ -10,6 +10,7 @@
 #define SP_LO_IFINDEX 1
 #define SP_AF_INET 2
 #define SP_AF_INET6 10
+#define SP_TCP_LISTEN 10
 
 /*
  * Where a packet is taken apart. One a CPU: programs of devices run with softirqs off, one after the
@@ -22,6 +23,7 @@ struct sp_scratch {
 	struct sp_flow_key key;
 	struct sp_flow flow;
 	struct bpf_fib_lookup fib;
+	struct sp_ether ether;	/* of the packet, at a bridge's port */
 };
 
 struct {

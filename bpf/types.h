@@ -35,6 +35,7 @@ enum sp_hook {
 	SP_HOOK_IN = 1,		/* ingress of a device: host service, client beyond the device */
 	SP_HOOK_OUT = 2,	/* egress of a device: pod service behind the device */
 	SP_HOOK_LO = 3,		/* ingress of lo: host service, client on the node */
+	SP_HOOK_PORT = 4,	/* egress of a bridge's port: pod service behind the port */
 };
 
 enum sp_state {
@@ -71,6 +72,10 @@ struct sp_config {
 	__u64 secret[2];	/* key of the re-injection mark, new with every set-up */
 	__u8 stamp[6];		/* source MAC of what our programs send to px1 */
 	__u8 pad[2];
+	__u64 host_netns;	/* cookies (SO_NETNS_COOKIE); 0: not set up yet */
+	__u64 px_netns;
+	__u32 host_netns_inode;	/* as /proc/PID/ns/net shows it */
+	__u32 deny_pod_loopback;	/* 1: a pod's service is closed to the pod itself too */
 };
 
 /* Dead-man lease: nothing new is admitted past it. */
@@ -171,6 +176,15 @@ struct sp_leg_key {
 	enum sp_leg_side side;
 };
 
+/* Link-layer addresses of the two parties at a bridge's port, where no neighbour look-up can be made:
+ * the bridge takes the answers. Zero at other hooks.
+ */
+struct sp_ether {
+	__u8 client[6];
+	__u8 server[6];
+	__u32 pad;
+};
+
 /* Where a packet of the proxy is put back. Also the value of the stray map. */
 struct sp_leg {
 	enum sp_hook hook;
@@ -179,6 +193,7 @@ struct sp_leg {
 	__u32 flags;		/* enum sp_flags */
 	__u64 opened_ns;
 	__u64 last_ns;
+	struct sp_ether ether;
 };
 
 /* By which device a client reached a service, for the proxy's own connection to it. */
@@ -192,6 +207,7 @@ struct sp_origin_key {
 struct sp_origin {
 	enum sp_hook hook;
 	__u32 ifindex;
+	struct sp_ether ether;
 };
 
 /* A source prefix, of the mapped form: an IPv4 prefix of n bits has 96 + n. */
@@ -223,6 +239,39 @@ struct sp_bucket {
 struct sp_counter {
 	__u64 packets;
 	__u64 bytes;
+};
+
+/* What the backstop refused, by where the packet came in. `netns` is the inode of the network
+ * namespace, as lsns and /proc/PID/ns/net show it; an ifindex means something only within one.
+ */
+struct sp_backstop_key {
+	__u32 netns;
+	__u32 ifindex;
+};
+
+struct sp_backstop {
+	__u64 packets;
+	__u64 bytes;		/* IP bytes */
+	__u64 last_ns;
+};
+
+/*
+ * Three volumes of TCP that neither GSO nor GRO changes between a hook and a socket, so that they can
+ * be compared: packets with data are split and merged on the way, their payload is not.
+ */
+struct sp_volume {
+	__u64 opens;		/* SYNs */
+	__u64 empties;		/* other packets without payload */
+	__u64 bytes;		/* payload */
+};
+
+/* Packets towards one service: what the tc hooks let through, and what its sockets got. */
+struct sp_traffic {
+	struct sp_volume hook_leg;
+	struct sp_volume hook_path;
+	struct sp_volume socket_leg;
+	struct sp_volume socket_path;
+	struct sp_volume socket_loopback;	/* from the pod itself */
 };
 
 struct sp_deny_key {
@@ -262,6 +311,8 @@ struct sp_event {
 	__u32 service_id;
 	__u32 slot;
 	__u64 flow_id;
+	__u32 netns;		/* of the device, for BACKSTOP; as in sp_backstop_key */
+	__u32 pad;
 	__u64 count;
 	__u64 bytes_to_server;
 	__u64 bytes_to_client;

@@ -10,24 +10,28 @@ import (
 	"github.com/vishvananda/netns"
 )
 
-// space is a network namespace with a thread in it. It is gone when the thread, and what was started
+// space is a network namespace with a thread in it, which is in the demo's control group. It is gone when the thread, and what was started
 // from it, are gone: it has no name.
 type space struct {
 	handle netns.NsHandle
 	calls  chan func()
 }
 
-func newSpace() (*space, error) {
+func newSpace(cgroup string) (*space, error) {
 	s := &space{calls: make(chan func())}
 	made := make(chan error, 1)
-	go s.loop(made)
+	go s.loop(cgroup, made)
 	return s, <-made
 }
 
 // loop keeps its thread for itself; the runtime ends the thread with the goroutine.
-func (s *space) loop(made chan<- error) {
+func (s *space) loop(cgroup string, made chan<- error) {
 	runtime.LockOSThread()
-	var err error
+	err := joinCgroup(cgroup)
+	if err != nil {
+		made <- err
+		return
+	}
 	if s.handle, err = netns.New(); err != nil {
 		made <- fmt.Errorf("make network namespace: %w", err)
 		return

@@ -437,7 +437,7 @@ func (s *demoStory) uninstalled(ctx context.Context) (string, error) {
 func (s *demoStory) left() error {
 	var hooks []string
 	if err := s.w.node.do(func() (err error) {
-		hooks, err = datapath.Attached()
+		hooks, err = datapath.Attached(s.w.cgroup)
 		return err
 	}); err != nil {
 		return err

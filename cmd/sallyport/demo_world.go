@@ -30,6 +30,7 @@ const (
 // demoWorld is everything that exists for the demo. close removes it.
 type demoWorld struct {
 	dir, bin string
+	cgroup   string // of all that the demo starts
 	keep     bool
 	node     *space
 	client   *space
@@ -58,7 +59,7 @@ func (c *cli) newDemoWorld(ctx context.Context, keep bool) (w *demoWorld, err er
 		return w, fmt.Errorf("find own binary: %w", err)
 	}
 	w.bin = filepath.Dir(self)
-	for _, step := range []func() error{w.makeDir, w.makeSpaces, func() error { return w.makeAuthority(ctx) }, w.writeConfig} {
+	for _, step := range []func() error{w.makeDir, w.makeCgroup, w.makeSpaces, func() error { return w.makeAuthority(ctx) }, w.writeConfig} {
 		if err := step(); err != nil {
 			return w, err
 		}
@@ -89,10 +90,10 @@ func (w *demoWorld) makeDir() (err error) {
 func (w *demoWorld) path(name string) string { return filepath.Join(w.dir, name) }
 
 func (w *demoWorld) makeSpaces() (err error) {
-	if w.node, err = newSpace(); err != nil {
+	if w.node, err = newSpace(w.cgroup); err != nil {
 		return err
 	}
-	if w.client, err = newSpace(); err != nil {
+	if w.client, err = newSpace(w.cgroup); err != nil {
 		return err
 	}
 	if err := errors.Join(w.node.loopback(), w.client.loopback()); err != nil {
@@ -158,9 +159,10 @@ spec:
   stateDir: %s
   runDir: %s
   bpffs: %s
+  cgroup: %s
   workloadAPI: %s
   collector: {address: "127.0.0.1:9443"}
-`, demoName, demoDomain, w.path("resources"), w.path("state"), w.path("run"), w.path("bpf"), w.workloadAPI(who))
+`, demoName, demoDomain, w.path("resources"), w.path("state"), w.path("run"), w.path("bpf"), w.cgroup, w.workloadAPI(who))
 }
 
 func (w *demoWorld) collectorConfig() string {
@@ -229,7 +231,7 @@ func (w *demoWorld) close() error {
 			errs = append(errs, s.close())
 		}
 	}
-	return errors.Join(append(errs, w.removeDir())...)
+	return errors.Join(append(errs, w.removeCgroup(), w.removeDir())...)
 }
 
 // removeDir unmounts the bpffs, and the px namespace if it is still pinned.

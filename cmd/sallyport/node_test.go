@@ -99,7 +99,7 @@ func (n *node) Status(context.Context, *api.StatusRequest) (*api.StatusReply, er
 		Node: n.name, Version: "v0.1.0", Ready: true, Started: timestamppb.New(began), Bpffs: "/sys/fs/bpf/sallyport",
 		Generation: 7, ProxyListening: true, LeaseLeft: durationpb.New(14500 * time.Millisecond),
 		Services: uint32(len(n.policy.Services())), LivePaths: uint32(len(n.grants)),
-		Hooks:     []*api.HookStatus{{Device: "eth0", Ifindex: 2, Role: "uplink", Programs: []string{"sp_up_in", "sp_up_out"}}},
+		Hooks:     []*api.HookStatus{{Device: "eth0", Ifindex: 2, Role: "uplink", Programs: []string{"sp_up_in", "sp_up_out"}, Xdp: "native: the driver takes it"}},
 		Reasons:   map[string]uint64{"NO_PATH": 12, "PATH_LIVE": 3},
 		Problems:  []string{"resources.d/new.yaml:3: spec.ports[0]: \x1b[2Jmust be 1 to 65535"},
 		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1,

@@ -64,9 +64,9 @@ func hooksTable(t *table, hooks []*api.HookStatus) {
 		return
 	}
 	t.line("")
-	t.row("DEVICE", "INDEX", "ROLE", "PROGRAMS")
+	t.row("DEVICE", "INDEX", "ROLE", "PROGRAMS", "XDP")
 	for _, h := range hooks {
-		t.row(h.GetDevice(), h.GetIfindex(), h.GetRole(), strings.Join(h.GetPrograms(), " "))
+		t.row(h.GetDevice(), h.GetIfindex(), h.GetRole(), strings.Join(h.GetPrograms(), " "), h.GetXdp())
 	}
 }
 

@@ -36,6 +36,7 @@ type node struct {
 	eventCounts *eventCounter
 
 	lock      *lock
+	cgroup    string // that the backstop is attached to
 	store     *store.Store
 	px        *px.Namespace
 	freshPx   bool // px was not there before
@@ -45,6 +46,8 @@ type node struct {
 	sink      *sink
 	resources *resources
 	devices   *devices
+	backstop  *backstop
+	uplinks   *uplinks
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -66,6 +69,9 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	n := newNode(o, cfg)
+	if n.cgroup, err = backstopCgroup(cfg); err != nil {
+		return err
+	}
 	return runParts(ctx, n.parts(), n.log)
 }
 
@@ -94,12 +100,14 @@ func (n *node) parts() []part {
 		{name: "resources", start: n.loadResources},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
+		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
 		{name: "grants", start: n.adoptGrants},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
+		{name: "address watch", run: func(ctx context.Context) error { return n.sources().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
@@ -204,7 +212,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier()}.device, problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.device, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -226,8 +234,20 @@ func (n *node) resourcesChanged(e *enforced) {
 
 // hookDevices hooks every device that is there; the watch takes over from it.
 func (n *node) hookDevices(context.Context) error {
-	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), problems: n.problems, log: n.log, changed: n.devicesChanged}
+	n.uplinks = &uplinks{datapath: n.datapath, classify: n.classifier(), spec: n.cfg.Spec.XDP, problems: n.problems}
+	if err := n.uplinks.limit(); err != nil {
+		return err
+	}
+	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
 	return n.devices.sync()
+}
+
+func (n *node) sources() *sources {
+	s := &sources{datapath: n.datapath, classify: n.classifier(), services: n.datapath.Services, problems: n.problems}
+	for _, r := range n.cfg.Spec.XDP.DenySources {
+		s.denied = append(s.denied, r.Prefix)
+	}
+	return s
 }
 
 func (n *node) devicesChanged() {

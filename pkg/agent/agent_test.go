@@ -53,10 +53,11 @@ spec:
   stateDir: %[2]s/state
   runDir: %[2]s/run
   bpffs: %[3]s
+  cgroup: %[4]q
   workloadAPI: unix://%[2]s/workload.sock
   devices: {pods: ["vethpod*"]}
   metrics: "127.0.0.1:9469"
-`, testNode, dir, bpffs), 0o600))
+`, testNode, dir, bpffs, in.lab.Cgroup()), 0o600))
 	in.cfg, err = loadConfig(in.config)
 	must(t, err)
 	in.resources(in.signer.resources("15m"))
@@ -298,13 +299,7 @@ func (in *installed) testGrants() {
 
 func (in *installed) testMetrics() {
 	t := in.t
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		return in.lab.Node.Dial(ctx, netip.AddrPort{}, netip.MustParseAddrPort(address))
-	}}}
-	reply, err := client.Get("http://" + in.cfg.Spec.Metrics + "/metrics")
-	must(t, err)
-	defer reply.Body.Close()
-	body := readAll(t, reply)
+	body := in.scrape()
 	for _, want := range []string{
 		"sallyport_ready 1", "sallyport_scrape_failed 0", `sallyport_grant_events_total{step="ACTIVATED"} 2`,
 		`sallyport_grant_events_total{step="EXPIRED"} 1`, `sallyport_grant_events_total{step="REVOKED"} 1`,
@@ -315,6 +310,18 @@ func (in *installed) testMetrics() {
 			t.Errorf("metrics lack %s", want)
 		}
 	}
+}
+
+// scrape gives the metrics.
+func (in *installed) scrape() string {
+	in.t.Helper()
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+		return in.lab.Node.Dial(ctx, netip.AddrPort{}, netip.MustParseAddrPort(address))
+	}}}
+	reply, err := client.Get("http://" + in.cfg.Spec.Metrics + "/metrics")
+	must(in.t, err)
+	defer reply.Body.Close()
+	return readAll(in.t, reply)
 }
 
 // TestKillAgentAtRandom is invariant 5 from outside: whenever the agent is killed, each open path has its active row.

@@ -21,9 +21,14 @@ const (
 	alarmBPFFSLost  alarmName = "bpffs_lost"  // the bpffs was unmounted
 	alarmPxLost     alarmName = "px_lost"     // px or its devices were removed
 	alarmClockJump  alarmName = "clock_jump"  // the wall clock moved against boot time
+
+	alarmBackstop     alarmName = "backstop"      // traffic came around the hooks and was refused at a socket
+	alarmBackstopLost alarmName = "backstop_lost" // the backstop was detached
+	alarmUnexplained  alarmName = "unexplained"   // sockets got more than the hooks let through
 )
 
-var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump}
+var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
+	alarmBackstop, alarmBackstopLost, alarmUnexplained}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

@@ -24,7 +24,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 type metrics struct {
 	node *node
 
-	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, paths, packets, bytes, records, grants, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, records, grants, lost, spool, shed,
 	failed *prometheus.Desc
 }
 
@@ -40,6 +40,7 @@ func newMetrics(n *node) *metrics {
 		problems:   desc("problems", "Problems that stand now, by class.", "class"),
 		alarms:     desc("alarms_total", "Alarms of this process, by name: something worked against enforcement.", "alarm"),
 		devices:    desc("hooked_devices", "Devices that have hooks, by role.", "role"),
+		xdp:        desc("uplinks", "Uplinks by the mode of their XDP filter, and why.", "xdp", "cause"),
 		paths:      desc("paths", "Path slots in use, by state.", "state"),
 		packets:    desc("packets_total", "Packets towards and from protected services, by reason.", "reason"),
 		bytes:      desc("bytes_total", "IP bytes towards and from protected services, by reason.", "reason"),
@@ -54,7 +55,7 @@ func newMetrics(n *node) *metrics {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.paths,
+	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
 		ch <- d
 	}
@@ -105,6 +106,13 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	}
 	for role, n := range roles {
 		gauge(ch, m.devices, float64(n), string(role))
+	}
+	filters := make(map[datapath.XDPOutcome]int)
+	for _, x := range m.node.datapath.XDP() {
+		filters[datapath.XDPOutcome{Mode: x.Mode, Cause: x.Cause}]++
+	}
+	for x, n := range filters {
+		gauge(ch, m.xdp, float64(n), string(x.Mode), string(x.Cause))
 	}
 	m.node.flowCounts.each(func(l flowLabels, n uint64) { counter(ch, m.records, n, l.source, l.event, l.verdict, l.reason) })
 	m.node.eventCounts.each(func(step string, n uint64) { counter(ch, m.grants, n, step) })

@@ -25,11 +25,15 @@ const (
 	problemMetrics   problemClass = "metrics"
 	problemAudit     problemClass = "audit"
 	problemPins      problemClass = "pins"
+	problemBackstop  problemClass = "backstop"
 	problemAlarms    problemClass = "alarms"
+	problemXDP       problemClass = "xdp"
+	problemSources   problemClass = "sources"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemAlarms}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
+	problemXDP, problemSources}
 
 type problemKey struct {
 	class   problemClass

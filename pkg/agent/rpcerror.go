@@ -29,6 +29,7 @@ var known = []struct {
 	{store.ErrFull, codes.ResourceExhausted, "make room on the disk of stateDir, or bring the collector back"},
 	{store.ErrDamaged, codes.Internal, "stop the agent, keep stateDir for examination, and start with an empty one"},
 	{datapath.ErrBPFFS, codes.FailedPrecondition, "mount bpffs where the host sees it (mount -t bpf bpf /sys/fs/bpf); in a container, mount the host's"},
+	{datapath.ErrCgroup, codes.FailedPrecondition, "mount it (mount -t cgroup2 none /sys/fs/cgroup/unified) or boot with systemd.unified_cgroup_hierarchy=1; in a container, share the host's cgroup namespace and mount its /sys/fs/cgroup"},
 	{datapath.ErrLayout, codes.FailedPrecondition, "run `sallyport-agent uninstall` of the version that made the maps, then start this one"},
 	{ErrRunning, codes.FailedPrecondition, "stop it first: systemctl stop sallyport-agent"},
 	{ErrUntrusted, codes.FailedPrecondition, "chown root: and chmod go-w it, and look at who wrote it"},

@@ -37,9 +37,17 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 }
 
 func (n *node) hooks() []*api.HookStatus {
+	xdp := make(map[string]string)
+	for _, x := range n.datapath.XDP() {
+		xdp[x.Device] = fmt.Sprintf("%s: %s", x.Mode, x.Why)
+	}
 	var out []*api.HookStatus
 	for _, d := range n.datapath.Devices() {
-		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs})
+		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs,
+			Xdp: xdp[d.Name]})
+	}
+	for _, p := range n.datapath.Backstop() {
+		out = append(out, &api.HookStatus{Device: p.Where, Role: "backstop", Programs: []string{p.Program}})
 	}
 	return out
 }

@@ -48,6 +48,9 @@ func Uninstall(ctx context.Context, o Options, actor string) (removed Removed, e
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
 	u := uninstall{cfg: cfg, store: s, clock: bootClock(), actor: actor, removed: Removed{State: cfg.Spec.StateDir}}
+	if u.cgroup, err = backstopCgroup(cfg); err != nil {
+		u.cgroup = "" // then there is no backstop
+	}
 	err = u.run(ctx)
 	return u.removed, err
 }
@@ -57,6 +60,7 @@ type uninstall struct {
 	cfg     policy.AgentConfig
 	store   *store.Store
 	clock   clock
+	cgroup  string
 	actor   string
 	removed Removed
 }
@@ -71,7 +75,7 @@ func (u *uninstall) run(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("remove datapath: %w", err)
 	}
-	unpinned, detachErr := datapath.DetachAll()
+	unpinned, detachErr := datapath.DetachAll(u.cgroup)
 	inPx, pxErr := datapath.DetachPx(u.cfg.PxPath())
 	u.removed.Links += unpinned + inPx
 	err = errors.Join(err, detachErr, pxErr, px.Remove(px.Config{Path: u.cfg.PxPath()}), u.endGrants(ctx), u.removeFiles(), u.left())
@@ -137,7 +141,7 @@ func (u *uninstall) left() error {
 	if _, err := netlink.LinkByName(px.HostDevice); err == nil {
 		errs = append(errs, fmt.Errorf("device %s is %w", px.HostDevice, errLeft))
 	}
-	hooks, err := datapath.Attached()
+	hooks, err := datapath.Attached(u.cgroup)
 	if len(hooks) > 0 {
 		errs = append(errs, fmt.Errorf("hooks %s are %w", strings.Join(hooks, ", "), errLeft))
 	}

@@ -51,10 +51,21 @@ func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	if l3 {
 		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
 	}
-	if role == RolePod {
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	first, last := hook{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, hook{"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}
+	switch role {
+	case RolePod:
+		last.name, last.prog = "sp_pod_out", d.objs.SpPodOut
+	case RoleBridge:
+		first.name, first.prog = "sp_bridge_in", d.objs.SpBridgeIn
+		last.name, last.prog = "sp_bridge_out", d.objs.SpBridgeOut
+	case RolePort, RolePodPort:
+		first.name, first.prog = "sp_port_in", d.objs.SpPortIn
+		last.name, last.prog = "sp_port_out", d.objs.SpPortOut
+		if role == RolePodPort {
+			last.name, last.prog = "sp_pod_port_out", d.objs.SpPodPortOut
+		}
 	}
-	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
+	return []hook{first, last}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -125,7 +136,7 @@ func (d *Datapath) removePin(key string) error {
 // its number: paths to what was behind that number end before.
 func (d *Datapath) take(p place, prog *ebpf.Program, key string, role Role) (hold, error) {
 	fresh := func() error {
-		if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
+		if role.ofDevice() { // px1's number is that of another namespace
 			return d.endPathsBehind(p.ifindex)
 		}
 		return nil
@@ -179,7 +190,7 @@ func (d *Datapath) AttachPx() error {
 		if err != nil {
 			return fmt.Errorf("find px1: %w", err)
 		}
-		if err := d.setPx1(px1.Index); err != nil {
+		if err := d.setPx(px1.Index); err != nil {
 			return err
 		}
 		if err := d.attach(px1.Index, RolePx1, "px"); err != nil {
@@ -189,16 +200,13 @@ func (d *Datapath) AttachPx() error {
 	})
 }
 
-func (d *Datapath) setPx1(ifindex int) error {
-	var c bpf.Config
-	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
-		return fmt.Errorf("read configuration: %w", err)
+// setPx tells the programs of px, from within it.
+func (d *Datapath) setPx(px1 int) error {
+	px, err := ownNetns()
+	if err != nil {
+		return err
 	}
-	c.Px1Ifindex = uint32(ifindex)
-	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
-		return fmt.Errorf("write configuration: %w", err)
-	}
-	return nil
+	return d.changeConfig(func(c *bpf.Config) { c.Px1Ifindex, c.PxNetns = uint32(px1), px.cookie })
 }
 
 // inNetns runs f in the namespace, on a thread that comes back from it. One that cannot come back ends
@@ -239,7 +247,7 @@ func (d *Datapath) Detach(ifindex int) error {
 	defer d.mu.Unlock()
 	var errs []error
 	for key, a := range d.devices {
-		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {
+		if a.ifindex != ifindex || !a.role.ofDevice() {
 			continue
 		}
 		errs = append(errs, a.hold.drop(), a.hold.close(), d.removePin(key))

@@ -97,7 +97,7 @@ func TestForeignQdisc(t *testing.T) {
 	must(t, n.Node.Do(func() error { return n.d.Attach(ifindex, datapath.RoleUplink) }))
 	n.foreignFilter(t, lab.Uplink, 7, 1) // into the qdisc that is ours
 	n.uninstall(t)
-	must(t, n.Node.Do(func() error { _, err := datapath.DetachAll(); return err }))
+	must(t, n.Node.Do(func() error { _, err := datapath.DetachAll(n.Cgroup()); return err }))
 	n.noHooks(t)
 	for device, want := range map[string]bool{"late0": true, lab.Uplink: true, lab.PodDevice(0): false, "lo": false} {
 		if got := n.hasClsact(t, device); got != want {
@@ -132,7 +132,7 @@ func testOtherProfile(t *testing.T, profile datapath.Profile) {
 		t.Errorf("profile is %s, want %s", n.d.Profile(), n.cf.Profile)
 	}
 	var hooks []string
-	must(t, n.Node.Do(func() (err error) { hooks, err = datapath.Attached(); return err }))
+	must(t, n.Node.Do(func() (err error) { hooks, err = datapath.Attached(n.Cgroup()); return err }))
 	if len(hooks) != 8 {
 		t.Errorf("hooks are %v, want each once", hooks)
 	}

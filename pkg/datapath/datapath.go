@@ -62,7 +62,9 @@ type Datapath struct {
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
-	xdp      map[int]xdpState // by ifindex
+	xdp      map[int]xdpState     // by ifindex
+	backstop map[string]link.Link // by the name of the program, which is that of the pin
+	cgroup   string               // that the backstop is attached to; empty: not yet
 	services []Service
 	rows     int
 	gen      uint32
@@ -102,7 +104,8 @@ func Open(cfg Config) (*Datapath, error) {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
 	profile.prepare(spec)
-	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{}, xdp: map[int]xdpState{}, live: map[uint32]Path{}}
+	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
+		xdp: map[int]xdpState{}, backstop: map[string]link.Link{}, live: map[uint32]Path{}}
 	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
 		return nil, err
 	}
@@ -140,8 +143,11 @@ func (d *Datapath) Close() error {
 	for _, a := range d.devices {
 		errs = append(errs, a.hold.close())
 	}
-	d.devices = map[string]attachment{}
 	errs = append(errs, d.closeXDP())
+	for _, l := range d.backstop {
+		errs = append(errs, l.Close())
+	}
+	d.devices, d.backstop = map[string]attachment{}, map[string]link.Link{}
 	return errors.Join(append(errs, d.objs.Close())...)
 }
 
@@ -238,6 +244,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 	c.Px0Ifindex = uint32(d.cfg.Px0)
 	c.ListenPort = uint32(d.cfg.ListenPort)
 	c.MaxTtlNs = uint64(d.cfg.MaxTTL)
+	host, err := ownNetns()
+	if err != nil {
+		return err
+	}
+	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

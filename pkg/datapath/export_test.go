@@ -37,7 +37,33 @@ func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 			ids[xdpKey(x.outcome.Ifindex)] = uint32(info.ID)
 		}
 	}
+	for key, l := range d.backstop {
+		info, err := l.Info()
+		if err != nil {
+			return nil, err
+		}
+		ids[key] = uint32(info.ID)
+	}
 	return ids, nil
+}
+
+// DetachBackstop takes a part of the backstop off its place, as others could.
+func DetachBackstop(d *Datapath, program string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.backstop[program].Detach()
+}
+
+// OwnNetns is the cookie of the current namespace.
+func OwnNetns() (uint64, error) {
+	n, err := ownNetns()
+	return n.cookie, err
+}
+
+// NetnsInode is the inode of the current namespace.
+func NetnsInode() (uint32, error) {
+	n, err := ownNetns()
+	return n.inode, err
 }
 
 // What the tests of the programs need of the conversions.

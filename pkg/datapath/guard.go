@@ -99,11 +99,7 @@ func holdLink(pin string, links map[string]link.Link, log *slog.Logger) error {
 
 func dropDetached(links map[string]link.Link, log *slog.Logger) {
 	for id, l := range links {
-		info, err := l.Info()
-		if err != nil {
-			continue
-		}
-		if device, known := linkDevice(info); !known || device != 0 {
+		if attachedSomewhere(l) {
 			continue
 		}
 		closeLink(l)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
@@ -57,9 +58,9 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 	}
 }
 
-// Attached lists the programs of Sallyport on the devices of the current network namespace, as
-// "device/program", whoever attached them.
-func Attached() ([]string, error) {
+// Attached lists the programs of Sallyport on the current network namespace and its devices, and on a
+// control group (empty: on none), as "device/program", whoever attached them.
+func Attached(cgroup string) ([]string, error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
@@ -77,9 +78,16 @@ func Attached() ([]string, error) {
 		}
 	}
 	filtered, err := xdpDevices()
+	if err != nil {
+		return nil, err
+	}
 	for dev, there := range filtered {
 		out = append(out, dev.Attrs().Name+"/"+there.name)
 	}
+	err = backstopAt(cgroup, func(_ link.Link, name string) error {
+		out = append(out, map[string]string{cgroupHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
+		return nil
+	})
 	return out, err
 }
 

@@ -7,6 +7,8 @@ import (
 	"os"
 	"reflect"
 
+	"github.com/cilium/ebpf/link"
+
 	"github.com/sallyport-dev/sallyport/bpf"
 )
 
@@ -19,10 +21,10 @@ func programNames() []string {
 	return names
 }
 
-// DetachAll detaches every program of Sallyport from the devices of the current network namespace,
-// whoever holds it, and says how many: the guard holds links whose pins somebody removed, and filters
-// have no pins.
-func DetachAll() (n int, err error) {
+// DetachAll detaches every program of Sallyport from the current network namespace and its devices, and
+// the backstop from a control group (empty: from none), whoever holds it, and says how many: the guard
+// holds links whose pins somebody removed, and filters have no pins.
+func DetachAll(cgroup string) (n int, err error) {
 	devices, err := net.Interfaces()
 	if err != nil {
 		return 0, fmt.Errorf("list devices: %w", err)
@@ -44,6 +46,13 @@ func DetachAll() (n int, err error) {
 		}
 		n++
 	}
+	errs = append(errs, backstopAt(cgroup, func(l link.Link, name string) error {
+		if err := l.Detach(); err != nil {
+			return fmt.Errorf("detach %s: %w", name, err)
+		}
+		n++
+		return nil
+	}))
 	return n, errors.Join(errs...)
 }
 
@@ -53,7 +62,7 @@ func DetachPx(netnsFile string) (n int, err error) {
 		return 0, nil
 	}
 	err = inNetns(netnsFile, func() error {
-		n, err = DetachAll()
+		n, err = DetachAll("")
 		return err
 	})
 	return n, err

@@ -56,6 +56,9 @@ func (d *Datapath) pins() map[string]pinned {
 			all[filepath.Join(linksDir(d.cfg.Dir), xdpKey(ifindex))] = x.link
 		}
 	}
+	for name, l := range d.backstop {
+		all[filepath.Join(linksDir(d.cfg.Dir), name)] = l
+	}
 	return all
 }
 

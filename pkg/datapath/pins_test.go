@@ -84,7 +84,7 @@ func testStartWithoutPins(t *testing.T, profile datapath.Profile) {
 	n.everySays(t, "proxy", "new datapath")
 	var hooks []string
 	must(t, n.Node.Do(func() (err error) {
-		hooks, err = datapath.Attached()
+		hooks, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	slices.Sort(hooks)
@@ -104,13 +104,13 @@ func testDetachAll(t *testing.T, profile datapath.Profile) {
 	var had, left []string
 	detached := 0
 	must(t, n.Node.Do(func() (err error) {
-		if had, err = datapath.Attached(); err != nil {
+		if had, err = datapath.Attached(n.Cgroup()); err != nil {
 			return err
 		}
-		if detached, err = datapath.DetachAll(); err != nil {
+		if detached, err = datapath.DetachAll(n.Cgroup()); err != nil {
 			return err
 		}
-		left, err = datapath.Attached()
+		left, err = datapath.Attached(n.Cgroup())
 		return err
 	}))
 	if len(had) == 0 || detached != len(had) || len(left) > 0 {

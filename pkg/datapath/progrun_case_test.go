@@ -70,9 +70,10 @@ type probe struct {
 	program string
 	ctx     skBuff
 	frame   []byte
-	px      bool   // run in the px namespace
-	segs    uint64 // packets that the frame counts for
-	bytes   uint64 // IP bytes that it counts for
+	px      bool           // run in the px namespace
+	in      *lab.Namespace // run there; nil: in the node's
+	segs    uint64         // packets that the frame counts for
+	bytes   uint64         // IP bytes that it counts for
 }
 
 // at makes a probe of a packet at a program on a device.
@@ -200,8 +201,11 @@ func (r *rig) send(t testing.TB, p probe) (verdict int32, out []byte, mark uint3
 	var after skBuff
 	o := ebpf.RunOptions{Data: p.frame, DataOut: make([]byte, len(p.frame)+256), Context: &p.ctx, ContextOut: &after}
 	ns := r.Node.Do
-	if p.px {
+	switch {
+	case p.px:
 		ns = r.px.Do
+	case p.in != nil:
+		ns = p.in.Do
 	}
 	check(t, ns(func() error {
 		code, err := r.program(p.program).Run(&o)
@@ -218,6 +222,9 @@ func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte) {
 	if verdict == actRedirect && !strings.HasPrefix(p.program, "sp_px") {
 		copy(expect, make([]byte, 6))
 		copy(expect[6:], r.cfg.Stamp[:])
+	}
+	if p.program == "sp_cg_in" {
+		copy(expect, make([]byte, 14)) // a socket's packet begins with the IP header
 	}
 	if !bytes.Equal(out, expect) {
 		t.Errorf("packet is\n%x, want\n%x", out, expect)

@@ -17,6 +17,7 @@ func everyCase(r *rig) []progCase {
 	for _, cases := range [][]progCase{
 		deviceCases(), shapeCases(), brokenCases(), fragmentCases(), unownedCases(), otherCases(), configCases(), reinjectCases(),
 		volumeCases(), tableCases(2), ringCases(), px0Cases(2), pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(),
+		backstopCases(),
 	} {
 		out = append(out, cases...)
 	}
@@ -47,7 +48,7 @@ func TestEveryReasonHasACase(t *testing.T) {
 				t.Errorf("%v: no case reaches %s", f, reason)
 			}
 		}
-		for _, program := range []string{"sp_dev_in", "sp_dev_out", "sp_pod_out", "sp_lo_in", "sp_px0_in", "sp_px1_in", "sp_px_lo_in", "sp_px_lo_out"} {
+		for _, program := range []string{"sp_dev_in", "sp_dev_out", "sp_pod_out", "sp_lo_in", "sp_px0_in", "sp_px1_in", "sp_px_lo_in", "sp_px_lo_out", "sp_cg_in"} {
 			if !ran[program] && program != "sp_lo_in" && program != "sp_pod_out" { // the scene decides between these and the devices' programs
 				t.Errorf("%v: no case runs %s", f, program)
 			}

@@ -32,12 +32,14 @@ const (
 // rig is a node whose programs are run by hand: loaded, with px, and hooked nowhere.
 type rig struct {
 	*lab.Lab
-	d     *datapath.Datapath
-	m     *bpf.SallyportMaps
-	px    *px.Namespace
-	px1   int
-	cfg   bpf.Config
-	rings []*ringbuf.Reader // must-deliver, best-effort
+	d   *datapath.Datapath
+	m   *bpf.SallyportMaps
+	px  *px.Namespace
+	px1 int
+	// pxNetns is the cookie of px.
+	pxNetns uint64
+	cfg     bpf.Config
+	rings   []*ringbuf.Reader // must-deliver, best-effort
 }
 
 // newRig makes a rig whose hash tables have the given sizes; 0 is the default.
@@ -76,10 +78,12 @@ func newRigOf(t testing.TB, cfg datapath.Config) *rig {
 		if err == nil {
 			r.px1 = dev.Index
 		}
-		return err
+		px, nsErr := datapath.OwnNetns()
+		r.pxNetns = px
+		return errors.Join(err, nsErr)
 	}))
 	check(t, r.m.SpConfig.Lookup(uint32(0), &r.cfg))
-	r.cfg.Px1Ifindex = uint32(r.px1)
+	r.cfg.Px1Ifindex, r.cfg.PxNetns = uint32(r.px1), r.pxNetns
 	r.openRings(t)
 	r.protect(t)
 	return r
@@ -115,6 +119,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[bpf.LegKey, bpf.Leg](t, r.m.SpStrays)
 	empty[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
+	empty[bpf.BackstopKey, bpf.Backstop](t, r.m.SpBackstop)
 	empty[bpf.PathKey, bpf.PathRef](t, r.m.SpPathIndex)
 	check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{}))
 	check(t, r.m.SpPaths.Put(uint32(0), &bpf.Path{}))
@@ -203,6 +208,7 @@ func (r *rig) program(name string) *ebpf.Program {
 		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_pod_out": p.SpPodOut,
 		"sp_l3_in": p.SpL3In, "sp_l3_out": p.SpL3Out, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
+		"sp_cg_in": p.SpCgIn,
 	}[name]
 }
 

@@ -134,7 +134,7 @@ func renderEvent(t testing.TB, s scene, e *bpf.Event) string {
 	if e.BootNs == 0 || e.BootNs > uint64(datapath.BootTime()) || e.Seq == 0 || e.Protocol == 0 {
 		t.Errorf("record of %s has boot time %d, sequence %d, protocol %d", line, e.BootNs, e.Seq, e.Protocol)
 	}
-	if flow.Event(e.Kind) == flow.EventDeny {
+	if kind := flow.Event(e.Kind); kind == flow.EventDeny || kind == flow.EventBackstop {
 		if flow.Verdict(e.Verdict) != flow.VerdictDenied {
 			line += " " + flow.Verdict(e.Verdict).String()
 		}

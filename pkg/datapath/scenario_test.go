@@ -76,22 +76,7 @@ func newNodeOn(t *testing.T, o lab.Options, changes ...func(*datapath.Config)) *
 		n.d.Close()
 		n.uninstall(t)
 	})
-	must(t, n.Node.Do(func() error {
-		if err := n.d.AttachPx(); err != nil {
-			return err
-		}
-		for name, role := range map[string]datapath.Role{lab.Uplink: datapath.RoleUplink, lab.PodDevice(0): datapath.RolePod,
-			lab.PodDevice(1): datapath.RolePod, "lo": datapath.RoleLo} {
-			dev, err := net.InterfaceByName(name)
-			if err != nil {
-				return err
-			}
-			if err := n.d.Attach(dev.Index, role); err != nil {
-				return err
-			}
-		}
-		return nil
-	}))
+	must(t, n.attachAll(n.d))
 	n.protect(t)
 	must(t, n.d.Renew(time.Minute))
 	return n
@@ -220,7 +205,7 @@ func (n *node) copyProxy(t *testing.T) io.Closer {
 	var all closers
 	for _, network := range []string{"tcp4", "tcp6"} {
 		var ln net.Listener
-		must(t, n.px.Do(func() error {
+		must(t, n.inPx(func() error {
 			var err error
 			lc := net.ListenConfig{Control: transparent}
 			lc.SetMultipathTCP(false)
@@ -235,6 +220,11 @@ func (n *node) copyProxy(t *testing.T) io.Closer {
 		n.relays.Wait()
 	})
 	return all
+}
+
+// inPx runs f in px, with sockets that the backstop sees.
+func (n *node) inPx(f func() error) error {
+	return n.Do(func() error { return n.px.Do(f) })
 }
 
 type closers []io.Closer
@@ -262,7 +252,7 @@ func (n *node) serve(ln net.Listener) {
 func (n *node) relay(c *net.TCPConn, dialled func()) {
 	defer c.Close()
 	var up net.Conn
-	err := n.px.Do(func() error {
+	err := n.inPx(func() error {
 		d := net.Dialer{Control: transparent, Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{IP: c.RemoteAddr().(*net.TCPAddr).IP}}
 		d.SetMultipathTCP(false)
 		var err error

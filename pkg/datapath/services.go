@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -58,6 +59,9 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.addOwners(rows); err != nil {
 		return 0, err
 	}
+	if err := d.addTraffic(services); err != nil {
+		return 0, err
+	}
 	if err := d.objs.SpServices.Put(uint32(0), inner); err != nil {
 		return 0, fmt.Errorf("swap services: %w", err)
 	}
@@ -65,7 +69,7 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.writePorts(want); err != nil {
 		return gen, err
 	}
-	return gen, d.dropOwners(rows)
+	return gen, errors.Join(d.dropOwners(rows), d.dropTraffic(services))
 }
 
 func (d *Datapath) newTable(rows []row) (*ebpf.Map, error) {

@@ -67,8 +67,11 @@ func (h tcxLink) first() (bool, error) {
 	return len(chain) > 0 && h.is(chain[0]), nil
 }
 
-func (h tcxLink) update(prog *ebpf.Program) error {
-	info, err := h.Info()
+func (h tcxLink) update(prog *ebpf.Program) error { return updateLink(h.Link, prog) }
+
+// updateLink gives a link this version's program, unless it has the same code already.
+func updateLink(l link.Link, prog *ebpf.Program) error {
+	info, err := l.Info()
 	if err != nil {
 		return fmt.Errorf("read link: %w", err)
 	}
@@ -76,7 +79,7 @@ func (h tcxLink) update(prog *ebpf.Program) error {
 	if same || err != nil {
 		return err
 	}
-	if err := h.Update(prog); err != nil {
+	if err := l.Update(prog); err != nil {
 		return fmt.Errorf("update link: %w", err)
 	}
 	return nil

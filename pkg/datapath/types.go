@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -97,10 +98,20 @@ type Role string
 const (
 	RoleUplink Role = "uplink"
 	RolePod    Role = "pod"
-	RoleLo     Role = "lo"
-	RolePx0    Role = "px0"
-	RolePx1    Role = "px1"
+	// RoleBridge is a bridge; its ports have RolePort and, if there is a pod behind, RolePodPort. The
+	// ports see the services of pods, the bridge those of the node.
+	RoleBridge  Role = "bridge"
+	RolePort    Role = "port"
+	RolePodPort Role = "pod-port"
+	RoleLo      Role = "lo"
+	RolePx0     Role = "px0"
+	RolePx1     Role = "px1"
 )
+
+// ofDevice says whether the role is that of a device of the node which comes and goes.
+func (r Role) ofDevice() bool {
+	return slices.Contains([]Role{RoleUplink, RolePod, RoleBridge, RolePort, RolePodPort}, r)
+}
 
 // Losses are records that the kernel could not hand over, per ring.
 type Losses struct{ MustDeliver, BestEffort uint64 }

@@ -66,7 +66,7 @@ func readPins(dir string) ([]string, error) {
 	return pins, nil
 }
 
-// detachPinned detaches before it unpins: the guard may hold the link too. A link whose device is gone
+// detachPinned detaches before it unpins: the guard may hold the link too. A link whose place is gone
 // cannot be detached any more (ENOLINK) and need not be.
 func detachPinned(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
@@ -74,11 +74,7 @@ func detachPinned(pin string) error {
 		return fmt.Errorf("open link %s: %w", filepath.Base(pin), err)
 	}
 	defer closeLink(l)
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("read link %s: %w", filepath.Base(pin), err)
-	}
-	if device, _ := linkDevice(info); device != 0 {
+	if attachedSomewhere(l) {
 		if err := l.Detach(); err != nil {
 			return fmt.Errorf("detach %s: %w", filepath.Base(pin), err)
 		}

@@ -98,6 +98,21 @@ func (d *Datapath) SetXDP(ifindex int, wish XDPMode) (XDPOutcome, error) {
 	return now.outcome, nil
 }
 
+// DropXDP takes our filter off a device that is to have none, and forgets it.
+func (d *Datapath) DropXDP(ifindex int) error {
+	dev, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return fmt.Errorf("find device %d: %w", ifindex, err)
+	}
+	there, err := readXDP(dev)
+	if err != nil {
+		return fmt.Errorf("look for XDP on %s: %w", dev.Attrs().Name, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.unlinkXDP(ifindex, there)
+}
+
 func (d *Datapath) settleXDP(dev netlink.Link, wish XDPMode, there xdpThere) (xdpState, error) {
 	outcome, err := d.chooseXDP(dev, wish, there)
 	if err != nil {

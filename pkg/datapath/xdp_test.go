@@ -43,7 +43,7 @@ func (n *node) filtered(t *testing.T, device string, wish, mode datapath.XDPMode
 	want := map[datapath.XDPMode]int{datapath.XDPNative: 1, datapath.XDPGeneric: 1}[mode]
 	program := map[datapath.XDPMode]string{datapath.XDPNative: "sp_xdp_up", datapath.XDPGeneric: "sp_xdp_generic"}[mode]
 	must(t, n.Node.Do(func() error {
-		attached, err := datapath.Attached()
+		attached, err := datapath.Attached("")
 		if err == nil && (count(attached, device+"/"+program) != want || n.ours(attached, device) != want) {
 			err = fmt.Errorf("%s is %s, and attached are %v", device, mode, attached)
 		}
@@ -142,7 +142,7 @@ func TestFilterLeavesOthers(t *testing.T) {
 		n.filtered(t, lab.Uplink, wish, datapath.XDPOff, datapath.XDPOccupied)
 	}
 	n.filtered(t, lab.Uplink, datapath.XDPOff, datapath.XDPOff, datapath.XDPAsked)
-	must(t, n.Node.Do(func() error { _, err := datapath.DetachAll(); return err }))
+	must(t, n.Node.Do(func() error { _, err := datapath.DetachAll(""); return err }))
 	if n.xdpProgram(t, lab.Uplink) != theirs {
 		t.Fatal("the program of somebody else is gone")
 	}

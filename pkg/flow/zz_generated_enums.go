@@ -39,6 +39,10 @@ const (
 	ReasonTupleHeld        Reason = 11
 	ReasonPathOpen         Reason = 20
 	ReasonPathLive         Reason = 21
+	ReasonSocketLeg        Reason = 25
+	ReasonSocketPath       Reason = 26
+	ReasonPodLoopback      Reason = 27
+	ReasonSocketReset      Reason = 28
 	ReasonPxDown           Reason = 30
 	ReasonPxUp             Reason = 31
 	ReasonPxReset          Reason = 32
@@ -57,6 +61,10 @@ const (
 	ReasonNoStamp          Reason = 59
 	ReasonReverseOpen      Reason = 60
 	ReasonNoConfig         Reason = 61
+	ReasonBackstop         Reason = 75
+	ReasonSocketEnded      Reason = 76
+	ReasonLoopbackDenied   Reason = 77
+	ReasonUnexplained      Reason = 78
 	ReasonXDPMalformed     Reason = 80
 	ReasonXDPMapped        Reason = 81
 	ReasonXDPMartian       Reason = 82
@@ -95,6 +103,10 @@ var reasonNames = map[Reason]string{
 	ReasonTupleHeld:        "TUPLE_HELD",
 	ReasonPathOpen:         "PATH_OPEN",
 	ReasonPathLive:         "PATH_LIVE",
+	ReasonSocketLeg:        "SOCKET_LEG",
+	ReasonSocketPath:       "SOCKET_PATH",
+	ReasonPodLoopback:      "POD_LOOPBACK",
+	ReasonSocketReset:      "SOCKET_RESET",
 	ReasonPxDown:           "PX_DOWN",
 	ReasonPxUp:             "PX_UP",
 	ReasonPxReset:          "PX_RESET",
@@ -113,6 +125,10 @@ var reasonNames = map[Reason]string{
 	ReasonNoStamp:          "NO_STAMP",
 	ReasonReverseOpen:      "REVERSE_OPEN",
 	ReasonNoConfig:         "NO_CONFIG",
+	ReasonBackstop:         "BACKSTOP",
+	ReasonSocketEnded:      "SOCKET_ENDED",
+	ReasonLoopbackDenied:   "LOOPBACK_DENIED",
+	ReasonUnexplained:      "UNEXPLAINED",
 	ReasonXDPMalformed:     "XDP_MALFORMED",
 	ReasonXDPMapped:        "XDP_MAPPED",
 	ReasonXDPMartian:       "XDP_MARTIAN",
@@ -141,19 +157,21 @@ type Event uint32
 
 // Values of Event. Append only.
 const (
-	EventNone   Event = 0
-	EventOpen   Event = 1
-	EventClose  Event = 2
-	EventEnd    Event = 3
-	EventDeny   Event = 4
-	EventUpdate Event = 5
+	EventNone     Event = 0
+	EventOpen     Event = 1
+	EventClose    Event = 2
+	EventEnd      Event = 3
+	EventDeny     Event = 4
+	EventUpdate   Event = 5
+	EventBackstop Event = 8
 )
 
 var eventNames = map[Event]string{
-	EventNone:   "NONE",
-	EventOpen:   "OPEN",
-	EventClose:  "CLOSE",
-	EventEnd:    "END",
-	EventDeny:   "DENY",
-	EventUpdate: "UPDATE",
+	EventNone:     "NONE",
+	EventOpen:     "OPEN",
+	EventClose:    "CLOSE",
+	EventEnd:      "END",
+	EventDeny:     "DENY",
+	EventUpdate:   "UPDATE",
+	EventBackstop: "BACKSTOP",
 }

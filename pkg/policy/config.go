@@ -36,6 +36,13 @@ type AgentConfigSpec struct {
 	// Hooks is how programs are held on devices: tcx (Linux 6.6 and later), clsact (5.15 and later), or
 	// auto, which is tcx where the kernel has it.
 	Hooks string `json:"hooks" yaml:"hooks"`
+	// Cgroup is the directory of the control group (version 2) whose sockets the backstop watches. Left
+	// out: the root, which is every socket of the machine; any other leaves sockets out.
+	Cgroup string `json:"cgroup,omitempty" yaml:"cgroup,omitempty"`
+	// PodLoopback says whether a pod may reach its own protected service without the proxy: admit, or deny.
+	PodLoopback string `json:"podLoopback" yaml:"podLoopback"`
+	// XDP configures the filter in front of uplinks.
+	XDP XDPConfig `json:"xdp" yaml:"xdp"`
 	// Lease is how long the kernel admits new bypassed flows without a sign of life from the agent:
 	// 15s, from 2s to 60s.
 	Lease Duration `json:"lease" yaml:"lease"`
@@ -51,12 +58,43 @@ type AgentConfigSpec struct {
 	Proxy ProxyConfig `json:"proxy" yaml:"proxy"`
 }
 
+// Values of AgentConfigSpec.PodLoopback.
+const (
+	PodLoopbackAdmit = "admit"
+	PodLoopbackDeny  = "deny"
+)
+
 // DevicesConfig tells devices apart by shell patterns of their names.
 type DevicesConfig struct {
 	// Pods are host-side devices of pods: veth*, cali*. Every other device is an uplink.
 	Pods []string `json:"pods" yaml:"pods"`
 	// Ignore are devices that are never hooked. Each is a hole, and is shown in status.
 	Ignore []string `json:"ignore,omitempty" yaml:"ignore,omitempty"`
+}
+
+// XDPConfig configures the filter that uplinks have in front of the hooks. It drops what no protected service
+// should be bothered with; a device without one is as closed as with it.
+type XDPConfig struct {
+	// Mode is where the filter runs: auto, native, generic or off. auto is native on network cards whose driver takes
+	// it, and off elsewhere. generic costs every packet of the device a copy.
+	Mode string `json:"mode" yaml:"mode"`
+	// DenySources may not send to protected services: none. It keeps a flood away where a filter is, and is no access
+	// rule.
+	DenySources []AddressRange `json:"denySources,omitempty" yaml:"denySources,omitempty"`
+	// SYNsPerSource bounds the SYNs of one IPv4 address or IPv6 /64 to all protected services: no bound, for behind one
+	// address there may be thousands of clients.
+	SYNsPerSource SYNLimit `json:"synsPerSource" yaml:"synsPerSource"`
+	// SYNsPerService bounds the SYNs of all sources to one protected service: no bound. A flood that reaches it costs
+	// everybody.
+	SYNsPerService SYNLimit `json:"synsPerService" yaml:"synsPerService"`
+}
+
+// SYNLimit is a token bucket for SYNs.
+type SYNLimit struct {
+	// Rate is SYNs a second; 0 is no bound.
+	Rate uint32 `json:"rate" yaml:"rate"`
+	// Burst is SYNs at a time: as many as Rate.
+	Burst uint32 `json:"burst" yaml:"burst"`
 }
 
 // CollectorConfig says where the collector is, and who it must be.
@@ -107,6 +145,8 @@ func DefaultAgentConfig() AgentConfig {
 			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",
 			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
 			Hooks:       "auto",
+			PodLoopback: PodLoopbackAdmit,
+			XDP:         XDPConfig{Mode: "auto"},
 			Lease:       Duration{15 * time.Second},
 			FlowBuffer:  65536,
 			Operators:   OperatorsConfig{UIDs: []uint32{0}},

@@ -22,6 +22,7 @@ spec:
   workloadAPI: unix:///run/spire/sockets/agent.sock
   devices: {pods: ["veth*", "cali*"], ignore: []}
   hooks: auto
+  xdp: {mode: auto, denySources: [], synsPerSource: {rate: 0, burst: 0}, synsPerService: {rate: 0, burst: 0}}
   lease: 15s
   collector: {address: "10.9.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   flowBuffer: 65536
@@ -48,7 +49,7 @@ func TestParseAgentConfig(t *testing.T) {
 	// The full one writes the defaults out, but for what has none.
 	want := full
 	want.Spec.Collector, want.Spec.Metrics = nil, ""
-	want.Spec.Devices.Ignore, want.Spec.Operators.GIDs = nil, nil
+	want.Spec.Devices.Ignore, want.Spec.Operators.GIDs, want.Spec.XDP.DenySources = nil, nil, nil
 	if !reflect.DeepEqual(short, want) {
 		t.Errorf("defaults are\n%+v\nwant\n%+v", short, want)
 	}
@@ -112,6 +113,14 @@ func TestAgentConfigTakes(t *testing.T) {
 	}
 }
 
+func TestAgentConfigBurstHasADefault(t *testing.T) {
+	text := strings.Replace(goodConfig, "synsPerSource: {rate: 0, burst: 0}", "synsPerSource: {rate: 50}", 1)
+	c, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
+	if err != nil || c.Spec.XDP.SYNsPerSource != (policy.SYNLimit{Rate: 50, Burst: 50}) || c.Spec.XDP.SYNsPerService != (policy.SYNLimit{}) {
+		t.Errorf("got %+v, %v", c.Spec.XDP, err)
+	}
+}
+
 func TestAgentConfigCollectorIDHasADefault(t *testing.T) {
 	text := strings.Replace(goodConfig, `, id: "spiffe://example.org/sallyport/collector"`, "", 1)
 	c, err := policy.ParseAgentConfig("agent.yaml", []byte(text))
@@ -140,6 +149,13 @@ var wrongConfigs = []wrong{
 	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},
 	{"empty pattern ignored", "ignore: []", `ignore: [""]`, "ignore", "spec.devices.ignore[0]", "not a pattern"},
 	{"unknown hooks", "hooks: auto", "hooks: xdp", "hooks", "spec.hooks", "\"xdp\" is not a way"},
+	{"unknown XDP mode", "mode: auto", "mode: fast", "xdp", "spec.xdp.mode", "not a mode"},
+	{"everybody denied", "denySources: []", "denySources: [\"0.0.0.0/0\"]", "xdp", "spec.xdp.denySources[0]", "is everybody"},
+	{"denied prefix with host bits", "denySources: []", "denySources: [10.1.2.3/8]", "xdp", "spec.xdp.denySources[0]", "beyond its prefix length"},
+	{"denied name", "denySources: []", "denySources: [example.org]", "xdp", "spec.xdp.denySources[0]", "neither an IP address nor a prefix"},
+	{"too many SYNs", "synsPerSource: {rate: 0", "synsPerSource: {rate: 1000001", "xdp", "spec.xdp.synsPerSource.rate", "is not from 1"},
+	{"too many SYNs at a time", "synsPerService: {rate: 0, burst: 0", "synsPerService: {rate: 1, burst: 1000001", "xdp", "spec.xdp.synsPerService.burst", "is not from 1"},
+	{"burst without rate", "synsPerSource: {rate: 0, burst: 0", "synsPerSource: {rate: 0, burst: 5", "xdp", "spec.xdp.synsPerSource.burst", "without a rate"},
 	{"short lease", "lease: 15s", "lease: 1s", "lease", "spec.lease", "1s is not from 2s to 1m"},
 	{"long lease", "lease: 15s", "lease: 61s", "lease", "spec.lease", "1m1s is not from 2s to 1m"},
 	{"lease 0", "lease: 15s", "lease: 0s", "lease", "spec.lease", "0s is not from 2s"},

@@ -16,6 +16,8 @@ import (
 // Bounds of what an AgentConfig may say.
 const (
 	minLease       = 2 * time.Second
+	maxDenied      = 32768
+	maxSYNs        = 1000000
 	maxLease       = 60 * time.Second
 	maxFlowBuffer  = 1 << 24
 	maxConnections = 1 << 20
@@ -32,6 +34,10 @@ func (c *AgentConfig) validate(d *document) {
 	d.report("spec.bpffs", checkPath(c.Spec.BPFFS))
 	d.report("spec.workloadAPI", checkSocket(c.Spec.WorkloadAPI))
 	d.report("spec.hooks", checkHooks(c.Spec.Hooks))
+	if c.Spec.Cgroup != "" {
+		d.report("spec.cgroup", checkPath(c.Spec.Cgroup))
+	}
+	d.report("spec.podLoopback", checkPodLoopback(c.Spec.PodLoopback))
 	d.report("spec.lease", checkRange(c.Spec.Lease, minLease, maxLease))
 	d.report("spec.flowBuffer", checkCount(c.Spec.FlowBuffer, maxFlowBuffer))
 	if c.Spec.Metrics != "" {
@@ -39,7 +45,39 @@ func (c *AgentConfig) validate(d *document) {
 	}
 	c.validateDevices(d)
 	c.validateCollector(d)
+	c.Spec.XDP.validate(d)
 	c.Spec.Proxy.validate(d)
+}
+
+func (x *XDPConfig) validate(d *document) {
+	if !slices.Contains([]string{"auto", "native", "generic", "off"}, x.Mode) {
+		d.report("spec.xdp.mode", faultf("write auto, native, generic or off", "%q is not a mode", x.Mode))
+	}
+	if len(x.DenySources) > maxDenied {
+		d.report("spec.xdp.denySources", faultf("join neighbours to larger prefixes", "%d prefixes are more than %d", len(x.DenySources), maxDenied))
+	}
+	for i, r := range x.DenySources {
+		if r.IsValid() && r.Bits() == 0 {
+			d.report(fmt.Sprintf("spec.xdp.denySources[%d]", i), faultf("name smaller prefixes", "%s is everybody", r))
+		}
+	}
+	x.SYNsPerSource.validate(d, "spec.xdp.synsPerSource")
+	x.SYNsPerService.validate(d, "spec.xdp.synsPerService")
+}
+
+func (l *SYNLimit) validate(d *document, field string) {
+	if l.Rate > maxSYNs {
+		d.report(field+".rate", checkCount(l.Rate, maxSYNs))
+	}
+	if l.Burst > maxSYNs {
+		d.report(field+".burst", checkCount(l.Burst, maxSYNs))
+	}
+	if l.Rate == 0 && l.Burst != 0 {
+		d.report(field+".burst", faultf("give a rate too", "a burst without a rate bounds nothing"))
+	}
+	if l.Burst == 0 {
+		l.Burst = l.Rate
+	}
 }
 
 func (c *AgentConfig) validateDevices(d *document) {
@@ -100,6 +138,13 @@ func checkTrustDomain(s string) error {
 func checkHooks(s string) error {
 	if !slices.Contains([]string{"auto", "tcx", "clsact"}, s) {
 		return faultf("write auto, tcx or clsact", "%q is not a way to hold programs on devices", s)
+	}
+	return nil
+}
+
+func checkPodLoopback(s string) error {
+	if s != PodLoopbackAdmit && s != PodLoopbackDeny {
+		return faultf("write admit or deny", "%q says not what a pod may do with its own service", s)
 	}
 	return nil
 }

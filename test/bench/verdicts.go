@@ -176,5 +176,5 @@ const (
 	whyReset     = "two passes through px and a wake-up of the client"
 	whyLate      = "a packet that passed the hook before the end was still on its way to the tap"
 	whyActivate  = "the grant is on disk before its path is open"
-	whyMemory    = "the agent keeps each grant as it was signed"
+	whyMemory    = "half of it is the program itself; the rest is two kilobytes a grant, and what the collector of garbage leaves for later"
 )

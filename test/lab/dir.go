@@ -67,17 +67,28 @@ func mountsBelow(dir string) ([]string, error) {
 	return found, nil
 }
 
-// sweep removes what labs of killed test processes left below tmp. Whatever it cannot remove stays.
+// sweep removes what labs of killed test processes left below tmp, and their control groups. Whatever it
+// cannot remove stays.
 func sweep(tmp string) {
-	dirs, err := filepath.Glob(filepath.Join(tmp, dirName+"*"))
-	if err != nil {
-		return
-	}
-	for _, d := range dirs {
-		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(d), dirName), "-")
-		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) != unix.ESRCH {
-			continue
-		}
+	for _, d := range ofTheDead(tmp) {
 		_ = removeDir(d) // hygiene: another test process may be sweeping as well
 	}
+	if home, err := ownCgroup(); err == nil && home != "" {
+		for _, d := range ofTheDead(home) {
+			_ = os.Remove(d)
+		}
+	}
+}
+
+// ofTheDead lists directories of labs whose process is no more.
+func ofTheDead(parent string) []string {
+	dirs, err := filepath.Glob(filepath.Join(parent, dirName+"*"))
+	if err != nil {
+		return nil
+	}
+	return slices.DeleteFunc(dirs, func(d string) bool {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(d), dirName), "-")
+		n, err := strconv.Atoi(pid)
+		return err != nil || unix.Kill(n, 0) != unix.ESRCH
+	})
 }

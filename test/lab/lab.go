@@ -27,7 +27,8 @@ type Options struct {
 //
 // The node forwards, and has rp_filter=1 on each device. All devices have IPv4 and IPv6 addresses
 // from the start, with no duplicate address detection. The namespaces have no names in the file
-// system: they are held by descriptors, and vanish with the process, however it ends.
+// system: they are held by descriptors, and vanish with the process, however it ends. The sockets of
+// the lab are in a control group of its own, if the machine has such of version 2.
 type Lab struct {
 	Client *Namespace
 	Node   *Namespace
@@ -36,6 +37,8 @@ type Lab struct {
 	// Dir is a short, host-visible directory for sockets, state and mounts. Close unmounts what is
 	// mounted below it and removes it.
 	Dir string
+
+	cgroup cgroup
 
 	mu      sync.Mutex // guards closers and procs
 	closers []func() error
@@ -87,6 +90,9 @@ func Build(o Options) (l *Lab, err error) {
 	}()
 	if l.Dir, err = os.MkdirTemp("", dirPrefix(os.Getpid())); err != nil {
 		return l, fmt.Errorf("make directory: %w", err)
+	}
+	if err := l.newCgroup(); err != nil {
+		return l, err
 	}
 	return l, l.build(o)
 }

@@ -92,7 +92,7 @@ func (n *Namespace) Do(f func() error) error {
 		if err := netns.Set(n.handle); err != nil {
 			return fmt.Errorf("enter %s: %w", n.Name, err)
 		}
-		return f()
+		return n.lab.cgroup.do(f)
 	})
 }
 

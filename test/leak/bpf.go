@@ -113,6 +113,10 @@ func listLinks() (snapshot, error) {
 		line := fmt.Sprintf("type %d of program %s", info.Type, name)
 		if tcx := info.TCX(); tcx != nil {
 			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
+		} else if cg := info.Cgroup(); cg != nil {
+			line = fmt.Sprintf("on control group %d of program %s", cg.CgroupId, name)
+		} else if ns := info.NetNs(); ns != nil {
+			line = fmt.Sprintf("on namespace net:[%d] of program %s", ns.NetnsInode, name)
 		}
 		if xdp := info.XDP(); xdp != nil {
 			line = fmt.Sprintf("XDP on device %d of program %s", xdp.Ifindex, name)

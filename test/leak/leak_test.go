@@ -56,10 +56,21 @@ func sees(t *testing.T, before snapshot, patterns ...string) {
 
 func program(t *testing.T, name string) *ebpf.Program {
 	t.Helper()
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: name, Type: ebpf.SchedCLS, License: "GPL",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()},
-	})
+	return load(t, &ebpf.ProgramSpec{Name: name, Type: ebpf.SchedCLS}, -1)
+}
+
+// programOf lets everything pass.
+func programOf(t *testing.T, typ ebpf.ProgramType, attach ebpf.AttachType) *ebpf.Program {
+	t.Helper()
+	return load(t, &ebpf.ProgramSpec{Name: "sp_leak", Type: typ, AttachType: attach}, 1)
+}
+
+// load makes a program that returns one number.
+func load(t *testing.T, spec *ebpf.ProgramSpec, returns int64) *ebpf.Program {
+	t.Helper()
+	spec.License = "GPL"
+	spec.Instructions = asm.Instructions{asm.LoadImm(asm.R0, returns, asm.DWord), asm.Return()}
+	p, err := ebpf.NewProgram(spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,6 +131,45 @@ func TestSeesProgramsMapsAndTCXLinks(t *testing.T) {
 	left, err := wait(token, before, grace)
 	if err != nil || len(left) > 0 {
 		t.Errorf("after the lab is gone: %v (%v)", left, err)
+	}
+}
+
+// TestSeesTheBackstopsLinks: those that hang on control groups and namespaces.
+func TestSeesTheBackstopsLinks(t *testing.T) {
+	needRoot(t)
+	begin(t)
+	l := lab.New(t, lab.Options{})
+	inLab, err := take(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	onCgroup := programOf(t, ebpf.CGroupSKB, ebpf.AttachCGroupInetIngress)
+	a, err := link.AttachCgroup(link.CgroupOptions{Path: l.Cgroup(), Attach: ebpf.AttachCGroupInetIngress, Program: onCgroup})
+	if err != nil {
+		t.Fatal(err)
+	}
+	onCgroup.Close()
+	sees(t, inLab, `link \d+: on control group \d+ of program sp_leak`, `program \d+: sp_leak`)
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	onNetns := programOf(t, ebpf.SkLookup, ebpf.AttachSkLookup)
+	var b link.Link
+	if err := l.Node.Do(func() (err error) {
+		f, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		b, err = link.AttachNetNs(int(f.Fd()), onNetns)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	onNetns.Close()
+	sees(t, inLab, `link \d+: on namespace net:\[\d+\] of program sp_leak`, `program \d+: sp_leak`)
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -191,7 +241,7 @@ func TestSeesNamespaceFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sees(t, before, `namespace net:`, `namespace net:`, `namespace net:`)
+	sees(t, before, `control group .*/sallyport-lab-`, `namespace net:`, `namespace net:`, `namespace net:`)
 	file := filepath.Join(l.Dir, "px")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)

@@ -76,7 +76,7 @@ func (v *view) controlGroups() (snapshot, error) {
 			if err != nil {
 				return nil // removed since
 			}
-			if d.IsDir() && strings.Contains(d.Name(), "sallyport") {
+			if d.IsDir() && strings.Contains(d.Name(), "sallyport") && !v.isForeign(path) {
 				s[object{"control group", path}] = m.kind
 			}
 			return nil

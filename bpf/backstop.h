@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_BACKSTOP_H
+#define SP_BACKSTOP_H
+
+/*
+ * The backstop: what stands between a packet and a socket, wherever the packet came in. It sees what no
+ * device hook saw: a device that was never hooked, a pod in its first millisecond, what came out of a
+ * fragment queue or a tunnel. It admits what a leg or a live path explains, and grants nothing itself.
+ *
+ * sp_cg_in runs for each packet of each socket below a control group, in every network namespace.
+ * sp_sklookup runs in the host's namespace when a socket is looked for, so that a refused client is told
+ * at once; another program there may overrule it, and sp_cg_in stands behind it.
+ */
+
+#include <bpf/bpf_core_read.h>
+#include "device.h"
+
+#define SP_CG_DROP 0
+#define SP_CG_PASS 1
+#define SP_SOCK_RAW 3
+
+/* The kernel's own types, as far as we read them; relocated to the running kernel's layout. */
+struct ns_common___sp {
+	unsigned int inum;
+} __attribute__((preserve_access_index));
+
+struct net___sp {
+	__u64 net_cookie;
+	struct ns_common___sp ns;
+} __attribute__((preserve_access_index));
+
+struct sock_common___sp {
+	struct {
+		struct net___sp *net;
+	} skc_net;
+} __attribute__((preserve_access_index));
+
+struct sock___sp {
+	struct sock_common___sp __sk_common;
+} __attribute__((preserve_access_index));
+
+struct sk_buff___sp {
+	struct sock___sp *sk;
+} __attribute__((preserve_access_index));
+
+struct bpf_sk_lookup___sp {
+	__u32 ingress_ifindex;
+} __attribute__((preserve_access_index));
+
+/*
+ * The network namespace of the packet's socket, or NULL. Read from the kernel's structures, because
+ * bpf_get_netns_cookie is not there for this type of program before 6.15, and nothing else tells
+ * namespaces apart: numbers of devices repeat. The context of the program is the sk_buff itself.
+ */
+static __always_inline struct net___sp *sp_netns_of(struct __sk_buff *skb)
+{
+	struct sock___sp *sk = NULL;
+	void *at = (void *)skb + bpf_core_field_offset(struct sk_buff___sp, sk);
+
+	if (bpf_probe_read_kernel(&sk, sizeof(sk), at) || !sk)
+		return NULL;
+	return BPF_CORE_READ(sk, __sk_common.skc_net.net);
+}
+
+/* What the socket side knows of a packet: beside the packet, where it is and who gets it. */
+struct sp_delivery {
+	struct sp_service *svc;
+	__u64 cookie;		/* of the network namespace; 0: not known, which counts as the host's */
+	__u32 netns;		/* its inode */
+};
+
+static __always_inline bool sp_is_host(const struct sp_config *cfg, __u64 cookie)
+{
+	return !cookie || cookie == cfg->host_netns;
+}
+
+static __noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
+				      __u32 service_id, __u32 reason)
+{
+	struct sp_traffic *t = sp_get_traffic(service_id);
+	struct sp_volume *v;
+
+	if (!t || !p)
+		return 0;
+	v = reason == SP_REASON_SOCKET_LEG ? &t->socket_leg :
+	    reason == SP_REASON_SOCKET_PATH ? &t->socket_path : &t->socket_loopback;
+	sp_add_volume(v, p, sp_payload(skb, p));
+	return 0;
+}
+
+/* Is there a live path that this flow goes under? */
+static __always_inline bool sp_flow_lives(const struct sp_config *cfg, const struct sp_flow *flow,
+					  __u32 service_id)
+{
+	struct sp_path *path;
+
+	return !flow->ended && flow->service_id == service_id &&
+	       sp_path_check(cfg, flow->slot, flow->epoch, bpf_ktime_get_boot_ns(), &path) ==
+		       SP_REASON_PATH_LIVE;
+}
+
+/*
+ * Why a socket may have a packet of this tuple, or why not. A flow whose path is over was admitted by a
+ * hook that saw it a moment ago: nobody came around. A RST opens nothing and ends what should
+ * end, so it passes where the flow is known, or as the answer to a stray.
+ */
+static __noinline int sp_explain(const struct sp_flow_key *key, __u32 service_id, __u32 tcp_flags)
+{
+	struct sp_config *cfg = sp_get_config();
+	struct sp_flow *flow;
+	struct sp_leg_key at;
+
+	if (!cfg || !key)
+		return SP_REASON_BACKSTOP;
+	if (sp_find_leg(key, SP_LEG_UP, 0))
+		return SP_REASON_SOCKET_LEG;
+	flow = bpf_map_lookup_elem(&sp_flows, key);
+	if (flow && sp_flow_lives(cfg, flow, service_id))
+		return SP_REASON_SOCKET_PATH;
+	if (flow)
+		return tcp_flags & SP_TCP_RST ? SP_REASON_SOCKET_RESET : SP_REASON_SOCKET_ENDED;
+	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_UP);
+	if ((tcp_flags & SP_TCP_RST) && bpf_map_lookup_elem(&sp_strays, &at))
+		return SP_REASON_SOCKET_RESET;
+	return SP_REASON_BACKSTOP;
+}
+
+static __always_inline bool sp_refuses(enum sp_reason reason)
+{
+	return reason == SP_REASON_BACKSTOP || reason == SP_REASON_LOOPBACK_DENIED ||
+	       reason == SP_REASON_SOCKET_ENDED || reason == SP_REASON_NO_CONFIG;
+}
+
+/* Counts a refusal for the device that it came in by. */
+static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets, __u64 bytes)
+{
+	struct sp_backstop_key at = { .netns = netns, .ifindex = ifindex };
+	struct sp_backstop fresh = {}, *b;
+
+	b = bpf_map_lookup_elem(&sp_backstop, &at);
+	if (!b) {
+		bpf_map_update_elem(&sp_backstop, &at, &fresh, BPF_NOEXIST);
+		b = bpf_map_lookup_elem(&sp_backstop, &at);
+		if (!b)
+			return 0;
+	}
+	__sync_fetch_and_add(&b->packets, packets);
+	__sync_fetch_and_add(&b->bytes, bytes);
+	b->last_ns = bpf_ktime_get_boot_ns();
+	return 1;
+}
+
+/* The alarm: one record a second for a client, a server and a reason, as every denial. */
+static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
+					 __u32 netns, __u32 service_id)
+{
+	struct sp_deny_key deny = { .reason = reason };
+	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_event *e = NULL;
+	__s64 count;
+
+	if (!seq || !key)
+		return 0;
+	deny.client = key->client;
+	deny.server = key->server;
+	deny.server_port = key->server_port;
+	deny.protocol = key->protocol;
+	count = sp_denials_due(&deny);
+	if (!count)
+		return 0;
+	seq->produced++;
+	if (count > 0)
+		e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
+	if (!e) {
+		seq->best_effort_lost++;
+		return 0;
+	}
+	sp_event_init(e, seq->produced, SP_EVENT_BACKSTOP, SP_VERDICT_DENIED, reason);
+	sp_event_tuple(e, key);
+	e->ifindex = ifindex;
+	e->netns = netns;
+	e->service_id = service_id;
+	e->count = count;
+	bpf_ringbuf_submit(e, 0);
+	return 1;
+}
+
+/*
+ * The protected service that a packet at a socket is for. By the port in the packet, and by that of the
+ * socket, which another program may have chosen for it. A service of the host is in its namespace only.
+ */
+static __always_inline struct sp_service *sp_service_at(const struct sp_config *cfg, __u64 cookie,
+							const struct sp_addr *address, __u16 port,
+							__u8 protocol)
+{
+	struct sp_service *svc;
+
+	if (!sp_port_flagged(protocol, port))
+		return NULL;
+	svc = sp_find_service(address, port, protocol);
+	if (svc && svc->target == SP_TARGET_HOST && cfg && !sp_is_host(cfg, cookie))
+		return NULL;
+	return svc;
+}
+
+static __always_inline enum sp_reason sp_decide_socket(const struct sp_config *cfg,
+						       const struct sp_packet *p,
+						       const struct sp_flow_key *key,
+						       const struct sp_delivery *d)
+{
+	enum sp_reason reason;
+
+	if (!cfg)
+		return SP_REASON_NO_CONFIG;
+	reason = sp_explain(key, d->svc->id, p->tcp_flags);
+	if (reason == SP_REASON_BACKSTOP && d->svc->target == SP_TARGET_POD &&
+	    p->ifindex == SP_LO_IFINDEX && !sp_is_host(cfg, d->cookie))
+		return cfg->deny_pod_loopback ? SP_REASON_LOOPBACK_DENIED : SP_REASON_POD_LOOPBACK;
+	return reason;
+}
+
+/* What the socket tells of a packet. */
+struct sp_owner_socket {
+	__u16 port;
+	__u8 protocol;
+	bool counts;		/* the packet's volume can be compared with that of the hooks */
+};
+
+/* A packet with a protected port, in the packet or at the socket. */
+static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p,
+				      struct sp_flow_key *key, const struct sp_owner_socket *sock)
+{
+	struct sp_config *cfg = sp_get_config();
+	struct net___sp *net = sp_netns_of(skb);
+	struct sp_delivery d = {};
+	enum sp_reason reason;
+
+	if (net) {
+		d.cookie = BPF_CORE_READ(net, net_cookie);
+		d.netns = BPF_CORE_READ(net, ns.inum);
+	}
+	if (cfg && d.cookie && d.cookie == cfg->px_netns)
+		return SP_CG_PASS;
+	sp_parse_addresses(skb, p);
+	d.svc = sp_service_at(cfg, d.cookie, &p->dst, p->dport, p->protocol);
+	if (!d.svc)
+		d.svc = sp_service_at(cfg, d.cookie, &p->dst, sock->port, sock->protocol);
+	if (!d.svc)
+		return SP_CG_PASS;
+	sp_parse_volume(skb, p);
+	*key = sp_key_towards(p);
+	reason = sp_decide_socket(cfg, p, key, &d);
+	sp_count(reason, p->segments, p->bytes);
+	if (!sp_refuses(reason)) {
+		if (sock->counts && reason != SP_REASON_SOCKET_RESET)
+			sp_count_socket(skb, p, d.svc->id, reason);
+		return SP_CG_PASS;
+	}
+	if (reason != SP_REASON_SOCKET_ENDED) {
+		sp_count_device(d.netns, p->ifindex, p->segments, p->bytes);
+		sp_record_backstop(key, reason, p->ifindex, d.netns, d.svc->id);
+	}
+	return SP_CG_DROP;
+}
+
+/*
+ * Ingress of a control group. What cannot be parsed has no port of its own, and that of its socket
+ * stands for it. Not compared with the hooks: copies that raw sockets get, and what meets a
+ * listener that is no SYN, because the kernel shows the end of a handshake twice when two of them race.
+ */
+static __always_inline int sp_backstop_in(struct __sk_buff *skb)
+{
+	struct sp_owner_socket sock = {};
+	struct bpf_sock *sk = skb->sk;
+	struct sp_scratch *scratch;
+	struct sp_head head = {};
+	enum sp_parse parsed;
+	bool listens = false;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk) {
+		sock.port = sk->src_port;
+		sock.protocol = sk->protocol;
+		sock.counts = sk->type != SP_SOCK_RAW;
+		listens = sk->state == SP_TCP_LISTEN;
+	}
+	parsed = sp_parse_linear(skb, &head, 0);
+	if (parsed == SP_PARSE_OTHER || (!sp_port_flagged(head.protocol, head.dport) &&
+					 !sp_port_flagged(sock.protocol, sock.port)))
+		return SP_CG_PASS;
+	scratch = sp_get_scratch();
+	if (!scratch)
+		return SP_CG_DROP;
+	sp_packet_begin(skb, &scratch->packet, &head);
+	if (parsed != SP_PARSE_TCP || (listens && !sp_syn_only(&scratch->packet)))
+		sock.counts = false;
+	return sp_deliver(skb, &scratch->packet, &scratch->key, &sock);
+}
+
+/* ---- socket look-up in the host's namespace ---- */
+
+static __always_inline __u32 sp_ingress_ifindex(struct bpf_sk_lookup *ctx)
+{
+	struct bpf_sk_lookup___sp *k = (void *)ctx;
+
+	return bpf_core_field_exists(k->ingress_ifindex) ? k->ingress_ifindex : 0; /* since 5.17 */
+}
+
+static __always_inline void sp_lookup_addr(struct sp_addr *a, __u32 family, __u32 v4, __u32 w0, __u32 w1,
+					   __u32 w2, __u32 w3)
+{
+	__u32 *word = (__u32 *)a;
+	bool six = family != SP_AF_INET;
+
+	word[0] = six ? w0 : 0;
+	word[1] = six ? w1 : 0;
+	word[2] = six ? w2 : bpf_htonl(0xffff);
+	word[3] = six ? w3 : v4;
+}
+
+/* Each field of the context is loaded for itself: the verifier takes no address of one. */
+static __always_inline struct sp_flow_key sp_lookup_key(volatile struct bpf_sk_lookup *ctx)
+{
+	struct sp_flow_key key = { .protocol = ctx->protocol };
+
+	sp_lookup_addr(&key.client, ctx->family, ctx->remote_ip4, ctx->remote_ip6[0],
+		       ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3]);
+	sp_lookup_addr(&key.server, ctx->family, ctx->local_ip4, ctx->local_ip6[0],
+		       ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]);
+	key.client_port = bpf_ntohs(ctx->remote_port);
+	key.server_port = ctx->local_port;
+	return key;
+}
+
+/* It may be a RST, which cannot be told here: what would let one pass lets all of its tuple pass, and
+ * sp_cg_in looks again.
+ */
+static __always_inline int sp_look_up(struct bpf_sk_lookup *ctx)
+{
+	struct sp_config *cfg = sp_get_config();
+	__u32 netns = cfg ? cfg->host_netns_inode : 0;
+	__u32 ifindex = sp_ingress_ifindex(ctx);
+	struct sp_flow_key key;
+	struct sp_service *svc;
+	enum sp_reason reason;
+
+	if (!sp_port_flagged(ctx->protocol, ctx->local_port))
+		return SK_PASS;
+	key = sp_lookup_key(ctx);
+	svc = sp_find_service(&key.server, key.server_port, ctx->protocol);
+	if (!svc)
+		return SK_PASS;
+	reason = sp_explain(&key, svc->id, SP_TCP_RST);
+	if (!sp_refuses(reason))
+		return SK_PASS;
+	sp_count(reason, 1, 0);
+	sp_count_device(netns, ifindex, 1, 0);
+	sp_record_backstop(&key, reason, ifindex, netns, svc->id);
+	return SK_DROP;
+}
+
+#endif

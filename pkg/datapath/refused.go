@@ -1,0 +1,152 @@
+package datapath
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+)
+
+// Refusal is what the backstop refused of one device.
+type Refusal struct {
+	// Netns is the inode of the device's network namespace, as lsns shows it; Host says that it is the
+	// host's. Ifindex and Device mean something only within it; Device is known for the host's alone.
+	Netns          uint32
+	Host           bool
+	Ifindex        int
+	Device         string
+	Packets, Bytes uint64        // IP bytes
+	Last           time.Duration // boot time
+}
+
+// String names the device, for people.
+func (r Refusal) String() string {
+	if r.Host {
+		return r.Device
+	}
+	return fmt.Sprintf("device %d of net:[%d]", r.Ifindex, r.Netns)
+}
+
+// Refused tells what the backstop refused so far, by device. It is called in the host's namespace.
+func (d *Datapath) Refused() ([]Refusal, error) {
+	var c bpf.Config
+	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	keys, values, err := entries[bpf.BackstopKey, bpf.Backstop](d.objs.SpBackstop)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Refusal, 0, len(keys))
+	for i, k := range keys {
+		r := Refusal{Netns: k.Netns, Host: k.Netns == c.HostNetnsInode, Ifindex: int(k.Ifindex),
+			Packets: values[i].Packets, Bytes: values[i].Bytes, Last: time.Duration(values[i].LastNs)}
+		if r.Host {
+			r.Device = deviceName(k.Ifindex)
+		}
+		out = append(out, r)
+	}
+	slices.SortFunc(out, func(a, b Refusal) int {
+		return cmp.Or(cmp.Compare(a.Netns, b.Netns), cmp.Compare(a.Ifindex, b.Ifindex))
+	})
+	return out, nil
+}
+
+// Volume is TCP towards a service, in the three measures that neither segmentation nor merging on the
+// way changes, so that two places can be compared.
+type Volume struct {
+	Opens   uint64 // SYNs
+	Empties uint64 // other packets without payload
+	Bytes   uint64 // payload
+}
+
+func (v *Volume) add(o bpf.Volume) {
+	v.Opens += o.Opens
+	v.Empties += o.Empties
+	v.Bytes += o.Bytes
+}
+
+// Traffic is what went towards one service, counted at the hooks that let it through and at the sockets
+// that got it.
+type Traffic struct {
+	HookLeg, HookPath     Volume
+	SocketLeg, SocketPath Volume
+	SocketLoopback        Volume // from the pod itself
+}
+
+// Traffic gives the volumes of every service by its id. Whatever a socket side tells of is in the hook side,
+// if it went by a hook at all: sockets are read first.
+func (d *Datapath) Traffic() (map[uint32]Traffic, error) {
+	out := map[uint32]Traffic{}
+	err := d.eachTraffic(func(id uint32, c bpf.Traffic) {
+		t := out[id]
+		t.SocketLeg.add(c.SocketLeg)
+		t.SocketPath.add(c.SocketPath)
+		t.SocketLoopback.add(c.SocketLoopback)
+		out[id] = t
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = d.eachTraffic(func(id uint32, c bpf.Traffic) {
+		t, known := out[id]
+		if !known {
+			return // new since the first look
+		}
+		t.HookLeg.add(c.HookLeg)
+		t.HookPath.add(c.HookPath)
+		out[id] = t
+	})
+	return out, err
+}
+
+func (d *Datapath) eachTraffic(f func(id uint32, ofOneCPU bpf.Traffic)) error {
+	var id uint32
+	var perCPU []bpf.Traffic
+	it := d.objs.SpTraffic.Iterate()
+	for it.Next(&id, &perCPU) {
+		for _, c := range perCPU {
+			f(id, c)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read traffic: %w", err)
+	}
+	return nil
+}
+
+// addTraffic makes the rows of services that have none.
+func (d *Datapath) addTraffic(services []Service) error {
+	zero := make([]bpf.Traffic, ebpf.MustPossibleCPU())
+	for _, s := range services {
+		err := d.objs.SpTraffic.Update(s.ID, zero, ebpf.UpdateNoExist)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return fmt.Errorf("add row for the traffic of %s: %w", s.Name, err)
+		}
+	}
+	return nil
+}
+
+// dropTraffic removes the rows of services that are no more.
+func (d *Datapath) dropTraffic(services []Service) error {
+	var stale []uint32
+	err := d.eachTraffic(func(id uint32, _ bpf.Traffic) {
+		if !slices.ContainsFunc(services, func(s Service) bool { return s.ID == id }) && !slices.Contains(stale, id) {
+			stale = append(stale, id)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range stale {
+		if err := d.objs.SpTraffic.Delete(id); err != nil && !isMissing(err) {
+			return fmt.Errorf("drop row for traffic: %w", err)
+		}
+	}
+	return nil
+}
