@@ -10,6 +10,7 @@ type (
 	Backstop    = SallyportSpBackstop
 	BackstopKey = SallyportSpBackstopKey
 	Bucket      = SallyportSpBucket
+	Budget      = SallyportSpBudget
 	Config      = SallyportSpConfig
 	Counter     = SallyportSpCounter
 	Deny        = SallyportSpDeny

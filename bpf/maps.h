@@ -95,6 +95,14 @@ struct {
 	__type(value, struct sp_path_status);
 } sp_path_state SEC(".maps");
 
+/* Leases of the paths' budgets, one slot a path and CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct sp_budget);
+} sp_budget SEC(".maps");
+
 /* Bypassed flows. Not LRU: a flood must not cut live ones. Full: the SYN goes to the proxy. Entries
  * of ended flows stay until the agent has taken their counters.
  */

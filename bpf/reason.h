@@ -32,6 +32,8 @@ enum sp_reason {
 	SP_REASON_RING_FULL = 9,	/* no room for the OPEN record */
 	SP_REASON_FLOWS_FULL = 10,
 	SP_REASON_TUPLE_HELD = 11,	/* the proxy holds this tuple towards the service */
+	SP_REASON_PATH_RATE = 12,	/* the path took its connections of this second */
+	SP_REASON_PATH_CONNECTIONS = 14,	/* the path took all of its connections */
 
 	/* the packet went straight on, under a live path */
 	SP_REASON_PATH_OPEN = 20,	/* SYN that opened a bypassed flow */

@@ -36,6 +36,14 @@ type SallyportSpBucket struct {
 	FullNs uint64
 }
 
+type SallyportSpBudget struct {
+	_           structs.HostLayout
+	Epoch       uint32
+	Pad         uint32
+	BytesLeft   uint64
+	PacketsLeft uint64
+}
+
 type SallyportSpConfig struct {
 	_               structs.HostLayout
 	Schema          uint32
@@ -50,6 +58,8 @@ type SallyportSpConfig struct {
 	PxNetns         uint64
 	HostNetnsInode  uint32
 	DenyPodLoopback uint32
+	Cpus            uint32
+	Pad2            uint32
 }
 
 type SallyportSpCounter struct {
@@ -227,18 +237,32 @@ type SallyportSpOwner struct {
 }
 
 type SallyportSpPath struct {
-	_               structs.HostLayout
-	Epoch           uint32
-	ServiceId       uint32
-	Client          SallyportSpAddr
-	DeadlineNs      uint64
-	Grant           [32]int8
-	Service         [32]int8
-	Flows           uint64
-	BytesToServer   uint64
-	BytesToClient   uint64
-	PacketsToServer uint64
-	PacketsToClient uint64
+	_                structs.HostLayout
+	Epoch            uint32
+	ServiceId        uint32
+	Client           SallyportSpAddr
+	DeadlineNs       uint64
+	Grant            [32]int8
+	Service          [32]int8
+	Flows            uint64
+	BytesToServer    uint64
+	BytesToClient    uint64
+	PacketsToServer  uint64
+	PacketsToClient  uint64
+	BytesLimit       uint64
+	PacketsLimit     uint64
+	ConnectionsLimit uint64
+	BytesTaken       uint64
+	PacketsTaken     uint64
+	ConnectionsTaken uint64
+	SecondNs         uint64
+	InSecond         uint32
+	RateLimit        uint32
+	Lock             struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad uint32
 }
 
 type SallyportSpPathKey struct {
@@ -286,6 +310,8 @@ const (
 	SallyportSpReasonSP_REASON_RING_FULL         SallyportSpReason = 9
 	SallyportSpReasonSP_REASON_FLOWS_FULL        SallyportSpReason = 10
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
+	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
+	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
 	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
@@ -424,6 +450,7 @@ type SallyportSpVolume struct {
 const (
 	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
+	SallyportMapSpBudget      = "sp_budget"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
@@ -539,6 +566,7 @@ type SallyportProgramSpecs struct {
 type SallyportMapSpecs struct {
 	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.MapSpec `ebpf:"sp_budget"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
@@ -594,6 +622,7 @@ func (o *SallyportObjects) Close() error {
 type SallyportMaps struct {
 	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.Map `ebpf:"sp_budget"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
@@ -623,6 +652,7 @@ func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
 		m.SpBackstop,
 		m.SpBestEffort,
+		m.SpBudget,
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <linux/types.h>
+#include <linux/bpf.h>
 
 #include "reason.h"
 
@@ -76,6 +77,8 @@ struct sp_config {
 	__u64 px_netns;
 	__u32 host_netns_inode;	/* as /proc/PID/ns/net shows it */
 	__u32 deny_pod_loopback;	/* 1: a pod's service is closed to the pod itself too */
+	__u32 cpus;		/* that may run programs */
+	__u32 pad2;
 };
 
 /* Dead-man lease: nothing new is admitted past it. */
@@ -135,6 +138,27 @@ struct sp_path {
 	__u64 bytes_to_client;
 	__u64 packets_to_server;
 	__u64 packets_to_client;
+
+	/* Budgets: limits as granted, 0 for none, and what was taken of them, in leases of CPUs included. */
+	__u64 bytes_limit;
+	__u64 packets_limit;
+	__u64 connections_limit;
+	__u64 bytes_taken;
+	__u64 packets_taken;
+	__u64 connections_taken;
+	__u64 second_ns;	/* when the second began that in_second is of */
+	__u32 in_second;	/* connections admitted in it */
+	__u32 rate_limit;	/* of connections in a second */
+	struct bpf_spin_lock lock;	/* of what was taken, and of the second */
+	__u32 pad;
+};
+
+/* What a CPU has taken ahead of a path's budget. */
+struct sp_budget {
+	__u32 epoch;		/* of the path: a lease of another one is void */
+	__u32 pad;
+	__u64 bytes_left;
+	__u64 packets_left;
 };
 
 /* State of a path slot. One store ends every flow of the path. */

@@ -55,6 +55,7 @@ type node struct {
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
+	sweepNow  chan struct{}
 	stopping  chan struct{}
 }
 
@@ -80,7 +81,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
-		stopping: make(chan struct{}),
+		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
 	return n
@@ -165,6 +166,7 @@ func (n *node) openDatapath(context.Context) (err error) {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
 }
@@ -217,7 +219,7 @@ func (n *node) loadResources(context.Context) error {
 	}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.audit.Kick,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
@@ -262,7 +264,16 @@ func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapat
 func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild() }
 
 func (n *node) sweeper() *sweeper {
-	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems, wake: n.sweepNow}
+}
+
+// grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
+func (n *node) grantsMoved() {
+	n.audit.Kick()
+	select {
+	case n.sweepNow <- struct{}{}:
+	default: // it has not looked yet
+	}
 }
 
 func (n *node) pxWatch() *pxWatch {

@@ -59,6 +59,7 @@ type Datapath struct {
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
 	frags   bool // XDP may have frames in several buffers
+	cuts    cuts // owned by Sweep
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
@@ -181,7 +182,7 @@ func checkVersions(dir string) error {
 func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error) {
 	sizes := map[string]uint32{
 		"sp_must_deliver": cfg.RingBytes, "sp_best_effort": cfg.RingBytes,
-		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths,
+		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths, "sp_budget": cfg.MaxPaths,
 	}
 	for name, m := range spec.Maps {
 		if !strings.HasPrefix(name, "sp_") {
@@ -249,6 +250,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 		return err
 	}
 	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	c.Cpus = uint32(cpus)
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

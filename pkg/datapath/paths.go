@@ -85,6 +85,8 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 	v := bpf.Path{
 		Epoch: old.Epoch + 1, ServiceId: p.ServiceID, Client: toAddr(p.Client), DeadlineNs: uint64(p.Deadline),
 		Grant: toLabel(p.Grant), Service: toLabel(p.Service),
+		BytesLimit: p.Budget.Bytes, PacketsLimit: p.Budget.Packets, ConnectionsLimit: p.Budget.Connections,
+		RateLimit: p.Budget.ConnectionsPerSecond,
 	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)

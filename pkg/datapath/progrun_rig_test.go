@@ -124,6 +124,7 @@ func (r *rig) reset(t testing.TB) {
 	check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{}))
 	check(t, r.m.SpPaths.Put(uint32(0), &bpf.Path{}))
 	cpus := ebpf.MustPossibleCPU()
+	check(t, r.m.SpBudget.Put(uint32(0), make([]bpf.Budget, cpus)))
 	for reason := range r.counters(t) {
 		check(t, r.m.SpCounters.Put(uint32(reason), make([]bpf.Counter, cpus)))
 	}

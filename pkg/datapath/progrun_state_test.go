@@ -16,6 +16,7 @@ import (
 //	flow 1/0 ended=PATH_REVOKED FIN_CLIENT
 //	leg down | leg up | stray down | stray up      with their flags
 //	origin
+//	path SPENT          a path with a budget of bytes or packets
 //	OPEN PATH_OPEN | DENY STRAY | DENY STRAY x3
 //	DENY FRAGMENT *     ports unknown
 //
@@ -42,6 +43,13 @@ func (r *rig) renderState(t testing.TB, s scene, p probe) []string {
 	}
 	for k, v := range all[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins) {
 		out = append(out, "origin"+tuple(s, k.Client, k.Server, s.client.Port(), uint16(k.ServerPort))+placed(s, v.Hook, v.Ifindex))
+	}
+	var v bpf.Path
+	var state bpf.PathStatus
+	check(t, r.m.SpPaths.Lookup(uint32(0), &v))
+	check(t, r.m.SpPathState.Lookup(uint32(0), &state))
+	if budget := v.BytesLimit != 0 || v.PacketsLimit != 0; budget && datapath.PathState(state.State) == datapath.PathSpent {
+		out = append(out, "path SPENT")
 	}
 	return out
 }

@@ -68,6 +68,15 @@ type Path struct {
 	Service   string        // label in the map
 	Ports     []uint16      // ports of the service that the path serves; at least one
 	Deadline  time.Duration // absolute CLOCK_BOOTTIME
+	Budget    Budget
+}
+
+// Budget is what a path may carry in both directions together; 0 is no limit. Bytes are those of IP packets, headers
+// included. Used up bytes or packets end the path at the packet that they do not cover; used up connections keep new ones
+// out, and the path ends with its last connection.
+type Budget struct {
+	Bytes, Packets, Connections uint64
+	ConnectionsPerSecond        uint32
 }
 
 // PathStatus is a path slot as the kernel has it.
@@ -75,7 +84,7 @@ type PathStatus struct {
 	Slot  uint32
 	State PathState
 	Path
-	Flows                            uint64 // flows opened so far
+	Flows                            uint64 // opened so far
 	BytesToServer, BytesToClient     uint64 // IP bytes, headers included
 	PacketsToServer, PacketsToClient uint64
 }

@@ -37,6 +37,8 @@ const (
 	ReasonRingFull         Reason = 9
 	ReasonFlowsFull        Reason = 10
 	ReasonTupleHeld        Reason = 11
+	ReasonPathRate         Reason = 12
+	ReasonPathConnections  Reason = 14
 	ReasonPathOpen         Reason = 20
 	ReasonPathLive         Reason = 21
 	ReasonSocketLeg        Reason = 25
@@ -101,6 +103,8 @@ var reasonNames = map[Reason]string{
 	ReasonRingFull:         "RING_FULL",
 	ReasonFlowsFull:        "FLOWS_FULL",
 	ReasonTupleHeld:        "TUPLE_HELD",
+	ReasonPathRate:         "PATH_RATE",
+	ReasonPathConnections:  "PATH_CONNECTIONS",
 	ReasonPathOpen:         "PATH_OPEN",
 	ReasonPathLive:         "PATH_LIVE",
 	ReasonSocketLeg:        "SOCKET_LEG",
