@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
@@ -21,6 +22,9 @@ import (
 func main() {
 	// Work in px is done on threads that end afterwards. The main thread cannot end, so it takes no part.
 	runtime.LockOSThread()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbagePercent)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}
@@ -29,6 +33,10 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+// garbagePercent lets the heap grow less than usual between collections: the agent is on every node, its memory
+// is what others there cannot have, and it has little to do.
+const garbagePercent = 40
 
 // process is what the command has of its surroundings.
 type process struct {
