@@ -36,6 +36,7 @@ type options struct {
 	plain    bool   // the programs as they are shipped
 	lease    string // of the agent; empty: the default of 15s
 	resource string // more YAML documents, after the world's own
+	booting  bool   // a node that is just starting: no device but lo, no identity provider
 }
 
 // world is a lab whose node has a Sallyport of real programs, and two services that say whom they saw: host-echo on
@@ -58,7 +59,7 @@ type files struct{ agent, proxy, collector, resources, run, state, records, reco
 // newWorld prepares everything and starts nothing but the services.
 func newWorld(t *testing.T, o options) *world {
 	t.Helper()
-	w := &world{bin: programs(t, o.plain), Lab: lab.New(t, lab.Options{Pods: 2})}
+	w := &world{bin: programs(t, o.plain), Lab: lab.New(t, lab.Options{Pods: 2, Unplugged: o.booting})}
 	t.Cleanup(func() { w.checkRaces(t) })
 	must(t, os.Chmod(w.Dir, 0o755)) // the proxy's user goes through it
 	var err error
@@ -69,7 +70,9 @@ func newWorld(t *testing.T, o options) *world {
 		agent: dir + "/agent.yaml", proxy: dir + "/proxy.yaml", collector: dir + "/collector.yaml", resources: dir + "/resources.d",
 		run: dir + "/run", state: dir + "/state", records: dir + "/records", recordsSocket: dir + "/records.sock",
 	}
-	w.serveIdentities(t)
+	if !o.booting {
+		w.serveIdentities(t)
+	}
 	w.writeConfig(t, o)
 	w.makeKey(t)
 	w.writeResources(t, "10-world.yaml", w.resources(t)+o.resource)
