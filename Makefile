@@ -33,6 +33,11 @@ test-kernels: ## run the suites that depend on the kernel in Debian's 6.1, 6.12 
 	go run ./tools/needs test-kernels
 	CGO_ENABLED=0 go run ./tools/kernels $(KERNELS)
 
+soak-leaks: ## probe without an identity while everything is killed and replaced: 0 leaked (DURATION=3m, PROBES=60000000, SEED=, JSON=file)
+	go run ./tools/needs test
+	SOAK_DURATION=$(or $(DURATION),$(if $(PROBES),,35m)) SOAK_PROBES=$(PROBES) SOAK_SEED=$(if $(filter file,$(origin SEED)),,$(SEED)) SOAK_JSON=$(abspath $(JSON)) \
+		go test -count 1 -v -timeout 0 -run '^TestSoakLeaks$$' ./test/e2e
+
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
 

@@ -10,6 +10,7 @@ type (
 	Backstop    = SallyportSpBackstop
 	BackstopKey = SallyportSpBackstopKey
 	Bucket      = SallyportSpBucket
+	Budget      = SallyportSpBudget
 	Config      = SallyportSpConfig
 	Counter     = SallyportSpCounter
 	Deny        = SallyportSpDeny
@@ -34,6 +35,7 @@ type (
 	Service     = SallyportSpService
 	ServiceKey  = SallyportSpServiceKey
 	Source      = SallyportSpSource
+	Tokens      = SallyportSpTokens
 	Traffic     = SallyportSpTraffic
 	Volume      = SallyportSpVolume
 )

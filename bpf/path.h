@@ -4,7 +4,7 @@
 
 /* Paths: may this SYN go around the proxy, and may this flow still? */
 
-#include "account.h"
+#include "budget.h"
 
 /* The reason why a slot does not serve, or PATH_LIVE. */
 static __always_inline enum sp_reason sp_path_check(const struct sp_config *cfg, __u32 slot,
@@ -68,6 +68,9 @@ static __always_inline enum sp_reason sp_flow_packet(const struct sp_config *cfg
 	reason = sp_path_check(cfg, flow->slot, flow->epoch, now, &path);
 	if (reason == SP_REASON_PATH_LIVE && flow->service_id != service_id)
 		reason = SP_REASON_PATH_STALE;
+	if (reason == SP_REASON_PATH_LIVE && path &&
+	    !sp_within_budget(path, flow->slot, flow->epoch, p))
+		reason = SP_REASON_PATH_SPENT;
 	if (reason != SP_REASON_PATH_LIVE || !path) {
 		sp_end_flow(key, flow, reason);
 		return reason;
@@ -122,6 +125,30 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 	return SP_REASON_PATH_OPEN;
 }
 
+/* A connection more, within the budget, or not at all. */
+static __noinline int sp_admit_flow(const struct sp_flow_key *key, const struct sp_packet *p,
+				    struct sp_path_ref ref, __u32 service_id,
+				    __u32 hook_and_ifindex)
+{
+	__u32 slot = ref.slot;
+	struct sp_path *path = bpf_map_lookup_elem(&sp_paths, &slot);
+	int reason;
+
+	if (!path || !p)
+		return SP_REASON_PATH_STALE;
+	reason = sp_admit(path, bpf_ktime_get_boot_ns());
+	if (reason != SP_REASON_PATH_LIVE)
+		return reason;
+	if (!sp_within_budget(path, slot, ref.epoch, p))
+		return SP_REASON_PATH_SPENT;
+	reason = sp_insert_flow(key, p, ref, service_id, hook_and_ifindex);
+	if (reason != SP_REASON_PATH_OPEN) {
+		sp_unadmit(path);
+		sp_unspend(path, slot, p);
+	}
+	return reason;
+}
+
 static __always_inline bool sp_path_is_for(const struct sp_path *path, const struct sp_path_key *want)
 {
 	return path->service_id == want->service_id &&
@@ -159,9 +186,9 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 		return SP_REASON_PATH_STALE;
 	if (!sp_lease_holds(now))
 		return SP_REASON_LEASE_LAPSED;
-	if (sp_find_leg(key, SP_LEG_UP, 0))
+	if (key->protocol == IPPROTO_TCP && sp_find_leg(key, SP_LEG_UP, 0))
 		return SP_REASON_TUPLE_HELD;
-	return sp_insert_flow(key, p, ref, service_id, hook_and_ifindex);
+	return sp_admit_flow(key, p, ref, service_id, hook_and_ifindex);
 }
 
 /*

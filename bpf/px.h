@@ -51,6 +51,7 @@ static __noinline int sp_register_up(const struct sp_packet *p, __u32 service_id
 	leg.service_id = service_id;
 	leg.opened_ns = now;
 	leg.last_ns = now;
+	leg.ether = origin->ether;
 	at = sp_leg_key(&p->src, p->sport, &p->dst, p->dport, SP_LEG_UP);
 	if (bpf_map_update_elem(&sp_legs, &at, &leg, BPF_ANY))
 		return SP_REASON_LEGS_FULL;
@@ -96,12 +97,29 @@ static __always_inline enum sp_reason sp_decide_px0(const struct sp_packet *p, s
 /*
  * Puts the packet where the other party would have produced it. Towards a device it leaves through
  * the neighbour layer; from a device it comes in there; lo takes both through an output route,
- * because a packet that keeps its route is not validated again.
+ * because a packet that keeps its route is not validated again. At a bridge's port it bears the
+ * addresses of the two parties, as if the bridge had been asked.
  */
-static __always_inline int sp_inject(const struct sp_leg *leg, enum sp_leg_side side)
+static __always_inline int sp_inject_port(struct __sk_buff *skb, const struct sp_leg *leg,
+					  enum sp_leg_side side)
+{
+	bool leaves = side == SP_LEG_UP;
+	__u8 macs[2 * ETH_ALEN]; /* destination, source */
+
+	__builtin_memcpy(macs, leaves ? leg->ether.server : leg->ether.client, ETH_ALEN);
+	__builtin_memcpy(macs + ETH_ALEN, leaves ? leg->ether.client : leg->ether.server, ETH_ALEN);
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect(leg->ifindex, leaves ? 0 : BPF_F_INGRESS);
+}
+
+static __always_inline int sp_inject(struct __sk_buff *skb, const struct sp_leg *leg,
+				     enum sp_leg_side side)
 {
 	bool leaves = (leg->hook == SP_HOOK_IN) == (side == SP_LEG_DOWN);
 
+	if (leg->hook == SP_HOOK_PORT)
+		return sp_inject_port(skb, leg, side);
 	if (leg->hook == SP_HOOK_LO)
 		return bpf_redirect_neigh(SP_LO_IFINDEX, NULL, 0, 0);
 	if (leaves)
@@ -143,7 +161,7 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (reason == SP_REASON_PX_UP)
 		sp_count_hook(skb, p, leg->service_id, true);
 	skb->mark = sp_mark(&at, cfg->secret[0]);
-	return sp_inject(leg, at.side);
+	return sp_inject(skb, leg, at.side);
 }
 
 /* ---- px1 ingress, px namespace: packets for the proxy ---- */

@@ -29,6 +29,37 @@ int sp_pod_out(struct __sk_buff *skb)
 	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD, ETH_HLEN);
 }
 
+/* Ports of a bridge, and the bridge. */
+SEC("tcx/ingress")
+int sp_port_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_PORT, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_pod_port_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_POD_PORT, ETH_HLEN);
+}
+
+SEC("tcx/ingress")
+int sp_bridge_in(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_IN, SP_BEHIND_BRIDGE, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int sp_bridge_out(struct __sk_buff *skb)
+{
+	return sp_device(skb, SP_HOOK_OUT, SP_BEHIND_BRIDGE, ETH_HLEN);
+}
+
 /* The same on devices without an Ethernet header: tun, IP tunnels, WireGuard. */
 SEC("tcx/ingress")
 int sp_l3_in(struct __sk_buff *skb)

@@ -36,6 +36,14 @@ type SallyportSpBucket struct {
 	FullNs uint64
 }
 
+type SallyportSpBudget struct {
+	_           structs.HostLayout
+	Epoch       uint32
+	Pad         uint32
+	BytesLeft   uint64
+	PacketsLeft uint64
+}
+
 type SallyportSpConfig struct {
 	_               structs.HostLayout
 	Schema          uint32
@@ -50,6 +58,8 @@ type SallyportSpConfig struct {
 	PxNetns         uint64
 	HostNetnsInode  uint32
 	DenyPodLoopback uint32
+	Cpus            uint32
+	Pad2            uint32
 }
 
 type SallyportSpCounter struct {
@@ -134,7 +144,7 @@ type SallyportSpFlow struct {
 	Ifindex         uint32
 	Flags           uint32
 	Ended           SallyportSpReason
-	Pad             uint32
+	UdpIdleS        uint32
 	Id              uint64
 	OpenedNs        uint64
 	LastNs          uint64
@@ -160,6 +170,7 @@ const (
 	SallyportSpHookSP_HOOK_IN   SallyportSpHook = 1
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
+	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
 )
 
 type SallyportSpLease struct {
@@ -175,6 +186,12 @@ type SallyportSpLeg struct {
 	Flags     uint32
 	OpenedNs  uint64
 	LastNs    uint64
+	Ether     struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpLegKey struct {
@@ -198,6 +215,12 @@ type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
 	Ifindex uint32
+	Ether   struct {
+		_      structs.HostLayout
+		Client [6]uint8
+		Server [6]uint8
+		Pad    uint32
+	}
 }
 
 type SallyportSpOriginKey struct {
@@ -214,18 +237,32 @@ type SallyportSpOwner struct {
 }
 
 type SallyportSpPath struct {
-	_               structs.HostLayout
-	Epoch           uint32
-	ServiceId       uint32
-	Client          SallyportSpAddr
-	DeadlineNs      uint64
-	Grant           [32]int8
-	Service         [32]int8
-	Flows           uint64
-	BytesToServer   uint64
-	BytesToClient   uint64
-	PacketsToServer uint64
-	PacketsToClient uint64
+	_                structs.HostLayout
+	Epoch            uint32
+	ServiceId        uint32
+	Client           SallyportSpAddr
+	DeadlineNs       uint64
+	Grant            [32]int8
+	Service          [32]int8
+	Flows            uint64
+	BytesToServer    uint64
+	BytesToClient    uint64
+	PacketsToServer  uint64
+	PacketsToClient  uint64
+	BytesLimit       uint64
+	PacketsLimit     uint64
+	ConnectionsLimit uint64
+	BytesTaken       uint64
+	PacketsTaken     uint64
+	ConnectionsTaken uint64
+	SecondNs         uint64
+	InSecond         uint32
+	RateLimit        uint32
+	Lock             struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad uint32
 }
 
 type SallyportSpPathKey struct {
@@ -273,6 +310,8 @@ const (
 	SallyportSpReasonSP_REASON_RING_FULL         SallyportSpReason = 9
 	SallyportSpReasonSP_REASON_FLOWS_FULL        SallyportSpReason = 10
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
+	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
+	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
 	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
@@ -297,10 +336,13 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_UDP_NO_PATH       SallyportSpReason = 62
+	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
+	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
+	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
-	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
 	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
 	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
@@ -337,6 +379,7 @@ type SallyportSpService struct {
 	Target     SallyportSpTarget
 	Ifindex    uint32
 	Generation uint32
+	UdpIdleS   uint32
 	Name       [32]int8
 }
 
@@ -380,6 +423,12 @@ const (
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
 
+type SallyportSpTokens struct {
+	_          structs.HostLayout
+	RefilledNs uint64
+	Left       uint64
+}
+
 type SallyportSpTraffic struct {
 	_              structs.HostLayout
 	HookLeg        SallyportSpVolume
@@ -411,6 +460,7 @@ type SallyportSpVolume struct {
 const (
 	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
+	SallyportMapSpBudget      = "sp_budget"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
@@ -433,7 +483,10 @@ const (
 	SallyportMapSpSynServices = "sp_syn_services"
 	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTokens      = "sp_tokens"
 	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportProgSpBridgeIn   = "sp_bridge_in"
+	SallyportProgSpBridgeOut  = "sp_bridge_out"
 	SallyportProgSpCgIn       = "sp_cg_in"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
@@ -441,6 +494,9 @@ const (
 	SallyportProgSpL3Out      = "sp_l3_out"
 	SallyportProgSpLoIn       = "sp_lo_in"
 	SallyportProgSpPodOut     = "sp_pod_out"
+	SallyportProgSpPodPortOut = "sp_pod_port_out"
+	SallyportProgSpPortIn     = "sp_port_in"
+	SallyportProgSpPortOut    = "sp_port_out"
 	SallyportProgSpPx0In      = "sp_px0_in"
 	SallyportProgSpPx1In      = "sp_px1_in"
 	SallyportProgSpPxLoIn     = "sp_px_lo_in"
@@ -494,6 +550,8 @@ type SallyportSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SallyportProgramSpecs struct {
+	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
@@ -501,6 +559,9 @@ type SallyportProgramSpecs struct {
 	SpL3Out      *ebpf.ProgramSpec `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.ProgramSpec `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.ProgramSpec `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.ProgramSpec `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.ProgramSpec `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.ProgramSpec `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.ProgramSpec `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.ProgramSpec `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.ProgramSpec `ebpf:"sp_px_lo_in"`
@@ -516,6 +577,7 @@ type SallyportProgramSpecs struct {
 type SallyportMapSpecs struct {
 	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.MapSpec `ebpf:"sp_budget"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
@@ -538,6 +600,7 @@ type SallyportMapSpecs struct {
 	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTokens      *ebpf.MapSpec `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
 
@@ -571,6 +634,7 @@ func (o *SallyportObjects) Close() error {
 type SallyportMaps struct {
 	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
+	SpBudget      *ebpf.Map `ebpf:"sp_budget"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
@@ -593,6 +657,7 @@ type SallyportMaps struct {
 	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTokens      *ebpf.Map `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
 
@@ -600,6 +665,7 @@ func (m *SallyportMaps) Close() error {
 	return _SallyportClose(
 		m.SpBackstop,
 		m.SpBestEffort,
+		m.SpBudget,
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,
@@ -622,6 +688,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpSynServices,
 		m.SpSynSources,
 		m.SpTable,
+		m.SpTokens,
 		m.SpTraffic,
 	)
 }
@@ -638,6 +705,8 @@ type SallyportVariables struct {
 //
 // It can be passed to LoadSallyportObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SallyportPrograms struct {
+	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
+	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
 	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
@@ -645,6 +714,9 @@ type SallyportPrograms struct {
 	SpL3Out      *ebpf.Program `ebpf:"sp_l3_out"`
 	SpLoIn       *ebpf.Program `ebpf:"sp_lo_in"`
 	SpPodOut     *ebpf.Program `ebpf:"sp_pod_out"`
+	SpPodPortOut *ebpf.Program `ebpf:"sp_pod_port_out"`
+	SpPortIn     *ebpf.Program `ebpf:"sp_port_in"`
+	SpPortOut    *ebpf.Program `ebpf:"sp_port_out"`
 	SpPx0In      *ebpf.Program `ebpf:"sp_px0_in"`
 	SpPx1In      *ebpf.Program `ebpf:"sp_px1_in"`
 	SpPxLoIn     *ebpf.Program `ebpf:"sp_px_lo_in"`
@@ -656,6 +728,8 @@ type SallyportPrograms struct {
 
 func (p *SallyportPrograms) Close() error {
 	return _SallyportClose(
+		p.SpBridgeIn,
+		p.SpBridgeOut,
 		p.SpCgIn,
 		p.SpDevIn,
 		p.SpDevOut,
@@ -663,6 +737,9 @@ func (p *SallyportPrograms) Close() error {
 		p.SpL3Out,
 		p.SpLoIn,
 		p.SpPodOut,
+		p.SpPodPortOut,
+		p.SpPortIn,
+		p.SpPortOut,
 		p.SpPx0In,
 		p.SpPx1In,
 		p.SpPxLoIn,

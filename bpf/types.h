@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <linux/types.h>
+#include <linux/bpf.h>
 
 #include "reason.h"
 
@@ -35,6 +36,7 @@ enum sp_hook {
 	SP_HOOK_IN = 1,		/* ingress of a device: host service, client beyond the device */
 	SP_HOOK_OUT = 2,	/* egress of a device: pod service behind the device */
 	SP_HOOK_LO = 3,		/* ingress of lo: host service, client on the node */
+	SP_HOOK_PORT = 4,	/* egress of a bridge's port: pod service behind the port */
 };
 
 enum sp_state {
@@ -75,6 +77,8 @@ struct sp_config {
 	__u64 px_netns;
 	__u32 host_netns_inode;	/* as /proc/PID/ns/net shows it */
 	__u32 deny_pod_loopback;	/* 1: a pod's service is closed to the pod itself too */
+	__u32 cpus;		/* that may run programs */
+	__u32 pad2;
 };
 
 /* Dead-man lease: nothing new is admitted past it. */
@@ -106,6 +110,7 @@ struct sp_service {
 	enum sp_target target;
 	__u32 ifindex;		/* of the pod's host-side device; 0: not known yet */
 	__u32 generation;	/* of the table this row belongs to */
+	__u32 udp_idle_s;	/* UDP: a flow ends after so much silence; 0: a port of TCP alone, no path opens it */
 	char name[SP_LABEL];
 };
 
@@ -134,6 +139,27 @@ struct sp_path {
 	__u64 bytes_to_client;
 	__u64 packets_to_server;
 	__u64 packets_to_client;
+
+	/* Budgets: limits as granted, 0 for none, and what was taken of them, in leases of CPUs included. */
+	__u64 bytes_limit;
+	__u64 packets_limit;
+	__u64 connections_limit;
+	__u64 bytes_taken;
+	__u64 packets_taken;
+	__u64 connections_taken;
+	__u64 second_ns;	/* when the second began that in_second is of */
+	__u32 in_second;	/* connections admitted in it */
+	__u32 rate_limit;	/* of connections in a second */
+	struct bpf_spin_lock lock;	/* of what was taken, and of the second */
+	__u32 pad;
+};
+
+/* What a CPU has taken ahead of a path's budget. */
+struct sp_budget {
+	__u32 epoch;		/* of the path: a lease of another one is void */
+	__u32 pad;
+	__u64 bytes_left;
+	__u64 packets_left;
 };
 
 /* State of a path slot. One store ends every flow of the path. */
@@ -157,7 +183,7 @@ struct sp_flow {
 	__u32 ifindex;
 	__u32 flags;		/* enum sp_flags */
 	enum sp_reason ended;	/* why its path no longer serves it, or NONE */
-	__u32 pad;
+	__u32 udp_idle_s;	/* of its service, when it was opened; TCP: 0 */
 	__u64 id;
 	__u64 opened_ns;
 	__u64 last_ns;
@@ -175,6 +201,15 @@ struct sp_leg_key {
 	enum sp_leg_side side;
 };
 
+/* Link-layer addresses of the two parties at a bridge's port, where no neighbour look-up can be made:
+ * the bridge takes the answers. Zero at other hooks.
+ */
+struct sp_ether {
+	__u8 client[6];
+	__u8 server[6];
+	__u32 pad;
+};
+
 /* Where a packet of the proxy is put back. Also the value of the stray map. */
 struct sp_leg {
 	enum sp_hook hook;
@@ -183,6 +218,7 @@ struct sp_leg {
 	__u32 flags;		/* enum sp_flags */
 	__u64 opened_ns;
 	__u64 last_ns;
+	struct sp_ether ether;
 };
 
 /* By which device a client reached a service, for the proxy's own connection to it. */
@@ -196,6 +232,7 @@ struct sp_origin_key {
 struct sp_origin {
 	enum sp_hook hook;
 	__u32 ifindex;
+	struct sp_ether ether;
 };
 
 /* A source prefix, of the mapped form: an IPv4 prefix of n bits has 96 + n. */
@@ -260,6 +297,12 @@ struct sp_traffic {
 	struct sp_volume socket_leg;
 	struct sp_volume socket_path;
 	struct sp_volume socket_loopback;	/* from the pod itself */
+};
+
+/* Of one CPU: how many ICMP errors it may still send. */
+struct sp_tokens {
+	__u64 refilled_ns;
+	__u64 left;
 };
 
 struct sp_deny_key {

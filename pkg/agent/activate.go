@@ -55,7 +55,9 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
 		"deadline", a.held.row.Deadline, "actor", actor)
 	g.kick()
-	return a.held.row, nil
+	row := a.held.row
+	a.held.forget()
+	return row, nil
 }
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
@@ -103,16 +105,18 @@ func (g *grants) overlap(n *held) error {
 			continue
 		}
 		for _, a := range n.payload.Addresses {
-			shared := slices.ContainsFunc(portsOf(n.payload, n.service), func(p uint16) bool {
-				return slices.Contains(portsOf(h.payload, h.service), p)
-			})
-			if shared && slices.Contains(h.payload.Addresses, a) {
+			if slices.Contains(h.payload.Addresses, a) && sharePort(n, h) {
 				return fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
 					h.row.Deadline.UTC().Format(time.RFC3339))
 			}
 		}
 	}
 	return nil
+}
+
+func sharePort(a, b *held) bool {
+	ports := portsOf(b.payload, b.service)
+	return slices.ContainsFunc(portsOf(a.payload, a.service), func(p uint16) bool { return slices.Contains(ports, p) })
 }
 
 // newRow is what is remembered of the grant. The deadline is converted here, once.
@@ -153,7 +157,7 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 	for _, client := range a.held.payload.Addresses {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
-			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot,
+			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot, Budget: budgetOf(a.held.payload),
 		})
 		if err != nil {
 			return fmt.Errorf("open path for %s: %w", client, err)

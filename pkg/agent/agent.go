@@ -46,8 +46,8 @@ type node struct {
 	sink      *sink
 	resources *resources
 	devices   *devices
-	uplinks   *uplinks
 	backstop  *backstop
+	uplinks   *uplinks
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -55,6 +55,7 @@ type node struct {
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
+	sweepNow  chan struct{}
 	stopping  chan struct{}
 }
 
@@ -80,7 +81,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
-		stopping: make(chan struct{}),
+		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
 	return n
@@ -159,14 +160,24 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Repaired: n.repaired, Logger: n.log,
 	})
 	if err != nil {
 		return err
 	}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
+}
+
+// repaired makes an alarm of a hook that was mended.
+func (n *node) repaired(r datapath.Repair) {
+	name := alarmHookLost
+	if r.Kind == datapath.RepairBehind {
+		name = alarmHookBehind
+	}
+	n.alarms.raise(name, r.String())
 }
 
 func (n *node) currentResources() *enforced { return n.resources.current() }
@@ -205,19 +216,19 @@ func (n *node) runAlarms(ctx context.Context) error {
 
 func (n *node) classifier() classifier {
 	d := n.cfg.Spec.Devices
-	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0()}
+	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0}
 }
 
 func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier()}.device, problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.device, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.audit.Kick,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
@@ -262,11 +273,20 @@ func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapat
 func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild() }
 
 func (n *node) sweeper() *sweeper {
-	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems}
+	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems, wake: n.sweepNow}
+}
+
+// grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
+func (n *node) grantsMoved() {
+	n.audit.Kick()
+	select {
+	case n.sweepNow <- struct{}{}:
+	default: // it has not looked yet
+	}
 }
 
 func (n *node) pxWatch() *pxWatch {
-	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
+	return &pxWatch{px: n.px, move: n.datapath.MovePx, attach: n.datapath.AttachPx, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) pinWatch() *pinWatch {

@@ -53,10 +53,11 @@ spec:
   stateDir: %[2]s/state
   runDir: %[2]s/run
   bpffs: %[3]s
+  cgroup: %[4]q
   workloadAPI: unix://%[2]s/workload.sock
   devices: {pods: ["vethpod*"]}
   metrics: "127.0.0.1:9469"
-`, testNode, dir, bpffs), 0o600))
+`, testNode, dir, bpffs, in.lab.Cgroup()), 0o600))
 	in.cfg, err = loadConfig(in.config)
 	must(t, err)
 	in.resources(in.signer.resources("15m"))

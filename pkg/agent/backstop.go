@@ -20,14 +20,16 @@ const refusedStands = time.Minute
 // backstopCgroup is the control group that the backstop belongs to. Without one there is nothing behind the hooks of
 // devices, and the agent does not enforce.
 func backstopCgroup(cfg policy.AgentConfig) (string, error) {
-	if cfg.Spec.Cgroup != "" {
-		return cfg.Spec.Cgroup, nil
+	dir, err := cfg.Spec.Cgroup, error(nil)
+	if dir == "" {
+		dir, err = datapath.FindCgroup()
+	} else {
+		err = datapath.CheckCgroup(dir)
 	}
-	root, err := datapath.FindCgroup()
 	if err != nil {
 		return "", fmt.Errorf("look for the control group of the backstop, without which nothing is enforced: %w", err)
 	}
-	return root, nil
+	return dir, nil
 }
 
 // backstop keeps the last line attached and reads what it saw: who came around the hooks, and whether sockets got more

@@ -15,39 +15,57 @@ import (
 )
 
 // resyncEvery bounds how long a device that no message told of stays without hooks.
-const resyncEvery = 5 * time.Second
+const resyncEvery = 2 * time.Second
 
 // link is a network device of the node, as far as hooking is concerned.
 type link struct {
 	name     string
 	ifindex  int
 	loopback bool
+	kind     string // as the kernel has it: veth, bridge, bond
+	master   *link  // the device that it is enslaved to
 }
 
 // classifier tells the part that a device plays from its name.
 type classifier struct {
-	pods   []string // shell patterns of the host side of pod devices
-	ignore []string // shell patterns of devices that are never hooked; loopback cannot be ignored
-	px0    int      // ifindex of our own device, which has hooks of its own
+	pods   []string   // shell patterns of the host side of pod devices
+	ignore []string   // shell patterns of devices that are never hooked; loopback cannot be ignored
+	px0    func() int // ifindex of our own device, which has hooks of its own
 }
 
-// role gives the device's role; hooked is false for a device that gets no hooks from here.
+// role gives the device's role; hooked is false for a device that gets no hooks from here. A packet meets the hooks of a
+// device and of its master, so these share the work, or the master has it all.
 func (c classifier) role(l link) (role datapath.Role, hooked bool) {
+	pod := matches(c.pods, l.name)
 	switch {
-	case l.ifindex == c.px0:
+	case l.ifindex == c.px0():
 		return "", false
 	case l.loopback:
 		return datapath.RoleLo, true
-	case matches(c.ignore, l.name):
+	case matches(c.ignore, l.name) || c.served(l):
 		return "", false
-	case matches(c.pods, l.name):
+	case l.kind == "bridge":
+		return datapath.RoleBridge, true
+	case c.hasMaster(l, "bridge") && pod:
+		return datapath.RolePodPort, true
+	case c.hasMaster(l, "bridge"):
+		return datapath.RolePort, true
+	case pod:
 		return datapath.RolePod, true
 	}
 	return datapath.RoleUplink, true
 }
 
+// served says whether the device's master has all the hooks.
+func (c classifier) served(l link) bool { return c.hasMaster(l, "bond") || c.hasMaster(l, "team") }
+
+// hasMaster says whether the device is enslaved to a device of that kind which has hooks.
+func (c classifier) hasMaster(l link, kind string) bool {
+	return l.master != nil && l.master.kind == kind && !matches(c.ignore, l.master.name)
+}
+
 func (c classifier) ignored(l link) bool {
-	return !l.loopback && l.ifindex != c.px0 && matches(c.ignore, l.name)
+	return !l.loopback && l.ifindex != c.px0() && matches(c.ignore, l.name)
 }
 
 func matches(patterns []string, name string) bool {
@@ -59,8 +77,9 @@ func matches(patterns []string, name string) bool {
 
 // hookPlan is what makes the hooks follow the devices.
 type hookPlan struct {
-	attach []hookWant // in the order in which to do it: loopback, pods, uplinks
-	detach []int      // devices that are gone
+	attach  []hookWant  // in the order in which to do it: loopback, pods, uplinks
+	detach  []int       // devices that are gone
+	release map[int]int // devices whose master has the hooks, and that master
 }
 
 // hookWant is a device that should have hooks; fresh says that it has none of its role yet.
@@ -79,13 +98,15 @@ func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 			hooked[d.Ifindex] = d.Role
 		}
 	}
-	var plan hookPlan
+	plan := hookPlan{release: make(map[int]int)}
 	present := make(map[int]bool, len(links))
 	for _, l := range links {
 		present[l.ifindex] = true
 		if role, ok := c.role(l); ok {
 			dev := datapath.Device{Name: l.name, Ifindex: l.ifindex, Role: role}
 			plan.attach = append(plan.attach, hookWant{dev, hooked[l.ifindex] != role})
+		} else if _, had := hooked[l.ifindex]; had && c.served(l) {
+			plan.release[l.ifindex] = l.master.ifindex
 		}
 	}
 	for _, d := range have {
@@ -99,11 +120,12 @@ func planHooks(have []datapath.Device, links []link, c classifier) hookPlan {
 
 // ours tells whether the watcher put the hooks there: px0, px1 and px's loopback have their own.
 func ours(r datapath.Role) bool {
-	return r == datapath.RoleUplink || r == datapath.RolePod || r == datapath.RoleLo
+	return rank(r) >= 0
 }
 
 func rank(r datapath.Role) int {
-	return slices.Index([]datapath.Role{datapath.RoleLo, datapath.RolePod, datapath.RoleUplink}, r)
+	return slices.Index([]datapath.Role{datapath.RoleLo, datapath.RolePod, datapath.RolePodPort, datapath.RolePort, datapath.RoleBridge,
+		datapath.RoleUplink}, r)
 }
 
 // devices keeps hooks on every device of the node, also on those that appear later.
@@ -172,7 +194,7 @@ func (d *devices) sync() error {
 		d.attach(want)
 		moved = moved || want.fresh
 	}
-	for _, ifindex := range plan.detach {
+	for _, ifindex := range append(plan.detach, released(plan, d.datapath.Devices())...) {
 		if err := d.datapath.Detach(ifindex); err != nil {
 			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
 		}
@@ -183,6 +205,16 @@ func (d *devices) sync() error {
 		d.changed()
 	}
 	return nil
+}
+
+// released are the devices whose master has its hooks by now.
+func released(p hookPlan, have []datapath.Device) (out []int) {
+	for ifindex, master := range p.release {
+		if slices.ContainsFunc(have, func(h datapath.Device) bool { return h.Ifindex == master && ours(h.Role) }) {
+			out = append(out, ifindex)
+		}
+	}
+	return out
 }
 
 func (d *devices) attach(w hookWant) {
@@ -197,7 +229,7 @@ func (d *devices) attach(w hookWant) {
 }
 
 // errIgnored is the standing problem of a device that configuration leaves open.
-var errIgnored = errors.New("never hooked, by devices.ignore: what passes it is not steered")
+var errIgnored = errors.New("never hooked, by devices.ignore: what comes by it to protected services is refused")
 
 // reportHoles names the devices that are ignored and forgets the problems of devices that are gone.
 func (d *devices) reportHoles(links []link) {
@@ -221,12 +253,21 @@ func listLinks() ([]link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
-	links := make([]link, 0, len(all))
-	for _, l := range all {
-		a := l.Attrs()
-		links = append(links, link{name: a.Name, ifindex: a.Index, loopback: a.RawFlags&unix.IFF_LOOPBACK != 0})
+	links := make([]link, len(all))
+	byIndex := make(map[int]*link, len(all))
+	for i, l := range all {
+		links[i] = toLink(l)
+		byIndex[links[i].ifindex] = &links[i]
+	}
+	for i, l := range all {
+		links[i].master = byIndex[l.Attrs().MasterIndex]
 	}
 	return links, nil
+}
+
+func toLink(l netlink.Link) link {
+	a := l.Attrs()
+	return link{name: a.Name, ifindex: a.Index, loopback: a.RawFlags&unix.IFF_LOOPBACK != 0, kind: l.Type()}
 }
 
 // subscribeLinks tells of every change of a device from now on. After stop the channel of updates closes.

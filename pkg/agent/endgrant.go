@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -23,7 +24,10 @@ func (g *grants) Revoke(ctx context.Context, id, why, actor string) (store.Grant
 		return store.GrantRow{}, fmt.Errorf("revoke %q: %w", id, ErrNoGrant)
 	}
 	err := g.end(ctx, h, ending{grant: id}.revoked(actor, why))
-	return h.row, err
+	row := h.row
+	var encoded error
+	row.Payload, encoded = json.Marshal(h.payload)
+	return row, errors.Join(err, encoded)
 }
 
 // endAll ends every active grant: nothing that was granted before counts from now on.
@@ -43,22 +47,36 @@ func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
 func (g *grants) recheck(ctx context.Context, e *enforced) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	var errs []error
+	envelopes, err := g.envelopes(ctx) // what cannot be read again is refused
+	errs := []error{err}
 	for id, h := range g.active {
-		if why := g.outdated(h, e); why != "" {
+		if why := g.outdated(h, envelopes[id], e); why != "" {
 			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", why)))
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// envelopes are the grants as they were handed in, by their ids.
+func (g *grants) envelopes(ctx context.Context) (map[string][]byte, error) {
+	rows, err := g.store.Grants(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read grants: %w", err)
+	}
+	all := make(map[string][]byte, len(rows))
+	for _, row := range rows {
+		all[row.ID] = row.Envelope
+	}
+	return all, nil
+}
+
 // outdated tells why a grant may not go on under the resources: they refuse it, or its service is another instance now.
-func (g *grants) outdated(h *held, e *enforced) string {
+func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 	service, ok := e.service(h.payload.Service)
 	if !ok || !sameInstance(service, h.service) {
 		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
-	v, err := grant.Verify(h.row.Envelope, e.set.Keyrings(), h.row.Activated)
+	v, err := grant.Verify(envelope, e.set.Keyrings(), h.row.Activated)
 	if err == nil {
 		err = g.allowed(v, e)
 	}

@@ -33,14 +33,23 @@ var (
 
 // held is an active grant.
 type held struct {
-	row     store.GrantRow
+	row     store.GrantRow // without what was handed in, once it is in the store: there may be many
 	payload grant.Payload
 	service datapath.Service // as it was when the path was opened
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 }
 
+// forget lets go of what the store can tell again.
+func (h *held) forget() { h.row.Envelope, h.row.Payload = nil, nil }
+
 func (h *held) live() live {
-	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot}
+	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload)}
+}
+
+// budgetOf is what each path of a grant may carry.
+func budgetOf(p grant.Payload) datapath.Budget {
+	b := p.Budget
+	return datapath.Budget{Bytes: uint64(b.Bytes), Packets: b.Packets, Connections: b.Connections, ConnectionsPerSecond: b.ConnectionsPerSecond}
 }
 
 // grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes
@@ -104,10 +113,13 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	}
 	e := g.enforced()
 	if e == nil {
+		h.forget()
 		return h, ""
 	}
 	h.service, _ = e.service(h.payload.Service)
-	return h, g.outdated(h, e)
+	why = g.outdated(h, row.Envelope, e)
+	h.forget()
+	return h, why
 }
 
 // tick makes grants and kernel agree, and tells when to look again at the latest.

@@ -67,9 +67,10 @@ type sweeper struct {
 	sink     *sink
 	losses   *lossLedger
 	problems *problems
+	wake     <-chan struct{} // a grant ended
 }
 
-// Run sweeps each second, and at the deadline of the grant that ends next, until ctx ends.
+// Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends.
 func (s *sweeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -77,9 +78,10 @@ func (s *sweeper) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-s.wake:
 		case <-timer.C:
-			timer.Reset(s.sweep(ctx))
 		}
+		timer.Reset(s.sweep(ctx))
 	}
 }
 

@@ -15,7 +15,10 @@ import (
 var errNotHere = errors.New("is not on this node")
 
 // locator finds the host-side device of a pod.
-type locator struct{ classify classifier }
+type locator struct {
+	classify classifier
+	ports    bridgePorts
+}
 
 // device gives the ifindex of the device behind which a Pod service is: the one that it names, or the one that the route
 // to its addresses takes. All addresses must lead there.
@@ -54,7 +57,10 @@ func (l locator) behind(a netip.Addr) (int, error) {
 		if err != nil {
 			return 0, fmt.Errorf("find device of %s: %w", a, err)
 		}
-		role, _ := l.classify.role(link{name: dev.Attrs().Name, ifindex: r.LinkIndex})
+		if dev.Type() == "bridge" {
+			return l.ports.find(r.LinkIndex, a)
+		}
+		role, _ := l.classify.role(toLink(dev))
 		if role != datapath.RolePod {
 			return 0, fmt.Errorf("%s %w: its route leaves by %s, which is no pod device (devices.pods)", a, errNotHere, dev.Attrs().Name)
 		}

@@ -29,11 +29,12 @@ const (
 	problemAlarms    problemClass = "alarms"
 	problemXDP       problemClass = "xdp"
 	problemSources   problemClass = "sources"
+	problemSockets   problemClass = "sockets"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
-	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms, problemXDP,
-	problemSources}
+	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
+	problemXDP, problemSources, problemSockets}
 
 type problemKey struct {
 	class   problemClass

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/px"
 	"google.golang.org/grpc"
@@ -27,12 +28,15 @@ func TestWrongStarts(t *testing.T) {
 		spoil func(t *testing.T)
 		says  []string
 	}{
-		{"unknown key", func(t *testing.T) { in.configure(t, string(good)+"  leese: 3s\n") }, []string{in.config + ":13", "leese", "hint: "}},
+		{"unknown key", func(t *testing.T) { in.configure(t, string(good)+"  leese: 3s\n") }, []string{in.config + ":14", "leese", "hint: "}},
 		{"configuration that others can write", func(t *testing.T) { must(t, os.Chmod(in.config, 0o622)) }, []string{in.config, "0622", "hint: "}},
 		{"no configuration", func(t *testing.T) { must(t, os.Remove(in.config)) }, []string{in.config, "hint: "}},
 		{"no bpffs", func(t *testing.T) {
 			in.configure(t, strings.Replace(string(good), in.cfg.Spec.BPFFS, in.lab.Dir, 1))
 		}, []string{"bpffs", in.lab.Dir, "hint: "}},
+		{"no control group", func(t *testing.T) {
+			in.configure(t, strings.Replace(string(good), in.cfg.Spec.Cgroup, in.lab.Dir, 1))
+		}, []string{"no cgroup v2", "nothing is enforced", in.lab.Dir, "hint: "}},
 		{"bad resources on the first start", func(t *testing.T) {
 			in.resources(strings.Replace(in.signer.resources("15m"), "ports: [5432, 5433]", "ports: [0]", 1))
 		}, []string{"all.yaml:6", "ports", "hint: "}},
@@ -75,6 +79,28 @@ func TestPrivateBPFFS(t *testing.T) {
 	p, err := in.lab.Node.Start(cmd)
 	must(t, err)
 	if err := p.Wait(t.Context()); err == nil || !contains(p.Output(), "private to this mount namespace", "hint: ") {
+		t.Errorf("%v\n%s", err, p.Output())
+	}
+	if _, err := in.lab.Node.Ifindex(px.HostDevice); err == nil {
+		t.Error("px0 was left behind")
+	}
+}
+
+// TestNoCgroup: without control groups of version 2 there is no backstop, and nothing is enforced or changed.
+func TestNoCgroup(t *testing.T) {
+	in := install(t)
+	good, err := os.ReadFile(in.config)
+	must(t, err)
+	in.configure(t, strings.Replace(string(good), fmt.Sprintf("  cgroup: %q\n", in.cfg.Spec.Cgroup), "", 1))
+	self, err := os.Executable()
+	must(t, err)
+	root, err := datapath.FindCgroup()
+	must(t, err)
+	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", `umount -l "$1" && exec "$2"`, "sh", root, self)
+	cmd.Env = append(os.Environ(), agentEnv+"=run", configEnv+"="+in.config)
+	p, err := in.lab.Node.Start(cmd)
+	must(t, err)
+	if err := p.Wait(t.Context()); err == nil || !contains(p.Output(), "no cgroup v2 is mounted", "hint: mount it") {
 		t.Errorf("%v\n%s", err, p.Output())
 	}
 	if _, err := in.lab.Node.Ifindex(px.HostDevice); err == nil {

@@ -160,15 +160,19 @@ func ownSources(c classifier, services []datapath.Service) ([]netip.Prefix, erro
 
 // podNetworks are the destinations of routes that end at a pod's device, or at a bridge of such.
 func podNetworks(c classifier) ([]netip.Prefix, error) {
-	all, err := netlink.LinkList()
+	all, err := listLinks()
 	if err != nil {
-		return nil, fmt.Errorf("list devices: %w", err)
+		return nil, err
 	}
 	var pods []int
 	for _, l := range all {
-		role, _ := c.role(link{l.Attrs().Name, l.Attrs().Index, l.Attrs().RawFlags&unix.IFF_LOOPBACK != 0})
-		if role == datapath.RolePod {
-			pods = append(pods, l.Attrs().Index, l.Attrs().MasterIndex)
+		role, _ := c.role(l)
+		if role != datapath.RolePod && role != datapath.RolePodPort {
+			continue
+		}
+		pods = append(pods, l.ifindex)
+		if l.master != nil {
+			pods = append(pods, l.master.ifindex)
 		}
 	}
 	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)

@@ -51,10 +51,21 @@ func (d *Datapath) hooks(role Role, l3 bool) []hook {
 	if l3 {
 		return []hook{{"sp_l3_in", "sp_l3_in", d.objs.SpL3In, in}, {"sp_l3_out", "sp_l3_out", d.objs.SpL3Out, out}}
 	}
-	if role == RolePod {
-		return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_pod_out", d.objs.SpPodOut, out}}
+	first, last := hook{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, hook{"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}
+	switch role {
+	case RolePod:
+		last.name, last.prog = "sp_pod_out", d.objs.SpPodOut
+	case RoleBridge:
+		first.name, first.prog = "sp_bridge_in", d.objs.SpBridgeIn
+		last.name, last.prog = "sp_bridge_out", d.objs.SpBridgeOut
+	case RolePort, RolePodPort:
+		first.name, first.prog = "sp_port_in", d.objs.SpPortIn
+		last.name, last.prog = "sp_port_out", d.objs.SpPortOut
+		if role == RolePodPort {
+			last.name, last.prog = "sp_pod_port_out", d.objs.SpPodPortOut
+		}
 	}
-	return []hook{{"sp_dev_in", "sp_dev_in", d.objs.SpDevIn, in}, {"sp_dev_out", "sp_dev_out", d.objs.SpDevOut, out}}
+	return []hook{first, last}
 }
 
 // rolePxLo is lo of the px namespace.
@@ -93,7 +104,7 @@ func (d *Datapath) attachHook(h hook, key string, p place, role Role) error {
 	if ok && a.ifindex == p.ifindex && a.hold.there() {
 		a.hook, a.device, a.role = h, p.device, role
 		d.devices[key] = a
-		return a.hold.update(h.prog)
+		return errors.Join(a.hold.update(h.prog), d.lead(a, p, key))
 	}
 	if ok {
 		_ = a.hold.close()
@@ -102,6 +113,9 @@ func (d *Datapath) attachHook(h hook, key string, p place, role Role) error {
 	kept, err := d.take(p, h.prog, key, role)
 	if err != nil {
 		return err
+	}
+	if ok && a.ifindex == p.ifindex {
+		d.repaired(Repair{RepairLost, h.name, p.String()})
 	}
 	d.devices[key] = attachment{h, kept, p.ifindex, p.device, role}
 	old, err := clearBut(p, kept)
@@ -125,7 +139,7 @@ func (d *Datapath) removePin(key string) error {
 // its number: paths to what was behind that number end before.
 func (d *Datapath) take(p place, prog *ebpf.Program, key string, role Role) (hold, error) {
 	fresh := func() error {
-		if role == RolePod || role == RoleUplink { // px1's number is that of another namespace
+		if role.ofDevice() { // px1's number is that of another namespace
 			return d.endPathsBehind(p.ifindex)
 		}
 		return nil
@@ -167,6 +181,21 @@ func beginsWithIP(name string) (bool, error) {
 	default:
 		return false, fmt.Errorf("%w: type %d", ErrLinkType, typ)
 	}
+}
+
+// MovePx tells that px was made anew: px0 has another number. AttachPx then hooks it.
+func (d *Datapath) MovePx(px0 int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var c bpf.Config
+	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
+		return fmt.Errorf("read configuration: %w", err)
+	}
+	d.cfg.Px0, c.Px0Ifindex = px0, uint32(px0)
+	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
+		return fmt.Errorf("write configuration: %w", err)
+	}
+	return nil
 }
 
 // AttachPx hooks px0 in the current namespace, and px1 and lo in the px namespace.
@@ -236,7 +265,7 @@ func (d *Datapath) Detach(ifindex int) error {
 	defer d.mu.Unlock()
 	var errs []error
 	for key, a := range d.devices {
-		if a.ifindex != ifindex || (a.role != RoleUplink && a.role != RolePod) {
+		if a.ifindex != ifindex || !a.role.ofDevice() {
 			continue
 		}
 		errs = append(errs, a.hold.drop(), a.hold.close(), d.removePin(key))

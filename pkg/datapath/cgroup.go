@@ -39,6 +39,13 @@ func FindCgroup() (string, error) {
 	return "", fmt.Errorf("%w is mounted", ErrCgroup)
 }
 
+// CheckCgroup tells whether a directory is a control group that the backstop can be attached to. The
+// error wraps ErrCgroup.
+func CheckCgroup(dir string) error {
+	_, err := cgroupID(dir)
+	return err
+}
+
 // OwnCgroup is the directory of this process's control group.
 func OwnCgroup() (string, error) {
 	root, err := FindCgroup()

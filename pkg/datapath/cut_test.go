@@ -1,13 +1,19 @@
 package datapath_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -133,5 +139,135 @@ func testOnePacketEndsBothHalves(t *testing.T, profile datapath.Profile) {
 	}
 	if c, err := n.d.Counters(); err != nil || c[flow.ReasonPathReset].Packets == 0 {
 		t.Errorf("no packet was turned into an RST: %v, counters:%s", err, n.counters(t))
+	}
+}
+
+// showPods makes the namespaces of the pods findable, as a container runtime does.
+func (n *node) showPods(t *testing.T) {
+	t.Helper()
+	for _, pod := range n.Pods {
+		file := filepath.Join(n.Dir, pod.Name)
+		must(t, os.WriteFile(file, nil, 0o444))
+		must(t, unix.Mount(pod.Path(), file, "", unix.MS_BIND, ""))
+		t.Cleanup(func() { must(t, unix.Unmount(file, 0)) })
+	}
+}
+
+func (n *node) sweep(t *testing.T) (out []flow.Record) {
+	t.Helper()
+	must(t, n.Node.Do(func() (err error) {
+		out, err = n.d.Sweep()
+		return err
+	}))
+	return out
+}
+
+// TestIdleConnectionsEnd: a sweep ends both halves of a connection over which nobody says a word, and leaves the
+// listener alone. The record of the flow follows.
+func TestIdleConnectionsEnd(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.copyProxy(t)
+	n.showPods(t)
+	conns := n.pushers(t)
+	for _, c := range n.pushCells() {
+		t.Run(c.name, func(t *testing.T) {
+			for range 2 { // the second needs the listener
+				p := c.connected(t, n, conns, time.Minute)
+				if closed := n.sweep(t); len(closed) != 0 {
+					t.Errorf("records %v of a live flow", closed)
+				}
+				must(t, n.d.EndPath(p.slot, datapath.PathRevoked))
+				if closed := n.sweep(t); len(closed) != 0 {
+					t.Errorf("flow was taken before its end could reach the client: %v", closed)
+				}
+				wantResetNow(t, "client", p.client)
+				if _, err := p.server.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNABORTED) && !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("server: %v, want the end", err)
+				}
+				var closed []flow.Record
+				waitUntil(t, "the record of the flow", func() bool {
+					closed = n.sweep(t)
+					return len(closed) > 0
+				})
+				if len(closed) != 1 || closed[0].Reason != flow.ReasonPathRevoked || closed[0].Grant != "01TEST" {
+					t.Errorf("records %+v", closed)
+				}
+				must(t, n.d.FreePath(p.slot))
+			}
+		})
+	}
+}
+
+// TestIdleBehindUnknownNamespace: where a pod's sockets are out of reach, the sweep says so, and those of a client on
+// the node end with their own.
+func TestIdleBehindUnknownNamespace(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.copyProxy(t)
+	conns := n.pushers(t)
+	for _, c := range n.pushCells() {
+		if c.serviceID != podID {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			p := c.connected(t, n, conns, time.Minute)
+			must(t, n.d.EndPath(p.slot, datapath.PathRevoked))
+			err := n.Node.Do(func() error {
+				_, err := n.d.Sweep()
+				return err
+			})
+			if err == nil || !strings.Contains(err.Error(), lab.PodDevice(0)) {
+				t.Errorf("sweep says %v, want the name of the device", err)
+			}
+			if c.client == n.Node {
+				wantResetNow(t, "server", p.server)
+			}
+			must(t, n.d.FreePath(p.slot))
+		})
+	}
+}
+
+// readEvents keeps the rings empty: a full one would send connections to the proxy.
+func (n *node) readEvents(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- n.d.ReadEvents(ctx, func(flow.Record) {}) }()
+	t.Cleanup(func() {
+		cancel()
+		must(t, <-done)
+	})
+}
+
+// TestThousandIdleConnections: a path with a thousand live connections ends within a second.
+func TestThousandIdleConnections(t *testing.T) {
+	n := newNode(t, datapath.ProfileAuto, func(c *datapath.Config) { c.RingBytes = 2 << 20 })
+	n.copyProxy(t)
+	n.showPods(t)
+	n.readEvents(t)
+	const many = 1000
+	conns := n.pushers(t)
+	for _, i := range []int{0, 4} { // a service of the node, and one in a pod
+		c := n.pushCells()[i]
+		t.Run(c.name, func(t *testing.T) {
+			slot := c.path(n, t, time.Minute)
+			clients := make([]net.Conn, many)
+			for i := range clients {
+				clients[i] = c.dial(t)
+				<-conns
+			}
+			start := time.Now()
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			n.sweep(t)
+			for _, conn := range clients {
+				must(t, conn.SetReadDeadline(start.Add(time.Second)))
+				if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+					t.Fatalf("%v after %v, want a reset", err, time.Since(start))
+				}
+			}
+			t.Logf("%d connections ended in %v", many, time.Since(start))
+			must(t, n.d.FreePath(slot))
+		})
 	}
 }

@@ -45,7 +45,10 @@ type Config struct {
 	RingBytes uint32
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
-	Logger *slog.Logger
+	// Repaired is told of each hook that was not where it belongs and is there again. It must not call
+	// the datapath.
+	Repaired func(Repair)
+	Logger   *slog.Logger
 
 	oneBuffer bool // as on kernels before 5.18; for tests
 }
@@ -59,6 +62,7 @@ type Datapath struct {
 	table   *ebpf.MapSpec // of the inner services map
 	adopted bool
 	frags   bool // XDP may have frames in several buffers
+	cuts    cuts // owned by Sweep
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
@@ -181,7 +185,7 @@ func checkVersions(dir string) error {
 func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error) {
 	sizes := map[string]uint32{
 		"sp_must_deliver": cfg.RingBytes, "sp_best_effort": cfg.RingBytes,
-		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths,
+		"sp_flows": cfg.MaxFlows, "sp_legs": cfg.MaxLegs, "sp_paths": cfg.MaxPaths, "sp_path_state": cfg.MaxPaths, "sp_budget": cfg.MaxPaths,
 	}
 	for name, m := range spec.Maps {
 		if !strings.HasPrefix(name, "sp_") {
@@ -249,6 +253,11 @@ func (d *Datapath) writeConfig(c bpf.Config) error {
 		return err
 	}
 	c.HostNetns, c.HostNetnsInode = host.cookie, host.inode
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	c.Cpus = uint32(cpus)
 	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}

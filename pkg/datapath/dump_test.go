@@ -163,6 +163,7 @@ func hexSlot(slot uint32) []string {
 func TestRevokeByHand(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, datapath.ProfileAuto)
+	n.showPods(t)
 	n.copyProxy(t)
 	for _, c := range n.cells() {
 		t.Run(c.name, func(t *testing.T) {
@@ -188,8 +189,7 @@ func TestRevokeByHand(t *testing.T) {
 				t.Error("no flow reads as ended by SP_REASON_PATH_REVOKED")
 			}
 			must(t, n.d.EndPath(slot, datapath.PathRevoked))
-			_, err = n.d.Sweep()
-			must(t, err)
+			n.sweep(t)
 			must(t, n.d.FreePath(slot))
 		})
 	}

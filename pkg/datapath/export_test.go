@@ -47,6 +47,13 @@ func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	return ids, nil
 }
 
+// DetachBackstop takes a part of the backstop off its place, as others could.
+func DetachBackstop(d *Datapath, program string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.backstop[program].Detach()
+}
+
 // OwnNetns is the cookie of the current namespace.
 func OwnNetns() (uint64, error) {
 	n, err := ownNetns()

@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -54,43 +55,105 @@ func (d *Datapath) LiveFlows() ([]flow.Record, error) {
 
 // Sweep removes what is over: bypassed flows that closed or whose path ended, legs of closed or dead
 // connections, and denials not yet told. It returns the final records of the flows. The kernel never
-// relies on it.
+// relies on it. Connections whose path ended are cut first, also where nobody says a word; their flows are taken by a
+// later sweep. One at a time.
 func (d *Datapath) Sweep() ([]flow.Record, error) {
-	out, err := d.sweepFlows()
-	if err != nil {
-		return out, err
-	}
-	denied, err := d.sweepDenies()
-	out = append(out, denied...)
-	if err != nil {
-		return out, err
-	}
-	return out, d.sweepLegs()
-}
-
-func (d *Datapath) sweepFlows() ([]flow.Record, error) {
-	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	full, err := d.fullPaths() // before the flows: what is full takes no more of them
 	if err != nil {
 		return nil, err
 	}
-	var out []flow.Record
-	for i := range keys {
-		path, reason, err := d.pathOf(&flows[i])
-		if err != nil {
-			return out, err
-		}
-		if reason = endOf(&flows[i], reason); reason == flow.ReasonNone {
+	out, err := d.sweepFlows(full)
+	denied, derr := d.sweepDenies()
+	return append(out, denied...), errors.Join(err, derr, d.sweepLegs(), d.endFull(full))
+}
+
+// fullPaths are the slots of live paths that took all connections of their budget.
+func (d *Datapath) fullPaths() (map[uint32]bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	full := map[uint32]bool{}
+	for slot, p := range d.live {
+		if p.Budget.Connections == 0 {
 			continue
 		}
+		s, err := d.readPath(slot)
+		if err != nil {
+			return nil, err
+		}
+		if s.State == PathActive && s.Flows >= s.Budget.Connections {
+			full[slot] = true
+		}
+	}
+	return full, nil
+}
+
+// endFull ends the full paths that are left: those without a flow.
+func (d *Datapath) endFull(full map[uint32]bool) error {
+	var errs []error
+	for slot := range full {
+		errs = append(errs, d.EndPath(slot, PathSpent))
+	}
+	return errors.Join(errs...)
+}
+
+// over is what a sweep found to be over.
+type over struct {
+	keys    []bpf.FlowKey
+	flows   []bpf.Flow
+	reasons []flow.Reason
+	paths   []bpf.Path
+}
+
+func (o *over) add(k bpf.FlowKey, f bpf.Flow, r flow.Reason, p bpf.Path) {
+	o.keys, o.flows = append(o.keys, k), append(o.flows, f)
+	o.reasons, o.paths = append(o.reasons, r), append(o.paths, p)
+}
+
+func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
+	cut, done, err := d.overFlows(full)
+	if err != nil {
+		return nil, err
+	}
+	if err = destroySockets(cut.keys, cut.flows); errors.Is(err, ErrNoDestroy) {
+		err = nil // CanDestroy tells of it
+	}
+	var out []flow.Record
+	for i := range done.keys {
 		var last bpf.Flow
-		if err := d.objs.SpFlows.LookupAndDelete(&keys[i], &last); isMissing(err) {
+		if err := d.objs.SpFlows.LookupAndDelete(&done.keys[i], &last); isMissing(err) {
 			continue // a SYN replaced it; the kernel told of it
 		} else if err != nil {
 			return out, fmt.Errorf("take flow: %w", err)
 		}
-		out = append(out, fromFlow(&keys[i], &last, &path, flow.EventClose, reason))
+		out = append(out, fromFlow(&done.keys[i], &last, &done.paths[i], flow.EventClose, done.reasons[i]))
 	}
-	return out, nil
+	return out, err
+}
+
+// overFlows sorts the flows that are over into those to cut, because their path ended, and those that are done with. Paths
+// that have one are taken out of `full`.
+func (d *Datapath) overFlows(full map[uint32]bool) (cut, done over, err error) {
+	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	if err != nil {
+		return cut, done, err
+	}
+	seen := cuts{}
+	for i := range keys {
+		delete(full, flows[i].Slot)
+		path, reason, err := d.pathOf(&flows[i])
+		if err != nil {
+			return cut, done, err
+		}
+		switch reason = endOf(&flows[i], reason); {
+		case reason == flow.ReasonNone:
+		case d.cuts.done(seen, keys[i], &flows[i], reason):
+			done.add(keys[i], flows[i], reason, path)
+		case seen[keys[i]].fresh:
+			cut.add(keys[i], flows[i], reason, path)
+		}
+	}
+	d.cuts = seen
+	return cut, done, nil
 }
 
 // endOf says why a flow is over, or NONE.
@@ -104,6 +167,8 @@ func endOf(f *bpf.Flow, path flow.Reason) flow.Reason {
 		return path
 	case closed && BootTime()-time.Duration(f.LastNs) > closedFlowLinger:
 		return flow.ReasonClosed
+	case f.UdpIdleS != 0 && BootTime()-time.Duration(f.LastNs) > time.Duration(f.UdpIdleS)*time.Second:
+		return flow.ReasonUDPIdle
 	}
 	return flow.ReasonNone
 }

@@ -85,6 +85,8 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 	v := bpf.Path{
 		Epoch: old.Epoch + 1, ServiceId: p.ServiceID, Client: toAddr(p.Client), DeadlineNs: uint64(p.Deadline),
 		Grant: toLabel(p.Grant), Service: toLabel(p.Service),
+		BytesLimit: p.Budget.Bytes, PacketsLimit: p.Budget.Packets, ConnectionsLimit: p.Budget.Connections,
+		RateLimit: p.Budget.ConnectionsPerSecond,
 	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)
@@ -182,18 +184,51 @@ func (d *Datapath) FreePath(slot uint32) error {
 func (d *Datapath) Paths() ([]PathStatus, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var out []PathStatus
-	for _, slot := range slices.Sorted(maps.Keys(d.live)) {
-		s, err := d.readPath(slot)
-		if err != nil {
-			return nil, err
+	if len(d.live) == 0 {
+		return nil, nil
+	}
+	out := make([]PathStatus, 0, len(d.live))
+	last := slices.Max(slices.Collect(maps.Keys(d.live)))
+	err := d.eachSlot(last, func(slot uint32, state PathState, v *bpf.Path) {
+		p, ok := d.live[slot]
+		if !ok {
+			return
 		}
+		s := fromPath(slot, state, v)
+		s.Ports = p.Ports
 		if s.State == PathActive && s.Deadline <= BootTime() {
 			s.State = PathExpired
 		}
 		out = append(out, s)
+	})
+	return out, err
+}
+
+// slotBatch is how many slots a call reads: the agent reads them all each second, and there may be thousands.
+const slotBatch = 1024
+
+// eachSlot reads the slots from the first on, up to a last one.
+func (d *Datapath) eachSlot(last uint32, f func(slot uint32, state PathState, v *bpf.Path)) error {
+	keys, states, paths := make([]uint32, slotBatch), make([]bpf.PathStatus, slotBatch), make([]bpf.Path, slotBatch)
+	var atState, atPath ebpf.MapBatchCursor
+	for slot := uint32(0); slot <= last; {
+		n, err := d.objs.SpPathState.BatchLookup(&atState, keys, states, nil)
+		if err != nil && !isMissing(err) {
+			return fmt.Errorf("read path states from %d: %w", slot, err)
+		}
+		m, err := d.objs.SpPaths.BatchLookup(&atPath, keys, paths, nil)
+		if err != nil && !isMissing(err) {
+			return fmt.Errorf("read paths from %d: %w", slot, err)
+		}
+		if n != m || n == 0 {
+			return fmt.Errorf("read paths from %d: %d states and %d paths", slot, n, m)
+		}
+		for i := 0; i < n && slot <= last; i++ {
+			f(slot, PathState(states[i].State), &paths[i])
+			slot++
+		}
 	}
-	return out, nil
+	return nil
 }
 
 func (d *Datapath) readPath(slot uint32) (PathStatus, error) {

@@ -105,10 +105,11 @@ func cutCases() []progCase {
 func segmented(send func(scene) probe, n uint32) func(scene) probe {
 	return func(s scene) probe {
 		p := send(s)
-		headers := 20 + 32
+		l4 := 34
 		if s.family == lab.IPv6 {
-			headers += 20
+			l4 = 54
 		}
+		headers := l4 - 14 + int(p.frame[l4+12]>>4)*4
 		p.ctx.GSOSegs, p.ctx.GSOSize = n, 400
 		p.segs, p.bytes = uint64(n), p.bytes+uint64(n-1)*uint64(headers)
 		return p

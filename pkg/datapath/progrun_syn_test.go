@@ -63,7 +63,7 @@ func TestSYNBuckets(t *testing.T) {
 			if n := r.admitted(t, ackFrame, 50); n != 50 {
 				t.Errorf("%s/%v: %d of 50 later packets passed", where, f, n)
 			}
-			for name, other := range map[string]func(scene, *packet.Packet){"unprotected": unprotected(claims(first)), "another machine's": towardsElsewhere(claims(first))} {
+			for name, other := range map[string]func(scene, *packet.Packet){"unprotected": unprotected(claims(first)), "another machine's": abroad(claims(first))} {
 				if n := r.admitted(t, made(other)(s), 50); n != 50 {
 					t.Errorf("%s/%v: %d of 50 SYNs passed to %s", where, f, n, name)
 				}

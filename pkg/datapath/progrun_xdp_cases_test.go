@@ -21,7 +21,7 @@ func cleanCases() []filterCase {
 	}
 	return []filterCase{
 		pass("SYN", segment(syn)), pass("ACK", segment(ack)), pass("RST", segment(packet.RST)), pass("every flag", segment(0xff)),
-		pass("unprotected", made(unprotected(none))), pass("another machine's", made(towardsElsewhere(none))),
+		pass("unprotected", made(unprotected(none))), pass("another machine's", made(abroad(none))),
 		pass("one tag", tags(5)), pass("two tags", tags(5, 6)), pass("three tags", tags(5, 6, 7)),
 		pass("payload", made(func(_ scene, p *packet.Packet) { p.Payload = make([]byte, 1400) })),
 		pass("trailer", warped(func(b []byte, _ packet.Offsets) []byte { return append(b, 0, 0, 0, 0) })),
@@ -73,10 +73,10 @@ func sourceCases() []filterCase {
 			filterCase{name: name + "/tagged twice", only: only, frame: made(func(s scene, p *packet.Packet) { f(s, p); p.VLANs = []uint16{5, 6} }), want: want},
 			filterCase{name: name + "/three tags", only: only, frame: made(func(s scene, p *packet.Packet) { f(s, p); p.VLANs = []uint16{5, 6, 7} })},
 			filterCase{name: name + "/unprotected", only: only, frame: made(unprotected(f))},
-			filterCase{name: name + "/another machine's", only: only, frame: made(towardsElsewhere(f))},
+			filterCase{name: name + "/another machine's", only: only, frame: made(abroad(f))},
 			filterCase{name: name + "/first fragment", only: only, frame: fragment(0, f), want: want, blind: true},
 			filterCase{name: name + "/later fragment", only: only, frame: fragment(1, f), want: want, blind: true},
-			filterCase{name: name + "/fragment for another machine", only: only, frame: fragment(1, towardsElsewhere(f))},
+			filterCase{name: name + "/fragment for another machine", only: only, frame: fragment(1, abroad(f))},
 			filterCase{name: name + "/UDP", only: only, want: want, frame: made(func(s scene, p *packet.Packet) {
 				s.name = "host"
 				f(s, p)

@@ -95,8 +95,8 @@ func claims(address string) func(scene, *packet.Packet) {
 	}
 }
 
-// towardsElsewhere sends it to another machine's address.
-func towardsElsewhere(f func(scene, *packet.Packet)) func(scene, *packet.Packet) {
+// abroad sends it to another machine's address.
+func abroad(f func(scene, *packet.Packet)) func(scene, *packet.Packet) {
 	return func(s scene, p *packet.Packet) {
 		f(s, p)
 		p.Dst = netip.AddrPortFrom(foreign(s), p.Dst.Port())
@@ -286,8 +286,8 @@ func TestFilterOnlyDropsOrPasses(t *testing.T) {
 		if i%2 == 0 {
 			filter = d.d.Programs().SpXdpGeneric
 		}
-		if len(c.Frame) < 14 || len(c.Frame) > 3000 {
-			continue // no device brings it, or no test run takes it
+		if len(c.Frame) < 14 {
+			continue // none such comes from a device
 		}
 		switch v := d.sendXDP(t, filter, c.Frame); v {
 		case xdpPass:

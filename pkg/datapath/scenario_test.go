@@ -46,9 +46,10 @@ func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
 	}
 }
 
-func newNode(t *testing.T, profile datapath.Profile) *node {
+func newNode(t *testing.T, profile datapath.Profile, changes ...func(*datapath.Config)) *node {
 	t.Helper()
-	return newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.Profile = profile })
+	changes = append(changes, func(c *datapath.Config) { c.Profile = profile })
+	return newNodeOn(t, lab.Options{Pods: 2}, changes...)
 }
 
 func newNodeOn(t *testing.T, o lab.Options, changes ...func(*datapath.Config)) *node {

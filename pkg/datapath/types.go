@@ -1,7 +1,9 @@
 package datapath
 
 import (
+	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -27,6 +29,17 @@ const (
 	UDP Protocol = 17
 )
 
+// String is the name in flow records.
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return fmt.Sprintf("ip-%d", uint8(p))
+}
+
 // number makes the zero Protocol TCP.
 func (p Protocol) number() Protocol {
 	if p == 0 {
@@ -43,7 +56,9 @@ type Service struct {
 	Protocol  Protocol     // 0: TCP
 	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
-	Ifindex   int // TargetPod: the host-side device; 0: not known yet, closed at every device
+	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
+	Idle      time.Duration // UDP: silence that ends a flow, in whole seconds, at least one
+	DenyUDP   bool          // TCP: refuses UDP to the same addresses and ports, but for those of a UDP service
 }
 
 // PathState is the u32 in the path state map. An operator revokes by hand by storing 3.
@@ -67,6 +82,15 @@ type Path struct {
 	Service   string        // label in the map
 	Ports     []uint16      // ports of the service that the path serves; at least one
 	Deadline  time.Duration // absolute CLOCK_BOOTTIME
+	Budget    Budget
+}
+
+// Budget is what a path may carry in both directions together; 0 is no limit. Bytes are those of IP packets, headers
+// included. Used up bytes or packets end the path at the packet that they do not cover; used up connections keep new ones
+// out, and the path ends with its last connection.
+type Budget struct {
+	Bytes, Packets, Connections uint64
+	ConnectionsPerSecond        uint32
 }
 
 // PathStatus is a path slot as the kernel has it.
@@ -74,7 +98,7 @@ type PathStatus struct {
 	Slot  uint32
 	State PathState
 	Path
-	Flows                            uint64 // flows opened so far
+	Flows                            uint64 // opened so far
 	BytesToServer, BytesToClient     uint64 // IP bytes, headers included
 	PacketsToServer, PacketsToClient uint64
 }
@@ -97,10 +121,20 @@ type Role string
 const (
 	RoleUplink Role = "uplink"
 	RolePod    Role = "pod"
-	RoleLo     Role = "lo"
-	RolePx0    Role = "px0"
-	RolePx1    Role = "px1"
+	// RoleBridge is a bridge; its ports have RolePort and, if there is a pod behind, RolePodPort. The
+	// ports see the services of pods, the bridge those of the node.
+	RoleBridge  Role = "bridge"
+	RolePort    Role = "port"
+	RolePodPort Role = "pod-port"
+	RoleLo      Role = "lo"
+	RolePx0     Role = "px0"
+	RolePx1     Role = "px1"
 )
+
+// ofDevice says whether the role is that of a device of the node which comes and goes.
+func (r Role) ofDevice() bool {
+	return slices.Contains([]Role{RoleUplink, RolePod, RoleBridge, RolePort, RolePodPort}, r)
+}
 
 // Losses are records that the kernel could not hand over, per ring.
 type Losses struct{ MustDeliver, BestEffort uint64 }

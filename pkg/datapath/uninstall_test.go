@@ -260,7 +260,7 @@ func (n *node) changeConfig(t *testing.T, f func(*bpf.Config)) {
 func (n *node) replaceMap(t *testing.T, name string) {
 	t.Helper()
 	must(t, os.Remove(n.pin(name)))
-	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.Hash, KeySize: 40, ValueSize: 48, MaxEntries: 16})
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.Hash, KeySize: 40, ValueSize: 56, MaxEntries: 16})
 	must(t, err)
 	defer m.Close()
 	must(t, m.Pin(n.pin(name)))

@@ -36,13 +36,13 @@ type AgentConfigSpec struct {
 	// Hooks is how programs are held on devices: tcx (Linux 6.6 and later), clsact (5.15 and later), or
 	// auto, which is tcx where the kernel has it.
 	Hooks string `json:"hooks" yaml:"hooks"`
-	// XDP configures the filter in front of uplinks.
-	XDP XDPConfig `json:"xdp" yaml:"xdp"`
 	// Cgroup is the directory of the control group (version 2) whose sockets the backstop watches. Left
 	// out: the root, which is every socket of the machine; any other leaves sockets out.
 	Cgroup string `json:"cgroup,omitempty" yaml:"cgroup,omitempty"`
 	// PodLoopback says whether a pod may reach its own protected service without the proxy: admit, or deny.
 	PodLoopback string `json:"podLoopback" yaml:"podLoopback"`
+	// XDP configures the filter in front of uplinks.
+	XDP XDPConfig `json:"xdp" yaml:"xdp"`
 	// Lease is how long the kernel admits new bypassed flows without a sign of life from the agent:
 	// 15s, from 2s to 60s.
 	Lease Duration `json:"lease" yaml:"lease"`
@@ -68,7 +68,7 @@ const (
 type DevicesConfig struct {
 	// Pods are host-side devices of pods: veth*, cali*. Every other device is an uplink.
 	Pods []string `json:"pods" yaml:"pods"`
-	// Ignore are devices that are never hooked. Each is a hole, and is shown in status.
+	// Ignore are devices that are never hooked. Protected services are closed to what comes by them.
 	Ignore []string `json:"ignore,omitempty" yaml:"ignore,omitempty"`
 }
 
@@ -145,8 +145,8 @@ func DefaultAgentConfig() AgentConfig {
 			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",
 			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
 			Hooks:       "auto",
-			XDP:         XDPConfig{Mode: "auto"},
 			PodLoopback: PodLoopbackAdmit,
+			XDP:         XDPConfig{Mode: "auto"},
 			Lease:       Duration{15 * time.Second},
 			FlowBuffer:  65536,
 			Operators:   OperatorsConfig{UIDs: []uint32{0}},

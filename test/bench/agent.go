@@ -145,9 +145,10 @@ spec:
   stateDir: %[3]s/state
   runDir: %[3]s/run
   bpffs: %[4]s
+  cgroup: %[5]q
   workloadAPI: unix://%[3]s/none.sock
   devices: {pods: ["vethpod*"]}
-`, agentNode, resources, rig.Dir, bpffs)
+`, agentNode, resources, rig.Dir, bpffs, rig.Cgroup())
 	return errors.Join(os.WriteFile(rig.config, []byte(agent), 0o600),
 		os.WriteFile(filepath.Join(resources, "bench.yaml"), []byte(rig.resources()), 0o600))
 }

@@ -37,19 +37,23 @@ func (cl caller) dial() (c *os.File, err error) {
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errNotServed, err)
 	}
-	if err := unix.SetsockoptTimeval(int(c.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return nil, joinClose(err, c.Close)
+	err = unix.SetsockoptTimeval(int(c.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2})
+	if err == nil {
+		_, err = c.Write([]byte{askEcho})
 	}
-	if _, err := c.Write([]byte{askEcho}); err != nil {
-		return nil, joinClose(err, c.Close)
+	if err == nil {
+		err = ping(c)
 	}
-	if err := ping(c); err != nil {
-		return nil, joinClose(err, c.Close)
+	if err != nil {
+		return nil, joinClose(fmt.Errorf("%w: %w", errNotServed, err), c.Close)
 	}
 	return c, nil
 }
+
+// errNotServed: a new connection was not served. On a busy machine its path may be over before it stands.
+var errNotServed = errors.New("new connection was not served")
 
 // lateness is what the tap saw after an end. last is negative when the last packet came before it.
 type lateness struct {

@@ -59,9 +59,37 @@ func measureEnds(ctx context.Context, p plan, r *results) (err error) {
 	}
 	for range endRounds(p) {
 		for _, round := range []func(*results) error{rig.overshoot, rig.expire, rig.revoke, rig.revokeUnderLoad} {
-			if err := round(r); err != nil {
+			if err := rig.patiently(r, round); err != nil {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+// patiently takes a round again whose path was over before its connection stood.
+func (rig *endsRig) patiently(r *results, round func(*results) error) error {
+	for tries := 1; ; tries++ {
+		err := round(r)
+		if !errors.Is(err, errNotServed) || tries == 5 {
+			return err
+		}
+		r.note("the machine was too busy for a round of the ends of paths, which was taken again: %v", err)
+		if err := rig.clear(); err != nil {
+			return err
+		}
+	}
+}
+
+// clear ends and frees every path.
+func (rig *endsRig) clear() error {
+	paths, err := rig.d.Paths()
+	if err != nil {
+		return err
+	}
+	for _, s := range paths {
+		if err := rig.free(s.Slot, datapath.PathRevoked); err != nil {
+			return err
 		}
 	}
 	return nil

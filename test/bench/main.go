@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -39,10 +40,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	r, err := measure(ctx, p)
-	if err != nil {
-		return err
-	}
-	return r.write(p)
+	return errors.Join(err, r.write(p))
 }
 
 func readPlan(args []string) (plan, error) {

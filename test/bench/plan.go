@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -70,9 +71,10 @@ func partNames() []string {
 	return names
 }
 
-// measure runs the parts of the plan, one after the other.
+// measure runs the parts of the plan, one after the other. What was measured counts although a part failed.
 func measure(ctx context.Context, p plan) (*results, error) {
 	r := newResults(p)
+	var errs []error
 	for _, part := range allParts() {
 		if !slices.Contains(p.parts, part.name) {
 			continue
@@ -80,9 +82,10 @@ func measure(ctx context.Context, p plan) (*results, error) {
 		began := time.Now()
 		fmt.Printf("bench: %s\n", part.name)
 		if err := part.do(ctx, p, r); err != nil {
-			return r, fmt.Errorf("measure %s: %w", part.name, err)
+			r.note("%s is not complete: %v", part.name, err)
+			errs = append(errs, fmt.Errorf("measure %s: %w", part.name, err))
 		}
 		fmt.Printf("bench: %s took %v\n", part.name, time.Since(began).Round(100*time.Millisecond))
 	}
-	return r, nil
+	return r, errors.Join(errs...)
 }

@@ -150,13 +150,14 @@ spec:
   stateDir: %[3]s
   runDir: %[4]s
   bpffs: %[5]s
+  cgroup: %[8]q
   workloadAPI: unix://%[6]s
   devices: {pods: ["vethpod*"]}
   lease: %[7]s
   collector: {address: "127.0.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   metrics: "127.0.0.1:9469"
   proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s}
-`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease))
+`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup()))
 	}
 	write(t, w.files.collector, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: CollectorConfig

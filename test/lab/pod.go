@@ -15,7 +15,9 @@ const StartedPods = 100
 // StartPod adds a pod to the running lab: its device appears on the node with the first packets of the
 // pod behind it, as from a CNI. The number, below StartedPods, decides the device's name and the
 // addresses; it may come again after End. A pod that is not ended lives as long as the lab.
-func (l *Lab) StartPod(number int) (*Namespace, error) {
+//
+// If early is not nil, it is called in between: the device eth0 is up, and has no address yet.
+func (l *Lab) StartPod(number int, early func(*Namespace)) (*Namespace, error) {
 	if number < 0 || number >= StartedPods {
 		return nil, fmt.Errorf("start pod: number %d, want 0 to %d", number, StartedPods-1)
 	}
@@ -23,7 +25,11 @@ func (l *Lab) StartPod(number int) (*Namespace, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := l.startedLink(number, pod).connect(); err != nil {
+	k := l.startedLink(number, pod)
+	if early != nil {
+		k.whenUp = func() { early(pod) }
+	}
+	if err := k.connect(); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect %s: %w", pod.Name, err), pod.End())
 	}
 	return pod, nil

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/test/packet"
 )
@@ -12,7 +13,7 @@ import (
 func TestStartedPodsComeAndGo(t *testing.T) {
 	l := New(t, Options{})
 	for round := range 3 { // the number is free again as soon as End returns
-		pod := must[*Namespace](t)(l.StartPod(7))
+		pod := must[*Namespace](t)(l.StartPod(7, nil))
 		for _, f := range Families() {
 			if pod.Addr(f) != StartedAddr(7, f) {
 				t.Errorf("address %s, want %s", pod.Addr(f), StartedAddr(7, f))
@@ -36,31 +37,33 @@ func TestStartedPodsComeAndGo(t *testing.T) {
 	if got := len(l.Node.addrs[IPv4]); got != 2 {
 		t.Errorf("the node has %d addresses that tests know of, want its first 2", got)
 	}
-	if _, err := l.StartPod(StartedPods); err == nil {
+	if _, err := l.StartPod(StartedPods, nil); err == nil {
 		t.Error("started a pod beyond the last")
 	}
 }
 
-// TestArrivalsAreWhatTheStackWasGiven: a whole connection and a bare SYN are seen, what a firewall of
-// the namespace took away is not.
-func TestArrivalsAreWhatTheStackWasGiven(t *testing.T) {
+// TestWitnessSeesWhatTheServiceIsGiven: a whole connection and a bare SYN, not what a firewall took away.
+func TestWitnessSeesWhatTheServiceIsGiven(t *testing.T) {
 	l := New(t, Options{})
 	const bare = 50000 // the port of the SYN that is sent alone
 	for _, f := range Families() {
 		to := netip.AddrPortFrom(l.Node.Addr(f), port)
 		var fins, syns atomic.Int64
-		a := must[*Arrivals](t)(l.Node.Arrivals(func(one Arrival) {
-			if one.Dst != to || one.Src.Addr() != l.Client.Addr(f) || one.Time.IsZero() {
-				t.Errorf("arrived: %+v", one)
+		w := must[*Witness](t)(NewWitness(func(g Given) {
+			if g.Dst != to || g.Src.Addr() != l.Client.Addr(f) || time.Since(g.Time).Abs() > time.Minute {
+				t.Errorf("given: %+v", g)
 			}
-			if one.Flags&packet.FIN != 0 {
+			if g.Flags&packet.FIN != 0 {
 				fins.Add(1)
 			}
-			if one.Flags == packet.SYN && one.Src.Port() == bare {
+			if g.Flags == packet.SYN && g.Src.Port() == bare {
 				syns.Add(1)
 			}
-		}, port+1, port, port+2))
+		}))
 		s := must[*Service](t)(l.Node.WhoAnswers(to))
+		if err := w.Watch(s); err != nil {
+			t.Fatal(err)
+		}
 		if _, _, err := l.Client.Ask(testContext(t), netip.AddrPort{}, to); err != nil {
 			t.Fatal(err)
 		}
@@ -81,10 +84,11 @@ func TestArrivalsAreWhatTheStackWasGiven(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
-		if fins.Load() != 1 || syns.Load() != 1 || a.Lost() != 0 {
-			t.Errorf("%v: %d FIN and %d bare SYNs, %d lost, want one each", f, fins.Load(), syns.Load(), a.Lost())
+		lost, err := w.Lost()
+		if fins.Load() != 1 || syns.Load() != 1 || lost != 0 || err != nil {
+			t.Errorf("%v: %d FIN and %d bare SYNs, want one each, %d lost (%v)", f, fins.Load(), syns.Load(), lost, err)
 		}
-		for _, err := range []error{a.Close(), a.Close(), s.Close()} {
+		for _, err := range []error{s.Close(), w.Close()} {
 			if err != nil {
 				t.Error(err)
 			}

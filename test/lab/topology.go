@@ -58,6 +58,7 @@ type link struct {
 	mtu    int
 	node   side
 	leaf   side // has its default routes by the node
+	whenUp func()
 }
 
 func (l *Lab) build(o Options) error {
@@ -115,6 +116,9 @@ func (k link) connect() error {
 		if err := s.up(); err != nil {
 			return err
 		}
+	}
+	if k.whenUp != nil {
+		k.whenUp()
 	}
 	for _, s := range []side{k.node, k.leaf} {
 		for _, f := range Families() {
