@@ -157,15 +157,21 @@ func backstopAt(cgroup string, each func(link.Link, string) error) error {
 	})
 }
 
-// eachLink walks over every link of the machine. An error of f does not end the walk.
+// eachLink walks over every link of the machine. An error of f does not end the walk, and a link that is being
+// made at this moment is waited for (EAGAIN).
 func eachLink(f func(link.Link, link.Info) error) error {
 	var errs []error
 	it := new(link.Iterator)
-	defer it.Close()
-	for it.Next() {
-		if info, err := it.Link.Info(); err == nil { // else freed since
-			errs = append(errs, f(it.Link, *info))
+	for {
+		for it.Next() {
+			if info, err := it.Link.Info(); err == nil { // else freed since
+				errs = append(errs, f(it.Link, *info))
+			}
 		}
+		if !errors.Is(it.Err(), unix.EAGAIN) {
+			break
+		}
+		it = &link.Iterator{ID: it.ID}
 	}
 	if err := it.Err(); err != nil {
 		errs = append(errs, fmt.Errorf("list links: %w", err))
