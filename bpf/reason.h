@@ -78,9 +78,6 @@ enum sp_reason {
 	SP_REASON_SOCKET_ENDED = 76,	/* was on its way when its path ended */
 	SP_REASON_LOOPBACK_DENIED = 77,	/* from the pod to its own service, which is denied */
 
-	/* given by the agent */
-	SP_REASON_UNEXPLAINED = 78,	/* sockets got more than the hooks let through */
-
 	/* the packet was dropped by XDP, at the uplink */
 	SP_REASON_XDP_MALFORMED = 80,	/* headers lie or are cut off */
 	SP_REASON_XDP_MAPPED = 81,	/* IPv4-mapped IPv6 address on the wire */

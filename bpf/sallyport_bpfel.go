@@ -343,7 +343,6 @@ const (
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
-	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
 	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
 	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82

@@ -16,6 +16,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/privilege"
 )
 
 func main() {
@@ -56,9 +57,13 @@ func (p *process) options() agent.Options {
 // errNotRoot refuses what cannot work without the kernel's privileges.
 var errNotRoot = errors.New("needs root")
 
-func (p *process) asRoot(f func() error) error {
+// asRoot runs f with the privileges that it needs, or says which of them are missing.
+func (p *process) asRoot(needs privilege.Set, f func() error) error {
 	if p.uid != 0 {
-		return &policy.Error{Msg: errNotRoot.Error(), Hint: "run it as root, or as the unit sallyport-agent.service", Err: errNotRoot}
+		return &policy.Error{Msg: errNotRoot.Error(), Hint: "run it as root, or as the unit " + needs.Unit, Err: errNotRoot}
+	}
+	if err := needs.Check(); err != nil {
+		return &policy.Error{Msg: err.Error(), Hint: needs.Hint(), Err: err}
 	}
 	return f()
 }

@@ -70,7 +70,6 @@ const (
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
-	ReasonUnexplained      Reason = 78
 	ReasonXDPMalformed     Reason = 80
 	ReasonXDPMapped        Reason = 81
 	ReasonXDPMartian       Reason = 82
@@ -140,7 +139,6 @@ var reasonNames = map[Reason]string{
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",
-	ReasonUnexplained:      "UNEXPLAINED",
 	ReasonXDPMalformed:     "XDP_MALFORMED",
 	ReasonXDPMapped:        "XDP_MAPPED",
 	ReasonXDPMartian:       "XDP_MARTIAN",
