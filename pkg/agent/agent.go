@@ -160,7 +160,7 @@ func (n *node) leavePx() error {
 func (n *node) openDatapath(context.Context) (err error) {
 	n.datapath, err = datapath.Open(datapath.Config{
 		Dir: n.cfg.PinDir(), PxNetns: n.cfg.PxPath(), Px0: n.px.Px0(), ListenPort: n.cfg.Spec.Proxy.ListenPort,
-		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Logger: n.log,
+		MaxTTL: policy.MaxGrantDuration, Profile: datapath.Profile(n.cfg.Spec.Hooks), Repaired: n.repaired, Logger: n.log,
 	})
 	if err != nil {
 		return err
@@ -169,6 +169,15 @@ func (n *node) openDatapath(context.Context) (err error) {
 	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
+}
+
+// repaired makes an alarm of a hook that was mended.
+func (n *node) repaired(r datapath.Repair) {
+	name := alarmHookLost
+	if r.Kind == datapath.RepairBehind {
+		name = alarmHookBehind
+	}
+	n.alarms.raise(name, r.String())
 }
 
 func (n *node) currentResources() *enforced { return n.resources.current() }
@@ -207,7 +216,7 @@ func (n *node) runAlarms(ctx context.Context) error {
 
 func (n *node) classifier() classifier {
 	d := n.cfg.Spec.Devices
-	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0()}
+	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0}
 }
 
 func (n *node) loadResources(context.Context) error {
@@ -277,7 +286,7 @@ func (n *node) grantsMoved() {
 }
 
 func (n *node) pxWatch() *pxWatch {
-	return &pxWatch{check: n.px.Check, attach: n.datapath.AttachPx, problems: n.problems}
+	return &pxWatch{px: n.px, move: n.datapath.MovePx, attach: n.datapath.AttachPx, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) pinWatch() *pinWatch {

@@ -15,7 +15,7 @@ import (
 )
 
 // resyncEvery bounds how long a device that no message told of stays without hooks.
-const resyncEvery = 5 * time.Second
+const resyncEvery = 2 * time.Second
 
 // link is a network device of the node, as far as hooking is concerned.
 type link struct {
@@ -28,9 +28,9 @@ type link struct {
 
 // classifier tells the part that a device plays from its name.
 type classifier struct {
-	pods   []string // shell patterns of the host side of pod devices
-	ignore []string // shell patterns of devices that are never hooked; loopback cannot be ignored
-	px0    int      // ifindex of our own device, which has hooks of its own
+	pods   []string   // shell patterns of the host side of pod devices
+	ignore []string   // shell patterns of devices that are never hooked; loopback cannot be ignored
+	px0    func() int // ifindex of our own device, which has hooks of its own
 }
 
 // role gives the device's role; hooked is false for a device that gets no hooks from here. A packet meets the hooks of a
@@ -38,7 +38,7 @@ type classifier struct {
 func (c classifier) role(l link) (role datapath.Role, hooked bool) {
 	pod := matches(c.pods, l.name)
 	switch {
-	case l.ifindex == c.px0:
+	case l.ifindex == c.px0():
 		return "", false
 	case l.loopback:
 		return datapath.RoleLo, true
@@ -65,7 +65,7 @@ func (c classifier) hasMaster(l link, kind string) bool {
 }
 
 func (c classifier) ignored(l link) bool {
-	return !l.loopback && l.ifindex != c.px0 && matches(c.ignore, l.name)
+	return !l.loopback && l.ifindex != c.px0() && matches(c.ignore, l.name)
 }
 
 func matches(patterns []string, name string) bool {
@@ -229,7 +229,7 @@ func (d *devices) attach(w hookWant) {
 }
 
 // errIgnored is the standing problem of a device that configuration leaves open.
-var errIgnored = errors.New("never hooked, by devices.ignore: what passes it is not steered")
+var errIgnored = errors.New("never hooked, by devices.ignore: what comes by it to protected services is refused")
 
 // reportHoles names the devices that are ignored and forgets the problems of devices that are gone.
 func (d *devices) reportHoles(links []link) {

@@ -7,7 +7,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 )
 
-var testClassifier = classifier{pods: []string{"veth*", "cali*"}, ignore: []string{"dummy?", "lo"}, px0: 9}
+var testClassifier = classifier{pods: []string{"veth*", "cali*"}, ignore: []string{"dummy?", "lo"}, px0: func() int { return 9 }}
 
 func TestClassify(t *testing.T) {
 	for _, c := range []struct {

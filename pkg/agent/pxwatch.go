@@ -2,17 +2,20 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/px"
 )
 
-// pxWatch looks whether px is as it was made. What is wrong there closes traffic and opens nothing, so it is told of and
-// left to people: to make px anew takes a start of the agent. Hooks that were taken off its devices are put back.
+// pxWatch looks whether px is as it was made, and mends it: what is wrong there closes traffic and opens nothing. A proxy
+// that runs goes on. Hooks that were taken off its devices are put back.
 type pxWatch struct {
-	check    func() error
+	px       *px.Namespace
+	move     func(px0 int) error
 	attach   func() error
 	problems *problems
+	alarm    func(alarmName, string)
 }
 
 // Run looks every resyncEvery until ctx ends.
@@ -30,8 +33,19 @@ func (w *pxWatch) Run(ctx context.Context) error {
 }
 
 func (w *pxWatch) look() error {
-	if err := errors.Join(w.check(), w.attach()); err != nil {
-		return fmt.Errorf("what is steered is closed: restart the agent, which makes px anew\n%w", err)
+	if wrong := w.px.Check(); wrong != nil {
+		if err := w.repair(wrong); err != nil {
+			return fmt.Errorf("what is steered is closed, and px could not be mended\n%w", err)
+		}
 	}
-	return nil
+	return w.attach()
+}
+
+func (w *pxWatch) repair(wrong error) error {
+	missing, err := w.px.Repair()
+	if missing && err == nil {
+		err = w.move(w.px.Px0())
+	}
+	w.alarm(alarmPxLost, fmt.Sprintf("px was changed (%s), and is as it was again: %v", oneLine(wrong.Error()), err == nil))
+	return err
 }

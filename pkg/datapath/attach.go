@@ -104,7 +104,7 @@ func (d *Datapath) attachHook(h hook, key string, p place, role Role) error {
 	if ok && a.ifindex == p.ifindex && a.hold.there() {
 		a.hook, a.device, a.role = h, p.device, role
 		d.devices[key] = a
-		return a.hold.update(h.prog)
+		return errors.Join(a.hold.update(h.prog), d.lead(a, p, key))
 	}
 	if ok {
 		_ = a.hold.close()
@@ -113,6 +113,9 @@ func (d *Datapath) attachHook(h hook, key string, p place, role Role) error {
 	kept, err := d.take(p, h.prog, key, role)
 	if err != nil {
 		return err
+	}
+	if ok && a.ifindex == p.ifindex {
+		d.repaired(Repair{RepairLost, h.name, p.String()})
 	}
 	d.devices[key] = attachment{h, kept, p.ifindex, p.device, role}
 	old, err := clearBut(p, kept)
@@ -178,6 +181,21 @@ func beginsWithIP(name string) (bool, error) {
 	default:
 		return false, fmt.Errorf("%w: type %d", ErrLinkType, typ)
 	}
+}
+
+// MovePx tells that px was made anew: px0 has another number. AttachPx then hooks it.
+func (d *Datapath) MovePx(px0 int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var c bpf.Config
+	if err := d.objs.SpConfig.Lookup(uint32(0), &c); err != nil {
+		return fmt.Errorf("read configuration: %w", err)
+	}
+	d.cfg.Px0, c.Px0Ifindex = px0, uint32(px0)
+	if err := d.objs.SpConfig.Put(uint32(0), &c); err != nil {
+		return fmt.Errorf("write configuration: %w", err)
+	}
+	return nil
 }
 
 // AttachPx hooks px0 in the current namespace, and px1 and lo in the px namespace.

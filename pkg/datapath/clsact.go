@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -163,6 +164,21 @@ func (h *filter) first() (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+func (h *filter) lead(prog *ebpf.Program, _ string) (hold, error) {
+	all, err := bpfFilters(h.place)
+	if err != nil {
+		return h, err
+	}
+	ahead := &filter{place: h.place, handle: filterHandle}
+	for slices.ContainsFunc(all, func(f *netlink.BpfFilter) bool { return f.Handle == ahead.handle && f.Priority == filterPriority }) {
+		ahead.handle++
+	}
+	if err := ahead.put(prog); err != nil {
+		return h, err
+	}
+	return ahead, h.drop()
 }
 
 func (h *filter) update(prog *ebpf.Program) error {

@@ -45,7 +45,10 @@ type Config struct {
 	RingBytes uint32
 	// MaxTTL is the furthest deadline that a path may have; the kernel refuses beyond it.
 	MaxTTL time.Duration
-	Logger *slog.Logger
+	// Repaired is told of each hook that was not where it belongs and is there again. It must not call
+	// the datapath.
+	Repaired func(Repair)
+	Logger   *slog.Logger
 
 	oneBuffer bool // as on kernels before 5.18; for tests
 }

@@ -35,6 +35,8 @@ type hold interface {
 	there() bool
 	// first says whether nothing runs before it there.
 	first() (bool, error)
+	// lead gives what takes its place before all others. It is off the device then, and closed.
+	lead(prog *ebpf.Program, pin string) (hold, error)
 	// update exchanges the program in one step, unless it is the same.
 	update(*ebpf.Program) error
 	// is says whether it is what was found in the chain.

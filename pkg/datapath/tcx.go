@@ -67,6 +67,19 @@ func (h tcxLink) first() (bool, error) {
 	return len(chain) > 0 && h.is(chain[0]), nil
 }
 
+func (h tcxLink) lead(prog *ebpf.Program, pin string) (hold, error) {
+	next := pin + "-next"
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) { // of one that was killed here
+		return h, fmt.Errorf("remove stale pin: %w", err)
+	}
+	ahead, err := newLink(h.place, prog, next)
+	if err != nil {
+		return h, err
+	}
+	err = errors.Join(h.drop(), os.Remove(pin), h.close())
+	return ahead, errors.Join(err, ahead.(tcxLink).Pin(pin))
+}
+
 func (h tcxLink) update(prog *ebpf.Program) error { return updateLink(h.Link, prog) }
 
 // updateLink gives a link this version's program, unless it has the same code already.

@@ -30,7 +30,7 @@ func (n *Namespace) connect() (made bool, err error) {
 		return false, err
 	}
 	if arePeers(px0, px1) {
-		n.px0 = px0.Attrs().Index
+		n.px0.Store(int64(px0.Attrs().Index))
 		return false, nil
 	}
 	if err := n.removeEnds(px0, px1); err != nil {
@@ -119,7 +119,7 @@ func (n *Namespace) addLink() error {
 		if err != nil {
 			return errors.Join(fmt.Errorf("mark %s: %w", HostDevice, err), h.LinkDel(veth))
 		}
-		n.px0 = link.Attrs().Index
+		n.px0.Store(int64(link.Attrs().Index))
 		return nil
 	})
 }

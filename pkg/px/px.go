@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -44,7 +45,7 @@ type Namespace struct {
 	path string
 	host *os.File // network namespace in which px0 is
 	px   *os.File
-	px0  int
+	px0  atomic.Int64
 }
 
 // Create makes px, or adopts and repairs what is there; a second call changes nothing. Sockets and
@@ -101,12 +102,12 @@ func Open(path string) (*Namespace, error) {
 		n.Close()
 		return nil, err
 	}
-	n.px0 = link.Attrs().Index
+	n.px0.Store(int64(link.Attrs().Index))
 	return n, nil
 }
 
 // Px0 is the index of px0 in the host namespace.
-func (n *Namespace) Px0() int { return n.px0 }
+func (n *Namespace) Px0() int { return int(n.px0.Load()) }
 
 // Path is the file at which the namespace is bind-mounted.
 func (n *Namespace) Path() string { return n.path }
@@ -114,6 +115,26 @@ func (n *Namespace) Path() string { return n.path }
 // Do runs f inside px, on a thread of its own that ends with f. Sockets and files that f opens stay
 // usable outside; goroutines that f starts are not inside px.
 func (n *Namespace) Do(f func() error) error { return within(n.px, f) }
+
+// Repair brings about what is missing of px, in the namespace that is open: what runs in it stays. It says
+// whether a device or the file was missing; px0 has another index then. Errors: ErrForeign.
+func (n *Namespace) Repair() (missing bool, err error) {
+	missing, err = n.connect()
+	if err != nil {
+		return missing, err
+	}
+	if err := n.each(apply); err != nil {
+		return missing, fmt.Errorf("set up %s: %w", n.path, err)
+	}
+	f, err := openPinned(n.path)
+	if errors.Is(err, ErrNotThere) {
+		return true, pin(n.px, n.path)
+	}
+	if err != nil {
+		return missing, err
+	}
+	return missing, f.Close()
+}
 
 // Check compares px with what Create makes and tells every difference at once.
 func (n *Namespace) Check() error { return n.each(check) }
