@@ -5,6 +5,8 @@
 /* The hooks of the host namespace: devices in and out, and lo. One decision for all. */
 
 #include "mark.h"
+#include "icmp.h"
+#include "options.h"
 #include "udp.h"
 #include "unreachable.h"
 
@@ -200,7 +202,7 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 	if (parsed == SP_PARSE_MISPLACED) /* its addresses are not where we would read them */
 		return sp_anything_protected() ? sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
 						 sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	if (p->version && (!sp_parse_addresses(skb, p) || sp_owns_protected(skb, p)))
+	if (p->version && (!sp_parse_addresses(skb, p) || sp_towards_owner(skb, p)))
 		return sp_decide(SP_ACT_DROP, reason);
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
@@ -230,6 +232,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	if (!sp_parse_addresses(skb, p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
 	sp_parse_volume(skb, p);
+	if (sp_lengths_lie(skb, p) && sp_towards_owner(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
 	cfg = sp_get_config();
 	if (!cfg)
 		return sp_decide(SP_ACT_DROP, SP_REASON_NO_CONFIG);
@@ -251,6 +255,42 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_from(skb, p, key, svc, hook), false);
 		return sp_decide_from(skb, cfg, p, hook, svc, key);
+	}
+	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+static __always_inline struct sp_decision sp_decide_icmp_reason(int reason)
+{
+	return sp_decide(reason == SP_REASON_ICMP_LEG ? SP_ACT_STEER :
+			 reason == SP_REASON_ICMP_STRAY ? SP_ACT_DROP : SP_ACT_NEXT, reason);
+}
+
+/* Whose packet an ICMP error is about. */
+static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, struct sp_packet *p,
+							 struct sp_packet *q, enum sp_hook hook,
+							 enum sp_behind behind, struct sp_flow_key *key)
+{
+	struct sp_service *svc = NULL;
+	int parsed;
+
+	if (!sp_parse_addresses(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
+	sp_parse_volume(skb, p);
+	parsed = sp_parse_quote(skb, p, q);
+	if (!sp_ports_read(parsed))
+		return sp_decide_icmp_reason(parsed != SP_PARSE_OTHER && parsed != SP_PARSE_ICMP &&
+					     sp_towards_owner(skb, p) ? SP_REASON_ICMP_STRAY :
+									 SP_REASON_NONE);
+	if (sp_port_flagged(q->protocol, q->sport))
+		svc = sp_find_service(&q->src, q->sport, q->protocol);
+	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
+		*key = sp_key_from(q);
+		return sp_decide_icmp_reason(sp_icmp_towards(skb, p, key, svc, hook));
+	}
+	svc = sp_port_flagged(q->protocol, q->dport) ? sp_find_service(&q->dst, q->dport, q->protocol) : NULL;
+	if (svc && sp_sees_from(hook, svc, p->ifindex)) {
+		*key = sp_key_towards(q);
+		return sp_decide_icmp_reason(sp_icmp_from(p, key, svc));
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
@@ -297,6 +337,15 @@ static __always_inline int sp_steer(struct __sk_buff *skb, __u32 l3)
 	return bpf_redirect(cfg->px0_ifindex, 0);
 }
 
+/* On the way to the proxy, or straight on: what a SYN may ask for. */
+static __always_inline bool sp_syn_edited(struct __sk_buff *skb, const struct sp_packet *p,
+					  struct sp_decision d)
+{
+	if (!(p->tcp_flags & SP_TCP_SYN) || d.reason == SP_REASON_REINJECTED)
+		return true;
+	return !sp_edit_syn(skb, p, d.action == SP_ACT_STEER ? sp_mss_of(skb, p) : SP_MSS_ANY);
+}
+
 static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_packet *p,
 					 struct sp_decision d, enum sp_hook hook, __u32 l3)
 {
@@ -304,6 +353,8 @@ static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_
 		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_REFUSE)
 		return sp_refuse(skb, p, hook, l3);
+	if (!sp_syn_edited(skb, p, d))
+		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_STEER)
 		return sp_steer(skb, l3);
 	if (d.reason == SP_REASON_REINJECTED) {
@@ -336,9 +387,12 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	p = &scratch->packet;
 	sp_packet_begin(skb, p, &g.head);
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
-	d = sp_ports_read(g.parsed) ?
-	    sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key) :
-	    sp_decide_unparsed(skb, p, g.parsed);
+	if (sp_ports_read(g.parsed))
+		d = sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key);
+	else if (g.parsed == SP_PARSE_ICMP)
+		d = sp_decide_icmp(skb, p, &scratch->quoted, hook, behind, &scratch->key);
+	else
+		d = sp_decide_unparsed(skb, p, g.parsed);
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
 	if (!p->segments)

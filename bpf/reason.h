@@ -44,6 +44,10 @@ enum sp_reason {
 	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
 	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
 
+	/* an ICMP error, by the packet that it quotes */
+	SP_REASON_ICMP_LEG = 35,	/* about a packet of the proxy: to the proxy */
+	SP_REASON_ICMP_LIVE = 36,	/* about a packet of a bypassed flow: passed */
+
 	/* the packet was dropped */
 	SP_REASON_MALFORMED = 50,	/* headers lie or are cut off */
 	SP_REASON_FRAGMENT = 51,	/* TCP fragment towards a protected address */
@@ -61,6 +65,7 @@ enum sp_reason {
 	SP_REASON_UDP_NO_FLOW = 63,	/* datagram of a UDP service that answers no flow */
 	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
 	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
+	SP_REASON_ICMP_STRAY = 66,	/* ICMP error or redirect about a protected port, but of no live flow */
 
 	/* given by the proxy */
 	SP_REASON_IDENTITY = 100,	/* served: identity proven and authorised */

@@ -247,6 +247,8 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_ICMP_LEG          SallyportSpReason = 35
+	SallyportSpReasonSP_REASON_ICMP_LIVE         SallyportSpReason = 36
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
 	SallyportSpReasonSP_REASON_EXT_HEADERS       SallyportSpReason = 52
@@ -263,6 +265,7 @@ const (
 	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
 	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
 	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
+	SallyportSpReasonSP_REASON_ICMP_STRAY        SallyportSpReason = 66
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102

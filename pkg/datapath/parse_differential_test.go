@@ -65,6 +65,9 @@ func (d *differential) compare(t *testing.T, frame []byte) class {
 	if want.verdict == anyRefusal && (verdict == actRedirect || verdict == actDrop) {
 		verdict = anyRefusal
 	}
+	if v.class == isError {
+		return v.class
+	}
 	if verdict != want.verdict || want.reason != flow.ReasonNone && counted != 1 {
 		t.Errorf("kernel: verdict %d, reference: %d with %s (counted %d), parsed as %+v\n%x", verdict, want.verdict, want.reason, counted, v, frame)
 	}

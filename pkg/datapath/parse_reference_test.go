@@ -22,7 +22,19 @@ const (
 	isMalformed
 	isUDP
 	isMisplaced
+	isError // an ICMP error or redirect: what it quotes is for other tests
 )
+
+// isICMPError knows errors and redirects by their type.
+func isICMPError(v6 bool, b []byte) bool {
+	if len(b) == 0 {
+		return false
+	}
+	if v6 {
+		return b[0] >= 1 && b[0] <= 4 || b[0] == 137
+	}
+	return b[0] >= 3 && b[0] <= 5 || b[0] == 11 || b[0] == 12
+}
 
 // view is what the reference knows of a frame.
 type view struct {
@@ -30,6 +42,7 @@ type view struct {
 	dst          netip.Addr // invalid when the IP header is not there
 	src          netip.Addr
 	sport, dport uint16
+	lies         bool // about its lengths, which counts when a port is flagged
 }
 
 func parseReference(frame []byte) view {
@@ -56,16 +69,21 @@ func referenceIPv4(ip []byte) view {
 		v.class = isMisplaced
 	case protocol == packet.ESP, protocol == packet.AH:
 		v.class = isHidden
+	case protocol == packet.ICMP && fragment&0x1fff == 0 && isICMPError(false, ip[min(header, len(ip)):]):
+		v.class = isError
+		if fragment&0x2000 != 0 {
+			v.class = isFragment
+		}
 	case least == 0:
 		v.class = other
 	case fragment&0x3fff != 0 && protocol == packet.UDP:
 		v.class = other
 	case fragment&0x3fff != 0: // more fragments, or an offset
 		v.class = isFragment
-	case header < 20, total < header+least, len(ip) < header+least:
+	case header < 20, len(ip) < header+least:
 		v.class = isMalformed
 	default:
-		v.ports(protocol, ip[header:])
+		v.ports(protocol, ip[header:], header, total, len(ip))
 	}
 	return v
 }
@@ -88,10 +106,15 @@ func referenceIPv6(ip []byte) view {
 		length := 0
 		switch next {
 		case packet.TCP, packet.UDP:
-			v.ports(next, rest)
+			v.ports(next, rest, len(ip)-len(rest), 40+int(binary.BigEndian.Uint16(ip[4:])), len(ip))
 			return v
 		case packet.ESP, packet.NoNext:
 			v.class = isHidden
+			return v
+		case packet.ICMPv6:
+			if isICMPError(true, rest) {
+				v.class = isError
+			}
 			return v
 		case packet.Fragment, packet.HopByHop, packet.Routing, packet.DestOptions, packet.AH:
 		default:
@@ -103,9 +126,7 @@ func referenceIPv6(ip []byte) view {
 		}
 		switch length = 8 + 8*int(rest[1]); next {
 		case packet.Fragment:
-			if v.class = isFragment; rest[0] == packet.UDP || rest[0] == packet.ICMPv6 {
-				v.class = other
-			}
+			v.fragment6(rest)
 			return v
 		case packet.AH:
 			length = 8 + 4*int(rest[1])
@@ -119,13 +140,35 @@ func referenceIPv6(ip []byte) view {
 	}
 }
 
-func (v *view) ports(protocol uint8, b []byte) {
+// fragment6 reads an IPv6 fragment header and, of ICMP, the type behind it.
+func (v *view) fragment6(b []byte) {
+	if len(b) < 8 {
+		v.class = isMalformed
+		return
+	}
+	at := binary.BigEndian.Uint16(b[2:])
+	v.class = isFragment
+	if b[0] == packet.UDP || b[0] == packet.ICMPv6 && (at&^7 != 0 || !isICMPError(true, b[8:])) {
+		v.class = other
+	} else if b[0] == packet.ICMPv6 && at&1 == 0 {
+		v.class = isError
+	}
+}
+
+// ports reads the header behind `before` bytes of an IP packet that says it has `total` and has `there`.
+func (v *view) ports(protocol uint8, b []byte, before, total, there int) {
 	if protocol == packet.TCP && (len(b) < 20 || b[12]>>4 < 5) || len(b) < 8 {
 		v.class = isMalformed
 		return
 	}
 	v.class = map[uint8]class{packet.TCP: isTCP, packet.UDP: isUDP}[protocol]
 	v.sport, v.dport = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
+	length := int(b[4])<<8 | int(b[5])
+	if protocol == packet.TCP {
+		length = int(b[12]>>4) * 4
+	}
+	jumbo := before >= 40 && total == 40 // payload length 0
+	v.lies = jumbo || total > there || before+length > total || length < 8
 }
 
 // anyRefusal is of a datagram that is dropped, or made into the answer to its sender.
@@ -147,6 +190,13 @@ func (v view) judge(node, pod func(netip.Addr) bool) outcome {
 	mine := node(v.dst) || v.src.Is6() && (v.src.IsLinkLocalUnicast() || v.src.IsMulticast())
 	owned := mine || pod(v.dst)
 	if v.class == isMisplaced {
+		return outcome{actDrop, flow.ReasonMalformed}
+	}
+	flagged := func(port uint16) bool {
+		return v.class == isTCP && (port == hostPort || port == podPort || port == podWebPort) ||
+			port == hostUDPPort || port == hostWebPort || v.class == isUDP && (port == podUDPPort || port == podWebPort)
+	}
+	if (v.class == isTCP || v.class == isUDP) && v.lies && owned && (flagged(v.sport) || flagged(v.dport)) {
 		return outcome{actDrop, flow.ReasonMalformed}
 	}
 	drops := map[class]flow.Reason{isFragment: flow.ReasonFragment, isHidden: flow.ReasonExtHeaders, isMalformed: flow.ReasonMalformed}

@@ -44,6 +44,8 @@ const (
 	ReasonPxReset          Reason = 32
 	ReasonPxAccept         Reason = 33
 	ReasonReinjected       Reason = 34
+	ReasonICMPLeg          Reason = 35
+	ReasonICMPLive         Reason = 36
 	ReasonMalformed        Reason = 50
 	ReasonFragment         Reason = 51
 	ReasonExtHeaders       Reason = 52
@@ -60,6 +62,7 @@ const (
 	ReasonUDPNoFlow        Reason = 63
 	ReasonUDPIdle          Reason = 64
 	ReasonUDPDenied        Reason = 65
+	ReasonICMPStray        Reason = 66
 	ReasonIdentity         Reason = 100
 	ReasonNoTLS            Reason = 101
 	ReasonHandshakeFailed  Reason = 102
@@ -95,6 +98,8 @@ var reasonNames = map[Reason]string{
 	ReasonPxReset:          "PX_RESET",
 	ReasonPxAccept:         "PX_ACCEPT",
 	ReasonReinjected:       "REINJECTED",
+	ReasonICMPLeg:          "ICMP_LEG",
+	ReasonICMPLive:         "ICMP_LIVE",
 	ReasonMalformed:        "MALFORMED",
 	ReasonFragment:         "FRAGMENT",
 	ReasonExtHeaders:       "EXT_HEADERS",
@@ -111,6 +116,7 @@ var reasonNames = map[Reason]string{
 	ReasonUDPNoFlow:        "UDP_NO_FLOW",
 	ReasonUDPIdle:          "UDP_IDLE",
 	ReasonUDPDenied:        "UDP_DENIED",
+	ReasonICMPStray:        "ICMP_STRAY",
 	ReasonIdentity:         "IDENTITY",
 	ReasonNoTLS:            "NO_TLS",
 	ReasonHandshakeFailed:  "HANDSHAKE_FAILED",
