@@ -8,6 +8,7 @@
 #include "icmp.h"
 #include "options.h"
 #include "udp.h"
+#include "fragment.h"
 #include "unreachable.h"
 
 enum sp_action {
@@ -195,6 +196,7 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 {
 	enum sp_reason reason = parsed == SP_PARSE_FRAGMENT ? SP_REASON_FRAGMENT :
 				parsed == SP_PARSE_EXT_HEADERS ? SP_REASON_EXT_HEADERS :
+				parsed == SP_PARSE_SOURCE_ROUTE ? SP_REASON_SOURCE_ROUTE :
 				SP_REASON_MALFORMED;
 
 	if (parsed == SP_PARSE_HIDDEN)
@@ -203,6 +205,8 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 		return sp_anything_protected() ? sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
 						 sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (p->version && (!sp_parse_addresses(skb, p) || sp_towards_owner(skb, p)))
+		return sp_decide(SP_ACT_DROP, reason);
+	if (parsed == SP_PARSE_SOURCE_ROUTE && sp_from_owner(skb, p))
 		return sp_decide(SP_ACT_DROP, reason);
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
@@ -217,6 +221,16 @@ static __always_inline struct sp_decision sp_decide_udp(int reason, bool towards
 	if (sp_udp_passes(reason))
 		return sp_decide(SP_ACT_NEXT, reason);
 	return sp_decide(towards ? SP_ACT_REFUSE : SP_ACT_DROP, reason);
+}
+
+/* Flags that no connection has, to or from the service at `address`. */
+static __always_inline struct sp_decision
+sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hook,
+	      const struct sp_service *svc, const struct sp_addr *address, const struct sp_addr *peer)
+{
+	if (sp_may_be_foreign(svc, hook) && !sp_is_local(skb, address, peer, p->version))
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	return sp_decide(SP_ACT_DROP, SP_REASON_BAD_FLAGS);
 }
 
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
@@ -247,6 +261,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_towards(skb, p, key, svc, hook), true);
+		if (sp_bad_flags(p))
+			return sp_decide_bad(skb, p, hook, svc, &p->dst, &p->src);
 		return sp_decide_towards(skb, cfg, p, hook, svc, key);
 	}
 	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
@@ -254,6 +270,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		*key = sp_key_from(p);
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_from(skb, p, key, svc, hook), false);
+		if (sp_bad_flags(p))
+			return sp_decide_bad(skb, p, hook, svc, &p->src, &p->dst);
 		return sp_decide_from(skb, cfg, p, hook, svc, key);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
@@ -278,9 +296,8 @@ static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, 
 	sp_parse_volume(skb, p);
 	parsed = sp_parse_quote(skb, p, q);
 	if (!sp_ports_read(parsed))
-		return sp_decide_icmp_reason(parsed != SP_PARSE_OTHER && parsed != SP_PARSE_ICMP &&
-					     sp_towards_owner(skb, p) ? SP_REASON_ICMP_STRAY :
-									 SP_REASON_NONE);
+		return sp_decide_icmp_reason(!sp_quotes_none(parsed) && sp_towards_owner(skb, p) ?
+					     SP_REASON_ICMP_STRAY : SP_REASON_NONE);
 	if (sp_port_flagged(q->protocol, q->sport))
 		svc = sp_find_service(&q->src, q->sport, q->protocol);
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
@@ -293,6 +310,15 @@ static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, 
 		return sp_decide_icmp_reason(sp_icmp_from(p, key, svc));
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+static __always_inline struct sp_decision sp_decide_rest(struct __sk_buff *skb, struct sp_packet *p,
+							 enum sp_hook hook, struct sp_flow_key *key)
+{
+	if (!sp_parse_addresses(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
+	sp_parse_volume(skb, p);
+	return sp_decide_udp(sp_rest(skb, p, key, hook), false);
 }
 
 /* What the first stage says of a packet before anything is looked up but the flags of its ports. */
@@ -309,7 +335,7 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
 		return false;
 	g->parsed = sp_parse(skb, &g->head, l3);
-	if (g->parsed == SP_PARSE_OTHER) {
+	if (g->parsed == SP_PARSE_OTHER && !g->head.first) {
 		g->parsed = SP_PARSE_HIDDEN;
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb);
 	}
@@ -317,7 +343,7 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 		return true;
 	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
 	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
-	return g->to || g->from;
+	return g->to || g->from || g->head.first;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
@@ -387,12 +413,18 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	p = &scratch->packet;
 	sp_packet_begin(skb, p, &g.head);
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
-	if (sp_ports_read(g.parsed))
+	if (g.to || g.from)
 		d = sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key);
 	else if (g.parsed == SP_PARSE_ICMP)
 		d = sp_decide_icmp(skb, p, &scratch->quoted, hook, behind, &scratch->key);
+	else if (g.parsed == SP_PARSE_REST)
+		d = sp_decide_rest(skb, p, hook, &scratch->key);
+	else if (g.parsed == SP_PARSE_UDP || g.parsed == SP_PARSE_OTHER) /* a first fragment, none of ours */
+		d = sp_decide(sp_parse_addresses(skb, p) ? SP_ACT_NEXT : SP_ACT_DROP, SP_REASON_NONE);
 	else
 		d = sp_decide_unparsed(skb, p, g.parsed);
+	if (p->first)
+		sp_keep_first(skb, p, &scratch->key, hook, d.reason);
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
 	if (!p->segments)

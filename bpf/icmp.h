@@ -86,6 +86,12 @@ static __noinline int sp_parse_quote(struct __sk_buff *skb, const struct sp_pack
 	return sp_parse_addresses(skb, q) ? parsed : SP_PARSE_MALFORMED;
 }
 
+/* Is the quoted packet one that no socket with ports will hear of? */
+static __always_inline bool sp_quotes_none(int parsed)
+{
+	return parsed == SP_PARSE_OTHER || parsed == SP_PARSE_ICMP || parsed == SP_PARSE_REST;
+}
+
 /* Is it about a bypassed flow whose path lives? Then it is accounted. */
 static __always_inline bool sp_icmp_of_flow(const struct sp_packet *p, const struct sp_flow_key *key,
 					    const struct sp_service *svc, bool from_client)

@@ -10,7 +10,11 @@
  *  - IPv4 options: IHL is honoured;
  *  - no IP header where it should begin, told by its version: SP_PARSE_MISPLACED. No device brings
  *    such packets in a way that we know of, and what is behind that header was not read;
- *  - fragments: never read for ports; TCP ones are SP_PARSE_FRAGMENT;
+ *  - fragments: those of TCP are SP_PARSE_FRAGMENT; of UDP the first is read like any datagram, and must
+ *    hold its header, the others are SP_PARSE_REST. What a fragment of IPv6 is of stands in the first
+ *    alone, so every other one is SP_PARSE_REST there. Nothing can lie over a first fragment's header: the
+ *    next one begins behind its eight bytes;
+ *  - source routes, by IPv4 options or an IPv6 routing header that is not used up: SP_PARSE_SOURCE_ROUTE;
  *  - IPv6 extension headers: at most SP_EXT_MAX, each sized by its own type; ESP, no-next-header
  *    and a chain beyond the bound are SP_PARSE_EXT_HEADERS;
  *  - truncation, a header length below its minimum, mapped addresses on the wire: SP_PARSE_MALFORMED;
@@ -48,6 +52,10 @@
 
 #define SP_IP_MF 0x2000
 #define SP_IP_OFFSET 0x1fff
+#define SP_IP_OPTIONS_MAX 40
+#define SP_IPOPT_NOP 1
+#define SP_IPOPT_LSRR 131
+#define SP_IPOPT_SSRR 137
 #define SP_IP6_MF 0x0001
 #define SP_IP6_OFFSET 0xfff8
 
@@ -82,6 +90,8 @@ enum sp_parse {
 	SP_PARSE_UDP,
 	SP_PARSE_ICMP,		/* an error or a redirect; the rest of ICMP is OTHER */
 	SP_PARSE_FRAGMENT,
+	SP_PARSE_REST,		/* a fragment but the first */
+	SP_PARSE_SOURCE_ROUTE,
 	SP_PARSE_EXT_HEADERS,
 	SP_PARSE_MALFORMED,
 	SP_PARSE_MISPLACED,	/* no IP header where one is expected */
@@ -99,6 +109,8 @@ struct sp_head {
 	__u8 l4_len;		/* bytes of the TCP or UDP header */
 	__u8 version;		/* 4 or 6, 0 when the IP header was not reached */
 	__u8 protocol;		/* as far as the headers were walked */
+	__u8 first;		/* the first of several fragments */
+	__u32 fragment;		/* what its fragments have in common */
 };
 
 struct sp_packet {
@@ -113,6 +125,14 @@ struct sp_packet {
 static __always_inline bool sp_syn_only(const struct sp_packet *p)
 {
 	return (p->tcp_flags & (SP_TCP_SYN | SP_TCP_ACK | SP_TCP_RST)) == SP_TCP_SYN;
+}
+
+/* SYN with FIN or RST, and what is neither SYN nor RST without ACK: no connection sends that. */
+static __always_inline bool sp_bad_flags(const struct sp_packet *p)
+{
+	if (p->tcp_flags & SP_TCP_SYN)
+		return p->tcp_flags & (SP_TCP_FIN | SP_TCP_RST);
+	return !(p->tcp_flags & (SP_TCP_ACK | SP_TCP_RST));
 }
 
 /* A tag with an id means another L2 segment: its sub-device has hooks of its own. */
@@ -213,6 +233,57 @@ static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __
 	return more_fragments ? SP_PARSE_FRAGMENT : SP_PARSE_ICMP;
 }
 
+/* Is there a source route among the options of an IPv4 header? Negative: they are not all there. */
+static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
+{
+	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
+	__u32 left = 0;
+
+	if (!len || len > SP_IP_OPTIONS_MAX)
+		return 0;
+	if (bpf_skb_load_bytes(skb, l3 + sizeof(struct iphdr), b, len))
+		return -1;
+	for (__u32 i = 0; i < SP_IP_OPTIONS_MAX; i++) {
+		if (i >= len || (!left && !b[i])) /* end of the list */
+			break;
+		if (left) {
+			left--;
+			continue;
+		}
+		if (b[i] == SP_IPOPT_LSRR || b[i] == SP_IPOPT_SSRR)
+			return 1;
+		if (b[i] == SP_IPOPT_NOP)
+			continue;
+		left = b[i + 1];
+		if (left < 2)
+			break;
+		left--;
+	}
+	return 0;
+}
+
+/* IPv4 with options, with fragments, or both. */
+static __noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p)
+{
+	struct iphdr ip;
+	int routed;
+
+	if (!p || bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) || ip.ihl < 5)
+		return SP_PARSE_MALFORMED;
+	routed = sp_source_routed(skb, p->l3, ip.ihl * 4 - sizeof(ip));
+	if (routed)
+		return routed < 0 ? SP_PARSE_MALFORMED : SP_PARSE_SOURCE_ROUTE;
+	if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
+		return sp_load_ports(skb, p);
+	if (ip.protocol == IPPROTO_TCP)
+		return SP_PARSE_FRAGMENT;
+	p->fragment = bpf_ntohs(ip.id);
+	if (ip.frag_off & bpf_htons(SP_IP_OFFSET))
+		return SP_PARSE_REST;
+	p->first = 1;
+	return sp_load_ports(skb, p);
+}
+
 static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_head *p,
 						   __u32 l3)
 {
@@ -231,11 +302,26 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 		return sp_parse_icmp(skb, p, ip->frag_off & bpf_htons(SP_IP_MF));
 	if (!sp_has_ports(ip->protocol))
 		return SP_PARSE_OTHER;
-	if (ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
-		return ip->protocol == IPPROTO_TCP ? SP_PARSE_FRAGMENT : SP_PARSE_OTHER;
-	if (ip->ihl < 5)
-		return SP_PARSE_MALFORMED;
-	return ip->ihl == 5 ? sp_read_ports(skb, p, ip + 1) : (enum sp_parse)sp_load_ports(skb, p);
+	if (ip->ihl != 5 || ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
+		return sp_parse_ipv4_odd(skb, p);
+	return sp_read_ports(skb, p, ip + 1);
+}
+
+/* Headers that do not say in a fragment what they hide, and TCP, which nobody needs to fragment. */
+static __always_inline bool sp_is_chained(__u8 next)
+{
+	switch (next) {
+	case IPPROTO_TCP:
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_ESP:
+	case IPPROTO_AH:
+	case IPPROTO_NONE:
+	case IPPROTO_DSTOPTS:
+		return true;
+	}
+	return false;
 }
 
 struct sp_fragment6 {
@@ -253,14 +339,23 @@ static __always_inline int sp_parse_fragment6(struct __sk_buff *skb, struct sp_h
 		return SP_PARSE_MALFORMED;
 	p->protocol = f.next;
 	p->l4 = offset + sizeof(f);
-	switch (f.next) {
-	case IPPROTO_UDP:
-		return SP_PARSE_OTHER;
-	case IPPROTO_ICMPV6:
-		return f.at & bpf_htons(SP_IP6_OFFSET) ? SP_PARSE_OTHER :
-		       sp_parse_icmp(skb, p, f.at & bpf_htons(SP_IP6_MF));
-	}
-	return SP_PARSE_FRAGMENT;
+	p->fragment = bpf_ntohl(f.id);
+	if (sp_is_chained(f.next))
+		return SP_PARSE_FRAGMENT;
+	if (f.at & bpf_htons(SP_IP6_OFFSET))
+		return SP_PARSE_REST;
+	p->first = !!(f.at & bpf_htons(SP_IP6_MF));
+	if (f.next == IPPROTO_ICMPV6)
+		return sp_parse_icmp(skb, p, p->first);
+	return f.next == IPPROTO_UDP ? SP_PARSE_UDP : SP_PARSE_OTHER;
+}
+
+/* Has a routing header somewhere left to go, whatever its type? */
+static __always_inline bool sp_route_left(struct __sk_buff *skb, __u32 offset)
+{
+	struct ipv6_rt_hdr h;
+
+	return bpf_skb_load_bytes(skb, offset, &h, sizeof(h)) || h.segments_left;
 }
 
 /* Walks the extension headers behind the IPv6 header; `next` is the type of the first. Ports are not read. */
@@ -296,6 +391,8 @@ static __noinline int sp_walk(struct __sk_buff *skb, struct sp_head *p, __u8 nex
 		}
 		if (bpf_skb_load_bytes(skb, offset, &opt, sizeof(opt)))
 			return SP_PARSE_MALFORMED;
+		if (next == IPPROTO_ROUTING && sp_route_left(skb, offset))
+			return SP_PARSE_SOURCE_ROUTE;
 		if (next == IPPROTO_FRAGMENT)
 			return sp_parse_fragment6(skb, p, offset);
 		/* RFC 4302 counts AH in words of 4 bytes less 2, RFC 8200 the others in 8 less 1. */
@@ -418,8 +515,8 @@ static __noinline bool sp_lengths_lie(struct __sk_buff *skb, const struct sp_pac
 		return false;
 	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct udphdr, len), &udp, sizeof(udp)))
 		return true;
-	return bpf_ntohs(udp) < sizeof(struct udphdr) ||
-	       bpf_ntohs(udp) > told - (p->l4 - p->l3);
+	return bpf_ntohs(udp) < sizeof(struct udphdr) || /* a first fragment has not all of it */
+	       (!p->first && bpf_ntohs(udp) > told - (p->l4 - p->l3));
 }
 
 #endif

@@ -66,6 +66,9 @@ enum sp_reason {
 	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
 	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
 	SP_REASON_ICMP_STRAY = 66,	/* ICMP error or redirect about a protected port, but of no live flow */
+	SP_REASON_ORPHAN = 67,		/* fragment whose first one did not pass here */
+	SP_REASON_SOURCE_ROUTE = 68,	/* its sender chose its way */
+	SP_REASON_BAD_FLAGS = 69,	/* TCP flags that no connection has */
 
 	/* given by the proxy */
 	SP_REASON_IDENTITY = 100,	/* served: identity proven and authorised */

@@ -126,6 +126,33 @@ type SallyportSpFlowKey struct {
 	Protocol   uint32
 }
 
+type SallyportSpFragment struct {
+	_          structs.HostLayout
+	SeenNs     uint64
+	Kind       SallyportSpFragmentKind
+	ClientPort uint16
+	ServerPort uint16
+}
+
+type SallyportSpFragmentKey struct {
+	_       structs.HostLayout
+	Src     SallyportSpAddr
+	Dst     SallyportSpAddr
+	Id      uint32
+	Hook    SallyportSpHook
+	Ifindex uint32
+	Pad     uint32
+}
+
+type SallyportSpFragmentKind uint32
+
+const (
+	SallyportSpFragmentKindSP_FRAGMENT_NONE      SallyportSpFragmentKind = 0
+	SallyportSpFragmentKindSP_FRAGMENT_FREE      SallyportSpFragmentKind = 1
+	SallyportSpFragmentKindSP_FRAGMENT_TO_SERVER SallyportSpFragmentKind = 2
+	SallyportSpFragmentKindSP_FRAGMENT_TO_CLIENT SallyportSpFragmentKind = 3
+)
+
 type SallyportSpHook uint32
 
 const (
@@ -266,6 +293,9 @@ const (
 	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
 	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
 	SallyportSpReasonSP_REASON_ICMP_STRAY        SallyportSpReason = 66
+	SallyportSpReasonSP_REASON_ORPHAN            SallyportSpReason = 67
+	SallyportSpReasonSP_REASON_SOURCE_ROUTE      SallyportSpReason = 68
+	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
 	SallyportSpReasonSP_REASON_IDENTITY          SallyportSpReason = 100
 	SallyportSpReasonSP_REASON_NO_TLS            SallyportSpReason = 101
 	SallyportSpReasonSP_REASON_HANDSHAKE_FAILED  SallyportSpReason = 102
@@ -349,6 +379,7 @@ const (
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
 	SallyportMapSpFlows       = "sp_flows"
+	SallyportMapSpFragments   = "sp_fragments"
 	SallyportMapSpLease       = "sp_lease"
 	SallyportMapSpLegs        = "sp_legs"
 	SallyportMapSpMustDeliver = "sp_must_deliver"
@@ -441,6 +472,7 @@ type SallyportMapSpecs struct {
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
+	SpFragments   *ebpf.MapSpec `ebpf:"sp_fragments"`
 	SpLease       *ebpf.MapSpec `ebpf:"sp_lease"`
 	SpLegs        *ebpf.MapSpec `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.MapSpec `ebpf:"sp_must_deliver"`
@@ -491,6 +523,7 @@ type SallyportMaps struct {
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
+	SpFragments   *ebpf.Map `ebpf:"sp_fragments"`
 	SpLease       *ebpf.Map `ebpf:"sp_lease"`
 	SpLegs        *ebpf.Map `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.Map `ebpf:"sp_must_deliver"`
@@ -515,6 +548,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpCounters,
 		m.SpDenies,
 		m.SpFlows,
+		m.SpFragments,
 		m.SpLease,
 		m.SpLegs,
 		m.SpMustDeliver,

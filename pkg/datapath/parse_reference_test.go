@@ -3,6 +3,7 @@ package datapath_test
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/test/packet"
@@ -22,6 +23,8 @@ const (
 	isMalformed
 	isUDP
 	isMisplaced
+	isRouted
+	isRest  // a fragment but the first, whose fate hangs on what came before
 	isError // an ICMP error or redirect: what it quotes is for other tests
 )
 
@@ -42,6 +45,8 @@ type view struct {
 	dst          netip.Addr // invalid when the IP header is not there
 	src          netip.Addr
 	sport, dport uint16
+	first        bool // of several fragments
+	bad          bool // TCP flags
 	lies         bool // about its lengths, which counts when a port is flagged
 }
 
@@ -76,16 +81,38 @@ func referenceIPv4(ip []byte) view {
 		}
 	case least == 0:
 		v.class = other
-	case fragment&0x3fff != 0 && protocol == packet.UDP:
-		v.class = other
-	case fragment&0x3fff != 0: // more fragments, or an offset
+	case header < 20, len(ip) < header:
+		v.class = isMalformed
+	case sourceRouted(ip[20:header]):
+		v.class = isRouted
+	case fragment&0x3fff != 0 && protocol == packet.TCP: // more fragments, or an offset
 		v.class = isFragment
-	case header < 20, len(ip) < header+least:
+	case fragment&0x1fff != 0:
+		v.class = isRest
+	case len(ip) < header+least:
 		v.class = isMalformed
 	default:
+		v.first = fragment&0x2000 != 0
 		v.ports(protocol, ip[header:], header, total, len(ip))
 	}
 	return v
+}
+
+// sourceRouted looks for LSRR and SSRR (RFC 791, 3.1).
+func sourceRouted(options []byte) bool {
+	for len(options) > 0 && options[0] != 0 {
+		switch {
+		case options[0] == 131, options[0] == 137:
+			return true
+		case options[0] == 1:
+			options = options[1:]
+		case len(options) < 2, options[1] < 2:
+			return false
+		default:
+			options = options[min(int(options[1]), len(options)):]
+		}
+	}
+	return false
 }
 
 func referenceIPv6(ip []byte) view {
@@ -126,8 +153,13 @@ func referenceIPv6(ip []byte) view {
 		}
 		switch length = 8 + 8*int(rest[1]); next {
 		case packet.Fragment:
-			v.fragment6(rest)
+			v.fragment6(ip, rest)
 			return v
+		case packet.Routing:
+			if len(rest) < 4 || rest[3] > 0 {
+				v.class = isRouted
+				return v
+			}
 		case packet.AH:
 			length = 8 + 4*int(rest[1])
 		}
@@ -140,18 +172,26 @@ func referenceIPv6(ip []byte) view {
 	}
 }
 
-// fragment6 reads an IPv6 fragment header and, of ICMP, the type behind it.
-func (v *view) fragment6(b []byte) {
+// fragment6 reads an IPv6 fragment header and, of the first fragment, what is behind it.
+func (v *view) fragment6(ip, b []byte) {
 	if len(b) < 8 {
 		v.class = isMalformed
 		return
 	}
 	at := binary.BigEndian.Uint16(b[2:])
-	v.class = isFragment
-	if b[0] == packet.UDP || b[0] == packet.ICMPv6 && (at&^7 != 0 || !isICMPError(true, b[8:])) {
-		v.class = other
-	} else if b[0] == packet.ICMPv6 && at&1 == 0 {
+	switch next := b[0]; {
+	case slices.Contains([]uint8{packet.TCP, packet.HopByHop, packet.Routing, packet.Fragment, packet.ESP, packet.AH, packet.NoNext, packet.DestOptions}, next):
+		v.class = isFragment
+	case at&^7 != 0:
+		v.class = isRest
+	case next == packet.ICMPv6 && isICMPError(true, b[8:]):
 		v.class = isError
+		if at&1 != 0 {
+			v.class = isFragment
+		}
+	case next == packet.UDP:
+		v.first = at&1 != 0
+		v.ports(next, b[8:], len(ip)-len(b)+8, 40+int(binary.BigEndian.Uint16(ip[4:])), len(ip))
 	}
 }
 
@@ -168,7 +208,14 @@ func (v *view) ports(protocol uint8, b []byte, before, total, there int) {
 		length = int(b[12]>>4) * 4
 	}
 	jumbo := before >= 40 && total == 40 // payload length 0
+	if v.first {
+		length = min(length, 8)
+	}
 	v.lies = jumbo || total > there || before+length > total || length < 8
+	if protocol == packet.TCP {
+		f := b[13]
+		v.bad = f&packet.SYN != 0 && f&(packet.FIN|packet.RST) != 0 || f&(packet.SYN|packet.RST|packet.ACK) == 0
+	}
 }
 
 // anyRefusal is of a datagram that is dropped, or made into the answer to its sender.
@@ -203,6 +250,10 @@ func (v view) judge(node, pod func(netip.Addr) bool) outcome {
 	switch reason, broken := drops[v.class]; {
 	case broken && owned:
 		return outcome{actDrop, reason}
+	case v.class == isRouted && owned:
+		return outcome{actDrop, flow.ReasonSourceRoute}
+	case v.class == isTCP && v.bad && (v.dport == hostPort || v.dport == hostWebPort || v.dport == hostUDPPort) && mine:
+		return outcome{actDrop, flow.ReasonBadFlags}
 	case v.class == isTCP && v.dport == hostPort && mine:
 		return outcome{actRedirect, flow.ReasonNoPath}
 	case v.class == isUDP && v.dport == hostUDPPort && mine:

@@ -197,9 +197,9 @@ func quoteCases() []progCase {
 		inPieces("an error, first", 3, lab.IPv4, 0, portless(drop(flow.ReasonFragment))),
 		inPieces("an error, last", 3, lab.IPv4, 1, none),
 		inPieces("an error, first", 2, lab.IPv6, 0, portless(drop(flow.ReasonFragment))),
-		inPieces("an error, last", 2, lab.IPv6, 1, none),
+		inPieces("an error, last", 2, lab.IPv6, 1, portless(drop(flow.ReasonOrphan))),
 		inPieces("an echo, first", 8, lab.IPv4, 0, none),
-		inPieces("an echo, first", 128, lab.IPv6, 0, none),
+		inPieces("an echo, first", 128, lab.IPv6, 0, pass(flow.ReasonNone, "fragment free")),
 		{name: "icmp/no configuration", packet: errorTowards(size), given: []given{leg(down), noConfig}, want: want{verdict: actDrop, counts: one(flow.ReasonICMPLeg), state: []string{"leg down"}}},
 		{name: "icmp/no configuration, live flow", packet: errorTowards(size), given: []given{path(datapath.PathActive), bypassed(), noConfig}, want: drop(flow.ReasonICMPStray, "flow 0/0")},
 	}

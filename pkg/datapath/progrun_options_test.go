@@ -46,7 +46,9 @@ func optionCases() []progCase {
 			packet: func(s scene) probe { return at(s.towards, s.device, withOptions(s, before)) },
 			want:   w.rewritten(func(s scene) packet.Packet { return withOptions(s, after) })}
 	}
-	same := func(name string, w want, options []byte, g ...given) progCase { return with(name, w, options, options, g...) }
+	same := func(name string, w want, options []byte, g ...given) progCase {
+		return with(name, w, options, options, g...)
+	}
 	return []progCase{
 		with("MPTCP, bypassed", opened, slices.Concat(capable, mss(1400), join), slices.Concat(nops[:4], mss(1400), nops), active),
 		with("MPTCP, bypassed, again", pass(flow.ReasonPathLive, "flow 1/0"), join, nops, active, bypassed()),

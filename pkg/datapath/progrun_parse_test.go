@@ -200,7 +200,7 @@ func fragmentCases() []progCase {
 		})}
 	}
 	dest := packet.Extension{Type: packet.DestOptions, Body: packet.SkippedOption(8)}
-	none := pass(flow.ReasonNone)
+	none, free := pass(flow.ReasonNone), pass(flow.ReasonNone, "fragment free")
 	return []progCase{
 		{name: "fragment/first", packet: piece(0), want: fragment},
 		{name: "fragment/last", packet: piece(2), want: fragment},
@@ -209,14 +209,14 @@ func fragmentCases() []progCase {
 		{name: "fragment/behind options", only: lab.IPv6, packet: shaped(ext(dest, packet.FragmentHeader(0, true, 9))), want: fragment},
 		{name: "fragment/reserved bit", only: lab.IPv4, packet: bent(func(b []byte, _ packet.Offsets) []byte { b[20] |= 0x80; return b }),
 			want: steer(flow.ReasonNoPath, "leg down", "origin")},
-		inFragment("UDP", packet.UDP, none),
-		inFragment("ICMP", packet.ICMPv6, none),
+		inFragment("UDP", packet.UDP, free),
+		inFragment("ICMP", packet.ICMPv6, free),
 		inFragment("options", packet.DestOptions, fragment),
 		is("ESP", packet.ESP, hidden, 0), is("AH", packet.AH, hidden, lab.IPv4), is("no next header", packet.NoNext, hidden, lab.IPv6),
 		is("UDP", packet.UDP, none, 0), is("ICMP", packet.ICMP, none, lab.IPv4), is("ICMPv6", packet.ICMPv6, none, lab.IPv6),
 		is("GRE", packet.GRE, none, 0), is("IP in IP", packet.IPIP, none, 0), is("IPv6 in IP", packet.IPv6InIP, none, 0),
 		is("unknown", 253, none, 0),
-		{name: "fragment/of UDP", only: lab.IPv4, want: none, packet: func(s scene) probe {
+		{name: "fragment/of UDP", only: lab.IPv4, want: free, packet: func(s scene) probe {
 			p := tcp(s.client, s.server, 0)
 			p.Protocol, p.Payload = packet.UDP, make([]byte, 64)
 			return probe{program: s.towards, ctx: skBuff{Ifindex: uint32(s.device)}, frame: p.Fragments(40, 9)[0]}

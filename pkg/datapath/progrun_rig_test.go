@@ -129,6 +129,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[bpf.LegKey, bpf.Leg](t, r.m.SpStrays)
 	empty[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
+	empty[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments)
 	empty[bpf.PathKey, bpf.PathRef](t, r.m.SpPathIndex)
 	check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{}))
 	check(t, r.m.SpPaths.Put(uint32(0), &bpf.Path{}))

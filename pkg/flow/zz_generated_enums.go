@@ -63,6 +63,9 @@ const (
 	ReasonUDPIdle          Reason = 64
 	ReasonUDPDenied        Reason = 65
 	ReasonICMPStray        Reason = 66
+	ReasonOrphan           Reason = 67
+	ReasonSourceRoute      Reason = 68
+	ReasonBadFlags         Reason = 69
 	ReasonIdentity         Reason = 100
 	ReasonNoTLS            Reason = 101
 	ReasonHandshakeFailed  Reason = 102
@@ -117,6 +120,9 @@ var reasonNames = map[Reason]string{
 	ReasonUDPIdle:          "UDP_IDLE",
 	ReasonUDPDenied:        "UDP_DENIED",
 	ReasonICMPStray:        "ICMP_STRAY",
+	ReasonOrphan:           "ORPHAN",
+	ReasonSourceRoute:      "SOURCE_ROUTE",
+	ReasonBadFlags:         "BAD_FLAGS",
 	ReasonIdentity:         "IDENTITY",
 	ReasonNoTLS:            "NO_TLS",
 	ReasonHandshakeFailed:  "HANDSHAKE_FAILED",
