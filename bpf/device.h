@@ -369,7 +369,7 @@ static __always_inline bool sp_syn_edited(struct __sk_buff *skb, const struct sp
 {
 	if (!(p->tcp_flags & SP_TCP_SYN) || d.reason == SP_REASON_REINJECTED)
 		return true;
-	return !sp_edit_syn(skb, p, d.action == SP_ACT_STEER ? sp_mss_of(skb, p) : SP_MSS_ANY);
+	return !sp_edit_syn(skb, p, d.action == SP_ACT_STEER ? sp_mss_of(skb, p, p->ifindex) : SP_MSS_ANY);
 }
 
 static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_packet *p,

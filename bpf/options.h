@@ -4,9 +4,9 @@
 
 /*
  * The options of SYNs. MPTCP is taken out: a subflow that is joined later would have another tuple, which
- * outlives the path, and the proxy does not speak it. The largest segment of a steered SYN is made to
- * fit the device that it came by: the proxy's own device takes far larger ones, and what the proxy sends
- * goes out by that device without a look at its MTU.
+ * outlives the path, and the proxy does not speak it. The largest segment that a SYN to or from the
+ * proxy asks for is made to fit the device of its leg: the proxy's own device takes far larger ones, and
+ * what goes by that device to either side is put there without a look at its MTU.
  */
 
 #include "hook.h"
@@ -18,13 +18,13 @@
 #define SP_MSS_ANY 0xffff
 
 /* The largest segment that fits a device. */
-static __always_inline __u32 sp_mss_of(struct __sk_buff *skb, const struct sp_packet *p)
+static __always_inline __u32 sp_mss_of(struct __sk_buff *skb, const struct sp_packet *p, __u32 ifindex)
 {
 	__u32 headers = sizeof(struct tcphdr) +
 			(p->version == 4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
 	__u32 mtu = 0;
 
-	if (bpf_check_mtu(skb, p->ifindex, &mtu, 0, 0) < 0 || mtu <= headers)
+	if (bpf_check_mtu(skb, ifindex, &mtu, 0, 0) < 0 || mtu <= headers)
 		return SP_MSS_ANY;
 	return mtu - headers < SP_MSS_ANY ? mtu - headers : SP_MSS_ANY;
 }

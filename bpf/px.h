@@ -141,6 +141,8 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (reason != SP_REASON_PX_RESET)
 		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, at.side == SP_LEG_UP),
 			 bpf_ktime_get_boot_ns());
+	if ((p->tcp_flags & SP_TCP_SYN) && sp_edit_syn(skb, p, sp_mss_of(skb, p, leg->ifindex)))
+		return TC_ACT_SHOT;
 	skb->mark = sp_mark(&at, cfg->secret[0]);
 	return sp_inject(leg, at.side);
 }

@@ -62,8 +62,7 @@ func optionCases() []progCase {
 		same("segment size that fits", steered, mss(536)),
 		same("segment size of odd length", steered, []byte{2, 3, 0xff, 1}),
 		{name: "options/segment size, too large", want: steered.rewritten(func(s scene) packet.Packet {
-			mtu := map[string]int{"host": 9000, "pod": 1500, "lo": 65536}[s.name]
-			return withOptions(s, mss(mtu-map[lab.Family]int{lab.IPv4: 40, lab.IPv6: 60}[s.family]))
+			return withOptions(s, mss(deviceMTU(s)-map[lab.Family]int{lab.IPv4: 40, lab.IPv6: 60}[s.family]))
 		}), packet: func(s scene) probe { return at(s.towards, s.device, withOptions(s, mss(0xffff))) }},
 		{name: "options/of a SYN-ACK to the proxy", given: []given{leg(up)},
 			want: steer(flow.ReasonLeg, "leg up").rewritten(func(s scene) packet.Packet {

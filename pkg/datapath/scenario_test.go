@@ -41,7 +41,13 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	n := &node{Lab: lab.New(t, lab.Options{Pods: 2})}
+	return newNodeOf(t, lab.Options{Pods: 2})
+}
+
+// newNodeOf hooks the first two pods' devices, whatever others there are.
+func newNodeOf(t *testing.T, o lab.Options) *node {
+	t.Helper()
+	n := &node{Lab: lab.New(t, o)}
 	bpffs, err := n.MountBPFFS()
 	must(t, err)
 	must(t, n.Node.Do(func() error {
