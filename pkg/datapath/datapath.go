@@ -104,6 +104,9 @@ func Open(cfg Config) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkKernel(profile.requirements()); err != nil {
+		return nil, err
+	}
 	spec, err := bpf.LoadSallyport()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
