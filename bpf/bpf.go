@@ -35,6 +35,7 @@ type (
 	Service     = SallyportSpService
 	ServiceKey  = SallyportSpServiceKey
 	Source      = SallyportSpSource
+	Tokens      = SallyportSpTokens
 	Traffic     = SallyportSpTraffic
 	Volume      = SallyportSpVolume
 )

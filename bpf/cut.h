@@ -38,12 +38,6 @@ struct sp_pseudo {
 	__be32 protocol;
 };
 
-static __always_inline __u16 sp_fold(__u32 sum)
-{
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
-}
-
 static __always_inline __u32 sp_pseudo_sum(const struct sp_pseudo *pseudo)
 {
 	return bpf_csum_diff(NULL, 0, (__be32 *)pseudo, sizeof(*pseudo), 0);

@@ -2,49 +2,21 @@
 #ifndef SP_DEVICE_H
 #define SP_DEVICE_H
 
-/*
- * The hooks of the host namespace: devices in and out, and lo. One decision for all; what differs
- * is where the services live that a hook can see:
- *
- *   hook   packets towards    packets from
- *   IN     host services      pod services
- *   OUT    pod services       host services
- *   LO     host services      host services
- *
- * A bridge and its ports share the work, because a packet meets both: the ports see the pod services,
- * the bridge the host services.
- *
- * so a flow meets exactly one hook in each direction, for its whole life.
- *
- * A pod's service is behind one device, and OUT of an uplink leaves the packets of a known one alone:
- * they may go to another node. But what goes out to a pod has arrived. There a protected address is
- * closed whatever device the table has, and a path serves only on the one that it has.
- */
+/* The hooks of the host namespace: devices in and out, and lo. One decision for all. */
 
 #include "mark.h"
 #include "cut.h"
 #include "traffic.h"
+#include "udp.h"
+#include "unreachable.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
 	SP_ACT_STEER,		/* to the proxy */
 	SP_ACT_DROP,
 	SP_ACT_CUT,		/* the path of its flow is over: both halves end */
+	SP_ACT_REFUSE,		/* dropped, and the sender of the datagram is told */
 };
-
-/* What is behind a device. */
-enum sp_behind {
-	SP_BEHIND_ANY = 0,	/* the network, or the node itself */
-	SP_BEHIND_POD,
-	SP_BEHIND_PORT,		/* of a bridge: the network, or a pod that is not known for one */
-	SP_BEHIND_POD_PORT,
-	SP_BEHIND_BRIDGE,	/* the bridge itself: what is behind its ports */
-};
-
-static __always_inline bool sp_is_port(enum sp_behind behind)
-{
-	return behind == SP_BEHIND_PORT || behind == SP_BEHIND_POD_PORT;
-}
 
 struct sp_decision {
 	enum sp_action action;
@@ -54,36 +26,6 @@ struct sp_decision {
 static __always_inline struct sp_decision sp_decide(enum sp_action action, enum sp_reason reason)
 {
 	return (struct sp_decision){ .action = action, .reason = reason };
-}
-
-/* A pod whose device is not known yet is seen everywhere: closed, rather than passed. */
-static __always_inline bool sp_pod_at(const struct sp_service *svc, __u32 ifindex)
-{
-	return svc->target == SP_TARGET_POD && (!svc->ifindex || svc->ifindex == ifindex);
-}
-
-static __always_inline bool sp_sees_towards(enum sp_hook hook, enum sp_behind behind,
-					    const struct sp_service *svc, __u32 ifindex)
-{
-	if (hook != SP_HOOK_OUT)
-		return svc->target == SP_TARGET_HOST && !sp_is_port(behind);
-	if (behind == SP_BEHIND_POD || behind == SP_BEHIND_POD_PORT)
-		return svc->target == SP_TARGET_POD;
-	return behind != SP_BEHIND_BRIDGE && sp_pod_at(svc, ifindex);
-}
-
-/* Is this the device that the service's paths are for? */
-static __always_inline bool sp_is_instance(const struct sp_service *svc, __u32 ifindex)
-{
-	return svc->target == SP_TARGET_HOST || svc->ifindex == ifindex;
-}
-
-static __always_inline bool sp_sees_from(enum sp_hook hook, enum sp_behind behind,
-					 const struct sp_service *svc, __u32 ifindex)
-{
-	if (hook == SP_HOOK_IN)
-		return behind != SP_BEHIND_BRIDGE && sp_pod_at(svc, ifindex);
-	return svc->target == SP_TARGET_HOST && !sp_is_port(behind);
 }
 
 /* Who speaks to whom on the wire of a bridge's port: `towards` the service, or from it. */
@@ -104,12 +46,6 @@ static __always_inline void sp_get_ether(struct sp_ether *ether, enum sp_hook ho
 
 	if (hook == SP_HOOK_PORT && scratch)
 		*ether = scratch->ether;
-}
-
-/* Host services are found by port: the packet may be of another machine. Not on lo. */
-static __always_inline bool sp_may_be_foreign(const struct sp_service *svc, enum sp_hook hook)
-{
-	return svc->target == SP_TARGET_HOST && hook != SP_HOOK_LO;
 }
 
 static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_leg_side side,
@@ -164,7 +100,6 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		  enum sp_hook hook, const struct sp_service *svc, const struct sp_flow_key *key)
 {
 	enum sp_reason reason = SP_REASON_STRAY;
-	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;
 	struct sp_leg *leg;
 
@@ -182,7 +117,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	if (!sp_syn_only(p)) {
 		leg = sp_find_leg(key, SP_LEG_DOWN, flow ? flow->opened_ns : 0);
 		if (leg) {
-			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), now);
+			sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, true), bpf_ktime_get_boot_ns());
 			return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 		}
 	}
@@ -222,11 +157,10 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 {
 	struct sp_leg *leg = sp_find_leg(key, SP_LEG_UP, 0);
 	enum sp_reason reason = SP_REASON_STRAY;
-	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_flow *flow;
 
 	if (leg) {
-		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, false), now);
+		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, false), bpf_ktime_get_boot_ns());
 		return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 	}
 	flow = bpf_map_lookup_elem(&sp_flows, key);
@@ -295,6 +229,9 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 
 	if (parsed == SP_PARSE_HIDDEN)
 		return sp_decide(SP_ACT_DROP, reason);
+	if (parsed == SP_PARSE_MISPLACED) /* its addresses are not where we would read them */
+		return sp_anything_protected() ? sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
+						 sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (p->version && (!sp_parse_addresses(skb, p) || sp_owns_protected(skb, p)))
 		return sp_decide(SP_ACT_DROP, reason);
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
@@ -305,7 +242,14 @@ static __always_inline bool sp_hook_is_in(enum sp_hook hook)
 	return hook != SP_HOOK_OUT;
 }
 
-/* What the ports of a TCP packet are flagged for, and whose they are. `key` is filled for records. */
+static __always_inline struct sp_decision sp_decide_udp(int reason, bool towards)
+{
+	if (sp_udp_passes(reason))
+		return sp_decide(SP_ACT_NEXT, reason);
+	return sp_decide(towards ? SP_ACT_REFUSE : SP_ACT_DROP, reason);
+}
+
+/* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
 							  enum sp_behind behind, bool to, bool from,
@@ -321,7 +265,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	cfg = sp_get_config();
 	if (!cfg)
 		return sp_decide(SP_ACT_DROP, SP_REASON_NO_CONFIG);
-	if (skb->mark) {
+	if (skb->mark && p->protocol == IPPROTO_TCP) {
 		again = sp_reinjected(skb, p, cfg->secret[0]);
 		if (again != SP_REASON_NONE)
 			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
@@ -329,6 +273,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
+		if (p->protocol == IPPROTO_UDP)
+			return sp_decide_udp(sp_udp_towards(skb, p, key, svc, hook), true);
 		if (sp_is_port(behind))
 			sp_note_ether(skb, true);
 		return sp_decide_towards(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
@@ -336,6 +282,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
 	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_from(p);
+		if (p->protocol == IPPROTO_UDP)
+			return sp_decide_udp(sp_udp_from(skb, p, key, svc, hook), false);
 		if (sp_is_port(behind))
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
@@ -361,7 +309,7 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 		g->parsed = SP_PARSE_HIDDEN;
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb);
 	}
-	if (g->parsed != SP_PARSE_TCP)
+	if (!sp_ports_read(g->parsed))
 		return true;
 	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
 	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
@@ -385,11 +333,13 @@ static __always_inline int sp_steer(struct __sk_buff *skb, __u32 l3)
 	return bpf_redirect(cfg->px0_ifindex, 0);
 }
 
-static __always_inline int sp_act_device(struct __sk_buff *skb, struct sp_decision d,
-					 enum sp_hook hook, __u32 l3)
+static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_packet *p,
+					 struct sp_decision d, enum sp_hook hook, __u32 l3)
 {
 	if (d.action == SP_ACT_DROP)
 		return TC_ACT_SHOT;
+	if (d.action == SP_ACT_REFUSE)
+		return sp_refuse(skb, p, hook, l3);
 	if (d.action == SP_ACT_STEER)
 		return sp_steer(skb, l3);
 	if (d.reason == SP_REASON_REINJECTED) {
@@ -402,7 +352,7 @@ static __always_inline int sp_act_device(struct __sk_buff *skb, struct sp_decisi
 
 static __always_inline bool sp_is_denial(struct sp_decision d)
 {
-	return d.action == SP_ACT_DROP || d.reason == SP_REASON_STRAY;
+	return d.action == SP_ACT_DROP || d.action == SP_ACT_REFUSE || d.reason == SP_REASON_STRAY;
 }
 
 /* Parse, decide, account, act. `l3` is where the IP header begins. */
@@ -422,7 +372,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	p = &scratch->packet;
 	sp_packet_begin(skb, p, &g.head);
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
-	d = g.parsed == SP_PARSE_TCP ?
+	d = sp_ports_read(g.parsed) ?
 	    sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key) :
 	    sp_decide_unparsed(skb, p, g.parsed);
 	if (d.reason == SP_REASON_NONE)
@@ -437,7 +387,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	}
 	if (d.action == SP_ACT_CUT)
 		return sp_cut(skb, p, sp_hook_is_in(hook));
-	return sp_act_device(skb, d, hook, l3);
+	return sp_act_device(skb, p, d, hook, l3);
 }
 
 #endif

@@ -25,7 +25,8 @@ struct {
 } sp_lease SEC(".maps");
 
 /* The fast exit: read before anything else. The agent sets bits before it swaps the services in
- * and clears them after, so it always covers the table. 8 KiB for TCP and as much for UDP: it stays in
+ * and clears them after, so it always covers the table. Port 0 of TCP says whether there is any
+ * service at all. 8 KiB for TCP and as much for UDP: it stays in
  * the cache.
  */
 struct {
@@ -213,6 +214,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct sp_sequence);
 } sp_sequence SEC(".maps");
+
+/* Bounds the ICMP errors that tell senders of datagrams of a refusal. None left: dropped in silence. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sp_tokens);
+} sp_tokens SEC(".maps");
 
 /* OPEN and END. No room for an OPEN: no bypass. */
 struct {

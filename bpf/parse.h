@@ -8,11 +8,13 @@
  *    sees the packet untagged); a tag left in the payload is not IP here, and two tags of id 0
  *    are SP_PARSE_MALFORMED whatever they hide;
  *  - IPv4 options: IHL is honoured;
+ *  - no IP header where it should begin, told by its version: SP_PARSE_MISPLACED. No device brings
+ *    such packets in a way that we know of, and what is behind that header was not read;
  *  - fragments: never read for ports; TCP ones are SP_PARSE_FRAGMENT;
  *  - IPv6 extension headers: at most SP_EXT_MAX, each sized by its own type; ESP, no-next-header
  *    and a chain beyond the bound are SP_PARSE_EXT_HEADERS;
  *  - truncation, a header length below its minimum, mapped addresses on the wire: SP_PARSE_MALFORMED;
- *  - everything that is not TCP: SP_PARSE_OTHER.
+ *  - everything that is neither TCP nor UDP: SP_PARSE_OTHER.
  * Where the IP header begins is a constant of the program: behind the Ethernet header, or at once
  * on a device without one (tunnels). The packet does not say, and its sender must not.
  * Only the first stage, up to the ports, runs for unprotected traffic.
@@ -25,6 +27,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
+#include <linux/udp.h>
 #include <linux/pkt_cls.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -47,12 +50,28 @@
 #define SP_TCP_RST 0x04
 #define SP_TCP_ACK 0x10
 
+/* Types and codes of ICMP. linux/icmp.h needs the headers of a C library. */
+#define SP_ICMP_UNREACHABLE 3
+#define SP_ICMP_PORT 3
+#define SP_ICMP6_UNREACHABLE 1
+#define SP_ICMP6_PORT 4
+
+/* The header of ICMP messages of either version. */
+struct sp_icmp {
+	__u8 type;
+	__u8 code;
+	__u16 checksum;
+	__u32 rest;
+};
+
 enum sp_parse {
 	SP_PARSE_OTHER = 0,
 	SP_PARSE_TCP,
+	SP_PARSE_UDP,
 	SP_PARSE_FRAGMENT,
 	SP_PARSE_EXT_HEADERS,
 	SP_PARSE_MALFORMED,
+	SP_PARSE_MISPLACED,	/* no IP header where one is expected */
 	SP_PARSE_HIDDEN,	/* behind tags that the kernel takes off without another look at the hooks */
 };
 
@@ -61,9 +80,9 @@ struct sp_head {
 	__u16 sport;
 	__u16 dport;
 	__u16 l3;		/* offset of the IP header */
-	__u16 l4;		/* offset of the TCP header */
-	__u8 tcp_flags;
-	__u8 tcp_len;		/* bytes of the TCP header */
+	__u16 l4;		/* offset of the TCP or UDP header */
+	__u8 tcp_flags;		/* of UDP: none */
+	__u8 l4_len;		/* bytes of the TCP or UDP header */
 	__u8 version;		/* 4 or 6, 0 when the IP header was not reached */
 	__u8 protocol;		/* as far as the headers were walked */
 };
@@ -109,48 +128,87 @@ static __always_inline void *sp_end(const struct __sk_buff *skb)
 	return (void *)(long)skb->data_end;
 }
 
-/* Reads the TCP ports and flags at p->l4. */
-static __always_inline enum sp_parse sp_parse_tcp(struct __sk_buff *skb, struct sp_head *p)
+static __always_inline bool sp_has_ports(__u8 protocol)
 {
-	struct tcphdr tcp;
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
+}
 
+static __always_inline bool sp_ports_read(enum sp_parse parsed)
+{
+	return parsed == SP_PARSE_TCP || parsed == SP_PARSE_UDP;
+}
+
+/* What a header with ports is at least. */
+static __always_inline __u32 sp_least(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr);
+}
+
+static __always_inline enum sp_parse sp_read_tcp(struct sp_head *p, const struct tcphdr *tcp)
+{
+	p->sport = bpf_ntohs(tcp->source);
+	p->dport = bpf_ntohs(tcp->dest);
+	p->l4_len = tcp->doff * 4;
+	p->tcp_flags = ((const __u8 *)tcp)[13];
+	return p->l4_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+}
+
+static __always_inline enum sp_parse sp_read_udp(struct sp_head *p, const struct udphdr *udp)
+{
+	p->sport = bpf_ntohs(udp->source);
+	p->dport = bpf_ntohs(udp->dest);
+	p->l4_len = sizeof(*udp);
+	return SP_PARSE_UDP;
+}
+
+/* Reads the ports at p->l4, wherever in the buffer they are. */
+static __noinline int sp_load_ports(struct __sk_buff *skb, struct sp_head *p)
+{
+	struct tcphdr tcp = {};
+
+	if (!p || bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(struct udphdr)))
+		return SP_PARSE_MALFORMED;
+	if (p->protocol == IPPROTO_UDP)
+		return sp_read_udp(p, (struct udphdr *)&tcp);
 	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
 		return SP_PARSE_MALFORMED;
-	p->sport = bpf_ntohs(tcp.source);
-	p->dport = bpf_ntohs(tcp.dest);
-	p->tcp_len = tcp.doff * 4;
-	p->tcp_flags = ((__u8 *)&tcp)[13];
-	return p->tcp_len < sizeof(tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+	return sp_read_tcp(p, &tcp);
+}
+
+/* Reads the ports behind an IP header that is linear and of the usual length. */
+static __always_inline enum sp_parse sp_read_ports(struct __sk_buff *skb, struct sp_head *p, void *l4)
+{
+	struct tcphdr *tcp = l4;
+	struct udphdr *udp = l4;
+
+	if (p->protocol == IPPROTO_UDP && (void *)(udp + 1) <= sp_end(skb))
+		return sp_read_udp(p, udp);
+	if (p->protocol == IPPROTO_TCP && (void *)(tcp + 1) <= sp_end(skb))
+		return sp_read_tcp(p, tcp);
+	return sp_load_ports(skb, p);
 }
 
 static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_head *p,
 						   __u32 l3)
 {
 	struct iphdr *ip = sp_data(skb) + l3;
-	struct tcphdr *tcp;
 
 	if ((void *)(ip + 1) > sp_end(skb))
 		return SP_PARSE_MALFORMED;
+	if (ip->version != 4)
+		return SP_PARSE_MISPLACED;
 	p->version = 4;
 	p->protocol = ip->protocol;
 	if (ip->protocol == IPPROTO_ESP || ip->protocol == IPPROTO_AH)
 		return SP_PARSE_EXT_HEADERS;
-	if (ip->protocol != IPPROTO_TCP)
+	if (!sp_has_ports(ip->protocol))
 		return SP_PARSE_OTHER;
 	if (ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
-		return SP_PARSE_FRAGMENT;
-	if (ip->version != 4 || ip->ihl < 5 ||
-	    bpf_ntohs(ip->tot_len) < ip->ihl * 4 + sizeof(*tcp))
+		return ip->protocol == IPPROTO_TCP ? SP_PARSE_FRAGMENT : SP_PARSE_OTHER;
+	if (ip->ihl < 5 || bpf_ntohs(ip->tot_len) < ip->ihl * 4 + sp_least(ip->protocol))
 		return SP_PARSE_MALFORMED;
 	p->l4 = l3 + ip->ihl * 4;
-	tcp = (void *)(ip + 1);
-	if (ip->ihl != 5 || (void *)(tcp + 1) > sp_end(skb))
-		return sp_parse_tcp(skb, p);
-	p->sport = bpf_ntohs(tcp->source);
-	p->dport = bpf_ntohs(tcp->dest);
-	p->tcp_len = tcp->doff * 4;
-	p->tcp_flags = ((__u8 *)tcp)[13];
-	return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
+	return ip->ihl == 5 ? sp_read_ports(skb, p, ip + 1) : (enum sp_parse)sp_load_ports(skb, p);
 }
 
 /* Walks the extension headers from p->l4 on; `next` is the type of the first. */
@@ -166,8 +224,9 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_head *p, __u
 		p->protocol = next;
 		switch (next) {
 		case IPPROTO_TCP:
+		case IPPROTO_UDP:
 			p->l4 = offset;
-			return SP_PARSE_TCP;
+			return sp_load_ports(skb, p);
 		case IPPROTO_ESP:
 		case IPPROTO_NONE:
 			return SP_PARSE_EXT_HEADERS;
@@ -201,26 +260,19 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 						   __u32 l3)
 {
 	struct ipv6hdr *ip = sp_data(skb) + l3;
-	struct tcphdr *tcp;
-	int parsed;
 
 	if ((void *)(ip + 1) > sp_end(skb))
 		return SP_PARSE_MALFORMED;
+	if (ip->version != 6)
+		return SP_PARSE_MISPLACED;
 	p->version = 6;
 	p->protocol = ip->nexthdr;
-	if (ip->version != 6 || sp_mapped(&ip->saddr) || sp_mapped(&ip->daddr))
+	if (sp_mapped(&ip->saddr) || sp_mapped(&ip->daddr))
 		return SP_PARSE_MALFORMED;
-	tcp = (void *)(ip + 1);
-	if (ip->nexthdr == IPPROTO_TCP && (void *)(tcp + 1) <= sp_end(skb)) {
-		p->l4 = l3 + sizeof(*ip);
-		p->sport = bpf_ntohs(tcp->source);
-		p->dport = bpf_ntohs(tcp->dest);
-		p->tcp_len = tcp->doff * 4;
-		p->tcp_flags = ((__u8 *)tcp)[13];
-			return p->tcp_len < sizeof(*tcp) ? SP_PARSE_MALFORMED : SP_PARSE_TCP;
-	}
-	parsed = sp_parse_ext(skb, p, ip->nexthdr);
-	return parsed == SP_PARSE_TCP ? sp_parse_tcp(skb, p) : (enum sp_parse)parsed;
+	if (!sp_has_ports(ip->nexthdr))
+		return sp_parse_ext(skb, p, ip->nexthdr);
+	p->l4 = l3 + sizeof(*ip);
+	return sp_read_ports(skb, p, ip + 1);
 }
 
 /* First stage: up to the ports, of a packet whose IP header is linear. */
@@ -279,7 +331,7 @@ static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_
 static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_packet *p)
 {
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
-	__u32 headers = p->l4 ? p->l4 - p->l3 + p->tcp_len : 0;
+	__u32 headers = p->l4 ? p->l4 - p->l3 + p->l4_len : 0;
 
 	p->segments = segments;
 	p->bytes = skb->len - p->l3 + (segments - 1) * headers;

@@ -68,14 +68,15 @@ enum sp_reason {
 	SP_REASON_NO_STAMP = 59,	/* on px1, but not sent there by our programs */
 	SP_REASON_REVERSE_OPEN = 60,	/* SYN that leaves from a protected port */
 	SP_REASON_NO_CONFIG = 61,	/* configuration map is empty */
+	SP_REASON_UDP_NO_PATH = 62,	/* datagram to a UDP service without a path */
+	SP_REASON_UDP_NO_FLOW = 63,	/* datagram of a UDP service that answers no flow */
+	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
+	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
 
 	/* the packet was dropped before a socket, by the backstop */
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */
 	SP_REASON_SOCKET_ENDED = 76,	/* was on its way when its path ended */
 	SP_REASON_LOOPBACK_DENIED = 77,	/* from the pod to its own service, which is denied */
-
-	/* given by the agent */
-	SP_REASON_UNEXPLAINED = 78,	/* sockets got more than the hooks let through */
 
 	/* the packet was dropped by XDP, at the uplink */
 	SP_REASON_XDP_MALFORMED = 80,	/* headers lie or are cut off */

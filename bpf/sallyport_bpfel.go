@@ -144,7 +144,7 @@ type SallyportSpFlow struct {
 	Ifindex         uint32
 	Flags           uint32
 	Ended           SallyportSpReason
-	Pad             uint32
+	UdpIdleS        uint32
 	Id              uint64
 	OpenedNs        uint64
 	LastNs          uint64
@@ -336,10 +336,13 @@ const (
 	SallyportSpReasonSP_REASON_NO_STAMP          SallyportSpReason = 59
 	SallyportSpReasonSP_REASON_REVERSE_OPEN      SallyportSpReason = 60
 	SallyportSpReasonSP_REASON_NO_CONFIG         SallyportSpReason = 61
+	SallyportSpReasonSP_REASON_UDP_NO_PATH       SallyportSpReason = 62
+	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
+	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
+	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
-	SallyportSpReasonSP_REASON_UNEXPLAINED       SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
 	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
 	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
@@ -376,6 +379,7 @@ type SallyportSpService struct {
 	Target     SallyportSpTarget
 	Ifindex    uint32
 	Generation uint32
+	UdpIdleS   uint32
 	Name       [32]int8
 }
 
@@ -418,6 +422,12 @@ const (
 	SallyportSpTargetSP_TARGET_HOST SallyportSpTarget = 1
 	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
 )
+
+type SallyportSpTokens struct {
+	_          structs.HostLayout
+	RefilledNs uint64
+	Left       uint64
+}
 
 type SallyportSpTraffic struct {
 	_              structs.HostLayout
@@ -473,6 +483,7 @@ const (
 	SallyportMapSpSynServices = "sp_syn_services"
 	SallyportMapSpSynSources  = "sp_syn_sources"
 	SallyportMapSpTable       = "sp_table"
+	SallyportMapSpTokens      = "sp_tokens"
 	SallyportMapSpTraffic     = "sp_traffic"
 	SallyportProgSpBridgeIn   = "sp_bridge_in"
 	SallyportProgSpBridgeOut  = "sp_bridge_out"
@@ -589,6 +600,7 @@ type SallyportMapSpecs struct {
 	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.MapSpec `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
+	SpTokens      *ebpf.MapSpec `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
 }
 
@@ -645,6 +657,7 @@ type SallyportMaps struct {
 	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
 	SpSynSources  *ebpf.Map `ebpf:"sp_syn_sources"`
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
+	SpTokens      *ebpf.Map `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
 }
 
@@ -675,6 +688,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpSynServices,
 		m.SpSynSources,
 		m.SpTable,
+		m.SpTokens,
 		m.SpTraffic,
 	)
 }

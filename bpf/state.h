@@ -48,6 +48,12 @@ static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
 	return p && (p->bits >> (port & 63)) & 1;
 }
 
+/* Port 0, which no service has, is flagged while there is any service. */
+static __always_inline bool sp_anything_protected(void)
+{
+	return sp_port_flagged(IPPROTO_TCP, 0);
+}
+
 static __always_inline struct sp_config *sp_get_config(void)
 {
 	__u32 zero = 0;
@@ -106,6 +112,13 @@ static __always_inline struct bpf_fib_lookup *sp_fib_question(__u32 ifindex,
 static __always_inline bool sp_fib_says_local(long r)
 {
 	return r < 0 || r == BPF_FIB_LKUP_RET_NOT_FWDED || r == BPF_FIB_LKUP_RET_FWD_DISABLED;
+}
+
+/* The sum of RFC 1071 in 16 bits. Its complement is the checksum. */
+static __always_inline __u16 sp_fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
 }
 
 /*

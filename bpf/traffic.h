@@ -11,7 +11,7 @@
  */
 static __always_inline __u32 sp_payload(struct __sk_buff *skb, const struct sp_packet *p)
 {
-	__u32 headers = p->l4 - p->l3 + p->tcp_len;
+	__u32 headers = p->l4 - p->l3 + p->l4_len;
 	__u32 total = skb->len - p->l3;
 	__be16 field = 0;
 

@@ -110,6 +110,7 @@ struct sp_service {
 	enum sp_target target;
 	__u32 ifindex;		/* of the pod's host-side device; 0: not known yet */
 	__u32 generation;	/* of the table this row belongs to */
+	__u32 udp_idle_s;	/* UDP: a flow ends after so much silence; 0: a port of TCP alone, no path opens it */
 	char name[SP_LABEL];
 };
 
@@ -182,7 +183,7 @@ struct sp_flow {
 	__u32 ifindex;
 	__u32 flags;		/* enum sp_flags */
 	enum sp_reason ended;	/* why its path no longer serves it, or NONE */
-	__u32 pad;
+	__u32 udp_idle_s;	/* of its service, when it was opened; TCP: 0 */
 	__u64 id;
 	__u64 opened_ns;
 	__u64 last_ns;
@@ -296,6 +297,12 @@ struct sp_traffic {
 	struct sp_volume socket_leg;
 	struct sp_volume socket_path;
 	struct sp_volume socket_loopback;	/* from the pod itself */
+};
+
+/* Of one CPU: how many ICMP errors it may still send. */
+struct sp_tokens {
+	__u64 refilled_ns;
+	__u64 left;
 };
 
 struct sp_deny_key {

@@ -77,9 +77,9 @@ static __always_inline enum sp_xdp_parse sp_xdp_parse_l4(struct xdp_md *ctx, str
 		return SP_XDP_BROKEN;
 	h->sport = bpf_ntohs(tcp->source);
 	h->dport = bpf_ntohs(tcp->dest);
-	h->tcp_len = tcp->doff * 4;
+	h->l4_len = tcp->doff * 4;
 	h->tcp_flags = ((__u8 *)tcp)[13];
-	return h->tcp_len < sizeof(*tcp) ? SP_XDP_BROKEN : SP_XDP_PORTS;
+	return h->l4_len < sizeof(*tcp) ? SP_XDP_BROKEN : SP_XDP_PORTS;
 }
 
 /* A total length of 0 is left to tc: in a packet that the stack made itself it stands for more than 64 KiB. */

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
+	"github.com/sallyport-dev/sallyport/pkg/privilege"
 )
 
 const defaultConfig = "/etc/sallyport/agent.yaml"
@@ -33,7 +34,7 @@ func (p *process) run() *cobra.Command {
 		Short: "Enforce until stopped; stopping leaves enforcement on",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return p.asRoot(func() error { return agent.Run(cmd.Context(), p.options()) })
+			return p.asRoot(privilege.Agent(), func() error { return agent.Run(cmd.Context(), p.options()) })
 		},
 	}
 }
@@ -44,7 +45,7 @@ func (p *process) guard() *cobra.Command {
 		Short: "Hold the hooks, so that they outlive the agent, its pins and bpffs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return p.asRoot(func() error { return agent.Guard(cmd.Context(), p.options()) })
+			return p.asRoot(privilege.Guard(), func() error { return agent.Guard(cmd.Context(), p.options()) })
 		},
 	}
 }
@@ -88,7 +89,7 @@ func (p *process) uninstall() *cobra.Command {
 		Short: "End enforcement and take everything away but the records; the agent must be stopped",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return p.asRoot(func() error {
+			return p.asRoot(privilege.Agent(), func() error {
 				removed, err := agent.Uninstall(cmd.Context(), p.options(), fmt.Sprintf("uid:%d", p.uid))
 				if err != nil {
 					return err

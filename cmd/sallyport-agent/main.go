@@ -11,15 +11,20 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/privilege"
 )
 
 func main() {
 	// Work in px is done on threads that end afterwards. The main thread cannot end, so it takes no part.
 	runtime.LockOSThread()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbagePercent)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}
@@ -28,6 +33,10 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+// garbagePercent lets the heap grow less than usual between collections: the agent is on every node, its memory
+// is what others there cannot have, and it has little to do.
+const garbagePercent = 40
 
 // process is what the command has of its surroundings.
 type process struct {
@@ -48,9 +57,13 @@ func (p *process) options() agent.Options {
 // errNotRoot refuses what cannot work without the kernel's privileges.
 var errNotRoot = errors.New("needs root")
 
-func (p *process) asRoot(f func() error) error {
+// asRoot runs f with the privileges that it needs, or says which of them are missing.
+func (p *process) asRoot(needs privilege.Set, f func() error) error {
 	if p.uid != 0 {
-		return &policy.Error{Msg: errNotRoot.Error(), Hint: "run it as root, or as the unit sallyport-agent.service", Err: errNotRoot}
+		return &policy.Error{Msg: errNotRoot.Error(), Hint: "run it as root, or as the unit " + needs.Unit, Err: errNotRoot}
+	}
+	if err := needs.Check(); err != nil {
+		return &policy.Error{Msg: err.Error(), Hint: needs.Hint(), Err: err}
 	}
 	return f()
 }

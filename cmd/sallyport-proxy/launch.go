@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/privilege"
 	"github.com/sallyport-dev/sallyport/pkg/px"
 )
 
@@ -30,6 +31,11 @@ type launcher struct {
 
 // launch waits for px and becomes the second run. It returns only with an error or when ctx ends.
 func launch(ctx context.Context, l launcher) error {
+	if needs := privilege.Launcher(); os.Geteuid() != 0 {
+		return fmt.Errorf("needs root: start it by %s", needs.Unit)
+	} else if err := needs.Check(); err != nil {
+		return fmt.Errorf("%w\nhint: %s", err, needs.Hint())
+	}
 	if err := raiseFiles(l.config.Spec.Proxy.MaxConnections); err != nil {
 		return err
 	}

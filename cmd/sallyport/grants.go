@@ -8,6 +8,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 func (c *cli) grants() *cobra.Command {
@@ -59,11 +60,20 @@ func (c *cli) nodeGrants(ctx context.Context, cmd *cobra.Command) error {
 }
 
 func grantsTable(t *table, grants []*api.Grant) {
-	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "REASON", "TICKET", "ENDED WHY")
+	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "BUDGET", "REASON", "TICKET", "ENDED WHY")
 	for _, g := range grants {
 		t.row(g.GetId(), g.GetState(), g.GetService(), strings.Join(g.GetClients(), ","), g.GetRequester(),
-			stamp(g.GetDeadline()), g.GetReason(), g.GetTicket(), g.GetEndedWhy())
+			stamp(g.GetDeadline()), budgetWords(g.GetBudget()), g.GetReason(), g.GetTicket(), g.GetEndedWhy())
 	}
+}
+
+// budgetWords is empty for a grant without a limit.
+func budgetWords(b *api.Budget) string {
+	if b == nil {
+		return ""
+	}
+	return policy.Budget{Bytes: policy.Size(b.GetBytes()), Packets: b.GetPackets(), Connections: b.GetConnections(),
+		ConnectionsPerSecond: b.GetConnectionsPerSecond()}.String()
 }
 
 var grantEventColumns = []column{

@@ -194,7 +194,7 @@ func (n *node) Revoke(_ context.Context, r *api.RevokeRequest) (*api.RevokeReply
 func (n *node) Explain(_ context.Context, q *api.ExplainRequest) (*api.ExplainReply, error) {
 	name := q.Service
 	if name == "" {
-		s, ok := n.policy.ServiceAt(netip.MustParseAddrPort(q.Server))
+		s, ok := n.policy.ServiceAt(policy.ProtocolTCP, netip.MustParseAddrPort(q.Server))
 		if !ok {
 			return &api.ExplainReply{Verdict: "NONE", Reason: "NONE", Lines: []string{q.Server + " is no protected service"}}, nil
 		}

@@ -30,6 +30,9 @@ type terms struct {
 	duration  time.Duration
 	notBefore string
 	notAfter  string
+
+	maxBytes string
+	budget   policy.Budget
 }
 
 func (g *terms) add(f *pflag.FlagSet) {
@@ -37,6 +40,10 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&g.clients, "client", nil, "`ADDRESS` that may go around the proxy; may be repeated")
 	f.IntSliceVar(&g.ports, "port", nil, "only this `PORT` of the service; may be repeated (default: every port)")
 	f.DurationVar(&g.duration, "for", 0, "how long from activation: a `DURATION` like 15m")
+	f.StringVar(&g.maxBytes, "max-bytes", "", "no more than this `SIZE`, like 10GiB, for each client and both directions together")
+	f.Uint64Var(&g.budget.Packets, "max-packets", 0, "no more than `N` packets for each client (default: no limit)")
+	f.Uint64Var(&g.budget.Connections, "max-connections", 0, "no more than `N` connections for each client (default: no limit)")
+	f.Uint32Var(&g.budget.ConnectionsPerSecond, "max-connection-rate", 0, "no more than `N` new connections a second for each client (default: no limit)")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
@@ -49,7 +56,8 @@ func (g *terms) add(f *pflag.FlagSet) {
 var flagOf = map[string]string{
 	"service": "--service", "addresses": "--client", "ports": "--port", "duration": "--for", "audience": "--node",
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
-	"signatures": "--key", "key": "--key",
+	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
+	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
 }
 
 // inFlags tells of wrong fields by the flags that gave them.
@@ -78,10 +86,23 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	ports, portErr := g.portList()
 	begin, beginErr := g.begin(now)
 	end, endErr := g.end(begin)
+	budget, budgetErr := g.limits()
 	return grant.Payload{
 		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
-		NotBefore: begin, NotAfter: end, Duration: g.duration, Reason: g.reason, Ticket: g.ticket, Audience: g.node,
-	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr)
+		NotBefore: begin, NotAfter: end, Duration: g.duration, Budget: budget, Reason: g.reason, Ticket: g.ticket, Audience: g.node,
+	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
+}
+
+func (g *terms) limits() (policy.Budget, error) {
+	b := g.budget
+	if g.maxBytes == "" {
+		return b, nil
+	}
+	err := b.Bytes.UnmarshalText([]byte(g.maxBytes))
+	if e, ok := errors.AsType[*policy.Error](err); ok {
+		e.Field = "budget.bytes"
+	}
+	return b, err
 }
 
 func (g *terms) addresses() ([]netip.Addr, error) {
@@ -145,6 +166,7 @@ func payloadTable(t *table, p grant.Payload) {
 	t.row("lets", fmt.Sprintf("%s: whoever sends from there, with no identity asked", join(p.Addresses, " and ")))
 	t.row("reach", fmt.Sprintf("%s on node %s, %s, around the proxy", p.Service, p.Audience, portWords(p.Ports)))
 	t.row("for", fmt.Sprintf("%s from its activation; then the kernel cuts it", policy.Duration{Duration: p.Duration}))
+	t.row("at most", limitWords(p.Budget))
 	t.row("between", fmt.Sprintf("%s and %s: no activation before, no open path after", p.NotBefore.UTC().Format(time.RFC3339), p.NotAfter.UTC().Format(time.RFC3339)))
 	t.row("because", p.Reason)
 	t.row("ticket", p.Ticket)
@@ -152,6 +174,13 @@ func payloadTable(t *table, p grant.Payload) {
 	if p.PolicyDigest != "" {
 		t.row("only under", "the policy "+p.PolicyDigest)
 	}
+}
+
+func limitWords(b policy.Budget) string {
+	if b == (policy.Budget{}) {
+		return "any number of bytes, packets and connections"
+	}
+	return b.String() + ", for each of these addresses"
 }
 
 func portWords(list []uint16) string {

@@ -233,7 +233,7 @@ func (d *devices) attach(w hookWant) {
 }
 
 // errIgnored is the standing problem of a device that configuration leaves open.
-var errIgnored = errors.New("never hooked, by devices.ignore: what passes it is not steered")
+var errIgnored = errors.New("never hooked, by devices.ignore: what comes by it to protected services is refused")
 
 // reportHoles names the devices that are ignored and forgets the problems of devices that are gone.
 func (d *devices) reportHoles(links []link) {

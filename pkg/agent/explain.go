@@ -66,6 +66,10 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 		r.Verdict, r.Reason, r.Grant = flow.VerdictBypassed.String(), flow.ReasonPathOpen.String(), id
 		return say(r, fmt.Sprintf("%s has a live path, by grant %s: straight to the service", q.client, id))
 	}
+	if service.Spec.Protocol == policy.ProtocolUDP {
+		r.Verdict, r.Reason = flow.VerdictDenied.String(), flow.ReasonUDPNoPath.String()
+		return say(r, fmt.Sprintf("%s has no live path: the datagram is refused, for UDP has no way through the proxy", q.client))
+	}
 	r.Verdict, r.Reason = flow.VerdictProxied.String(), flow.ReasonNoPath.String()
 	say(r, fmt.Sprintf("%s has no live path: the first packet is steered to the proxy", q.client))
 	if q.identity.IsZero() {
@@ -96,7 +100,7 @@ func say(r *api.ExplainReply, line string) *api.ExplainReply {
 // find looks the service up by its name or by the address that is asked for.
 func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, ok bool) {
 	if q.service == "" {
-		s, ok = set.ServiceAt(q.server)
+		s, ok = serviceAt(set, q.server)
 		return s, q.server.Port(), ok
 	}
 	s, ok = set.Service(q.service)
@@ -107,6 +111,14 @@ func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, 
 		return s, q.server.Port(), true
 	}
 	return s, s.Spec.Ports[0], true
+}
+
+// serviceAt takes TCP for what is asked where both protocols are protected.
+func serviceAt(set *policy.Set, dst netip.AddrPort) (policy.ProtectedService, bool) {
+	if s, ok := set.ServiceAt(policy.ProtocolTCP, dst); ok {
+		return s, true
+	}
+	return set.ServiceAt(policy.ProtocolUDP, dst)
 }
 
 func parseQuestion(req *api.ExplainRequest) (q question, err error) {

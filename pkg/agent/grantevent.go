@@ -67,7 +67,7 @@ func describeRow(row store.GrantRow, p grant.Payload) *api.Grant {
 	return &api.Grant{
 		Id: row.ID, State: row.State, Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
 		Clients: texts(p.Addresses), Activated: timestamp(row.Activated), Deadline: timestamp(row.Deadline), Slots: row.Slots,
-		Signers: row.Signers, EndedWhy: row.EndedWhy,
+		Signers: row.Signers, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
 	}
 }
 

@@ -43,7 +43,13 @@ type held struct {
 func (h *held) forget() { h.row.Envelope, h.row.Payload = nil, nil }
 
 func (h *held) live() live {
-	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot}
+	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload)}
+}
+
+// budgetOf is what each path of a grant may carry.
+func budgetOf(p grant.Payload) datapath.Budget {
+	b := p.Budget
+	return datapath.Budget{Bytes: uint64(b.Bytes), Packets: b.Packets, Connections: b.Connections, ConnectionsPerSecond: b.ConnectionsPerSecond}
 }
 
 // grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes

@@ -19,6 +19,11 @@ func slot(n uint32, state datapath.PathState, grant string, client netip.Addr, d
 		Path: datapath.Path{Grant: grant, Client: client, Deadline: deadline}}
 }
 
+func withBudget(p datapath.PathStatus, bytes uint64) datapath.PathStatus {
+	p.Budget.Bytes = bytes
+	return p
+}
+
 func TestPlanPathsOfOneGrant(t *testing.T) {
 	const end = 100 * time.Second
 	a := func(s datapath.PathState) datapath.PathStatus { return slot(1, s, "g", clientA, end) }
@@ -42,9 +47,10 @@ func TestPlanPathsOfOneGrant(t *testing.T) {
 		{"lengthened by hand", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", clientB, end+1)}, 0, stateEnded, stepRevoked, "later deadline"},
 		{"shortened by hand", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", clientB, end-1)}, 0, "", "", ""},
 		{"another client", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", netip.MustParseAddr("10.9.9.9"), end)}, 0, stateEnded, stepRevoked, "10.9.9.9"},
+		{"budget changed by hand", []datapath.PathStatus{a(datapath.PathActive), withBudget(b(datapath.PathActive), 1<<40)}, 0, stateEnded, stepRevoked, "another budget"},
 		{"one client twice", []datapath.PathStatus{a(datapath.PathActive), a(datapath.PathActive)}, 0, stateEnded, stepRevoked, "does not name"},
 	} {
-		plan := planPaths([]live{{"g", []netip.Addr{clientA, clientB}, end}}, c.paths, c.now)
+		plan := planPaths([]live{{"g", []netip.Addr{clientA, clientB}, end, datapath.Budget{}}}, c.paths, c.now)
 		if len(plan.orphans)+len(plan.idle) != 0 {
 			t.Errorf("%s: slots of an active grant given away: %+v", c.name, plan)
 		}

@@ -85,7 +85,7 @@ func (p probe) all(ctx context.Context, targets []netip.AddrPort) error {
 	return errors.Join(errs...)
 }
 
-// probeTargets picks what to connect to: one service of each kind in each address family.
+// probeTargets picks what to connect to: one TCP service of each kind in each address family.
 func probeTargets(services []datapath.Service) []netip.AddrPort {
 	type kind struct {
 		target datapath.Target
@@ -94,6 +94,9 @@ func probeTargets(services []datapath.Service) []netip.AddrPort {
 	picked := make(map[kind]bool)
 	var targets []netip.AddrPort
 	for _, s := range services {
+		if s.Protocol == datapath.UDP {
+			continue
+		}
 		for _, a := range probeAddresses(s) {
 			k := kind{s.Target, a.Is6()}
 			if !picked[k] && len(s.Ports) > 0 {

@@ -13,6 +13,7 @@ import (
 
 func TestProbeTargets(t *testing.T) {
 	services := []datapath.Service{
+		{Name: "datagrams", Target: datapath.TargetHost, Protocol: datapath.UDP, Ports: []uint16{53}},
 		{Name: "a", Target: datapath.TargetHost, Ports: []uint16{5432, 5433}},
 		{Name: "b", Target: datapath.TargetHost, Ports: []uint16{6000}},
 		{Name: "absent", Target: datapath.TargetPod, Addresses: []netip.Addr{clientA}, Ports: []uint16{1}},

@@ -2,12 +2,14 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -77,8 +79,9 @@ func TestResourcesArePutToWork(t *testing.T) {
 	d.write("a.yaml", podAndHost)
 	must(t, d.load())
 	want := []datapath.Service{
-		{ID: 42, Name: "db", Target: datapath.TargetHost, Ports: []uint16{5432}},
-		{ID: 41, Name: "web", Target: datapath.TargetPod, Ports: []uint16{80}, Addresses: d.current().set.Services()[1].Spec.Addresses, Ifindex: 7},
+		{ID: 42, Name: "db", Target: datapath.TargetHost, Protocol: datapath.TCP, DenyUDP: true, Ports: []uint16{5432}},
+		{ID: 41, Name: "web", Target: datapath.TargetPod, Protocol: datapath.TCP, DenyUDP: true, Ports: []uint16{80},
+			Addresses: d.current().set.Services()[1].Spec.Addresses, Ifindex: 7},
 	}
 	if !reflect.DeepEqual(d.applied, [][]datapath.Service{want}) || d.changes != 1 {
 		t.Errorf("applied %+v, %d changes", d.applied, d.changes)
@@ -103,6 +106,32 @@ func TestResourcesArePutToWork(t *testing.T) {
 	d.reload()
 	if len(d.applied) != 2 || d.changes != 3 || len(d.current().set.Keyrings()) != 1 {
 		t.Errorf("only policy changed: %d tables, %d changes", len(d.applied), d.changes)
+	}
+}
+
+// TestRowsOfAProtocol: what a service says of UDP is in the kernel's table.
+func TestRowsOfAProtocol(t *testing.T) {
+	const service = "apiVersion: sallyport.dev/v1alpha1\nkind: ProtectedService\nmetadata: {name: a}\nspec: {target: Host, ports: [53]%s}\n"
+	for says, want := range map[string]datapath.Service{
+		"":                            {Protocol: datapath.TCP, DenyUDP: true},
+		", udp: Deny":                 {Protocol: datapath.TCP, DenyUDP: true},
+		", udp: Allow":                {Protocol: datapath.TCP},
+		", protocol: UDP":             {Protocol: datapath.UDP, Idle: policy.DefaultIdle},
+		", protocol: UDP, idle: 1m5s": {Protocol: datapath.UDP, Idle: 65 * time.Second},
+	} {
+		d := newDirectory(t)
+		d.write("a.yaml", fmt.Sprintf(service, says))
+		must(t, d.load())
+		got := d.applied[0][0]
+		want.ID, want.Name, want.Target, want.Ports = got.ID, "a", datapath.TargetHost, []uint16{53}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: %+v, want %+v", says, got, want)
+		}
+		d.write("a.yaml", fmt.Sprintf(service, ", udp: Allow"))
+		d.reload()
+		if changed := len(d.applied) == 2; changed != (says != ", udp: Allow") {
+			t.Errorf("%q to udp: Allow: table written again: %v", says, changed)
+		}
 	}
 }
 

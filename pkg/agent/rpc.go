@@ -90,8 +90,16 @@ func describePath(p datapath.PathStatus, c clock) *api.Path {
 		Slot: p.Slot, State: stateName(p.State), Grant: p.Grant, Client: p.Client.String(), Service: p.Service,
 		Deadline: timestamp(c.wallAt(p.Deadline)), Left: durationpb.New(max(p.Deadline-c.boot(), 0)),
 		Flows: p.Flows, BytesToServer: p.BytesToServer, BytesToClient: p.BytesToClient,
-		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient,
+		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient, Budget: describeBudget(p.Budget),
 	}
+}
+
+// describeBudget leaves out one without a limit.
+func describeBudget(b datapath.Budget) *api.Budget {
+	if b == (datapath.Budget{}) {
+		return nil
+	}
+	return &api.Budget{Bytes: b.Bytes, Packets: b.Packets, Connections: b.Connections, ConnectionsPerSecond: b.ConnectionsPerSecond}
 }
 
 // stateName is the word for a path's state in status, metrics and documents.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -157,20 +158,35 @@ func backstopAt(cgroup string, each func(link.Link, string) error) error {
 	})
 }
 
-// eachLink walks over every link of the machine. An error of f does not end the walk.
+// eachLink walks over every link of the machine, over some more than once. An error of f does not end the walk.
 func eachLink(f func(link.Link, link.Info) error) error {
-	var errs []error
-	it := new(link.Iterator)
-	defer it.Close()
-	for it.Next() {
-		if info, err := it.Link.Info(); err == nil { // else freed since
-			errs = append(errs, f(it.Link, *info))
+	for {
+		// EAGAIN: somebody is just making a link. Its id is known already, and it is not given out yet.
+		if err := walkLinks(f); !errors.Is(err, unix.EAGAIN) {
+			return err
 		}
 	}
-	if err := it.Err(); err != nil {
-		errs = append(errs, fmt.Errorf("list links: %w", err))
+}
+
+func walkLinks(f func(link.Link, link.Info) error) error {
+	var errs []error
+	var last link.ID
+	for {
+		it := &link.Iterator{ID: last}
+		for it.Next() {
+			if info, err := it.Link.Info(); err == nil { // else freed since
+				errs = append(errs, f(it.Link, *info))
+			}
+		}
+		if err := it.Err(); err != nil && !errors.Is(err, unix.EAGAIN) {
+			errs = append(errs, fmt.Errorf("list links: %w", err))
+		} else if err != nil { // the next one is being made at this moment
+			last = it.ID
+			runtime.Gosched()
+			continue
+		}
+		return errors.Join(errs...)
 	}
-	return errors.Join(errs...)
 }
 
 // BackstopPlace is where one program of the backstop is attached.

@@ -28,14 +28,15 @@ type late struct {
 	ifindex int
 }
 
-// latePod makes one. Its device has the addresses 10.77.0.1 and fd00:77::1 on the node's side.
+// latePod makes one.
 func (n *node) latePod(t *testing.T) late {
 	t.Helper()
-	pod, err := n.AddPod("late", 77)
+	pod, err := n.StartPod(0, nil)
 	must(t, err)
-	ifindex, err := n.Node.Ifindex("late")
+	device := lab.StartedDevice(0)
+	ifindex, err := n.Node.Ifindex(device)
 	must(t, err)
-	return late{pod, "late", ifindex}
+	return late{pod, device, ifindex}
 }
 
 // cannotReach holds that nobody answers there, and that nothing of it got to a socket.

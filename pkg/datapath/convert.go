@@ -72,7 +72,7 @@ func fromEvent(e *bpf.Event) flow.Record {
 	boot := time.Duration(e.BootNs)
 	r := flow.Record{
 		Event: flow.Event(e.Kind), Time: wall(boot), Boot: boot, CPU: int(e.Cpu), Seq: e.Seq,
-		Verdict: flow.Verdict(e.Verdict), Reason: flow.Reason(e.Reason), Protocol: "tcp",
+		Verdict: flow.Verdict(e.Verdict), Reason: flow.Reason(e.Reason), Protocol: Protocol(e.Protocol).String(),
 		Client:  netip.AddrPortFrom(fromAddr(e.Client), e.ClientPort),
 		Server:  netip.AddrPortFrom(fromAddr(e.Server), e.ServerPort),
 		Service: fromLabel(e.Service), Device: deviceName(e.Ifindex), Grant: fromLabel(e.Grant), Slot: e.Slot,
@@ -90,7 +90,7 @@ func fromFlow(k *bpf.FlowKey, f *bpf.Flow, p *bpf.Path, event flow.Event, reason
 	boot := BootTime()
 	r := flow.Record{
 		Event: event, Time: wall(boot), Boot: boot, CPU: -1, FlowID: flowID(f.Id),
-		Verdict: flow.VerdictBypassed, Reason: reason, Protocol: "tcp",
+		Verdict: flow.VerdictBypassed, Reason: reason, Protocol: Protocol(k.Protocol).String(),
 		Client: netip.AddrPortFrom(fromAddr(k.Client), k.ClientPort),
 		Server: netip.AddrPortFrom(fromAddr(k.Server), k.ServerPort),
 		Device: deviceName(f.Ifindex), Slot: f.Slot,

@@ -36,7 +36,7 @@ func (d *differential) draw(index uint64) drawn {
 func (d *differential) seen(of shape.Case) drawn {
 	c := drawn{Case: of, tagType: vlanType, place: &d.places[of.Place]}
 	c.frame = reference.Frame{Hook: c.place.hook, Ifindex: c.place.device, Data: c.Frame}
-	if c.place.tagged == nil {
+	if c.place.hook == reference.L3In || c.place.hook == reference.L3Out {
 		c.stripEthernet()
 	} else if c.place.ingress() {
 		c.takeTag()

@@ -21,8 +21,9 @@ type place struct {
 	name   string
 	hook   reference.Hook
 	device int
+	pass   int32 // the verdict that lets the packet go on, but for tc's
 	plain  *runner
-	tagged *runner // puts a VLAN tag beside the packet; nil on devices without Ethernet
+	tagged *runner // puts a VLAN tag beside the packet; nil where no tags are
 }
 
 func (p place) ingress() bool { return p.hook == reference.DeviceIn || p.hook == reference.LoopbackIn }
@@ -42,31 +43,7 @@ type differential struct {
 func newDifferential(t testing.TB, seed uint64) *differential {
 	r := newRig(t, 65536, 65536)
 	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}}
-	uplink, pod0, pod1 := r.device(t, lab.Uplink), r.device(t, lab.PodDevice(0)), r.device(t, lab.PodDevice(1))
-	add := func(name string, hook reference.Hook, device int) {
-		program := r.program(name)
-		if program == nil {
-			t.Fatalf("no program %s", name)
-		}
-		at := place{name: name, hook: hook, device: device, plain: newRunner(t, program)}
-		attach := ebpf.AttachTCXIngress
-		if hook == reference.DeviceOut || hook == reference.PodOut {
-			attach = ebpf.AttachTCXEgress
-		}
-		if hook != reference.L3In && hook != reference.L3Out {
-			at.tagged = newRunner(t, tagging(t, program, attach))
-		}
-		d.places = append(d.places, at)
-	}
-	add("sp_dev_in", reference.DeviceIn, uplink)
-	add("sp_dev_in", reference.DeviceIn, pod1)
-	add("sp_dev_out", reference.DeviceOut, uplink)
-	add("sp_dev_out", reference.DeviceOut, pod0)
-	add("sp_pod_out", reference.PodOut, pod0)
-	add("sp_pod_out", reference.PodOut, pod1)
-	add("sp_lo_in", reference.LoopbackIn, 1)
-	add("sp_l3_in", reference.L3In, uplink)
-	add("sp_l3_out", reference.L3Out, pod0)
+	d.places = d.everyPlace(t)
 	var ends [][2]shape.Ends
 	for _, at := range d.places {
 		ends = append(ends, [2]shape.Ends{d.ends(t, at, lab.IPv4), d.ends(t, at, lab.IPv6)})
@@ -76,6 +53,46 @@ func newDifferential(t testing.TB, seed uint64) *differential {
 	d.route(t)
 	d.grant(t)
 	return d
+}
+
+// everyPlace lists every program that meets packets for a service, on the devices where it matters.
+func (d *differential) everyPlace(t testing.TB) []place {
+	uplink, pod0, pod1 := d.device(t, lab.Uplink), d.device(t, lab.PodDevice(0)), d.device(t, lab.PodDevice(1))
+	all := []place{
+		{name: "sp_dev_in", hook: reference.DeviceIn, device: uplink},
+		{name: "sp_dev_in", hook: reference.DeviceIn, device: pod1},
+		{name: "sp_bridge_in", hook: reference.DeviceIn, device: uplink},
+		{name: "sp_dev_out", hook: reference.DeviceOut, device: uplink},
+		{name: "sp_dev_out", hook: reference.DeviceOut, device: pod0},
+		{name: "sp_port_out", hook: reference.DeviceOut, device: pod0},
+		{name: "sp_pod_out", hook: reference.PodOut, device: pod0},
+		{name: "sp_pod_out", hook: reference.PodOut, device: pod1},
+		{name: "sp_pod_port_out", hook: reference.PodOut, device: pod0},
+		{name: "sp_lo_in", hook: reference.LoopbackIn, device: 1},
+		{name: "sp_l3_in", hook: reference.L3In, device: uplink},
+		{name: "sp_l3_out", hook: reference.L3Out, device: pod0},
+		{name: "sp_cg_in", hook: reference.SocketIn, device: uplink, pass: cgPass},
+	}
+	for i := range all {
+		all[i].load(t, d.program(all[i].name))
+	}
+	return all
+}
+
+// load makes the place's runners.
+func (p *place) load(t testing.TB, program *ebpf.Program) {
+	p.plain = newRunner(t, program)
+	switch p.hook {
+	case reference.DeviceOut, reference.PodOut:
+		p.tagged = newRunner(t, tagging(t, program, ebpf.AttachTCXEgress))
+	case reference.DeviceIn, reference.LoopbackIn:
+		p.tagged = newRunner(t, tagging(t, program, ebpf.AttachTCXIngress))
+	}
+}
+
+// at is the first place of that program.
+func (d *differential) at(program string) int {
+	return slices.IndexFunc(d.places, func(p place) bool { return p.name == program })
 }
 
 // world is what the rig protects, told to the reference.

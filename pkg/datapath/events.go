@@ -46,7 +46,7 @@ func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
 		}
 		record := fromEvent(e)
 		if record.Service == "" {
-			record.Service = d.serviceAt(record.Server)
+			record.Service = d.serviceAt(record.Server, Protocol(e.Protocol))
 		}
 		f(record)
 	}
@@ -54,11 +54,12 @@ func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
 
 func (d *Datapath) fromDeny(k *bpf.DenyKey, count uint64) flow.Record {
 	boot := BootTime()
-	server := netip.AddrPortFrom(fromAddr(k.Server), uint16(k.ServerPort))
+	server := netip.AddrPortFrom(fromAddr(k.Server), k.ServerPort)
+	protocol := Protocol(k.Protocol)
 	return flow.Record{
 		Event: flow.EventDeny, Time: wall(boot), Boot: boot, CPU: -1, Verdict: flow.VerdictDenied,
-		Reason: flow.Reason(k.Reason), Protocol: "tcp", Client: netip.AddrPortFrom(fromAddr(k.Client), 0),
-		Server: server, Service: d.serviceAt(server), Count: count,
+		Reason: flow.Reason(k.Reason), Protocol: protocol.String(), Client: netip.AddrPortFrom(fromAddr(k.Client), 0),
+		Server: server, Service: d.serviceAt(server, protocol), Count: count,
 	}
 }
 

@@ -167,6 +167,8 @@ func endOf(f *bpf.Flow, path flow.Reason) flow.Reason {
 		return path
 	case closed && BootTime()-time.Duration(f.LastNs) > closedFlowLinger:
 		return flow.ReasonClosed
+	case f.UdpIdleS != 0 && BootTime()-time.Duration(f.LastNs) > time.Duration(f.UdpIdleS)*time.Second:
+		return flow.ReasonUDPIdle
 	}
 	return flow.ReasonNone
 }

@@ -40,6 +40,7 @@ type scene struct {
 	device         int
 	client, server netip.AddrPort
 	service        uint32
+	protocol       uint8
 	towards, from  string // programs that see the packets of either direction
 }
 
@@ -49,18 +50,38 @@ const clientPort = 40000
 func (r *rig) scenes(t testing.TB, f lab.Family) map[string]scene {
 	at := netip.AddrPortFrom
 	list := []scene{
-		{"host", f, bpf.SallyportSpHookSP_HOOK_IN, r.device(t, lab.Uplink), at(r.Client.Addr(f), clientPort),
-			at(r.Node.Addr(f), hostPort), hostID, "sp_dev_in", "sp_dev_out"},
-		{"pod", f, bpf.SallyportSpHookSP_HOOK_OUT, r.device(t, lab.PodDevice(0)), at(r.Client.Addr(f), clientPort),
-			at(r.Pod.Addr(f), podPort), podID, "sp_pod_out", "sp_dev_in"},
-		{"lo", f, bpf.SallyportSpHookSP_HOOK_LO, 1, at(f.Loopback(), clientPort),
-			at(f.Loopback(), hostPort), hostID, "sp_lo_in", "sp_lo_in"},
+		{name: "host", hook: bpf.SallyportSpHookSP_HOOK_IN, device: r.device(t, lab.Uplink), client: at(r.Client.Addr(f), clientPort),
+			server: at(r.Node.Addr(f), hostPort), service: hostID, towards: "sp_dev_in", from: "sp_dev_out"},
+		{name: "pod", hook: bpf.SallyportSpHookSP_HOOK_OUT, device: r.device(t, lab.PodDevice(0)), client: at(r.Client.Addr(f), clientPort),
+			server: at(r.Pod.Addr(f), podPort), service: podID, towards: "sp_pod_out", from: "sp_dev_in"},
+		{name: "lo", hook: bpf.SallyportSpHookSP_HOOK_LO, device: 1, client: at(f.Loopback(), clientPort),
+			server: at(f.Loopback(), hostPort), service: hostID, towards: "sp_lo_in", from: "sp_lo_in"},
+	}
+	for _, s := range list[:3] {
+		list = append(list, s.udp())
+	}
+	for i := range list {
+		list[i].family = f
+		if list[i].protocol == 0 {
+			list[i].protocol = packet.TCP
+		}
 	}
 	out := map[string]scene{}
 	for _, s := range list {
 		out[s.name] = s
 	}
 	return out
+}
+
+// udp is the same way to the UDP service of the same place.
+func (s scene) udp() scene {
+	s.name, s.protocol = "udp "+s.name, packet.UDP
+	id, port := uint32(hostUDPID), uint16(hostUDPPort)
+	if s.service == podID {
+		id, port = podUDPID, podUDPPort
+	}
+	s.service, s.server = id, netip.AddrPortFrom(s.server.Addr(), port)
+	return s
 }
 
 func everyScene() []string { return []string{"host", "pod", "lo"} }
@@ -111,6 +132,8 @@ type want struct {
 	// state.go says how they read. C and S stand for the scene's client and server.
 	state   []string
 	records []string
+	// out is the packet afterwards; nil: as before, but for the MAC addresses of a steered one.
+	out func(sent []byte) []byte
 	// mark of the packet afterwards; nil: as before.
 	mark func(r *rig, s scene) uint32
 	// becomes is what goes on in place of the packet; nil: the packet.
@@ -180,7 +203,7 @@ func (c progCase) run(t *testing.T, r *rig, s scene) {
 	if c.want.becomes != nil {
 		became = c.want.becomes(s)
 	}
-	r.compareBytes(t, became, verdict, out)
+	r.compareBytes(t, became, verdict, out, c.want.out)
 	wantMark := p.ctx.Mark
 	if c.want.mark != nil {
 		wantMark = c.want.mark(r, s)
@@ -215,11 +238,14 @@ func (r *rig) send(t testing.TB, p probe) (verdict int32, out []byte, mark uint3
 	return verdict, o.DataOut, after.Mark
 }
 
-// compareBytes: a packet changes only on its way to the proxy, and then only in its MAC addresses.
-func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte) {
+// compareBytes: unless a case says otherwise, a packet changes only on its way to the proxy, and then only in
+// its MAC addresses.
+func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte, change func([]byte) []byte) {
 	t.Helper()
 	expect := bytes.Clone(p.frame)
-	if verdict == actRedirect && !strings.HasPrefix(p.program, "sp_px") {
+	if change != nil {
+		expect = change(expect)
+	} else if verdict == actRedirect && !strings.HasPrefix(p.program, "sp_px") {
 		copy(expect, make([]byte, 6))
 		copy(expect[6:], r.cfg.Stamp[:])
 	}

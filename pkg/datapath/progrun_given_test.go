@@ -11,6 +11,7 @@ import (
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/test/packet"
 )
 
 func pathKey(s scene) bpf.PathKey {
@@ -58,7 +59,7 @@ func otherSchema(t testing.TB, r *rig, _ scene, _ *probe) {
 
 func flowKey(s scene) bpf.FlowKey {
 	return bpf.FlowKey{Client: datapath.ToAddr(s.client.Addr()), Server: datapath.ToAddr(s.server.Addr()),
-		ClientPort: s.client.Port(), ServerPort: s.server.Port(), Protocol: 6}
+		ClientPort: s.client.Port(), ServerPort: s.server.Port(), Protocol: uint32(s.protocol)}
 }
 
 // bypassed is a flow of slot 0 that was opened before the case and has had no packets.
@@ -67,6 +68,9 @@ func bypassed(change ...func(*bpf.Flow)) given {
 		now := uint64(datapath.BootTime())
 		k := flowKey(s)
 		v := bpf.Flow{Epoch: 1, ServiceId: s.service, Hook: s.hook, Ifindex: uint32(s.device), Id: 7, OpenedNs: now, LastNs: now}
+		if s.protocol == packet.UDP {
+			v.UdpIdleS = udpIdle
+		}
 		for _, f := range change {
 			f(&v)
 		}

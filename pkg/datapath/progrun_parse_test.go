@@ -113,10 +113,6 @@ func brokenCases() []progCase {
 		return progCase{name: "broken/cut", only: f, packet: cut(n), want: malformed}
 	}
 	out := []progCase{
-		v4("version 5", malformed, set(0, 0x55)),
-		v4("version 6 in IPv4", malformed, set(0, 0x65)),
-		v6("version 4 in IPv6", malformed, set(0, 0x45)),
-		v6("version 0", malformed, set(0, 0)),
 		v4("header length 4", malformed, set(0, 0x44)),
 		v4("header length 0", malformed, set(0, 0x40)),
 		v4("header beyond the packet", malformed, set(0, 0x4f)),
@@ -156,6 +152,23 @@ func brokenCases() []progCase {
 func withPorts(w want) want {
 	w.records = []string{"DENY MALFORMED"}
 	return w
+}
+
+// misplacedCases: no IP header where it should begin. Whose packet it is cannot be read, so it is dropped
+// while anything is protected.
+func misplacedCases() []progCase {
+	lost := drop(flow.ReasonMalformed)
+	lost.records = []string{"DENY MALFORMED of :::0 to :::0"}
+	begins := func(name string, f lab.Family, first byte) progCase {
+		return progCase{name: "misplaced/" + name, only: f, want: lost, packet: bent(func(b []byte, _ packet.Offsets) []byte {
+			b[14] = first
+			return b
+		})}
+	}
+	return []progCase{
+		begins("version 5", lab.IPv4, 0x55), begins("version 6 in IPv4", lab.IPv4, 0x65), begins("version 0", lab.IPv4, 5),
+		begins("version 4 in IPv6", lab.IPv6, 0x45), begins("version 0", lab.IPv6, 0),
+	}
 }
 
 // fragmentCases: fragments and what hides TCP.
@@ -229,6 +242,7 @@ func TestUnreadablePackets(t *testing.T) {
 	for _, cases := range [][]progCase{shapeCases(), brokenCases(), fragmentCases(), unownedCases()} {
 		runCases(t, r, cases)
 	}
+	runCases(t, r, misplacedCases())
 }
 
 // TestUnreadableWithoutServices: with nothing protected there is nothing to drop.
@@ -237,7 +251,7 @@ func TestUnreadableWithoutServices(t *testing.T) {
 	_, err := r.d.SetServices(nil)
 	check(t, err)
 	var cases []progCase
-	for _, c := range append(brokenCases(), fragmentCases()...) {
+	for _, c := range slices.Concat(brokenCases(), fragmentCases(), misplacedCases()) {
 		c.want = pass(flow.ReasonNone)
 		cases = append(cases, c)
 	}
@@ -252,6 +266,7 @@ func TestUnreadableWithPodOnly(t *testing.T) {
 	_, err = r.d.SetServices([]datapath.Service{{ID: podID, Name: "pod-echo", Target: datapath.TargetPod, Ports: []uint16{podPort},
 		Ifindex: pod, Addresses: []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}}})
 	check(t, err)
+	runCases(t, r, misplacedCases())
 	for _, c := range append(brokenCases(), fragmentCases()...) {
 		runCases(t, r, []progCase{c.in("pod")})
 		c.want = pass(flow.ReasonNone)

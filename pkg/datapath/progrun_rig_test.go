@@ -22,6 +22,19 @@ import (
 	"github.com/sallyport-dev/sallyport/test/lab"
 )
 
+// Services of the rig beside those of every node: UDP ones, and TCP ones whose ports are refused to UDP.
+const (
+	hostUDPPort = 8090
+	podUDPPort  = 8091
+	hostWebPort = 8443
+	podWebPort  = 8444
+	hostUDPID   = 3
+	podUDPID    = 4
+	hostWebID   = 5
+	podWebID    = 6
+	udpIdle     = 30 // seconds
+)
+
 // Verdicts of the programs (linux/pkt_cls.h).
 const (
 	actNext     int32 = -1
@@ -101,10 +114,15 @@ func (r *rig) openRings(t testing.TB) {
 func (r *rig) protect(t testing.TB) {
 	pod, err := r.Node.Ifindex(lab.PodDevice(0))
 	check(t, err)
+	addresses := []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}
 	_, err = r.d.SetServices([]datapath.Service{
 		{ID: hostID, Name: "host-echo", Target: datapath.TargetHost, Ports: []uint16{hostPort}},
-		{ID: podID, Name: "pod-echo", Target: datapath.TargetPod, Ports: []uint16{podPort}, Ifindex: pod,
-			Addresses: []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}},
+		{ID: podID, Name: "pod-echo", Target: datapath.TargetPod, Ports: []uint16{podPort}, Ifindex: pod, Addresses: addresses},
+		{ID: hostUDPID, Name: "host-udp", Target: datapath.TargetHost, Protocol: datapath.UDP, Ports: []uint16{hostUDPPort}, Idle: udpIdle * time.Second},
+		{ID: podUDPID, Name: "pod-udp", Target: datapath.TargetPod, Protocol: datapath.UDP, Ports: []uint16{podUDPPort}, Ifindex: pod,
+			Addresses: addresses, Idle: udpIdle * time.Second},
+		{ID: hostWebID, Name: "host-web", Target: datapath.TargetHost, Ports: []uint16{hostWebPort, hostUDPPort}, DenyUDP: true},
+		{ID: podWebID, Name: "pod-web", Target: datapath.TargetPod, Ports: []uint16{podWebPort}, Ifindex: pod, Addresses: addresses, DenyUDP: true},
 	})
 	check(t, err)
 }
@@ -129,6 +147,7 @@ func (r *rig) reset(t testing.TB) {
 		check(t, r.m.SpCounters.Put(uint32(reason), make([]bpf.Counter, cpus)))
 	}
 	check(t, r.m.SpSequence.Put(uint32(0), make([]bpf.Sequence, cpus)))
+	check(t, r.m.SpTokens.Put(uint32(0), make([]bpf.Tokens, cpus)))
 }
 
 func empty[K comparable, V any](t testing.TB, m *ebpf.Map) {
@@ -209,7 +228,7 @@ func (r *rig) program(name string) *ebpf.Program {
 		"sp_dev_in": p.SpDevIn, "sp_dev_out": p.SpDevOut, "sp_pod_out": p.SpPodOut,
 		"sp_l3_in": p.SpL3In, "sp_l3_out": p.SpL3Out, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
-		"sp_cg_in": p.SpCgIn,
+		"sp_cg_in": p.SpCgIn, "sp_bridge_in": p.SpBridgeIn, "sp_port_out": p.SpPortOut, "sp_pod_port_out": p.SpPodPortOut,
 	}[name]
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -15,21 +16,41 @@ type row struct {
 	value bpf.Service
 }
 
+// rowsOf lists the rows of the services, and last those that refuse UDP where no UDP service is.
 func rowsOf(services []Service, gen uint32) []row {
 	var rows []row
+	taken := map[bpf.ServiceKey]bool{}
 	for _, s := range services {
-		addresses := s.Addresses
-		if s.Target == TargetHost {
-			addresses = []netip.Addr{netip.IPv6Unspecified()} // every local address
+		for _, r := range s.rows(s.Protocol.number(), gen) {
+			rows = append(rows, r)
+			taken[r.key] = true
 		}
-		for _, a := range addresses {
-			for _, port := range s.Ports {
-				rows = append(rows, row{
-					bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint16(s.Protocol.number())},
-					bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex),
-						Generation: gen, Name: toLabel(s.Name)},
-				})
+	}
+	for _, s := range services {
+		if !s.DenyUDP {
+			continue
+		}
+		for _, r := range s.rows(UDP, gen) {
+			if !taken[r.key] {
+				rows = append(rows, r)
 			}
+		}
+	}
+	return rows
+}
+
+// rows makes a row for each address and port.
+func (s *Service) rows(p Protocol, gen uint32) []row {
+	var rows []row
+	addresses := s.Addresses
+	if s.Target == TargetHost {
+		addresses = []netip.Addr{netip.IPv6Unspecified()} // every local address
+	}
+	value := bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex), Generation: gen,
+		UdpIdleS: uint32(s.Idle / time.Second), Name: toLabel(s.Name)}
+	for _, a := range addresses {
+		for _, port := range s.Ports {
+			rows = append(rows, row{bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint16(p)}, value})
 		}
 	}
 	return rows
@@ -91,7 +112,11 @@ const portWords = 1024
 
 type portBits [2 * portWords]bpf.Ports
 
+// bitsOf flags the ports of the rows. Port 0 of TCP, which nobody has, says that there are any.
 func bitsOf(rows []row) (b portBits) {
+	if len(rows) > 0 {
+		b[0].Bits = 1
+	}
 	for _, r := range rows {
 		word := int(r.key.Port >> 6)
 		if Protocol(r.key.Protocol) == UDP {
@@ -180,7 +205,8 @@ func (d *Datapath) restoreServices() error {
 		d.gen = max(d.gen, r.value.Generation)
 		s := byID[r.value.Id]
 		if s == nil {
-			s = &Service{ID: r.value.Id, Name: fromLabel(r.value.Name), Target: Target(r.value.Target), Ifindex: int(r.value.Ifindex)}
+			s = &Service{ID: r.value.Id, Name: fromLabel(r.value.Name), Target: Target(r.value.Target),
+				Ifindex: int(r.value.Ifindex), Idle: time.Duration(r.value.UdpIdleS) * time.Second}
 			byID[r.value.Id] = s
 			order = append(order, r.value.Id)
 		}
@@ -194,6 +220,11 @@ func (d *Datapath) restoreServices() error {
 }
 
 func (s *Service) add(k bpf.ServiceKey) {
+	if Protocol(k.Protocol) == UDP && s.Idle == 0 {
+		s.DenyUDP = true
+		return
+	}
+	s.Protocol = Protocol(k.Protocol)
 	for _, p := range s.Ports {
 		if p == k.Port {
 			k.Port = 0
@@ -250,13 +281,16 @@ func (d *Datapath) Generation() uint32 {
 }
 
 // serviceAt names the service that a denied packet was for, if it is known.
-func (d *Datapath) serviceAt(dst netip.AddrPort) string {
+func (d *Datapath) serviceAt(dst netip.AddrPort, p Protocol) string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	name := ""
 	for _, s := range d.services {
-		for _, p := range s.Ports {
-			if p != dst.Port() {
+		if s.Protocol.number() != p && !(s.DenyUDP && p == UDP) {
+			continue
+		}
+		for _, port := range s.Ports {
+			if port != dst.Port() {
 				continue
 			}
 			if s.Target == TargetHost && name == "" {

@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -28,6 +29,17 @@ const (
 	UDP Protocol = 17
 )
 
+// String is the name in flow records.
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return fmt.Sprintf("ip-%d", uint8(p))
+}
+
 // number makes the zero Protocol TCP.
 func (p Protocol) number() Protocol {
 	if p == 0 {
@@ -44,7 +56,9 @@ type Service struct {
 	Protocol  Protocol     // 0: TCP
 	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
-	Ifindex   int // TargetPod: the host-side device; 0: not known yet, closed at every device
+	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
+	Idle      time.Duration // UDP: silence that ends a flow, in whole seconds, at least one
+	DenyUDP   bool          // TCP: refuses UDP to the same addresses and ports, but for those of a UDP service
 }
 
 // PathState is the u32 in the path state map. An operator revokes by hand by storing 3.

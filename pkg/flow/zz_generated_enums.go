@@ -63,10 +63,13 @@ const (
 	ReasonNoStamp          Reason = 59
 	ReasonReverseOpen      Reason = 60
 	ReasonNoConfig         Reason = 61
+	ReasonUDPNoPath        Reason = 62
+	ReasonUDPNoFlow        Reason = 63
+	ReasonUDPIdle          Reason = 64
+	ReasonUDPDenied        Reason = 65
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
-	ReasonUnexplained      Reason = 78
 	ReasonXDPMalformed     Reason = 80
 	ReasonXDPMapped        Reason = 81
 	ReasonXDPMartian       Reason = 82
@@ -129,10 +132,13 @@ var reasonNames = map[Reason]string{
 	ReasonNoStamp:          "NO_STAMP",
 	ReasonReverseOpen:      "REVERSE_OPEN",
 	ReasonNoConfig:         "NO_CONFIG",
+	ReasonUDPNoPath:        "UDP_NO_PATH",
+	ReasonUDPNoFlow:        "UDP_NO_FLOW",
+	ReasonUDPIdle:          "UDP_IDLE",
+	ReasonUDPDenied:        "UDP_DENIED",
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",
-	ReasonUnexplained:      "UNEXPLAINED",
 	ReasonXDPMalformed:     "XDP_MALFORMED",
 	ReasonXDPMapped:        "XDP_MAPPED",
 	ReasonXDPMartian:       "XDP_MARTIAN",

@@ -25,10 +25,35 @@ type wire struct {
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
 	Duration     string   `json:"duration"`
+	Budget       *budget  `json:"budget,omitempty"`
 	Reason       string   `json:"reason"`
 	Ticket       string   `json:"ticket,omitempty"`
 	Audience     string   `json:"audience"`
 	PolicyDigest string   `json:"policyDigest,omitempty"`
+}
+
+// budget is a budget's form in JSON, in numbers alone.
+type budget struct {
+	Bytes                uint64 `json:"bytes,omitempty"`
+	Packets              uint64 `json:"packets,omitempty"`
+	Connections          uint64 `json:"connections,omitempty"`
+	ConnectionsPerSecond uint32 `json:"connectionsPerSecond,omitempty"`
+}
+
+// wireBudget leaves out a budget without a limit.
+func wireBudget(b policy.Budget) *budget {
+	if b == (policy.Budget{}) {
+		return nil
+	}
+	return &budget{uint64(b.Bytes), b.Packets, b.Connections, b.ConnectionsPerSecond}
+}
+
+func (b *budget) read() policy.Budget {
+	if b == nil {
+		return policy.Budget{}
+	}
+	return policy.Budget{Bytes: policy.Size(b.Bytes), Packets: b.Packets, Connections: b.Connections,
+		ConnectionsPerSecond: b.ConnectionsPerSecond}
 }
 
 // MarshalJSON gives the canonical form, but for the escapes that encoding/json adds around it.
@@ -52,7 +77,7 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports,
+		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(),
 		Reason: w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
@@ -87,6 +112,7 @@ func (p Payload) canonical() ([]byte, error) {
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
+		Budget:    wireBudget(p.Budget),
 		Reason:    p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
 	}
 	for _, a := range p.Addresses {

@@ -46,6 +46,7 @@ type Payload struct {
 	NotBefore, NotAfter time.Time
 	// Duration of a path from its activation.
 	Duration     time.Duration
+	Budget       policy.Budget // of each path; 0 is no limit
 	Reason       string
 	Ticket       string // may be empty
 	Audience     string // name of the one node that may activate it

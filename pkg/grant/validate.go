@@ -36,6 +36,7 @@ func (p Payload) Validate() error {
 	v.ports(p.Ports)
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
+	v.check("budget", policy.CheckBudget(p.Budget))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))
 	if p.Ticket != "" {
 		v.check("ticket", checkText(p.Ticket, "name the ticket or leave it out"))

@@ -57,7 +57,7 @@ func TestNilSetAllowsNothing(t *testing.T) {
 		if d := s.Authorise("postgres", spiffeid.RequireFromString("spiffe://example.org/app/web")); d.Allowed {
 			t.Error("allowed an identity")
 		}
-		if _, ok := s.ServiceAt(netip.MustParseAddrPort("10.0.0.1:5432")); ok {
+		if _, ok := s.ServiceAt(policy.ProtocolTCP, netip.MustParseAddrPort("10.0.0.1:5432")); ok {
 			t.Error("found a service")
 		}
 		if err := s.CheckGrant(goodFacts()); err == nil {
@@ -117,10 +117,25 @@ func TestServiceAt(t *testing.T) {
 		"[fd00:2::2]:0":            "",
 		"[fd00:2:0:0:0:0:0:2]:443": "",
 	} {
-		svc, ok := s.ServiceAt(netip.MustParseAddrPort(dst))
+		svc, ok := s.ServiceAt(policy.ProtocolTCP, netip.MustParseAddrPort(dst))
 		if svc.Name != want || ok != (want != "") {
 			t.Errorf("%s belongs to %q, want %q", dst, svc.Name, want)
 		}
+	}
+}
+
+// TestServiceAtOfAProtocol: the same port may be one service of TCP and another of UDP.
+func TestServiceAtOfAProtocol(t *testing.T) {
+	s := mustParse(t, good+"---\n"+head+"ProtectedService\nmetadata: {name: datagrams}\nspec:\n  target: Host\n  protocol: UDP\n  ports: [5432]\n")
+	dst := netip.MustParseAddrPort("127.0.0.1:5432")
+	for protocol, want := range map[string]string{policy.ProtocolTCP: "postgres", policy.ProtocolUDP: "datagrams"} {
+		if svc, _ := s.ServiceAt(protocol, dst); svc.Name != want {
+			t.Errorf("%s belongs to %q, want %q", protocol, svc.Name, want)
+		}
+	}
+	svc, _ := s.Service("datagrams")
+	if svc.Spec.Idle == nil || svc.Spec.Idle.Duration != policy.DefaultIdle {
+		t.Errorf("idle time is %v, want %v", svc.Spec.Idle, policy.DefaultIdle)
 	}
 }
 

@@ -35,6 +35,9 @@ type BypassPolicySpec struct {
 	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
 	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
 	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
+	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
+	// it.
+	MaxBudget Budget `json:"maxBudget,omitzero" yaml:"maxBudget,omitempty"`
 	// Signers are people of the keyrings. Any one of them may sign.
 	Signers []string `json:"signers" yaml:"signers"`
 	// RequireTicket refuses a grant without a ticket.
@@ -52,6 +55,7 @@ func (p *BypassPolicy) validate(d *document) {
 		}
 	}
 	p.validateSources(d)
+	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
 }
 

@@ -18,6 +18,7 @@ type GrantFacts struct {
 	Ports     []uint16 // empty: all of the service
 	Addresses []netip.Addr
 	Duration  time.Duration
+	Budget    Budget
 	Binding   string
 	Ticket    string
 	Reason    string
@@ -64,6 +65,7 @@ func check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
 	c.ports(svc, g.Ports)
 	c.addresses(g)
 	c.duration(g.Duration)
+	c.budget(g.Budget)
 	c.paperwork(g)
 	c.signers(g.Signers)
 	return c.errs

@@ -56,6 +56,13 @@ func TestCheckGrant(t *testing.T) {
 		{name: "zero duration", facts: func(g *policy.GrantFacts) { g.Duration = 0 }, fields: []string{"duration"}, msg: "more than 0"},
 		{name: "negative duration", facts: func(g *policy.GrantFacts) { g.Duration = -1 }, fields: []string{"duration"}, msg: "more than 0"},
 		{name: "over the cap", facts: func(g *policy.GrantFacts) { g.Duration++ }, fields: []string{"duration"}, msg: "over the cap of 15m"},
+		{name: "budget, none required", facts: func(g *policy.GrantFacts) { g.Budget.Bytes = 1 }},
+		{name: "no budget", policy: needBudget, fields: []string{"budget.bytes", "budget.connections"}, msg: "requires a limit of at most 10GiB"},
+		{name: "budget", policy: needBudget, facts: func(g *policy.GrantFacts) {
+			g.Budget = policy.Budget{Bytes: 10 << 30, Connections: 3, Packets: 1 << 40}
+		}},
+		{name: "budget over the cap", policy: needBudget, facts: func(g *policy.GrantFacts) { g.Budget = policy.Budget{Bytes: 10<<30 + 1, Connections: 4} },
+			fields: []string{"budget.bytes", "budget.connections"}, msg: "10737418241B is over the cap of 10GiB"},
 		{name: "another binding", facts: func(g *policy.GrantFacts) { g.Binding = "workload" }, fields: []string{"binding"}, msg: `binding "workload"`},
 		{name: "no binding", facts: func(g *policy.GrantFacts) { g.Binding = "" }, fields: []string{"binding"}, msg: `binding ""`},
 		{name: "empty reason", facts: func(g *policy.GrantFacts) { g.Reason = " \t" }, fields: []string{"reason"}, msg: "is empty"},
@@ -103,6 +110,10 @@ func checkRefusal(t *testing.T, err error, want []string, msg string) {
 
 func allowNode(s string) string {
 	return strings.Replace(s, "nodeAddresses: false", "nodeAddresses: true", 1)
+}
+
+func needBudget(s string) string {
+	return strings.Replace(s, "requireTicket: false", "requireTicket: false\n  maxBudget: {bytes: 10GiB, connections: 3}", 1)
 }
 
 func needTicket(s string) string {

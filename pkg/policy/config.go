@@ -68,7 +68,7 @@ const (
 type DevicesConfig struct {
 	// Pods are host-side devices of pods: veth*, cali*. Every other device is an uplink.
 	Pods []string `json:"pods" yaml:"pods"`
-	// Ignore are devices that are never hooked. Each is a hole, and is shown in status.
+	// Ignore are devices that are never hooked. Protected services are closed to what comes by them.
 	Ignore []string `json:"ignore,omitempty" yaml:"ignore,omitempty"`
 }
 

@@ -135,7 +135,14 @@ var wrongs = []wrong{
 	// services
 	{"no target", "  target: Host\n", "", "spec:\n  ports: [5432]", "spec.target", "is missing"},
 	{"unknown target", "target: Host", "target: Cluster", "Cluster", "spec.target", `"Cluster" is not known`},
-	{"UDP", "protocol: TCP", "protocol: UDP", "UDP", "spec.protocol", `"UDP" is not known`},
+	{"unknown protocol", "protocol: TCP", "protocol: SCTP", "SCTP", "spec.protocol", `"SCTP" is not known`},
+	{"UDP with access", "  target: Host\n", "  target: Host\n  protocol: UDP\n", "access:", "spec.access", "nothing proves who sent a datagram"},
+	{"UDP with udp", "protocol: TCP", "protocol: UDP\n  udp: Deny", "udp: Deny", "spec.udp", "it is for TCP services"},
+	{"unknown answer to UDP", "protocol: TCP", "protocol: TCP\n  udp: Drop", "udp: Drop", "spec.udp", `"Drop" is not known`},
+	{"TCP with an idle time", "protocol: TCP", "protocol: TCP\n  idle: 30s", "idle: 30s", "spec.idle", "a TCP service has no idle time"},
+	{"idle time too short", "protocol: TCP", "protocol: UDP\n  idle: 500ms", "idle: 500ms", "spec.idle", "500ms is not allowed"},
+	{"idle time too long", "protocol: TCP", "protocol: UDP\n  idle: 61m", "idle: 61m", "spec.idle", "1h1m is not allowed"},
+	{"idle time with a fraction", "protocol: TCP", "protocol: UDP\n  idle: 1500ms", "idle: 1500ms", "spec.idle", "1.5s is not allowed"},
 	{"no ports", "  ports: [5432]\n", "", "spec:\n  target: Host", "spec.ports", "at least one port"},
 	{"empty ports", "ports: [5432]", "ports: []", "ports: []", "spec.ports", "at least one port"},
 	{"port 0", "[6379, 6380]", "\n    - 6379\n    - 0", "- 0", "spec.ports[1]", "0 is not a port"},
@@ -333,7 +340,7 @@ func TestParseEmptySetIsAnError(t *testing.T) {
 func TestSuggestions(t *testing.T) {
 	for _, c := range []struct{ old, new, hint string }{
 		{"  target: Host", "  taget: Host", "did you mean target?"},
-		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, ports, protocol, target"},
+		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, idle, ports, protocol, target, udp"},
 		{"services: [postgres]", "services: [Postgres]", "did you mean postgres?"},
 		{"signers: [alice]", "signers: [bob]", "known here: alice"},
 		{`"10.1.0.0/24"`, `"10.1.0.9/24"`, "write 10.1.0.0/24, or the address alone"},

@@ -26,8 +26,9 @@ func checkUnique[T any](list []located[T], name func(T) string) {
 
 // endpoint is what only one protected service may claim. Host services have no address.
 type endpoint struct {
-	addr netip.Addr
-	port uint16
+	protocol string
+	addr     netip.Addr
+	port     uint16
 }
 
 // checkOverlaps reports a port that two services claim at the same place.
@@ -36,7 +37,7 @@ func (p *parser) checkOverlaps() {
 	for i, l := range p.services {
 		for j, port := range l.value.Spec.Ports {
 			for _, addr := range claimed(l.value) {
-				at, taken := first(seen, endpoint{addr, port}, i)
+				at, taken := first(seen, endpoint{l.value.Spec.Protocol, addr, port}, i)
 				if !taken || at == i {
 					continue
 				}

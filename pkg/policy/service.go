@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -19,8 +20,28 @@ const (
 	TargetPod Target = "Pod"
 )
 
-// ProtocolTCP is the only protocol of this version.
-const ProtocolTCP = "TCP"
+// Protocols of a protected service.
+const (
+	// ProtocolTCP goes through the proxy, or around it under a path.
+	ProtocolTCP = "TCP"
+	// ProtocolUDP goes under a path or not at all: nothing proves who sent a datagram.
+	ProtocolUDP = "UDP"
+)
+
+// Answers to UDP at the ports of a TCP service.
+const (
+	UDPDeny  = "Deny"
+	UDPAllow = "Allow"
+)
+
+// DefaultIdle is the silence that ends a UDP flow unless a service says otherwise.
+const DefaultIdle = 30 * time.Second
+
+// minFlowIdle and maxFlowIdle bound what a service may say.
+const (
+	minFlowIdle = time.Second
+	maxFlowIdle = time.Hour
+)
 
 // ProtectedService is ports that may be reached only through the proxy.
 type ProtectedService struct {
@@ -35,15 +56,20 @@ type ProtectedService struct {
 type ProtectedServiceSpec struct {
 	// Target is Host or Pod.
 	Target Target `json:"target" yaml:"target"`
-	// Protocol is TCP, also when it is not written.
+	// Protocol is TCP, also when it is not written, or UDP.
 	Protocol string `json:"protocol,omitempty" yaml:"protocol,omitempty"`
+	// UDP says what becomes of UDP at the ports of a TCP service: Deny, also when it is not written, so that
+	// QUIC does not go around the proxy, or Allow. Ports that a UDP service has are that service's.
+	UDP string `json:"udp,omitempty" yaml:"udp,omitempty"`
+	// Idle is the silence that ends a flow of a UDP service: 1s to 1h in whole seconds, 30s when it is not written.
+	Idle *Duration `json:"idle,omitempty" yaml:"idle,omitempty"`
 	// Ports are protected on every address of the service. At least one, no duplicates.
 	Ports []uint16 `json:"ports" yaml:"ports"`
 	// Addresses are those of the pod. Pod: at least one. Host: none, every local address counts.
 	Addresses []netip.Addr `json:"addresses,omitempty" yaml:"addresses,omitempty"`
 	// Device is the pod's host-side device. Empty: the agent finds it by the route.
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
-	// Access says who may come through the proxy. Empty: nobody.
+	// Access says who may come through the proxy. Empty: nobody. A UDP service has none.
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
 }
 
@@ -58,9 +84,7 @@ func (s *ProtectedService) validate(d *document) {
 		s.Spec.Protocol = ProtocolTCP
 	}
 	d.report("metadata.name", CheckName(s.Name))
-	if s.Spec.Protocol != ProtocolTCP {
-		d.report("spec.protocol", faultf("write TCP or leave it out", "protocol %q is not known", s.Spec.Protocol))
-	}
+	s.validateProtocol(d)
 	d.checkPorts("spec.ports", s.Spec.Ports)
 	d.checkAccess(s.Spec.Access)
 	switch s.Spec.Target {
@@ -72,6 +96,42 @@ func (s *ProtectedService) validate(d *document) {
 		d.report("spec.target", faultf("write target: Host or target: Pod", "is missing"))
 	default:
 		d.report("spec.target", faultf("write Host or Pod", "target %q is not known", s.Spec.Target))
+	}
+}
+
+func (s *ProtectedService) validateProtocol(d *document) {
+	switch s.Spec.Protocol {
+	case ProtocolTCP:
+		s.validateTCP(d)
+	case ProtocolUDP:
+		s.validateUDP(d)
+	default:
+		d.report("spec.protocol", faultf("write TCP or UDP, or leave it out for TCP", "protocol %q is not known", s.Spec.Protocol))
+	}
+}
+
+func (s *ProtectedService) validateTCP(d *document) {
+	if s.Spec.UDP != "" && s.Spec.UDP != UDPDeny && s.Spec.UDP != UDPAllow {
+		d.report("spec.udp", faultf("write Deny or Allow", "%q is not known", s.Spec.UDP))
+	}
+	if s.Spec.Idle != nil {
+		d.report("spec.idle", faultf("remove it, or write protocol: UDP", "a TCP service has no idle time"))
+	}
+}
+
+func (s *ProtectedService) validateUDP(d *document) {
+	if s.Spec.UDP != "" {
+		d.report("spec.udp", faultf("remove it", "it is for TCP services: this one is UDP itself"))
+	}
+	if len(s.Spec.Access) > 0 {
+		d.report("spec.access", faultf("remove it: a UDP service is reached under a grant's path only",
+			"nothing proves who sent a datagram, so UDP has no way through the proxy"))
+	}
+	if s.Spec.Idle == nil {
+		s.Spec.Idle = &Duration{DefaultIdle}
+	}
+	if v := s.Spec.Idle.Duration; v < minFlowIdle || v > maxFlowIdle || v%time.Second != 0 {
+		d.report("spec.idle", faultf("write 1s to 1h in whole seconds, like 30s", "%s is not allowed", Duration{v}))
 	}
 }
 

@@ -21,15 +21,14 @@ type Set struct {
 	yaml   []byte
 	digest string
 
-	byName map[string]int         // service index by name
-	byPod  map[netip.AddrPort]int // Pod services by address and port
-	byPort map[uint16]int         // Host services by port
+	byName  map[string]int   // service index by name
+	byPlace map[endpoint]int // by address and port; a Host service has no address
 }
 
 func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring) *Set {
 	s := &Set{
 		services: services, policies: policies, keyrings: keyrings,
-		byName: map[string]int{}, byPod: map[netip.AddrPort]int{}, byPort: map[uint16]int{},
+		byName: map[string]int{}, byPlace: map[endpoint]int{},
 	}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
@@ -46,11 +45,8 @@ func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Key
 func (s *Set) index(i int, svc ProtectedService) {
 	s.byName[svc.Name] = i
 	for _, port := range svc.Spec.Ports {
-		if svc.Spec.Target == TargetHost {
-			s.byPort[port] = i
-		}
-		for _, a := range svc.Spec.Addresses {
-			s.byPod[netip.AddrPortFrom(a, port)] = i
+		for _, a := range claimed(svc) {
+			s.byPlace[endpoint{svc.Spec.Protocol, a, port}] = i
 		}
 	}
 }
@@ -132,16 +128,16 @@ func (s *Set) Service(name string) (ProtectedService, bool) {
 	return s.services[i], true
 }
 
-// ServiceAt finds the protected service that a connection to dst is for: a Pod service of exactly
-// that address and port, else a Host service of that port. It takes dst for one of the node's
+// ServiceAt finds the protected service that a connection or datagram to dst is for: a Pod service of
+// exactly that address and port, else a Host service of that port. It takes dst for one of the node's
 // addresses where no pod has it.
-func (s *Set) ServiceAt(dst netip.AddrPort) (ProtectedService, bool) {
+func (s *Set) ServiceAt(protocol string, dst netip.AddrPort) (ProtectedService, bool) {
 	if s == nil {
 		return ProtectedService{}, false
 	}
-	i, ok := s.byPod[netip.AddrPortFrom(dst.Addr().Unmap().WithZone(""), dst.Port())]
+	i, ok := s.byPlace[endpoint{protocol, dst.Addr().Unmap().WithZone(""), dst.Port()}]
 	if !ok {
-		i, ok = s.byPort[dst.Port()]
+		i, ok = s.byPlace[endpoint{protocol: protocol, port: dst.Port()}]
 	}
 	if !ok {
 		return ProtectedService{}, false

@@ -45,6 +45,11 @@ func (g *generator) service(i int) policy.ProtectedService {
 		s.Spec.Addresses = []netip.Addr{g.addr(), g.addr()}
 		s.Spec.Device = pick(g.Rand, "", "veth#1", "-", "123", "eth0.5", "@%!'\"")
 	}
+	if s.Spec.UDP = pick(g.Rand, "", policy.UDPDeny, policy.UDPAllow); g.IntN(4) == 0 {
+		s.Spec.Protocol, s.Spec.UDP = policy.ProtocolUDP, ""
+		s.Spec.Idle = &policy.Duration{Duration: time.Duration(1+g.IntN(3600)) * time.Second}
+		return s
+	}
 	for range g.IntN(3) {
 		s.Spec.Access = append(s.Spec.Access, policy.AccessRule{Identities: []string{
 			fmt.Sprintf("spiffe://td%d.org/a/b-%d", g.IntN(2), g.IntN(9)), "spiffe://td.org/x/*",

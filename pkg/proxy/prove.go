@@ -31,7 +31,7 @@ func (s *session) prove() (*client, error) {
 		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
 	set := s.p.cfg.Policy.Set()
-	service, ok := set.ServiceAt(s.server)
+	service, ok := set.ServiceAt(policy.ProtocolTCP, s.server)
 	if !ok {
 		return nil, &refusal{reason: flow.ReasonUnknownService, err: unknownService(set, s.server)}
 	}
@@ -156,7 +156,7 @@ func (s *session) handshakeRefusal(err error) *refusal {
 // certificate has expired since is none: it was valid when it was shown.
 func (p *Proxy) objection(who proven, server netip.AddrPort, shown time.Time) error {
 	set := p.cfg.Policy.Set()
-	service, ok := set.ServiceAt(server)
+	service, ok := set.ServiceAt(policy.ProtocolTCP, server)
 	if !ok || service.Name != who.service {
 		return fmt.Errorf("%s is not service %s any more", bare(server), who.service)
 	}

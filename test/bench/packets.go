@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"path/filepath"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -41,6 +42,7 @@ type packetRig struct {
 	dev     int           // the pod's
 	hook    *ebpf.Program // towards the pod
 	closers []io.Closer
+	last    []io.Closer // after the node
 	cells   []cell
 }
 
@@ -97,7 +99,7 @@ func newPacketRig(ctx context.Context, f lab.Family, p rigPlan) (*packetRig, err
 		if rig.dev, err = n.Node.Ifindex(lab.PodDevice(0)); err != nil {
 			return err
 		}
-		if rig.hook, err = rig.hooked(rig.dev, ebpf.AttachTCXEgress, "sp_pod_out"); err != nil {
+		if rig.hook, err = rig.hooked(rig.dev, ebpf.AttachTCXEgress); err != nil {
 			return err
 		}
 		return p.fill(rig)
@@ -113,7 +115,11 @@ func (rig *packetRig) close() error {
 	for _, c := range rig.closers {
 		errs = append(errs, c.Close())
 	}
-	return errors.Join(append(errs, rig.node.close())...)
+	errs = append(errs, rig.node.close())
+	for _, c := range rig.last {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // hold closes with the rig what it is given.
@@ -125,14 +131,30 @@ func hold[T io.Closer](rig *packetRig, c T, err error) (T, error) {
 }
 
 // hooked is the program that a device's packets meet.
-func (rig *packetRig) hooked(dev int, attach ebpf.AttachType, name string) (*ebpf.Program, error) {
-	p, err := attached(dev, attach, name)
+func (rig *packetRig) hooked(dev int, attach ebpf.AttachType) (*ebpf.Program, error) {
+	p, err := attached(dev, attach)
 	return hold(rig, p, err)
 }
 
 // turning is a driver of the program towards the pod's device.
 func (rig *packetRig) turning(target *ebpf.Program, offset int16, n int) (*ebpf.Program, error) {
 	d, err := turns(target, ebpf.AttachTCXEgress, offset, int32(n))
+	d, err = hold(rig, d, err)
+	return d.Program, err
+}
+
+// lookingUp is a program that looks into a hash like that of the flows, and no more.
+func (rig *packetRig) lookingUp(n int) (*ebpf.Program, error) {
+	found, err := filepath.Glob(filepath.Join(rig.cf.Dir, "v*", "maps", "sp_flows"))
+	if err != nil || len(found) != 1 {
+		return nil, fmt.Errorf("find table of flows: %v, %w", found, err)
+	}
+	flows, err := ebpf.LoadPinnedMap(found[0], nil)
+	if err != nil {
+		return nil, fmt.Errorf("open table of flows: %w", err)
+	}
+	defer flows.Close()
+	d, err := lookUp(flows, ebpf.AttachTCXEgress, n)
 	d, err = hold(rig, d, err)
 	return d.Program, err
 }
@@ -180,7 +202,7 @@ func (rig *packetRig) cell(name string, prog *ebpf.Program, dev int, from, to ne
 func tcpAt(prog *ebpf.Program, dev int, from, to netip.AddrPort, flags uint8) probe {
 	p := packet.Packet{SrcMAC: [6]byte{2, 0, 0, 0, 0, 1}, DstMAC: [6]byte{2, 0, 0, 0, 0, 2},
 		Src: from, Dst: to, Flags: flags, Seq: 1000, Ack: 2000, Window: 65535}
-	return probe{prog: prog, ctx: skBuff{Ifindex: uint32(dev)}, frame: p.Bytes()}
+	return probe{prog: prog, ctx: &skBuff{Ifindex: uint32(dev)}, frame: p.Bytes()}
 }
 
 // many is a range of addresses; numbered gives one of them.
@@ -218,7 +240,7 @@ func (rig *packetRig) paths(n int) error {
 			return err
 		}
 	}
-	empty, err := emptyProgram(ebpf.AttachTCXEgress)
+	empty, err := emptyProgram(ebpf.SchedCLS, ebpf.AttachTCXEgress, actNext)
 	if empty, err = hold(rig, empty, err); err != nil {
 		return err
 	}
@@ -228,6 +250,11 @@ func (rig *packetRig) paths(n int) error {
 		}
 	}
 	from, offset := netip.AddrPortFrom(many(rig.family), clientPort), rig.at(source4, source6)
+	one, err := rig.lookingUp(n)
+	if err != nil {
+		return err
+	}
+	rig.cell("one look-up, "+counted(n, "flow")+" at random", one, rig.dev, from, rig.target(rig.family), packet.ACK, actNext)
 	for _, c := range []struct {
 		name   string
 		target *ebpf.Program
@@ -260,7 +287,7 @@ func (rig *packetRig) single(empty *ebpf.Program) error {
 	if err != nil {
 		return err
 	}
-	in, err := rig.hooked(uplink, ebpf.AttachTCXIngress, "sp_dev_in")
+	in, err := rig.hooked(uplink, ebpf.AttachTCXIngress)
 	if err != nil {
 		return err
 	}
@@ -276,7 +303,7 @@ func (rig *packetRig) single(empty *ebpf.Program) error {
 	rig.cell("steered, SYN", rig.hook, rig.dev, steered, target, packet.SYN, actRedirect)
 	rig.cell("steered", rig.hook, rig.dev, steered, target, packet.ACK, actRedirect)
 	rig.cell("denied, no state", rig.hook, rig.dev, stranger, target, packet.ACK, actRedirect)
-	return nil
+	return errors.Join(rig.replies(bypassed, steered), rig.atSocket(bypassed), rig.atFilter(uplink))
 }
 
 // services protects so many, and steers a flow to each. What is random is the service.

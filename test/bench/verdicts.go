@@ -102,9 +102,22 @@ func (r *results) packetAims() []aim {
 				r.find(groupPackets, fmt.Sprintf("empty program, %s/%v", paths, f)))
 		}
 		all = append(all, aim{measure: fmt.Sprintf("bypassed packet, each of another of 65,536 paths and flows / of one, %v", f),
-			values: ratios(net(65536), net(1)), limit: 1.5, why: whyManyPaths})
+			values: ratios(net(65536), net(1)), limit: 1.5, why: r.whyManyPaths(f)})
 	}
 	return all
+}
+
+// whyManyPaths sets what more paths cost beside what a single look-up costs more in a hash of as many entries.
+func (r *results) whyManyPaths(f lab.Family) string {
+	more := func(format string) float64 {
+		many, one := r.find(groupPackets, fmt.Sprintf(format, "65,536", "s", f)), r.find(groupPackets, fmt.Sprintf(format, "1", "", f))
+		if many == nil || one == nil {
+			return 0
+		}
+		return spreadOf(many.Values).Median - spreadOf(one.Values).Median
+	}
+	return fmt.Sprintf("%s ns more, for each packet finds its flow, its path and the path's state outside the caches; one look-up in a hash of as many flows, and no more, costs %s ns more",
+		number(more("bypassed, %s path%s at random/%v")), number(more("one look-up, %s flow%s at random/%v")))
 }
 
 // directAims are of the bypassed traffic against that of a node without any program.
@@ -169,12 +182,11 @@ func (r *results) agentAims() []aim {
 
 // What costs, where an aim is missed: found by profiles, and kept beside the figure.
 const (
-	whyManyPaths = "each packet finds its flow, its path and its path's state outside the caches"
-	whyPingPong  = "the hooks of both directions are in every round trip"
-	whyConnects  = "a SYN opens a flow and writes its record"
-	whySteer     = "each packet crosses the px pair, once more on either side of the proxy"
-	whyReset     = "two passes through px and a wake-up of the client"
-	whyLate      = "a packet that passed the hook before the end was still on its way to the tap"
-	whyActivate  = "the grant is on disk before its path is open"
-	whyMemory    = "half of it is the program itself; the rest is two kilobytes a grant, and what the collector of garbage leaves for later"
+	whyPingPong = "the hooks of both directions are in every round trip"
+	whyConnects = "a SYN opens a flow and writes its record"
+	whySteer    = "each packet crosses the px pair, once more on either side of the proxy"
+	whyReset    = "two passes through px and a wake-up of the client"
+	whyLate     = "a packet that passed the hook before the end was still on its way to the tap"
+	whyActivate = "the grant is on disk before its path is open"
+	whyMemory   = "half of it is the program itself; the rest is two kilobytes a grant, and what the collector of garbage leaves for later"
 )

@@ -53,14 +53,16 @@ func (d *daemon) launch() error {
 }
 
 // wait returns when the program has said that it is ready.
-func (d *daemon) wait() error {
+func (d *daemon) wait() error { return d.waitFor(startTime) }
+
+func (d *daemon) waitFor(bound time.Duration) error {
 	select {
 	case <-d.notify.ready:
 		return nil
 	case <-d.proc.Exited():
 		return fmt.Errorf("%s ended before it was ready:\n%s", filepath.Base(d.name), d.proc.Output())
-	case <-time.After(startTime):
-		return fmt.Errorf("%s is not ready after %v:\n%s", filepath.Base(d.name), startTime, d.proc.Output())
+	case <-time.After(bound):
+		return fmt.Errorf("%s is not ready after %v:\n%s", filepath.Base(d.name), bound, d.proc.Output())
 	}
 }
 

@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"encoding/json"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,26 +26,34 @@ const tagged = `
 // version string.
 func buildOther(t *testing.T, dir string) string {
 	t.Helper()
+	return buildChanged(t, dir, "bpf/sallyport_bpfel.go", func(text string) string {
+		text = strings.Replace(text, "\n\treturn spec, err\n}\n", tagged, 1)
+		return strings.Replace(text, `"github.com/cilium/ebpf"`, "\"github.com/cilium/ebpf\"\n\t\"github.com/cilium/ebpf/asm\"", 1)
+	})
+}
+
+// buildChanged builds the programs with one source file changed, which stays as it is.
+func buildChanged(t *testing.T, dir, file string, change func(string) string) string {
+	t.Helper()
 	root, err := filepath.Abs("../..")
 	must(t, err)
-	loader := filepath.Join(root, "bpf", "sallyport_bpfel.go")
-	text, err := os.ReadFile(loader)
+	source := filepath.Join(root, file)
+	text, err := os.ReadFile(source)
 	must(t, err)
-	changed := strings.Replace(string(text), "\n\treturn spec, err\n}\n", tagged, 1)
-	changed = strings.Replace(changed, `"github.com/cilium/ebpf"`, "\"github.com/cilium/ebpf\"\n\t\"github.com/cilium/ebpf/asm\"", 1)
-	if strings.Count(changed, "asm") < 4 {
-		t.Fatalf("%s is not as it was: no place for another instruction", loader)
+	changed := change(string(text))
+	if changed == string(text) {
+		t.Fatalf("%s is not as it was: there is no place for the change", file)
 	}
 	must(t, os.MkdirAll(dir, 0o700))
-	file, overlay := filepath.Join(dir, "loader.go"), filepath.Join(dir, "overlay.json")
-	write(t, file, changed)
-	list, err := json.Marshal(map[string]any{"Replace": map[string]string{loader: file}})
+	replacement, overlay := filepath.Join(dir, "changed.go"), filepath.Join(dir, "overlay.json")
+	write(t, replacement, changed)
+	list, err := json.Marshal(map[string]any{"Replace": map[string]string{source: replacement}})
 	must(t, err)
 	write(t, overlay, string(list))
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-overlay", overlay, "-o", dir+"/", "./cmd/...")
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatal(fmt.Errorf("build the other version: %w\n%s", err, out))
+		t.Fatalf("build with another %s: %v\n%s", file, err, out)
 	}
 	return dir
 }

@@ -38,11 +38,12 @@ type leakJudge struct {
 	count   int // of all leaks
 	raw     int // of leaks that were raw probes
 	byProxy int
+	from    map[string]int // leaks by their two addresses
 }
 
 func newJudge(t *testing.T) *leakJudge {
 	t.Helper()
-	j := &leakJudge{}
+	j := &leakJudge{from: map[string]int{}}
 	var err error
 	j.witness, err = lab.NewWitness(j.given)
 	must(t, err)
@@ -67,6 +68,7 @@ func (j *leakJudge) leak(l leaked) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.count++
+	j.from[fmt.Sprintf("%s: %s -> %s", l.Witness, l.Src.Addr(), l.Dst)]++
 	if l.Src.Port() >= firstRawPort {
 		j.raw++
 	}
@@ -88,6 +90,7 @@ func (j *leakJudge) reset() (raw int) {
 	defer j.mu.Unlock()
 	raw = j.raw
 	j.count, j.raw, j.byProxy, j.leaks = 0, 0, 0, nil
+	clear(j.from)
 	return raw
 }
 

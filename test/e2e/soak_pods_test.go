@@ -3,9 +3,10 @@ package e2e_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"strconv"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/test/lab"
@@ -56,6 +57,9 @@ func (p *prober) onePod(ctx context.Context, number int, dice *rand.Rand, happen
 	defer p.dropLate(to)
 	for range podProbes {
 		to := p.targets(dice)
+		if slices.Contains(s.addresses(), to) {
+			continue // what a pod does to itself is its own business
+		}
 		p.send(s.origin, s.ns.Addr(familyOf(to)), to)
 	}
 	for _, f := range lab.Families() {
@@ -115,24 +119,21 @@ func (s *started) end() error {
 	return errors.Join(errs...)
 }
 
-// lateService protects what runs in pods that come and go.
-func lateService() string {
-	list := ""
+// lateServices protect what runs in pods that come and go.
+func lateServices() (yaml string) {
 	for n := range latePods {
-		for _, f := range lab.Families() {
-			list += strconv.Quote(lab.StartedAddr(n, f).String()) + ", "
-		}
-	}
-	return `---
+		yaml += fmt.Sprintf(`---
 apiVersion: sallyport.dev/v1alpha1
 kind: ProtectedService
-metadata: {name: late-echo}
+metadata: {name: late-echo-%d}
 spec:
   target: Pod
-  ports: [` + strconv.Itoa(latePort) + `]
-  addresses: [` + list[:len(list)-2] + `]
-  access: [{identities: ["` + web.String() + `"]}]
-`
+  ports: [%d]
+  addresses: [%q, %q]
+  access: [{identities: [%q]}]
+`, n, latePort, lab.StartedAddr(n, lab.IPv4), lab.StartedAddr(n, lab.IPv6), web)
+	}
+	return yaml
 }
 
 // pause lets up to d pass: when it ends is what the test is about.

@@ -34,6 +34,7 @@ type soaked struct {
 	Secured  map[answerer]int `json:"answers_with_identity"`
 	ByProxy  int              `json:"packets_by_proxy"`
 	Leaked   int
+	From     map[string]int `json:"leaked_from"`
 	Leaks    []leaked
 	Control  control
 }
@@ -48,7 +49,7 @@ func TestSoakLeaks(t *testing.T) {
 	leak.Check(t)
 	s := soakSettings(t)
 	t.Logf("%v", s)
-	w := newWorld(t, options{plain: true, resource: lateService()})
+	w := newWorld(t, options{plain: true, resource: lateServices()})
 	judge := newJudge(t)
 	p, err := w.newProber(judge, s.rate())
 	must(t, err)
@@ -139,7 +140,7 @@ func (r *soaked) take(p *prober, c *chaos, took time.Duration) {
 	r.Seconds, r.Probes, r.Raw, r.Connects = took.Seconds(), p.total(), p.raw.Load(), p.connects.Load()
 	r.Rate = float64(r.Probes) / r.Seconds
 	r.Events, r.Plain, r.Secured = c.counts, p.answers, p.secured
-	r.ByProxy, r.Leaked, r.Leaks = p.judge.byProxy, p.judge.count, p.judge.leaks
+	r.ByProxy, r.Leaked, r.Leaks, r.From = p.judge.byProxy, p.judge.count, p.judge.leaks, p.judge.from
 }
 
 func (r *soaked) write(path string) error {
@@ -155,7 +156,7 @@ func (r *soaked) check(t *testing.T, s soak) {
 	t.Logf("%d probes (%d raw, %d connects) in %.0f s, %.0f each second; control: %+v", r.Probes, r.Raw, r.Connects, r.Seconds, r.Rate, r.Control)
 	t.Logf("events: %v", r.Events)
 	t.Logf("without identity answered by %v; with one by %v; %d packets by the proxy", r.Plain, r.Secured, r.ByProxy)
-	t.Logf("%d leaked", r.Leaked)
+	t.Logf("%d leaked: %v", r.Leaked, r.From)
 	for _, l := range r.Leaks {
 		t.Errorf("leaked: %s", l)
 	}

@@ -21,7 +21,7 @@ const (
 	tapBuffer = 64 << 20 // bytes of packets that may wait to be read
 )
 
-// Packet is one TCP packet that a Tap saw.
+// Packet is one TCP or UDP packet that a Tap saw.
 type Packet struct {
 	// Time is the kernel's receive (or send) time stamp, CLOCK_REALTIME. Boot is the same instant in
 	// CLOCK_BOOTTIME, to within the time that two clock readings take.
@@ -30,14 +30,15 @@ type Packet struct {
 	Ifindex  int
 	Outgoing bool // sent by the namespace, not received by it
 	Src, Dst netip.AddrPort
+	UDP      bool
 	SYN, ACK bool
 	FIN, RST bool
 	Seq      uint32
-	Payload  int    // bytes of TCP payload
+	Payload  int    // bytes behind the TCP or UDP header
 	Head     []byte // the first of them
 }
 
-// Tap records the TCP packets that pass the devices of a namespace, by a packet socket of its own.
+// Tap records the TCP and UDP packets that pass the devices of a namespace, by a packet socket of its own.
 // A packet received is recorded before any tc program sees it: to know what reached a service, tap
 // the namespace that the service is in.
 type Tap struct {
@@ -102,19 +103,21 @@ func openTap(ports []uint16) (fd int, err error) {
 	return fd, nil
 }
 
-// tapFilter passes TCP of both families without IPv6 extension headers, and with IPv4 options.
+// tapFilter passes TCP and UDP of both families without IPv6 extension headers, and with IPv4 options.
 func tapFilter(ports []uint16) (*unix.SockFprog, error) {
 	const accept, reject = 200, 201 // labels, resolved below
 	in := []bpf.Instruction{
 		bpf.LoadAbsolute{Off: 0, Size: 1},
 		bpf.ALUOpConstant{Op: bpf.ALUOpShiftRight, Val: 4},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 6, SkipTrue: 4},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 6, SkipTrue: 5},
 		bpf.LoadAbsolute{Off: 9, Size: 1}, // IPv4
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_TCP, SkipTrue: reject},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_TCP, SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_UDP, SkipTrue: reject},
 		bpf.LoadMemShift{Off: 0},
-		bpf.Jump{Skip: 3},
+		bpf.Jump{Skip: 4},
 		bpf.LoadAbsolute{Off: 6, Size: 1}, // IPv6
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_TCP, SkipTrue: reject},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_TCP, SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_UDP, SkipTrue: reject},
 		bpf.LoadConstant{Dst: bpf.RegX, Val: 40},
 	}
 	for _, off := range []uint32{0, 2} {
@@ -257,41 +260,55 @@ func (t *Tap) Close() error {
 	return err
 }
 
-// parse reads an IP packet that may be cut off after its TCP header.
+// parse reads an IP packet that may be cut off after its TCP or UDP header.
 func parse(b []byte) (p Packet, ok bool) {
-	src, dst, tcp, length, ok := network(b)
-	if !ok || len(tcp) < 20 {
+	src, dst, protocol, l4, length, ok := network(b)
+	if !ok || len(l4) < 8 {
 		return p, false
 	}
-	header := int(tcp[12]>>4) * 4
-	if header < 20 || header > length {
+	p.Src = netip.AddrPortFrom(src, binary.BigEndian.Uint16(l4[0:]))
+	p.Dst = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(l4[2:]))
+	header := 8
+	if p.UDP = protocol == unix.IPPROTO_UDP; !p.UDP {
+		if header, ok = p.tcp(l4); !ok {
+			return p, false
+		}
+	}
+	if header > length {
 		return p, false
 	}
-	p.Src = netip.AddrPortFrom(src, binary.BigEndian.Uint16(tcp[0:]))
-	p.Dst = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(tcp[2:]))
-	p.Seq = binary.BigEndian.Uint32(tcp[4:])
-	flags := tcp[13]
-	p.FIN, p.SYN, p.RST, p.ACK = flags&1 != 0, flags&2 != 0, flags&4 != 0, flags&16 != 0
 	p.Payload = length - header
-	p.Head = slices.Clone(tcp[min(header, len(tcp)):min(header+p.Payload, len(tcp))])
+	p.Head = slices.Clone(l4[min(header, len(l4)):min(header+p.Payload, len(l4))])
 	return p, true
 }
 
-// network takes the IP header off. length is that of the TCP segment by the header's word.
-func network(b []byte) (src, dst netip.Addr, tcp []byte, length int, ok bool) {
+// tcp reads a TCP header and gives its length.
+func (p *Packet) tcp(b []byte) (header int, ok bool) {
+	if len(b) < 20 {
+		return 0, false
+	}
+	p.Seq = binary.BigEndian.Uint32(b[4:])
+	flags := b[13]
+	p.FIN, p.SYN, p.RST, p.ACK = flags&1 != 0, flags&2 != 0, flags&4 != 0, flags&16 != 0
+	header = int(b[12]>>4) * 4
+	return header, header >= 20
+}
+
+// network takes the IP header off. length is what follows it by the header's word.
+func network(b []byte) (src, dst netip.Addr, protocol byte, l4 []byte, length int, ok bool) {
 	switch {
 	case len(b) >= 20 && b[0]>>4 == 4:
 		ihl := int(b[0]&0xf) * 4
-		if ihl < 20 || ihl > len(b) || b[9] != unix.IPPROTO_TCP {
-			return src, dst, nil, 0, false
+		if ihl < 20 || ihl > len(b) {
+			return src, dst, 0, nil, 0, false
 		}
 		src, dst = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20]))
-		return src, dst, b[ihl:], int(binary.BigEndian.Uint16(b[2:])) - ihl, true
-	case len(b) >= 40 && b[0]>>4 == 6 && b[6] == unix.IPPROTO_TCP:
+		return src, dst, b[9], b[ihl:], int(binary.BigEndian.Uint16(b[2:])) - ihl, true
+	case len(b) >= 40 && b[0]>>4 == 6:
 		src, dst = netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
-		return src, dst, b[40:], int(binary.BigEndian.Uint16(b[4:])), true
+		return src, dst, b[6], b[40:], int(binary.BigEndian.Uint16(b[4:])), true
 	}
-	return src, dst, nil, 0, false
+	return src, dst, 0, nil, 0, false
 }
 
 // stamp reads the time stamp of a message and converts it by the present distance of the clocks.

@@ -90,20 +90,6 @@ func (l *Lab) build(o Options) error {
 	return nil
 }
 
-// AddPod gives the node one more pod, with the given device towards it, and the subnets 10.N.0.0/24 and
-// fd00:N::/64. It is not in Pods.
-func (l *Lab) AddPod(device string, subnet byte) (*Namespace, error) {
-	pod, err := l.newNamespace(device)
-	if err != nil {
-		return nil, err
-	}
-	k := link{subnet: subnet, mtu: 1500, node: side{l.Node, device, 1, false}, leaf: side{pod, "eth0", 2, true}}
-	if err := k.connect(); err != nil {
-		return nil, fmt.Errorf("connect %s to %s: %w", pod.Name, l.Node.Name, err)
-	}
-	return pod, nil
-}
-
 // makeRouter turns forwarding and strict reverse path filtering on, before devices appear.
 func (n *Namespace) makeRouter() error {
 	for _, s := range []string{

@@ -149,19 +149,26 @@ func (p Packet) Reply() Packet {
 // rest is the second word of the ICMP header: the MTU of "too big" messages.
 func (p Packet) ICMPError(src netip.Addr, typ, code uint8, rest uint32) Packet {
 	inner, at := p.Build()
+	e := Packet{SrcMAC: p.DstMAC, DstMAC: p.SrcMAC, VLANs: p.VLANs}
+	return e.quoting(src, p.Src.Addr(), typ, code, rest, inner[at.L3:min(len(inner), at.L4+64)])
+}
+
+// ICMPErrorQuoting is the frame of an ICMP error that quotes any bytes; p gives what is in front of it.
+func (p Packet) ICMPErrorQuoting(src, dst netip.Addr, typ, code uint8, rest uint32, quote []byte) []byte {
+	return p.quoting(src, dst, typ, code, rest, quote).Bytes()
+}
+
+func (p Packet) quoting(src, dst netip.Addr, typ, code uint8, rest uint32, quote []byte) Packet {
 	b := binary.BigEndian.AppendUint32([]byte{typ, code, 0, 0}, rest)
-	e := Packet{
-		SrcMAC: p.DstMAC, DstMAC: p.SrcMAC, VLANs: p.VLANs,
-		Src: netip.AddrPortFrom(src, 0), Dst: netip.AddrPortFrom(p.Src.Addr(), 0),
-		Protocol: ICMP, Payload: append(b, inner[at.L3:min(len(inner), at.L4+64)]...),
-	}
+	p.Src, p.Dst = netip.AddrPortFrom(src, 0), netip.AddrPortFrom(dst, 0)
+	p.Protocol, p.Payload = ICMP, append(b, quote...)
 	start := uint32(0)
 	if !p.ipv4() {
-		e.Protocol = ICMPv6
-		start = pseudo(src, p.Src.Addr(), ICMPv6, len(e.Payload))
+		p.Protocol = ICMPv6
+		start = pseudo(src, dst, ICMPv6, len(p.Payload))
 	}
-	binary.BigEndian.PutUint16(e.Payload[2:], ^fold(start+sum(e.Payload)))
-	return e
+	binary.BigEndian.PutUint16(p.Payload[2:], ^fold(start+sum(p.Payload)))
+	return p
 }
 
 func (p Packet) ipv4() bool { return p.Src.Addr().Unmap().Is4() }

@@ -23,9 +23,14 @@ const (
 	LoopbackIn             // ingress of lo
 	L3In                   // ingress of a device without Ethernet header
 	L3Out                  // egress of one
+	SocketIn               // a socket of the host's namespace, whatever device the packet came by
 )
 
-func (h Hook) ingress() bool { return h == DeviceIn || h == LoopbackIn || h == L3In }
+func (h Hook) ingress() bool { return h == DeviceIn || h == LoopbackIn || h == L3In || h == SocketIn }
+
+// routed says that nobody looks at the destination again: what is on lo has its route already, and a socket
+// has its packet.
+func (h Hook) routed() bool { return h == LoopbackIn || h == SocketIn }
 
 // Frame is a packet as Linux has it at a hook.
 type Frame struct {
@@ -112,7 +117,7 @@ func (w *World) Judge(f Frame) Judgement {
 	}
 	j := Judgement{Shape: d.shape, Tuple: Tuple{d.protocol, netip.AddrPortFrom(d.src, d.sport), netip.AddrPortFrom(d.dst, d.dport)}}
 	j.Readable = d.kind == ported
-	j.Owned = f.Hook == LoopbackIn || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
+	j.Owned = f.Hook.routed() || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
 	if w.reaches(f, d) {
 		j.Verdict = Protect
 	} else if j.Readable && w.answers(d) {
@@ -145,7 +150,7 @@ func untag(f Frame) (ip []byte, typ uint16, shape Shape) {
 	if f.Tagged && f.Hook.ingress() && f.TCI&0xfff != 0 {
 		return nil, 0, OtherVLAN
 	}
-	for typ == etherVLAN || typ == etherQinQ {
+	for f.Hook != SocketIn && (typ == etherVLAN || typ == etherQinQ) { // no socket gets tags
 		if len(ip) < 4 {
 			return nil, 0, NotIP
 		}

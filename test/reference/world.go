@@ -7,10 +7,10 @@ import (
 
 // reaches says whether the packet, passed on from the hook, could come to a protected port.
 func (w *World) reaches(f Frame, d dissection) bool {
-	if d.kind == nothing {
-		return false
+	if d.kind == nothing || f.Hook == SocketIn && d.kind != ported {
+		return false // a socket gets whole segments and datagrams
 	}
-	if d.dst.IsLoopback() && d.dst.Is6() && f.Hook != LoopbackIn {
+	if d.dst.IsLoopback() && d.dst.Is6() && !f.Hook.routed() {
 		return false // refused on every other device
 	}
 	return slices.ContainsFunc(w.Services, func(s Service) bool {
@@ -33,8 +33,8 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 	if !node && f.Hook != PodOut && s.Device != f.Ifindex {
 		return false
 	}
-	if f.Hook == LoopbackIn {
-		return true // what is on lo has its route already: nobody looks at the destination again
+	if f.Hook.routed() {
+		return true
 	}
 	if dst.IsMulticast() || w.shared(dst) {
 		return s.Protocol == protoUDP && (node || s.Device == f.Ifindex) // TCP takes unicast alone

@@ -68,7 +68,7 @@ func write(b *bytes.Buffer, e enum, t *btf.Enum) {
 }
 
 // initialisms keep their capitals in Go names.
-var initialisms = map[string]string{"PX": "Px", "TLS": "TLS", "ICMP": "ICMP", "XDP": "XDP", "SYN": "SYN"}
+var initialisms = map[string]string{"PX": "Px", "TLS": "TLS", "ICMP": "ICMP", "XDP": "XDP", "SYN": "SYN", "UDP": "UDP"}
 
 func camel(s string) string {
 	var b strings.Builder
