@@ -110,11 +110,12 @@ type wanted struct {
 }
 
 // issue signs a grant with alice's key, as she does, and gives its file.
-func (w *world) issue(t *testing.T, g wanted) string {
+func (w *world) issue(t *testing.T, g wanted, more ...string) string {
 	t.Helper()
 	file := filepath.Join(w.Dir, ulid.Make().String()+".grant")
-	w.cli(t, "grant", "issue", "--service", g.service, "--client", g.client.String(), "--for", g.duration, "--node", nodeName,
-		"--reason", "test", "--requester", "bob", "--key", w.key, "--policy", w.files.resources, "--out", file, "--yes")
+	w.cli(t, append([]string{"grant", "issue", "--service", g.service, "--client", g.client.String(), "--for", g.duration,
+		"--node", nodeName, "--reason", "test", "--requester", "bob", "--key", w.key, "--policy", w.files.resources, "--out", file,
+		"--yes"}, more...)...)
 	return file
 }
 
