@@ -400,10 +400,12 @@ const (
 )
 
 type SallyportSpSequence struct {
-	_               structs.HostLayout
-	Produced        uint64
-	MustDeliverLost uint64
-	BestEffortLost  uint64
+	_                  structs.HostLayout
+	Produced           uint64
+	MustDeliverLost    uint64
+	BestEffortLost     uint64
+	MustDeliverWokenNs uint64
+	BestEffortWokenNs  uint64
 }
 
 type SallyportSpService struct {

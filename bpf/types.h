@@ -348,6 +348,8 @@ struct sp_sequence {
 	__u64 produced;
 	__u64 must_deliver_lost;
 	__u64 best_effort_lost;
+	__u64 must_deliver_woken_ns;	/* when a reader was last woken, per ring */
+	__u64 best_effort_woken_ns;
 };
 
 struct sp_event {

@@ -111,6 +111,7 @@ func TestForeignQdisc(t *testing.T) {
 func TestOtherProfile(t *testing.T) { eachProfile(t, testOtherProfile) }
 
 func testOtherProfile(t *testing.T, profile datapath.Profile) {
+	needTCX(t)
 	t.Parallel()
 	n := newNode(t, profile)
 	n.copyProxy(t)
