@@ -33,6 +33,7 @@ enum sp_reason {
 	SP_REASON_FLOWS_FULL = 10,
 	SP_REASON_TUPLE_HELD = 11,	/* the proxy holds this tuple towards the service */
 	SP_REASON_PATH_RATE = 12,	/* the path took its connections of this second */
+	SP_REASON_PATH_INGRESS = 13,	/* the path is for clients behind another kind of device */
 	SP_REASON_PATH_CONNECTIONS = 14,	/* the path took all of its connections */
 
 	/* the packet went straight on, under a live path */
@@ -72,6 +73,8 @@ enum sp_reason {
 	SP_REASON_UDP_NO_FLOW = 63,	/* datagram of a UDP service that answers no flow */
 	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
 	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
+	SP_REASON_SOURCE_FOREIGN = 70,	/* from a pod, with an address that is not its own */
+	SP_REASON_SOURCE_OWN = 71,	/* from an uplink, with an address of the node or of its pods */
 
 	/* the packet was dropped before a socket, by the backstop */
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */

@@ -38,6 +38,7 @@ const (
 	ReasonFlowsFull        Reason = 10
 	ReasonTupleHeld        Reason = 11
 	ReasonPathRate         Reason = 12
+	ReasonPathIngress      Reason = 13
 	ReasonPathConnections  Reason = 14
 	ReasonPathOpen         Reason = 20
 	ReasonPathLive         Reason = 21
@@ -67,6 +68,8 @@ const (
 	ReasonUDPNoFlow        Reason = 63
 	ReasonUDPIdle          Reason = 64
 	ReasonUDPDenied        Reason = 65
+	ReasonSourceForeign    Reason = 70
+	ReasonSourceOwn        Reason = 71
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
@@ -107,6 +110,7 @@ var reasonNames = map[Reason]string{
 	ReasonFlowsFull:        "FLOWS_FULL",
 	ReasonTupleHeld:        "TUPLE_HELD",
 	ReasonPathRate:         "PATH_RATE",
+	ReasonPathIngress:      "PATH_INGRESS",
 	ReasonPathConnections:  "PATH_CONNECTIONS",
 	ReasonPathOpen:         "PATH_OPEN",
 	ReasonPathLive:         "PATH_LIVE",
@@ -136,6 +140,8 @@ var reasonNames = map[Reason]string{
 	ReasonUDPNoFlow:        "UDP_NO_FLOW",
 	ReasonUDPIdle:          "UDP_IDLE",
 	ReasonUDPDenied:        "UDP_DENIED",
+	ReasonSourceForeign:    "SOURCE_FOREIGN",
+	ReasonSourceOwn:        "SOURCE_OWN",
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",
