@@ -119,10 +119,13 @@ static __noinline int sp_explain(const struct sp_flow_key *key, __u32 service_id
 		return SP_REASON_SOCKET_PATH;
 	if (flow)
 		return tcp_flags & SP_TCP_RST ? SP_REASON_SOCKET_RESET : SP_REASON_SOCKET_ENDED;
+	if (!(tcp_flags & SP_TCP_RST))
+		return SP_REASON_BACKSTOP;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_UP);
-	if ((tcp_flags & SP_TCP_RST) && bpf_map_lookup_elem(&sp_strays, &at))
+	if (bpf_map_lookup_elem(&sp_strays, &at))
 		return SP_REASON_SOCKET_RESET;
-	return SP_REASON_BACKSTOP;
+	at.side = SP_LEG_DOWN; /* made of the packet that ended a flow, which may be swept by now */
+	return bpf_map_lookup_elem(&sp_strays, &at) ? SP_REASON_SOCKET_RESET : SP_REASON_BACKSTOP;
 }
 
 static __always_inline bool sp_refuses(enum sp_reason reason)

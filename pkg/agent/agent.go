@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -40,6 +41,7 @@ type node struct {
 	store     *store.Store
 	px        *px.Namespace
 	freshPx   bool // px was not there before
+	pxMoving  sync.Mutex
 	datapath  *datapath.Datapath
 	identity  *identity.Source // nil without a collector
 	audit     *audit.Streamer
@@ -249,7 +251,7 @@ func (n *node) hookDevices(context.Context) error {
 	if err := n.uplinks.limit(); err != nil {
 		return err
 	}
-	n.devices = &devices{datapath: n.datapath, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
+	n.devices = &devices{datapath: n.datapath, moving: &n.pxMoving, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
 	return n.devices.sync()
 }
 
@@ -286,7 +288,7 @@ func (n *node) grantsMoved() {
 }
 
 func (n *node) pxWatch() *pxWatch {
-	return &pxWatch{px: n.px, move: n.datapath.MovePx, attach: n.datapath.AttachPx, problems: n.problems, alarm: n.alarms.raise}
+	return &pxWatch{px: n.px, moving: &n.pxMoving, move: n.datapath.MovePx, attach: n.datapath.AttachPx, problems: n.problems, alarm: n.alarms.raise}
 }
 
 func (n *node) pinWatch() *pinWatch {

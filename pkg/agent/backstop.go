@@ -43,6 +43,7 @@ type backstop struct {
 	name     func(serviceID uint32) string
 
 	refused  map[string]uint64 // owned by Run; packets by device
+	since    time.Duration     // boot time of the last look of the agent before this one
 	detector detector          // owned by Run
 }
 
@@ -53,7 +54,12 @@ func (n *node) attachBackstop(context.Context) error {
 	if _, err := n.datapath.AttachBackstop(n.cgroup); err != nil {
 		return fmt.Errorf("attach backstop: %w", err)
 	}
-	n.backstop = &backstop{datapath: n.datapath, cgroup: n.cgroup, unhooked: n.unhookedDevices, problems: n.problems,
+	left, err := n.datapath.LeaseLeft()
+	if err != nil {
+		return err
+	}
+	since := datapath.BootTime() + left - n.cfg.Spec.Lease.Duration // nobody looked since it was renewed
+	n.backstop = &backstop{since: since, datapath: n.datapath, cgroup: n.cgroup, unhooked: n.unhookedDevices, problems: n.problems,
 		alarm: n.alarms.raise, name: n.serviceName, detector: newDetector()}
 	return nil
 }
@@ -126,14 +132,13 @@ func (b *backstop) lookForRefused() error {
 	if err != nil {
 		return fmt.Errorf("read refusals: %w", err)
 	}
-	first := b.refused == nil // what was before this agent was told of by the one before
 	now, stands := datapath.BootTime(), make(map[string]bool)
 	before := b.refused
 	b.refused = make(map[string]uint64, len(refusals))
 	for _, r := range refusals {
 		device := r.String()
 		b.refused[device] = r.Packets
-		if n := r.Packets - before[device]; !first && r.Packets > before[device] {
+		if n := r.Packets - before[device]; r.Packets > before[device] && r.Last > b.since {
 			b.alarm(alarmBackstop, fmt.Sprintf("%d packets to protected services came by %s around the hooks, and were refused at their sockets", n, device))
 		}
 		if now-r.Last < refusedStands {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -133,6 +134,7 @@ type devices struct {
 	datapath *datapath.Datapath
 	classify classifier
 	uplinks  *uplinks
+	moving   *sync.Mutex // held by who makes px0 anew: until then it looks like any device
 	problems *problems
 	log      *slog.Logger
 	changed  func() // called after devices came or went, from Run
@@ -184,6 +186,8 @@ func (d *devices) follow(ctx context.Context, resync <-chan time.Time) error {
 
 // sync makes the hooks follow the devices once. A device that cannot be hooked is a problem of its own; the others go on.
 func (d *devices) sync() error {
+	d.moving.Lock()
+	defer d.moving.Unlock()
 	links, err := listLinks()
 	if err != nil {
 		return err

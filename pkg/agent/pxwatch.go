@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/px"
@@ -12,6 +13,7 @@ import (
 // that runs goes on. Hooks that were taken off its devices are put back.
 type pxWatch struct {
 	px       *px.Namespace
+	moving   *sync.Mutex // held while px0 is made anew
 	move     func(px0 int) error
 	attach   func() error
 	problems *problems
@@ -42,6 +44,8 @@ func (w *pxWatch) look() error {
 }
 
 func (w *pxWatch) repair(wrong error) error {
+	w.moving.Lock()
+	defer w.moving.Unlock()
 	missing, err := w.px.Repair()
 	if missing && err == nil {
 		err = w.move(w.px.Px0())

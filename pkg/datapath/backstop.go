@@ -158,8 +158,17 @@ func backstopAt(cgroup string, each func(link.Link, string) error) error {
 	})
 }
 
-// eachLink walks over every link of the machine. An error of f does not end the walk.
+// eachLink walks over every link of the machine, over some more than once. An error of f does not end the walk.
 func eachLink(f func(link.Link, link.Info) error) error {
+	for {
+		// EAGAIN: somebody is just making a link. Its id is known already, and it is not given out yet.
+		if err := walkLinks(f); !errors.Is(err, unix.EAGAIN) {
+			return err
+		}
+	}
+}
+
+func walkLinks(f func(link.Link, link.Info) error) error {
 	var errs []error
 	var last link.ID
 	for {

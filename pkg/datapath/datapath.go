@@ -208,7 +208,14 @@ func prepareMaps(spec *ebpf.CollectionSpec, cfg Config) (adopted bool, err error
 			return false, fmt.Errorf("open pinned map %s: %w", name, err)
 		}
 		m.MaxEntries = pinned.MaxEntries()
+		err = checkLayout(name, pinned, m)
+		if name == "sp_services" && err == nil {
+			err = checkTable(pinned, spec.Maps["sp_table"])
+		}
 		pinned.Close()
+		if err != nil {
+			return false, err
+		}
 		adopted = true
 	}
 	return adopted, nil

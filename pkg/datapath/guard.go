@@ -88,7 +88,7 @@ func holdLink(pin string, links map[string]link.Link, log *slog.Logger) error {
 		return fmt.Errorf("read link %s: %w", name, err)
 	}
 	id := fmt.Sprintf("%s#%d", name, info.ID)
-	if _, ok := links[id]; ok {
+	if _, ok := links[id]; ok || !attachedSomewhere(l) {
 		closeLink(l)
 		return nil
 	}

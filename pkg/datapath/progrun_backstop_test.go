@@ -86,7 +86,8 @@ func backstopCases() []progCase {
 		send("reset of an ended flow", packet.RST, admitted(flow.ReasonSocketReset, "flow 0/0"), path(datapath.PathRevoked), bypassed()),
 		send("reset for the service's stray", packet.RST, admitted(flow.ReasonSocketReset, "stray up"), stray(up)),
 		send("more than a reset for a stray", ack, turnedAway(flow.ReasonBackstop, "stray up"), stray(up)),
-		send("reset for the client's stray", packet.RST, turnedAway(flow.ReasonBackstop, "stray down"), stray(down)),
+		send("reset made of the client's stray", packet.RST, admitted(flow.ReasonSocketReset, "stray down"), stray(down)),
+		send("more than a reset for the client's stray", ack, turnedAway(flow.ReasonBackstop, "stray down"), stray(down)),
 		send("unprotected port", syn, none, func(_ testing.TB, _ *rig, s scene, p *probe) {
 			s.server = netip.AddrPortFrom(s.server.Addr(), 9999)
 			p.frame = tcp(s.client, s.server, syn).Bytes()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 )
@@ -122,14 +123,30 @@ func (d *Datapath) eachTraffic(f func(id uint32, ofOneCPU bpf.Traffic)) error {
 
 // addTraffic makes the rows of services that have none.
 func (d *Datapath) addTraffic(services []Service) error {
-	zero := make([]bpf.Traffic, ebpf.MustPossibleCPU())
 	for _, s := range services {
-		err := d.objs.SpTraffic.Update(s.ID, zero, ebpf.UpdateNoExist)
-		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		if err := d.addTrafficRow(s.ID); err != nil {
 			return fmt.Errorf("add row for the traffic of %s: %w", s.Name, err)
 		}
 	}
 	return nil
+}
+
+// rowPatience is how long the kernel may take to have memory for another row: it keeps some ready on each
+// CPU, and fetches more when they are used up.
+const rowPatience = 5 * time.Second
+
+func (d *Datapath) addTrafficRow(id uint32) error {
+	zero := make([]bpf.Traffic, ebpf.MustPossibleCPU())
+	for end := time.Now().Add(rowPatience); ; time.Sleep(time.Millisecond) {
+		err := d.objs.SpTraffic.Update(id, zero, ebpf.UpdateNoExist)
+		if errors.Is(err, unix.ENOMEM) && time.Now().Before(end) {
+			continue
+		}
+		if errors.Is(err, ebpf.ErrKeyExist) {
+			return nil
+		}
+		return err
+	}
 }
 
 // dropTraffic removes the rows of services that are no more.

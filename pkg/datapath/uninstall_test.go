@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
@@ -216,7 +217,7 @@ func TestUnknownLayouts(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, datapath.ProfileAuto)
 	must(t, n.d.Close())
-	refuse := func(name string, prepare, restore func()) {
+	refuse := func(name, says string, prepare, restore func()) {
 		t.Run(name, func(t *testing.T) {
 			prepare()
 			defer restore()
@@ -228,7 +229,7 @@ func TestUnknownLayouts(t *testing.T) {
 				}
 				return err
 			})
-			if !errors.Is(err, datapath.ErrLayout) || !strings.Contains(err.Error(), "uninstall") {
+			if !errors.Is(err, datapath.ErrLayout) || !strings.Contains(err.Error(), "uninstall") || !strings.Contains(err.Error(), says) {
 				t.Errorf("error is %v, want %v with what to do", err, datapath.ErrLayout)
 			}
 			if after := n.mapIDs(t); !maps.Equal(before, after) {
@@ -237,10 +238,11 @@ func TestUnknownLayouts(t *testing.T) {
 		})
 	}
 	newer := filepath.Join(n.cf.Dir, "v9")
-	refuse("newer directory", func() { must(t, os.Mkdir(newer, 0o700)) }, func() { must(t, os.Remove(newer)) })
-	refuse("other schema", func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 7 }) },
+	refuse("newer directory", "v", func() { must(t, os.Mkdir(newer, 0o700)) }, func() { must(t, os.Remove(newer)) })
+	refuse("other schema", "schema", func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 7 }) },
 		func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 2 }) })
-	refuse("incompatible map", func() { n.replaceMap(t, "sp_legs") }, func() {})
+	refuse("moved field", "map sp_legs: sp_leg.opened_ns has moved", func() { n.replaceTypes(t, "sp_legs", "opened_ns", "last_ns") }, func() {})
+	refuse("incompatible map", "map sp_legs: key and value have 40 and 56 bytes", func() { n.replaceMap(t, "sp_legs") }, func() {})
 	must(t, os.Remove(n.pin("sp_legs")))
 	n.open(t)
 }
@@ -264,6 +266,31 @@ func (n *node) replaceMap(t *testing.T, name string) {
 	must(t, err)
 	defer m.Close()
 	must(t, m.Pin(n.pin(name)))
+}
+
+// replaceTypes pins a map whose values are of the same size, with two fields in each other's place.
+func (n *node) replaceTypes(t *testing.T, name, a, b string) {
+	t.Helper()
+	spec, err := bpf.LoadSallyport()
+	must(t, err)
+	m := spec.Maps[name].Copy()
+	value := *m.Value.(*btf.Struct)
+	value.Members = slices.Clone(value.Members)
+	for i, f := range value.Members {
+		switch f.Name {
+		case a:
+			value.Members[i].Name = b
+		case b:
+			value.Members[i].Name = a
+		}
+	}
+	m.Value = &value
+	m.MaxEntries = 16
+	made, err := ebpf.NewMap(m)
+	must(t, err)
+	defer made.Close()
+	must(t, os.Remove(n.pin(name)))
+	must(t, made.Pin(n.pin(name)))
 }
 
 // TestNoBPFFS: pins need a bpffs, and one that outlives this mount namespace.

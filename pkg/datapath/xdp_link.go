@@ -172,16 +172,12 @@ func (d *Datapath) closeXDP() error {
 // detachXDP detaches the link by which a device has a program. The number of a device is that of its network namespace,
 // but a program is on one device of a number only, unless tests share programs, which they do not.
 func detachXDP(ifindex int, program uint32) error {
-	it := new(link.Iterator)
-	defer it.Close()
-	for it.Next() {
-		info, err := it.Link.Info()
-		if err != nil || info.XDP() == nil || int(info.XDP().Ifindex) != ifindex || uint32(info.Program) != program {
-			continue // a link that is gone since is none either
+	return eachLink(func(l link.Link, info link.Info) error {
+		if xdp := info.XDP(); xdp == nil || int(xdp.Ifindex) != ifindex || uint32(info.Program) != program {
+			return nil
 		}
-		return it.Link.Detach()
-	}
-	return it.Err()
+		return l.Detach()
+	})
 }
 
 // xdpDevices lists the devices of the current network namespace that have a filter of ours.

@@ -295,6 +295,29 @@ func TestFlood(t *testing.T) {
 	}
 }
 
+// TestSecondPassIsNotCounted: a proxied connection is one SYN to its client's bucket, although generic XDP sees the proxy's
+// own, which px0 puts back on the uplink with the client's address.
+func TestSecondPassIsNotCounted(t *testing.T) {
+	n := newNode(t, datapath.ProfileAuto)
+	n.copyProxy(t)
+	n.filtered(t, lab.Uplink, datapath.XDPGeneric, datapath.XDPGeneric, datapath.XDPAsked)
+	const burst = 6
+	must(t, n.d.LimitSYNs(datapath.SYNLimit{Rate: 1, Burst: burst}, datapath.SYNLimit{}))
+	for _, f := range lab.Families() {
+		from, to := netip.AddrPortFrom(n.Client.Addr(f), 0), netip.AddrPortFrom(n.Node.Addr(f), hostPort)
+		for range burst {
+			if own, seen, err := n.Client.Ask(within(t), from, to); err != nil || own == seen {
+				t.Fatalf("%v: client %v is seen as %v: %v", f, own, seen, err)
+			}
+		}
+	}
+	c, err := n.d.Counters()
+	must(t, err)
+	if dropped := c[flow.ReasonXDPSYNSource].Packets; dropped != 0 {
+		t.Errorf("%d SYNs dropped of %d in a burst of as many", dropped, burst)
+	}
+}
+
 // flood sends SYNs of an address that nobody has, and sees that the bucket held.
 func (n *node) flood(t *testing.T, f lab.Family, syns int) {
 	t.Helper()

@@ -27,6 +27,7 @@ const (
 	proxied  answerer = "proxy"    // the service, which saw the client's address with a port of the proxy's
 	cut      answerer = "cut"      // nobody: the connection was reset
 	ended    answerer = "ended"    // nobody: the connection was closed, as the kernel does for a killed process
+	refused  answerer = "refused"  // nobody: the backstop, which takes a SYN's socket away
 	denied   answerer = "denied"   // nobody: the proxy said no in TLS
 	nobody   answerer = "nobody"   // nobody: silence
 	stranger answerer = "stranger" // whatever else
@@ -103,6 +104,8 @@ func judge(own, seen netip.AddrPort, err error) outcome {
 		o.err = fmt.Errorf("service saw %s", seen)
 	case isReset(err):
 		o.who = cut
+	case errors.Is(err, syscall.ECONNREFUSED):
+		o.who = refused
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		o.who = ended
 	case errors.As(err, &op) && op.Op == "remote error": // crypto/tls: an alert

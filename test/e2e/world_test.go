@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -35,6 +36,7 @@ var (
 type options struct {
 	plain    bool   // the programs as they are shipped
 	lease    string // of the agent; empty: the default of 15s
+	hooks    string // how programs are held; empty: auto
 	resource string // more YAML documents, after the world's own
 }
 
@@ -139,6 +141,7 @@ func (w *world) writeConfig(t *testing.T, o options) {
 	if lease == "" {
 		lease = "15s"
 	}
+	hooks := cmp.Or(o.hooks, "auto")
 	for file, who := range map[string]string{w.files.agent: "agent", w.files.proxy: "proxy"} {
 		id := spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+nodeName)
 		write(t, file, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
@@ -154,10 +157,11 @@ spec:
   workloadAPI: unix://%[6]s
   devices: {pods: ["vethpod*"]}
   lease: %[7]s
+  hooks: %[9]s
   collector: {address: "127.0.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   metrics: "127.0.0.1:9469"
   proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s}
-`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup()))
+`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks))
 	}
 	write(t, w.files.collector, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: CollectorConfig

@@ -79,7 +79,7 @@ func TestBuffers(t *testing.T) {
 					p := a.packet()
 					p.Flags = packet.ACK
 					check(t, a.from.Do(func() error { return b.send(a, p) }))
-					if n := a.attack(t, nil); (n > 0) != arrives {
+					if n := a.attack(t, nil)["arrived"]; (n > 0) != arrives {
 						t.Errorf("enforced %v: %d arrived", w.d != nil, n)
 					}
 				}

@@ -20,6 +20,11 @@ const (
 var rules = fmt.Sprintf(`table inet judge {
 	counter arrived { }
 	counter marker { }
+	counter answered { }
+	chain out {
+		type filter hook output priority -400; policy accept;
+		tcp sport %[1]d tcp flags & (syn | ack) == syn | ack counter name answered
+	}
 	chain in {
 		type filter hook input priority -400; policy accept;
 		tcp dport %[1]d counter name arrived
@@ -51,13 +56,15 @@ func (j judge) nft(t *testing.T, args ...string) []byte {
 	return out
 }
 
-// arrived is what has come since the last call, up to the marker that the attacker has sent last.
-func (j judge) arrived(t *testing.T) int {
+// since is what has come since the last call, up to the marker that the attacker has sent last.
+func (j judge) since(t *testing.T) map[string]int {
 	t.Helper()
-	total := 0
+	total := map[string]int{}
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
-		counts := j.read(t)
-		if total += counts["arrived"]; counts["marker"] > 0 {
+		for name, n := range j.read(t) {
+			total[name] += n
+		}
+		if total["marker"] > 0 {
 			return total
 		}
 	}

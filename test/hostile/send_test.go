@@ -26,12 +26,12 @@ func (a way) marker() []byte {
 	return p.Bytes()
 }
 
-// attack sends the frames and then the marker, and tells what has arrived. All of them leave by one socket
+// attack sends the frames and then the marker, and tells what has arrived and what was answered. All of them leave by one socket
 // and one queue, so they arrive in order.
-func (a way) attack(t *testing.T, frames [][]byte) int {
+func (a way) attack(t *testing.T, frames [][]byte) map[string]int {
 	t.Helper()
 	check(t, a.from.Do(func() error { return a.send(append(frames, a.marker())) }))
-	return a.judge.arrived(t)
+	return a.judge.since(t)
 }
 
 func (a way) send(frames [][]byte) error {

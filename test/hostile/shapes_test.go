@@ -73,10 +73,10 @@ func attack(t *testing.T, s shape.Shape, id uint16, open, closed way) {
 		return
 	}
 	refused := s.Refused != "" || open.toPod() && notForwarded(s.Name)
-	if arrived := open.attack(t, frames); refused == (arrived > 0) {
+	if arrived := open.attack(t, frames)["arrived"]; refused == (arrived > 0) {
 		t.Errorf("%s: %d packets arrive without enforcement; refused by Linux itself: %q", open.name, arrived, s.Refused)
 	}
-	if n := closed.attack(t, s.Frames(q)); n > 0 {
+	if n := closed.attack(t, s.Frames(q))["arrived"]; n > 0 {
 		t.Errorf("%s: %d packets arrive", closed.name, n)
 	}
 }

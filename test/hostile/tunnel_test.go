@@ -117,7 +117,7 @@ func TestTunnels(t *testing.T) {
 					check(t, w.Client.Do(func() error {
 						return (way{from: w.Client, device: "eth0"}).send([][]byte{syn, marker})
 					}))
-					if n := w.judges[w.Node].arrived(t); n != want {
+					if n := w.judges[w.Node].since(t)["arrived"]; n != want {
 						t.Errorf("%v: %d arrived, want %d", f, n, want)
 					}
 				}

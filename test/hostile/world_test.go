@@ -29,13 +29,21 @@ type world struct {
 // newWorld makes a node; without enforcement it is the control.
 func newWorld(t *testing.T, enforce bool) *world {
 	t.Helper()
+	w := build(t)
+	if enforce {
+		w.load(t)
+		w.attach(t)
+	}
+	return w
+}
+
+// build is a node that enforces nothing.
+func build(t *testing.T) *world {
+	t.Helper()
 	w := &world{Lab: lab.New(t, lab.Options{Pods: 2, UplinkMTU: 9000}), judges: map[*lab.Namespace]judge{}}
 	for _, n := range []*lab.Namespace{w.Node, w.Pod} {
 		w.judges[n] = newJudge(t, n)
 		w.listen(t, n)
-	}
-	if enforce {
-		w.enforce(t)
 	}
 	return w
 }
@@ -57,9 +65,9 @@ func (w *world) listen(t *testing.T, n *lab.Namespace) {
 	}
 }
 
-// enforce loads the datapath into the node, with a proxy's namespace that nobody serves: whatever is steered
-// ends there.
-func (w *world) enforce(t *testing.T) {
+// load loads the datapath into the node, hooked nowhere, with a proxy's namespace that nobody serves:
+// whatever is steered ends there.
+func (w *world) load(t *testing.T) {
 	t.Helper()
 	bpffs, err := w.MountBPFFS()
 	check(t, err)
@@ -78,7 +86,6 @@ func (w *world) enforce(t *testing.T) {
 		_, err := datapath.Uninstall(cfg.Dir)
 		check(t, err)
 	})
-	w.attach(t)
 	w.protect(t)
 	check(t, w.d.Renew(time.Hour))
 }
