@@ -288,6 +288,11 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		if (again != SP_REASON_NONE)
 			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
 	}
+	if (hook == SP_HOOK_IN) {
+		again = sp_source_lies(skb, p);
+		if (again != SP_REASON_NONE)
+			return sp_decide(SP_ACT_DROP, again);
+	}
 	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);

@@ -118,6 +118,7 @@ struct sp_packet {
 	struct sp_addr src;
 	struct sp_addr dst;
 	__u32 ifindex;		/* of the hook's device */
+	__u32 came_by;		/* of the device that the node got it by; 0: it is the node's own */
 	__u32 bytes;		/* IP bytes on the wire, GSO segments counted */
 	__u32 segments;
 };
@@ -456,12 +457,14 @@ static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_h
 static __always_inline void sp_packet_begin(const struct __sk_buff *skb, struct sp_packet *p,
 					    const struct sp_head *head)
 {
-	__u32 ifindex = skb->ifindex;
+	__u32 ifindex = skb->ifindex, came_by = skb->ingress_ifindex;
 
 	barrier_var(ifindex);
+	barrier_var(came_by);
 	__builtin_memset(p, 0, sizeof(*p));
 	__builtin_memcpy(p, head, sizeof(*head));
 	p->ifindex = ifindex;
+	p->came_by = came_by;
 }
 
 /* Second stage: addresses, also of a packet whose first stage failed behind the IP header. */
