@@ -95,6 +95,7 @@ static __always_inline bool sp_flow_lives(const struct sp_config *cfg, const str
 	struct sp_path *path;
 
 	return !flow->ended && flow->service_id == service_id &&
+	       !sp_udp_idle(flow, bpf_ktime_get_boot_ns()) &&
 	       sp_path_check(cfg, flow->slot, flow->epoch, bpf_ktime_get_boot_ns(), &path) ==
 		       SP_REASON_PATH_LIVE;
 }
@@ -109,17 +110,19 @@ static __noinline int sp_explain(const struct sp_flow_key *key, __u32 service_id
 	struct sp_config *cfg = sp_get_config();
 	struct sp_flow *flow;
 	struct sp_leg_key at;
+	bool tcp;
 
 	if (!cfg || !key)
 		return SP_REASON_BACKSTOP;
-	if (sp_find_leg(key, SP_LEG_UP, 0))
+	tcp = key->protocol == IPPROTO_TCP; /* the proxy carries nothing else, and its keys do not say so */
+	if (tcp && sp_find_leg(key, SP_LEG_UP, 0))
 		return SP_REASON_SOCKET_LEG;
 	flow = bpf_map_lookup_elem(&sp_flows, key);
 	if (flow && sp_flow_lives(cfg, flow, service_id))
 		return SP_REASON_SOCKET_PATH;
 	if (flow)
 		return tcp_flags & SP_TCP_RST ? SP_REASON_SOCKET_RESET : SP_REASON_SOCKET_ENDED;
-	if (!(tcp_flags & SP_TCP_RST))
+	if (!tcp || !(tcp_flags & SP_TCP_RST))
 		return SP_REASON_BACKSTOP;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_UP);
 	if (bpf_map_lookup_elem(&sp_strays, &at))
@@ -296,7 +299,7 @@ static __always_inline int sp_backstop_in(struct __sk_buff *skb)
 	if (!scratch)
 		return SP_CG_DROP;
 	sp_packet_begin(skb, &scratch->packet, &head);
-	if (parsed != SP_PARSE_TCP || (listens && !sp_syn_only(&scratch->packet)))
+	if (!sp_ports_read(parsed) || (listens && !sp_syn_only(&scratch->packet)))
 		sock.counts = false;
 	return sp_deliver(skb, &scratch->packet, &scratch->key, &sock);
 }

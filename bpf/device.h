@@ -249,6 +249,15 @@ static __always_inline struct sp_decision sp_decide_udp(int reason, bool towards
 	return sp_decide(towards ? SP_ACT_REFUSE : SP_ACT_DROP, reason);
 }
 
+/* A datagram that goes on to its service is compared with what arrives there. */
+static __always_inline int sp_count_udp(struct __sk_buff *skb, const struct sp_packet *p, __u32 service_id,
+					int reason)
+{
+	if (reason == SP_REASON_PATH_OPEN || reason == SP_REASON_PATH_LIVE)
+		sp_count_hook(skb, p, service_id, false);
+	return reason;
+}
+
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
@@ -274,7 +283,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
-			return sp_decide_udp(sp_udp_towards(skb, p, key, svc, hook), true);
+			return sp_decide_udp(sp_count_udp(skb, p, svc->id, sp_udp_towards(skb, p, key, svc, hook)), true);
 		if (sp_is_port(behind))
 			sp_note_ether(skb, true);
 		return sp_decide_towards(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
