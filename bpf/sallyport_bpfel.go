@@ -163,6 +163,33 @@ type SallyportSpFlowKey struct {
 	Protocol   uint32
 }
 
+type SallyportSpFragment struct {
+	_          structs.HostLayout
+	SeenNs     uint64
+	Kind       SallyportSpFragmentKind
+	ClientPort uint16
+	ServerPort uint16
+}
+
+type SallyportSpFragmentKey struct {
+	_       structs.HostLayout
+	Src     SallyportSpAddr
+	Dst     SallyportSpAddr
+	Id      uint32
+	Hook    SallyportSpHook
+	Ifindex uint32
+	Pad     uint32
+}
+
+type SallyportSpFragmentKind uint32
+
+const (
+	SallyportSpFragmentKindSP_FRAGMENT_NONE      SallyportSpFragmentKind = 0
+	SallyportSpFragmentKindSP_FRAGMENT_FREE      SallyportSpFragmentKind = 1
+	SallyportSpFragmentKindSP_FRAGMENT_TO_SERVER SallyportSpFragmentKind = 2
+	SallyportSpFragmentKindSP_FRAGMENT_TO_CLIENT SallyportSpFragmentKind = 3
+)
+
 type SallyportSpHook uint32
 
 const (
@@ -323,6 +350,8 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_ICMP_LEG          SallyportSpReason = 35
+	SallyportSpReasonSP_REASON_ICMP_LIVE         SallyportSpReason = 36
 	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
@@ -340,6 +369,10 @@ const (
 	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
 	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
 	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
+	SallyportSpReasonSP_REASON_ICMP_STRAY        SallyportSpReason = 66
+	SallyportSpReasonSP_REASON_ORPHAN            SallyportSpReason = 67
+	SallyportSpReasonSP_REASON_SOURCE_ROUTE      SallyportSpReason = 68
+	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
@@ -465,6 +498,7 @@ const (
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
 	SallyportMapSpFlows       = "sp_flows"
+	SallyportMapSpFragments   = "sp_fragments"
 	SallyportMapSpLease       = "sp_lease"
 	SallyportMapSpLegs        = "sp_legs"
 	SallyportMapSpMustDeliver = "sp_must_deliver"
@@ -582,6 +616,7 @@ type SallyportMapSpecs struct {
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
+	SpFragments   *ebpf.MapSpec `ebpf:"sp_fragments"`
 	SpLease       *ebpf.MapSpec `ebpf:"sp_lease"`
 	SpLegs        *ebpf.MapSpec `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.MapSpec `ebpf:"sp_must_deliver"`
@@ -639,6 +674,7 @@ type SallyportMaps struct {
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
+	SpFragments   *ebpf.Map `ebpf:"sp_fragments"`
 	SpLease       *ebpf.Map `ebpf:"sp_lease"`
 	SpLegs        *ebpf.Map `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.Map `ebpf:"sp_must_deliver"`
@@ -670,6 +706,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpCounters,
 		m.SpDenies,
 		m.SpFlows,
+		m.SpFragments,
 		m.SpLease,
 		m.SpLegs,
 		m.SpMustDeliver,

@@ -138,6 +138,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
 	empty[bpf.BackstopKey, bpf.Backstop](t, r.m.SpBackstop)
+	empty[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments)
 	empty[bpf.PathKey, bpf.PathRef](t, r.m.SpPathIndex)
 	check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{}))
 	check(t, r.m.SpPaths.Put(uint32(0), &bpf.Path{}))
