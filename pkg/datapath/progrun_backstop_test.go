@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -195,18 +193,4 @@ func (r *rig) inode(t *testing.T, n *lab.Namespace) (inode uint32) {
 	}
 	check(t, n.Do(func() (err error) { inode, err = datapath.NetnsInode(); return err }))
 	return inode
-}
-
-// volume sums what one counter has of all CPUs.
-func volume(t testing.TB, m *ebpf.Map, service uint32, of func(*bpf.Traffic) bpf.Volume) (v bpf.Volume) {
-	t.Helper()
-	var perCPU []bpf.Traffic
-	check(t, m.Lookup(service, &perCPU))
-	for _, c := range perCPU {
-		one := of(&c)
-		v.Opens += one.Opens
-		v.Packets += one.Packets
-		v.Bytes += one.Bytes
-	}
-	return v
 }
