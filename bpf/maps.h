@@ -96,6 +96,15 @@ struct {
 	__type(value, struct sp_path_status);
 } sp_path_state SEC(".maps");
 
+/* What the agent knows of devices. One that is missing is held to nothing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct sp_device);
+} sp_devices SEC(".maps");
+
 /* Leases of the paths' budgets, one slot a path and CPU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -214,6 +223,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct sp_sequence);
 } sp_sequence SEC(".maps");
+
+/* First fragments that passed. LRU: losing one drops the rest of its datagram (ORPHAN). */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct sp_fragment_key);
+	__type(value, struct sp_fragment);
+} sp_fragments SEC(".maps");
 
 /* Bounds the ICMP errors that tell senders of datagrams of a refusal. None left: dropped in silence. */
 struct {

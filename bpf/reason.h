@@ -33,6 +33,7 @@ enum sp_reason {
 	SP_REASON_FLOWS_FULL = 10,
 	SP_REASON_TUPLE_HELD = 11,	/* the proxy holds this tuple towards the service */
 	SP_REASON_PATH_RATE = 12,	/* the path took its connections of this second */
+	SP_REASON_PATH_INGRESS = 13,	/* the path is for clients behind another kind of device */
 	SP_REASON_PATH_CONNECTIONS = 14,	/* the path took all of its connections */
 
 	/* the packet went straight on, under a live path */
@@ -51,6 +52,10 @@ enum sp_reason {
 	SP_REASON_PX_RESET = 32,	/* RST that answers a stray */
 	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
 	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
+
+	/* an ICMP error, by the packet that it quotes */
+	SP_REASON_ICMP_LEG = 35,	/* about a packet of the proxy: to the proxy */
+	SP_REASON_ICMP_LIVE = 36,	/* about a packet of a bypassed flow: passed */
 
 	/* the packet ended a flow whose path is over */
 	SP_REASON_PATH_RESET = 40,	/* it went on as the RST that ends the other half */
@@ -72,6 +77,12 @@ enum sp_reason {
 	SP_REASON_UDP_NO_FLOW = 63,	/* datagram of a UDP service that answers no flow */
 	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
 	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
+	SP_REASON_ICMP_STRAY = 66,	/* ICMP error or redirect about a protected port, but of no live flow */
+	SP_REASON_ORPHAN = 67,		/* fragment whose first one did not pass here */
+	SP_REASON_SOURCE_ROUTE = 68,	/* its sender chose its way */
+	SP_REASON_BAD_FLAGS = 69,	/* TCP flags that no connection has */
+	SP_REASON_SOURCE_FOREIGN = 70,	/* from a pod, with an address that is not its own */
+	SP_REASON_SOURCE_OWN = 71,	/* from an uplink, with an address of the node or of its pods */
 
 	/* the packet was dropped before a socket, by the backstop */
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */

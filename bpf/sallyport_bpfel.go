@@ -83,6 +83,11 @@ type SallyportSpDenyKey struct {
 	Reason     SallyportSpReason
 }
 
+type SallyportSpDevice struct {
+	_     structs.HostLayout
+	Facts SallyportSpFact
+}
+
 type SallyportSpEvent struct {
 	_               structs.HostLayout
 	Seq             uint64
@@ -124,6 +129,15 @@ const (
 	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
 )
 
+type SallyportSpFact uint32
+
+const (
+	SallyportSpFactSP_DEVICE_UPLINK SallyportSpFact = 1
+	SallyportSpFactSP_DEVICE_POD    SallyportSpFact = 2
+	SallyportSpFactSP_DEVICE_BOUND4 SallyportSpFact = 4
+	SallyportSpFactSP_DEVICE_BOUND6 SallyportSpFact = 8
+)
+
 type SallyportSpFlags uint32
 
 const (
@@ -163,6 +177,33 @@ type SallyportSpFlowKey struct {
 	Protocol   uint32
 }
 
+type SallyportSpFragment struct {
+	_          structs.HostLayout
+	SeenNs     uint64
+	Kind       SallyportSpFragmentKind
+	ClientPort uint16
+	ServerPort uint16
+}
+
+type SallyportSpFragmentKey struct {
+	_       structs.HostLayout
+	Src     SallyportSpAddr
+	Dst     SallyportSpAddr
+	Id      uint32
+	Hook    SallyportSpHook
+	Ifindex uint32
+	Pad     uint32
+}
+
+type SallyportSpFragmentKind uint32
+
+const (
+	SallyportSpFragmentKindSP_FRAGMENT_NONE      SallyportSpFragmentKind = 0
+	SallyportSpFragmentKindSP_FRAGMENT_FREE      SallyportSpFragmentKind = 1
+	SallyportSpFragmentKindSP_FRAGMENT_TO_SERVER SallyportSpFragmentKind = 2
+	SallyportSpFragmentKindSP_FRAGMENT_TO_CLIENT SallyportSpFragmentKind = 3
+)
+
 type SallyportSpHook uint32
 
 const (
@@ -171,6 +212,15 @@ const (
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
 	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
+)
+
+type SallyportSpIngress uint32
+
+const (
+	SallyportSpIngressSP_INGRESS_ANY    SallyportSpIngress = 0
+	SallyportSpIngressSP_INGRESS_UPLINK SallyportSpIngress = 1
+	SallyportSpIngressSP_INGRESS_POD    SallyportSpIngress = 2
+	SallyportSpIngressSP_INGRESS_LOCAL  SallyportSpIngress = 3
 )
 
 type SallyportSpLease struct {
@@ -262,7 +312,7 @@ type SallyportSpPath struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Pad uint32
+	Ingress SallyportSpIngress
 }
 
 type SallyportSpPathKey struct {
@@ -311,6 +361,7 @@ const (
 	SallyportSpReasonSP_REASON_FLOWS_FULL        SallyportSpReason = 10
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
 	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
+	SallyportSpReasonSP_REASON_PATH_INGRESS      SallyportSpReason = 13
 	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
@@ -323,6 +374,8 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_ICMP_LEG          SallyportSpReason = 35
+	SallyportSpReasonSP_REASON_ICMP_LIVE         SallyportSpReason = 36
 	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
@@ -340,6 +393,12 @@ const (
 	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
 	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
 	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
+	SallyportSpReasonSP_REASON_ICMP_STRAY        SallyportSpReason = 66
+	SallyportSpReasonSP_REASON_ORPHAN            SallyportSpReason = 67
+	SallyportSpReasonSP_REASON_SOURCE_ROUTE      SallyportSpReason = 68
+	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
+	SallyportSpReasonSP_REASON_SOURCE_FOREIGN    SallyportSpReason = 70
+	SallyportSpReasonSP_REASON_SOURCE_OWN        SallyportSpReason = 71
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
@@ -367,10 +426,12 @@ const (
 )
 
 type SallyportSpSequence struct {
-	_               structs.HostLayout
-	Produced        uint64
-	MustDeliverLost uint64
-	BestEffortLost  uint64
+	_                  structs.HostLayout
+	Produced           uint64
+	MustDeliverLost    uint64
+	BestEffortLost     uint64
+	MustDeliverWokenNs uint64
+	BestEffortWokenNs  uint64
 }
 
 type SallyportSpService struct {
@@ -450,7 +511,7 @@ const (
 type SallyportSpVolume struct {
 	_       structs.HostLayout
 	Opens   uint64
-	Empties uint64
+	Packets uint64
 	Bytes   uint64
 }
 
@@ -464,7 +525,9 @@ const (
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
+	SallyportMapSpDevices     = "sp_devices"
 	SallyportMapSpFlows       = "sp_flows"
+	SallyportMapSpFragments   = "sp_fragments"
 	SallyportMapSpLease       = "sp_lease"
 	SallyportMapSpLegs        = "sp_legs"
 	SallyportMapSpMustDeliver = "sp_must_deliver"
@@ -581,7 +644,9 @@ type SallyportMapSpecs struct {
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
+	SpDevices     *ebpf.MapSpec `ebpf:"sp_devices"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
+	SpFragments   *ebpf.MapSpec `ebpf:"sp_fragments"`
 	SpLease       *ebpf.MapSpec `ebpf:"sp_lease"`
 	SpLegs        *ebpf.MapSpec `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.MapSpec `ebpf:"sp_must_deliver"`
@@ -638,7 +703,9 @@ type SallyportMaps struct {
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
+	SpDevices     *ebpf.Map `ebpf:"sp_devices"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
+	SpFragments   *ebpf.Map `ebpf:"sp_fragments"`
 	SpLease       *ebpf.Map `ebpf:"sp_lease"`
 	SpLegs        *ebpf.Map `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.Map `ebpf:"sp_must_deliver"`
@@ -669,7 +736,9 @@ func (m *SallyportMaps) Close() error {
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,
+		m.SpDevices,
 		m.SpFlows,
+		m.SpFragments,
 		m.SpLease,
 		m.SpLegs,
 		m.SpMustDeliver,

@@ -39,6 +39,26 @@ enum sp_hook {
 	SP_HOOK_PORT = 4,	/* egress of a bridge's port: pod service behind the port */
 };
 
+/* By what kind of device a client is reached: a path may be for one alone. */
+enum sp_ingress {
+	SP_INGRESS_ANY = 0,
+	SP_INGRESS_UPLINK = 1,
+	SP_INGRESS_POD = 2,
+	SP_INGRESS_LOCAL = 3,	/* the node itself */
+};
+
+/* What the agent knows of a device: bits of sp_device.facts. */
+enum sp_fact {
+	SP_DEVICE_UPLINK = 1,
+	SP_DEVICE_POD = 2,
+	SP_DEVICE_BOUND4 = 4,	/* its pod has those IPv4 addresses that are routed to it */
+	SP_DEVICE_BOUND6 = 8,
+};
+
+struct sp_device {
+	enum sp_fact facts;
+};
+
 enum sp_state {
 	SP_PATH_FREE = 0,
 	SP_PATH_PENDING = 1,
@@ -151,7 +171,7 @@ struct sp_path {
 	__u32 in_second;	/* connections admitted in it */
 	__u32 rate_limit;	/* of connections in a second */
 	struct bpf_spin_lock lock;	/* of what was taken, and of the second */
-	__u32 pad;
+	enum sp_ingress ingress;
 };
 
 /* What a CPU has taken ahead of a path's budget. */
@@ -281,13 +301,14 @@ struct sp_backstop {
 };
 
 /*
- * Three volumes of TCP that neither GSO nor GRO changes between a hook and a socket, so that they can
- * be compared: packets with data are split and merged on the way, their payload is not.
+ * Volumes that neither GSO nor GRO raises between a hook and a socket, so that they can be compared:
+ * packets of TCP with data are split and merged on the way, their payload is not; datagrams are merged,
+ * and counted for as many as they were.
  */
 struct sp_volume {
 	__u64 opens;		/* SYNs */
-	__u64 empties;		/* other packets without payload */
-	__u64 bytes;		/* payload */
+	__u64 packets;		/* others without payload; datagrams */
+	__u64 bytes;		/* payload; not of datagrams, which come in fragments */
 };
 
 /* Packets towards one service: what the tc hooks let through, and what its sockets got. */
@@ -297,6 +318,31 @@ struct sp_traffic {
 	struct sp_volume socket_leg;
 	struct sp_volume socket_path;
 	struct sp_volume socket_loopback;	/* from the pod itself */
+};
+
+/* A datagram in fragments, on one way: the hook, and the device where it goes to a pod's. */
+struct sp_fragment_key {
+	struct sp_addr src;
+	struct sp_addr dst;
+	__u32 id;
+	enum sp_hook hook;
+	__u32 ifindex;
+	__u32 pad;
+};
+
+/* What the first fragment was. */
+enum sp_fragment_kind {
+	SP_FRAGMENT_NONE = 0,
+	SP_FRAGMENT_FREE = 1,		/* none of ours */
+	SP_FRAGMENT_TO_SERVER = 2,	/* of the bypassed flow with these ports */
+	SP_FRAGMENT_TO_CLIENT = 3,
+};
+
+struct sp_fragment {
+	__u64 seen_ns;
+	enum sp_fragment_kind kind;
+	__u16 client_port;
+	__u16 server_port;
 };
 
 /* Of one CPU: how many ICMP errors it may still send. */
@@ -323,6 +369,8 @@ struct sp_sequence {
 	__u64 produced;
 	__u64 must_deliver_lost;
 	__u64 best_effort_lost;
+	__u64 must_deliver_woken_ns;	/* when a reader was last woken, per ring */
+	__u64 best_effort_woken_ns;
 };
 
 struct sp_event {

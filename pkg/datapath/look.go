@@ -52,7 +52,7 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 		Slot: slot, State: state,
 		Path: Path{Grant: fromLabel(p.Grant), Client: fromAddr(p.Client), ServiceID: p.ServiceId,
 			Service: fromLabel(p.Service), Deadline: time.Duration(p.DeadlineNs),
-			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}},
+			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}, Ingress: Ingress(p.Ingress)},
 		Flows: p.Flows, BytesToServer: p.BytesToServer, BytesToClient: p.BytesToClient,
 		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient,
 	}
