@@ -307,6 +307,7 @@ func (rig *packetRig) single(empty *ebpf.Program) error {
 	rig.cell("unprotected, out to a pod", rig.hook, rig.dev, steered, other, packet.ACK, actNext)
 	rig.cell("unprotected, in from the uplink", in, uplink, steered, other, packet.ACK, actNext)
 	rig.cell("bypassed", rig.hook, rig.dev, bypassed, target, packet.ACK, actNext)
+	rig.cell("bypassed, in from the uplink on its way to the pod", in, uplink, bypassed, target, packet.ACK, actNext)
 	rig.cell("steered, SYN", rig.hook, rig.dev, steered, target, packet.SYN, actRedirect)
 	rig.cell("steered", rig.hook, rig.dev, steered, target, packet.ACK, actRedirect)
 	rig.cell("denied, no state", rig.hook, rig.dev, stranger, target, packet.ACK, actRedirect)
