@@ -184,7 +184,7 @@ static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 re
 	e->netns = netns;
 	e->service_id = service_id;
 	e->count = count;
-	bpf_ringbuf_submit(e, 0);
+	sp_submit(e, &seq->best_effort_woken_ns);
 	return 1;
 }
 

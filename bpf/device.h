@@ -7,7 +7,10 @@
 #include "mark.h"
 #include "cut.h"
 #include "traffic.h"
+#include "icmp.h"
+#include "options.h"
 #include "udp.h"
+#include "fragment.h"
 #include "unreachable.h"
 
 enum sp_action {
@@ -225,6 +228,7 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 {
 	enum sp_reason reason = parsed == SP_PARSE_FRAGMENT ? SP_REASON_FRAGMENT :
 				parsed == SP_PARSE_EXT_HEADERS ? SP_REASON_EXT_HEADERS :
+				parsed == SP_PARSE_SOURCE_ROUTE ? SP_REASON_SOURCE_ROUTE :
 				SP_REASON_MALFORMED;
 
 	if (parsed == SP_PARSE_HIDDEN)
@@ -232,7 +236,9 @@ static __always_inline struct sp_decision sp_decide_unparsed(struct __sk_buff *s
 	if (parsed == SP_PARSE_MISPLACED) /* its addresses are not where we would read them */
 		return sp_anything_protected() ? sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED) :
 						 sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
-	if (p->version && (!sp_parse_addresses(skb, p) || sp_owns_protected(skb, p)))
+	if (p->version && (!sp_parse_addresses(skb, p) || sp_towards_owner(skb, p)))
+		return sp_decide(SP_ACT_DROP, reason);
+	if (parsed == SP_PARSE_SOURCE_ROUTE && sp_from_owner(skb, p))
 		return sp_decide(SP_ACT_DROP, reason);
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
@@ -249,6 +255,16 @@ static __always_inline struct sp_decision sp_decide_udp(int reason, bool towards
 	return sp_decide(towards ? SP_ACT_REFUSE : SP_ACT_DROP, reason);
 }
 
+/* Flags that no connection has, to or from the service at `address`. */
+static __always_inline struct sp_decision
+sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hook,
+	      const struct sp_service *svc, const struct sp_addr *address, const struct sp_addr *peer)
+{
+	if (sp_may_be_foreign(svc, hook) && !sp_is_local(skb, address, peer, p->version))
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	return sp_decide(SP_ACT_DROP, SP_REASON_BAD_FLAGS);
+}
+
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
@@ -262,6 +278,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	if (!sp_parse_addresses(skb, p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
 	sp_parse_volume(skb, p);
+	if (sp_lengths_lie(skb, p) && sp_towards_owner(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
 	cfg = sp_get_config();
 	if (!cfg)
 		return sp_decide(SP_ACT_DROP, SP_REASON_NO_CONFIG);
@@ -280,6 +298,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_towards(skb, p, key, svc, hook), true);
+		if (sp_bad_flags(p))
+			return sp_decide_bad(skb, p, hook, svc, &p->dst, &p->src);
 		if (sp_is_port(behind))
 			sp_note_ether(skb, true);
 		return sp_decide_towards(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
@@ -289,11 +309,57 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		*key = sp_key_from(p);
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_from(skb, p, key, svc, hook), false);
+		if (sp_bad_flags(p))
+			return sp_decide_bad(skb, p, hook, svc, &p->src, &p->dst);
 		if (sp_is_port(behind))
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+static __always_inline struct sp_decision sp_decide_icmp_reason(int reason)
+{
+	return sp_decide(reason == SP_REASON_ICMP_LEG ? SP_ACT_STEER :
+			 reason == SP_REASON_ICMP_STRAY ? SP_ACT_DROP : SP_ACT_NEXT, reason);
+}
+
+/* Whose packet an ICMP error is about. */
+static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, struct sp_packet *p,
+							 struct sp_packet *q, enum sp_hook hook,
+							 enum sp_behind behind, struct sp_flow_key *key)
+{
+	struct sp_service *svc = NULL;
+	int parsed;
+
+	if (!sp_parse_addresses(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
+	sp_parse_volume(skb, p);
+	parsed = sp_parse_quote(skb, p, q);
+	if (!sp_ports_read(parsed))
+		return sp_decide_icmp_reason(!sp_quotes_none(parsed) && sp_towards_owner(skb, p) ?
+					     SP_REASON_ICMP_STRAY : SP_REASON_NONE);
+	if (sp_port_flagged(q->protocol, q->sport))
+		svc = sp_find_service(&q->src, q->sport, q->protocol);
+	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
+		*key = sp_key_from(q);
+		return sp_decide_icmp_reason(sp_icmp_towards(skb, p, key, svc, hook));
+	}
+	svc = sp_port_flagged(q->protocol, q->dport) ? sp_find_service(&q->dst, q->dport, q->protocol) : NULL;
+	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
+		*key = sp_key_towards(q);
+		return sp_decide_icmp_reason(sp_icmp_from(p, key, svc));
+	}
+	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+}
+
+static __always_inline struct sp_decision sp_decide_rest(struct __sk_buff *skb, struct sp_packet *p,
+							 enum sp_hook hook, struct sp_flow_key *key)
+{
+	if (!sp_parse_addresses(skb, p))
+		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
+	sp_parse_volume(skb, p);
+	return sp_decide_udp(sp_rest(skb, p, key, hook), false);
 }
 
 /* What the first stage says of a packet before anything is looked up but the flags of its ports. */
@@ -310,7 +376,7 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
 		return false;
 	g->parsed = sp_parse(skb, &g->head, l3);
-	if (g->parsed == SP_PARSE_OTHER) {
+	if (g->parsed == SP_PARSE_OTHER && !g->head.first) {
 		g->parsed = SP_PARSE_HIDDEN;
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb);
 	}
@@ -318,7 +384,7 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 		return true;
 	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
 	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
-	return g->to || g->from;
+	return g->to || g->from || g->head.first;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
@@ -338,6 +404,15 @@ static __always_inline int sp_steer(struct __sk_buff *skb, __u32 l3)
 	return bpf_redirect(cfg->px0_ifindex, 0);
 }
 
+/* On the way to the proxy, or straight on: what a SYN may ask for. */
+static __always_inline bool sp_syn_edited(struct __sk_buff *skb, const struct sp_packet *p,
+					  struct sp_decision d)
+{
+	if (!(p->tcp_flags & SP_TCP_SYN) || d.reason == SP_REASON_REINJECTED)
+		return true;
+	return !sp_edit_syn(skb, p, d.action == SP_ACT_STEER ? sp_mss_of(skb, p, p->ifindex) : SP_MSS_ANY);
+}
+
 static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_packet *p,
 					 struct sp_decision d, enum sp_hook hook, __u32 l3)
 {
@@ -345,6 +420,8 @@ static __always_inline int sp_act_device(struct __sk_buff *skb, const struct sp_
 		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_REFUSE)
 		return sp_refuse(skb, p, hook, l3);
+	if (!sp_syn_edited(skb, p, d))
+		return TC_ACT_SHOT;
 	if (d.action == SP_ACT_STEER)
 		return sp_steer(skb, l3);
 	if (d.reason == SP_REASON_REINJECTED) {
@@ -377,9 +454,18 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	p = &scratch->packet;
 	sp_packet_begin(skb, p, &g.head);
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
-	d = sp_ports_read(g.parsed) ?
-	    sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key) :
-	    sp_decide_unparsed(skb, p, g.parsed);
+	if (g.to || g.from)
+		d = sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key);
+	else if (g.parsed == SP_PARSE_ICMP)
+		d = sp_decide_icmp(skb, p, &scratch->quoted, hook, behind, &scratch->key);
+	else if (g.parsed == SP_PARSE_REST)
+		d = sp_decide_rest(skb, p, hook, &scratch->key);
+	else if (g.parsed == SP_PARSE_UDP || g.parsed == SP_PARSE_OTHER) /* a first fragment, none of ours */
+		d = sp_decide(sp_parse_addresses(skb, p) ? SP_ACT_NEXT : SP_ACT_DROP, SP_REASON_NONE);
+	else
+		d = sp_decide_unparsed(skb, p, g.parsed);
+	if (p->first)
+		sp_keep_first(skb, p, &scratch->key, hook, d.reason);
 	if (d.reason == SP_REASON_NONE)
 		return TC_ACT_UNSPEC;
 	if (!p->segments)

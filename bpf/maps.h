@@ -224,6 +224,14 @@ struct {
 	__type(value, struct sp_sequence);
 } sp_sequence SEC(".maps");
 
+/* First fragments that passed. LRU: losing one drops the rest of its datagram (ORPHAN). */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct sp_fragment_key);
+	__type(value, struct sp_fragment);
+} sp_fragments SEC(".maps");
+
 /* Bounds the ICMP errors that tell senders of datagrams of a refusal. None left: dropped in silence. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

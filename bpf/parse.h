@@ -10,11 +10,19 @@
  *  - IPv4 options: IHL is honoured;
  *  - no IP header where it should begin, told by its version: SP_PARSE_MISPLACED. No device brings
  *    such packets in a way that we know of, and what is behind that header was not read;
- *  - fragments: never read for ports; TCP ones are SP_PARSE_FRAGMENT;
+ *  - fragments: those of TCP are SP_PARSE_FRAGMENT; of UDP the first is read like any datagram, and must
+ *    hold its header, the others are SP_PARSE_REST. What a fragment of IPv6 is of stands in the first
+ *    alone, so every other one is SP_PARSE_REST there. Nothing can lie over a first fragment's header: the
+ *    next one begins behind its eight bytes;
+ *  - source routes, by IPv4 options or an IPv6 routing header that is not used up: SP_PARSE_SOURCE_ROUTE;
  *  - IPv6 extension headers: at most SP_EXT_MAX, each sized by its own type; ESP, no-next-header
  *    and a chain beyond the bound are SP_PARSE_EXT_HEADERS;
  *  - truncation, a header length below its minimum, mapped addresses on the wire: SP_PARSE_MALFORMED;
- *  - everything that is neither TCP nor UDP: SP_PARSE_OTHER.
+ *  - lengths that lie, of packets with a flagged port: sp_lengths_lie. Bytes behind the IP packet are no
+ *    lie: short Ethernet frames are padded;
+ *  - ICMP errors and redirects: SP_PARSE_ICMP, and SP_PARSE_FRAGMENT when they come in fragments: an error
+ *    has no reason to be that long. Which it is stands in the first fragment;
+ *  - everything else: SP_PARSE_OTHER.
  * Where the IP header begins is a constant of the program: behind the Ethernet header, or at once
  * on a device without one (tunnels). The packet does not say, and its sender must not.
  * Only the first stage, up to the ports, runs for unprotected traffic.
@@ -44,6 +52,12 @@
 
 #define SP_IP_MF 0x2000
 #define SP_IP_OFFSET 0x1fff
+#define SP_IP_OPTIONS_MAX 40
+#define SP_IPOPT_NOP 1
+#define SP_IPOPT_LSRR 131
+#define SP_IPOPT_SSRR 137
+#define SP_IP6_MF 0x0001
+#define SP_IP6_OFFSET 0xfff8
 
 #define SP_TCP_FIN 0x01
 #define SP_TCP_SYN 0x02
@@ -53,8 +67,14 @@
 /* Types and codes of ICMP. linux/icmp.h needs the headers of a C library. */
 #define SP_ICMP_UNREACHABLE 3
 #define SP_ICMP_PORT 3
+#define SP_ICMP_QUENCH 4
+#define SP_ICMP_REDIRECT 5
+#define SP_ICMP_TIME 11
+#define SP_ICMP_PARAMETER 12
 #define SP_ICMP6_UNREACHABLE 1
 #define SP_ICMP6_PORT 4
+#define SP_ICMP6_PARAMETER 4
+#define SP_ICMP6_REDIRECT 137
 
 /* The header of ICMP messages of either version. */
 struct sp_icmp {
@@ -68,7 +88,10 @@ enum sp_parse {
 	SP_PARSE_OTHER = 0,
 	SP_PARSE_TCP,
 	SP_PARSE_UDP,
+	SP_PARSE_ICMP,		/* an error or a redirect; the rest of ICMP is OTHER */
 	SP_PARSE_FRAGMENT,
+	SP_PARSE_REST,		/* a fragment but the first */
+	SP_PARSE_SOURCE_ROUTE,
 	SP_PARSE_EXT_HEADERS,
 	SP_PARSE_MALFORMED,
 	SP_PARSE_MISPLACED,	/* no IP header where one is expected */
@@ -80,11 +103,14 @@ struct sp_head {
 	__u16 sport;
 	__u16 dport;
 	__u16 l3;		/* offset of the IP header */
-	__u16 l4;		/* offset of the TCP or UDP header */
-	__u8 tcp_flags;		/* of UDP: none */
+	__u16 l4;		/* offset of the transport header */
+	__u8 tcp_flags;		/* of UDP and ICMP: none */
+	__u8 icmp_type;
 	__u8 l4_len;		/* bytes of the TCP or UDP header */
 	__u8 version;		/* 4 or 6, 0 when the IP header was not reached */
 	__u8 protocol;		/* as far as the headers were walked */
+	__u8 first;		/* the first of several fragments */
+	__u32 fragment;		/* what its fragments have in common */
 };
 
 struct sp_packet {
@@ -100,6 +126,14 @@ struct sp_packet {
 static __always_inline bool sp_syn_only(const struct sp_packet *p)
 {
 	return (p->tcp_flags & (SP_TCP_SYN | SP_TCP_ACK | SP_TCP_RST)) == SP_TCP_SYN;
+}
+
+/* SYN with FIN or RST, and what is neither SYN nor RST without ACK: no connection sends that. */
+static __always_inline bool sp_bad_flags(const struct sp_packet *p)
+{
+	if (p->tcp_flags & SP_TCP_SYN)
+		return p->tcp_flags & (SP_TCP_FIN | SP_TCP_RST);
+	return !(p->tcp_flags & (SP_TCP_ACK | SP_TCP_RST));
 }
 
 /* A tag with an id means another L2 segment: its sub-device has hooks of its own. */
@@ -137,12 +171,6 @@ static __always_inline bool sp_has_ports(__u8 protocol)
 static __always_inline bool sp_ports_read(enum sp_parse parsed)
 {
 	return parsed == SP_PARSE_TCP || parsed == SP_PARSE_UDP;
-}
-
-/* What a header with ports is at least. */
-static __always_inline __u32 sp_least(__u8 protocol)
-{
-	return protocol == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr);
 }
 
 static __always_inline enum sp_parse sp_read_tcp(struct sp_head *p, const struct tcphdr *tcp)
@@ -189,6 +217,74 @@ static __always_inline enum sp_parse sp_read_ports(struct __sk_buff *skb, struct
 	return sp_load_ports(skb, p);
 }
 
+/* Is the ICMP message at p->l4 an error or a redirect? */
+static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __u32 more_fragments)
+{
+	bool error;
+	__u8 type;
+
+	if (!p || bpf_skb_load_bytes(skb, p->l4, &type, sizeof(type)))
+		return SP_PARSE_OTHER;
+	p->icmp_type = type;
+	error = p->version == 4 ? (type >= SP_ICMP_UNREACHABLE && type <= SP_ICMP_REDIRECT) ||
+				  type == SP_ICMP_TIME || type == SP_ICMP_PARAMETER :
+				  (type && type <= SP_ICMP6_PARAMETER) || type == SP_ICMP6_REDIRECT;
+	if (!error)
+		return SP_PARSE_OTHER;
+	return more_fragments ? SP_PARSE_FRAGMENT : SP_PARSE_ICMP;
+}
+
+/* Is there a source route among the options of an IPv4 header? Negative: they are not all there. */
+static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
+{
+	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
+	__u32 left = 0;
+
+	if (!len || len > SP_IP_OPTIONS_MAX)
+		return 0;
+	if (bpf_skb_load_bytes(skb, l3 + sizeof(struct iphdr), b, len))
+		return -1;
+	for (__u32 i = 0; i < SP_IP_OPTIONS_MAX; i++) {
+		if (i >= len || (!left && !b[i])) /* end of the list */
+			break;
+		if (left) {
+			left--;
+			continue;
+		}
+		if (b[i] == SP_IPOPT_LSRR || b[i] == SP_IPOPT_SSRR)
+			return 1;
+		if (b[i] == SP_IPOPT_NOP)
+			continue;
+		left = b[i + 1];
+		if (left < 2)
+			break;
+		left--;
+	}
+	return 0;
+}
+
+/* IPv4 with options, with fragments, or both. */
+static __noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p)
+{
+	struct iphdr ip;
+	int routed;
+
+	if (!p || bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) || ip.ihl < 5)
+		return SP_PARSE_MALFORMED;
+	routed = sp_source_routed(skb, p->l3, ip.ihl * 4 - sizeof(ip));
+	if (routed)
+		return routed < 0 ? SP_PARSE_MALFORMED : SP_PARSE_SOURCE_ROUTE;
+	if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
+		return sp_load_ports(skb, p);
+	if (ip.protocol == IPPROTO_TCP)
+		return SP_PARSE_FRAGMENT;
+	p->fragment = bpf_ntohs(ip.id);
+	if (ip.frag_off & bpf_htons(SP_IP_OFFSET))
+		return SP_PARSE_REST;
+	p->first = 1;
+	return sp_load_ports(skb, p);
+}
+
 static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct sp_head *p,
 						   __u32 l3)
 {
@@ -202,18 +298,69 @@ static __always_inline enum sp_parse sp_parse_ipv4(struct __sk_buff *skb, struct
 	p->protocol = ip->protocol;
 	if (ip->protocol == IPPROTO_ESP || ip->protocol == IPPROTO_AH)
 		return SP_PARSE_EXT_HEADERS;
+	p->l4 = l3 + ip->ihl * 4;
+	if (ip->protocol == IPPROTO_ICMP && !(ip->frag_off & bpf_htons(SP_IP_OFFSET)))
+		return sp_parse_icmp(skb, p, ip->frag_off & bpf_htons(SP_IP_MF));
 	if (!sp_has_ports(ip->protocol))
 		return SP_PARSE_OTHER;
-	if (ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
-		return ip->protocol == IPPROTO_TCP ? SP_PARSE_FRAGMENT : SP_PARSE_OTHER;
-	if (ip->ihl < 5 || bpf_ntohs(ip->tot_len) < ip->ihl * 4 + sp_least(ip->protocol))
-		return SP_PARSE_MALFORMED;
-	p->l4 = l3 + ip->ihl * 4;
-	return ip->ihl == 5 ? sp_read_ports(skb, p, ip + 1) : (enum sp_parse)sp_load_ports(skb, p);
+	if (ip->ihl != 5 || ip->frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET))
+		return sp_parse_ipv4_odd(skb, p);
+	return sp_read_ports(skb, p, ip + 1);
 }
 
-/* Walks the extension headers from p->l4 on; `next` is the type of the first. */
-static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_head *p, __u8 next)
+/* Headers that do not say in a fragment what they hide, and TCP, which nobody needs to fragment. */
+static __always_inline bool sp_is_chained(__u8 next)
+{
+	switch (next) {
+	case IPPROTO_TCP:
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_ESP:
+	case IPPROTO_AH:
+	case IPPROTO_NONE:
+	case IPPROTO_DSTOPTS:
+		return true;
+	}
+	return false;
+}
+
+struct sp_fragment6 {
+	__u8 next;
+	__u8 reserved;
+	__be16 at;
+	__be32 id;
+};
+
+static __always_inline int sp_parse_fragment6(struct __sk_buff *skb, struct sp_head *p, __u32 offset)
+{
+	struct sp_fragment6 f;
+
+	if (bpf_skb_load_bytes(skb, offset, &f, sizeof(f)))
+		return SP_PARSE_MALFORMED;
+	p->protocol = f.next;
+	p->l4 = offset + sizeof(f);
+	p->fragment = bpf_ntohl(f.id);
+	if (sp_is_chained(f.next))
+		return SP_PARSE_FRAGMENT;
+	if (f.at & bpf_htons(SP_IP6_OFFSET))
+		return SP_PARSE_REST;
+	p->first = !!(f.at & bpf_htons(SP_IP6_MF));
+	if (f.next == IPPROTO_ICMPV6)
+		return sp_parse_icmp(skb, p, p->first);
+	return f.next == IPPROTO_UDP ? SP_PARSE_UDP : SP_PARSE_OTHER;
+}
+
+/* Has a routing header somewhere left to go, whatever its type? */
+static __always_inline bool sp_route_left(struct __sk_buff *skb, __u32 offset)
+{
+	struct ipv6_rt_hdr h;
+
+	return bpf_skb_load_bytes(skb, offset, &h, sizeof(h)) || h.segments_left;
+}
+
+/* Walks the extension headers behind the IPv6 header; `next` is the type of the first. Ports are not read. */
+static __noinline int sp_walk(struct __sk_buff *skb, struct sp_head *p, __u8 next)
 {
 	struct ipv6_opt_hdr opt;
 	__u32 offset;
@@ -227,7 +374,10 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_head *p, __u
 		case IPPROTO_TCP:
 		case IPPROTO_UDP:
 			p->l4 = offset;
-			return sp_load_ports(skb, p);
+			return next == IPPROTO_TCP ? SP_PARSE_TCP : SP_PARSE_UDP;
+		case IPPROTO_ICMPV6:
+			p->l4 = offset;
+			return sp_parse_icmp(skb, p, 0);
 		case IPPROTO_ESP:
 		case IPPROTO_NONE:
 			return SP_PARSE_EXT_HEADERS;
@@ -242,9 +392,10 @@ static __noinline int sp_parse_ext(struct __sk_buff *skb, struct sp_head *p, __u
 		}
 		if (bpf_skb_load_bytes(skb, offset, &opt, sizeof(opt)))
 			return SP_PARSE_MALFORMED;
+		if (next == IPPROTO_ROUTING && sp_route_left(skb, offset))
+			return SP_PARSE_SOURCE_ROUTE;
 		if (next == IPPROTO_FRAGMENT)
-			return opt.nexthdr == IPPROTO_UDP || opt.nexthdr == IPPROTO_ICMPV6 ?
-			       SP_PARSE_OTHER : SP_PARSE_FRAGMENT;
+			return sp_parse_fragment6(skb, p, offset);
 		/* RFC 4302 counts AH in words of 4 bytes less 2, RFC 8200 the others in 8 less 1. */
 		offset += next == IPPROTO_AH ? (opt.hdrlen + 2) * 4 : (opt.hdrlen + 1) * 8;
 		next = opt.nexthdr;
@@ -261,6 +412,7 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 						   __u32 l3)
 {
 	struct ipv6hdr *ip = sp_data(skb) + l3;
+	int parsed;
 
 	if ((void *)(ip + 1) > sp_end(skb))
 		return SP_PARSE_MALFORMED;
@@ -270,8 +422,10 @@ static __always_inline enum sp_parse sp_parse_ipv6(struct __sk_buff *skb, struct
 	p->protocol = ip->nexthdr;
 	if (sp_mapped(&ip->saddr) || sp_mapped(&ip->daddr))
 		return SP_PARSE_MALFORMED;
-	if (!sp_has_ports(ip->nexthdr))
-		return sp_parse_ext(skb, p, ip->nexthdr);
+	if (!sp_has_ports(ip->nexthdr)) {
+		parsed = sp_walk(skb, p, ip->nexthdr);
+		return sp_ports_read(parsed) ? sp_load_ports(skb, p) : parsed;
+	}
 	p->l4 = l3 + sizeof(*ip);
 	return sp_read_ports(skb, p, ip + 1);
 }
@@ -338,6 +492,42 @@ static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_pac
 
 	p->segments = segments;
 	p->bytes = skb->len - p->l3 + (segments - 1) * headers;
+}
+
+/* How long the IP packet says it is; 0: nothing that it may say. A jumbogram says nothing, and is one of
+ * our own making only: packets that were put together or not yet cut up (BIG TCP).
+ */
+static __always_inline __u32 sp_told_length(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	__u32 at = p->version == 4 ? offsetof(struct iphdr, tot_len) : offsetof(struct ipv6hdr, payload_len);
+	__u32 there = skb->len - p->l3;
+	__be16 told;
+
+	if (bpf_skb_load_bytes(skb, p->l3 + at, &told, sizeof(told)))
+		return 0;
+	if (!told)
+		return skb->gso_segs > 1 && there > 0xffff ? there : 0;
+	return bpf_ntohs(told) + (p->version == 4 ? 0 : sizeof(struct ipv6hdr));
+}
+
+/* Do the lengths of a packet contradict each other, or the bytes that are there? */
+static __noinline bool sp_lengths_lie(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	__u32 told, headers;
+	__be16 udp;
+
+	if (!p)
+		return true;
+	told = sp_told_length(skb, p);
+	headers = p->l4 - p->l3 + p->l4_len;
+	if (told > skb->len - p->l3 || told < headers)
+		return true;
+	if (p->protocol != IPPROTO_UDP)
+		return false;
+	if (bpf_skb_load_bytes(skb, p->l4 + offsetof(struct udphdr, len), &udp, sizeof(udp)))
+		return true;
+	return bpf_ntohs(udp) < sizeof(struct udphdr) || /* a first fragment has not all of it */
+	       (!p->first && bpf_ntohs(udp) > told - (p->l4 - p->l3));
 }
 
 #endif

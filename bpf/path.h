@@ -122,7 +122,7 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 	sp_event_init(e, ++seq->produced, SP_EVENT_OPEN, SP_VERDICT_BYPASSED, SP_REASON_PATH_OPEN);
 	sp_event_tuple(e, key);
 	sp_event_flow(e, flow);
-	bpf_ringbuf_submit(e, 0);
+	sp_submit(e, &seq->must_deliver_woken_ns);
 	return SP_REASON_PATH_OPEN;
 }
 

@@ -158,6 +158,8 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (reason != SP_REASON_PX_RESET)
 		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, at.side == SP_LEG_UP),
 			 bpf_ktime_get_boot_ns());
+	if ((p->tcp_flags & SP_TCP_SYN) && sp_edit_syn(skb, p, sp_mss_of(skb, p, leg->ifindex)))
+		return TC_ACT_SHOT;
 	if (reason == SP_REASON_PX_UP)
 		sp_count_hook(skb, p, leg->service_id, true);
 	skb->mark = sp_mark(&at, cfg->secret[0]);
@@ -249,24 +251,25 @@ static __always_inline int sp_px_in(struct __sk_buff *skb, bool lo)
 	enum sp_reason reason;
 	enum sp_parse parsed;
 	struct sp_packet *p;
-	bool tcp;
+	bool known;
 
 	p = sp_packet_of(skb, &parsed);
 	if (!p)
 		return TC_ACT_SHOT;
-	tcp = parsed == SP_PARSE_TCP;
+	known = parsed == SP_PARSE_TCP || parsed == SP_PARSE_ICMP;
 	if (p->version && !sp_parse_addresses(skb, p))
-		tcp = false;
+		known = false;
 	sp_parse_volume(skb, p); /* before the first refusal: it counts, and its record has the tuple */
 	if (!cfg)
 		return sp_refuse_px(p, SP_REASON_NO_CONFIG);
 	if (!sp_stamped(skb, cfg))
 		return sp_refuse_px(p, SP_REASON_NO_STAMP);
-	if (!tcp)
+	if (!known)
 		return sp_refuse_px(p, SP_REASON_PX_UNEXPECTED);
 	if (!lo && sp_is_loopback6(p))
 		return bpf_redirect(SP_LO_IFINDEX, BPF_F_INGRESS);
-	reason = sp_accept(skb, p, cfg);
+	/* An ICMP error comes here for a leg only, and finds its socket by what it quotes. */
+	reason = parsed == SP_PARSE_ICMP ? SP_REASON_PX_ACCEPT : sp_accept(skb, p, cfg);
 	if (reason != SP_REASON_PX_ACCEPT)
 		return sp_refuse_px(p, reason);
 	sp_count(reason, p->segments, p->bytes);

@@ -53,6 +53,10 @@ enum sp_reason {
 	SP_REASON_PX_ACCEPT = 33,	/* handed to a socket of the proxy */
 	SP_REASON_REINJECTED = 34,	/* second pass of one of ours */
 
+	/* an ICMP error, by the packet that it quotes */
+	SP_REASON_ICMP_LEG = 35,	/* about a packet of the proxy: to the proxy */
+	SP_REASON_ICMP_LIVE = 36,	/* about a packet of a bypassed flow: passed */
+
 	/* the packet ended a flow whose path is over */
 	SP_REASON_PATH_RESET = 40,	/* it went on as the RST that ends the other half */
 
@@ -73,6 +77,10 @@ enum sp_reason {
 	SP_REASON_UDP_NO_FLOW = 63,	/* datagram of a UDP service that answers no flow */
 	SP_REASON_UDP_IDLE = 64,	/* datagram of a UDP service whose flow was silent for too long; also the end of that flow */
 	SP_REASON_UDP_DENIED = 65,	/* datagram to a port that is protected for TCP */
+	SP_REASON_ICMP_STRAY = 66,	/* ICMP error or redirect about a protected port, but of no live flow */
+	SP_REASON_ORPHAN = 67,		/* fragment whose first one did not pass here */
+	SP_REASON_SOURCE_ROUTE = 68,	/* its sender chose its way */
+	SP_REASON_BAD_FLAGS = 69,	/* TCP flags that no connection has */
 	SP_REASON_SOURCE_FOREIGN = 70,	/* from a pod, with an address that is not its own */
 	SP_REASON_SOURCE_OWN = 71,	/* from an uplink, with an address of the node or of its pods */
 

@@ -177,6 +177,33 @@ type SallyportSpFlowKey struct {
 	Protocol   uint32
 }
 
+type SallyportSpFragment struct {
+	_          structs.HostLayout
+	SeenNs     uint64
+	Kind       SallyportSpFragmentKind
+	ClientPort uint16
+	ServerPort uint16
+}
+
+type SallyportSpFragmentKey struct {
+	_       structs.HostLayout
+	Src     SallyportSpAddr
+	Dst     SallyportSpAddr
+	Id      uint32
+	Hook    SallyportSpHook
+	Ifindex uint32
+	Pad     uint32
+}
+
+type SallyportSpFragmentKind uint32
+
+const (
+	SallyportSpFragmentKindSP_FRAGMENT_NONE      SallyportSpFragmentKind = 0
+	SallyportSpFragmentKindSP_FRAGMENT_FREE      SallyportSpFragmentKind = 1
+	SallyportSpFragmentKindSP_FRAGMENT_TO_SERVER SallyportSpFragmentKind = 2
+	SallyportSpFragmentKindSP_FRAGMENT_TO_CLIENT SallyportSpFragmentKind = 3
+)
+
 type SallyportSpHook uint32
 
 const (
@@ -347,6 +374,8 @@ const (
 	SallyportSpReasonSP_REASON_PX_RESET          SallyportSpReason = 32
 	SallyportSpReasonSP_REASON_PX_ACCEPT         SallyportSpReason = 33
 	SallyportSpReasonSP_REASON_REINJECTED        SallyportSpReason = 34
+	SallyportSpReasonSP_REASON_ICMP_LEG          SallyportSpReason = 35
+	SallyportSpReasonSP_REASON_ICMP_LIVE         SallyportSpReason = 36
 	SallyportSpReasonSP_REASON_PATH_RESET        SallyportSpReason = 40
 	SallyportSpReasonSP_REASON_MALFORMED         SallyportSpReason = 50
 	SallyportSpReasonSP_REASON_FRAGMENT          SallyportSpReason = 51
@@ -364,6 +393,10 @@ const (
 	SallyportSpReasonSP_REASON_UDP_NO_FLOW       SallyportSpReason = 63
 	SallyportSpReasonSP_REASON_UDP_IDLE          SallyportSpReason = 64
 	SallyportSpReasonSP_REASON_UDP_DENIED        SallyportSpReason = 65
+	SallyportSpReasonSP_REASON_ICMP_STRAY        SallyportSpReason = 66
+	SallyportSpReasonSP_REASON_ORPHAN            SallyportSpReason = 67
+	SallyportSpReasonSP_REASON_SOURCE_ROUTE      SallyportSpReason = 68
+	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
 	SallyportSpReasonSP_REASON_SOURCE_FOREIGN    SallyportSpReason = 70
 	SallyportSpReasonSP_REASON_SOURCE_OWN        SallyportSpReason = 71
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
@@ -393,10 +426,12 @@ const (
 )
 
 type SallyportSpSequence struct {
-	_               structs.HostLayout
-	Produced        uint64
-	MustDeliverLost uint64
-	BestEffortLost  uint64
+	_                  structs.HostLayout
+	Produced           uint64
+	MustDeliverLost    uint64
+	BestEffortLost     uint64
+	MustDeliverWokenNs uint64
+	BestEffortWokenNs  uint64
 }
 
 type SallyportSpService struct {
@@ -492,6 +527,7 @@ const (
 	SallyportMapSpDenies      = "sp_denies"
 	SallyportMapSpDevices     = "sp_devices"
 	SallyportMapSpFlows       = "sp_flows"
+	SallyportMapSpFragments   = "sp_fragments"
 	SallyportMapSpLease       = "sp_lease"
 	SallyportMapSpLegs        = "sp_legs"
 	SallyportMapSpMustDeliver = "sp_must_deliver"
@@ -610,6 +646,7 @@ type SallyportMapSpecs struct {
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
 	SpDevices     *ebpf.MapSpec `ebpf:"sp_devices"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
+	SpFragments   *ebpf.MapSpec `ebpf:"sp_fragments"`
 	SpLease       *ebpf.MapSpec `ebpf:"sp_lease"`
 	SpLegs        *ebpf.MapSpec `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.MapSpec `ebpf:"sp_must_deliver"`
@@ -668,6 +705,7 @@ type SallyportMaps struct {
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
 	SpDevices     *ebpf.Map `ebpf:"sp_devices"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
+	SpFragments   *ebpf.Map `ebpf:"sp_fragments"`
 	SpLease       *ebpf.Map `ebpf:"sp_lease"`
 	SpLegs        *ebpf.Map `ebpf:"sp_legs"`
 	SpMustDeliver *ebpf.Map `ebpf:"sp_must_deliver"`
@@ -700,6 +738,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpDenies,
 		m.SpDevices,
 		m.SpFlows,
+		m.SpFragments,
 		m.SpLease,
 		m.SpLegs,
 		m.SpMustDeliver,

@@ -12,6 +12,11 @@
 #define SP_AF_INET6 10
 #define SP_TCP_LISTEN 10
 
+struct sp_options {
+	__u8 was[44];	/* of a TCP header, and room to look at a whole option at the end */
+	__u8 is[44];
+};
+
 /*
  * Where a packet is taken apart. One a CPU: programs of devices run with softirqs off, one after the
  * other, and none of them sends a packet into another. What is big lives here, because 512 bytes of
@@ -20,10 +25,12 @@
  */
 struct sp_scratch {
 	struct sp_packet packet;
+	struct sp_packet quoted;	/* what an ICMP error is about */
 	struct sp_flow_key key;
 	struct sp_flow flow;
 	struct bpf_fib_lookup fib;
 	struct sp_ether ether;	/* of the packet, at a bridge's port */
+	struct sp_options options;
 };
 
 struct {
@@ -134,19 +141,30 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 	return !fib || sp_fib_says_local(bpf_fib_lookup(skb, fib, sizeof(*fib), 0));
 }
 
-/* For packets that could not be parsed: does the address they go to own a protected port? */
-static __noinline int sp_owns_protected(struct __sk_buff *skb, const struct sp_packet *p)
+/* Does an address own a protected port? For packets that are not decided by their ports. */
+static __noinline int sp_owns(struct __sk_buff *skb, const struct sp_addr *address,
+			      const struct sp_addr *peer, __u32 version)
 {
-	struct sp_addr any = {}, dst;
+	struct sp_addr any = {}, at;
 
-	if (!p)
+	if (!address || !peer)
 		return 1;
-	dst = p->dst;
-	if (bpf_map_lookup_elem(&sp_owners, &dst))
+	at = *address;
+	if (bpf_map_lookup_elem(&sp_owners, &at))
 		return 1;
 	if (!bpf_map_lookup_elem(&sp_owners, &any))
 		return 0;
-	return skb->ifindex == SP_LO_IFINDEX || sp_is_local(skb, &p->dst, &p->src, p->version);
+	return skb->ifindex == SP_LO_IFINDEX || sp_is_local(skb, address, peer, version);
+}
+
+static __always_inline bool sp_towards_owner(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	return sp_owns(skb, &p->dst, &p->src, p->version);
+}
+
+static __always_inline bool sp_from_owner(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	return sp_owns(skb, &p->src, &p->dst, p->version);
 }
 
 static __always_inline struct sp_leg_key sp_leg_key(const struct sp_addr *client, __u16 client_port,

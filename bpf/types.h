@@ -319,6 +319,31 @@ struct sp_traffic {
 	struct sp_volume socket_loopback;	/* from the pod itself */
 };
 
+/* A datagram in fragments, on one way: the hook, and the device where it goes to a pod's. */
+struct sp_fragment_key {
+	struct sp_addr src;
+	struct sp_addr dst;
+	__u32 id;
+	enum sp_hook hook;
+	__u32 ifindex;
+	__u32 pad;
+};
+
+/* What the first fragment was. */
+enum sp_fragment_kind {
+	SP_FRAGMENT_NONE = 0,
+	SP_FRAGMENT_FREE = 1,		/* none of ours */
+	SP_FRAGMENT_TO_SERVER = 2,	/* of the bypassed flow with these ports */
+	SP_FRAGMENT_TO_CLIENT = 3,
+};
+
+struct sp_fragment {
+	__u64 seen_ns;
+	enum sp_fragment_kind kind;
+	__u16 client_port;
+	__u16 server_port;
+};
+
 /* Of one CPU: how many ICMP errors it may still send. */
 struct sp_tokens {
 	__u64 refilled_ns;
@@ -343,6 +368,8 @@ struct sp_sequence {
 	__u64 produced;
 	__u64 must_deliver_lost;
 	__u64 best_effort_lost;
+	__u64 must_deliver_woken_ns;	/* when a reader was last woken, per ring */
+	__u64 best_effort_woken_ns;
 };
 
 struct sp_event {

@@ -18,6 +18,7 @@ const (
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
+	stepRolledBack  = "ROLLED_BACK"
 )
 
 // States of a grant on this node.

@@ -133,7 +133,7 @@ type want struct {
 	state   []string
 	records []string
 	// out is the packet afterwards; nil: as before, but for the MAC addresses of a steered one.
-	out func(sent []byte) []byte
+	out func(r *rig, s scene, sent []byte) []byte
 	// mark of the packet afterwards; nil: as before.
 	mark func(r *rig, s scene) uint32
 	// becomes is what goes on in place of the packet; nil: the packet.
@@ -203,7 +203,7 @@ func (c progCase) run(t *testing.T, r *rig, s scene) {
 	if c.want.becomes != nil {
 		became = c.want.becomes(s)
 	}
-	r.compareBytes(t, became, verdict, out, c.want.out)
+	r.compareBytes(t, became, s, verdict, out, c.want.out)
 	wantMark := p.ctx.Mark
 	if c.want.mark != nil {
 		wantMark = c.want.mark(r, s)
@@ -240,11 +240,11 @@ func (r *rig) send(t testing.TB, p probe) (verdict int32, out []byte, mark uint3
 
 // compareBytes: unless a case says otherwise, a packet changes only on its way to the proxy, and then only in
 // its MAC addresses.
-func (r *rig) compareBytes(t *testing.T, p probe, verdict int32, out []byte, change func([]byte) []byte) {
+func (r *rig) compareBytes(t *testing.T, p probe, s scene, verdict int32, out []byte, change func(*rig, scene, []byte) []byte) {
 	t.Helper()
 	expect := bytes.Clone(p.frame)
 	if change != nil {
-		expect = change(expect)
+		expect = change(r, s, expect)
 	} else if verdict == actRedirect && !strings.HasPrefix(p.program, "sp_px") {
 		copy(expect, make([]byte, 6))
 		copy(expect[6:], r.cfg.Stamp[:])

@@ -15,9 +15,10 @@ const firstProxyReason flow.Reason = 100
 func everyCase(r *rig) []progCase {
 	var out []progCase
 	for _, cases := range [][]progCase{
-		deviceCases(), shapeCases(), brokenCases(), fragmentCases(), misplacedCases(), unownedCases(), otherCases(), udpCases(), configCases(), reinjectCases(),
-		volumeCases(), tableCases(2), ringCases(), px0Cases(2), pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(),
-		backstopCases(), budgetCases(), truthCases(r), ingressCases(),
+		deviceCases(), shapeCases(), brokenCases(), fragmentCases(), misplacedCases(), unownedCases(), otherCases(), udpCases(), icmpCases(), pxErrorCases(r),
+		optionCases(), newShapeCases(), configCases(), reinjectCases(), volumeCases(), tableCases(2), ringCases(), px0Cases(2),
+		pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(), backstopCases(), budgetCases(),
+		truthCases(r), ingressCases(),
 	} {
 		out = append(out, cases...)
 	}

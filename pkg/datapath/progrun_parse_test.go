@@ -108,7 +108,7 @@ func brokenCases() []progCase {
 	lie := func(n uint16) func([]byte, packet.Offsets) []byte {
 		return func(b []byte, o packet.Offsets) []byte { binary.BigEndian.PutUint16(b[16:], n); return b }
 	}
-	read := steer(flow.ReasonNoPath, "leg down", "origin")
+	lies := withPorts(malformed)
 	cutAt := func(f lab.Family, n int) progCase {
 		return progCase{name: "broken/cut", only: f, packet: cut(n), want: malformed}
 	}
@@ -116,15 +116,20 @@ func brokenCases() []progCase {
 		v4("header length 4", malformed, set(0, 0x44)),
 		v4("header length 0", malformed, set(0, 0x40)),
 		v4("header beyond the packet", malformed, set(0, 0x4f)),
-		v4("total length without TCP", malformed, lie(20)),
-		v4("total length cuts TCP", malformed, lie(39)),
-		v4("total length zero", malformed, lie(0)),
-		v4("total length beyond the packet", read, lie(1500)),
-		v6("payload length zero", read, set(4, 0, 0)),
-		v6("payload length beyond the packet", read, set(4, 5, 0xdc)),
+		v4("total length without TCP", lies, lie(20)),
+		v4("total length without IP", lies, lie(19)),
+		v4("total length cuts TCP", lies, lie(39)),
+		v4("total length zero", lies, lie(0)),
+		v4("total length beyond the packet by one", lies, lie(41)),
+		v4("total length beyond the packet", lies, lie(1500)),
+		v6("payload length zero", lies, set(4, 0, 0)),
+		v6("payload length cuts TCP", lies, set(4, 0, 19)),
+		v6("payload length beyond the packet by one", lies, set(4, 0, 21)),
+		v6("payload length beyond the packet", lies, set(4, 5, 0xdc)),
 		{name: "broken/data offset 4", packet: bent(doff(4)), want: withPorts(malformed)},
 		{name: "broken/data offset 0", packet: bent(doff(0)), want: withPorts(malformed)},
-		{name: "broken/data offset beyond the packet", packet: bent(doff(15)), want: read},
+		{name: "broken/data offset beyond the packet", packet: bent(doff(15)), want: lies},
+		{name: "broken/data offset beyond the packet by a word", packet: bent(doff(6)), want: lies},
 		v6("mapped source", malformed, mapped(8)),
 		cutAt(lab.IPv4, 39), cutAt(lab.IPv4, 24), cutAt(lab.IPv4, 20), cutAt(lab.IPv6, 59), cutAt(lab.IPv6, 44), cutAt(lab.IPv6, 40),
 		{name: "broken/options cut off", only: lab.IPv4, want: malformed, packet: bent(func(b []byte, o packet.Offsets) []byte {
@@ -195,7 +200,7 @@ func fragmentCases() []progCase {
 		})}
 	}
 	dest := packet.Extension{Type: packet.DestOptions, Body: packet.SkippedOption(8)}
-	none := pass(flow.ReasonNone)
+	none, free := pass(flow.ReasonNone), pass(flow.ReasonNone, "fragment free")
 	return []progCase{
 		{name: "fragment/first", packet: piece(0), want: fragment},
 		{name: "fragment/last", packet: piece(2), want: fragment},
@@ -204,14 +209,14 @@ func fragmentCases() []progCase {
 		{name: "fragment/behind options", only: lab.IPv6, packet: shaped(ext(dest, packet.FragmentHeader(0, true, 9))), want: fragment},
 		{name: "fragment/reserved bit", only: lab.IPv4, packet: bent(func(b []byte, _ packet.Offsets) []byte { b[20] |= 0x80; return b }),
 			want: steer(flow.ReasonNoPath, "leg down", "origin")},
-		inFragment("UDP", packet.UDP, none),
-		inFragment("ICMP", packet.ICMPv6, none),
+		inFragment("UDP", packet.UDP, free),
+		inFragment("ICMP", packet.ICMPv6, free),
 		inFragment("options", packet.DestOptions, fragment),
 		is("ESP", packet.ESP, hidden, 0), is("AH", packet.AH, hidden, lab.IPv4), is("no next header", packet.NoNext, hidden, lab.IPv6),
 		is("UDP", packet.UDP, none, 0), is("ICMP", packet.ICMP, none, lab.IPv4), is("ICMPv6", packet.ICMPv6, none, lab.IPv6),
 		is("GRE", packet.GRE, none, 0), is("IP in IP", packet.IPIP, none, 0), is("IPv6 in IP", packet.IPv6InIP, none, 0),
 		is("unknown", 253, none, 0),
-		{name: "fragment/of UDP", only: lab.IPv4, want: none, packet: func(s scene) probe {
+		{name: "fragment/of UDP", only: lab.IPv4, want: free, packet: func(s scene) probe {
 			p := tcp(s.client, s.server, 0)
 			p.Protocol, p.Payload = packet.UDP, make([]byte, 64)
 			return probe{program: s.towards, ctx: skBuff{Ifindex: uint32(s.device)}, frame: p.Fragments(40, 9)[0]}

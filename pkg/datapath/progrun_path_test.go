@@ -65,7 +65,6 @@ func synCases() []progCase {
 		syns("lease lapsed", toProxy(flow.ReasonLeaseLapsed), path(active), lapsed),
 		syns("lease lapsed, no path", toProxy(flow.ReasonNoPath), lapsed),
 		syns("tuple held", steer(flow.ReasonTupleHeld, "leg down", "leg up", "origin"), path(active), leg(up)),
-		{name: "syn/with FIN", packet: towards(syn | packet.FIN), given: []given{path(active)}, want: opened},
 		{name: "syn/with ECN", packet: towards(syn | 0xc0), given: []given{path(active)}, want: opened},
 		{name: "syn/with data", packet: func(s scene) probe {
 			p := tcp(s.client, s.server, syn)
@@ -73,7 +72,6 @@ func synCases() []progCase {
 			return at(s.towards, s.device, p)
 		}, given: []given{path(active)}, want: opened},
 		{name: "syn/with ACK", packet: towards(syn | ack), given: []given{path(active)}, want: steer(flow.ReasonStray, "stray down")},
-		{name: "syn/with RST", packet: towards(syn | packet.RST), given: []given{path(active)}, want: steer(flow.ReasonStray, "stray down")},
 	}
 }
 
@@ -186,7 +184,6 @@ func legCases() []progCase {
 		{name: "leg/service answers the client itself", packet: from(ack), given: []given{leg(down)}, want: steer(flow.ReasonStray, "leg down", "stray up")},
 		{name: "stray/to server", packet: towards(ack), want: steer(flow.ReasonStray, "stray down")},
 		{name: "stray/to server, live path", packet: towards(ack), given: []given{path(datapath.PathActive)}, want: steer(flow.ReasonStray, "stray down")},
-		{name: "stray/to server, no flags", packet: towards(0), want: steer(flow.ReasonStray, "stray down")},
 		{name: "stray/to client", packet: from(ack), want: steer(flow.ReasonStray, "stray up")},
 		{name: "stray/to client, syn-ack", packet: from(syn | ack), want: steer(flow.ReasonStray, "stray up")},
 		{name: "reverse open", packet: from(syn), want: drop(flow.ReasonReverseOpen)},

@@ -38,6 +38,20 @@ func px0Cases(px0 int) []progCase {
 	unexpected := no(flow.ReasonPxUnexpected)
 	return []progCase{
 		{name: "px0/answer", packet: answer(syn | ack), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down")},
+		{name: "px0/answer, segment size", given: []given{leg(down)}, want: sized(back(down, flow.ReasonPxDown, "leg down"), func(s scene) packet.Packet {
+			return tcp(s.server, s.client, syn|ack)
+		}), packet: func(s scene) probe {
+			p := tcp(s.server, s.client, syn|ack)
+			p.TCPOptions = mss(0xffff)
+			return at("sp_px0_in", px0, p)
+		}},
+		{name: "px0/dial, segment size", given: []given{origin}, want: sized(back(up, flow.ReasonPxUp, "leg up", "origin"), func(s scene) packet.Packet {
+			return tcp(s.client, s.server, syn)
+		}), packet: func(s scene) probe {
+			p := tcp(s.client, s.server, syn)
+			p.TCPOptions = mss(0xffff)
+			return at("sp_px0_in", px0, p)
+		}},
 		{name: "px0/answer, fin", packet: answer(ack | packet.FIN), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down FIN_SERVER ANSWERED")},
 		{name: "px0/answer, reset", packet: answer(packet.RST), given: []given{leg(down)}, want: back(down, flow.ReasonPxDown, "leg down RST ANSWERED")},
 		{name: "px0/answer without a leg", packet: answer(ack), want: unexpected},
@@ -82,6 +96,19 @@ func px0Cases(px0 int) []progCase {
 		{name: "px0/marked", packet: answer(ack), given: []given{leg(down), markedBy(7)}, want: back(down, flow.ReasonPxDown, "leg down ANSWERED")},
 	}
 }
+
+// sized is a SYN that asks for no larger segment than its device carries.
+func sized(w want, f func(scene) packet.Packet) want {
+	w.out = func(_ *rig, s scene, _ []byte) []byte {
+		p := f(s)
+		p.TCPOptions = mss(deviceMTU(s) - map[lab.Family]int{lab.IPv4: 40, lab.IPv6: 60}[s.family])
+		return p.Bytes()
+	}
+	return w
+}
+
+// deviceMTU is that of the scene's device in a rig.
+func deviceMTU(s scene) int { return map[string]int{"host": 9000, "pod": 1500, "lo": 65536}[s.name] }
 
 // inPx makes a probe at one of the programs in the px namespace; the packet is stamped.
 func inPx(r *rig, program string, s scene, flags uint8) probe {

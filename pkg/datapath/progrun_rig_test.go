@@ -139,6 +139,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[uint32, bpf.Device](t, r.m.SpDevices)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
 	empty[bpf.BackstopKey, bpf.Backstop](t, r.m.SpBackstop)
+	empty[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments)
 	empty[bpf.PathKey, bpf.PathRef](t, r.m.SpPathIndex)
 	check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{}))
 	check(t, r.m.SpPaths.Put(uint32(0), &bpf.Path{}))

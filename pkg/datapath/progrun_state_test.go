@@ -44,6 +44,12 @@ func (r *rig) renderState(t testing.TB, s scene, p probe) []string {
 	for k, v := range all[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins) {
 		out = append(out, "origin"+tuple(s, k.Client, k.Server, s.client.Port(), uint16(k.ServerPort))+placed(s, v.Hook, v.Ifindex))
 	}
+	for _, v := range all[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments) {
+		out = append(out, "fragment "+map[bpf.SallyportSpFragmentKind]string{asFree: "free", toServer: "to server", toClient: "to client"}[v.Kind])
+		if v.Kind != asFree && (v.ClientPort != s.client.Port() || v.ServerPort != s.server.Port()) {
+			t.Errorf("fragment of %d to %d", v.ClientPort, v.ServerPort)
+		}
+	}
 	var v bpf.Path
 	var state bpf.PathStatus
 	check(t, r.m.SpPaths.Lookup(uint32(0), &v))
@@ -142,7 +148,9 @@ func (r *rig) renderEvents(t testing.TB, events []*bpf.Event, s scene) []string 
 func renderEvent(t testing.TB, s scene, e *bpf.Event) string {
 	t.Helper()
 	line := flow.Event(e.Kind).String() + " " + flow.Reason(e.Reason).String()
-	if e.ClientPort == 0 && e.ServerPort == 0 && datapath.FromAddr(e.Server) == s.server.Addr() {
+	if e.ClientPort == 0 && e.ServerPort == 0 && datapath.FromAddr(e.Client) == s.server.Addr() && s.client.Addr() != s.server.Addr() {
+		line += " of the service"
+	} else if e.ClientPort == 0 && e.ServerPort == 0 && datapath.FromAddr(e.Server) == s.server.Addr() {
 		line += " *" // the ports were not read
 	} else {
 		line += tuple(s, e.Client, e.Server, e.ClientPort, e.ServerPort)

@@ -35,7 +35,7 @@ func told(reason flow.Reason, state ...string) want {
 
 // unreachable is the ICMP error that answers a datagram. It quotes the headers and two bytes, in which
 // the UDP checksum is 0xffff and the sum of all is nothing.
-func unreachable(sent []byte) []byte {
+func unreachable(_ *rig, _ scene, sent []byte) []byte {
 	l4 := 14 + 20
 	if sent[14]>>4 == 6 {
 		l4 = 14 + 40

@@ -51,6 +51,8 @@ const (
 	ReasonPxReset          Reason = 32
 	ReasonPxAccept         Reason = 33
 	ReasonReinjected       Reason = 34
+	ReasonICMPLeg          Reason = 35
+	ReasonICMPLive         Reason = 36
 	ReasonPathReset        Reason = 40
 	ReasonMalformed        Reason = 50
 	ReasonFragment         Reason = 51
@@ -68,6 +70,10 @@ const (
 	ReasonUDPNoFlow        Reason = 63
 	ReasonUDPIdle          Reason = 64
 	ReasonUDPDenied        Reason = 65
+	ReasonICMPStray        Reason = 66
+	ReasonOrphan           Reason = 67
+	ReasonSourceRoute      Reason = 68
+	ReasonBadFlags         Reason = 69
 	ReasonSourceForeign    Reason = 70
 	ReasonSourceOwn        Reason = 71
 	ReasonBackstop         Reason = 75
@@ -123,6 +129,8 @@ var reasonNames = map[Reason]string{
 	ReasonPxReset:          "PX_RESET",
 	ReasonPxAccept:         "PX_ACCEPT",
 	ReasonReinjected:       "REINJECTED",
+	ReasonICMPLeg:          "ICMP_LEG",
+	ReasonICMPLive:         "ICMP_LIVE",
 	ReasonPathReset:        "PATH_RESET",
 	ReasonMalformed:        "MALFORMED",
 	ReasonFragment:         "FRAGMENT",
@@ -140,6 +148,10 @@ var reasonNames = map[Reason]string{
 	ReasonUDPNoFlow:        "UDP_NO_FLOW",
 	ReasonUDPIdle:          "UDP_IDLE",
 	ReasonUDPDenied:        "UDP_DENIED",
+	ReasonICMPStray:        "ICMP_STRAY",
+	ReasonOrphan:           "ORPHAN",
+	ReasonSourceRoute:      "SOURCE_ROUTE",
+	ReasonBadFlags:         "BAD_FLAGS",
 	ReasonSourceForeign:    "SOURCE_FOREIGN",
 	ReasonSourceOwn:        "SOURCE_OWN",
 	ReasonBackstop:         "BACKSTOP",

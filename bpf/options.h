@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef SP_OPTIONS_H
+#define SP_OPTIONS_H
+
+/*
+ * The options of SYNs. MPTCP is taken out: a subflow that is joined later would have another tuple, which
+ * outlives the path, and the proxy does not speak it. The largest segment that a SYN to or from the
+ * proxy asks for is made to fit the device of its leg: the proxy's own device takes far larger ones, and
+ * what goes by that device to either side is put there without a look at its MTU.
+ */
+
+#include "hook.h"
+
+#define SP_TCP_OPTIONS_MAX 40
+#define SP_TCPOPT_NOP 1
+#define SP_TCPOPT_MSS 2
+#define SP_TCPOPT_MPTCP 30
+#define SP_MSS_ANY 0xffff
+
+/* The largest segment that fits a device. */
+static __always_inline __u32 sp_mss_of(struct __sk_buff *skb, const struct sp_packet *p, __u32 ifindex)
+{
+	__u32 headers = sizeof(struct tcphdr) +
+			(p->version == 4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
+	__u32 mtu = 0;
+
+	if (bpf_check_mtu(skb, ifindex, &mtu, 0, 0) < 0 || mtu <= headers)
+		return SP_MSS_ANY;
+	return mtu - headers < SP_MSS_ANY ? mtu - headers : SP_MSS_ANY;
+}
+
+/* Changes `len` bytes of options as above; true if it did. What Linux would not read is left alone. */
+static __always_inline bool sp_change_options(__u8 *b, __u32 len, __u32 mss)
+{
+	bool changed = false, blank = false;
+	__u32 left = 0;		/* bytes of the option that we are in */
+
+	for (__u32 i = 0; i < SP_TCP_OPTIONS_MAX; i++) {
+		if (i >= len)
+			break;
+		if (left) {
+			left--;
+			if (blank)
+				b[i] = SP_TCPOPT_NOP;
+			continue;
+		}
+		if (!b[i])
+			break;
+		if (b[i] == SP_TCPOPT_NOP)
+			continue;
+		left = b[i + 1];
+		if (left < 2 || i + left > len)
+			break;
+		if (b[i] == SP_TCPOPT_MSS && left == 4 && ((__u32)b[i + 2] << 8 | b[i + 3]) > mss) {
+			b[i + 2] = mss >> 8;
+			b[i + 3] = mss;
+			changed = true;
+		}
+		blank = b[i] == SP_TCPOPT_MPTCP;
+		if (blank) {
+			b[i] = SP_TCPOPT_NOP;
+			changed = true;
+		}
+		left--;
+	}
+	return changed;
+}
+
+/* Not 0: the packet could not be changed and must not go on. */
+static __noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet *p, __u32 mss)
+{
+	struct sp_scratch *scratch = sp_get_scratch();
+	struct sp_options *o;
+	__u32 len, at;
+	__s64 diff;
+
+	if (!p || !scratch)
+		return -1;
+	o = &scratch->options;
+	len = p->l4_len - sizeof(struct tcphdr);
+	at = p->l4 + sizeof(struct tcphdr);
+	if (!len || len > SP_TCP_OPTIONS_MAX)
+		return 0;
+	__builtin_memset(o, 0, sizeof(*o));
+	if (bpf_skb_load_bytes(skb, at, o->is, len))
+		return -1;
+	__builtin_memcpy(o->was, o->is, sizeof(o->was));
+	if (!sp_change_options(o->is, len, mss))
+		return 0;
+	diff = bpf_csum_diff((__be32 *)o->was, sizeof(o->was), (__be32 *)o->is, sizeof(o->is), 0);
+	if (diff < 0 || bpf_skb_store_bytes(skb, at, o->is, len, 0))
+		return -1;
+	return bpf_l4_csum_replace(skb, p->l4 + offsetof(struct tcphdr, check), 0, diff, 0);
+}
+
+#endif
