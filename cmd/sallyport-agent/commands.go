@@ -71,7 +71,7 @@ func (p *process) rollback() *cobra.Command {
 		Short: "Give every hook the program of the version before; the agent must be stopped",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return p.asRoot(func() error {
+			return p.asRoot(privilege.Agent(), func() error {
 				hooks, err := agent.Rollback(cmd.Context(), p.options(), fmt.Sprintf("uid:%d", p.uid))
 				if err != nil {
 					return err
