@@ -39,6 +39,23 @@ static __always_inline void sp_event_init(struct sp_event *e, __u64 seq, enum sp
 	e->count = 1;
 }
 
+/*
+ * A reader is woken once in SP_WAKE_NS by each CPU, for a ring: by the first record at once, and it looks by itself
+ * for those that follow closely (pkg/datapath). To wake it costs as much as many records.
+ */
+#define SP_WAKE_NS 10000000ULL
+
+static __always_inline void sp_submit(struct sp_event *e, __u64 *woken_ns)
+{
+	__u64 flags = BPF_RB_NO_WAKEUP;
+
+	if (e->boot_ns - *woken_ns >= SP_WAKE_NS) {
+		*woken_ns = e->boot_ns;
+		flags = 0;
+	}
+	bpf_ringbuf_submit(e, flags);
+}
+
 static __always_inline void sp_event_tuple(struct sp_event *e, const struct sp_flow_key *key)
 {
 	e->client = key->client;
@@ -90,7 +107,7 @@ static __noinline int sp_record_flow(const struct sp_flow_key *key, const struct
 	sp_event_init(e, seq->produced, kind, SP_VERDICT_BYPASSED, reason);
 	sp_event_tuple(e, key);
 	sp_event_flow(e, flow);
-	bpf_ringbuf_submit(e, 0);
+	sp_submit(e, &seq->must_deliver_woken_ns);
 	return 1;
 }
 
@@ -170,7 +187,7 @@ static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason
 	sp_event_tuple(e, key);
 	e->ifindex = ifindex;
 	e->count = count;
-	bpf_ringbuf_submit(e, 0);
+	sp_submit(e, &seq->best_effort_woken_ns);
 	return 1;
 }
 

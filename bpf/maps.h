@@ -96,6 +96,15 @@ struct {
 	__type(value, struct sp_path_status);
 } sp_path_state SEC(".maps");
 
+/* What the agent knows of devices. One that is missing is held to nothing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct sp_device);
+} sp_devices SEC(".maps");
+
 /* Leases of the paths' budgets, one slot a path and CPU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -118,6 +118,7 @@ struct sp_packet {
 	struct sp_addr src;
 	struct sp_addr dst;
 	__u32 ifindex;		/* of the hook's device */
+	__u32 came_by;		/* of the device that the node got it by; 0: it is the node's own */
 	__u32 bytes;		/* IP bytes on the wire, GSO segments counted */
 	__u32 segments;
 };
@@ -276,8 +277,13 @@ static __noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p
 	if (!p || bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) || ip.ihl < 5)
 		return SP_PARSE_MALFORMED;
 	routed = sp_source_routed(skb, p->l3, ip.ihl * 4 - sizeof(ip));
-	if (routed)
-		return routed < 0 ? SP_PARSE_MALFORMED : SP_PARSE_SOURCE_ROUTE;
+	if (routed < 0)
+		return SP_PARSE_MALFORMED;
+	if (routed) { /* its ports are read for those who ask a socket's packet, which is whole */
+		if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
+			sp_load_ports(skb, p);
+		return SP_PARSE_SOURCE_ROUTE;
+	}
 	if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
 		return sp_load_ports(skb, p);
 	if (ip.protocol == IPPROTO_TCP)
@@ -461,12 +467,14 @@ static __always_inline enum sp_parse sp_parse(struct __sk_buff *skb, struct sp_h
 static __always_inline void sp_packet_begin(const struct __sk_buff *skb, struct sp_packet *p,
 					    const struct sp_head *head)
 {
-	__u32 ifindex = skb->ifindex;
+	__u32 ifindex = skb->ifindex, came_by = skb->ingress_ifindex;
 
 	barrier_var(ifindex);
+	barrier_var(came_by);
 	__builtin_memset(p, 0, sizeof(*p));
 	__builtin_memcpy(p, head, sizeof(*head));
 	p->ifindex = ifindex;
+	p->came_by = came_by;
 }
 
 /* Second stage: addresses, also of a packet whose first stage failed behind the IP header. */

@@ -5,6 +5,7 @@
 /* Paths: may this SYN go around the proxy, and may this flow still? */
 
 #include "budget.h"
+#include "source.h"
 
 /* The reason why a slot does not serve, or PATH_LIVE. */
 static __always_inline enum sp_reason sp_path_check(const struct sp_config *cfg, __u32 slot,
@@ -121,7 +122,7 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 	sp_event_init(e, ++seq->produced, SP_EVENT_OPEN, SP_VERDICT_BYPASSED, SP_REASON_PATH_OPEN);
 	sp_event_tuple(e, key);
 	sp_event_flow(e, flow);
-	bpf_ringbuf_submit(e, 0);
+	sp_submit(e, &seq->must_deliver_woken_ns);
 	return SP_REASON_PATH_OPEN;
 }
 
@@ -184,6 +185,8 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 		return reason;
 	if (!sp_path_is_for(path, &want))
 		return SP_REASON_PATH_STALE;
+	if (path->ingress && p && path->ingress != sp_ingress_of(p, hook_and_ifindex >> 24))
+		return SP_REASON_PATH_INGRESS;
 	if (!sp_lease_holds(now))
 		return SP_REASON_LEASE_LAPSED;
 	if (key->protocol == IPPROTO_TCP && sp_find_leg(key, SP_LEG_UP, 0))

@@ -33,6 +33,7 @@ enum sp_reason {
 	SP_REASON_FLOWS_FULL = 10,
 	SP_REASON_TUPLE_HELD = 11,	/* the proxy holds this tuple towards the service */
 	SP_REASON_PATH_RATE = 12,	/* the path took its connections of this second */
+	SP_REASON_PATH_INGRESS = 13,	/* the path is for clients behind another kind of device */
 	SP_REASON_PATH_CONNECTIONS = 14,	/* the path took all of its connections */
 
 	/* the packet went straight on, under a live path */
@@ -80,6 +81,8 @@ enum sp_reason {
 	SP_REASON_ORPHAN = 67,		/* fragment whose first one did not pass here */
 	SP_REASON_SOURCE_ROUTE = 68,	/* its sender chose its way */
 	SP_REASON_BAD_FLAGS = 69,	/* TCP flags that no connection has */
+	SP_REASON_SOURCE_FOREIGN = 70,	/* from a pod, with an address that is not its own */
+	SP_REASON_SOURCE_OWN = 71,	/* from an uplink, with an address of the node or of its pods */
 
 	/* the packet was dropped before a socket, by the backstop */
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */

@@ -83,6 +83,11 @@ type SallyportSpDenyKey struct {
 	Reason     SallyportSpReason
 }
 
+type SallyportSpDevice struct {
+	_     structs.HostLayout
+	Facts SallyportSpFact
+}
+
 type SallyportSpEvent struct {
 	_               structs.HostLayout
 	Seq             uint64
@@ -122,6 +127,15 @@ const (
 	SallyportSpEventKindSP_EVENT_DENY     SallyportSpEventKind = 4
 	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
 	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
+)
+
+type SallyportSpFact uint32
+
+const (
+	SallyportSpFactSP_DEVICE_UPLINK SallyportSpFact = 1
+	SallyportSpFactSP_DEVICE_POD    SallyportSpFact = 2
+	SallyportSpFactSP_DEVICE_BOUND4 SallyportSpFact = 4
+	SallyportSpFactSP_DEVICE_BOUND6 SallyportSpFact = 8
 )
 
 type SallyportSpFlags uint32
@@ -198,6 +212,15 @@ const (
 	SallyportSpHookSP_HOOK_OUT  SallyportSpHook = 2
 	SallyportSpHookSP_HOOK_LO   SallyportSpHook = 3
 	SallyportSpHookSP_HOOK_PORT SallyportSpHook = 4
+)
+
+type SallyportSpIngress uint32
+
+const (
+	SallyportSpIngressSP_INGRESS_ANY    SallyportSpIngress = 0
+	SallyportSpIngressSP_INGRESS_UPLINK SallyportSpIngress = 1
+	SallyportSpIngressSP_INGRESS_POD    SallyportSpIngress = 2
+	SallyportSpIngressSP_INGRESS_LOCAL  SallyportSpIngress = 3
 )
 
 type SallyportSpLease struct {
@@ -289,7 +312,7 @@ type SallyportSpPath struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Pad uint32
+	Ingress SallyportSpIngress
 }
 
 type SallyportSpPathKey struct {
@@ -338,6 +361,7 @@ const (
 	SallyportSpReasonSP_REASON_FLOWS_FULL        SallyportSpReason = 10
 	SallyportSpReasonSP_REASON_TUPLE_HELD        SallyportSpReason = 11
 	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
+	SallyportSpReasonSP_REASON_PATH_INGRESS      SallyportSpReason = 13
 	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
@@ -373,6 +397,8 @@ const (
 	SallyportSpReasonSP_REASON_ORPHAN            SallyportSpReason = 67
 	SallyportSpReasonSP_REASON_SOURCE_ROUTE      SallyportSpReason = 68
 	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
+	SallyportSpReasonSP_REASON_SOURCE_FOREIGN    SallyportSpReason = 70
+	SallyportSpReasonSP_REASON_SOURCE_OWN        SallyportSpReason = 71
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
@@ -400,10 +426,12 @@ const (
 )
 
 type SallyportSpSequence struct {
-	_               structs.HostLayout
-	Produced        uint64
-	MustDeliverLost uint64
-	BestEffortLost  uint64
+	_                  structs.HostLayout
+	Produced           uint64
+	MustDeliverLost    uint64
+	BestEffortLost     uint64
+	MustDeliverWokenNs uint64
+	BestEffortWokenNs  uint64
 }
 
 type SallyportSpService struct {
@@ -483,7 +511,7 @@ const (
 type SallyportSpVolume struct {
 	_       structs.HostLayout
 	Opens   uint64
-	Empties uint64
+	Packets uint64
 	Bytes   uint64
 }
 
@@ -497,6 +525,7 @@ const (
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
+	SallyportMapSpDevices     = "sp_devices"
 	SallyportMapSpFlows       = "sp_flows"
 	SallyportMapSpFragments   = "sp_fragments"
 	SallyportMapSpLease       = "sp_lease"
@@ -615,6 +644,7 @@ type SallyportMapSpecs struct {
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
+	SpDevices     *ebpf.MapSpec `ebpf:"sp_devices"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
 	SpFragments   *ebpf.MapSpec `ebpf:"sp_fragments"`
 	SpLease       *ebpf.MapSpec `ebpf:"sp_lease"`
@@ -673,6 +703,7 @@ type SallyportMaps struct {
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
+	SpDevices     *ebpf.Map `ebpf:"sp_devices"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
 	SpFragments   *ebpf.Map `ebpf:"sp_fragments"`
 	SpLease       *ebpf.Map `ebpf:"sp_lease"`
@@ -705,6 +736,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,
+		m.SpDevices,
 		m.SpFlows,
 		m.SpFragments,
 		m.SpLease,

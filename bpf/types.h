@@ -39,6 +39,26 @@ enum sp_hook {
 	SP_HOOK_PORT = 4,	/* egress of a bridge's port: pod service behind the port */
 };
 
+/* By what kind of device a client is reached: a path may be for one alone. */
+enum sp_ingress {
+	SP_INGRESS_ANY = 0,
+	SP_INGRESS_UPLINK = 1,
+	SP_INGRESS_POD = 2,
+	SP_INGRESS_LOCAL = 3,	/* the node itself */
+};
+
+/* What the agent knows of a device: bits of sp_device.facts. */
+enum sp_fact {
+	SP_DEVICE_UPLINK = 1,
+	SP_DEVICE_POD = 2,
+	SP_DEVICE_BOUND4 = 4,	/* its pod has those IPv4 addresses that are routed to it */
+	SP_DEVICE_BOUND6 = 8,
+};
+
+struct sp_device {
+	enum sp_fact facts;
+};
+
 enum sp_state {
 	SP_PATH_FREE = 0,
 	SP_PATH_PENDING = 1,
@@ -151,7 +171,7 @@ struct sp_path {
 	__u32 in_second;	/* connections admitted in it */
 	__u32 rate_limit;	/* of connections in a second */
 	struct bpf_spin_lock lock;	/* of what was taken, and of the second */
-	__u32 pad;
+	enum sp_ingress ingress;
 };
 
 /* What a CPU has taken ahead of a path's budget. */
@@ -281,13 +301,14 @@ struct sp_backstop {
 };
 
 /*
- * Three volumes of TCP that neither GSO nor GRO changes between a hook and a socket, so that they can
- * be compared: packets with data are split and merged on the way, their payload is not.
+ * Volumes that neither GSO nor GRO raises between a hook and a socket, so that they can be compared:
+ * packets of TCP with data are split and merged on the way, their payload is not; datagrams are merged,
+ * and counted for as many as they were.
  */
 struct sp_volume {
 	__u64 opens;		/* SYNs */
-	__u64 empties;		/* other packets without payload */
-	__u64 bytes;		/* payload */
+	__u64 packets;		/* others without payload; datagrams */
+	__u64 bytes;		/* payload; not of datagrams, which come in fragments */
 };
 
 /* Packets towards one service: what the tc hooks let through, and what its sockets got. */
@@ -348,6 +369,8 @@ struct sp_sequence {
 	__u64 produced;
 	__u64 must_deliver_lost;
 	__u64 best_effort_lost;
+	__u64 must_deliver_woken_ns;	/* when a reader was last woken, per ring */
+	__u64 best_effort_woken_ns;
 };
 
 struct sp_event {

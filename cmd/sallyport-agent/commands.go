@@ -24,7 +24,7 @@ func (p *process) command() *cobra.Command {
 	root.SetErr(p.stderr)
 	root.PersistentFlags().StringVar(&p.config, "config", defaultConfig, "configuration `FILE` (kind: AgentConfig)")
 	root.PersistentFlags().TextVar(&p.level, "log-level", p.level, "least `LEVEL` to log: DEBUG, INFO, WARN or ERROR")
-	root.AddCommand(p.run(), p.guard(), p.check(), p.uninstall())
+	root.AddCommand(p.run(), p.guard(), p.check(), p.rollback(), p.uninstall())
 	return root
 }
 
@@ -53,7 +53,7 @@ func (p *process) guard() *cobra.Command {
 func (p *process) check() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "Read configuration and resources as run would, and change nothing",
+		Short: "Read configuration and resources as run would, ask the kernel for what it needs, and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if err := agent.Check(p.options()); err != nil {
@@ -61,6 +61,24 @@ func (p *process) check() *cobra.Command {
 			}
 			_, err := fmt.Fprintln(p.stdout, "ok")
 			return err
+		},
+	}
+}
+
+func (p *process) rollback() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rollback",
+		Short: "Give every hook the program of the version before; the agent must be stopped",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.asRoot(privilege.Agent(), func() error {
+				hooks, err := agent.Rollback(cmd.Context(), p.options(), fmt.Sprintf("uid:%d", p.uid))
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(p.stdout, "%d hooks have the programs of the version before\n", hooks)
+				return err
+			})
 		},
 	}
 }

@@ -72,6 +72,7 @@ func TestWrongCommandLines(t *testing.T) {
 		{1000, []string{"run"}, "needs root\nhint: "},
 		{1000, []string{"guard"}, "needs root\nhint: "},
 		{1000, []string{"uninstall"}, "needs root\nhint: "},
+		{1000, []string{"rollback"}, "needs root\nhint: "},
 		{0, []string{"walk"}, `unknown command "walk"`},
 		{0, []string{"run", "--log-level", "LOUD"}, "log-level"},
 		{0, []string{"run", "more"}, `unknown command "more"`},
@@ -92,7 +93,7 @@ func TestHelpNamesEveryCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, command := range []string{"run", "guard", "check", "uninstall", "--config", "--log-level"} {
+	for _, command := range []string{"run", "guard", "check", "rollback", "uninstall", "--config", "--log-level"} {
 		if !strings.Contains(out, command) {
 			t.Errorf("help lacks %s", command)
 		}

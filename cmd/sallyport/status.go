@@ -64,9 +64,9 @@ func hooksTable(t *table, hooks []*api.HookStatus) {
 		return
 	}
 	t.line("")
-	t.row("DEVICE", "INDEX", "ROLE", "PROGRAMS", "XDP")
+	t.row("DEVICE", "INDEX", "ROLE", "PROGRAMS", "XDP", "BOUND")
 	for _, h := range hooks {
-		t.row(h.GetDevice(), h.GetIfindex(), h.GetRole(), strings.Join(h.GetPrograms(), " "), h.GetXdp())
+		t.row(h.GetDevice(), h.GetIfindex(), h.GetRole(), strings.Join(h.GetPrograms(), " "), h.GetXdp(), h.GetBound())
 	}
 }
 

@@ -32,6 +32,7 @@ type terms struct {
 	notAfter  string
 
 	maxBytes string
+	ingress  string
 	budget   policy.Budget
 }
 
@@ -44,6 +45,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.Uint64Var(&g.budget.Packets, "max-packets", 0, "no more than `N` packets for each client (default: no limit)")
 	f.Uint64Var(&g.budget.Connections, "max-connections", 0, "no more than `N` connections for each client (default: no limit)")
 	f.Uint32Var(&g.budget.ConnectionsPerSecond, "max-connection-rate", 0, "no more than `N` new connections a second for each client (default: no limit)")
+	f.StringVar(&g.ingress, "from", "", "only clients behind this `KIND` of device: uplink, pod or local (default: any)")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
@@ -58,6 +60,7 @@ var flagOf = map[string]string{
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
 	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
 	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
+	"ingress": "--from",
 }
 
 // inFlags tells of wrong fields by the flags that gave them.
@@ -89,7 +92,7 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	budget, budgetErr := g.limits()
 	return grant.Payload{
 		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
-		NotBefore: begin, NotAfter: end, Duration: g.duration, Budget: budget, Reason: g.reason, Ticket: g.ticket, Audience: g.node,
+		NotBefore: begin, NotAfter: end, Duration: g.duration, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Audience: g.node,
 	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
 }
 
@@ -166,6 +169,9 @@ func payloadTable(t *table, p grant.Payload) {
 	t.row("lets", fmt.Sprintf("%s: whoever sends from there, with no identity asked", join(p.Addresses, " and ")))
 	t.row("reach", fmt.Sprintf("%s on node %s, %s, around the proxy", p.Service, p.Audience, portWords(p.Ports)))
 	t.row("for", fmt.Sprintf("%s from its activation; then the kernel cuts it", policy.Duration{Duration: p.Duration}))
+	if p.Ingress != "" {
+		t.row("from", "clients behind "+ingressWords[p.Ingress])
+	}
 	t.row("at most", limitWords(p.Budget))
 	t.row("between", fmt.Sprintf("%s and %s: no activation before, no open path after", p.NotBefore.UTC().Format(time.RFC3339), p.NotAfter.UTC().Format(time.RFC3339)))
 	t.row("because", p.Reason)
@@ -174,6 +180,10 @@ func payloadTable(t *table, p grant.Payload) {
 	if p.PolicyDigest != "" {
 		t.row("only under", "the policy "+p.PolicyDigest)
 	}
+}
+
+var ingressWords = map[policy.Ingress]string{
+	policy.IngressUplink: "an uplink", policy.IngressPod: "a pod's device", policy.IngressLocal: "no device: the node itself",
 }
 
 func limitWords(b policy.Budget) string {

@@ -158,6 +158,7 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
 			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot, Budget: budgetOf(a.held.payload),
+			Ingress: ingressOf(a.held.payload),
 		})
 		if err != nil {
 			return fmt.Errorf("open path for %s: %w", client, err)

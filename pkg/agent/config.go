@@ -3,10 +3,12 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -41,14 +43,19 @@ func loadConfig(path string) (policy.AgentConfig, error) {
 	return policy.ParseAgentConfig(path, data)
 }
 
-// Check reads configuration and resources as Run would and changes nothing. Every problem comes back at once.
+// Check reads configuration and resources as Run would, and asks whether the kernel has what it needs; it changes nothing.
+// Every problem comes back at once.
 func Check(o Options) error {
 	cfg, err := loadConfig(o.ConfigFile)
 	if err != nil {
 		return err
 	}
 	_, err = policy.LoadDir(cfg.Spec.Resources)
-	return errors.Join(checkTrustedDir(cfg.Spec.Resources), err)
+	kernel := datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks))
+	if errors.Is(kernel, fs.ErrPermission) { // only root can ask
+		kernel = nil
+	}
+	return errors.Join(checkTrustedDir(cfg.Spec.Resources), err, kernel)
 }
 
 // makeDirs makes the directories that the agent writes to. The state directory is closed to others; the run directory holds

@@ -13,6 +13,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -43,7 +44,21 @@ type held struct {
 func (h *held) forget() { h.row.Envelope, h.row.Payload = nil, nil }
 
 func (h *held) live() live {
-	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload)}
+	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload),
+		ingress: ingressOf(h.payload)}
+}
+
+// ingressOf is the kind of device that its clients come by.
+func ingressOf(p grant.Payload) datapath.Ingress {
+	switch p.Ingress {
+	case policy.IngressUplink:
+		return datapath.IngressUplink
+	case policy.IngressPod:
+		return datapath.IngressPod
+	case policy.IngressLocal:
+		return datapath.IngressLocal
+	}
+	return datapath.IngressAny
 }
 
 // budgetOf is what each path of a grant may carry.

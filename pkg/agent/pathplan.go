@@ -18,6 +18,7 @@ const (
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
+	stepRolledBack  = "ROLLED_BACK"
 )
 
 // States of a grant on this node.
@@ -45,6 +46,7 @@ type live struct {
 	clients  []netip.Addr
 	deadline time.Duration // CLOCK_BOOTTIME
 	budget   datapath.Budget
+	ingress  datapath.Ingress
 }
 
 // pathPlan is what makes the kernel's paths and the active grants agree.
@@ -125,6 +127,8 @@ func mismatch(l live, paths []datapath.PathStatus) string {
 			return fmt.Sprintf("slot %d serves %s, which the record does not name", p.Slot, p.Client)
 		case p.Deadline > l.deadline:
 			return fmt.Sprintf("slot %d has a later deadline than the record", p.Slot)
+		case p.Ingress != l.ingress:
+			return fmt.Sprintf("slot %d is for other devices than the record", p.Slot)
 		case p.Budget != l.budget:
 			return fmt.Sprintf("slot %d has another budget than the record", p.Slot)
 		}

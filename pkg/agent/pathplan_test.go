@@ -24,6 +24,11 @@ func withBudget(p datapath.PathStatus, bytes uint64) datapath.PathStatus {
 	return p
 }
 
+func withIngress(p datapath.PathStatus) datapath.PathStatus {
+	p.Ingress = datapath.IngressPod
+	return p
+}
+
 func TestPlanPathsOfOneGrant(t *testing.T) {
 	const end = 100 * time.Second
 	a := func(s datapath.PathState) datapath.PathStatus { return slot(1, s, "g", clientA, end) }
@@ -47,10 +52,11 @@ func TestPlanPathsOfOneGrant(t *testing.T) {
 		{"lengthened by hand", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", clientB, end+1)}, 0, stateEnded, stepRevoked, "later deadline"},
 		{"shortened by hand", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", clientB, end-1)}, 0, "", "", ""},
 		{"another client", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", netip.MustParseAddr("10.9.9.9"), end)}, 0, stateEnded, stepRevoked, "10.9.9.9"},
+		{"ingress changed by hand", []datapath.PathStatus{a(datapath.PathActive), withIngress(b(datapath.PathActive))}, 0, stateEnded, stepRevoked, "other devices"},
 		{"budget changed by hand", []datapath.PathStatus{a(datapath.PathActive), withBudget(b(datapath.PathActive), 1<<40)}, 0, stateEnded, stepRevoked, "another budget"},
 		{"one client twice", []datapath.PathStatus{a(datapath.PathActive), a(datapath.PathActive)}, 0, stateEnded, stepRevoked, "does not name"},
 	} {
-		plan := planPaths([]live{{"g", []netip.Addr{clientA, clientB}, end, datapath.Budget{}}}, c.paths, c.now)
+		plan := planPaths([]live{{"g", []netip.Addr{clientA, clientB}, end, datapath.Budget{}, datapath.IngressAny}}, c.paths, c.now)
 		if len(plan.orphans)+len(plan.idle) != 0 {
 			t.Errorf("%s: slots of an active grant given away: %+v", c.name, plan)
 		}

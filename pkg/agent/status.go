@@ -44,12 +44,23 @@ func (n *node) hooks() []*api.HookStatus {
 	var out []*api.HookStatus
 	for _, d := range n.datapath.Devices() {
 		out = append(out, &api.HookStatus{Device: d.Name, Ifindex: uint32(d.Ifindex), Role: string(d.Role), Programs: d.Programs,
-			Xdp: xdp[d.Name]})
+			Xdp: xdp[d.Name], Bound: n.bound(d)})
 	}
 	for _, p := range n.datapath.Backstop() {
 		out = append(out, &api.HookStatus{Device: p.Where, Role: "backstop", Programs: []string{p.Program}})
 	}
 	return out
+}
+
+// bound tells whether a pod's device is held to its pod's addresses.
+func (n *node) bound(d datapath.Device) string {
+	if d.Role != datapath.RolePod && d.Role != datapath.RolePodPort {
+		return ""
+	}
+	if families := n.datapath.Bound(d.Ifindex); families != "" {
+		return families
+	}
+	return "UNBOUND"
 }
 
 func (n *node) proxyStatus(_ context.Context, reply *api.StatusReply) (err error) {

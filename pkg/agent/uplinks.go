@@ -122,7 +122,48 @@ func (s *sources) sync() error {
 	if err != nil {
 		return err
 	}
-	return s.datapath.SetSources(own, s.denied)
+	facts, err := deviceFacts(s.classify)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.datapath.SetSources(own, s.denied), s.datapath.SetDevices(facts))
+}
+
+// deviceFacts says which devices are uplinks, which lead to pods, and which of these the routes know the addresses behind.
+// Behind a port of a bridge they do not.
+func deviceFacts(c classifier) (map[int]datapath.DeviceFacts, error) {
+	all, err := listLinks()
+	if err != nil {
+		return nil, err
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return factsOf(c, all, routes), nil
+}
+
+func factsOf(c classifier, all []link, routes []netlink.Route) map[int]datapath.DeviceFacts {
+	facts := make(map[int]datapath.DeviceFacts)
+	for _, l := range all {
+		switch role, _ := c.role(l); role {
+		case datapath.RoleUplink:
+			facts[l.ifindex] = datapath.DeviceFacts{Uplink: true}
+		case datapath.RolePod, datapath.RolePodPort:
+			facts[l.ifindex] = datapath.DeviceFacts{Pod: true}
+		}
+	}
+	for _, r := range routes {
+		network, ok := endsAt(r)
+		f := facts[r.LinkIndex]
+		if !ok || !f.Pod {
+			continue
+		}
+		f.BoundIPv4 = f.BoundIPv4 || network.Addr().Is4()
+		f.BoundIPv6 = f.BoundIPv6 || network.Addr().Is6()
+		facts[r.LinkIndex] = f
+	}
+	return facts
 }
 
 func subscribeAddresses() (changed <-chan netlink.AddrUpdate, stop func(), err error) {

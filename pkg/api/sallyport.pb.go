@@ -293,7 +293,7 @@ func (x *FlowRecord) GetDetail() string {
 type GrantEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, REFUSED, UNINSTALLED, ALARM
+	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -1576,7 +1576,8 @@ type HookStatus struct {
 	Ifindex       uint32                 `protobuf:"varint,2,opt,name=ifindex,proto3" json:"ifindex,omitempty"`
 	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"` // uplink, pod, lo, px0, px1
 	Programs      []string               `protobuf:"bytes,4,rep,name=programs,proto3" json:"programs,omitempty"`
-	Xdp           string                 `protobuf:"bytes,5,opt,name=xdp,proto3" json:"xdp,omitempty"` // of uplinks: mode of the filter, and why
+	Xdp           string                 `protobuf:"bytes,5,opt,name=xdp,proto3" json:"xdp,omitempty"`     // of uplinks: mode of the filter, and why
+	Bound         string                 `protobuf:"bytes,6,opt,name=bound,proto3" json:"bound,omitempty"` // of pods' devices: families whose sources are held to the node's routes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1642,6 +1643,13 @@ func (x *HookStatus) GetPrograms() []string {
 func (x *HookStatus) GetXdp() string {
 	if x != nil {
 		return x.Xdp
+	}
+	return ""
+}
+
+func (x *HookStatus) GetBound() string {
+	if x != nil {
+		return x.Bound
 	}
 	return ""
 }
@@ -3296,14 +3304,15 @@ const file_sallyport_proto_rawDesc = "" +
 	"\tLossQuery\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"\x0f\n" +
-	"\rStatusRequest\"\x80\x01\n" +
+	"\rStatusRequest\"\x96\x01\n" +
 	"\n" +
 	"HookStatus\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x18\n" +
 	"\aifindex\x18\x02 \x01(\rR\aifindex\x12\x12\n" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
-	"\x03xdp\x18\x05 \x01(\tR\x03xdp\"\x9c\x06\n" +
+	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\x9c\x06\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +

@@ -239,7 +239,7 @@ func clsactChain(p place) ([]found, error) {
 			return nil, err
 		}
 		if f.Priority == filterPriority {
-			chain = append(chain, found{name: name, filter: f.Handle, place: p})
+			chain = append(chain, found{name: name, program: ebpf.ProgramID(f.Id), filter: f.Handle, place: p})
 		}
 	}
 	return chain, nil

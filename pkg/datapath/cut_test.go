@@ -107,38 +107,58 @@ func wantResetNow(t *testing.T, what string, c net.Conn) {
 
 // TestOnePacketEndsBothHalves: after the end of a path one packet of either party resets both, and nothing
 // of it arrives.
-func TestOnePacketEndsBothHalves(t *testing.T) {
-	eachProfile(t, testOnePacketEndsBothHalves)
-}
+func TestOnePacketEndsBothHalves(t *testing.T) { eachProfile(t, testOnePacketEndsBothHalves) }
 
 func testOnePacketEndsBothHalves(t *testing.T, profile datapath.Profile) {
 	n := newNode(t, profile)
 	n.copyProxy(t)
 	conns := n.pushers(t)
 	for _, c := range n.pushCells() {
-		for _, speaker := range []string{"client", "server"} {
-			for size, text := range map[string]string{"small": "after the end\n", "bulk": string(make([]byte, 60000))} {
-				t.Run(c.name+"/"+speaker+"/"+size, func(t *testing.T) {
-					p := c.connected(t, n, conns, time.Minute)
-					must(t, n.d.EndPath(p.slot, datapath.PathRevoked))
-					must(t, n.d.FreePath(p.slot))
-					speaks, listens := p.client, p.server
-					if speaker == "server" {
-						speaks, listens = p.server, p.client
-					}
-					_, err := io.WriteString(speaks, text)
-					must(t, err)
-					wantResetNow(t, "the other party", listens)
-					wantResetNow(t, "the "+speaker, speaks)
-					if t.Failed() {
-						t.Logf("counters:%s", n.counters(t))
-					}
-				})
-			}
-		}
+		n.onePacketEnds(t, c, conns)
 	}
 	if c, err := n.d.Counters(); err != nil || c[flow.ReasonPathReset].Packets == 0 {
 		t.Errorf("no packet was turned into an RST: %v, counters:%s", err, n.counters(t))
+	}
+}
+
+// TestOnePacketEndsBothHalvesOfATunnel: the same where packets begin with the IP header.
+func TestOnePacketEndsBothHalvesOfATunnel(t *testing.T) { eachProfile(t, testOnePacketInATunnel) }
+
+func testOnePacketInATunnel(t *testing.T, profile datapath.Profile) {
+	n := newNode(t, profile)
+	n.copyProxy(t)
+	joined(openTun(t, n.Node, "10.8.0.1/24", "fd00:8::1/64"), openTun(t, n.Client, "10.8.0.2/24", "fd00:8::2/64"))
+	dev, err := n.Node.Ifindex(tunnel)
+	must(t, err)
+	must(t, n.Node.Do(func() error { return n.d.Attach(dev, datapath.RoleUplink) }))
+	conns := n.pushers(t)
+	for f, client := range map[lab.Family]string{lab.IPv4: "10.8.0.2", lab.IPv6: "fd00:8::2"} {
+		n.onePacketEnds(t, cell{"tunnel/" + f.String(), n.Client, netip.MustParseAddr(client), tunnelAddr(f), pushHostPort, hostID}, conns)
+	}
+}
+
+// onePacketEnds has either party of a connection speak first after its end.
+func (n *node) onePacketEnds(t *testing.T, c cell, conns <-chan net.Conn) {
+	for _, speaker := range []string{"client", "server"} {
+		for size, text := range map[string]string{"small": "after the end\n", "bulk": string(make([]byte, 60000))} {
+			t.Run(c.name+"/"+speaker+"/"+size, func(t *testing.T) {
+				p := c.connected(t, n, conns, time.Minute)
+				must(t, n.d.EndPath(p.slot, datapath.PathRevoked))
+				must(t, n.d.FreePath(p.slot))
+				speaks, listens := p.client, p.server
+				if speaker == "server" {
+					speaks, listens = p.server, p.client
+				}
+				if _, err := io.WriteString(speaks, text); !errors.Is(err, syscall.ECONNRESET) { // before all of it was said
+					must(t, err)
+				}
+				wantResetNow(t, "the other party", listens)
+				wantResetNow(t, "the "+speaker, speaks)
+				if t.Failed() {
+					t.Logf("counters:%s", n.counters(t))
+				}
+			})
+		}
 	}
 }
 

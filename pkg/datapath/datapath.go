@@ -50,7 +50,8 @@ type Config struct {
 	Repaired func(Repair)
 	Logger   *slog.Logger
 
-	oneBuffer bool // as on kernels before 5.18; for tests
+	oneBuffer bool                       // as on kernels before 5.18; for tests
+	change    func(*ebpf.CollectionSpec) // makes another version of the programs; for tests
 }
 
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
@@ -103,11 +104,17 @@ func Open(cfg Config) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkKernel(profile.requirements()); err != nil {
+		return nil, err
+	}
 	spec, err := bpf.LoadSallyport()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
 	profile.prepare(spec)
+	if cfg.change != nil {
+		cfg.change(spec)
+	}
 	d := &Datapath{cfg: cfg, profile: profile, table: spec.Maps["sp_table"].Copy(), devices: map[string]attachment{},
 		xdp: map[int]xdpState{}, backstop: map[string]link.Link{}, live: map[uint32]Path{}}
 	if d.frags, err = adaptXDP(spec, cfg.oneBuffer); err != nil {
@@ -126,7 +133,7 @@ func Open(cfg Config) (*Datapath, error) {
 		}
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
-	if err := d.restore(); err != nil {
+	if err := errors.Join(d.restore(), d.keepPrograms()); err != nil {
 		d.Close()
 		return nil, err
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
@@ -32,11 +34,18 @@ func (d *Datapath) ReadEvents(ctx context.Context, f EventFunc) error {
 	return g.Wait()
 }
 
+// lookInterval is how soon a record is found that follows another closely: the programs wake the reader for
+// the first of them only.
+const lookInterval = 100 * time.Millisecond
+
 func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
 	var rec ringbuf.Record
 	for {
+		r.SetDeadline(time.Now().Add(lookInterval))
 		if err := r.ReadInto(&rec); errors.Is(err, ringbuf.ErrClosed) {
 			return nil
+		} else if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
 		} else if err != nil {
 			return fmt.Errorf("read ring: %w", err)
 		}

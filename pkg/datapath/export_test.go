@@ -1,12 +1,19 @@
 package datapath
 
-import "github.com/sallyport-dev/sallyport/bpf"
+import (
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+)
 
 // Programs and Maps give the tests of the programs what only this package holds.
 func (d *Datapath) Programs() *bpf.SallyportPrograms { return &d.objs.SallyportPrograms }
 
 // Maps are the tables, for tests that write what no agent would.
 func (d *Datapath) Maps() *bpf.SallyportMaps { return &d.objs.SallyportMaps }
+
+// Change makes another version of the programs.
+func (c *Config) Change(f func(*ebpf.CollectionSpec)) { c.change = f }
 
 // OneBuffer makes the XDP programs those of kernels before 5.18.
 func (c *Config) OneBuffer() { c.oneBuffer = true }
@@ -78,3 +85,26 @@ var (
 
 	ProgramNames = programNames
 )
+
+// RunningTags are the tags of our programs on the devices of the current network namespace.
+func RunningTags() (tags []string, err error) {
+	err = eachPlace(func(p place) error {
+		ours, err := findOurs(p)
+		for _, f := range ours {
+			prog, err := ebpf.NewProgramFromID(f.program)
+			if err != nil {
+				return err
+			}
+			info, err := prog.Info()
+			if err != nil {
+				return err
+			}
+			tags = append(tags, info.Tag)
+			if err := prog.Close(); err != nil {
+				return err
+			}
+		}
+		return err
+	})
+	return tags, err
+}

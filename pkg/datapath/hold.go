@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"slices"
 
@@ -49,10 +50,11 @@ type hold interface {
 
 // found is a program of ours in a device's chain: by its link, or by its filter's handle.
 type found struct {
-	name   string
-	link   link.ID // 0: none
-	filter uint32  // 0: none
-	place  place
+	name    string
+	program ebpf.ProgramID
+	link    link.ID // 0: none
+	filter  uint32  // 0: none
+	place   place
 }
 
 func (f found) drop() error {
@@ -94,6 +96,21 @@ func clearBut(p place, keep hold) (dropped []found, err error) {
 		dropped = append(dropped, f)
 	}
 	return dropped, errors.Join(errs...)
+}
+
+// eachPlace goes over the places of the current network namespace. An error of f does not end it.
+func eachPlace(f func(place) error) error {
+	devices, err := net.Interfaces()
+	if err != nil {
+		return fmt.Errorf("list devices: %w", err)
+	}
+	var errs []error
+	for _, dev := range devices {
+		for _, attach := range directions() {
+			errs = append(errs, f(place{dev.Index, dev.Name, attach}))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // sameProgram says whether the loaded program has the code and the maps of ours.

@@ -3,7 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -53,7 +52,7 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 		Slot: slot, State: state,
 		Path: Path{Grant: fromLabel(p.Grant), Client: fromAddr(p.Client), ServiceID: p.ServiceId,
 			Service: fromLabel(p.Service), Deadline: time.Duration(p.DeadlineNs),
-			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}},
+			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}, Ingress: Ingress(p.Ingress)},
 		Flows: p.Flows, BytesToServer: p.BytesToServer, BytesToClient: p.BytesToClient,
 		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient,
 	}
@@ -62,21 +61,16 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 // Attached lists the programs of Sallyport on the current network namespace and its devices, and on a
 // control group (empty: on none), as "device/program", whoever attached them.
 func Attached(cgroup string) ([]string, error) {
-	devices, err := net.Interfaces()
-	if err != nil {
-		return nil, fmt.Errorf("list devices: %w", err)
-	}
 	var out []string
-	for _, dev := range devices {
-		for _, attach := range directions() {
-			ours, err := findOurs(place{dev.Index, dev.Name, attach})
-			if err != nil {
-				return nil, err
-			}
-			for _, f := range ours {
-				out = append(out, dev.Name+"/"+f.name)
-			}
+	err := eachPlace(func(p place) error {
+		ours, err := findOurs(p)
+		for _, f := range ours {
+			out = append(out, p.device+"/"+f.name)
 		}
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
 	filtered, err := xdpDevices()
 	if err != nil {

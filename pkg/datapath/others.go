@@ -3,7 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"reflect"
 
@@ -25,18 +24,11 @@ func programNames() []string {
 // the backstop from a control group (empty: from none), whoever holds it, and says how many: the guard
 // holds links whose pins somebody removed, and filters have no pins.
 func DetachAll(cgroup string) (n int, err error) {
-	devices, err := net.Interfaces()
-	if err != nil {
-		return 0, fmt.Errorf("list devices: %w", err)
-	}
-	var errs []error
-	for _, dev := range devices {
-		for _, attach := range directions() {
-			dropped, err := clearBut(place{dev.Index, dev.Name, attach}, nil)
-			errs = append(errs, err)
-			n += len(dropped)
-		}
-	}
+	errs := []error{eachPlace(func(p place) error {
+		dropped, err := clearBut(p, nil)
+		n += len(dropped)
+		return err
+	})}
 	filtered, err := xdpDevices()
 	errs = append(errs, err)
 	for dev, there := range filtered {

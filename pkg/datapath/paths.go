@@ -86,7 +86,7 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 		Epoch: old.Epoch + 1, ServiceId: p.ServiceID, Client: toAddr(p.Client), DeadlineNs: uint64(p.Deadline),
 		Grant: toLabel(p.Grant), Service: toLabel(p.Service),
 		BytesLimit: p.Budget.Bytes, PacketsLimit: p.Budget.Packets, ConnectionsLimit: p.Budget.Connections,
-		RateLimit: p.Budget.ConnectionsPerSecond,
+		RateLimit: p.Budget.ConnectionsPerSecond, Ingress: bpf.SallyportSpIngress(p.Ingress),
 	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)

@@ -46,6 +46,9 @@ func (d *Datapath) pins() map[string]pinned {
 	for name, m := range d.objs.maps() {
 		all[filepath.Join(mapsDir(d.cfg.Dir), name)] = m
 	}
+	for name, p := range d.objs.programs() {
+		all[filepath.Join(currentDir(d.cfg.Dir), name)] = p
+	}
 	for key, a := range d.devices {
 		if l, ok := a.hold.(pinned); ok {
 			all[filepath.Join(linksDir(d.cfg.Dir), key)] = l
@@ -86,7 +89,7 @@ func repin(p pinned, path string) (again bool, err error) {
 }
 
 func makePinDirs(dir string) error {
-	for _, d := range []string{mapsDir(dir), linksDir(dir)} {
+	for _, d := range []string{mapsDir(dir), linksDir(dir), currentDir(dir)} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return fmt.Errorf("make pin directory: %w", err)
 		}

@@ -39,8 +39,8 @@ func TestRepin(t *testing.T) {
 	must(t, err)
 	must(t, os.RemoveAll(n.cf.Dir))
 	again, err := n.d.Repin()
-	if err != nil || again != len(before)+len(links) {
-		t.Errorf("%d pins made (%v), want %d", again, err, len(before)+len(links))
+	if err != nil || again != len(before)+len(links)+len(datapath.ProgramNames()) {
+		t.Errorf("%d pins made (%v), want %d", again, err, len(before)+len(links)+len(datapath.ProgramNames()))
 	}
 	if now := n.mapIDs(t); !maps.Equal(before, now) {
 		t.Errorf("pinned maps are %v, were %v", now, before)

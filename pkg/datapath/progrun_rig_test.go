@@ -136,6 +136,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[bpf.LegKey, bpf.Leg](t, r.m.SpLegs)
 	empty[bpf.LegKey, bpf.Leg](t, r.m.SpStrays)
 	empty[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins)
+	empty[uint32, bpf.Device](t, r.m.SpDevices)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
 	empty[bpf.BackstopKey, bpf.Backstop](t, r.m.SpBackstop)
 	empty[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments)

@@ -132,7 +132,7 @@ func tcxChain(p place) ([]found, error) {
 			return nil, err
 		}
 		id, _ := prog.LinkID()
-		chain = append(chain, found{name: name, link: id, place: p})
+		chain = append(chain, found{name: name, program: prog.ID, link: id, place: p})
 	}
 	return chain, nil
 }

@@ -83,6 +83,7 @@ type Path struct {
 	Ports     []uint16      // ports of the service that the path serves; at least one
 	Deadline  time.Duration // absolute CLOCK_BOOTTIME
 	Budget    Budget
+	Ingress   Ingress // only clients that are reached by this kind of device
 }
 
 // Budget is what a path may carry in both directions together; 0 is no limit. Bytes are those of IP packets, headers

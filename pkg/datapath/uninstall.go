@@ -43,7 +43,8 @@ func Uninstall(dir string) (Report, error) {
 		}
 		r.Maps++
 	}
-	for _, d := range []string{linksDir(dir), qdiscsDir(dir), mapsDir(dir), version(dir), dir} {
+	errs = append(errs, removePins(currentDir(dir)), removePins(previousDir(dir)))
+	for _, d := range []string{filepath.Dir(currentDir(dir)), linksDir(dir), qdiscsDir(dir), mapsDir(dir), version(dir), dir} {
 		if err := os.Remove(d); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove pin directory: %w", err))
 		}

@@ -38,6 +38,7 @@ const (
 	ReasonFlowsFull        Reason = 10
 	ReasonTupleHeld        Reason = 11
 	ReasonPathRate         Reason = 12
+	ReasonPathIngress      Reason = 13
 	ReasonPathConnections  Reason = 14
 	ReasonPathOpen         Reason = 20
 	ReasonPathLive         Reason = 21
@@ -73,6 +74,8 @@ const (
 	ReasonOrphan           Reason = 67
 	ReasonSourceRoute      Reason = 68
 	ReasonBadFlags         Reason = 69
+	ReasonSourceForeign    Reason = 70
+	ReasonSourceOwn        Reason = 71
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
@@ -113,6 +116,7 @@ var reasonNames = map[Reason]string{
 	ReasonFlowsFull:        "FLOWS_FULL",
 	ReasonTupleHeld:        "TUPLE_HELD",
 	ReasonPathRate:         "PATH_RATE",
+	ReasonPathIngress:      "PATH_INGRESS",
 	ReasonPathConnections:  "PATH_CONNECTIONS",
 	ReasonPathOpen:         "PATH_OPEN",
 	ReasonPathLive:         "PATH_LIVE",
@@ -148,6 +152,8 @@ var reasonNames = map[Reason]string{
 	ReasonOrphan:           "ORPHAN",
 	ReasonSourceRoute:      "SOURCE_ROUTE",
 	ReasonBadFlags:         "BAD_FLAGS",
+	ReasonSourceForeign:    "SOURCE_FOREIGN",
+	ReasonSourceOwn:        "SOURCE_OWN",
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",

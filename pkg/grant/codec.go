@@ -26,6 +26,7 @@ type wire struct {
 	NotAfter     string   `json:"notAfter"`
 	Duration     string   `json:"duration"`
 	Budget       *budget  `json:"budget,omitempty"`
+	Ingress      string   `json:"ingress,omitempty"`
 	Reason       string   `json:"reason"`
 	Ticket       string   `json:"ticket,omitempty"`
 	Audience     string   `json:"audience"`
@@ -77,7 +78,7 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(),
+		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Reason: w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
@@ -112,8 +113,8 @@ func (p Payload) canonical() ([]byte, error) {
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
-		Budget:    wireBudget(p.Budget),
-		Reason:    p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
+		Budget:    wireBudget(p.Budget), Ingress: string(p.Ingress),
+		Reason: p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
 	}
 	for _, a := range p.Addresses {
 		w.Addresses = append(w.Addresses, a.String())

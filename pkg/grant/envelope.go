@@ -48,7 +48,7 @@ func (v Verified) People() []string {
 func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
 	p := v.Payload
 	return policy.GrantFacts{
-		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget,
+		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
 		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
 		Signers: v.People(), NodeAddresses: nodeAddresses,
 	}

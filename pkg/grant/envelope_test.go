@@ -110,7 +110,7 @@ func TestEnvelopeIsDSSE(t *testing.T) {
 	want := `{"id":"01KAMXQ5T8W2J4N6R8V0Y2A4C6","requester":"backup@example.org","service":"postgres",` +
 		`"binding":"address","addresses":["10.1.0.2","fd00:1::2"],"ports":[5432],` +
 		`"notBefore":"2026-11-22T03:00:00Z","notAfter":"2026-11-22T04:00:00Z","duration":"15m",` +
-		`"budget":{"bytes":10737418240,"packets":1000000000,"connections":5,"connectionsPerSecond":2},` +
+		`"budget":{"bytes":10737418240,"packets":1000000000,"connections":5,"connectionsPerSecond":2},"ingress":"uplink",` +
 		`"reason":"nightly <backup> & \"restore\" ünïcode","ticket":"OPS-1","audience":"node-1",` +
 		`"policyDigest":"` + strings.Repeat("0a", 32) + `"}`
 	if string(body) != want {
@@ -126,7 +126,7 @@ func TestFacts(t *testing.T) {
 	}}
 	own := []netip.Addr{netip.MustParseAddr("10.1.0.1")}
 	want := policy.GrantFacts{
-		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Binding: p.Binding,
+		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress, Binding: p.Binding,
 		Ticket: p.Ticket, Reason: p.Reason, Signers: []string{"alice", "zoe"}, NodeAddresses: own,
 	}
 	if got := v.Facts(own); !reflect.DeepEqual(got, want) {

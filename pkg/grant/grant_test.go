@@ -22,7 +22,7 @@ func goodPayload() grant.Payload {
 		Binding:   policy.BindingAddress,
 		Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")},
 		Ports:     []uint16{5432}, NotBefore: now, NotAfter: now.Add(time.Hour), Duration: 15 * time.Minute,
-		Budget: policy.Budget{Bytes: 10 << 30, Packets: 1e9, Connections: 5, ConnectionsPerSecond: 2},
+		Budget: policy.Budget{Bytes: 10 << 30, Packets: 1e9, Connections: 5, ConnectionsPerSecond: 2}, Ingress: policy.IngressUplink,
 		Reason: `nightly <backup> & "restore" ünïcode`, Ticket: "OPS-1", Audience: "node-1",
 		PolicyDigest: strings.Repeat("0a", 32),
 	}
@@ -184,6 +184,7 @@ func TestValidate(t *testing.T) {
 		{"bytes over the cap", func(p *grant.Payload) { p.Budget.Bytes = policy.MaxSize + 1 }, "budget"},
 		{"packets over the cap", func(p *grant.Payload) { p.Budget.Packets = 1 << 63 }, "budget"},
 		{"connections over the cap", func(p *grant.Payload) { p.Budget.Connections = 1 << 63 }, "budget"},
+		{"unknown ingress", func(p *grant.Payload) { p.Ingress = "tunnel" }, "ingress"},
 		{"empty reason", func(p *grant.Payload) { p.Reason = "" }, "reason"},
 		{"blank reason", func(p *grant.Payload) { p.Reason = " \t " }, "reason"},
 		{"long reason", func(p *grant.Payload) { p.Reason = strings.Repeat("x", 513) }, "reason"},

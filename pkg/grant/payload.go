@@ -46,7 +46,8 @@ type Payload struct {
 	NotBefore, NotAfter time.Time
 	// Duration of a path from its activation.
 	Duration     time.Duration
-	Budget       policy.Budget // of each path; 0 is no limit
+	Budget       policy.Budget  // of each path; 0 is no limit
+	Ingress      policy.Ingress // kind of device that the clients come by; empty: any
 	Reason       string
 	Ticket       string // may be empty
 	Audience     string // name of the one node that may activate it

@@ -37,6 +37,7 @@ func (p Payload) Validate() error {
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
 	v.check("budget", policy.CheckBudget(p.Budget))
+	v.check("ingress", policy.CheckIngress(p.Ingress))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))
 	if p.Ticket != "" {
 		v.check("ticket", checkText(p.Ticket, "name the ticket or leave it out"))

@@ -35,6 +35,8 @@ type BypassPolicySpec struct {
 	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
 	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
 	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
+	// Ingress is the kind of device that clients must come by; a grant must name it. Empty is any.
+	Ingress Ingress `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
 	// it.
 	MaxBudget Budget `json:"maxBudget,omitzero" yaml:"maxBudget,omitempty"`
@@ -55,6 +57,7 @@ func (p *BypassPolicy) validate(d *document) {
 		}
 	}
 	p.validateSources(d)
+	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
 }

@@ -19,6 +19,7 @@ type GrantFacts struct {
 	Addresses []netip.Addr
 	Duration  time.Duration
 	Budget    Budget
+	Ingress   Ingress
 	Binding   string
 	Ticket    string
 	Reason    string
@@ -66,6 +67,7 @@ func check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
 	c.addresses(g)
 	c.duration(g.Duration)
 	c.budget(g.Budget)
+	c.ingress(g.Ingress)
 	c.paperwork(g)
 	c.signers(g.Signers)
 	return c.errs

@@ -63,6 +63,10 @@ func TestCheckGrant(t *testing.T) {
 		}},
 		{name: "budget over the cap", policy: needBudget, facts: func(g *policy.GrantFacts) { g.Budget = policy.Budget{Bytes: 10<<30 + 1, Connections: 4} },
 			fields: []string{"budget.bytes", "budget.connections"}, msg: "10737418241B is over the cap of 10GiB"},
+		{name: "ingress, none required", facts: func(g *policy.GrantFacts) { g.Ingress = policy.IngressPod }},
+		{name: "ingress", policy: needUplink, facts: func(g *policy.GrantFacts) { g.Ingress = policy.IngressUplink }},
+		{name: "no ingress", policy: needUplink, fields: []string{"ingress"}, msg: "uplink devices alone"},
+		{name: "another ingress", policy: needUplink, facts: func(g *policy.GrantFacts) { g.Ingress = policy.IngressPod }, fields: []string{"ingress"}, msg: "uplink devices alone"},
 		{name: "another binding", facts: func(g *policy.GrantFacts) { g.Binding = "workload" }, fields: []string{"binding"}, msg: `binding "workload"`},
 		{name: "no binding", facts: func(g *policy.GrantFacts) { g.Binding = "" }, fields: []string{"binding"}, msg: `binding ""`},
 		{name: "empty reason", facts: func(g *policy.GrantFacts) { g.Reason = " \t" }, fields: []string{"reason"}, msg: "is empty"},
@@ -114,6 +118,10 @@ func allowNode(s string) string {
 
 func needBudget(s string) string {
 	return strings.Replace(s, "requireTicket: false", "requireTicket: false\n  maxBudget: {bytes: 10GiB, connections: 3}", 1)
+}
+
+func needUplink(s string) string {
+	return strings.Replace(s, "requireTicket: false", "requireTicket: false\n  ingress: uplink", 1)
 }
 
 func needTicket(s string) string {
