@@ -142,13 +142,18 @@ static __always_inline bool sp_other_vlan(const struct __sk_buff *skb)
 	return skb->vlan_present && (skb->vlan_tci & SP_VLAN_VID);
 }
 
+/* A tag in the packet itself, behind the one beside it if there is one. */
+static __always_inline bool sp_tagged_inside(const struct __sk_buff *skb)
+{
+	return skb->protocol == bpf_htons(ETH_P_8021Q) || skb->protocol == bpf_htons(ETH_P_8021AD);
+}
+
 /* Linux takes off every tag of id 0 that follows one of id 0, with no other look at the hooks. */
 static __noinline int sp_hidden_by_tags(struct __sk_buff *skb)
 {
 	__be16 tci;
 
-	if (!skb->vlan_present ||
-	    (skb->protocol != bpf_htons(ETH_P_8021Q) && skb->protocol != bpf_htons(ETH_P_8021AD)))
+	if (!skb->vlan_present || !sp_tagged_inside(skb))
 		return 0;
 	return bpf_skb_load_bytes(skb, ETH_HLEN, &tci, sizeof(tci)) || !(bpf_ntohs(tci) & SP_VLAN_VID);
 }

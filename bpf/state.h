@@ -131,6 +131,16 @@ static __always_inline __u16 sp_fold(__u32 sum)
 	return (sum & 0xffff) + (sum >> 16);
 }
 
+/* A group, everybody, or nobody: for this node among others, whatever the default route says of it. */
+static __always_inline bool sp_is_group(const struct sp_addr *a, __u32 version)
+{
+	const __u32 *word = (const __u32 *)a;
+
+	if (version == 4)
+		return a->bytes[12] >= 224 || !a->bytes[12];
+	return a->bytes[0] == 0xff || !(word[0] | word[1] | word[2] | word[3]);
+}
+
 /*
  * Is `address` one of this node's? Asked of the routing table, so that an address that appears
  * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
@@ -141,6 +151,8 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 {
 	struct bpf_fib_lookup *fib = sp_fib_question(skb->ifindex, address, peer, version);
 
+	if (address && sp_is_group(address, version))
+		return 1;
 	return !fib || sp_fib_says_local(bpf_fib_lookup(skb, fib, sizeof(*fib), 0));
 }
 
