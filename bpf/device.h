@@ -324,6 +324,11 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
+	if (to && p->protocol == IPPROTO_UDP && sp_ends_at_pod(hook, behind) &&
+	    sp_is_local(skb, &p->dst, &p->src, p->version)) {
+		*key = sp_key_towards(p); /* to a group: whoever is behind the device gets it too */
+		return sp_decide(SP_ACT_DROP, SP_REASON_UDP_DENIED);
+	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
 
@@ -380,11 +385,15 @@ struct sp_glance {
 
 /* False: the packet is none of our business. This is all that unprotected traffic costs. */
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
-				      __u32 l3)
+				      enum sp_behind behind, __u32 l3)
 {
 	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
 		return false;
 	g->parsed = sp_parse(skb, &g->head, l3);
+	if (g->parsed == SP_PARSE_OTHER && sp_ends_at_pod(hook, behind) && sp_tagged_inside(skb)) {
+		g->parsed = SP_PARSE_MISPLACED; /* a pod may read any tag */
+		return true;
+	}
 	if (g->parsed == SP_PARSE_OTHER && !g->head.first) {
 		g->parsed = SP_PARSE_HIDDEN;
 		return sp_hook_is_in(hook) && sp_hidden_by_tags(skb);
@@ -455,7 +464,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	struct sp_decision d;
 	struct sp_packet *p;
 
-	if (!sp_glance(skb, &g, hook, l3))
+	if (!sp_glance(skb, &g, hook, behind, l3))
 		return TC_ACT_UNSPEC;
 	scratch = sp_get_scratch();
 	if (!scratch)

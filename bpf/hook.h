@@ -34,6 +34,12 @@ static __always_inline bool sp_is_port(enum sp_behind behind)
 	return behind == SP_BEHIND_PORT || behind == SP_BEHIND_POD_PORT;
 }
 
+/* What goes out here has arrived at a pod. */
+static __always_inline bool sp_ends_at_pod(enum sp_hook hook, enum sp_behind behind)
+{
+	return hook == SP_HOOK_OUT && (behind == SP_BEHIND_POD || behind == SP_BEHIND_POD_PORT);
+}
+
 /* A pod whose device is not known yet is seen everywhere: closed, rather than passed. */
 static __always_inline bool sp_pod_at(const struct sp_service *svc, __u32 ifindex)
 {
@@ -45,7 +51,7 @@ static __always_inline bool sp_sees_towards(enum sp_hook hook, enum sp_behind be
 {
 	if (hook != SP_HOOK_OUT)
 		return svc->target == SP_TARGET_HOST && !sp_is_port(behind);
-	if (behind == SP_BEHIND_POD || behind == SP_BEHIND_POD_PORT)
+	if (sp_ends_at_pod(hook, behind))
 		return svc->target == SP_TARGET_POD;
 	return behind != SP_BEHIND_BRIDGE && sp_pod_at(svc, ifindex);
 }

@@ -142,13 +142,18 @@ static __always_inline bool sp_other_vlan(const struct __sk_buff *skb)
 	return skb->vlan_present && (skb->vlan_tci & SP_VLAN_VID);
 }
 
+/* A tag in the packet itself, behind the one beside it if there is one. */
+static __always_inline bool sp_tagged_inside(const struct __sk_buff *skb)
+{
+	return skb->protocol == bpf_htons(ETH_P_8021Q) || skb->protocol == bpf_htons(ETH_P_8021AD);
+}
+
 /* Linux takes off every tag of id 0 that follows one of id 0, with no other look at the hooks. */
 static __noinline int sp_hidden_by_tags(struct __sk_buff *skb)
 {
 	__be16 tci;
 
-	if (!skb->vlan_present ||
-	    (skb->protocol != bpf_htons(ETH_P_8021Q) && skb->protocol != bpf_htons(ETH_P_8021AD)))
+	if (!skb->vlan_present || !sp_tagged_inside(skb))
 		return 0;
 	return bpf_skb_load_bytes(skb, ETH_HLEN, &tci, sizeof(tci)) || !(bpf_ntohs(tci) & SP_VLAN_VID);
 }
@@ -238,7 +243,8 @@ static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __
 static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
 {
 	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
-	__u32 left = 0, last = len - 1;
+	__u32 last = len - 1;
+	volatile __u8 until = 0; /* in memory, or it is another case for the verifier at each byte */
 
 	barrier_var(last); /* before 6.8 the verifier does not learn from `len != 0` that len is at least 1 */
 	if (last >= SP_IP_OPTIONS_MAX)
@@ -247,20 +253,19 @@ static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 le
 	if (bpf_skb_load_bytes(skb, l3 + sizeof(struct iphdr), b, len))
 		return -1;
 	for (__u32 i = 0; i < SP_IP_OPTIONS_MAX; i++) {
-		if (i >= len || (!left && !b[i])) /* end of the list */
+		if (i >= len)
 			break;
-		if (left) {
-			left--;
+		if (i < until)
 			continue;
-		}
+		if (!b[i]) /* end of the list */
+			break;
 		if (b[i] == SP_IPOPT_LSRR || b[i] == SP_IPOPT_SSRR)
 			return 1;
 		if (b[i] == SP_IPOPT_NOP)
 			continue;
-		left = b[i + 1];
-		if (left < 2)
+		if (b[i + 1] < 2 || b[i + 1] > SP_IP_OPTIONS_MAX)
 			break;
-		left--;
+		until = i + b[i + 1];
 	}
 	return 0;
 }

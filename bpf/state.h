@@ -15,6 +15,9 @@
 struct sp_options {
 	__u8 was[44];	/* of a TCP header, and room to look at a whole option at the end */
 	__u8 is[44];
+	__u8 until;	/* where the option that we are in ends */
+	__u8 blank;	/* it is taken out */
+	__u8 changed;
 };
 
 /*
@@ -128,6 +131,16 @@ static __always_inline __u16 sp_fold(__u32 sum)
 	return (sum & 0xffff) + (sum >> 16);
 }
 
+/* A group, everybody, or nobody: for this node among others, whatever the default route says of it. */
+static __always_inline bool sp_is_group(const struct sp_addr *a, __u32 version)
+{
+	const __u32 *word = (const __u32 *)a;
+
+	if (version == 4)
+		return a->bytes[12] >= 224 || !a->bytes[12];
+	return a->bytes[0] == 0xff || !(word[0] | word[1] | word[2] | word[3]);
+}
+
 /*
  * Is `address` one of this node's? Asked of the routing table, so that an address that appears
  * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
@@ -138,6 +151,8 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 {
 	struct bpf_fib_lookup *fib = sp_fib_question(skb->ifindex, address, peer, version);
 
+	if (address && sp_is_group(address, version))
+		return 1;
 	return !fib || sp_fib_says_local(bpf_fib_lookup(skb, fib, sizeof(*fib), 0));
 }
 
@@ -177,8 +192,8 @@ static __always_inline struct sp_leg_key sp_leg_key(const struct sp_addr *client
 	};
 }
 
-/* The leg of a flow on one side, if it was opened after a time. A frame of its own: the callers'
- * stacks are small.
+/* The leg of a flow on one side, if it was opened after a time. Only TCP has legs. A frame of its own:
+ * the callers' stacks are small.
  */
 static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum sp_leg_side side,
 					     __u64 after_ns)
@@ -186,7 +201,7 @@ static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum
 	struct sp_leg_key at;
 	struct sp_leg *leg;
 
-	if (!key)
+	if (!key || key->protocol != IPPROTO_TCP)
 		return NULL;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
 	leg = bpf_map_lookup_elem(&sp_legs, &at);

@@ -37,12 +37,19 @@ type differential struct {
 	world   *reference.World
 	gen     *shape.Generator
 	places  []place
-	granted map[netip.Addr]bool // clients with a live path to both services
+	granted map[netip.Addr]bool // clients with a live path to the first services, by TCP
+	firsts  map[datagramID]bool // fragmented datagrams whose first fragment was free, and passed
+}
+
+// datagramID is what the fragments of one packet have in common.
+type datagramID struct {
+	src, dst netip.Addr
+	id       uint32
 }
 
 func newDifferential(t testing.TB, seed uint64) *differential {
 	r := newRig(t, 65536, 65536)
-	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}}
+	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}, firsts: map[datagramID]bool{}}
 	d.places = d.everyPlace(t)
 	var ends [][2]shape.Ends
 	for _, at := range d.places {
@@ -98,10 +105,18 @@ func (d *differential) at(program string) int {
 // world is what the rig protects, told to the reference.
 func (r *rig) world(t testing.TB) *reference.World {
 	pod := r.device(t, lab.PodDevice(0))
-	w := &reference.World{Services: []reference.Service{
-		{Protocol: packet.TCP, Port: hostPort},
-		{Protocol: packet.TCP, Port: podPort, Device: pod, Addresses: []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}},
-	}}
+	addresses := []netip.Addr{r.Pod.Addr(lab.IPv4), r.Pod.Addr(lab.IPv6)}
+	w := &reference.World{}
+	for port, protocols := range map[uint16][]uint8{hostPort: {packet.TCP}, hostUDPPort: {packet.TCP, packet.UDP}, hostWebPort: {packet.TCP, packet.UDP}} {
+		for _, p := range protocols {
+			w.Services = append(w.Services, reference.Service{Protocol: p, Port: port})
+		}
+	}
+	for port, protocols := range map[uint16][]uint8{podPort: {packet.TCP}, podUDPPort: {packet.UDP}, podWebPort: {packet.TCP, packet.UDP}} {
+		for _, p := range protocols {
+			w.Services = append(w.Services, reference.Service{Protocol: p, Port: port, Device: pod, Addresses: addresses})
+		}
+	}
 	links, err := r.Node.Netlink.LinkList()
 	check(t, err)
 	for _, l := range links {
@@ -124,10 +139,10 @@ func (r *rig) world(t testing.TB) *reference.World {
 // ends are the addresses that packets at a place are made between: mostly those that matter there, of
 // everybody else in the lab, and of nobody.
 func (d *differential) ends(t testing.TB, at place, f lab.Family) shape.Ends {
-	e := shape.Ends{Ports: []uint16{hostPort, podPort, 9999, clientPort, 0}, Wanted: []uint16{hostPort}}
+	e := shape.Ends{Ports: []uint16{hostPort, podPort, 9999, clientPort, 0}, Wanted: []uint16{hostPort, hostUDPPort, hostWebPort}}
 	e.Dst = []netip.Addr{d.Node.Addr(f), d.Node.Addr(f), d.Node.Other(f), f.Loopback()}
 	if at.hook == reference.PodOut || at.device == d.device(t, lab.PodDevice(0)) {
-		e.Wanted = []uint16{podPort}
+		e.Wanted = []uint16{podPort, podUDPPort, podWebPort}
 		e.Dst = slices.Repeat([]netip.Addr{d.Pod.Addr(f)}, 8)
 	}
 	e.Dst = append(e.Dst, d.Pods[1].Addr(f), d.Client.Addr(f), d.Pod.Addr(f))

@@ -11,6 +11,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/test/packet"
 	"github.com/sallyport-dev/sallyport/test/reference"
 )
 
@@ -31,16 +32,50 @@ func (o outcome) passed(at *place) bool {
 
 // leak says that the packet passed although it must not, with no live path that explains it.
 func (d *differential) leak(c drawn, o outcome) bool {
-	if awaited(c, o) || o.refused || !o.passed(c.place) || o.judgement.Verdict == reference.Free {
+	if o.refused || !o.passed(c.place) || o.judgement.Verdict == reference.Free {
 		return false
 	}
-	return !o.judgement.Readable || !d.granted[o.judgement.Tuple.Src.Addr()]
+	t := o.judgement.Tuple
+	switch {
+	case o.judgement.Shape == reference.LaterFragment && t.Protocol == packet.UDP:
+		return !d.follows(o.judgement)
+	case !o.judgement.Readable, t.Protocol != packet.TCP, t.Dst.Port() != hostPort && t.Dst.Port() != podPort:
+		return true
+	}
+	return !d.granted[t.Src.Addr()]
 }
 
-// awaited are holes that are known, and being closed.
-func awaited(c drawn, o outcome) bool {
-	tag := o.judgement.Shape == reference.ICMPRedirect
-	return tag || c.frame.Protocol == 0x8100 || c.frame.Protocol == 0x88a8 || c.frame.Tagged && !c.place.ingress()
+// unknown is the identification of a first fragment that every receiver refuses for another reason, so that
+// the reference did not read as far.
+const unknown = 1 << 31
+
+// follows says that the first fragment of the datagram was free, and has passed: or that it was refused, so
+// that the datagram is never complete.
+func (d *differential) follows(j reference.Judgement) bool {
+	f := datagramID{j.Tuple.Src.Addr(), j.Tuple.Dst.Addr(), j.Fragment}
+	if d.firsts[f] {
+		return true
+	}
+	f.id = unknown
+	return d.firsts[f]
+}
+
+// remember keeps what follows asks for.
+func (d *differential) remember(c drawn, o outcome) {
+	j := o.judgement
+	if o.refused || !o.passed(c.place) || j.Verdict != reference.Free {
+		return
+	}
+	f := datagramID{j.Tuple.Src.Addr(), j.Tuple.Dst.Addr(), j.Fragment}
+	switch j.Shape {
+	case reference.IPv4Length, reference.IPv6Length, reference.FragmentLength, reference.ChainCut, reference.TransportCut, reference.TransportRefused:
+		f.id = unknown
+	default:
+		if !j.First {
+			return
+		}
+	}
+	d.firsts[f] = true
 }
 
 func (d *differential) try(c drawn) outcome {
@@ -94,7 +129,7 @@ func (y *tally) add(c drawn, o outcome) {
 }
 
 func (y *tally) leak(seed uint64, c drawn, o outcome) {
-	key := fmt.Sprintf("%s, %s (generated as %s)", c.place.name, o.judgement.Shape, c.Shape)
+	key := fmt.Sprintf("%s, %s to %v", c.place.name, o.judgement.Shape, o.judgement.Tuple.Dst.Addr())
 	if y.leaks[key]++; y.leaks[key] == 1 {
 		y.examples[key] = fmt.Sprintf("seed %d, %v\nreference: %+v, verdict %d", seed, c, o.judgement, o.verdict)
 	}
@@ -139,11 +174,19 @@ var overClosing = map[flow.Reason]string{
 	flow.ReasonLeg:         "the same; and answers of a service to the proxy",
 	flow.ReasonReverseOpen: "a service opens no connection from its protected port",
 	flow.ReasonPathLive:    "the same",
+	flow.ReasonSourceRoute: "no sender chooses the way of its packets",
+	flow.ReasonBadFlags:    "a receiver makes nothing of them either",
+	flow.ReasonICMPLeg:     "about a packet of the proxy",
+	flow.ReasonICMPStray:   "about a packet of a protected port, but of no flow",
+	flow.ReasonUDPNoPath:   "lengths are not looked at where the port says enough",
+	flow.ReasonUDPNoFlow:   "an answer to nobody",
+	flow.ReasonUDPDenied:   "lengths are not looked at where the port says enough; and groups",
+	flow.ReasonOrphan:      "a fragment whose first one has not passed here",
 	flow.ReasonBackstop:    "a socket refuses what does not fit, whoever asks",
 }
 
 var anywhere = map[flow.Reason]string{
-	flow.ReasonMalformed: "more than one tag of id 0",
+	flow.ReasonMalformed: "more than one tag of id 0, or tags inside a packet that leaves for a pod",
 	flow.ReasonLeg:       "the tuple was seen on lo, where every address is the node's",
 }
 
@@ -174,7 +217,7 @@ func (d *differential) explained(t *testing.T, c drawn, o outcome) bool {
 		return false
 	}
 	switch o.judgement.Shape {
-	case reference.Authenticated, reference.TCPChain, reference.UDPChain:
+	case reference.Authenticated, reference.TCPChain, reference.UDPChain, reference.TCPOptionsIP, reference.UDPOptionsIP:
 		return true
 	}
 	mapped := o.judgement.Tuple.Src.Addr().Is4In6() || o.judgement.Tuple.Dst.Addr().Is4In6()
@@ -224,6 +267,7 @@ func (d *differential) prove(t *testing.T, y *tally, index uint64) error {
 	c := d.draw(index)
 	o := d.try(c)
 	y.add(c, o)
+	d.remember(c, o)
 	if d.leak(c, o) && !d.explained(t, c, o) {
 		y.leak(d.gen.Seed, c, o)
 	}

@@ -31,7 +31,8 @@ func otherCases() []progCase {
 		{name: "other/unprotected port, marked", packet: toPort(ack), given: []given{markedBy(5)}, want: none},
 		{name: "other/unprotected port, no configuration", packet: toPort(syn), given: []given{noConfig}, want: none},
 		{name: "other/ARP", packet: etherType(8, 6), want: none},
-		{name: "other/VLAN in the payload", packet: shaped(func(p *packet.Packet) { p.VLANs = []uint16{5} }), want: none},
+		{name: "other/VLAN in the payload", scenes: []string{"host", "lo"}, packet: shaped(func(p *packet.Packet) { p.VLANs = []uint16{5} }), want: none},
+		{name: "other/VLAN in the payload", scenes: []string{"pod"}, packet: shaped(func(p *packet.Packet) { p.VLANs = []uint16{5} }), want: want{verdict: actDrop, counts: one(flow.ReasonMalformed), records: []string{"DENY MALFORMED of :::0 to :::0"}}},
 		{name: "other/forwarded to a host port", scenes: []string{"host"}, want: none, packet: func(s scene) probe {
 			return at(s.towards, s.device, tcp(s.client, netip.AddrPortFrom(foreign(s), hostPort), syn))
 		}},

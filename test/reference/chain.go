@@ -93,11 +93,15 @@ func (d *dissection) fragment(b []byte) (rest []byte, next uint8) {
 		return nil, 0
 	}
 	field := binary.BigEndian.Uint16(b[2:])
+	d.id = binary.BigEndian.Uint32(b[4:])
 	next, rest = b[0], b[8:]
 	switch offset, more := field>>3, field&1 != 0; {
 	case offset != 0:
 		d.kind, d.shape, d.protocol = later, LaterFragment, next
+	case more && len(rest)%8 != 0:
+		d.shape = FragmentLength
 	case more:
+		d.opens = true
 		d.opened(next, rest)
 	default:
 		return rest, next

@@ -42,6 +42,9 @@ type dissection struct {
 	src, dst     netip.Addr
 	protocol     uint8
 	sport, dport uint16
+	id           uint32     // of a fragment
+	opens        bool       // the first fragment
+	sender       netip.Addr // of a quoted packet
 }
 
 func refused(s Shape) dissection { return dissection{shape: s} }
@@ -52,6 +55,7 @@ func dissectIPv4(b []byte, segmented bool) dissection {
 		return refused(IPv4Header)
 	}
 	d := dissection{src: netip.AddrFrom4([4]byte(b[12:])), dst: netip.AddrFrom4([4]byte(b[16:])), protocol: b[9]}
+	d.id = uint32(binary.BigEndian.Uint16(b[4:]))
 	header, total := int(b[0]&15)*4, int(binary.BigEndian.Uint16(b[2:]))
 	if total == 0 && segmented {
 		total = len(b) // longer than the field can say ("BIG TCP")
@@ -74,6 +78,7 @@ func (d *dissection) payload(b []byte, fragment uint16, options bool) {
 	case offset != 0: // protocol is part of what fragments are matched by (section 3.2)
 		d.kind, d.shape = later, LaterFragment
 	case more:
+		d.opens = true
 		d.first(b)
 	default:
 		d.upper(b, options)
@@ -209,7 +214,7 @@ func (d *dissection) quotes(b []byte) {
 	if len(b) < header+8 || b[9] != protoTCP && b[9] != protoUDP {
 		return
 	}
-	d.quoted(b[9], b[header:])
+	d.quoted(b[9], netip.AddrFrom4([4]byte(b[12:])), b[header:])
 }
 
 // quotes6 finds the packet that a redirect of neighbour discovery is about, in its option 4 (RFC 4861,
@@ -223,15 +228,15 @@ func (d *dissection) quotes6(b []byte) {
 			continue
 		}
 		if q := b[8 : int(b[1])*8]; len(q) >= 48 && q[0]>>4 == 6 && (q[6] == protoTCP || q[6] == protoUDP) {
-			d.quoted(q[6], q[40:])
+			d.quoted(q[6], netip.AddrFrom16([16]byte(q[8:])), q[40:])
 		}
 		return
 	}
 }
 
-// quoted takes the ports of a quoted packet: the service's is its source.
-func (d *dissection) quoted(protocol uint8, b []byte) {
-	d.kind, d.protocol = about, protocol
+// quoted takes the ports of a quoted packet: the service is its source.
+func (d *dissection) quoted(protocol uint8, src netip.Addr, b []byte) {
+	d.kind, d.protocol, d.sender = about, protocol, src
 	d.ports(b)
 	d.sport, d.dport = d.dport, d.sport
 }

@@ -78,6 +78,9 @@ type Judgement struct {
 	// Readable says that the packet is one whole TCP segment or UDP datagram: only such a packet can be
 	// let through by a live path or a leg.
 	Readable bool
+	// Fragment is the identification of a fragment; First says that others may follow it.
+	Fragment uint32
+	First    bool
 	// Owned says that an address of the packet owns a protected port, or is of a kind that no router passes
 	// on: what is done to any other packet is done to somebody else's.
 	Owned bool
@@ -104,7 +107,7 @@ type World struct {
 func (w *World) Judge(f Frame) Judgement {
 	ip, typ, shape := untag(f)
 	if shape != "" {
-		return Judgement{Shape: shape}
+		return Judgement{Shape: shape, Owned: true} // nobody has read whose it is
 	}
 	var d dissection
 	switch typ {
@@ -116,7 +119,7 @@ func (w *World) Judge(f Frame) Judgement {
 		d = refused(NotIP)
 	}
 	j := Judgement{Shape: d.shape, Tuple: Tuple{d.protocol, netip.AddrPortFrom(d.src, d.sport), netip.AddrPortFrom(d.dst, d.dport)}}
-	j.Readable = d.kind == ported
+	j.Readable, j.Fragment, j.First = d.kind == ported, d.id, d.opens
 	j.Owned = f.Hook.routed() || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
 	if w.reaches(f, d) {
 		j.Verdict = Protect
@@ -135,10 +138,15 @@ const (
 	etherBytes = 14
 )
 
+// otherVLAN says that a packet with this tag is not for the service's machine.
+func (f Frame) otherVLAN(tci uint16) bool {
+	return f.Hook == DeviceOut || f.Hook != PodOut && tci&0xfff != 0
+}
+
 // untag takes off what is before the IP header. Linux at ingress treats a tag of id 0 as no tag (802.1Q:
 // priority-tagged), however often it is there; a tag of another id is for the VLAN device of that id,
-// where the packet meets a hook again, and is refused when there is none. What leaves for another
-// namespace may meet a VLAN device there, whatever its tags are.
+// where the packet meets a hook again, and is refused when there is none. What leaves for a pod may
+// meet a VLAN device there, whatever its tags are; what leaves for the network is the network's.
 func untag(f Frame) (ip []byte, typ uint16, shape Shape) {
 	if f.Hook == L3In || f.Hook == L3Out {
 		return f.Data, f.Protocol, ""
@@ -147,14 +155,14 @@ func untag(f Frame) (ip []byte, typ uint16, shape Shape) {
 		return nil, 0, NotIP
 	}
 	ip, typ = f.Data[etherBytes:], f.Protocol
-	if f.Tagged && f.Hook.ingress() && f.TCI&0xfff != 0 {
+	if f.Tagged && f.otherVLAN(f.TCI) {
 		return nil, 0, OtherVLAN
 	}
 	for f.Hook != SocketIn && (typ == etherVLAN || typ == etherQinQ) { // no socket gets tags
 		if len(ip) < 4 {
 			return nil, 0, NotIP
 		}
-		if f.Hook.ingress() && binary.BigEndian.Uint16(ip)&0xfff != 0 {
+		if f.otherVLAN(binary.BigEndian.Uint16(ip)) {
 			return nil, 0, OtherVLAN
 		}
 		typ, ip = binary.BigEndian.Uint16(ip[2:]), ip[4:]

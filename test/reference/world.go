@@ -13,6 +13,9 @@ func (w *World) reaches(f Frame, d dissection) bool {
 	if d.dst.IsLoopback() && d.dst.Is6() && !f.Hook.routed() {
 		return false // refused on every other device
 	}
+	if f.Hook == PodOut && (d.kind == later || d.kind == hidden) && (d.dst.IsMulticast() || w.shared(d.dst)) {
+		return false // to a group, the first fragment decides, and keys are agreed on by address
+	}
 	return slices.ContainsFunc(w.Services, func(s Service) bool {
 		if d.kind != hidden && s.Protocol != d.protocol {
 			return false
@@ -20,7 +23,7 @@ func (w *World) reaches(f Frame, d dissection) bool {
 		if (d.kind == ported || d.kind == opening || d.kind == about) && s.Port != d.dport {
 			return false
 		}
-		return w.arrives(f, d.dst, s)
+		return w.arrives(f, d.dst, s) && (d.kind != about || w.has(s, d.sender))
 	})
 }
 
@@ -37,7 +40,8 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 		return true
 	}
 	if dst.IsMulticast() || w.shared(dst) {
-		return s.Protocol == protoUDP && (node || s.Device == f.Ifindex) // TCP takes unicast alone
+		// TCP takes unicast alone. What leaves by an uplink goes to other machines.
+		return s.Protocol == protoUDP && (node || f.Hook == PodOut && s.Device == f.Ifindex)
 	}
 	return w.has(s, dst)
 }
