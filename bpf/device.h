@@ -371,9 +371,10 @@ struct sp_glance {
 
 /* False: the packet is none of our business. This is all that unprotected traffic costs. */
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
-				      __u32 l3)
+				      enum sp_behind behind, __u32 l3)
 {
-	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
+	/* On the way out the VLAN's own device had it before; but a pod may take tags off itself. */
+	if ((sp_hook_is_in(hook) || behind == SP_BEHIND_ANY) && sp_other_vlan(skb))
 		return false;
 	g->parsed = sp_parse(skb, &g->head, l3);
 	if (g->parsed == SP_PARSE_OTHER && !g->head.first) {
@@ -446,7 +447,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 	struct sp_decision d;
 	struct sp_packet *p;
 
-	if (!sp_glance(skb, &g, hook, l3))
+	if (!sp_glance(skb, &g, hook, behind, l3))
 		return TC_ACT_UNSPEC;
 	scratch = sp_get_scratch();
 	if (!scratch)
