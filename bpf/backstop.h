@@ -95,6 +95,7 @@ static __always_inline bool sp_flow_lives(const struct sp_config *cfg, const str
 	struct sp_path *path;
 
 	return !flow->ended && flow->service_id == service_id &&
+	       !sp_udp_idle(flow, bpf_ktime_get_boot_ns()) &&
 	       sp_path_check(cfg, flow->slot, flow->epoch, bpf_ktime_get_boot_ns(), &path) ==
 		       SP_REASON_PATH_LIVE;
 }
@@ -109,17 +110,19 @@ static __noinline int sp_explain(const struct sp_flow_key *key, __u32 service_id
 	struct sp_config *cfg = sp_get_config();
 	struct sp_flow *flow;
 	struct sp_leg_key at;
+	bool tcp;
 
 	if (!cfg || !key)
 		return SP_REASON_BACKSTOP;
-	if (sp_find_leg(key, SP_LEG_UP, 0))
+	tcp = key->protocol == IPPROTO_TCP; /* the proxy carries nothing else, and its keys do not say so */
+	if (tcp && sp_find_leg(key, SP_LEG_UP, 0))
 		return SP_REASON_SOCKET_LEG;
 	flow = bpf_map_lookup_elem(&sp_flows, key);
 	if (flow && sp_flow_lives(cfg, flow, service_id))
 		return SP_REASON_SOCKET_PATH;
 	if (flow)
 		return tcp_flags & SP_TCP_RST ? SP_REASON_SOCKET_RESET : SP_REASON_SOCKET_ENDED;
-	if (!(tcp_flags & SP_TCP_RST))
+	if (!tcp || !(tcp_flags & SP_TCP_RST))
 		return SP_REASON_BACKSTOP;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_UP);
 	if (bpf_map_lookup_elem(&sp_strays, &at))
@@ -229,6 +232,25 @@ struct sp_owner_socket {
 	bool counts;		/* the packet's volume can be compared with that of the hooks */
 };
 
+/*
+ * Not compared with the hooks: copies that raw sockets get, and what meets a listener that is no SYN,
+ * because the kernel shows the end of a handshake twice when two of them race.
+ */
+static __always_inline void sp_look_at_socket(struct __sk_buff *skb, const struct sp_packet *p,
+					      enum sp_parse parsed, struct sp_owner_socket *sock)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return;
+	sock->port = sk->src_port;
+	sock->protocol = sk->protocol;
+	sock->counts = sp_ports_read(parsed) && sk->type != SP_SOCK_RAW &&
+		       (sk->state != SP_TCP_LISTEN || sp_syn_only(p));
+}
+
 /* A packet with a protected port, in the packet or at the socket. */
 static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p,
 				      struct sp_flow_key *key, const struct sp_owner_socket *sock)
@@ -266,38 +288,37 @@ static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p
 	return SP_CG_DROP;
 }
 
+/* Is it none of our business? By the packet's port, and by the socket's if that is another. */
+static __always_inline bool sp_unprotected(struct __sk_buff *skb, const struct sp_head *head)
+{
+	struct bpf_sock *sk = skb->sk;
+	__u16 port;
+
+	if (sp_port_flagged(head->protocol, head->dport))
+		return false;
+	port = sk ? sk->src_port : head->dport;
+	return port == head->dport || !sp_port_flagged(head->protocol, port);
+}
+
 /*
  * Ingress of a control group. What cannot be parsed has no port of its own, and that of its socket
- * stands for it. Not compared with the hooks: copies that raw sockets get, and what meets a
- * listener that is no SYN, because the kernel shows the end of a handshake twice when two of them race.
+ * stands for it.
  */
 static __always_inline int sp_backstop_in(struct __sk_buff *skb)
 {
 	struct sp_owner_socket sock = {};
-	struct bpf_sock *sk = skb->sk;
 	struct sp_scratch *scratch;
 	struct sp_head head = {};
 	enum sp_parse parsed;
-	bool listens = false;
 
-	if (sk)
-		sk = bpf_sk_fullsock(sk);
-	if (sk) {
-		sock.port = sk->src_port;
-		sock.protocol = sk->protocol;
-		sock.counts = sk->type != SP_SOCK_RAW;
-		listens = sk->state == SP_TCP_LISTEN;
-	}
 	parsed = sp_parse_linear(skb, &head, 0);
-	if (parsed == SP_PARSE_OTHER || (!sp_port_flagged(head.protocol, head.dport) &&
-					 !sp_port_flagged(sock.protocol, sock.port)))
+	if (parsed == SP_PARSE_OTHER || (sp_ports_read(parsed) && sp_unprotected(skb, &head)))
 		return SP_CG_PASS;
 	scratch = sp_get_scratch();
 	if (!scratch)
 		return SP_CG_DROP;
 	sp_packet_begin(skb, &scratch->packet, &head);
-	if (parsed != SP_PARSE_TCP || (listens && !sp_syn_only(&scratch->packet)))
-		sock.counts = false;
+	sp_look_at_socket(skb, &scratch->packet, parsed, &sock);
 	return sp_deliver(skb, &scratch->packet, &scratch->key, &sock);
 }
 

@@ -255,6 +255,15 @@ static __always_inline struct sp_decision sp_decide_udp(int reason, bool towards
 	return sp_decide(towards ? SP_ACT_REFUSE : SP_ACT_DROP, reason);
 }
 
+/* A datagram that goes on to its service is compared with what arrives there. */
+static __always_inline int sp_count_udp(struct __sk_buff *skb, const struct sp_packet *p, __u32 service_id,
+					int reason)
+{
+	if (reason == SP_REASON_PATH_OPEN || reason == SP_REASON_PATH_LIVE)
+		sp_count_hook(skb, p, service_id, false);
+	return reason;
+}
+
 /* Flags that no connection has, to or from the service at `address`. */
 static __always_inline struct sp_decision
 sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hook,
@@ -297,7 +306,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
-			return sp_decide_udp(sp_udp_towards(skb, p, key, svc, hook), true);
+			return sp_decide_udp(sp_count_udp(skb, p, svc->id, sp_udp_towards(skb, p, key, svc, hook)), true);
 		if (sp_bad_flags(p))
 			return sp_decide_bad(skb, p, hook, svc, &p->dst, &p->src);
 		if (sp_is_port(behind))

@@ -271,8 +271,13 @@ static __noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p
 	if (!p || bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) || ip.ihl < 5)
 		return SP_PARSE_MALFORMED;
 	routed = sp_source_routed(skb, p->l3, ip.ihl * 4 - sizeof(ip));
-	if (routed)
-		return routed < 0 ? SP_PARSE_MALFORMED : SP_PARSE_SOURCE_ROUTE;
+	if (routed < 0)
+		return SP_PARSE_MALFORMED;
+	if (routed) { /* its ports are read for those who ask a socket's packet, which is whole */
+		if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
+			sp_load_ports(skb, p);
+		return SP_PARSE_SOURCE_ROUTE;
+	}
 	if (!(ip.frag_off & bpf_htons(SP_IP_MF | SP_IP_OFFSET)))
 		return sp_load_ports(skb, p);
 	if (ip.protocol == IPPROTO_TCP)

@@ -511,7 +511,7 @@ const (
 type SallyportSpVolume struct {
 	_       structs.HostLayout
 	Opens   uint64
-	Empties uint64
+	Packets uint64
 	Bytes   uint64
 }
 

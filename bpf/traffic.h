@@ -28,10 +28,14 @@ static __always_inline __u32 sp_payload(struct __sk_buff *skb, const struct sp_p
 static __always_inline void sp_add_volume(struct sp_volume *v, const struct sp_packet *p,
 					  __u32 payload)
 {
+	if (p->protocol == IPPROTO_UDP) {
+		v->packets += p->segments;
+		return;
+	}
 	if (sp_syn_only(p))
 		v->opens++;
 	else if (!payload)
-		v->empties++;
+		v->packets++;
 	v->bytes += payload;
 }
 

@@ -301,13 +301,14 @@ struct sp_backstop {
 };
 
 /*
- * Three volumes of TCP that neither GSO nor GRO changes between a hook and a socket, so that they can
- * be compared: packets with data are split and merged on the way, their payload is not.
+ * Volumes that neither GSO nor GRO raises between a hook and a socket, so that they can be compared:
+ * packets of TCP with data are split and merged on the way, their payload is not; datagrams are merged,
+ * and counted for as many as they were.
  */
 struct sp_volume {
 	__u64 opens;		/* SYNs */
-	__u64 empties;		/* other packets without payload */
-	__u64 bytes;		/* payload */
+	__u64 packets;		/* others without payload; datagrams */
+	__u64 bytes;		/* payload; not of datagrams, which come in fragments */
 };
 
 /* Packets towards one service: what the tc hooks let through, and what its sockets got. */

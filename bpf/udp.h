@@ -41,13 +41,10 @@ static __noinline int sp_open_udp(const struct sp_flow_key *key, const struct sp
 	return reason;
 }
 
-/*
- * A datagram towards a service: PATH_OPEN or PATH_LIVE when a path serves it, NONE when it is none of
- * ours; any other reason refuses it.
- */
-static __noinline int sp_udp_towards(struct __sk_buff *skb, const struct sp_packet *p,
-				     const struct sp_flow_key *key, const struct sp_service *svc,
-				     __u32 hook)
+/* A datagram towards a service, by the flow that it belongs to. NO_PATH: there is none, and may be one. */
+static __noinline int sp_udp_known(struct __sk_buff *skb, const struct sp_packet *p,
+				   const struct sp_flow_key *key, const struct sp_service *svc,
+				   __u32 hook)
 {
 	struct sp_config *cfg = sp_get_config();
 	struct sp_flow *flow;
@@ -74,7 +71,21 @@ static __noinline int sp_udp_towards(struct __sk_buff *skb, const struct sp_pack
 	}
 	if (!sp_is_instance(svc, p->ifindex))
 		return SP_REASON_UDP_NO_PATH;
-	return sp_open_udp(key, p, svc, hook);
+	return SP_REASON_NO_PATH;
+}
+
+/*
+ * A datagram towards a service: PATH_OPEN or PATH_LIVE when a path serves it, NONE when it is none of
+ * ours; any other reason refuses it. One after the other and not one in the other: the stack of kernels
+ * before 6.8 has no room for both.
+ */
+static __always_inline int sp_udp_towards(struct __sk_buff *skb, const struct sp_packet *p,
+					  const struct sp_flow_key *key,
+					  const struct sp_service *svc, __u32 hook)
+{
+	int reason = sp_udp_known(skb, p, key, svc, hook);
+
+	return reason == SP_REASON_NO_PATH ? sp_open_udp(key, p, svc, hook) : reason;
 }
 
 /* A datagram from a service, as above. What leaves from a port of TCP alone is somebody's client. */

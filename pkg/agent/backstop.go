@@ -126,25 +126,28 @@ func (b *backstop) keepAttached() error {
 	return err
 }
 
-// lookForRefused raises an alarm for each device whose packets were refused since the last look.
+// lookForRefused raises an alarm for the devices whose packets were refused since the last look.
 func (b *backstop) lookForRefused() error {
 	refusals, err := b.datapath.Refused()
 	if err != nil {
 		return fmt.Errorf("read refusals: %w", err)
 	}
 	now, stands := datapath.BootTime(), make(map[string]bool)
-	before := b.refused
+	before, fresh := b.refused, []string(nil)
 	b.refused = make(map[string]uint64, len(refusals))
 	for _, r := range refusals {
 		device := r.String()
 		b.refused[device] = r.Packets
-		if n := r.Packets - before[device]; r.Packets > before[device] && r.Last > b.since {
-			b.alarm(alarmBackstop, fmt.Sprintf("%d packets to protected services came by %s around the hooks, and were refused at their sockets", n, device))
+		if r.Packets > before[device] && r.Last > b.since {
+			fresh = append(fresh, fmt.Sprintf("%d by %s", r.Packets-before[device], device))
 		}
 		if now-r.Last < refusedStands {
 			stands[device] = true
 			b.problems.report(problemBackstop, device, fmt.Errorf("%d packets to protected services came around the hooks, and were refused", r.Packets))
 		}
+	}
+	if len(fresh) > 0 {
+		b.alarm(alarmBackstop, "packets to protected services came around the hooks, and were refused at their sockets: "+strings.Join(fresh, ", "))
 	}
 	b.problems.keep(problemBackstop, func(subject string) bool {
 		return stands[subject] || subject == "" || subject == "counters" || strings.HasPrefix(subject, "service ")

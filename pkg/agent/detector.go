@@ -49,10 +49,10 @@ type finding struct {
 }
 
 // excess is how much it was, in each measure.
-type excess struct{ opens, empties, bytes uint64 }
+type excess struct{ opens, packets, bytes uint64 }
 
 func (e excess) String() string {
-	return fmt.Sprintf("%d bytes, %d packets without payload and %d SYNs", e.bytes, e.empties, e.opens)
+	return fmt.Sprintf("%d bytes, %d packets and %d SYNs", e.bytes, e.packets, e.opens)
 }
 
 func newDetector() detector { return detector{balances: make(map[balanceKey]*balance)} }
@@ -66,7 +66,7 @@ func (d detector) look(now time.Duration, traffic map[uint32]datapath.Traffic) [
 			at := func(measure string, passed, arrived uint64) uint64 {
 				return d.balance(balanceKey{service, kind, measure}).look(now, passed, arrived)
 			}
-			more := excess{at("opens", hook.Opens, socket.Opens), at("empties", hook.Empties, socket.Empties), at("bytes", hook.Bytes, socket.Bytes)}
+			more := excess{at("opens", hook.Opens, socket.Opens), at("packets", hook.Packets, socket.Packets), at("bytes", hook.Bytes, socket.Bytes)}
 			if more != (excess{}) {
 				found = append(found, finding{service, kind, more})
 			}

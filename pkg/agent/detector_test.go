@@ -46,11 +46,11 @@ func TestBalance(t *testing.T) {
 func TestDetectorNamesServiceKindAndMeasure(t *testing.T) {
 	d := newDetector()
 	traffic := map[uint32]datapath.Traffic{
-		1: {HookLeg: datapath.Volume{Opens: 1, Empties: 5, Bytes: 100}, SocketLeg: datapath.Volume{Opens: 1, Empties: 5, Bytes: 100}},
-		2: {HookPath: datapath.Volume{Bytes: 100}, SocketPath: datapath.Volume{Bytes: 120, Empties: 3}, SocketLoopback: datapath.Volume{Bytes: 7}},
+		1: {HookLeg: datapath.Volume{Opens: 1, Packets: 5, Bytes: 100}, SocketLeg: datapath.Volume{Opens: 1, Packets: 5, Bytes: 100}},
+		2: {HookPath: datapath.Volume{Bytes: 100}, SocketPath: datapath.Volume{Bytes: 120, Packets: 3}, SocketLoopback: datapath.Volume{Bytes: 7}},
 	}
 	found := d.look(time.Hour, traffic)
-	want := finding{service: 2, kind: kindPath, more: excess{empties: 3, bytes: 20}}
+	want := finding{service: 2, kind: kindPath, more: excess{packets: 3, bytes: 20}}
 	if len(found) != 1 || found[0] != want {
 		t.Errorf("found %+v, want %+v", found, want)
 	}

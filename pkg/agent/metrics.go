@@ -24,7 +24,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 type metrics struct {
 	node *node
 
-	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, records, grants, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, lost, spool, shed,
 	failed *prometheus.Desc
 }
 
@@ -44,6 +44,8 @@ func newMetrics(n *node) *metrics {
 		paths:      desc("paths", "Path slots in use, by state.", "state"),
 		packets:    desc("packets_total", "Packets towards and from protected services, by reason.", "reason"),
 		bytes:      desc("bytes_total", "IP bytes towards and from protected services, by reason.", "reason"),
+		refused:    desc("backstop_refused_packets_total", "Packets that came around the hooks and were refused at a socket, by device of the node; those of other namespaces are one.", "device"),
+		volume:     desc("service_payload_bytes_total", "Payload towards a service that hooks let through and that sockets got, by what explains it.", "service", "by", "at"),
 		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell.", "source", "event", "verdict", "reason"),
 		grants:     desc("grant_events_total", "Grant events of this process, by step.", "step"),
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
@@ -56,7 +58,7 @@ func newMetrics(n *node) *metrics {
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
 		ch <- d
 	}
 }
@@ -64,7 +66,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector. Figures that cannot be read are left out, and scrape_failed says so.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	m.own(ch)
-	err := errors.Join(m.kernel(ch), m.counters(ch), m.auditing(ch))
+	err := errors.Join(m.kernel(ch), m.counters(ch), m.backstop(ch), m.auditing(ch))
 	gauge(ch, m.failed, truth(err != nil))
 }
 
@@ -156,6 +158,36 @@ func (m *metrics) counters(ch chan<- prometheus.Metric) error {
 		counter(ch, m.lost, losses.BestEffort, "best_effort")
 	}
 	return errors.Join(countErr, lossErr)
+}
+
+// elsewhere stands for every device that is not in the host's namespace: their numbers come from outside.
+const elsewhere = "elsewhere"
+
+func (m *metrics) backstop(ch chan<- prometheus.Metric) error {
+	refusals, err := m.node.datapath.Refused()
+	if err != nil {
+		return err
+	}
+	refused := map[string]uint64{elsewhere: 0}
+	for _, r := range refusals {
+		device := elsewhere
+		if r.Host {
+			device = r.Device
+		}
+		refused[device] += r.Packets
+	}
+	for device, n := range refused {
+		counter(ch, m.refused, n, device)
+	}
+	all, err := m.node.datapath.Traffic()
+	for id, t := range all {
+		service := m.node.serviceName(id)
+		counter(ch, m.volume, t.HookLeg.Bytes, service, kindLeg, "hook")
+		counter(ch, m.volume, t.SocketLeg.Bytes, service, kindLeg, "socket")
+		counter(ch, m.volume, t.HookPath.Bytes, service, kindPath, "hook")
+		counter(ch, m.volume, t.SocketPath.Bytes, service, kindPath, "socket")
+	}
+	return err
 }
 
 func (m *metrics) auditing(ch chan<- prometheus.Metric) error {

@@ -90,6 +90,35 @@ func TestLateClient(t *testing.T) {
 	}
 }
 
+// TestLateDatagrams: nor does a datagram of such a pod reach a UDP service of the node.
+func TestLateDatagrams(t *testing.T) {
+	t.Parallel()
+	const port = 8095
+	n := newNode(t, datapath.ProfileAuto)
+	p := n.latePod(t)
+	_, err := n.d.SetServices(append(n.d.Services(), datapath.Service{ID: 9, Name: "datagrams", Target: datapath.TargetHost, Protocol: datapath.UDP,
+		Ports: []uint16{port}, Idle: time.Minute}))
+	must(t, err)
+	for _, f := range lab.Families() {
+		to := netip.AddrPortFrom(n.Node.Addr(f), port)
+		var in, out *net.UDPConn
+		must(t, n.Node.Do(func() (err error) { in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(to)); return err }))
+		defer in.Close()
+		must(t, p.Do(func() (err error) { out, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to)); return err }))
+		defer out.Close()
+		before := n.refusedOf(t, p.device)
+		_, err := out.Write([]byte("?"))
+		must(t, err)
+		must(t, in.SetReadDeadline(time.Now().Add(300*time.Millisecond)))
+		if k, from, err := in.ReadFromUDPAddrPort(make([]byte, 16)); err == nil {
+			t.Errorf("%v: %d bytes arrived from %s", f, k, from)
+		}
+		if n.refusedOf(t, p.device) == before {
+			t.Errorf("%v: nothing was counted: %s", f, n.counters(t))
+		}
+	}
+}
+
 // unprotected is a service of the node on another port.
 func (n *node) unprotected(t *testing.T, f lab.Family) netip.AddrPort {
 	t.Helper()

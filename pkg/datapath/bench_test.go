@@ -83,3 +83,26 @@ func (r *rig) livePath(b *testing.B, s scene, n uint32) {
 	check(b, r.m.SpPathState.Put(n, &bpf.PathStatus{State: bpf.SallyportSpState(datapath.PathActive)}))
 	check(b, r.m.SpFlows.Put(&key, &bpf.Flow{Slot: n, Epoch: 1, ServiceId: s.service, Hook: s.hook, Ifindex: uint32(s.device), Id: 1, OpenedNs: now, LastNs: now}))
 }
+
+// BenchmarkBackstop compares the backstop with a program that admits everything: packets to unprotected ports, and
+// those that a leg or a live path explains.
+func BenchmarkBackstop(b *testing.B) {
+	r := newRig(b, 0, 0)
+	empty, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "empty", Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetIngress, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()}})
+	check(b, err)
+	b.Cleanup(func() { check(b, empty.Close()) })
+	for _, f := range lab.Families() {
+		s := r.scenes(b, f)["host"]
+		other := s
+		other.server = netip.AddrPortFrom(s.server.Addr(), 9999)
+		b.Run("empty/"+f.String(), func(b *testing.B) { measure(b, r, empty, atSocket(ack)(s)) })
+		b.Run("unprotected/"+f.String(), func(b *testing.B) { measure(b, r, r.d.Programs().SpCgIn, atSocket(ack)(other)) })
+		r.reset(b)
+		leg(up)(b, r, s, nil)
+		b.Run("leg/"+f.String(), func(b *testing.B) { measure(b, r, r.d.Programs().SpCgIn, atSocket(ack)(s)) })
+		r.reset(b)
+		r.livePath(b, s, 0)
+		b.Run("path/"+f.String(), func(b *testing.B) { measure(b, r, r.d.Programs().SpCgIn, atSocket(ack)(s)) })
+	}
+}

@@ -4,8 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
-
-	"github.com/cilium/ebpf"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -40,7 +39,7 @@ func atSocket(flags uint8) func(scene) probe {
 
 // where runs the packet in the namespace of the scene's service.
 func where(_ testing.TB, r *rig, s scene, p *probe) {
-	if s.service == podID {
+	if s.service == podID || s.service == podUDPID {
 		p.in = r.Pod
 	}
 }
@@ -110,6 +109,26 @@ func backstopCases() []progCase {
 	}
 }
 
+// backstopDatagrams: only a live flow explains a datagram. The legs of the proxy have no protocol in their
+// keys, and explain none.
+func backstopDatagrams() []progCase {
+	send := func(name string, w want, g ...given) progCase {
+		return progCase{name: "socket/datagram/" + name, want: w, given: append([]given{where}, g...),
+			packet: func(s scene) probe { return at("sp_cg_in", s.device, udp(s.client, s.server)) }}
+	}
+	active := path(datapath.PathActive)
+	return []progCase{
+		send("nothing explains it", turnedAway(flow.ReasonBackstop)),
+		send("a path is no flow", turnedAway(flow.ReasonBackstop), active),
+		send("live path", admitted(flow.ReasonSocketPath, "flow 0/0"), active, bypassed()),
+		send("path revoked", turnedAway(flow.ReasonSocketEnded, "flow 0/0"), path(datapath.PathRevoked), bypassed()),
+		send("silent for too long", turnedAway(flow.ReasonSocketEnded, "flow 0/0"), active, bypassed(silent((udpIdle+1)*time.Second))),
+		send("leg with the same tuple", turnedAway(flow.ReasonBackstop, "leg up"), leg(up)),
+		send("stray with the same tuple", turnedAway(flow.ReasonBackstop, "stray up"), stray(up)),
+		send("pod to itself", admitted(flow.ReasonPodLoopback), onLoopback).in("pod"),
+	}
+}
+
 func onLoopback(_ testing.TB, _ *rig, _ scene, p *probe) { p.ctx.Ifindex = 1 }
 
 func denyLoopback(t testing.TB, r *rig, _ scene, _ *probe) {
@@ -122,14 +141,20 @@ func denyLoopback(t testing.TB, r *rig, _ scene, _ *probe) {
 func TestBackstopProgram(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, 0, 0)
-	for _, c := range backstopCases() {
+	r.runAtSockets(t, backstopCases(), func(s scene) scene { return s })
+	r.runAtSockets(t, backstopDatagrams(), scene.udp)
+}
+
+// runAtSockets runs the cases in each scene, changed as given.
+func (r *rig) runAtSockets(t *testing.T, cases []progCase, of func(scene) scene) {
+	for _, c := range cases {
 		scenes := c.scenes
 		if scenes == nil {
 			scenes = everyScene()
 		}
 		for _, f := range lab.Families() {
 			for _, name := range scenes {
-				s := r.socketScenes(t, f)[name]
+				s := of(r.socketScenes(t, f)[name])
 				t.Run(fmt.Sprintf("%s/%s/%s", c.name, name, f), func(t *testing.T) {
 					p := c.packet(s)
 					for _, g := range c.given {
@@ -168,18 +193,4 @@ func (r *rig) inode(t *testing.T, n *lab.Namespace) (inode uint32) {
 	}
 	check(t, n.Do(func() (err error) { inode, err = datapath.NetnsInode(); return err }))
 	return inode
-}
-
-// volume sums what one counter has of all CPUs.
-func volume(t testing.TB, m *ebpf.Map, service uint32, of func(*bpf.Traffic) bpf.Volume) (v bpf.Volume) {
-	t.Helper()
-	var perCPU []bpf.Traffic
-	check(t, m.Lookup(service, &perCPU))
-	for _, c := range perCPU {
-		one := of(&c)
-		v.Opens += one.Opens
-		v.Empties += one.Empties
-		v.Bytes += one.Bytes
-	}
-	return v
 }

@@ -58,17 +58,17 @@ func (d *Datapath) Refused() ([]Refusal, error) {
 	return out, nil
 }
 
-// Volume is TCP towards a service, in the three measures that neither segmentation nor merging on the
-// way changes, so that two places can be compared.
+// Volume is what goes towards a service, in measures that neither segmentation nor merging on the way
+// raises, so that two places can be compared.
 type Volume struct {
 	Opens   uint64 // SYNs
-	Empties uint64 // other packets without payload
-	Bytes   uint64 // payload
+	Packets uint64 // others without payload; datagrams
+	Bytes   uint64 // payload, not of datagrams
 }
 
 func (v *Volume) add(o bpf.Volume) {
 	v.Opens += o.Opens
-	v.Empties += o.Empties
+	v.Packets += o.Packets
 	v.Bytes += o.Bytes
 }
 

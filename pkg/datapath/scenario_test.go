@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -42,7 +43,22 @@ type node struct {
 // eachProfile runs a test with tcx links and with filters of clsact.
 func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
 	for _, p := range []datapath.Profile{datapath.ProfileTCX, datapath.ProfileClsact} {
-		t.Run(string(p), func(t *testing.T) { test(t, p) })
+		t.Run(string(p), func(t *testing.T) {
+			if p == datapath.ProfileTCX {
+				needTCX(t)
+			}
+			test(t, p)
+		})
+	}
+}
+
+// needTCX skips a test where the kernel has no tcx links.
+func needTCX(t *testing.T) {
+	t.Helper()
+	version, err := features.LinuxVersionCode()
+	must(t, err)
+	if version < 6<<16|6<<8 {
+		t.Skip("needs tcx links (Linux 6.6)")
 	}
 }
 

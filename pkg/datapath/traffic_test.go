@@ -67,7 +67,7 @@ func (n *node) trafficOf(t *testing.T, service uint32) datapath.Traffic {
 
 // covers holds that sockets got no more than hooks let through, in every measure.
 func covers(hook, socket datapath.Volume) bool {
-	return hook.Opens >= socket.Opens && hook.Empties >= socket.Empties && hook.Bytes >= socket.Bytes
+	return hook.Opens >= socket.Opens && hook.Packets >= socket.Packets && hook.Bytes >= socket.Bytes
 }
 
 // TestBulkAgrees: whatever segmentation and merging does on the way, hooks and sockets count the same
@@ -92,7 +92,7 @@ func TestBulkAgrees(t *testing.T) {
 				hook, socket, hook0, sock0 datapath.Volume
 			}{{"leg", now.HookLeg, now.SocketLeg, before.HookLeg, before.SocketLeg},
 				{"path", now.HookPath, now.SocketPath, before.HookPath, before.SocketPath}} {
-				if got := v.socket.Bytes - v.sock0.Bytes; got < pouring || v.socket.Opens == v.sock0.Opens || v.socket.Empties == v.sock0.Empties {
+				if got := v.socket.Bytes - v.sock0.Bytes; got < pouring || v.socket.Opens == v.sock0.Opens || v.socket.Packets == v.sock0.Packets {
 					t.Errorf("%s: sockets counted %+v, before %+v: want %d bytes and more", v.kind, v.socket, v.sock0, pouring)
 				}
 				if !covers(v.hook, v.socket) {
@@ -134,7 +134,7 @@ func (n *node) forges(t *testing.T, p late, c cell, of func(datapath.Traffic) (h
 	must(t, err)
 	more := func() (empties, bytes int64) {
 		hook, socket := of(n.trafficOf(t, c.serviceID))
-		return int64(socket.Empties - hook.Empties), int64(socket.Bytes - hook.Bytes)
+		return int64(socket.Packets - hook.Packets), int64(socket.Bytes - hook.Bytes)
 	}
 	empties0, bytes0 := more()
 	out, err := p.Injector("eth0")

@@ -190,6 +190,20 @@ func linkWant(h *netlink.Handle, name, what string, has func(*netlink.LinkAttrs)
 	}
 }
 
+// listTries is how often a list is asked for that changes while it is read, as in a namespace that the kernel still
+// sets up.
+const listTries = 10
+
+// whole asks again for a list that was interrupted.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range listTries {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
 // noAddresses: 127.0.0.1 and ::1 must leave by px1 like any other address.
 func noAddresses(h *netlink.Handle) want {
 	list := func() ([]netlink.Addr, error) {
@@ -197,7 +211,7 @@ func noAddresses(h *netlink.Handle) want {
 		if err != nil {
 			return nil, err
 		}
-		return h.AddrList(lo, netlink.FAMILY_ALL)
+		return whole(func() ([]netlink.Addr, error) { return h.AddrList(lo, netlink.FAMILY_ALL) })
 	}
 	return want{
 		what: "no address on lo",
@@ -264,7 +278,9 @@ func route(h *netlink.Handle, family int, r netlink.Route) want {
 		what: fmt.Sprintf("route %s dev %d table %d", r.Dst, r.LinkIndex, r.Table),
 		ok: func() (bool, error) {
 			filter := netlink.Route{Table: r.Table}
-			routes, err := h.RouteListFiltered(family, &filter, netlink.RT_FILTER_TABLE)
+			routes, err := whole(func() ([]netlink.Route, error) {
+				return h.RouteListFiltered(family, &filter, netlink.RT_FILTER_TABLE)
+			})
 			return slices.ContainsFunc(routes, same), err
 		},
 		fix: func() error { return h.RouteReplace(&r) },
@@ -287,7 +303,7 @@ func rule(h *netlink.Handle, family int, r netlink.Rule) want {
 	return want{
 		what: fmt.Sprintf("rule %d of family %d", r.Priority, family),
 		ok: func() (bool, error) {
-			rules, err := h.RuleList(family)
+			rules, err := whole(func() ([]netlink.Rule, error) { return h.RuleList(family) })
 			return slices.ContainsFunc(rules, same), err
 		},
 		fix: func() error { return h.RuleAdd(&r) },

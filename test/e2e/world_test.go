@@ -38,6 +38,7 @@ type options struct {
 	lease    string // of the agent; empty: the default of 15s
 	hooks    string // how programs are held; empty: auto
 	resource string // more YAML documents, after the world's own
+	booting  bool   // a node that is just starting: no device but lo, no identity provider
 }
 
 // world is a lab whose node has a Sallyport of real programs, and two services that say whom they saw: host-echo on
@@ -60,7 +61,7 @@ type files struct{ agent, proxy, collector, resources, run, state, records, reco
 // newWorld prepares everything and starts nothing but the services.
 func newWorld(t *testing.T, o options) *world {
 	t.Helper()
-	w := &world{bin: programs(t, o.plain), Lab: lab.New(t, lab.Options{Pods: 2})}
+	w := &world{bin: programs(t, o.plain), Lab: lab.New(t, lab.Options{Pods: 2, Unplugged: o.booting})}
 	t.Cleanup(func() { w.checkRaces(t) })
 	must(t, os.Chmod(w.Dir, 0o755)) // the proxy's user goes through it
 	var err error
@@ -71,7 +72,9 @@ func newWorld(t *testing.T, o options) *world {
 		agent: dir + "/agent.yaml", proxy: dir + "/proxy.yaml", collector: dir + "/collector.yaml", resources: dir + "/resources.d",
 		run: dir + "/run", state: dir + "/state", records: dir + "/records", recordsSocket: dir + "/records.sock",
 	}
-	w.serveIdentities(t)
+	if !o.booting {
+		w.serveIdentities(t)
+	}
 	w.writeConfig(t, o)
 	w.makeKey(t)
 	w.writeResources(t, "10-world.yaml", w.resources(t)+o.resource)

@@ -18,6 +18,8 @@ type Options struct {
 	Pods int
 	// UplinkMTU is the MTU of the link between client and node. 0 means 1500.
 	UplinkMTU int
+	// Unplugged leaves out all devices but lo until Plug is called, as on a machine that is just starting.
+	Unplugged bool
 }
 
 // Lab is one topology:
@@ -38,6 +40,7 @@ type Lab struct {
 	// mounted below it and removes it.
 	Dir string
 
+	links  []link // of Plug
 	cgroup cgroup
 
 	mu      sync.Mutex // guards closers and procs

@@ -25,7 +25,8 @@ func (l *Lab) StartPod(number int, early func(*Namespace)) (*Namespace, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := l.startedLink(number, pod)
+	k := link{subnet: byte(firstStarted + number), mtu: 1500, node: side{l.Node, StartedDevice(number), 1, false}, leaf: side{pod, "eth0", 2, false}}
+	k.leaf.note(k.subnet) // and not the node's: its own addresses are those that it has from the start
 	if early != nil {
 		k.whenUp = func() { early(pod) }
 	}
@@ -33,13 +34,6 @@ func (l *Lab) StartPod(number int, early func(*Namespace)) (*Namespace, error) {
 		return nil, errors.Join(fmt.Errorf("connect %s: %w", pod.Name, err), pod.End())
 	}
 	return pod, nil
-}
-
-func (l *Lab) startedLink(number int, pod *Namespace) link {
-	subnet := byte(firstStarted + number)
-	node := *l.Node
-	node.addrs = map[Family][]netip.Addr{} // the node's own are those that it has from the start
-	return link{subnet: subnet, mtu: 1500, node: side{&node, StartedDevice(number), 1, false}, leaf: side{pod, "eth0", 2, false}}
 }
 
 // StartedDevice is the name of the node's device towards a started pod.

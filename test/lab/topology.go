@@ -82,11 +82,25 @@ func (l *Lab) build(o Options) error {
 		links = append(links, link{subnet: byte(2 + i), mtu: 1500, node: side{l.Node, PodDevice(i), 1, false}, leaf: side{pod, "eth0", 2, true}})
 	}
 	l.Pod = l.Pods[0]
+	l.links = links
 	for _, k := range links {
+		k.node.note(k.subnet)
+		k.leaf.note(k.subnet)
+	}
+	if o.Unplugged {
+		return nil
+	}
+	return l.Plug()
+}
+
+// Plug makes the devices of a lab that was built with Options.Unplugged.
+func (l *Lab) Plug() error {
+	for _, k := range l.links {
 		if err := k.connect(); err != nil {
 			return fmt.Errorf("connect %s to %s: %w", k.leaf.ns.Name, k.node.ns.Name, err)
 		}
 	}
+	l.links = nil
 	return nil
 }
 
@@ -126,7 +140,7 @@ func (k link) connect() error {
 				return err
 			}
 		}
-		if err := s.settle(); err != nil {
+		if err := s.settle(k.subnet); err != nil {
 			return err
 		}
 	}
@@ -144,26 +158,37 @@ func (s side) up() error {
 	return nil
 }
 
-// address gives the side its addresses in one family and notes them in the namespace.
+// own lists the side's addresses in one family.
+func (s side) own(f Family, subnet byte) []netip.Addr {
+	all := []netip.Addr{address(f, subnet, s.host)}
+	if s.second {
+		all = append(all, address(f, subnet, s.host+1))
+	}
+	return all
+}
+
+// note has the namespace know its addresses, which the device may get later.
+func (s side) note(subnet byte) {
+	for _, f := range Families() {
+		s.ns.addrs[f] = append(s.ns.addrs[f], s.own(f, subnet)...)
+	}
+}
+
+// address gives the side its addresses in one family.
 func (s side) address(f Family, subnet byte) error {
 	dev, err := s.ns.Netlink.LinkByName(s.device)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", s.device, err)
 	}
-	first := &netlink.Addr{IPNet: ipNet(f, subnet, s.host), Flags: unix.IFA_F_NODAD}
-	if err := s.ns.Netlink.AddrAdd(dev, first); err != nil {
-		return fmt.Errorf("add %s to %s: %w", first.IPNet, s.device, err)
+	for i := range s.own(f, subnet) {
+		a := &netlink.Addr{IPNet: ipNet(f, subnet, s.host+byte(i)), Flags: unix.IFA_F_NODAD}
+		if i > 0 { // deprecated from the start: the kernel takes it as a source only when it was asked to
+			a.ValidLft = int((24 * time.Hour).Seconds())
+		}
+		if err := s.ns.Netlink.AddrAdd(dev, a); err != nil {
+			return fmt.Errorf("add %s to %s: %w", a.IPNet, s.device, err)
+		}
 	}
-	s.ns.addrs[f] = append(s.ns.addrs[f], address(f, subnet, s.host))
-	if !s.second {
-		return nil
-	}
-	// Deprecated from the start: the kernel takes it as a source only when it was asked to.
-	other := &netlink.Addr{IPNet: ipNet(f, subnet, s.host+1), Flags: unix.IFA_F_NODAD, ValidLft: int((24 * time.Hour).Seconds())}
-	if err := s.ns.Netlink.AddrAdd(dev, other); err != nil {
-		return fmt.Errorf("add %s to %s: %w", other.IPNet, s.device, err)
-	}
-	s.ns.addrs[f] = append(s.ns.addrs[f], address(f, subnet, s.host+1))
 	return nil
 }
 
@@ -173,9 +198,9 @@ const settleTime = 10 * time.Second
 // settle waits until the namespace takes every address of the side for its own. Linux enters the local
 // route of an IPv6 address from a work queue, also without duplicate address detection; until then
 // the namespace asks its neighbours for its own address.
-func (s side) settle() error {
+func (s side) settle(subnet byte) error {
 	for _, f := range Families() {
-		for _, a := range s.ns.addrs[f] {
+		for _, a := range s.own(f, subnet) {
 			if err := s.ns.awaitLocal(a); err != nil {
 				return err
 			}

@@ -15,7 +15,7 @@ import (
 
 // wanted are the modules that the suites need where a kernel does not have them built in.
 var wanted = strings.Fields(`
-	veth dummy tun bridge 8021q bonding vrf ifb macvlan ipvlan netkit
+	veth dummy tun bridge br_netfilter 8021q bonding vrf ifb macvlan ipvlan netkit
 	ipip sit ip6_tunnel ip_gre ip6_gre vxlan geneve wireguard
 	sch_ingress cls_bpf act_bpf sch_fq_codel
 	nf_conntrack nf_nat nf_tables nft_chain_nat nft_ct nft_masq nft_redir nft_reject_inet nft_fib_inet nft_compat

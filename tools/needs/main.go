@@ -24,6 +24,8 @@ var needs = map[string][]need{
 		{"gcc", "the race detector links with it", []string{"gcc", "libc6-dev"}},
 		{"bpftool", "tests read the maps as an operator does", []string{"bpftool"}},
 		{"nft", "tests put a firewall into the node", []string{"nftables"}},
+		{"setpriv", "tests start programs with fewer capabilities", []string{"util-linux"}},
+		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
 	},
 	"test-kernels": {
@@ -34,6 +36,7 @@ var needs = map[string][]need{
 		{"ip", "tests in the guests ask it", []string{"iproute2"}},
 		{"bpftool", "tests in the guests read the maps as an operator does", []string{"bpftool"}},
 		{"nft", "tests in the guests put a firewall into the node", []string{"nftables"}},
+		{"setpriv", "tests in the guests start programs with fewer capabilities", []string{"util-linux"}},
 	},
 	"bench-datapath": {
 		{"iptables-legacy-restore", "a peer that the datapath is measured beside", []string{"iptables"}},
