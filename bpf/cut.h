@@ -98,26 +98,26 @@ static __noinline int sp_make_reset(struct __sk_buff *skb, const struct sp_packe
 /*
  * A clone for the proxy's listener; the sender that it does not reach is reset at its next packet. Without an Ethernet
  * header it cannot go there at once: it passes the same hook again, as the stray that it now is. That may
- * run this program within itself: nothing in the scratch outlives this call. False: the packet is spoilt.
+ * run this program within itself: nothing in the scratch outlives this call. 0: the packet is spoilt.
  */
-static __always_inline bool sp_clone_to_proxy(struct __sk_buff *skb, __u32 l3, bool in)
+static __noinline int sp_clone_to_proxy(struct __sk_buff *skb, __u32 l3, bool in)
 {
 	struct sp_config *cfg = sp_get_config();
 	struct ethhdr eth, kept;
 
 	if (!cfg)
-		return false;
+		return 0;
 	if (!l3) {
 		bpf_clone_redirect(skb, skb->ifindex, in ? BPF_F_INGRESS : 0);
-		return true;
+		return 1;
 	}
 	if (bpf_skb_load_bytes(skb, 0, &kept, sizeof(kept)))
-		return false;
+		return 0;
 	__builtin_memset(&eth, 0, sizeof(eth));
 	__builtin_memcpy(eth.h_source, cfg->stamp, sizeof(eth.h_source));
 	eth.h_proto = skb->protocol;
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
-		return false;
+		return 0;
 	bpf_clone_redirect(skb, cfg->px0_ifindex, 0);
 	return !bpf_skb_store_bytes(skb, 0, &kept, sizeof(kept), 0);
 }
