@@ -387,7 +387,8 @@ struct sp_glance {
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
 				      enum sp_behind behind, __u32 l3)
 {
-	if (sp_hook_is_in(hook) && sp_other_vlan(skb))
+	/* On the way out the VLAN's own device had it before; but a pod may take tags off itself. */
+	if ((sp_hook_is_in(hook) || behind == SP_BEHIND_ANY) && sp_other_vlan(skb))
 		return false;
 	g->parsed = sp_parse(skb, &g->head, l3);
 	if (g->parsed == SP_PARSE_OTHER && sp_ends_at_pod(hook, behind) && sp_tagged_inside(skb)) {

@@ -115,7 +115,7 @@ static __noinline int sp_icmp_towards(struct __sk_buff *skb, const struct sp_pac
 		return SP_REASON_NONE;
 	if (sp_is_redirect(p))
 		return SP_REASON_ICMP_STRAY;
-	if (key->protocol == IPPROTO_TCP && sp_find_leg(key, SP_LEG_DOWN, 0))
+	if (sp_find_leg(key, SP_LEG_DOWN, 0))
 		return SP_REASON_ICMP_LEG;
 	return sp_icmp_of_flow(p, key, svc, true) ? SP_REASON_ICMP_LIVE : SP_REASON_ICMP_STRAY;
 }
@@ -126,7 +126,7 @@ static __noinline int sp_icmp_from(const struct sp_packet *p, const struct sp_fl
 {
 	if (!p || !key || !svc)
 		return SP_REASON_ICMP_STRAY;
-	if (key->protocol == IPPROTO_TCP && sp_find_leg(key, SP_LEG_UP, 0))
+	if (sp_find_leg(key, SP_LEG_UP, 0))
 		return sp_is_redirect(p) ? SP_REASON_ICMP_STRAY : SP_REASON_ICMP_LEG;
 	if (!sp_is_redirect(p) && sp_icmp_of_flow(p, key, svc, false))
 		return SP_REASON_ICMP_LIVE;

@@ -29,18 +29,21 @@ static __always_inline __u32 sp_mss_of(struct __sk_buff *skb, const struct sp_pa
 	return mtu - headers < SP_MSS_ANY ? mtu - headers : SP_MSS_ANY;
 }
 
-/* Changes `len` bytes of options as above; true if it did. What Linux would not read is left alone. */
-static __always_inline bool sp_change_options(__u8 *b, __u32 len, __u32 mss)
+/*
+ * Changes `len` bytes of options as above; true if it did. What Linux would not read is left alone. What
+ * is carried from byte to byte is kept in memory: in registers it would be another case for the verifier
+ * at each byte.
+ */
+static __always_inline bool sp_change_options(struct sp_options *o, __u32 len, __u32 mss)
 {
-	bool changed = false, blank = false;
-	__u32 left = 0;		/* bytes of the option that we are in */
+	volatile __u8 *until = &o->until, *blank = &o->blank, *changed = &o->changed;
+	__u8 *b = o->is;
 
 	for (__u32 i = 0; i < SP_TCP_OPTIONS_MAX; i++) {
 		if (i >= len)
 			break;
-		if (left) {
-			left--;
-			if (blank)
+		if (i < *until) {
+			if (*blank)
 				b[i] = SP_TCPOPT_NOP;
 			continue;
 		}
@@ -48,22 +51,22 @@ static __always_inline bool sp_change_options(__u8 *b, __u32 len, __u32 mss)
 			break;
 		if (b[i] == SP_TCPOPT_NOP)
 			continue;
-		left = b[i + 1];
-		if (left < 2 || i + left > len)
+		if (b[i + 1] < 2 || i + b[i + 1] > len)
 			break;
-		if (b[i] == SP_TCPOPT_MSS && left == 4 && ((__u32)b[i + 2] << 8 | b[i + 3]) > mss) {
+		*until = i + b[i + 1];
+		if (b[i] == SP_TCPOPT_MSS && b[i + 1] == 4 &&
+		    ((__u32)b[i + 2] << 8 | b[i + 3]) > mss) {
 			b[i + 2] = mss >> 8;
 			b[i + 3] = mss;
-			changed = true;
+			*changed = 1;
 		}
-		blank = b[i] == SP_TCPOPT_MPTCP;
-		if (blank) {
+		*blank = b[i] == SP_TCPOPT_MPTCP;
+		if (*blank) {
 			b[i] = SP_TCPOPT_NOP;
-			changed = true;
+			*changed = 1;
 		}
-		left--;
 	}
-	return changed;
+	return *changed;
 }
 
 /* Not 0: the packet could not be changed and must not go on. */
@@ -85,7 +88,7 @@ static __noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet 
 	if (bpf_skb_load_bytes(skb, at, o->is, len))
 		return -1;
 	__builtin_memcpy(o->was, o->is, sizeof(o->was));
-	if (!sp_change_options(o->is, len, mss))
+	if (!sp_change_options(o, len, mss))
 		return 0;
 	diff = bpf_csum_diff((__be32 *)o->was, sizeof(o->was), (__be32 *)o->is, sizeof(o->is), 0);
 	if (diff < 0 || bpf_skb_store_bytes(skb, at, o->is, len, 0))

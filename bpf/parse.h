@@ -243,27 +243,26 @@ static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __
 static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
 {
 	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
-	__u32 left = 0;
+	volatile __u8 until = 0; /* in memory, or it is another case for the verifier at each byte */
 
 	if (!len || len > SP_IP_OPTIONS_MAX)
 		return 0;
 	if (bpf_skb_load_bytes(skb, l3 + sizeof(struct iphdr), b, len))
 		return -1;
 	for (__u32 i = 0; i < SP_IP_OPTIONS_MAX; i++) {
-		if (i >= len || (!left && !b[i])) /* end of the list */
+		if (i >= len)
 			break;
-		if (left) {
-			left--;
+		if (i < until)
 			continue;
-		}
+		if (!b[i]) /* end of the list */
+			break;
 		if (b[i] == SP_IPOPT_LSRR || b[i] == SP_IPOPT_SSRR)
 			return 1;
 		if (b[i] == SP_IPOPT_NOP)
 			continue;
-		left = b[i + 1];
-		if (left < 2)
+		if (b[i + 1] < 2 || b[i + 1] > SP_IP_OPTIONS_MAX)
 			break;
-		left--;
+		until = i + b[i + 1];
 	}
 	return 0;
 }

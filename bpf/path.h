@@ -189,7 +189,7 @@ static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct s
 		return SP_REASON_PATH_INGRESS;
 	if (!sp_lease_holds(now))
 		return SP_REASON_LEASE_LAPSED;
-	if (key->protocol == IPPROTO_TCP && sp_find_leg(key, SP_LEG_UP, 0))
+	if (sp_find_leg(key, SP_LEG_UP, 0))
 		return SP_REASON_TUPLE_HELD;
 	return sp_admit_flow(key, p, ref, service_id, hook_and_ifindex);
 }

@@ -15,6 +15,9 @@
 struct sp_options {
 	__u8 was[44];	/* of a TCP header, and room to look at a whole option at the end */
 	__u8 is[44];
+	__u8 until;	/* where the option that we are in ends */
+	__u8 blank;	/* it is taken out */
+	__u8 changed;
 };
 
 /*
@@ -189,8 +192,8 @@ static __always_inline struct sp_leg_key sp_leg_key(const struct sp_addr *client
 	};
 }
 
-/* The leg of a flow on one side, if it was opened after a time. A frame of its own: the callers'
- * stacks are small.
+/* The leg of a flow on one side, if it was opened after a time. Only TCP has legs. A frame of its own:
+ * the callers' stacks are small.
  */
 static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum sp_leg_side side,
 					     __u64 after_ns)
@@ -198,7 +201,7 @@ static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum
 	struct sp_leg_key at;
 	struct sp_leg *leg;
 
-	if (!key)
+	if (!key || key->protocol != IPPROTO_TCP)
 		return NULL;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
 	leg = bpf_map_lookup_elem(&sp_legs, &at);

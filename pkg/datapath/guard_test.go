@@ -134,7 +134,8 @@ func (n *node) everySays(t *testing.T, want, when string) {
 
 // TestGuardHolds: with the agent's handles closed and every pin removed, the hooks are still there.
 func TestGuardHolds(t *testing.T) {
-	n := newLeakFree(t, datapath.ProfileAuto)
+	needTCX(t) // filters stay without anybody
+	n := newLeakFree(t, datapath.ProfileTCX)
 	n.standIn(t)
 	links, err := n.d.LinkIDs()
 	must(t, err)
@@ -157,7 +158,8 @@ func TestGuardHolds(t *testing.T) {
 
 // TestNobodyHolds is the control: without a guard the same ends enforcement.
 func TestNobodyHolds(t *testing.T) {
-	n := newLeakFree(t, datapath.ProfileAuto)
+	needTCX(t) // filters stay without anybody
+	n := newLeakFree(t, datapath.ProfileTCX)
 	must(t, n.d.Close())
 	n.everySays(t, "nobody", "pinned, proxy dead")
 	must(t, os.RemoveAll(n.cf.Dir))
@@ -169,7 +171,8 @@ func TestNobodyHolds(t *testing.T) {
 
 // TestGuardLetsGo: an uninstall takes the links from the guard too.
 func TestGuardLetsGo(t *testing.T) {
-	n := newLeakFree(t, datapath.ProfileAuto)
+	needTCX(t) // filters stay without anybody
+	n := newLeakFree(t, datapath.ProfileTCX)
 	links, err := n.d.LinkIDs()
 	must(t, err)
 	g := n.guard(t)
@@ -183,7 +186,8 @@ func TestGuardLetsGo(t *testing.T) {
 
 // TestGuardFollows: a device that appears later is held too, and one that goes is let go.
 func TestGuardFollows(t *testing.T) {
-	n := newLeakFree(t, datapath.ProfileAuto)
+	needTCX(t) // filters stay without anybody
+	n := newLeakFree(t, datapath.ProfileTCX)
 	links, err := n.d.LinkIDs()
 	must(t, err)
 	g := n.guard(t)
@@ -200,7 +204,8 @@ func TestGuardFollows(t *testing.T) {
 
 // TestGuardPassesJunk: a pin that is no link keeps the guard from none of the others.
 func TestGuardPassesJunk(t *testing.T) {
-	n := newLeakFree(t, datapath.ProfileAuto)
+	needTCX(t) // filters stay without anybody
+	n := newLeakFree(t, datapath.ProfileTCX)
 	links, err := n.d.LinkIDs()
 	must(t, err)
 	junk := filepath.Join(n.cf.Dir, "v2", "links", "a-junk") // before all links

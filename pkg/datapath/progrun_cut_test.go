@@ -77,7 +77,7 @@ func cutCases() []progCase {
 		{name: "cut/data to client", packet: back(ack | psh | urg), given: gone(), want: cuts(flow.ReasonPathRevoked, from(packet.RST|ack), toClient...)},
 		{name: "cut/fin", packet: to(ack | packet.FIN), given: gone(), want: cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), toServer...)},
 		{name: "cut/syn-ack", packet: back(syn | ack), given: gone(), want: cuts(flow.ReasonPathRevoked, from(packet.RST|ack), toClient...)},
-		{name: "cut/no flags", packet: to(0), given: gone(), want: cuts(flow.ReasonPathRevoked, towards(packet.RST), toServer...)},
+		{name: "cut/no flags", packet: to(0), given: gone(), want: drop(flow.ReasonBadFlags, "flow 0/0 ended=PATH_REVOKED")},
 		{name: "cut/reset with data", packet: to(packet.RST), given: gone(), want: cuts(flow.ReasonPathRevoked, towards(packet.RST), toServer...)},
 		{name: "cut/other direction was first", packet: to(ack), given: gone(flags(bpf.SallyportSpFlagsSP_CUT_CLIENT)),
 			want: cuts(flow.ReasonPathRevoked, towards(packet.RST|ack), "flow 0/0 ended=PATH_REVOKED CUT_SERVER CUT_CLIENT", "stray down")},

@@ -66,7 +66,7 @@ func tagging(t testing.TB, target *ebpf.Program, attach ebpf.AttachType) *ebpf.P
 			asm.LoadMem(asm.R3, asm.R6, cb, asm.Word),
 			asm.JEq.Imm(asm.R3, 0, "go on"),
 			asm.Sub.Imm(asm.R3, 1),
-			asm.StoreImm(asm.R6, cb, 0, asm.Word),
+			asm.Mov.Imm(asm.R0, 0), asm.StoreMem(asm.R6, cb, asm.R0, asm.Word), // 6.1 takes no constants here
 			asm.LoadMem(asm.R2, asm.R6, cb+4, asm.Word),
 			asm.FnSkbVlanPush.Call(),
 			asm.Mov.Reg(asm.R1, asm.R6).WithSymbol("go on"), asm.LoadMapPtr(asm.R2, jump.FD()), asm.Mov.Imm(asm.R3, 0),

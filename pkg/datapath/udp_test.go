@@ -186,3 +186,43 @@ func TestUDPClientsAreFree(t *testing.T) {
 		}
 	}
 }
+
+// TestDatagramsInFragments: a datagram that goes in fragments is refused, served and counted whole; one that a
+// node or pod is sent by somebody whom it asked arrives.
+func TestDatagramsInFragments(t *testing.T) {
+	t.Parallel()
+	n := newUDPNode(t, 30*time.Second)
+	large := make([]byte, 20000)
+	for _, f := range lab.Families() {
+		must(t, n.Client.Datagrams(netip.AddrPortFrom(n.Client.Addr(f), 53)))
+		for _, c := range []cell{
+			{"host", n.Client, n.Client.Addr(f), n.Node.Addr(f), hostUDPPort, hostUDPID},
+			{"pod", n.Client, n.Client.Addr(f), n.Pod.Addr(f), podUDPPort, podUDPID},
+		} {
+			t.Run(c.name+"/"+f.String(), func(t *testing.T) {
+				conn := c.dialUDP(t)
+				if _, err := lab.AskDatagram(conn, large, 300*time.Millisecond); err == nil {
+					t.Fatalf("served without a path; counters:%s", n.counters(t))
+				}
+				slot := c.path(n, t, time.Minute)
+				if _, err := lab.AskDatagram(conn, large, 5*time.Second); err != nil {
+					t.Fatalf("%v; counters:%s", err, n.counters(t))
+				}
+				paths, err := n.d.Paths()
+				must(t, err)
+				for _, p := range paths {
+					if p.Slot == slot && (p.BytesToServer < 20000 || p.BytesToClient < 20000) {
+						t.Errorf("counted %d bytes to the server, %d to the client", p.BytesToServer, p.BytesToClient)
+					}
+				}
+				asker := map[string]*lab.Namespace{"host": n.Node, "pod": n.Pod}[c.name]
+				free, err := asker.DialUDP(within(t), netip.AddrPortFrom(asker.Addr(f), 0), netip.AddrPortFrom(n.Client.Addr(f), 53))
+				must(t, err)
+				defer free.Close()
+				if _, err := lab.AskDatagram(free, large, 5*time.Second); err != nil {
+					t.Errorf("an answer to a free question: %v; counters:%s", err, n.counters(t))
+				}
+			})
+		}
+	}
+}

@@ -79,10 +79,10 @@ type rigPlan struct {
 func packetRigs(p plan) []rigPlan {
 	many := datapath.Config{MaxPaths: 65536, MaxFlows: 131072, RingBytes: 32 << 20} // each flow has room for its record
 	var all []rigPlan
-	for _, n := range pick(p, []int{1, 1000, 65536}, []int{1, 1000}) {
+	for _, n := range pick(p, []int{1, 1000, 65536}, []int{1}) {
 		all = append(all, rigPlan{many, func(rig *packetRig) error { return rig.paths(n) }})
 	}
-	for _, n := range pick(p, []int{1, 100, 10000}, []int{1, 100}) {
+	for _, n := range pick(p, []int{1, 100, 10000}, []int{100}) {
 		all = append(all, rigPlan{datapath.Config{}, func(rig *packetRig) error { return rig.services(n) }})
 	}
 	return all
@@ -193,15 +193,22 @@ func (c cell) check() error {
 	return nil
 }
 
-// cell adds a packet that a program sees on a device.
+// cell adds a TCP packet that a program sees on a device of the node.
 func (rig *packetRig) cell(name string, prog *ebpf.Program, dev int, from, to netip.AddrPort, flags uint8, verdict int32) {
-	rig.cells = append(rig.cells, cell{fmt.Sprintf("%s/%v", name, rig.family), tcpAt(prog, dev, from, to, flags), verdict, rig.Node})
+	rig.add(name, rig.Node, tcpAt(prog, dev, from, to, flags), verdict)
 }
 
-// tcpAt makes a packet as the device sees it.
+func (rig *packetRig) add(name string, ns *lab.Namespace, p probe, verdict int32) {
+	rig.cells = append(rig.cells, cell{fmt.Sprintf("%s/%v", name, rig.family), p, verdict, ns})
+}
+
 func tcpAt(prog *ebpf.Program, dev int, from, to netip.AddrPort, flags uint8) probe {
-	p := packet.Packet{SrcMAC: [6]byte{2, 0, 0, 0, 0, 1}, DstMAC: [6]byte{2, 0, 0, 0, 0, 2},
-		Src: from, Dst: to, Flags: flags, Seq: 1000, Ack: 2000, Window: 65535}
+	return frameAt(prog, dev, packet.Packet{Src: from, Dst: to, Flags: flags, Seq: 1000, Ack: 2000, Window: 65535})
+}
+
+// frameAt makes a packet as the device sees it.
+func frameAt(prog *ebpf.Program, dev int, p packet.Packet) probe {
+	p.SrcMAC, p.DstMAC = [6]byte{2, 0, 0, 0, 0, 1}, [6]byte{2, 0, 0, 0, 0, 2}
 	return probe{prog: prog, ctx: &skBuff{Ifindex: uint32(dev)}, frame: p.Bytes()}
 }
 
@@ -300,10 +307,11 @@ func (rig *packetRig) single(empty *ebpf.Program) error {
 	rig.cell("unprotected, out to a pod", rig.hook, rig.dev, steered, other, packet.ACK, actNext)
 	rig.cell("unprotected, in from the uplink", in, uplink, steered, other, packet.ACK, actNext)
 	rig.cell("bypassed", rig.hook, rig.dev, bypassed, target, packet.ACK, actNext)
+	rig.cell("bypassed, in from the uplink on its way to the pod", in, uplink, bypassed, target, packet.ACK, actNext)
 	rig.cell("steered, SYN", rig.hook, rig.dev, steered, target, packet.SYN, actRedirect)
 	rig.cell("steered", rig.hook, rig.dev, steered, target, packet.ACK, actRedirect)
 	rig.cell("denied, no state", rig.hook, rig.dev, stranger, target, packet.ACK, actRedirect)
-	return errors.Join(rig.replies(bypassed, steered), rig.atSocket(bypassed), rig.atFilter(uplink))
+	return errors.Join(rig.replies(bypassed, steered), rig.datagrams(bypassed.Addr()), rig.atSocket(bypassed), rig.atFilter(uplink))
 }
 
 // services protects so many, and steers a flow to each. What is random is the service.

@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
-	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/packet"
 )
 
@@ -25,6 +25,42 @@ func (rig *packetRig) replies(bypassed, steered netip.AddrPort) error {
 	rig.cell("bypassed, from the service", in, rig.dev, service, bypassed, packet.ACK, actNext)
 	rig.cell("denied, from the service without state", in, rig.dev, service, steered, packet.ACK, actRedirect)
 	return nil
+}
+
+const (
+	datagramPort = 8082
+	datagramID   = 60000
+)
+
+// datagrams adds a UDP service beside the other one, with a path and a flow. A datagram that is denied towards it
+// becomes the ICMP error that says so, and is no datagram in the next turn of a run: the one that the service sends
+// without a flow stands for it.
+func (rig *packetRig) datagrams(client netip.Addr) error {
+	service := netip.AddrPortFrom(rig.Pod.Addr(rig.family), datagramPort)
+	_, err := rig.d.SetServices(append(rig.d.Services(), datapath.Service{ID: datagramID, Name: "datagrams", Target: datapath.TargetPod,
+		Protocol: datapath.UDP, Ports: []uint16{datagramPort}, Ifindex: rig.dev, Addresses: []netip.Addr{service.Addr()}, Idle: time.Hour}))
+	if err != nil {
+		return err
+	}
+	_, err = rig.d.OpenPath(datapath.Path{Grant: "01BENCHUDP", Client: client, ServiceID: datagramID, Service: "datagrams",
+		Ports: []uint16{datagramPort}, Deadline: datapath.BootTime() + 50*time.Minute})
+	if err != nil {
+		return err
+	}
+	in, err := rig.hooked(rig.dev, ebpf.AttachTCXIngress)
+	if err != nil {
+		return err
+	}
+	from := netip.AddrPortFrom(client, clientPort)
+	stranger := netip.AddrPortFrom(rig.Client.Other(rig.family), clientPort)
+	rig.add("UDP, bypassed", rig.Node, datagramAt(rig.hook, rig.dev, from, service), actNext)
+	rig.add("UDP, bypassed, from the service", rig.Node, datagramAt(in, rig.dev, service, from), actNext)
+	rig.add("UDP, denied, from the service without state", rig.Node, datagramAt(in, rig.dev, service, stranger), actDrop)
+	return nil
+}
+
+func datagramAt(prog *ebpf.Program, dev int, from, to netip.AddrPort) probe {
+	return frameAt(prog, dev, packet.Packet{Src: from, Dst: to, Protocol: packet.UDP, Payload: []byte("a question")})
 }
 
 // closer is a clean-up.
@@ -65,9 +101,9 @@ func (rig *packetRig) atSocket(bypassed netip.AddrPort) error {
 	}
 	target := rig.target(rig.family)
 	other := netip.AddrPortFrom(target.Addr(), 9999)
-	rig.cellIn(rig.Pod, "backstop: empty program at sockets", empty, dev, bypassed, other, packet.ACK, socketPass)
-	rig.cellIn(rig.Pod, "backstop: unprotected", hook, dev, bypassed, other, packet.ACK, socketPass)
-	rig.cellIn(rig.Pod, "backstop: bypassed", hook, dev, bypassed, target, packet.ACK, socketPass)
+	rig.add("backstop: empty program at sockets", rig.Pod, tcpAt(empty, dev, bypassed, other, packet.ACK), socketPass)
+	rig.add("backstop: unprotected, at a socket without a port", rig.Pod, tcpAt(hook, dev, bypassed, other, packet.ACK), socketPass)
+	rig.add("backstop: bypassed", rig.Pod, tcpAt(hook, dev, bypassed, target, packet.ACK), socketPass)
 	return nil
 }
 
@@ -98,17 +134,17 @@ func (rig *packetRig) atFilter(uplink int) error {
 	client := netip.AddrPortFrom(rig.Client.Addr(rig.family), clientPort)
 	target := rig.target(rig.family)
 	for _, c := range []struct {
-		name  string
-		prog  *ebpf.Program
-		to    netip.AddrPort
-		flags uint8
+		name string
+		prog *ebpf.Program
+		to   netip.AddrPort
 	}{
-		{"filter: empty XDP program", empty, netip.AddrPortFrom(target.Addr(), 9999), packet.ACK},
-		{"filter: unprotected", hook, netip.AddrPortFrom(target.Addr(), 9999), packet.ACK},
-		{"filter: protected", hook, target, packet.ACK},
+		{"filter: empty XDP program", empty, netip.AddrPortFrom(target.Addr(), 9999)},
+		{"filter: unprotected", hook, netip.AddrPortFrom(target.Addr(), 9999)},
+		{"filter: protected", hook, target},
 	} {
-		rig.cell(c.name, c.prog, 0, client, c.to, c.flags, xdpPass)
-		rig.cells[len(rig.cells)-1].probe.ctx = nil
+		probe := tcpAt(c.prog, 0, client, c.to, packet.ACK)
+		probe.ctx = nil
+		rig.add(c.name, rig.Node, probe, xdpPass)
 	}
 	return nil
 }
@@ -125,10 +161,4 @@ func (rig *packetRig) dispatch(p *ebpf.Program) error {
 		_, err = hold(rig, l, err)
 		return err
 	})
-}
-
-// cellIn adds a packet on a device of another namespace than the node's.
-func (rig *packetRig) cellIn(ns *lab.Namespace, name string, prog *ebpf.Program, dev int, from, to netip.AddrPort, flags uint8, verdict int32) {
-	rig.cell(name, prog, dev, from, to, flags, verdict)
-	rig.cells[len(rig.cells)-1].ns = ns
 }

@@ -100,7 +100,7 @@ const (
 	packetText = `Nanoseconds of one packet by BPF_PROG_TEST_RUN, medians of short batches, in the very programs that are attached to a
 device. The cost of the test run itself is in every figure; the empty program of each place shows it. "At random" means
 that each packet is of another flow (or service) than the one before, by a driver whose cost the empty program shows, too.
-"One look-up" is a program that finds an entry of the size of a flow in a hash of so many, adds to it, and does nothing else.`
+The socket of a test run has no port, which the backstop looks at twice; a real one's packet is cheaper. "One look-up" is a program that finds an entry of the size of a flow in a hash of so many, adds to it, and does nothing else.`
 	trafficText = `A remote client and a service in a pod of the node, IPv4, as separate processes; a connection is made, served one byte
 and closed in order. Direct: a node without any program. Bypassed: under a path. Steered, and each TPROXY: to the same plain
 copy proxy. The rules of iptables (legacy) and nftables mean the same: the proxy's own connections by a socket match, then the

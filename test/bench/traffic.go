@@ -102,6 +102,10 @@ func takeTurns(ctx context.Context, p plan, r *results, rounds int, ways []way, 
 				w := ways[(i+round)%len(ways)]
 				res, err := w.load(ctx, k, pick(p, k.time, shortTime))
 				if err != nil {
+					r.note("a cell was taken again: %v", err)
+					res, err = w.load(ctx, k, pick(p, k.time, shortTime))
+				}
+				if err != nil {
 					return err
 				}
 				k.record(r, name(w), res)

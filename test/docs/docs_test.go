@@ -107,6 +107,41 @@ func TestEveryMapIsInTheArchitecture(t *testing.T) {
 	}
 }
 
+// TestShapesNameTheirTests: every test that the table of packet shapes names is there.
+func TestShapesNameTheirTests(t *testing.T) {
+	_, table, ok := strings.Cut(read(t, "ARCHITECTURE.md"), "### Packet shapes")
+	if !ok {
+		t.Fatal("ARCHITECTURE.md has no table of packet shapes")
+	}
+	table, _, _ = strings.Cut(table, "### Hooks")
+	sources := ""
+	files, err := filepath.Glob(filepath.Join(root, "pkg/datapath/*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sources += string(b)
+	}
+	for _, row := range strings.Split(table, "\n") {
+		if !strings.HasPrefix(row, "| ") || strings.HasPrefix(row, "| shape") || strings.HasPrefix(row, "| ---") {
+			continue
+		}
+		names := regexp.MustCompile("`(Test\\w+)").FindAllStringSubmatch(row, -1)
+		if len(names) == 0 {
+			t.Errorf("no test for: %s", row)
+		}
+		for _, m := range names {
+			if !strings.Contains(sources, "func "+m[1]+"(t *testing.T)") {
+				t.Errorf("%s is no test: %s", m[1], row)
+			}
+		}
+	}
+}
+
 func TestExamplesAreValid(t *testing.T) {
 	config, err := policy.ParseAgentConfig("agent.yaml", []byte(read(t, "deploy/examples/agent.yaml")))
 	if err != nil {

@@ -26,7 +26,9 @@ var suites = []suite{
 	{pkg: "test/lab", limit: 5 * time.Minute},
 	{pkg: "test/leak", limit: 5 * time.Minute},
 	{pkg: "pkg/px", limit: 5 * time.Minute},
-	{pkg: "pkg/datapath", limit: 15 * time.Minute},
+	// Left out: what holds a thousand connections to a second, and what packets are generated for by the
+	// hundred thousand, which does not depend on the kernel.
+	{pkg: "pkg/datapath", skip: "^(TestThousandIdleConnections|TestNothingPassesThatMustNot|TestTheProofFindsAHole|TestFilterDropsNothingFree)$", limit: 20 * time.Minute},
 	{pkg: "test/e2e", cut: "^(TestMatrix|TestReadiness|TestRestartAdopts|TestUninstall|TestPrivilegesSuffice|TestPrivilegesAreAskedFor)$", real: true, limit: 15 * time.Minute},
 }
 
