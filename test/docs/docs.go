@@ -17,7 +17,8 @@ const shapeHeader = "| shape | what happens | reason | test |"
 
 // ShapeTable reads the table from the document.
 func ShapeTable(markdown string) []ShapeRow {
-	_, table, _ := strings.Cut(markdown, shapeHeader+"\n")
+	_, section, _ := strings.Cut(markdown, "\n## Every shape of packet\n")
+	_, table, _ := strings.Cut(section, shapeHeader+"\n")
 	var rows []ShapeRow
 	for line := range strings.Lines(table) {
 		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
