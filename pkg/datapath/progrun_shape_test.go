@@ -189,7 +189,8 @@ func flagCases() []progCase {
 
 // routeCases: a sender may not choose the way to, nor from, a protected address.
 func routeCases() []progCase {
-	routed := portless(drop(flow.ReasonSourceRoute))
+	withPorts := drop(flow.ReasonSourceRoute) // of IPv4: a routing header of IPv6 is not walked past
+	routed := portless(withPorts)
 	reversed := routed
 	reversed.records = []string{"DENY SOURCE_ROUTE of the service"}
 	read := steer(flow.ReasonNoPath, "leg down", "origin")
@@ -211,15 +212,15 @@ func routeCases() []progCase {
 		}}
 	}
 	return []progCase{
-		v4("loose", routed, lsrr...), v4("strict", routed, ssrr...),
-		v4("behind other options", routed, slices.Concat([]byte{1, 7, 7, 4, 0, 0, 0, 0, 1}, lsrr)...),
+		v4("loose", withPorts, lsrr...), v4("strict", withPorts, ssrr...),
+		v4("behind other options", withPorts, slices.Concat([]byte{1, 7, 7, 4, 0, 0, 0, 0, 1}, lsrr)...),
 		v4("behind the end of the list", read, slices.Concat([]byte{0}, lsrr)...),
 		v4("record route", read, 7, 7, 4, 0, 0, 0, 0), v4("timestamp", read, 68, 8, 5, 0, 0, 0, 0, 0),
 		v4("inside of another option", read, slices.Concat([]byte{7, 11, 4}, lsrr[:7], []byte{0})...),
 		v6("type 0", routed, 0, 1), v6("type 0, at its end", read, 0, 0), v6("type 2", routed, 2, 1), v6("segment routing", routed, 4, 1),
 		v6("segment routing, at its end", read, 4, 0),
-		udpRouted(lab.IPv4, question, inTowards, routed), udpRouted(lab.IPv6, question, inTowards, routed),
-		udpRouted(lab.IPv4, answer, inFrom, reversed).in("udp host", "udp pod"), udpRouted(lab.IPv6, answer, inFrom, reversed).in("udp host", "udp pod"),
+		udpRouted(lab.IPv4, question, inTowards, withPorts), udpRouted(lab.IPv6, question, inTowards, routed),
+		udpRouted(lab.IPv4, answer, inFrom, withPorts.reversed()).in("udp host", "udp pod"), udpRouted(lab.IPv6, answer, inFrom, reversed).in("udp host", "udp pod"),
 	}
 }
 

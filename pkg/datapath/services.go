@@ -286,7 +286,7 @@ func (d *Datapath) serviceAt(dst netip.AddrPort, p Protocol) string {
 	defer d.mu.Unlock()
 	name := ""
 	for _, s := range d.services {
-		if s.Protocol.number() != p && !(s.DenyUDP && p == UDP) {
+		if s.Protocol.number() != p && (!s.DenyUDP || p != UDP) {
 			continue
 		}
 		for _, port := range s.Ports {

@@ -2,10 +2,12 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -42,7 +44,7 @@ func echoDatagrams(c net.PacketConn) {
 	buf := make([]byte, 1<<16)
 	for {
 		n, from, err := c.ReadFrom(buf)
-		if ne, ok := err.(net.Error); err != nil && (!ok || !ne.Temporary()) { //nolint:staticcheck // ECONNREFUSED is temporary
+		if err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
 			return
 		}
 		if from != nil {
