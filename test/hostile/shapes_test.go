@@ -18,7 +18,7 @@ func TestShapes(t *testing.T) {
 	for _, f := range lab.Families() {
 		open, closed := control.ways(t, f), enforced.ways(t, f)
 		for _, s := range shape.All() {
-			if awaited(s.Name) || !s.Fits(open[0].packet()) {
+			if !s.Fits(open[0].packet()) {
 				continue
 			}
 			t.Run(s.Name+"/"+f.String(), func(t *testing.T) {
@@ -38,11 +38,6 @@ func named(ways []way, name string) way {
 		}
 	}
 	panic("no way " + name)
-}
-
-// awaited are shapes that are not closed yet.
-func awaited(name string) bool {
-	return strings.HasPrefix(name, "udp/") || name == "icmp/redirect"
 }
 
 // notForwarded are shapes that a router does not pass on to a pod.

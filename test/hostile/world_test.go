@@ -114,6 +114,8 @@ func (w *world) protect(t *testing.T) {
 	ports := []uint16{port}
 	_, err = w.d.SetServices([]datapath.Service{
 		{ID: hostTCP, Name: "host-tcp", Target: datapath.TargetHost, Ports: ports},
+		{ID: hostUDP, Name: "host-udp", Target: datapath.TargetHost, Protocol: datapath.UDP, Ports: ports, Idle: time.Minute},
+		{ID: podUDP, Name: "pod-udp", Target: datapath.TargetPod, Protocol: datapath.UDP, Ports: ports, Idle: time.Minute, Ifindex: pod, Addresses: at},
 		{ID: podTCP, Name: "pod-tcp", Target: datapath.TargetPod, Ports: ports, Ifindex: pod, Addresses: at},
 	})
 	check(t, err)

@@ -45,6 +45,6 @@ func icmpShapes() []Shape {
 		{Name: "icmp/time exceeded", Refused: noData, Frames: about(11, 0, 3, 0, 0)},
 		{Name: "icmp/parameter problem", Refused: noData, Frames: about(12, 0, 4, 0, 0)},
 		{Name: "icmp/source quench", Family: 4, Refused: noData, Frames: about(4, 0, 0, 0, 0)},
-		{Name: "icmp/redirect", Family: 4, Refused: noData, Frames: about(5, 1, 0, 0, 0x0a010009)},
+		{Name: "icmp/redirect", Family: 4, Frames: about(5, 1, 0, 0, 0x0a010009)},
 	}
 }
