@@ -97,6 +97,11 @@ func (p *place) load(t testing.TB, program *ebpf.Program) {
 	}
 }
 
+// at is the first place of that program.
+func (d *differential) at(program string) int {
+	return slices.IndexFunc(d.places, func(p place) bool { return p.name == program })
+}
+
 // world is what the rig protects, told to the reference.
 func (r *rig) world(t testing.TB) *reference.World {
 	pod := r.device(t, lab.PodDevice(0))
