@@ -74,7 +74,7 @@ static __noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet 
 {
 	struct sp_scratch *scratch = sp_get_scratch();
 	struct sp_options *o;
-	__u32 len, at;
+	__u32 len, last, at;
 	__s64 diff;
 
 	if (!p || !scratch)
@@ -82,8 +82,11 @@ static __noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet 
 	o = &scratch->options;
 	len = p->l4_len - sizeof(struct tcphdr);
 	at = p->l4 + sizeof(struct tcphdr);
-	if (!len || len > SP_TCP_OPTIONS_MAX)
+	last = len - 1;
+	barrier_var(last); /* before 6.8 the verifier does not learn from `len != 0` that len is at least 1 */
+	if (last >= SP_TCP_OPTIONS_MAX)
 		return 0;
+	len = last + 1;
 	__builtin_memset(o, 0, sizeof(*o));
 	if (bpf_skb_load_bytes(skb, at, o->is, len))
 		return -1;

@@ -243,10 +243,13 @@ static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __
 static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
 {
 	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
+	__u32 last = len - 1;
 	volatile __u8 until = 0; /* in memory, or it is another case for the verifier at each byte */
 
-	if (!len || len > SP_IP_OPTIONS_MAX)
+	barrier_var(last); /* before 6.8 the verifier does not learn from `len != 0` that len is at least 1 */
+	if (last >= SP_IP_OPTIONS_MAX)
 		return 0;
+	len = last + 1;
 	if (bpf_skb_load_bytes(skb, l3 + sizeof(struct iphdr), b, len))
 		return -1;
 	for (__u32 i = 0; i < SP_IP_OPTIONS_MAX; i++) {

@@ -70,7 +70,7 @@ func measureAgent(ctx context.Context, p plan, r *results) (err error) {
 			return err
 		}
 	}
-	if err := rig.weighFull(ctx, r, n); err != nil {
+	if err := rig.weighFull(ctx, p, r, n); err != nil {
 		return err
 	}
 	for range pick(p, 50, 3) {
@@ -81,7 +81,7 @@ func measureAgent(ctx context.Context, p plan, r *results) (err error) {
 	return nil
 }
 
-func (rig *agentRig) weighFull(ctx context.Context, r *results, n int) error {
+func (rig *agentRig) weighFull(ctx context.Context, p plan, r *results, n int) error {
 	status, err := rig.rpc.Status(ctx)
 	if err != nil {
 		return err
@@ -90,7 +90,7 @@ func (rig *agentRig) weighFull(ctx context.Context, r *results, n int) error {
 		return fmt.Errorf("agent has %d live paths, want %d", status.GetLivePaths(), n)
 	}
 	r.note("resident memory is measured with %s", counted(n, "active path"))
-	return rig.weigh(r, agentFull)
+	return rig.weigh(r, pick(p, agentFull, "resident memory, all paths of a short run"))
 }
 
 func startAgent(ctx context.Context, bin string) (rig *agentRig, err error) {

@@ -110,7 +110,7 @@ func (rig *endsRig) free(slot uint32, s datapath.PathState) error {
 	if err := rig.d.EndPath(slot, s); err != nil {
 		return err
 	}
-	if _, err := rig.d.Sweep(); err != nil {
+	if err := rig.sweep(); err != nil {
 		return err
 	}
 	return rig.d.FreePath(slot)

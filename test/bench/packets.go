@@ -42,7 +42,6 @@ type packetRig struct {
 	dev     int           // the pod's
 	hook    *ebpf.Program // towards the pod
 	closers []io.Closer
-	last    []io.Closer // after the node
 	cells   []cell
 }
 
@@ -115,11 +114,7 @@ func (rig *packetRig) close() error {
 	for _, c := range rig.closers {
 		errs = append(errs, c.Close())
 	}
-	errs = append(errs, rig.node.close())
-	for _, c := range rig.last {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, rig.node.close())...)
 }
 
 // hold closes with the rig what it is given.

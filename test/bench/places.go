@@ -63,26 +63,9 @@ func datagramAt(prog *ebpf.Program, dev int, from, to netip.AddrPort) probe {
 	return frameAt(prog, dev, packet.Packet{Src: from, Dst: to, Protocol: packet.UDP, Payload: []byte("a question")})
 }
 
-// closer is a clean-up.
-type closer func() error
-
-func (c closer) Close() error { return c() }
-
-// atSocket adds the backstop, attached to a control group of its own: nobody is in it.
+// atSocket adds the backstop, at the control group of the lab.
 func (rig *packetRig) atSocket(bypassed netip.AddrPort) error {
-	root, err := datapath.FindCgroup()
-	if err != nil {
-		return err
-	}
-	group, err := os.MkdirTemp(root, "sallyport-bench-")
-	if err != nil {
-		return fmt.Errorf("make control group: %w", err)
-	}
-	rig.last = append(rig.last, closer(func() error { return os.Remove(group) }))
-	if _, err := rig.d.AttachBackstop(group); err != nil {
-		return err
-	}
-	dir, err := os.Open(group)
+	dir, err := os.Open(rig.Cgroup())
 	if err != nil {
 		return fmt.Errorf("open control group: %w", err)
 	}

@@ -182,11 +182,11 @@ func (r *results) agentAims() []aim {
 
 // What costs, where an aim is missed: found by profiles, and kept beside the figure.
 const (
-	whyPingPong = "the hooks of both directions are in every round trip"
-	whyConnects = "a SYN opens a flow and writes its record"
-	whySteer    = "each packet crosses the px pair, once more on either side of the proxy"
+	whyPingPong = "a round trip crosses four hooks, at the uplink and at the pod in each direction, some 100 ns each, and the backstop at the service's socket"
+	whyConnects = "a SYN opens a flow and writes a record, which somebody reads, and the flow is swept when it is over"
+	whySteer    = "each packet crosses the px pair and is seen again where it is put back, on either side of the proxy; TPROXY hands it to a socket at once"
 	whyReset    = "two passes through px and a wake-up of the client"
 	whyLate     = "a packet that passed the hook before the end was still on its way to the tap"
-	whyActivate = "the grant is on disk before its path is open"
-	whyMemory   = "half of it is the program itself; the rest is two kilobytes a grant, and what the collector of garbage leaves for later"
+	whyActivate = "the grant is on this machine's disk before its path is open, and the agent reads all paths each second meanwhile"
+	whyMemory   = "half of it is the text of the program and the rings; the rest is a kilobyte a grant, and the database"
 )

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -97,7 +98,8 @@ func (w *world) startBy(ctx context.Context, ns *lab.Namespace, cmd *exec.Cmd) e
 	}
 }
 
-// node is a world with Sallyport's datapath on its node, hooked to every device.
+// node is a world with Sallyport's datapath on its node, hooked to every device, with the backstop at the sockets
+// of this lab alone. The filter of the uplink is off: on a veth, native XDP costs far more than it does on a card.
 type node struct {
 	*world
 	d  *datapath.Datapath
@@ -145,6 +147,9 @@ func (n *node) open() error {
 		if err := n.attach(); err != nil {
 			return err
 		}
+		if _, err := n.d.AttachBackstop(n.Cgroup()); err != nil {
+			return err
+		}
 		return n.d.Renew(leaseTime)
 	})
 }
@@ -155,14 +160,16 @@ func (n *node) attach() error {
 		return fmt.Errorf("list devices: %w", err)
 	}
 	for _, dev := range devices {
-		role := datapath.RolePod
-		switch dev.Name {
-		case lab.Uplink:
+		var role datapath.Role
+		switch {
+		case dev.Name == lab.Uplink:
 			role = datapath.RoleUplink
-		case "lo":
+		case dev.Name == "lo":
 			role = datapath.RoleLo
-		case px.HostDevice:
-			continue
+		case strings.HasPrefix(dev.Name, lab.PodDevice(0)):
+			role = datapath.RolePod
+		default:
+			continue // px0, and what the kernel puts into every namespace
 		}
 		if err := n.d.Attach(dev.Index, role); err != nil {
 			return err
@@ -194,6 +201,14 @@ func (n *node) readEvents(ctx context.Context) {
 	}
 }
 
+// sweep is done in the node's namespace: it looks behind its devices.
+func (n *node) sweep() error {
+	return n.Node.Do(func() error {
+		_, err := n.d.Sweep()
+		return err
+	})
+}
+
 // keep sweeps every second, as an agent does, until the node is closed.
 func (n *node) keep(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -207,7 +222,7 @@ func (n *node) keep(ctx context.Context) {
 			case <-ctx.Done():
 				return
 			case <-tick.C:
-				if _, err := n.d.Sweep(); err != nil {
+				if err := n.sweep(); err != nil {
 					fmt.Fprintln(os.Stderr, "bench: sweep:", err)
 				}
 			}
