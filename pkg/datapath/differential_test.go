@@ -174,6 +174,8 @@ var overClosing = map[flow.Reason]string{
 	flow.ReasonLeg:         "the same; and answers of a service to the proxy",
 	flow.ReasonReverseOpen: "a service opens no connection from its protected port",
 	flow.ReasonPathLive:    "the same",
+	flow.ReasonPathExpired: "the same, in a run of more than ten minutes",
+	flow.ReasonLegsFull:    "what steers, in a run of many packets",
 	flow.ReasonSourceRoute: "no sender chooses the way of its packets",
 	flow.ReasonBadFlags:    "a receiver makes nothing of them either",
 	flow.ReasonICMPLeg:     "about a packet of the proxy",
@@ -186,8 +188,12 @@ var overClosing = map[flow.Reason]string{
 }
 
 var anywhere = map[flow.Reason]string{
-	flow.ReasonMalformed: "more than one tag of id 0, or tags inside a packet that leaves for a pod",
-	flow.ReasonLeg:       "the tuple was seen on lo, where every address is the node's",
+	flow.ReasonMalformed:   "more than one tag of id 0, or tags inside a packet that leaves for a pod",
+	flow.ReasonLeg:         "the tuple was seen on lo, where every address is the node's",
+	flow.ReasonPathLive:    "the same",
+	flow.ReasonPathExpired: "the same",
+	flow.ReasonICMPLeg:     "by the packet that it quotes",
+	flow.ReasonICMPStray:   "the same",
 }
 
 // agreed says whether the closing is one of those.

@@ -40,7 +40,7 @@ func newWorld(t *testing.T, enforce bool) *world {
 // build is a node that enforces nothing.
 func build(t *testing.T) *world {
 	t.Helper()
-	w := &world{Lab: lab.New(t, lab.Options{Pods: 2, UplinkMTU: 9000}), judges: map[*lab.Namespace]judge{}}
+	w := &world{Lab: lab.New(t, lab.Options{Pods: 3, UplinkMTU: 9000}), judges: map[*lab.Namespace]judge{}}
 	for _, n := range []*lab.Namespace{w.Node, w.Pod} {
 		w.judges[n] = newJudge(t, n)
 		w.listen(t, n)
@@ -94,7 +94,7 @@ func (w *world) attach(t *testing.T) {
 	t.Helper()
 	check(t, w.Node.Do(w.d.AttachPx))
 	for name, role := range map[string]datapath.Role{lab.Uplink: datapath.RoleUplink, "lo": datapath.RoleLo,
-		lab.PodDevice(0): datapath.RolePod, lab.PodDevice(1): datapath.RolePod} {
+		lab.PodDevice(0): datapath.RolePod, lab.PodDevice(1): datapath.RolePod, lab.PodDevice(2): datapath.RolePod} {
 		w.hook(t, name, role)
 	}
 }

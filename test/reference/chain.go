@@ -98,7 +98,7 @@ func (d *dissection) fragment(b []byte) (rest []byte, next uint8) {
 	switch offset, more := field>>3, field&1 != 0; {
 	case offset != 0:
 		d.kind, d.shape, d.protocol = later, LaterFragment, next
-	case more && len(rest)%8 != 0:
+	case more && (len(rest) == 0 || len(rest)%8 != 0): // Linux discards what a fragment adds nothing to
 		d.shape = FragmentLength
 	case more:
 		d.opens = true

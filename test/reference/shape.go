@@ -15,7 +15,7 @@ const (
 	IPv6Multicast    Shape = "multicast source"
 	IPv6Loopback     Shape = "loopback address on the wire"
 	ChainCut         Shape = "extension headers cut off"
-	FragmentLength   Shape = "fragment of no multiple of eight bytes"
+	FragmentLength   Shape = "fragment of an impossible length"
 	HopByHopLate     Shape = "hop-by-hop options not first"
 	NoNextHeader     Shape = "no next header"
 	TransportCut     Shape = "transport header cut off"

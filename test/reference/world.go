@@ -59,8 +59,12 @@ func (w *World) has(s Service, a netip.Addr) bool {
 	return slices.Contains(s.Addresses, a)
 }
 
-// staysHere says whether the address is none that a router passes on.
+// staysHere says whether the address is none that a router passes on: among those of IPv4 are the networks
+// from 224 and network 0 (RFC 1122, section 3.2.1.3).
 func (w *World) staysHere(a netip.Addr) bool {
+	if a.Is4() && (a.As4()[0] == 0 || a.As4()[0] >= 224) {
+		return true
+	}
 	return a.IsMulticast() || a.IsLinkLocalUnicast() || a.IsLoopback() || a.IsUnspecified() || a.Is4In6() || w.shared(a)
 }
 
