@@ -51,7 +51,11 @@ func (n *node) traffic(t *testing.T, conns map[string]net.Conn, closed []cell) *
 	}
 	for _, c := range closed {
 		f.wg.Go(func() {
+			// Each question is a connection, whose legs nobody sweeps here: a hundred a second fit for minutes.
+			pace := time.NewTicker(10 * time.Millisecond)
+			defer pace.Stop()
 			for ctx.Err() == nil {
+				<-pace.C
 				within, cancel := context.WithTimeout(ctx, 5*time.Second)
 				who, err := c.ask(within)
 				cancel()
@@ -105,7 +109,7 @@ func TestUpgradeAndBack(t *testing.T) { eachProfile(t, testUpgradeAndBack) }
 
 func testUpgradeAndBack(t *testing.T, profile datapath.Profile) {
 	t.Parallel()
-	n := newNode(t, profile)
+	n := newNode(t, profile, func(c *datapath.Config) { c.MaxLegs = 1 << 17 })
 	n.copyProxy(t)
 	conns := map[string]net.Conn{}
 	var closed []cell
@@ -113,7 +117,7 @@ func testUpgradeAndBack(t *testing.T, profile datapath.Profile) {
 		switch {
 		case strings.HasPrefix(c.name, "host/remote"), strings.HasPrefix(c.name, "pod/pod"):
 			conns["proxied "+c.name] = c.dial(t)
-			c.path(n, t, time.Minute)
+			c.path(n, t, 30*time.Minute)
 			conns["bypassed "+c.name] = c.dialDirect(t)
 		case strings.HasPrefix(c.name, "host/pod"), strings.HasPrefix(c.name, "pod/node"):
 			closed = append(closed, c)
