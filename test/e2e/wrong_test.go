@@ -207,8 +207,8 @@ func TestWrongConfig(t *testing.T) {
 	must(t, err)
 	for _, c := range []struct{ name, old, new, place, field string }{
 		{"bad_YAML", "spec:", "spec: [", "agent.yaml:", ""},
-		{"unknown_key", "  lease:", "  leese:", ":12", "spec.leese"},
-		{"lease_0", "lease: 15s", "lease: 0s", ":12", "spec.lease"},
+		{"unknown_key", "  lease:", "  leese:", ":13", "spec.leese"},
+		{"lease_0", "lease: 15s", "lease: 0s", ":13", "spec.lease"},
 		{"no_bpffs", "bpffs: " + w.bpffs, "bpffs: " + w.Dir, "", w.Dir},
 	} {
 		t.Run(c.name, func(t *testing.T) {
