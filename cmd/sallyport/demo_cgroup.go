@@ -31,7 +31,7 @@ func (w *demoWorld) makeCgroup() error {
 	return nil
 }
 
-// joinCgroup moves the calling thread, for good.
+// joinCgroup moves the calling thread.
 func joinCgroup(dir string) error {
 	tid := strconv.Itoa(unix.Gettid())
 	if err := os.WriteFile(filepath.Join(dir, "cgroup.threads"), []byte(tid), 0); err != nil {
@@ -39,6 +39,10 @@ func joinCgroup(dir string) error {
 	}
 	return nil
 }
+
+// leaveCgroup moves the calling thread out again: the main thread lasts as long as the process. What
+// fails here is told by removeCgroup.
+func leaveCgroup(dir string) { _ = joinCgroup(filepath.Dir(dir)) }
 
 // removeCgroup waits for the last thread and process to be gone.
 func (w *demoWorld) removeCgroup() error {

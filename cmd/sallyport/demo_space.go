@@ -24,7 +24,7 @@ func newSpace(cgroup string) (*space, error) {
 	return s, <-made
 }
 
-// loop keeps its thread for itself; the runtime ends the thread with the goroutine.
+// loop keeps its thread for itself; the runtime ends the thread with the goroutine, unless it is the main one.
 func (s *space) loop(cgroup string, made chan<- error) {
 	runtime.LockOSThread()
 	err := joinCgroup(cgroup)
@@ -32,6 +32,7 @@ func (s *space) loop(cgroup string, made chan<- error) {
 		made <- err
 		return
 	}
+	defer leaveCgroup(cgroup)
 	if s.handle, err = netns.New(); err != nil {
 		made <- fmt.Errorf("make network namespace: %w", err)
 		return

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,7 +25,7 @@ type cgroup struct {
 
 // newCgroup makes the lab's control group.
 func (l *Lab) newCgroup() error {
-	home, err := ownCgroup()
+	home, err := homeCgroup()
 	if err != nil || home == "" {
 		return err
 	}
@@ -71,8 +72,11 @@ func (c cgroup) move(to string) error {
 	return nil
 }
 
-// ownCgroup is the directory of this process's control group, or empty without version 2.
-func ownCgroup() (string, error) {
+// homeCgroup is where this process was started, or empty without version 2. It is read once, before any
+// lab is there: the kernel shows the control group of the main thread, and that one may be in a lab later.
+var homeCgroup = sync.OnceValues(readHome)
+
+func readHome() (string, error) {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return "", fmt.Errorf("read own control group: %w", err)
@@ -113,8 +117,22 @@ func removeCgroup(dir string) error {
 			return nil
 		}
 		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
-			return fmt.Errorf("remove control group: %w", err)
+			return fmt.Errorf("remove control group: %w; in it are %s", err, threadsIn(dir))
 		}
 		time.Sleep(time.Millisecond) // between two looks at the condition
 	}
+}
+
+// threadsIn names the threads that keep a control group busy.
+func threadsIn(dir string) string {
+	ids, err := os.ReadFile(filepath.Join(dir, "cgroup.threads"))
+	if err != nil {
+		return err.Error()
+	}
+	var who []string
+	for _, id := range strings.Fields(string(ids)) {
+		comm, _ := os.ReadFile(filepath.Join("/proc", id, "comm")) // it may have ended by now
+		who = append(who, fmt.Sprintf("%s (%s)", id, bytes.TrimSpace(comm)))
+	}
+	return "threads " + strings.Join(who, ", ")
 }

@@ -73,7 +73,7 @@ func sweep(tmp string) {
 	for _, d := range ofTheDead(tmp) {
 		_ = removeDir(d) // hygiene: another test process may be sweeping as well
 	}
-	if home, err := ownCgroup(); err == nil && home != "" {
+	if home, err := homeCgroup(); err == nil && home != "" {
 		for _, d := range ofTheDead(home) {
 			_ = os.Remove(d)
 		}
