@@ -158,35 +158,49 @@ static __noinline __s64 sp_denials_due(const struct sp_deny_key *key)
 	return 1 + __sync_fetch_and_and(&d->pending, 0);
 }
 
-/* Writes a DENY to the best-effort ring, at most one a second for client, server and reason. */
-static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason, __u32 ifindex)
+/*
+ * Begins a record in the best-effort ring, at most one a second for client, server and reason. NULL: none is
+ * due, or it is lost and counted.
+ */
+static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq, const struct sp_flow_key *key,
+							__u32 reason, __u8 kind)
 {
-	struct sp_deny_key deny = {};
-	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_deny_key deny = { .reason = reason };
 	struct sp_event *e = NULL;
 	__s64 count;
 
-	if (!seq || !key)
-		return 0;
 	deny.client = key->client;
 	deny.server = key->server;
 	deny.server_port = key->server_port;
 	deny.protocol = key->protocol;
-	deny.reason = reason;
 	count = sp_denials_due(&deny);
 	if (!count)
-		return 0;
+		return NULL;
 	seq->produced++;
 	if (count > 0)
 		e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
 	if (!e) {
 		seq->best_effort_lost++;
-		return 0;
+		return NULL;
 	}
-	sp_event_init(e, seq->produced, SP_EVENT_DENY, SP_VERDICT_DENIED, reason);
+	sp_event_init(e, seq->produced, kind, SP_VERDICT_DENIED, reason);
 	sp_event_tuple(e, key);
-	e->ifindex = ifindex;
 	e->count = count;
+	return e;
+}
+
+/* What a device's program denies. */
+static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason, __u32 ifindex)
+{
+	struct sp_sequence *seq = sp_get_sequence();
+	struct sp_event *e;
+
+	if (!seq || !key)
+		return 0;
+	e = sp_begin_denial(seq, key, reason, SP_EVENT_DENY);
+	if (!e)
+		return 0;
+	e->ifindex = ifindex;
 	sp_submit(e, &seq->best_effort_woken_ns);
 	return 1;
 }

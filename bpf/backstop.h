@@ -156,37 +156,21 @@ static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets,
 	return 1;
 }
 
-/* The alarm: one record a second for a client, a server and a reason, as every denial. */
+/* The alarm. */
 static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
 					 __u32 netns, __u32 service_id)
 {
-	struct sp_deny_key deny = { .reason = reason };
 	struct sp_sequence *seq = sp_get_sequence();
-	struct sp_event *e = NULL;
-	__s64 count;
+	struct sp_event *e;
 
 	if (!seq || !key)
 		return 0;
-	deny.client = key->client;
-	deny.server = key->server;
-	deny.server_port = key->server_port;
-	deny.protocol = key->protocol;
-	count = sp_denials_due(&deny);
-	if (!count)
+	e = sp_begin_denial(seq, key, reason, SP_EVENT_BACKSTOP);
+	if (!e)
 		return 0;
-	seq->produced++;
-	if (count > 0)
-		e = bpf_ringbuf_reserve(&sp_best_effort, sizeof(*e), 0);
-	if (!e) {
-		seq->best_effort_lost++;
-		return 0;
-	}
-	sp_event_init(e, seq->produced, SP_EVENT_BACKSTOP, SP_VERDICT_DENIED, reason);
-	sp_event_tuple(e, key);
 	e->ifindex = ifindex;
 	e->netns = netns;
 	e->service_id = service_id;
-	e->count = count;
 	sp_submit(e, &seq->best_effort_woken_ns);
 	return 1;
 }

@@ -494,16 +494,28 @@ static __always_inline bool sp_parse_addresses(struct __sk_buff *skb, struct sp_
 	       !bpf_skb_load_bytes(skb, p->l3 + offsetof(struct ipv6hdr, daddr), &p->dst, 16);
 }
 
+/* How many packets a GSO packet is on the wire. A virtual machine's arrives without their number. */
+static __always_inline __u32 sp_segments(struct __sk_buff *skb, __u32 there, __u32 headers)
+{
+	__u32 size = skb->gso_size;
+
+	if (skb->gso_segs)
+		return skb->gso_segs;
+	if (!size || there <= headers + size)
+		return 1;
+	return (there - headers + size - 1) / size;
+}
+
 /* Third stage: the volume, as it is or will be on the wire: every GSO segment has its headers, if
  * they could be read.
  */
 static __always_inline void sp_parse_volume(struct __sk_buff *skb, struct sp_packet *p)
 {
-	__u32 segments = skb->gso_segs ? skb->gso_segs : 1;
 	__u32 headers = p->l4 ? p->l4 - p->l3 + p->l4_len : 0;
+	__u32 there = skb->len - p->l3;
 
-	p->segments = segments;
-	p->bytes = skb->len - p->l3 + (segments - 1) * headers;
+	p->segments = sp_segments(skb, there, headers);
+	p->bytes = there + (p->segments - 1) * headers;
 }
 
 /* How long the IP packet says it is; 0: nothing that it may say. A jumbogram says nothing, and is one of

@@ -22,9 +22,9 @@ struct sp_options {
 
 /*
  * Where a packet is taken apart. One a CPU: programs of devices run with softirqs off, one after the
- * other, and none of them sends a packet into another. What is big lives here, because 512 bytes of
- * stack are for all frames of a chain of calls together. Never pinned: it means nothing to the next
- * packet, nor to the next version.
+ * other. Only the clone that cut.h sends may run one of them within another, and nothing in here is read
+ * after that. What is big lives here, because 512 bytes of stack are for all frames of a chain of calls
+ * together. Never pinned: it means nothing to the next packet, nor to the next version.
  */
 struct sp_scratch {
 	struct sp_packet packet;

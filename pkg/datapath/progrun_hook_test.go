@@ -131,7 +131,7 @@ func reinjectCases() []progCase {
 
 // volumeCases: what goes over the wire is counted, not what the stack passes around.
 func volumeCases() []progCase {
-	gso := func(payload, size int) func(scene) probe {
+	gso := func(payload, size int, change ...func(*skBuff)) func(scene) probe {
 		return func(s scene) probe {
 			p := tcp(s.client, s.server, ack)
 			p.Payload = make([]byte, payload)
@@ -139,13 +139,21 @@ func volumeCases() []progCase {
 			frame, o := p.Build()
 			segs := uint64((payload + size - 1) / size)
 			headers := uint64(o.Payload - o.L3)
-			return probe{program: s.towards, ctx: skBuff{Ifindex: uint32(s.device), GSOSegs: uint32(segs), GSOSize: uint32(size)},
-				frame: frame, segs: segs, bytes: uint64(payload) + segs*headers}
+			ctx := skBuff{Ifindex: uint32(s.device), GSOSegs: uint32(segs), GSOSize: uint32(size)}
+			for _, f := range change {
+				f(&ctx)
+			}
+			return probe{program: s.towards, ctx: ctx, frame: frame, segs: segs, bytes: uint64(payload) + segs*headers}
 		}
 	}
+	uncounted := func(ctx *skBuff) { ctx.GSOSegs = 0 }
 	return []progCase{
 		{name: "volume/segments of a live flow", packet: gso(3000, 1000), given: []given{path(datapath.PathActive), bypassed()},
 			want: pass(flow.ReasonPathLive, "flow 3/0")},
+		{name: "volume/segments that nobody counted", packet: gso(2400, 800, uncounted), given: []given{path(datapath.PathActive), bypassed()},
+			want: pass(flow.ReasonPathLive, "flow 3/0")},
+		{name: "volume/one segment that nobody counted", packet: gso(1000, 1000, uncounted), given: []given{path(datapath.PathActive), bypassed()},
+			want: pass(flow.ReasonPathLive, "flow 1/0")},
 		{name: "volume/segments that cannot be read", only: lab.IPv6, want: portless(drop(flow.ReasonExtHeaders)), packet: func(s scene) probe {
 			p := shaped(ext(repeat(packet.Extension{Type: packet.DestOptions, Body: packet.SkippedOption(8)}, 9)...))(s)
 			p.ctx.GSOSegs, p.ctx.GSOSize, p.segs = 3, 100, 3
