@@ -250,7 +250,7 @@ func (s *demoStory) proxied(ctx context.Context) (answer string, local netip.Add
 func (s *demoStory) grantOpens(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	envelope, err := s.sign()
+	envelope, err := s.sign(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -280,14 +280,14 @@ func (s *demoStory) grantOpens(ctx context.Context) (string, error) {
 	return fmt.Sprintf("%s; in the log: %s %s under grant %s", answer, r.GetVerdict(), r.GetReason(), r.GetGrant()), nil
 }
 
-func (s *demoStory) sign() ([]byte, error) {
+func (s *demoStory) sign(ctx context.Context) ([]byte, error) {
 	now := time.Now()
 	id, err := grant.NewID(now)
 	if err != nil {
 		return nil, err
 	}
 	s.grant = id
-	return grant.Sign(grant.Payload{
+	return grant.Sign(ctx, grant.Payload{
 		ID: id, Requester: "alice", Service: "demo", Binding: policy.BindingAddress,
 		Addresses: []netip.Addr{netip.MustParseAddr(demoClient)}, NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour),
 		Duration: demoGrant, Reason: "to show a path", Audience: demoName,

@@ -39,7 +39,7 @@ and one that policy refuses is not signed. A grant does nothing until it is acti
 	f := cmd.Flags()
 	f.SortFlags = false
 	i.terms.add(f)
-	f.StringVar(&i.key, "key", "", "private key `FILE` to sign with")
+	f.StringVar(&i.key, "key", "", "`FILE` of the key to sign with: of sallyport keygen, or of OpenSSH, its .pub file for one in an agent or a device")
 	f.StringSliceVar(&i.resources, "policy", nil, "check against the resources in these `FILES` or this directory")
 	f.BoolVar(&i.pin, "pin-policy", false, "make it valid only under the very resources of --policy")
 	f.StringVar(&i.out, "out", "", "new `FILE` for the signed grant (default: standard output)")
@@ -49,7 +49,7 @@ and one that policy refuses is not signed. A grant does nothing until it is acti
 
 // issue checks, says, asks, signs and writes, in this order.
 func (c *cli) issue(ctx context.Context, i *issue) error {
-	key, err := i.readKey()
+	key, err := c.readKey(i.key)
 	if err != nil {
 		return err
 	}
@@ -70,18 +70,18 @@ func (c *cli) issue(ctx context.Context, i *issue) error {
 			return err
 		}
 	}
-	envelope, err := grant.Sign(p, key)
+	envelope, err := grant.Sign(ctx, p, key)
 	if err != nil {
 		return explained("sign grant", err)
 	}
 	return c.writeGrant(i.out, p.ID, envelope)
 }
 
-func (i *issue) readKey() (grant.PrivateKey, error) {
-	if i.key == "" {
-		return grant.PrivateKey{}, withHint(usagef("issue grant: no key"), "name a file with --key; `sallyport keygen` makes one")
+func (c *cli) readKey(file string) (grant.SigningKey, error) {
+	if file == "" {
+		return nil, withHint(usagef("read key: no key is named"), "name a file with --key; `sallyport keygen` makes one, and a key of OpenSSH will do")
 	}
-	key, err := grant.ReadPrivateKey(i.key)
+	key, err := grant.ReadSigningKey(file, c.stderr)
 	return key, explained("read key", err)
 }
 

@@ -109,7 +109,7 @@ func (s signer) payload(t *testing.T, change func(*grant.Payload)) grant.Payload
 
 func (s signer) envelope(t *testing.T, change func(*grant.Payload)) []byte {
 	t.Helper()
-	envelope, err := grant.Sign(s.payload(t, change), s.key)
+	envelope, err := grant.Sign(t.Context(), s.payload(t, change), s.key)
 	must(t, err)
 	return envelope
 }

@@ -2,6 +2,7 @@ package grant
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -56,7 +57,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
 
 // Sign puts a payload into a DSSE envelope, in JSON, signed by k. An invalid payload is not signed:
 // the error is that of Validate.
-func Sign(p Payload, k PrivateKey) ([]byte, error) {
+func Sign(ctx context.Context, p Payload, k SigningKey) ([]byte, error) {
 	if err := p.Validate(); err != nil {
 		return nil, err
 	}
@@ -64,15 +65,36 @@ func Sign(p Payload, k PrivateKey) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode grant: %w", err)
 	}
-	sig, err := k.sign(dsse.PAE(PayloadType, body))
+	return addSignature(ctx, dsse.Envelope{PayloadType: PayloadType, Payload: base64.StdEncoding.EncodeToString(body)}, body, k)
+}
+
+// Approve adds the signature of k to an envelope, over the very payload that it has. Who may approve is for policy to
+// say. ErrMalformed: the key has signed it already, or there is no room for one more.
+func Approve(ctx context.Context, envelope []byte, k SigningKey) ([]byte, error) {
+	env, body, err := open(envelope)
 	if err != nil {
 		return nil, err
 	}
-	return encode(dsse.Envelope{
-		PayloadType: PayloadType,
-		Payload:     base64.StdEncoding.EncodeToString(body),
-		Signatures:  []dsse.Signature{{KeyID: k.Public().ID(), Sig: base64.StdEncoding.EncodeToString(sig)}},
-	})
+	if _, err := parsePayload(body); err != nil {
+		return nil, err
+	}
+	id := k.Public().ID()
+	if slices.ContainsFunc(env.Signatures, func(s dsse.Signature) bool { return s.KeyID == id }) {
+		return nil, refuse("signatures", ErrMalformed, "have somebody else approve it", "the key %s has signed it already", id)
+	}
+	if len(env.Signatures) >= maxSignatures {
+		return nil, refuse("signatures", ErrMalformed, "ask for it again", "has %d signatures, the most is %d", len(env.Signatures), maxSignatures)
+	}
+	return addSignature(ctx, env, body, k)
+}
+
+func addSignature(ctx context.Context, env dsse.Envelope, body []byte, k SigningKey) ([]byte, error) {
+	sig, err := k.sign(ctx, dsse.PAE(PayloadType, body))
+	if err != nil {
+		return nil, err
+	}
+	env.Signatures = append(env.Signatures, dsse.Signature{KeyID: k.Public().ID(), Sig: base64.StdEncoding.EncodeToString(sig)})
+	return encode(env)
 }
 
 // Verify opens an envelope. At least one signature must be that of a key in the keyrings which has

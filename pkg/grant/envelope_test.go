@@ -2,6 +2,7 @@ package grant_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
@@ -66,7 +67,7 @@ func marshal(e dsse.Envelope) []byte {
 
 func TestSignAndVerify(t *testing.T) {
 	k := newKey(t)
-	envelope, err := grant.Sign(goodPayload(), k)
+	envelope, err := grant.Sign(t.Context(), goodPayload(), k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +89,7 @@ func TestSignAndVerify(t *testing.T) {
 // TestEnvelopeIsDSSE holds our envelopes against the library's verifier.
 func TestEnvelopeIsDSSE(t *testing.T) {
 	k := newKey(t)
-	envelope, err := grant.Sign(goodPayload(), k)
+	envelope, err := grant.Sign(t.Context(), goodPayload(), k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +329,7 @@ func TestRoundTripOfRandomPayloads(t *testing.T) {
 	keys := keyring(person(t, "alice", k))
 	for range 500 {
 		p := randomPayload(t, r)
-		envelope, err := grant.Sign(p, k)
+		envelope, err := grant.Sign(t.Context(), p, k)
 		if err != nil {
 			t.Fatalf("%+v: %v", p, err)
 		}
@@ -339,7 +340,7 @@ func TestRoundTripOfRandomPayloads(t *testing.T) {
 		if !reflect.DeepEqual(v.Payload, utc(p)) {
 			t.Fatalf("payload comes back as\n%+v, want\n%+v", v.Payload, p)
 		}
-		again, err := grant.Sign(v.Payload, k)
+		again, err := grant.Sign(t.Context(), v.Payload, k)
 		if err != nil || !bytes.Equal(again, envelope) {
 			t.Fatalf("the same payload has two envelopes: %v", err)
 		}
@@ -430,7 +431,7 @@ func ExampleSign() {
 	key, _ := grant.GenerateKey()
 	id, _ := grant.NewID(time.Now())
 	from := time.Now()
-	envelope, err := grant.Sign(grant.Payload{
+	envelope, err := grant.Sign(context.Background(), grant.Payload{
 		ID: id, Requester: "backup", Service: "postgres", Binding: policy.BindingAddress,
 		Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.2")},
 		NotBefore: from, NotAfter: from.Add(time.Hour), Duration: 15 * time.Minute,

@@ -202,7 +202,7 @@ func TestValidate(t *testing.T) {
 			c.spoil(&p)
 			err := p.Validate()
 			checkError(t, err, grant.ErrInvalid, c.field)
-			if _, signErr := grant.Sign(p, newKey(t)); signErr == nil || signErr.Error() != err.Error() {
+			if _, signErr := grant.Sign(t.Context(), p, newKey(t)); signErr == nil || signErr.Error() != err.Error() {
 				t.Errorf("Sign says %v", signErr)
 			}
 		})

@@ -1,6 +1,7 @@
 package grant
 
 import (
+	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/x509"
@@ -69,7 +70,7 @@ func errNoKey() error {
 	return &policy.Error{Field: "key", Msg: "there is no private key", Hint: "make one with `sallyport keygen`", Err: ErrKeyFile}
 }
 
-func (k PrivateKey) sign(message []byte) ([]byte, error) {
+func (k PrivateKey) sign(_ context.Context, message []byte) ([]byte, error) {
 	if k.isZero() {
 		return nil, errNoKey()
 	}

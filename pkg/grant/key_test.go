@@ -48,7 +48,7 @@ func TestPrivateKeyFile(t *testing.T) {
 	if err != nil || back.Public() != k.Public() {
 		t.Errorf("another key comes back: %v", err)
 	}
-	if _, err := grant.Sign(goodPayload(), back); err != nil {
+	if _, err := grant.Sign(t.Context(), goodPayload(), back); err != nil {
 		t.Error(err)
 	}
 	err = grant.WritePrivateKey(path, newKey(t))
@@ -174,7 +174,7 @@ func TestZeroPrivateKey(t *testing.T) {
 	if !k.Public().IsZero() {
 		t.Error("no key has a public half")
 	}
-	if _, err := grant.Sign(goodPayload(), k); !errors.Is(err, grant.ErrKeyFile) {
+	if _, err := grant.Sign(t.Context(), goodPayload(), k); !errors.Is(err, grant.ErrKeyFile) {
 		t.Errorf("signed with no key: %v", err)
 	}
 }

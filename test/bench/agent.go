@@ -196,7 +196,7 @@ func (rig *agentRig) await(ctx context.Context) error {
 
 // activate signs a grant for the client and has the agent open its path.
 func (rig *agentRig) activate(ctx context.Context, r *results, a netip.Addr) (id string, err error) {
-	envelope, err := rig.sign(a)
+	envelope, err := rig.sign(ctx, a)
 	if err != nil {
 		return "", err
 	}
@@ -232,13 +232,13 @@ func (rig *agentRig) revoke(ctx context.Context, r *results) error {
 	return nil
 }
 
-func (rig *agentRig) sign(a netip.Addr) ([]byte, error) {
+func (rig *agentRig) sign(ctx context.Context, a netip.Addr) ([]byte, error) {
 	now := time.Now().UTC().Truncate(time.Second)
 	id, err := grant.NewID(now)
 	if err != nil {
 		return nil, err
 	}
-	return grant.Sign(grant.Payload{
+	return grant.Sign(ctx, grant.Payload{
 		ID: id, Requester: "bob", Service: "measured", Binding: policy.BindingAddress, Addresses: []netip.Addr{a},
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(2 * time.Hour), Duration: 50 * time.Minute,
 		Reason: "benchmark", Audience: agentNode,

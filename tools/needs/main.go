@@ -25,6 +25,7 @@ var needs = map[string][]need{
 		{"bpftool", "tests read the maps as an operator does", []string{"bpftool"}},
 		{"nft", "tests put a firewall into the node", []string{"nftables"}},
 		{"setpriv", "tests start programs with fewer capabilities", []string{"util-linux"}},
+		{"ssh-keygen", "tests sign with keys of OpenSSH", []string{"openssh-client"}},
 		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
 	},
