@@ -232,8 +232,9 @@ func (d *devices) attach(w hookWant) {
 	d.problems.report(problemDevice, w.Name, err)
 }
 
-// errIgnored is the standing problem of a device that configuration leaves open.
-var errIgnored = errors.New("never hooked, by devices.ignore: what comes by it to protected services is refused")
+// errIgnored is the standing problem of a device that configuration leaves out.
+var errIgnored = errors.New("gets no hooks, by devices.ignore: what comes by it to protected services is refused, " +
+	"unless hooks from before that setting are still on it (`sallyport-agent uninstall` takes them off)")
 
 // reportHoles names the devices that are ignored and forgets the problems of devices that are gone.
 func (d *devices) reportHoles(links []link) {
