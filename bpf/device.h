@@ -274,6 +274,17 @@ sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hoo
 	return sp_decide(SP_ACT_DROP, SP_REASON_BAD_FLAGS);
 }
 
+/*
+ * Is it for an address that no table lists, because it is everybody's, or the link's? Whoever is behind the
+ * device gets it. Of TCP the SYN is enough: a client there may have the port by chance.
+ */
+static __always_inline bool sp_is_unlisted(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	if (p->protocol == IPPROTO_UDP)
+		return sp_is_local(skb, &p->dst, &p->src, p->version);
+	return sp_syn_only(p) && sp_is_link_scope(&p->dst, p->version);
+}
+
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
@@ -324,10 +335,9 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
-	if (to && p->protocol == IPPROTO_UDP && sp_ends_at_pod(hook, behind) &&
-	    sp_is_local(skb, &p->dst, &p->src, p->version)) {
-		*key = sp_key_towards(p); /* to a group: whoever is behind the device gets it too */
-		return sp_decide(SP_ACT_DROP, SP_REASON_UDP_DENIED);
+	if (to && sp_ends_at_pod(hook, behind) && sp_is_unlisted(skb, p)) {
+		*key = sp_key_towards(p);
+		return sp_decide(SP_ACT_DROP, p->protocol == IPPROTO_UDP ? SP_REASON_UDP_DENIED : SP_REASON_LINK_LOCAL);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }

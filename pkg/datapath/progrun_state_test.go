@@ -111,6 +111,8 @@ func tuple(s scene, client, server bpf.Addr, cport, sport uint16) string {
 		switch {
 		case datapath.FromAddr(server).IsMulticast():
 			return " group"
+		case datapath.FromAddr(server).IsLinkLocalUnicast():
+			return " link"
 		case datapath.FromAddr(server) == s.server.Addr() && (sport == hostWebPort || sport == podWebPort):
 			return " web"
 		}
