@@ -1,0 +1,93 @@
+package datapath_test
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/packet"
+)
+
+// forge has the remote client's network send a packet of its connection, with a sequence number that nobody
+// there would know.
+func (n *node) forge(t *testing.T, conn net.Conn, flags uint8) {
+	t.Helper()
+	p := tcp(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort(), flags)
+	p.Seq = 1
+	var err error
+	p.SrcMAC, err = n.Client.MAC("eth0")
+	must(t, err)
+	p.DstMAC, err = n.Node.MAC(lab.Uplink)
+	must(t, err)
+	must(t, n.Client.Inject("eth0", p.Bytes()))
+}
+
+// remoteCells are the cells of the client beyond the uplink.
+func (n *node) remoteCells() (out []cell) {
+	for _, c := range n.cells() {
+		if c.client == n.Client {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// TestForgedReset: a RST that the service does not take, because its sender knows the tuple and nothing more, ends
+// no bypassed connection, also when it is silent for a while.
+func TestForgedReset(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.showPods(t)
+	n.readEvents(t)
+	for _, c := range n.remoteCells() {
+		t.Run(c.name, func(t *testing.T) {
+			c.path(n, t, time.Minute)
+			conn, err := c.client.Dial(within(t), netip.AddrPortFrom(c.from, 0), c.target())
+			must(t, err)
+			defer conn.Close()
+			_, err = lab.Ask(conn)
+			must(t, err)
+			n.forge(t, conn, packet.RST)
+			for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+				for _, r := range n.sweep(t) {
+					t.Errorf("a sweep took %v %v", r.Event, r.Reason)
+				}
+			}
+			if _, err := lab.Ask(conn); err != nil {
+				t.Errorf("the connection ended: %v; counters:%s", err, n.counters(t))
+			}
+			must(t, conn.(*net.TCPConn).SetLinger(0))
+			must(t, conn.Close())
+			waitUntil(t, "the end of a connection whose reset was meant", func() bool { return len(n.sweep(t)) > 0 })
+		})
+	}
+}
+
+// TestIdleOnABridge: a sweep ends silent connections to a pod behind a bridge's port as well.
+func TestIdleOnABridge(t *testing.T) {
+	t.Parallel()
+	n := newBridged(t, datapath.ProfileAuto, false)
+	n.showPods(t)
+	n.readEvents(t)
+	for _, c := range n.bridgedCells() {
+		if c.serviceID != podID {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			slot := c.path(n, t, time.Minute)
+			conn, err := c.client.Dial(within(t), netip.AddrPortFrom(c.from, 0), c.target())
+			must(t, err)
+			defer conn.Close()
+			_, err = lab.Ask(conn)
+			must(t, err)
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			n.sweep(t)
+			wantResetNow(t, "client", conn)
+			waitUntil(t, "the record of the flow", func() bool { return len(n.sweep(t)) > 0 })
+			must(t, n.d.FreePath(slot))
+		})
+	}
+}
