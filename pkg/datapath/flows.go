@@ -15,6 +15,7 @@ import (
 const (
 	closedFlowLinger = time.Second      // late packets of a closed flow still count for it
 	closedLegLinger  = 10 * time.Second // the proxy's last ACKs and its TIME_WAIT answers
+	resetLegLinger   = 40 * time.Second // two keepalives of the proxy, which undo a forged RST
 	openingLegLinger = 30 * time.Second // from the SYN on, without a handshake
 	idleLegLinger    = 15 * time.Minute // the proxy keeps live legs busy with keepalives every 15 s
 	denyLinger       = 2 * time.Second
@@ -241,10 +242,14 @@ func (d *Datapath) sweepLegs() error {
 func legOver(l *bpf.Leg) bool {
 	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
 	idle := BootTime() - time.Duration(l.LastNs)
+	reset := l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0
+	answered := l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) != 0
 	switch {
-	case l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0, l.Flags&fins == fins:
+	case l.Flags&fins == fins, reset && !answered:
 		return idle > closedLegLinger
-	case l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) == 0:
+	case reset:
+		return idle > resetLegLinger
+	case !answered:
 		return BootTime()-time.Duration(l.OpenedNs) > openingLegLinger // a SYN-ACK sent again does not count
 	}
 	return idle > idleLegLinger

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/packet"
@@ -89,5 +90,42 @@ func TestIdleOnABridge(t *testing.T) {
 			waitUntil(t, "the record of the flow", func() bool { return len(n.sweep(t)) > 0 })
 			must(t, n.d.FreePath(slot))
 		})
+	}
+}
+
+// TestForgedResetOfALeg: the proxy's next packet, a keepalive if there is nothing to say, undoes a RST that it
+// did not take; one that it took is followed by nothing, and its leg ends.
+func TestForgedResetOfALeg(t *testing.T) {
+	r := newRig(t, 64, 64)
+	for _, f := range lab.Families() {
+		for name, c := range map[string]struct {
+			after []uint8
+			age   time.Duration
+			left  int
+		}{
+			"until a keepalive": {nil, 35 * time.Second, 1},
+			"taken":             {nil, 45 * time.Second, 0},
+			"forged":            {[]uint8{ack}, 45 * time.Second, 1},
+			"reset by both":     {[]uint8{packet.RST | ack}, 45 * time.Second, 0},
+		} {
+			t.Run(name+"/"+f.String(), func(t *testing.T) {
+				r.reset(t)
+				s := r.scenes(t, f)["host"]
+				r.send(t, at(s.towards, s.device, tcp(s.client, s.server, syn)))
+				for _, flags := range []uint8{syn | ack, ack} {
+					r.send(t, at("sp_px0_in", r.px.Px0(), tcp(s.server, s.client, flags)))
+				}
+				r.send(t, at(s.towards, s.device, tcp(s.client, s.server, packet.RST)))
+				for _, flags := range c.after {
+					r.send(t, at("sp_px0_in", r.px.Px0(), tcp(s.server, s.client, flags)))
+				}
+				ageLegs(t, r, c.age)
+				_, err := r.d.Sweep()
+				check(t, err)
+				if left := len(all[bpf.LegKey, bpf.Leg](t, r.m.SpLegs)); left != c.left {
+					t.Errorf("%d legs are left, want %d", left, c.left)
+				}
+			})
+		}
 	}
 }
