@@ -111,6 +111,8 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		sp_end_flow(key, flow, SP_REASON_PATH_STALE);
 		reason = flow->ended;
 	} else if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
+		if (sp_syn_only(p) && (flow->flags & SP_ANSWERED))
+			__sync_fetch_and_or(&flow->flags, SP_AGAIN);
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
 		if (reason == SP_REASON_PATH_LIVE) {
 			sp_count_hook(skb, p, svc->id, false);
@@ -153,6 +155,17 @@ static __always_inline enum sp_hook sp_home_hook(enum sp_hook hook)
 	return hook == SP_HOOK_OUT ? SP_HOOK_IN : SP_HOOK_OUT;
 }
 
+/*
+ * Does the service take a second connection with the tuple of a flow that never closed? It had given up the
+ * first in silence; a SYN alone would prove nothing, for it may be forged. The answer is reset as a stray, and the
+ * client's next SYN finds a flow that is over.
+ */
+static __always_inline bool sp_is_another(const struct sp_flow *flow, const struct sp_packet *p)
+{
+	return (p->tcp_flags & (SP_TCP_SYN | SP_TCP_ACK)) == (SP_TCP_SYN | SP_TCP_ACK) &&
+	       (flow->flags & SP_AGAIN) && !flow->ended;
+}
+
 /* A packet from a protected service towards a client. */
 static __always_inline struct sp_decision
 sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
@@ -167,7 +180,9 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 		return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 	}
 	flow = bpf_map_lookup_elem(&sp_flows, key);
-	if (flow) {
+	if (flow && sp_is_another(flow, p)) {
+		__sync_fetch_and_or(&flow->flags, SP_RST);
+	} else if (flow) {
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, false);
 		if (reason == SP_REASON_PATH_LIVE)
 			return sp_decide(SP_ACT_NEXT, reason);

@@ -147,6 +147,7 @@ const (
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
 	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
 	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
+	SallyportSpFlagsSP_AGAIN      SallyportSpFlags = 64
 )
 
 type SallyportSpFlow struct {

@@ -129,7 +129,7 @@ func placed(s scene, hook bpf.SallyportSpHook, device uint32) string {
 
 func flagNames(flags uint32) string {
 	var out strings.Builder
-	for i, name := range []string{"FIN_CLIENT", "FIN_SERVER", "RST", "ANSWERED", "CUT_SERVER", "CUT_CLIENT"} {
+	for i, name := range []string{"FIN_CLIENT", "FIN_SERVER", "RST", "ANSWERED", "CUT_SERVER", "CUT_CLIENT", "AGAIN"} {
 		if flags&(1<<i) != 0 {
 			out.WriteString(" " + name)
 		}
