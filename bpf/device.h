@@ -67,6 +67,15 @@ static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_l
 	return !bpf_map_update_elem(&sp_strays, &at, &leg, BPF_ANY);
 }
 
+/* Is it the leg of a connection that lives, of a client behind another device? Whoever forges a SYN with its tuple
+ * there would draw the answers to himself.
+ */
+static __always_inline bool sp_lives_elsewhere(const struct sp_leg *leg, __u32 hook, __u32 ifindex)
+{
+	return (leg->flags & SP_ANSWERED) && !sp_closed(leg->flags) &&
+	       (leg->hook != hook || leg->ifindex != ifindex);
+}
+
 /* A SYN that goes to the proxy: where the answer goes, and by which device the client came. */
 static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 service_id,
 				       __u32 hook, __u32 ifindex)
@@ -76,10 +85,14 @@ static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 serv
 	struct sp_origin origin = {};
 	struct sp_origin_key who = {};
 	struct sp_leg_key at;
+	struct sp_leg *old;
 
 	if (!key)
 		return 0;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_DOWN);
+	old = bpf_map_lookup_elem(&sp_legs, &at);
+	if (old && sp_lives_elsewhere(old, hook, ifindex))
+		return 1;
 	leg.hook = hook;
 	leg.ifindex = ifindex;
 	leg.service_id = service_id;

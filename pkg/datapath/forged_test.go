@@ -93,6 +93,39 @@ func TestIdleOnABridge(t *testing.T) {
 	}
 }
 
+// TestForgedSYNOfALeg: a SYN with the tuple of a proxied connection, which comes in by another device, does not take
+// the answers there. Where the client shook no hands, or came by this device, it is decided as ever.
+func TestForgedSYNOfALeg(t *testing.T) {
+	r := newRig(t, 64, 64)
+	other, err := r.Node.Ifindex(lab.PodDevice(1))
+	check(t, err)
+	for _, f := range lab.Families() {
+		for name, c := range map[string]struct {
+			answers []uint8
+			moved   bool
+		}{
+			"live":      {[]uint8{syn | ack, ack}, false},
+			"half-open": {[]uint8{syn | ack}, true},
+			"reset":     {[]uint8{syn | ack, ack, packet.RST}, true},
+		} {
+			t.Run(name+"/"+f.String(), func(t *testing.T) {
+				r.reset(t)
+				s := r.scenes(t, f)["host"]
+				r.send(t, at(s.towards, s.device, tcp(s.client, s.server, syn)))
+				for _, flags := range c.answers {
+					r.send(t, at("sp_px0_in", r.px.Px0(), tcp(s.server, s.client, flags)))
+				}
+				r.send(t, at(s.towards, other, tcp(s.client, s.server, syn)))
+				for _, l := range all[bpf.LegKey, bpf.Leg](t, r.m.SpLegs) {
+					if moved := int(l.Ifindex) == other; moved != c.moved {
+						t.Errorf("the leg is at device %d, of the client %d, of the other %d", l.Ifindex, s.device, other)
+					}
+				}
+			})
+		}
+	}
+}
+
 // TestForgedResetOfALeg: the proxy's next packet, a keepalive if there is nothing to say, undoes a RST that it
 // did not take; one that it took is followed by nothing, and its leg ends.
 func TestForgedResetOfALeg(t *testing.T) {
