@@ -77,6 +77,13 @@ func samePrograms(dir string, ours map[string]*ebpf.Program) (bool, error) {
 	return true, nil
 }
 
+// CanRollback returns ErrNoPrevious where there is no version to go back to.
+func CanRollback(dir string) error {
+	previous, err := loadPrograms(previousDir(dir))
+	previous.close()
+	return err
+}
+
 // Rollback gives every hook under dir the program of the version before, in place and on the same maps,
 // and keeps those that ran as the previous ones. No agent may run: it would put its own back, as the next
 // one does. It works on the current network namespace and on px. It goes on after an error and returns
