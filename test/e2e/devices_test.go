@@ -267,24 +267,36 @@ func (m *mover) truth(t *testing.T, hooks []string) {
 // attached lists "device program" of ours in a namespace, by tcx or clsact, but for those of px0.
 func attached(t *testing.T, ns *lab.Namespace) (all []string) {
 	t.Helper()
+	for _, p := range programsIn(t, ns) {
+		all = append(all, p.device+" "+p.name)
+	}
+	return slices.Sorted(slices.Values(all))
+}
+
+// hookProgram is one program of ours on a device; the tag tells versions of it apart.
+type hookProgram struct{ device, name, tag string }
+
+// programsIn lists what is attached.
+func programsIn(t *testing.T, ns *lab.Namespace) (all []hookProgram) {
+	t.Helper()
 	must(t, ns.Do(func() error {
 		devices, err := net.Interfaces()
 		for _, dev := range devices {
-			names, listErr := programsOn(dev.Index)
+			there, listErr := programsOn(dev.Index)
 			err = errors.Join(err, listErr)
-			for _, name := range names {
-				if strings.HasPrefix(name, "sp_") && dev.Name != "px0" {
-					all = append(all, dev.Name+" "+name)
+			for _, p := range there {
+				if p.device = dev.Name; strings.HasPrefix(p.name, "sp_") && dev.Name != "px0" {
+					all = append(all, p)
 				}
 			}
 		}
 		return err
 	}))
-	return slices.Sorted(slices.Values(all))
+	return all
 }
 
-// programsOn names the programs on a device of the current network namespace. A device that is gone has none.
-func programsOn(ifindex int) (names []string, err error) {
+// programsOn lists the programs on a device of the current network namespace. A device that is gone has none.
+func programsOn(ifindex int) (all []hookProgram, err error) {
 	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 		chain, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: at})
 		if err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) { // EINVAL: a kernel before tcx
@@ -293,12 +305,12 @@ func programsOn(ifindex int) (names []string, err error) {
 		if err != nil {
 			continue
 		}
-		for _, p := range chain.Programs {
-			name, err := programName(p.ID)
+		for _, c := range chain.Programs {
+			p, err := readProgram(c.ID)
 			if err != nil {
 				return nil, err
 			}
-			names = append(names, name)
+			all = append(all, p)
 		}
 	}
 	dev := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
@@ -308,33 +320,33 @@ func programsOn(ifindex int) (names []string, err error) {
 			continue // it has no such qdisc
 		}
 		for _, f := range filters {
-			if p, ok := f.(*netlink.BpfFilter); ok && p.Id != 0 {
-				name, err := programName(ebpf.ProgramID(p.Id))
+			if b, ok := f.(*netlink.BpfFilter); ok && b.Id != 0 {
+				p, err := readProgram(ebpf.ProgramID(b.Id))
 				if err != nil {
 					return nil, err
 				}
-				names = append(names, name)
+				all = append(all, p)
 			}
 		}
 	}
-	return names, nil
+	return all, nil
 }
 
-// programName is empty for a program that has just gone.
-func programName(id ebpf.ProgramID) (string, error) {
+// readProgram is empty for a program that has just gone.
+func readProgram(id ebpf.ProgramID) (hookProgram, error) {
 	p, err := ebpf.NewProgramFromID(id)
 	if errors.Is(err, os.ErrNotExist) {
-		return "", nil
+		return hookProgram{}, nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("open program: %w", err)
+		return hookProgram{}, fmt.Errorf("open program: %w", err)
 	}
 	defer p.Close()
 	info, err := p.Info()
 	if err != nil {
-		return "", fmt.Errorf("read program: %w", err)
+		return hookProgram{}, fmt.Errorf("read program: %w", err)
 	}
-	return info.Name, nil
+	return hookProgram{name: info.Name, tag: info.Tag}, nil
 }
 
 func (m *mover) metrics(t *testing.T) string {
