@@ -108,6 +108,9 @@ func newMover(t *testing.T, hooks string) *mover {
 	m := &mover{world: newWorld(t, options{hooks: hooks}), dice: rand.New(rand.NewPCG(1, 3)), judge: newJudge(t)}
 	must(t, m.Node.Sysctl("ipv6/conf/all/keep_addr_on_down", "1"))
 	must(t, m.Node.Sysctl("ipv6/conf/default/keep_addr_on_down", "1"))
+	// A service's half of a connection whose pod is gone is not to keep the namespace, and the filters on its lo, for minutes.
+	must(t, m.Node.Sysctl("ipv4/tcp_orphan_retries", "1"))
+	must(t, m.Node.Sysctl("ipv4/tcp_fin_timeout", "1"))
 	for _, n := range []*lab.Namespace{m.Client, m.Node, m.Pods[1]} {
 		must(t, n.Sysctl("ipv4/ip_local_port_range", clientPorts))
 	}
