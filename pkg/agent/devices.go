@@ -194,15 +194,12 @@ func (d *devices) sync() error {
 	}
 	plan := planHooks(d.datapath.Devices(), links, d.classify)
 	moved := len(plan.detach) > 0
+	d.detach(plan.detach) // first: a device that came back with another number still has the hooks of the old one
 	for _, want := range plan.attach {
 		d.attach(want)
 		moved = moved || want.fresh
 	}
-	for _, ifindex := range append(plan.detach, released(plan, d.datapath.Devices())...) {
-		if err := d.datapath.Detach(ifindex); err != nil {
-			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
-		}
-	}
+	d.detach(released(plan, d.datapath.Devices()))
 	d.uplinks.sync(links)
 	d.reportHoles(links)
 	if moved {
@@ -219,6 +216,14 @@ func released(p hookPlan, have []datapath.Device) (out []int) {
 		}
 	}
 	return out
+}
+
+func (d *devices) detach(ifindexes []int) {
+	for _, ifindex := range ifindexes {
+		if err := d.datapath.Detach(ifindex); err != nil {
+			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
+		}
+	}
 }
 
 func (d *devices) attach(w hookWant) {
