@@ -107,8 +107,8 @@ func Rollback(dir, pxNetns string) (hooks int, err error) {
 	return hooks, swap(currentDir(dir), previousDir(dir))
 }
 
-// CanRollBack says whether programs of another version are kept: ErrNoPrevious if there are none.
-func CanRollBack(dir string) error {
+// CanRollback says whether programs of another version are kept: ErrNoPrevious if there are none.
+func CanRollback(dir string) error {
 	previous, err := loadPrograms(previousDir(dir))
 	previous.close()
 	return err
