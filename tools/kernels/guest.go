@@ -23,7 +23,7 @@ const (
 	applets       = "/applets" // of the shell, where nothing better is
 	reportPort    = "/dev/ttyS1"
 	suiteCommand  = "suite"
-	slowness      = "SALLYPORT_SLOWNESS=8" // how many times: tests wait longer (test/lab)
+	slowness      = "SALLYPORT_SLOWNESS=8" // how many times: tests wait longer (test/e2e)
 )
 
 func moduleFile(name string) string { return "/modules/" + name + ".ko" }
