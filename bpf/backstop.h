@@ -209,6 +209,21 @@ static __always_inline enum sp_reason sp_decide_socket(const struct sp_config *c
 	return reason;
 }
 
+/*
+ * Is it for a pod, from elsewhere, at an address that no table lists: of its link, or a group's? A pod with such
+ * a port may be the one. Of TCP the SYN is enough: a client in the pod may have the port by chance.
+ */
+static __always_inline bool sp_is_unlisted_at(const struct sp_config *cfg, const struct sp_packet *p,
+					      const struct sp_delivery *d)
+{
+	if (!sp_has_ports(p->protocol) || !sp_port_flagged(p->protocol, p->dport) ||
+	    p->ifindex == SP_LO_IFINDEX || !cfg || sp_is_host(cfg, d->cookie))
+		return false;
+	if (p->protocol == IPPROTO_TCP && !sp_syn_only(p))
+		return false;
+	return sp_is_link_scope(&p->dst, p->version) || sp_is_group(&p->dst, p->version);
+}
+
 /* What the socket tells of a packet. */
 struct sp_owner_socket {
 	__u16 port;
@@ -242,7 +257,7 @@ static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p
 	struct sp_config *cfg = sp_get_config();
 	struct net___sp *net = sp_netns_of(skb);
 	struct sp_delivery d = {};
-	enum sp_reason reason;
+	enum sp_reason reason = SP_REASON_BACKSTOP;
 
 	if (net) {
 		d.cookie = BPF_CORE_READ(net, net_cookie);
@@ -254,20 +269,21 @@ static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p
 	d.svc = sp_service_at(cfg, d.cookie, &p->dst, p->dport, p->protocol);
 	if (!d.svc)
 		d.svc = sp_service_at(cfg, d.cookie, &p->dst, sock->port, sock->protocol);
-	if (!d.svc)
+	if (!d.svc && !sp_is_unlisted_at(cfg, p, &d))
 		return SP_CG_PASS;
 	sp_parse_volume(skb, p);
 	*key = sp_key_towards(p);
-	reason = sp_decide_socket(cfg, p, key, &d);
+	if (d.svc)
+		reason = sp_decide_socket(cfg, p, key, &d);
 	sp_count(reason, p->segments, p->bytes);
 	if (!sp_refuses(reason)) {
-		if (sock->counts && reason != SP_REASON_SOCKET_RESET)
+		if (d.svc && sock->counts && reason != SP_REASON_SOCKET_RESET)
 			sp_count_socket(skb, p, d.svc->id, reason);
 		return SP_CG_PASS;
 	}
 	if (reason != SP_REASON_SOCKET_ENDED) {
 		sp_count_device(d.netns, p->ifindex, p->segments, p->bytes);
-		sp_record_backstop(key, reason, p->ifindex, d.netns, d.svc->id);
+		sp_record_backstop(key, reason, p->ifindex, d.netns, d.svc ? d.svc->id : 0);
 	}
 	return SP_CG_DROP;
 }

@@ -67,6 +67,15 @@ static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_l
 	return !bpf_map_update_elem(&sp_strays, &at, &leg, BPF_ANY);
 }
 
+/* Is it the leg of a connection that lives, of a client behind another device? Whoever forges a SYN with its tuple
+ * there would draw the answers to himself.
+ */
+static __always_inline bool sp_lives_elsewhere(const struct sp_leg *leg, __u32 hook, __u32 ifindex)
+{
+	return (leg->flags & SP_ANSWERED) && !sp_closed(leg->flags) &&
+	       (leg->hook != hook || leg->ifindex != ifindex);
+}
+
 /* A SYN that goes to the proxy: where the answer goes, and by which device the client came. */
 static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 service_id,
 				       __u32 hook, __u32 ifindex)
@@ -76,10 +85,14 @@ static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 serv
 	struct sp_origin origin = {};
 	struct sp_origin_key who = {};
 	struct sp_leg_key at;
+	struct sp_leg *old;
 
 	if (!key)
 		return 0;
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, SP_LEG_DOWN);
+	old = bpf_map_lookup_elem(&sp_legs, &at);
+	if (old && sp_lives_elsewhere(old, hook, ifindex))
+		return 1;
 	leg.hook = hook;
 	leg.ifindex = ifindex;
 	leg.service_id = service_id;
@@ -111,6 +124,8 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 		sp_end_flow(key, flow, SP_REASON_PATH_STALE);
 		reason = flow->ended;
 	} else if (flow && !(sp_syn_only(p) && (flow->ended || sp_closed(flow->flags)))) {
+		if (sp_syn_only(p) && (flow->flags & SP_ANSWERED))
+			__sync_fetch_and_or(&flow->flags, SP_AGAIN);
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, true);
 		if (reason == SP_REASON_PATH_LIVE) {
 			sp_count_hook(skb, p, svc->id, false);
@@ -153,6 +168,17 @@ static __always_inline enum sp_hook sp_home_hook(enum sp_hook hook)
 	return hook == SP_HOOK_OUT ? SP_HOOK_IN : SP_HOOK_OUT;
 }
 
+/*
+ * Does the service take a second connection with the tuple of a flow that never closed? It had given up the
+ * first in silence; a SYN alone would prove nothing, for it may be forged. The answer is reset as a stray, and the
+ * client's next SYN finds a flow that is over.
+ */
+static __always_inline bool sp_is_another(const struct sp_flow *flow, const struct sp_packet *p)
+{
+	return (p->tcp_flags & (SP_TCP_SYN | SP_TCP_ACK)) == (SP_TCP_SYN | SP_TCP_ACK) &&
+	       (flow->flags & SP_AGAIN) && !flow->ended;
+}
+
 /* A packet from a protected service towards a client. */
 static __always_inline struct sp_decision
 sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct sp_packet *p,
@@ -167,7 +193,9 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 		return sp_decide(SP_ACT_STEER, SP_REASON_LEG);
 	}
 	flow = bpf_map_lookup_elem(&sp_flows, key);
-	if (flow) {
+	if (flow && sp_is_another(flow, p)) {
+		__sync_fetch_and_or(&flow->flags, SP_RST);
+	} else if (flow) {
 		reason = sp_flow_packet(cfg, key, flow, p, svc->id, false);
 		if (reason == SP_REASON_PATH_LIVE)
 			return sp_decide(SP_ACT_NEXT, reason);
@@ -274,6 +302,17 @@ sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hoo
 	return sp_decide(SP_ACT_DROP, SP_REASON_BAD_FLAGS);
 }
 
+/*
+ * Is it for an address that no table lists, because it is everybody's, or the link's? Whoever is behind the
+ * device gets it. Of TCP the SYN is enough: a client there may have the port by chance.
+ */
+static __always_inline bool sp_is_unlisted(struct __sk_buff *skb, const struct sp_packet *p)
+{
+	if (p->protocol == IPPROTO_UDP)
+		return sp_is_local(skb, &p->dst, &p->src, p->version);
+	return sp_syn_only(p) && sp_is_link_scope(&p->dst, p->version);
+}
+
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
@@ -324,10 +363,9 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
-	if (to && p->protocol == IPPROTO_UDP && sp_ends_at_pod(hook, behind) &&
-	    sp_is_local(skb, &p->dst, &p->src, p->version)) {
-		*key = sp_key_towards(p); /* to a group: whoever is behind the device gets it too */
-		return sp_decide(SP_ACT_DROP, SP_REASON_UDP_DENIED);
+	if (to && sp_ends_at_pod(hook, behind) && sp_is_unlisted(skb, p)) {
+		*key = sp_key_towards(p);
+		return sp_decide(SP_ACT_DROP, p->protocol == IPPROTO_UDP ? SP_REASON_UDP_DENIED : SP_REASON_LINK_LOCAL);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }

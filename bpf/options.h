@@ -4,7 +4,9 @@
 
 /*
  * The options of SYNs. MPTCP is taken out: a subflow that is joined later would have another tuple, which
- * outlives the path, and the proxy does not speak it. The largest segment that a SYN to or from the
+ * outlives the path, and the proxy does not speak it. So are the experimental ones (RFC 4727), for one of them
+ * is SMC's (RFC 7609), whose data would leave TCP after the handshake, and nobody would count or end it. The
+ * largest segment that a SYN to or from the
  * proxy asks for is made to fit the device of its leg: the proxy's own device takes far larger ones, and
  * what goes by that device to either side is put there without a look at its MTU.
  */
@@ -15,6 +17,7 @@
 #define SP_TCPOPT_NOP 1
 #define SP_TCPOPT_MSS 2
 #define SP_TCPOPT_MPTCP 30
+#define SP_TCPOPT_EXP1 253
 #define SP_MSS_ANY 0xffff
 
 /* The largest segment that fits a device. */
@@ -60,7 +63,7 @@ static __always_inline bool sp_change_options(struct sp_options *o, __u32 len, _
 			b[i + 3] = mss;
 			*changed = 1;
 		}
-		*blank = b[i] == SP_TCPOPT_MPTCP;
+		*blank = b[i] == SP_TCPOPT_MPTCP || b[i] == SP_TCPOPT_EXP1 || b[i] == SP_TCPOPT_EXP1 + 1;
 		if (*blank) {
 			b[i] = SP_TCPOPT_NOP;
 			*changed = 1;

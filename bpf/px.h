@@ -133,6 +133,14 @@ static __always_inline bool sp_px0_passes(enum sp_reason reason)
 	       reason == SP_REASON_PX_RESET;
 }
 
+/* A proxy that goes on speaking to a client did not take the RST that was seen: it was forged. */
+static __always_inline void sp_touch_leg(struct sp_leg *leg, const struct sp_packet *p, enum sp_leg_side side)
+{
+	if (side == SP_LEG_DOWN && (leg->flags & SP_RST) && !(p->tcp_flags & (SP_TCP_RST | SP_TCP_SYN)))
+		__sync_fetch_and_and(&leg->flags, ~SP_RST);
+	sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, side == SP_LEG_UP), bpf_ktime_get_boot_ns());
+}
+
 static __always_inline int sp_px0(struct __sk_buff *skb)
 {
 	struct sp_packet *p;
@@ -156,8 +164,7 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (!cfg || !leg || !sp_px0_passes(reason))
 		return TC_ACT_SHOT;
 	if (reason != SP_REASON_PX_RESET)
-		sp_touch(&leg->flags, &leg->last_ns, sp_seen(p, at.side == SP_LEG_UP),
-			 bpf_ktime_get_boot_ns());
+		sp_touch_leg(leg, p, at.side);
 	if ((p->tcp_flags & SP_TCP_SYN) && sp_edit_syn(skb, p, sp_mss_of(skb, p, leg->ifindex)))
 		return TC_ACT_SHOT;
 	if (reason == SP_REASON_PX_UP)

@@ -147,6 +147,7 @@ const (
 	SallyportSpFlagsSP_ANSWERED   SallyportSpFlags = 8
 	SallyportSpFlagsSP_CUT_SERVER SallyportSpFlags = 16
 	SallyportSpFlagsSP_CUT_CLIENT SallyportSpFlags = 32
+	SallyportSpFlagsSP_AGAIN      SallyportSpFlags = 64
 )
 
 type SallyportSpFlow struct {
@@ -399,6 +400,7 @@ const (
 	SallyportSpReasonSP_REASON_BAD_FLAGS         SallyportSpReason = 69
 	SallyportSpReasonSP_REASON_SOURCE_FOREIGN    SallyportSpReason = 70
 	SallyportSpReasonSP_REASON_SOURCE_OWN        SallyportSpReason = 71
+	SallyportSpReasonSP_REASON_LINK_LOCAL        SallyportSpReason = 72
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77

@@ -82,6 +82,7 @@ enum sp_flags {
 	SP_ANSWERED = 8,	/* the other direction was seen, beyond its SYN: both shook hands */
 	SP_CUT_SERVER = 16,	/* its path ended, and an RST of the client went on to the server */
 	SP_CUT_CLIENT = 32,	/* the same, to the client */
+	SP_AGAIN = 64,		/* a SYN came after both shook hands: another connection, if the service takes it */
 };
 
 struct sp_config {

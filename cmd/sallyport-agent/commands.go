@@ -53,7 +53,7 @@ func (p *process) guard() *cobra.Command {
 func (p *process) check() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "Read configuration and resources as run would, ask the kernel for what it needs, and change nothing",
+		Short: "Read configuration and resources as run would, look for what it needs on this machine, and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if err := agent.Check(p.options()); err != nil {

@@ -9,12 +9,13 @@ import (
 	"testing"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
+	"golang.org/x/sys/unix"
 )
 
 const goodConfig = `apiVersion: sallyport.dev/v1alpha1
 kind: AgentConfig
 metadata: {name: node-1}
-spec: {trustDomain: example.org, resources: RESOURCES}
+spec: {trustDomain: example.org, resources: RESOURCES, bpffs: BPFFS}
 `
 
 const goodResources = `apiVersion: sallyport.dev/v1alpha1
@@ -46,21 +47,35 @@ func TestCheck(t *testing.T) {
 		t.Skip("files of the agent are root's")
 	}
 	dir := t.TempDir()
-	config := filepath.Join(dir, "agent.yaml")
-	write(t, config, strings.Replace(goodConfig, "RESOURCES", dir+"/resources.d", 1))
-	if err := os.Mkdir(filepath.Join(dir, "resources.d"), 0o755); err != nil {
+	config, file := filepath.Join(dir, "agent.yaml"), filepath.Join(dir, "resources.d", "db.yaml")
+	for _, d := range []string{"resources.d", "bpf"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good := strings.NewReplacer("RESOURCES", dir+"/resources.d", "BPFFS", dir+"/bpf").Replace(goodConfig)
+	write(t, config, good)
+	write(t, file, goodResources)
+	says := func(words string) {
+		t.Helper()
+		_, err := call(t, 0, "check", "--config", config)
+		if text := agent.Describe(err); !strings.Contains(text, words) || !strings.Contains(text, "\nhint: ") {
+			t.Errorf("%q", text)
+		}
+	}
+	says("no host-visible bpffs: " + dir + "/bpf is not on one")
+	if err := unix.Mount("bpf", dir+"/bpf", "bpf", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(dir, "resources.d", "db.yaml")
-	write(t, file, goodResources)
+	t.Cleanup(func() { _ = unix.Unmount(dir+"/bpf", 0) })
 	if out, err := call(t, 0, "check", "--config", config); err != nil || out != "ok\n" {
 		t.Errorf("%q, %v", out, err)
 	}
+	write(t, config, strings.Replace(good, "bpffs:", "cgroup: /nonesuch, bpffs:", 1))
+	says("no cgroup v2 at /nonesuch")
+	write(t, config, good)
 	write(t, file, strings.Replace(goodResources, "5432", "0", 1))
-	_, err := call(t, 0, "check", "--config", config)
-	if text := agent.Describe(err); !strings.Contains(text, file+":4: spec.ports[0]: ") || !strings.Contains(text, "\nhint: ") {
-		t.Errorf("%q", text)
-	}
+	says(file + ":4: spec.ports[0]: ")
 }
 
 func TestWrongCommandLines(t *testing.T) {

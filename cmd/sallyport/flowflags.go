@@ -31,14 +31,14 @@ func (f *flowFlags) add(cmd *cobra.Command) {
 	flags.StringVar(&f.q.Client, "client", "", "only from this `ADDRESS`")
 	flags.StringVar(&f.q.Identity, "identity", "", "only with this SPIFFE `ID`")
 	flags.StringVar(&f.q.Grant, "grant", "", "only under this grant `ID`")
-	flags.StringVar(&f.q.Event, "event", "", "only this `EVENT`: open, close, end, deny or update")
+	flags.StringVar(&f.q.Event, "event", "", "only this `EVENT`: open, close, end, deny, update or backstop")
 	flags.StringVar(&f.q.Verdict, "verdict", "", "only this `VERDICT`: proxied, bypassed or denied")
 	flags.StringVar(&f.q.Reason, "reason", "", "only this `REASON`")
 	flags.StringVar(&f.since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now")
 	flags.StringVar(&f.until, "until", "", "only before this `TIME`")
 	flags.Uint32Var(&f.q.Limit, "limit", newestRecords, "the newest `N` records")
-	fixed(cmd, "event", []string{"open", "close", "end", "deny", "update"})
-	fixed(cmd, "verdict", []string{"proxied", "bypassed", "denied"})
+	fixed(cmd, "event", eventWords())
+	fixed(cmd, "verdict", verdictWords())
 	fixed(cmd, "reason", reasonNames())
 }
 
@@ -48,9 +48,9 @@ func (f *flowFlags) query(now time.Time) (*api.FlowQuery, error) {
 	q.Event, q.Verdict, q.Reason = strings.ToUpper(q.Event), strings.ToUpper(q.Verdict), strings.ToUpper(q.Reason)
 	checks := []error{
 		positive("limit", q.Limit),
-		word("event", q.Event, flow.ParseEvent),
-		word("verdict", q.Verdict, flow.ParseVerdict),
-		word("reason", q.Reason, flow.ParseReason),
+		word("event", q.Event, flow.ParseEvent, eventWords()),
+		word("verdict", q.Verdict, flow.ParseVerdict, verdictWords()),
+		word("reason", q.Reason, flow.ParseReason, reasonNames()),
 		instant("since", f.since, now, &q.Since),
 		instant("until", f.until, now, &q.Until),
 		address("client", q.Client),
@@ -70,15 +70,20 @@ func positive(flag string, n uint32) error {
 	return withHint(fmt.Errorf("read --%s: 0 records are none", flag), "write a number from 1 on")
 }
 
-func word[T any](flag, value string, parse func(string) (T, error)) error {
+// word checks a flag whose value is one of a list of words.
+func word[T any](flag, value string, parse func(string) (T, error), words []string) error {
 	if value == "" {
 		return nil
 	}
 	if _, err := parse(value); err != nil {
-		return withHint(fmt.Errorf("read --%s: %w", flag, err), "reasons are: %s", strings.Join(reasonNames(), " "))
+		return withHint(fmt.Errorf("read --%s: %w", flag, err), "write one of: %s", strings.Join(words, " "))
 	}
 	return nil
 }
+
+func eventWords() []string { return []string{"open", "close", "end", "deny", "update", "backstop"} }
+
+func verdictWords() []string { return []string{"proxied", "bypassed", "denied"} }
 
 func reasonNames() []string {
 	var names []string

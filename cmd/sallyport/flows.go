@@ -66,7 +66,7 @@ func (c *cli) collectorFlows(ctx context.Context, q *api.FlowQuery) error {
 }
 
 var flowColumns = []column{
-	{"TIME", 24}, {"NODE", 8}, {"EVENT", 6}, {"VERDICT", 8}, {"REASON", 12}, {"CLIENT", 21}, {"SERVER", 21},
+	{"TIME", 24}, {"NODE", 8}, {"EVENT", 8}, {"VERDICT", 8}, {"REASON", 17}, {"CLIENT", 21}, {"SERVER", 21},
 	{"SERVICE", 12}, {"TO SERVER", 12}, {"TO CLIENT", 12}, {"COUNT", 5}, {"IDENTITY OR GRANT", 26}, {"DETAIL", 0},
 }
 

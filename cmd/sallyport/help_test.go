@@ -68,3 +68,18 @@ func TestEveryCommandRefusesTooManyArguments(t *testing.T) {
 		}
 	})
 }
+
+// TestWrongWordsAreAnsweredWithTheRight: what a filter takes is told by the flag that was wrong, and all of it is taken.
+func TestWrongWordsAreAnsweredWithTheRight(t *testing.T) {
+	for flag, words := range map[string][]string{"event": eventWords(), "verdict": verdictWords(), "reason": reasonNames()} {
+		r := command(t.Context(), nil, "flows", "--"+flag, "nope")
+		if r.code != exitUsage || !strings.Contains(r.stderr, "hint: write one of: "+strings.Join(words, " ")) {
+			t.Errorf("--%s: %+v", flag, r)
+		}
+		for _, w := range words {
+			if r := command(t.Context(), nil, "--run-dir", t.TempDir(), "flows", "--"+flag, w); r.code == exitUsage {
+				t.Errorf("--%s %s: %+v", flag, w, r)
+			}
+		}
+	}
+}

@@ -35,7 +35,7 @@ func statusTable(t *table, s *api.StatusReply) {
 	t.row("version", s.GetVersion())
 	t.row("started", stamp(s.GetStarted()))
 	t.row("identity", s.GetIdentityState())
-	t.row("proxy", choose(s.GetProxyListening(), "listening", "NOT LISTENING: proxied traffic is closed"))
+	t.row("proxy", choose(s.GetProxyListening(), "listening", "NOT LISTENING: proxied traffic is closed; start or look at sallyport-proxy"))
 	t.row("collector", s.GetCollector())
 	t.row("lease left", span(s.GetLeaseLeft()))
 	t.row("services", s.GetServices())

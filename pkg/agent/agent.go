@@ -115,7 +115,7 @@ func (n *node) parts() []part {
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
 		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
-		{name: "metrics", start: n.listenMetrics, run: n.runMetrics},
+		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
 	}
@@ -317,11 +317,11 @@ func (n *node) listenOperators(context.Context) (err error) {
 	return err
 }
 
-func (n *node) listenMetrics(context.Context) (err error) {
+func (n *node) makeMetrics(context.Context) (err error) {
 	if n.cfg.Spec.Metrics == "" {
 		return nil
 	}
-	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, newMetrics(n))
+	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, n.problems, newMetrics(n))
 	return err
 }
 

@@ -287,6 +287,9 @@ func (in *installed) testGrants() {
 	if revoked.Grant.State != "revoked" || revoked.Grant.EndedWhy != "done" {
 		t.Errorf("revoked: %v", revoked)
 	}
+	if paths, err = agent.Paths(ctx, &api.PathsRequest{}); err != nil || len(paths.Paths) != 2 || paths.Paths[0].Left.AsDuration() != 0 {
+		t.Errorf("time left after the end: %v, %v", paths, err)
+	}
 	short, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second })})
 	must(t, err)
 	in.eventually("a grant expires", func() bool {

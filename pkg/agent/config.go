@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -43,19 +44,18 @@ func loadConfig(path string) (policy.AgentConfig, error) {
 	return policy.ParseAgentConfig(path, data)
 }
 
-// Check reads configuration and resources as Run would, and asks whether the kernel has what it needs; it changes nothing.
-// Every problem comes back at once.
+// Check reads configuration and resources as Run would, and asks whether the kernel, the control group and the bpffs that
+// it needs are there; it changes nothing. Every problem comes back at once.
 func Check(o Options) error {
 	cfg, err := loadConfig(o.ConfigFile)
 	if err != nil {
 		return err
 	}
 	_, err = policy.LoadDir(cfg.Spec.Resources)
-	kernel := datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks))
-	if errors.Is(kernel, fs.ErrPermission) { // only root can ask
-		kernel = nil
-	}
-	return errors.Join(checkTrustedDir(cfg.Spec.Resources), err, kernel)
+	_, cgroup := backstopCgroup(cfg)
+	machine := []error{datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
+	machine = slices.DeleteFunc(machine, func(err error) bool { return errors.Is(err, fs.ErrPermission) }) // only root can ask
+	return errors.Join(append(machine, checkTrustedDir(cfg.Spec.Resources), err)...)
 }
 
 // makeDirs makes the directories that the agent writes to. The state directory is closed to others; the run directory holds

@@ -194,15 +194,12 @@ func (d *devices) sync() error {
 	}
 	plan := planHooks(d.datapath.Devices(), links, d.classify)
 	moved := len(plan.detach) > 0
+	d.detach(plan.detach) // first: a device that came back with another number still has the hooks of the old one
 	for _, want := range plan.attach {
 		d.attach(want)
 		moved = moved || want.fresh
 	}
-	for _, ifindex := range append(plan.detach, released(plan, d.datapath.Devices())...) {
-		if err := d.datapath.Detach(ifindex); err != nil {
-			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
-		}
-	}
+	d.detach(released(plan, d.datapath.Devices()))
 	d.uplinks.sync(links)
 	d.reportHoles(links)
 	if moved {
@@ -221,6 +218,14 @@ func released(p hookPlan, have []datapath.Device) (out []int) {
 	return out
 }
 
+func (d *devices) detach(ifindexes []int) {
+	for _, ifindex := range ifindexes {
+		if err := d.datapath.Detach(ifindex); err != nil {
+			d.log.Warn("forget device", "ifindex", ifindex, "error", err)
+		}
+	}
+}
+
 func (d *devices) attach(w hookWant) {
 	err := d.datapath.Attach(w.Ifindex, w.Role)
 	switch {
@@ -232,8 +237,9 @@ func (d *devices) attach(w hookWant) {
 	d.problems.report(problemDevice, w.Name, err)
 }
 
-// errIgnored is the standing problem of a device that configuration leaves open.
-var errIgnored = errors.New("never hooked, by devices.ignore: what comes by it to protected services is refused")
+// errIgnored is the standing problem of a device that configuration leaves out.
+var errIgnored = errors.New("gets no hooks, by devices.ignore: what comes by it to protected services is refused, " +
+	"unless hooks from before that setting are still on it (`sallyport-agent uninstall` takes them off)")
 
 // reportHoles names the devices that are ignored and forgets the problems of devices that are gone.
 func (d *devices) reportHoles(links []link) {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -51,7 +53,7 @@ func (o *operators) closed(r *api.ExplainReply) *api.ExplainReply {
 		return r
 	}
 	r.Verdict, r.Reason = flow.VerdictDenied.String(), flow.ReasonNoListener.String()
-	return say(r, "but the proxy does not listen now: the packet is dropped (NO_LISTENER)")
+	return say(r, "but the proxy does not listen now: the packet is dropped (NO_LISTENER): look at sallyport-proxy")
 }
 
 func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
@@ -62,20 +64,85 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 	}
 	r.Service = service.Name
 	say(r, fmt.Sprintf("protected service %s (%s), from %s", service.Name, service.Spec.Target, service.Source))
-	if id, live := o.grants.serving(q.client, service.Name, port); live {
-		r.Verdict, r.Reason, r.Grant = flow.VerdictBypassed.String(), flow.ReasonPathOpen.String(), id
-		return say(r, fmt.Sprintf("%s has a live path, by grant %s: straight to the service", q.client, id))
+	paths, err := o.datapath.Paths()
+	if err != nil {
+		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
 	}
+	row, _ := e.service(service.Name)
+	return overPath(r, q, service, e.set, latest(paths, q.client, row.ID, port))
+}
+
+// overPath tells what the client's path does with a new connection, or what happens without one (the zero value).
+func overPath(r *api.ExplainReply, q question, service policy.ProtectedService, set *policy.Set, p datapath.PathStatus) *api.ExplainReply {
+	r.Grant = p.Grant
+	if p.State == datapath.PathActive && !used(p) {
+		return bypassed(r, p)
+	}
+	return notBypassed(r, q, service, set, p)
+}
+
+// bypassed says what a live path means for a new connection.
+func bypassed(r *api.ExplainReply, p datapath.PathStatus) *api.ExplainReply {
+	r.Verdict, r.Reason = flow.VerdictBypassed.String(), flow.ReasonPathOpen.String()
+	say(r, fmt.Sprintf("%s has a live path, by grant %s: straight to the service", p.Client, p.Grant))
+	if p.Ingress != datapath.IngressAny {
+		say(r, "but only behind the kind of device that the grant names; by another one it gets no path (PATH_INGRESS)")
+	}
+	if rate := p.Budget.ConnectionsPerSecond; rate != 0 {
+		say(r, fmt.Sprintf("but no more than %d new connections in a second; others get no path (PATH_RATE)", rate))
+	}
+	return r
+}
+
+// used tells whether a live path took all connections of its budget.
+func used(p datapath.PathStatus) bool {
+	return p.Budget.Connections != 0 && p.Flows >= p.Budget.Connections
+}
+
+// notBypassed tells of a connection that no path lets through. Only a proven identity gets it any further.
+func notBypassed(r *api.ExplainReply, q question, service policy.ProtectedService, set *policy.Set, p datapath.PathStatus) *api.ExplainReply {
+	reason, why := whyNot(p, service.Spec.Protocol == policy.ProtocolUDP)
+	r.Reason = reason.String()
 	if service.Spec.Protocol == policy.ProtocolUDP {
-		r.Verdict, r.Reason = flow.VerdictDenied.String(), flow.ReasonUDPNoPath.String()
-		return say(r, fmt.Sprintf("%s has no live path: the datagram is refused, for UDP has no way through the proxy", q.client))
+		r.Verdict = flow.VerdictDenied.String()
+		return say(r, fmt.Sprintf("%s %s: the datagram is refused, for UDP has no way through the proxy; it takes a grant", q.client, why))
 	}
-	r.Verdict, r.Reason = flow.VerdictProxied.String(), flow.ReasonNoPath.String()
-	say(r, fmt.Sprintf("%s has no live path: the first packet is steered to the proxy", q.client))
+	r.Verdict = flow.VerdictProxied.String()
+	say(r, fmt.Sprintf("%s %s: the first packet is steered to the proxy", q.client, why))
 	if q.identity.IsZero() {
 		return say(r, "the proxy asks for an identity; without TLS it resets the connection (NO_TLS)")
 	}
-	return authorised(r, e.set.Authorise(service.Name, q.identity), q.identity)
+	return authorised(r, set.Authorise(service.Name, q.identity), q.identity)
+}
+
+// whyNot says why a path, or none (the zero value), does not let a new connection through.
+func whyNot(p datapath.PathStatus, udp bool) (flow.Reason, string) {
+	if p.State == datapath.PathActive {
+		return flow.ReasonPathConnections, fmt.Sprintf("has a path, but it took all of its %d connections", p.Budget.Connections)
+	}
+	why := "has no live path"
+	if p.Grant != "" {
+		why += fmt.Sprintf(" (that of grant %s is %s)", p.Grant, stateName(p.State))
+	}
+	if udp {
+		return flow.ReasonUDPNoPath, why
+	}
+	return flow.ReasonNoPath, why
+}
+
+// latest is the path of a client to a port of a service: the live one, or else the last of those that ended and are still
+// in the kernel. The zero value: none.
+func latest(paths []datapath.PathStatus, client netip.Addr, service uint32, port uint16) (last datapath.PathStatus) {
+	for _, p := range paths {
+		switch {
+		case p.ServiceID != service || p.Client != client || !slices.Contains(p.Ports, port):
+		case p.State == datapath.PathActive:
+			return p
+		case last.Grant == "" || p.Deadline > last.Deadline:
+			last = p
+		}
+	}
+	return last
 }
 
 // authorised adds what the proxy would decide.

@@ -215,19 +215,6 @@ func (g *grants) freeSlot(slot uint32) error {
 // all lists every grant that the node ever activated, oldest first.
 func (g *grants) all(ctx context.Context) ([]store.GrantRow, error) { return g.store.Grants(ctx) }
 
-// active rows by id, for explain.
-func (g *grants) serving(client netip.Addr, service string, port uint16) (id string, ok bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for id, h := range g.active {
-		if h.over == nil && h.payload.Service == service && slices.Contains(h.payload.Addresses, client) &&
-			slices.Contains(portsOf(h.payload, h.service), port) {
-			return id, true
-		}
-	}
-	return "", false
-}
-
 // portsOf are the ports that a grant's paths serve: those that it names, or all of the service.
 func portsOf(p grant.Payload, s datapath.Service) []uint16 {
 	if len(p.Ports) == 0 {

@@ -203,13 +203,18 @@ func (m *metrics) auditing(ch chan<- prometheus.Metric) error {
 	return nil
 }
 
-// metricsServer serves /metrics over plain HTTP on an address that the configuration names.
+// listenAgain is how often the metrics' address is tried while it cannot be had.
+const listenAgain = time.Second
+
+// metricsServer serves /metrics over plain HTTP on an address that the configuration names. An address that cannot be had,
+// because another process has it or because the network is not up yet, is a problem and stops nothing.
 type metricsServer struct {
-	listener net.Listener
-	server   *http.Server
+	address  string
+	handler  http.Handler
+	problems *problems
 }
 
-func newMetricsServer(address string, c ...prometheus.Collector) (*metricsServer, error) {
+func newMetricsServer(address string, p *problems, c ...prometheus.Collector) (*metricsServer, error) {
 	registry := prometheus.NewRegistry()
 	c = append(c, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, collector := range c {
@@ -217,21 +222,37 @@ func newMetricsServer(address string, c ...prometheus.Collector) (*metricsServer
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		return nil, fmt.Errorf("listen for metrics: %w", err)
-	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}))
-	return &metricsServer{listener: listener, server: &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
-	}}, nil
+	return &metricsServer{address: address, handler: mux, problems: p}, nil
 }
 
-// Run serves until ctx ends. It closes the listener.
+// Run serves until ctx ends.
 func (m *metricsServer) Run(ctx context.Context) error {
-	defer context.AfterFunc(ctx, func() { m.server.Close() })()
-	if err := m.server.Serve(m.listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+	again := time.NewTicker(listenAgain)
+	defer again.Stop()
+	for {
+		if err := m.serve(ctx); ctx.Err() == nil {
+			m.problems.report(problemMetrics, m.address, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-again.C:
+		}
+	}
+}
+
+// serve listens and serves until ctx ends, or says why it cannot.
+func (m *metricsServer) serve(ctx context.Context) error {
+	listener, err := net.Listen("tcp", m.address)
+	if err != nil {
+		return fmt.Errorf("no metrics are served: %w", err)
+	}
+	m.problems.report(problemMetrics, m.address, nil)
+	server := &http.Server{Handler: m.handler, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve metrics: %w", err)
 	}
 	return nil

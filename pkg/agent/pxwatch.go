@@ -50,6 +50,10 @@ func (w *pxWatch) repair(wrong error) error {
 	if missing && err == nil {
 		err = w.move(w.px.Px0())
 	}
-	w.alarm(alarmPxLost, fmt.Sprintf("px was changed (%s), and is as it was again: %v", oneLine(wrong.Error()), err == nil))
+	now := "is as it was again"
+	if err != nil {
+		now = "could not be mended"
+	}
+	w.alarm(alarmPxLost, fmt.Sprintf("px was changed and %s: %s", now, oneLine(wrong.Error())))
 	return err
 }

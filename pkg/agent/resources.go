@@ -212,15 +212,31 @@ func (r *resources) Run(ctx context.Context) error {
 
 // keepFile makes a file's content durable as a whole, unless it has it already.
 func keepFile(path string, data []byte, mode os.FileMode) error {
+	if err := removeHalfWritten(path); err != nil {
+		return err
+	}
 	if old, err := os.ReadFile(path); err == nil && slices.Equal(old, data) {
 		return nil
 	}
 	return replaceFile(path, data, mode)
 }
 
+// besideFile is the pattern of what is written before it gets the file's name.
+func besideFile(path string) string { return "." + filepath.Base(path) + "-*" }
+
+// removeHalfWritten removes what a killed agent has left beside the file. Nobody else writes it.
+func removeHalfWritten(path string) error {
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), besideFile(path)))
+	errs := []error{err}
+	for _, half := range left {
+		errs = append(errs, os.Remove(half))
+	}
+	return errors.Join(errs...)
+}
+
 // replaceFile writes beside the file, syncs and renames: a reader and a crash see the old content or the new.
 func replaceFile(path string, data []byte, mode os.FileMode) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	f, err := os.CreateTemp(filepath.Dir(path), besideFile(path))
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,9 @@ func Rollback(ctx context.Context, o Options, actor string) (hooks int, err erro
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, l.release()) }()
+	if err := datapath.CanRollback(cfg.PinDir()); err != nil {
+		return 0, fmt.Errorf("roll back: %w", err) // and nothing to record
+	}
 	s, err := store.Open(storeFile(cfg))
 	if err != nil {
 		return 0, err

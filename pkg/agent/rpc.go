@@ -86,9 +86,13 @@ func (o *operators) Paths(context.Context, *api.PathsRequest) (*api.PathsReply, 
 }
 
 func describePath(p datapath.PathStatus, c clock) *api.Path {
+	left := max(p.Deadline-c.boot(), 0)
+	if !isOpen(p) { // it ended before its deadline
+		left = 0
+	}
 	return &api.Path{
 		Slot: p.Slot, State: stateName(p.State), Grant: p.Grant, Client: p.Client.String(), Service: p.Service,
-		Deadline: timestamp(c.wallAt(p.Deadline)), Left: durationpb.New(max(p.Deadline-c.boot(), 0)),
+		Deadline: timestamp(c.wallAt(p.Deadline)), Left: durationpb.New(left),
 		Flows: p.Flows, BytesToServer: p.BytesToServer, BytesToClient: p.BytesToClient,
 		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient, Budget: describeBudget(p.Budget),
 	}

@@ -8,6 +8,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -36,6 +37,7 @@ var known = []struct {
 	{datapath.ErrLayout, codes.FailedPrecondition, "run `sallyport-agent uninstall` of the version that made the maps, then start this one"},
 	{ErrRunning, codes.FailedPrecondition, "stop it first: systemctl stop sallyport-agent"},
 	{ErrUntrusted, codes.FailedPrecondition, "chown root: and chmod go-w it, and look at who wrote it"},
+	{unix.EROFS, codes.FailedPrecondition, "mount it read-write, or name another directory in the configuration"},
 	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
 }
 

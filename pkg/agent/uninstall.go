@@ -127,7 +127,7 @@ func (u *uninstall) removeFiles() error {
 			errs = append(errs, fmt.Errorf("remove file: %w", err))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, removeHalfWritten(u.cfg.PolicyFile()))...)
 }
 
 // left looks for what should be gone.

@@ -15,9 +15,9 @@ import (
 // ErrBPFFS says that the pin directory is not on a bpffs that the host sees.
 var ErrBPFFS = errors.New("no host-visible bpffs")
 
-// checkBPFFS refuses a directory that is not below a bpffs, and a bpffs that only this mount
+// CheckBPFFS refuses (ErrBPFFS) a directory that is not below a bpffs, and a bpffs that only this mount
 // namespace has: its pins would be gone with the container that mounted it.
-func checkBPFFS(dir string) error {
+func CheckBPFFS(dir string) error {
 	parent := dir
 	for {
 		if _, err := os.Stat(parent); err == nil || parent == "/" {
@@ -38,7 +38,7 @@ func checkBPFFS(dir string) error {
 	}
 	f, err := os.Open("/proc/1/mountinfo")
 	if err != nil {
-		return fmt.Errorf("%w: read the host's mounts: %s: share the host's PID namespace", ErrBPFFS, err)
+		return fmt.Errorf("%w: read the host's mounts: %w: share the host's PID namespace", ErrBPFFS, err)
 	}
 	defer f.Close()
 	device := fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))

@@ -93,12 +93,45 @@ func (d *destroyer) destroy(k *bpf.FlowKey, f *bpf.Flow) error {
 	server := netip.AddrPortFrom(fromAddr(k.Server), k.ServerPort)
 	device := int(f.Ifindex)
 	var errs []error
-	if f.Hook != bpf.SallyportSpHookSP_HOOK_OUT {
+	if !isPods(f) {
 		errs = append(errs, d.host.destroy(server, client, device))
 	} else if pod := d.pod(device); pod != nil {
 		errs = append(errs, pod.destroy(server, client, 0))
 	}
 	return errors.Join(append(errs, d.host.destroy(client, server, device))...)
+}
+
+// isPods tells whether the service of a flow is in a pod.
+func isPods(f *bpf.Flow) bool {
+	return f.Hook == bpf.SallyportSpHookSP_HOOK_OUT || f.Hook == bpf.SallyportSpHookSP_HOOK_PORT
+}
+
+// standingSockets tells for each flow whether its service has the connection. It does not where nobody can tell.
+func standingSockets(keys []bpf.FlowKey, flows []bpf.Flow) []bool {
+	standing := make([]bool, len(keys))
+	if len(keys) == 0 {
+		return standing
+	}
+	host, err := openSockets(netns.None())
+	if err != nil {
+		return standing
+	}
+	d := &destroyer{host: host, pods: map[int]*sockets{}}
+	defer d.close()
+	for i := range keys {
+		standing[i] = d.stands(&keys[i], &flows[i])
+	}
+	return standing
+}
+
+func (d *destroyer) stands(k *bpf.FlowKey, f *bpf.Flow) bool {
+	at := d.host
+	if isPods(f) {
+		at = d.pod(int(f.Ifindex))
+	}
+	client := netip.AddrPortFrom(fromAddr(k.Client), k.ClientPort)
+	server := netip.AddrPortFrom(fromAddr(k.Server), k.ServerPort)
+	return at != nil && at.has(server, client, int(f.Ifindex))
 }
 
 // pod opens the sockets of the pod behind a device, once.

@@ -94,7 +94,7 @@ func Open(cfg Config) (*Datapath, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	if err := checkBPFFS(cfg.Dir); err != nil {
+	if err := CheckBPFFS(cfg.Dir); err != nil {
 		return nil, err
 	}
 	if err := checkVersions(cfg.Dir); err != nil {

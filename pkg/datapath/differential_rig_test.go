@@ -81,20 +81,28 @@ func (d *differential) everyPlace(t testing.TB) []place {
 		{name: "sp_cg_in", hook: reference.SocketIn, device: uplink, pass: cgPass},
 	}
 	for i := range all {
-		all[i].load(t, d.program(all[i].name))
+		all[i].load(t, d.d.Profile(), d.program(all[i].name))
 	}
 	return all
 }
 
 // load makes the place's runners.
-func (p *place) load(t testing.TB, program *ebpf.Program) {
+func (p *place) load(t testing.TB, profile datapath.Profile, program *ebpf.Program) {
 	p.plain = newRunner(t, program)
 	switch p.hook {
 	case reference.DeviceOut, reference.PodOut:
-		p.tagged = newRunner(t, tagging(t, program, ebpf.AttachTCXEgress))
+		p.tagged = newRunner(t, tagging(t, program, attachType(profile, ebpf.AttachTCXEgress)))
 	case reference.DeviceIn, reference.LoopbackIn:
-		p.tagged = newRunner(t, tagging(t, program, ebpf.AttachTCXIngress))
+		p.tagged = newRunner(t, tagging(t, program, attachType(profile, ebpf.AttachTCXIngress)))
 	}
+}
+
+// attachType is what programs of a direction are loaded for: filters of clsact for none.
+func attachType(p datapath.Profile, tcx ebpf.AttachType) ebpf.AttachType {
+	if p == datapath.ProfileClsact {
+		return ebpf.AttachNone
+	}
+	return tcx
 }
 
 // at is the first place of that program.

@@ -15,6 +15,7 @@ import (
 const (
 	closedFlowLinger = time.Second      // late packets of a closed flow still count for it
 	closedLegLinger  = 10 * time.Second // the proxy's last ACKs and its TIME_WAIT answers
+	resetLegLinger   = 40 * time.Second // two keepalives of the proxy, which undo a forged RST
 	openingLegLinger = 30 * time.Second // from the SYN on, without a handshake
 	idleLegLinger    = 15 * time.Minute // the proxy keeps live legs busy with keepalives every 15 s
 	denyLinger       = 2 * time.Second
@@ -110,10 +111,11 @@ func (o *over) add(k bpf.FlowKey, f bpf.Flow, r flow.Reason, p bpf.Path) {
 }
 
 func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
-	cut, done, err := d.overFlows(full)
+	cut, reset, done, err := d.overFlows(full)
 	if err != nil {
 		return nil, err
 	}
+	done.addGone(reset)
 	if err = destroySockets(cut.keys, cut.flows); errors.Is(err, ErrNoDestroy) {
 		err = nil // CanDestroy tells of it
 	}
@@ -130,22 +132,24 @@ func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
 	return out, err
 }
 
-// overFlows sorts the flows that are over into those to cut, because their path ended, and those that are done with. Paths
-// that have one are taken out of `full`.
-func (d *Datapath) overFlows(full map[uint32]bool) (cut, done over, err error) {
+// overFlows sorts the flows that are over into those to cut, because their path ended, those that only a RST says are over, and
+// those that are done with. Paths that have one are taken out of `full`.
+func (d *Datapath) overFlows(full map[uint32]bool) (cut, reset, done over, err error) {
 	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
 	if err != nil {
-		return cut, done, err
+		return cut, reset, done, err
 	}
 	seen := cuts{}
 	for i := range keys {
 		delete(full, flows[i].Slot)
 		path, reason, err := d.pathOf(&flows[i])
 		if err != nil {
-			return cut, done, err
+			return cut, reset, done, err
 		}
 		switch reason = endOf(&flows[i], reason); {
 		case reason == flow.ReasonNone:
+		case reason == flow.ReasonClosed && !finished(&flows[i]):
+			reset.add(keys[i], flows[i], reason, path)
 		case d.cuts.done(seen, keys[i], &flows[i], reason):
 			done.add(keys[i], flows[i], reason, path)
 		case seen[keys[i]].fresh:
@@ -153,13 +157,29 @@ func (d *Datapath) overFlows(full map[uint32]bool) (cut, done over, err error) {
 		}
 	}
 	d.cuts = seen
-	return cut, done, nil
+	return cut, reset, done, nil
+}
+
+// addGone adds the flows whose service has no such connection any more. A RST that it did not take was not its
+// client's: to forge one takes the tuple alone, and its sequence number is judged by the socket.
+func (o *over) addGone(reset over) {
+	standing := standingSockets(reset.keys, reset.flows)
+	for i := range reset.keys {
+		if !standing[i] {
+			o.add(reset.keys[i], reset.flows[i], reset.reasons[i], reset.paths[i])
+		}
+	}
+}
+
+// finished tells whether both parties of a flow closed it.
+func finished(f *bpf.Flow) bool {
+	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
+	return f.Flags&fins == fins
 }
 
 // endOf says why a flow is over, or NONE.
 func endOf(f *bpf.Flow, path flow.Reason) flow.Reason {
-	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
-	closed := f.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0 || f.Flags&fins == fins
+	closed := f.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0 || finished(f)
 	switch {
 	case f.Ended != 0:
 		return flow.Reason(f.Ended)
@@ -222,10 +242,14 @@ func (d *Datapath) sweepLegs() error {
 func legOver(l *bpf.Leg) bool {
 	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
 	idle := BootTime() - time.Duration(l.LastNs)
+	reset := l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0
+	answered := l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) != 0
 	switch {
-	case l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0, l.Flags&fins == fins:
+	case l.Flags&fins == fins, reset && !answered:
 		return idle > closedLegLinger
-	case l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) == 0:
+	case reset:
+		return idle > resetLegLinger
+	case !answered:
 		return BootTime()-time.Duration(l.OpenedNs) > openingLegLinger // a SYN-ACK sent again does not count
 	}
 	return idle > idleLegLinger

@@ -23,7 +23,7 @@ type pinned interface {
 func (d *Datapath) Repin() (n int, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := checkBPFFS(d.cfg.Dir); err != nil {
+	if err := CheckBPFFS(d.cfg.Dir); err != nil {
 		return 0, err
 	}
 	if err := makePinDirs(d.cfg.Dir); err != nil {

@@ -89,6 +89,7 @@ func flags(bits bpf.SallyportSpFlags) func(*bpf.Flow) {
 const (
 	bothFins = bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER
 	reset    = bpf.SallyportSpFlagsSP_RST
+	shaken   = bpf.SallyportSpFlagsSP_ANSWERED
 )
 
 func legKey(s scene, side bpf.SallyportSpLegSide) bpf.LegKey {

@@ -37,6 +37,7 @@ func mss(n int) []byte { return binary.BigEndian.AppendUint16([]byte{2, 4}, uint
 func optionCases() []progCase {
 	join := append([]byte{30, 12, 0x10, 1}, make([]byte, 8)...)
 	nops := slices.Repeat([]byte{1}, 12)
+	smc := []byte{254, 6, 0xe2, 0xd4, 0xc3, 0xd9, 1, 1}
 	capable := []byte{30, 4, 0, 0x81}
 	active := path(datapath.PathActive)
 	opened := pass(flow.ReasonPathOpen, "flow 1/0").recorded("OPEN PATH_OPEN 1/0")
@@ -54,6 +55,10 @@ func optionCases() []progCase {
 		with("MPTCP, bypassed, again", pass(flow.ReasonPathLive, "flow 1/0"), join, nops, active, bypassed()),
 		with("MPTCP, steered", steered, slices.Concat(mss(1400), join, capable), slices.Concat(mss(1400), nops, nops[:4])),
 		with("MPTCP at the end of all", opened, slices.Concat(nops, nops, nops[:4], join), slices.Concat(nops, nops, nops[:4], nops), active),
+		with("SMC", steered, smc, nops[:8]),
+		with("SMC, bypassed", opened, slices.Concat(smc, mss(1400)), slices.Concat(nops[:8], mss(1400)), active),
+		with("the other experiment", steered, []byte{253, 4, 0xf9, 0x89}, nops[:4]),
+		same("an option that nobody knows", steered, []byte{252, 4, 0xf9, 0x89}),
 		same("MPTCP behind an option of no length", opened, slices.Concat([]byte{8, 0, 1, 1}, join), active),
 		same("MPTCP behind the end of the list", opened, slices.Concat([]byte{0, 1, 1, 1}, join), active),
 		same("MPTCP beyond the header", opened, []byte{1, 1, 1, 1, 30, 12, 0, 0}, active),

@@ -111,6 +111,8 @@ func tuple(s scene, client, server bpf.Addr, cport, sport uint16) string {
 		switch {
 		case datapath.FromAddr(server).IsMulticast():
 			return " group"
+		case datapath.FromAddr(server).IsLinkLocalUnicast():
+			return " link"
 		case datapath.FromAddr(server) == s.server.Addr() && (sport == hostWebPort || sport == podWebPort):
 			return " web"
 		}
@@ -127,7 +129,7 @@ func placed(s scene, hook bpf.SallyportSpHook, device uint32) string {
 
 func flagNames(flags uint32) string {
 	var out strings.Builder
-	for i, name := range []string{"FIN_CLIENT", "FIN_SERVER", "RST", "ANSWERED", "CUT_SERVER", "CUT_CLIENT"} {
+	for i, name := range []string{"FIN_CLIENT", "FIN_SERVER", "RST", "ANSWERED", "CUT_SERVER", "CUT_CLIENT", "AGAIN"} {
 		if flags&(1<<i) != 0 {
 			out.WriteString(" " + name)
 		}

@@ -116,7 +116,7 @@ func tagged(t *testing.T, r *rig, target *ebpf.Program, tci uint16) *ebpf.Progra
 	t.Cleanup(func() { check(t, jump.Close()) })
 	var tag [2]byte
 	binary.BigEndian.PutUint16(tag[:], 0x8100)
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "tag", Type: ebpf.SchedCLS, AttachType: ebpf.AttachTCXIngress, License: "GPL",
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "tag", Type: ebpf.SchedCLS, AttachType: attachType(r.d.Profile(), ebpf.AttachTCXIngress), License: "GPL",
 		Instructions: asm.Instructions{
 			asm.Mov.Reg(asm.R6, asm.R1),
 			asm.Mov.Imm(asm.R2, int32(binary.NativeEndian.Uint16(tag[:]))), asm.Mov.Imm(asm.R3, int32(tci)),

@@ -107,6 +107,13 @@ func Rollback(dir, pxNetns string) (hooks int, err error) {
 	return hooks, swap(currentDir(dir), previousDir(dir))
 }
 
+// CanRollback says whether programs of another version are kept: ErrNoPrevious if there are none.
+func CanRollback(dir string) error {
+	previous, err := loadPrograms(previousDir(dir))
+	previous.close()
+	return err
+}
+
 // programSet are programs by their names.
 type programSet map[string]*ebpf.Program
 

@@ -100,6 +100,12 @@ func (s *sockets) destroy(local, remote netip.AddrPort, ifindex int) error {
 	return nil
 }
 
+// has tells whether there is a connection with this very tuple, that can still carry data.
+func (s *sockets) has(local, remote netip.AddrPort, ifindex int) bool {
+	found, err := s.ask(nl.SOCK_DIAG_BY_FAMILY, 0, diagOf(local, remote, ifindex))
+	return err == nil && found.State != 0 && found.State != tcpListen && found.State != tcpTimeWait
+}
+
 func noDestroy(err error) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return ErrNoDestroy

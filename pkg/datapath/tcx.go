@@ -24,8 +24,9 @@ func takeLink(p place, prog *ebpf.Program, pin string, fresh func() error) (hold
 		if h := (tcxLink{l, p}); h.there() {
 			return h, h.update(prog)
 		}
-		closeLink(l) // its device is gone
-		if err := os.Remove(pin); err != nil {
+		err := tcxLink{l, p}.drop() // its device is gone, or moved away with it
+		closeLink(l)
+		if err = errors.Join(err, os.Remove(pin)); err != nil {
 			return nil, fmt.Errorf("remove stale pin: %w", err)
 		}
 	} else if !errors.Is(err, os.ErrNotExist) {
@@ -103,8 +104,10 @@ func (h tcxLink) is(f found) bool {
 	return err == nil && f.link != 0 && info.ID == f.link
 }
 
+// drop takes it off its device wherever that is: one that moves to another namespace takes its links along, and may get
+// another number there.
 func (h tcxLink) drop() error {
-	if !h.there() {
+	if !attachedSomewhere(h.Link) {
 		return nil
 	}
 	if err := h.Detach(); err != nil {

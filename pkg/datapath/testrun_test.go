@@ -53,7 +53,8 @@ func (r *runner) run(frame []byte) (int32, error) {
 }
 
 // tagging makes a program that puts a VLAN tag beside the packet and goes on in the given one. The tag is
-// what cb[0] says, plus one; none is zero. Its EtherType is in cb[1], in network order.
+// what cb[0] says, plus one; none is zero. Its EtherType is in cb[1], in network order. A tail call takes programs of
+// its own attach type only.
 func tagging(t testing.TB, target *ebpf.Program, attach ebpf.AttachType) *ebpf.Program {
 	t.Helper()
 	jump, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})

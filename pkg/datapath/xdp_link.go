@@ -149,7 +149,7 @@ func (d *Datapath) unlinkXDP(ifindex int, there xdpThere) error {
 func (d *Datapath) forgetXDP(ifindex int) error {
 	var err error
 	if l := d.xdp[ifindex].link; l != nil {
-		if filters(l, ifindex) {
+		if attachedSomewhere(l) { // also where the device moved to
 			err = l.Detach()
 		}
 		closeLink(l)

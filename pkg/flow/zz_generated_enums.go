@@ -76,6 +76,7 @@ const (
 	ReasonBadFlags         Reason = 69
 	ReasonSourceForeign    Reason = 70
 	ReasonSourceOwn        Reason = 71
+	ReasonLinkLocal        Reason = 72
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
@@ -154,6 +155,7 @@ var reasonNames = map[Reason]string{
 	ReasonBadFlags:         "BAD_FLAGS",
 	ReasonSourceForeign:    "SOURCE_FOREIGN",
 	ReasonSourceOwn:        "SOURCE_OWN",
+	ReasonLinkLocal:        "LINK_LOCAL",
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",

@@ -22,6 +22,9 @@ type builds struct {
 var built builds
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 4 && os.Args[1] == traceCommand {
+		os.Exit(runTracer(os.Args[2:]))
+	}
 	os.Exit(runTests(m))
 }
 

@@ -18,7 +18,7 @@ import (
 )
 
 // startTime bounds the start of a program that was built with the race detector, on a busy machine.
-const startTime = 30 * time.Second
+var startTime = bound(30 * time.Second)
 
 // daemon is one of the programs, which the test looks after as a service manager does. Its methods are called by one
 // goroutine at a time.

@@ -183,8 +183,8 @@ func (w *world) nothingLeft(t *testing.T) {
 	if _, err := w.Node.Netlink.LinkByName("px0"); err == nil || !errors.As(err, &notFound) {
 		t.Errorf("px0: %v", err)
 	}
-	if out, err := w.Node.Run(within(t, patience), "bpftool", "net"); err != nil || strings.Contains(out, "sp_") {
-		t.Errorf("programs in the node: %v\n%s", err, out)
+	if left := attached(t, w.Node); len(left) > 0 {
+		t.Errorf("programs in the node: %q", left)
 	}
 	if entries, err := os.ReadDir(w.files.run); err != nil || len(entries) > 0 {
 		t.Errorf("left in the run directory: %v, %v", entries, err)

@@ -166,7 +166,7 @@ func (m *matrix) dialAll(t *testing.T) {
 // expired: as revoked, by the clock alone.
 func (m *matrix) expired(t *testing.T) {
 	m.each(t, "expired", func(t *testing.T, c *cell) {
-		c.open(t, m, c.from, "1s")
+		c.open(t, m, c.from, bound(time.Second).String())
 		c.conn = c.dialDirect(t)
 		waitUntil(t, "the deadline", func() bool { return time.Now().After(c.grant.Deadline) })
 		c.conn.wantCut(t)

@@ -21,7 +21,7 @@ import (
 )
 
 // dutyTime bounds each thing that a process has to do. Without a capability nothing may happen at all.
-const dutyTime = 6 * time.Second
+var dutyTime = bound(6 * time.Second)
 
 // confined is the command line of a program that has root's uid and no more than these capabilities, as a unit
 // with CapabilityBoundingSet= and NoNewPrivileges= has it.

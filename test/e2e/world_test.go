@@ -271,7 +271,7 @@ func must(t *testing.T, err error) {
 }
 
 // patience bounds every wait for another process.
-const patience = 20 * time.Second
+var patience = bound(20 * time.Second)
 
 // waitUntil polls: what is waited for is a clock or the state of another process.
 func waitUntil(t *testing.T, what string, done func() bool) {

@@ -2,6 +2,7 @@ package hostile
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"testing"
@@ -49,10 +50,14 @@ func newJudge(t *testing.T, n *lab.Namespace) judge {
 func (j judge) nft(t *testing.T, args ...string) []byte {
 	t.Helper()
 	var out []byte
-	check(t, j.in.Do(func() (err error) {
+	err := j.in.Do(func() (err error) {
 		out, err = exec.CommandContext(t.Context(), "nft", args...).Output()
 		return err
-	}))
+	})
+	if failed, ok := errors.AsType[*exec.ExitError](err); ok {
+		t.Fatalf("nft %q: %v: %s", args, err, failed.Stderr)
+	}
+	check(t, err)
 	return out
 }
 

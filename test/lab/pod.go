@@ -18,6 +18,11 @@ const StartedPods = 100
 //
 // If early is not nil, it is called in between: the device eth0 is up, and has no address yet.
 func (l *Lab) StartPod(number int, early func(*Namespace)) (*Namespace, error) {
+	return l.StartPodAs(number, 0, early)
+}
+
+// StartPodAs is StartPod with the number that the node's device shall have, which has to be free; 0 lets the kernel choose.
+func (l *Lab) StartPodAs(number, ifindex int, early func(*Namespace)) (*Namespace, error) {
 	if number < 0 || number >= StartedPods {
 		return nil, fmt.Errorf("start pod: number %d, want 0 to %d", number, StartedPods-1)
 	}
@@ -25,7 +30,7 @@ func (l *Lab) StartPod(number int, early func(*Namespace)) (*Namespace, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := link{subnet: byte(firstStarted + number), mtu: 1500, node: side{l.Node, StartedDevice(number), 1, false}, leaf: side{pod, "eth0", 2, false}}
+	k := link{subnet: byte(firstStarted + number), mtu: 1500, ifindex: ifindex, node: side{l.Node, StartedDevice(number), 1, false}, leaf: side{pod, "eth0", 2, false}}
 	k.leaf.note(k.subnet) // and not the node's: its own addresses are those that it has from the start
 	if early != nil {
 		k.whenUp = func() { early(pod) }

@@ -54,11 +54,12 @@ type side struct {
 
 // link is a veth pair in a subnet of its own.
 type link struct {
-	subnet byte // 10.subnet.0.0/24 and fd00:subnet::/64
-	mtu    int
-	node   side
-	leaf   side // has its default routes by the node
-	whenUp func()
+	subnet  byte // 10.subnet.0.0/24 and fd00:subnet::/64
+	mtu     int
+	ifindex int // of the node's device; 0: the kernel's choice
+	node    side
+	leaf    side // has its default routes by the node
+	whenUp  func()
 }
 
 func (l *Lab) build(o Options) error {
@@ -119,7 +120,7 @@ func (n *Namespace) makeRouter() error {
 
 func (k link) connect() error {
 	veth := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: k.node.device, MTU: k.mtu},
+		LinkAttrs:     netlink.LinkAttrs{Name: k.node.device, MTU: k.mtu, Index: k.ifindex},
 		PeerName:      k.leaf.device,
 		PeerNamespace: netlink.NsFd(int(k.leaf.ns.handle)),
 	}

@@ -23,6 +23,7 @@ const (
 	applets       = "/applets" // of the shell, where nothing better is
 	reportPort    = "/dev/ttyS1"
 	suiteCommand  = "suite"
+	slowness      = "SALLYPORT_SLOWNESS=8" // how many times: tests wait longer (test/e2e)
 )
 
 func moduleFile(name string) string { return "/modules/" + name + ".ko" }
@@ -65,7 +66,8 @@ func boot() {
 // child waits for every process that ends, until the one that runs the suite does.
 func child() error {
 	p, err := os.StartProcess("/init", []string{"/init", suiteCommand}, &os.ProcAttr{
-		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin:" + applets, "HOME=/root", "TMPDIR=/tmp", "SALLYPORT_PROGRAMS=" + programFolder},
+		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin:" + applets, "HOME=/root", "TMPDIR=/tmp", "SALLYPORT_PROGRAMS=" + programFolder,
+			slowness},
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 	})
 	if err != nil {

@@ -19,7 +19,7 @@ var wanted = strings.Fields(`
 	ipip sit ip6_tunnel ip_gre ip6_gre vxlan geneve wireguard
 	sch_ingress cls_bpf act_bpf sch_fq_codel
 	nf_conntrack nf_nat nf_tables nft_chain_nat nft_ct nft_masq nft_redir nft_reject_inet nft_fib_inet nft_compat
-	nft_tproxy nft_socket nf_tproxy_ipv4 nf_tproxy_ipv6 nft_limit nft_log nf_log_syslog
+	nft_objref nft_tproxy nft_socket nf_tproxy_ipv4 nf_tproxy_ipv6 nft_limit nft_log nf_log_syslog
 	xfrm_user nfnetlink nfnetlink_queue nf_conntrack_netlink
 	inet_diag tcp_diag udp_diag raw_diag unix_diag af_packet_diag af_packet
 	mptcp_diag`)
