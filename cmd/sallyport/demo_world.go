@@ -196,12 +196,13 @@ spec:
   bindings: [address]
   sources: ["%s"]
   maxDuration: 1m
-  signers: [alice]
+  requesters: [alice]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people:
     - name: alice
       keys:

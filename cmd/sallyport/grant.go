@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 func (c *cli) grant() *cobra.Command {
@@ -25,7 +26,7 @@ func (c *cli) grant() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.grantIssue(), c.grantActivate(), c.grantRevoke(), c.grantShow())
+	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantActivate(), c.grantRevoke(), c.grantShow())
 	return cmd
 }
 
@@ -138,9 +139,9 @@ func grantTable(t *table, g *api.Grant) {
 
 // shownGrant is a grant that was not activated yet, for machines.
 type shownGrant struct {
-	Grant    grant.Payload  `json:"grant"`
-	Verified bool           `json:"verified"`
-	Signers  []grant.Signer `json:"signers"`
+	Grant    grant.Payload   `json:"grant"`
+	Verified bool            `json:"verified"`
+	Signers  []policy.Signer `json:"signers"`
 }
 
 func (c *cli) showEnvelope(path string, resources []string) error {
@@ -155,7 +156,7 @@ func (c *cli) showEnvelope(path string, resources []string) error {
 	if err != nil {
 		return explained("read grant", err)
 	}
-	return c.show(shownGrant{Grant: p, Signers: []grant.Signer{}}, func(t *table) {
+	return c.show(shownGrant{Grant: p, Signers: []policy.Signer{}}, func(t *table) {
 		payloadTable(t, p)
 		t.row("signatures", "not verified: --policy names the resources with the keyring")
 	})
@@ -181,7 +182,7 @@ func (c *cli) showVerified(envelope []byte, resources []string) error {
 	return explained("check grant", checkVerified(set, v, c))
 }
 
-func people(signers []grant.Signer) string {
+func people(signers []policy.Signer) string {
 	var list []string
 	for _, s := range signers {
 		list = append(list, fmt.Sprintf("%s (%s)", s.Person, s.KeyID))

@@ -57,14 +57,15 @@ func (c *cli) issue(ctx context.Context, i *issue) error {
 	if err != nil {
 		return err
 	}
-	p, err := i.payload(c, set)
+	p, err := i.payload(c, set, key.Public())
 	if err != nil {
 		return inFlags("issue grant", err)
 	}
-	if err := c.check(set, p, key.Public()); err != nil {
+	missing, err := c.check(set, p, key.Public())
+	if err != nil {
 		return inFlags("check grant", err)
 	}
-	c.say(p, key.Public(), set)
+	c.say(p, key.Public(), set, missing)
 	if !i.yes {
 		if err := c.confirm(ctx, "sign this grant?"); err != nil {
 			return err
@@ -96,24 +97,41 @@ func (i *issue) readPolicy() (*policy.Set, error) {
 	return nil, nil
 }
 
-func (i *issue) payload(c *cli, set *policy.Set) (grant.Payload, error) {
-	p, err := i.terms.payload(c.now(), c.getenv("USER"))
+// payload takes the owner of the key for who asks, or the user where no keyring says whose it is.
+func (i *issue) payload(c *cli, set *policy.Set, key policy.PublicKey) (grant.Payload, error) {
+	user := c.getenv("USER")
+	if owner, err := signerOf(set, key, c); set != nil && err == nil {
+		user = owner.Person
+	}
+	p, err := i.terms.payload(c.now(), user)
 	if i.pin {
 		p.PolicyDigest = set.Digest()
 	}
 	return p, errors.Join(err, p.Validate())
 }
 
-// check asks the evaluator that the node asks. Without resources the node alone decides.
-func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) error {
+// check asks the evaluator that the node asks, and tells apart what only others' approval is missing for. Without
+// resources the node alone decides.
+func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (missing []*policy.Error, err error) {
 	if set == nil {
-		return nil
+		return nil, nil
 	}
 	signer, err := signerOf(set, key, c)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return checkVerified(set, grant.Verified{Payload: p, Signers: []grant.Signer{signer}}, c)
+	return unapproved(checkVerified(set, grant.Verified{Payload: p, Signers: []policy.Signer{signer}}, c))
+}
+
+// unapproved gives the approvals that are missing, if nothing else is wrong.
+func unapproved(err error) (missing []*policy.Error, other error) {
+	for _, e := range policy.Errors(err) {
+		if !errors.Is(e, policy.ErrUnapproved) {
+			return nil, err
+		}
+		missing = append(missing, e)
+	}
+	return missing, nil
 }
 
 // checkVerified leaves out what only the node knows: its name and its own addresses.
@@ -122,20 +140,17 @@ func checkVerified(set *policy.Set, v grant.Verified, c *cli) error {
 }
 
 // signerOf finds whose key it is.
-func signerOf(set *policy.Set, key policy.PublicKey, c *cli) (grant.Signer, error) {
-	for _, ring := range set.Keyrings() {
-		for _, person := range ring.Spec.People {
-			for _, k := range person.Keys {
-				if k.PublicKey == key && k.Expired(c.now()) {
-					return grant.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("the key %s of %s ended at %s", key.ID(), person.Name, k.NotAfter.Format(clock)), Hint: "sign with a key that is still valid"}
-				}
-				if k.PublicKey == key {
-					return grant.Signer{Person: person.Name, KeyID: key.ID()}, nil
-				}
-			}
-		}
+func signerOf(set *policy.Set, key policy.PublicKey, c *cli) (policy.Signer, error) {
+	k, ok := policy.KnownKeys(set.Keyrings())[key.ID()]
+	switch {
+	case !ok:
+		return policy.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("no Keyring has the key %s", key.ID()), Hint: "add its public key to a Keyring: " + key.String()}
+	case k.Revoked:
+		return policy.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("the key %s of %s is revoked", key.ID(), k.Person), Hint: "sign with another key"}
+	case k.Ended(c.now()):
+		return policy.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("the key %s of %s ended at %s", key.ID(), k.Person, k.Until.Format(clock)), Hint: "sign with a key that is still valid"}
 	}
-	return grant.Signer{}, &policy.Error{Field: "key", Msg: fmt.Sprintf("no Keyring has the key %s", key.ID()), Hint: "add its public key to a Keyring: " + key.String()}
+	return policy.Signer{Person: k.Person, KeyID: key.ID(), Uses: k.Uses}, nil
 }
 
 // issuedGrant is what was written, for machines.
@@ -176,11 +191,15 @@ func writeNew(path string, data []byte) (err error) {
 }
 
 // say tells in plain words what is about to be signed, and by whom.
-func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set) {
+func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set, missing []*policy.Error) {
 	t := newTable(c.stderr)
 	payloadTable(t, p)
 	t.row("signed by", signedBy(set, key, c))
-	t.row("policy", choose(set == nil, "not checked here: the node checks at activation (--policy checks now)", "allows this"))
+	t.row("policy", choose(set == nil, "not checked here: the node checks at activation (--policy checks now)",
+		choose(len(missing) == 0, "allows this", "allows this, once it is approved")))
+	for _, e := range missing {
+		t.row("missing", e.Hint)
+	}
 	t.Flush()
 	fmt.Fprintln(c.stderr)
 }
@@ -193,5 +212,5 @@ func signedBy(set *policy.Set, key policy.PublicKey, c *cli) string {
 	if err != nil {
 		return key.ID()
 	}
-	return people([]grant.Signer{signer})
+	return people([]policy.Signer{signer})
 }

@@ -53,12 +53,13 @@ spec:
   bindings: [address]
   sources: ["10.1.0.0/24"]
   maxDuration: 15m
-  signers: [alice]
+  requesters: [alice]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people:
     - name: alice
       keys: [{publicKey: "KEY"}]
@@ -86,13 +87,19 @@ func setUpStory(e *testscript.Env) error {
 	if err := os.WriteFile(filepath.Join(e.WorkDir, "resources.yaml"), []byte(text), 0o644); err != nil {
 		return err
 	}
+	quorum := strings.NewReplacer("requesters: [alice]\n", "requesters: [alice]\n  approvals: [{from: [\"group:dba\"]}]\n",
+		"  people:\n", "  groups: [{name: dba, members: [bob]}]\n  people:\n    - name: bob\n      keys: [{publicKey: \""+
+			storyKey(t, filepath.Join(e.WorkDir, "bob.key"))+"\"}]\n").Replace(text)
+	if err := os.WriteFile(filepath.Join(e.WorkDir, "quorum.yaml"), []byte(quorum), 0o644); err != nil {
+		return err
+	}
 	n := newNode(t, text)
 	n.record(someFlows()...)
 	e.Defer(n.serve(t, filepath.Join(runDir, "agent.sock")))
 	e.Defer(newCollector().serve(t, filepath.Join(runDir, "collector.sock")))
 	e.Setenv("SALLYPORT_RUN_DIR", runDir)
 	e.Setenv("COLLECTOR", "unix:"+filepath.Join(runDir, "collector.sock"))
-	e.Setenv("USER", "bob")
+	e.Setenv("USER", "alice")
 	return nil
 }
 

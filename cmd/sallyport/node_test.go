@@ -158,7 +158,7 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 	defer n.mu.Unlock()
 	g := &api.Grant{
 		Id: p.ID, State: "active", Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
-		Activated: timestamppb.New(now), Deadline: timestamppb.New(p.Deadline(now)), Slots: []uint32{0}, Signers: v.People(),
+		Activated: timestamppb.New(now), Deadline: timestamppb.New(p.Deadline(now)), Slots: []uint32{0}, Signers: keyIDs(v.Signers),
 	}
 	for _, a := range p.Addresses {
 		g.Clients = append(g.Clients, a.String())
@@ -233,4 +233,11 @@ func (n *node) Flows(r *api.AgentFlowsRequest, stream grpc.ServerStreamingServer
 			return stream.Context().Err()
 		}
 	}
+}
+
+func keyIDs(signers []policy.Signer) (ids []string) {
+	for _, s := range signers {
+		ids = append(ids, s.KeyID)
+	}
+	return ids
 }

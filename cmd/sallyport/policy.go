@@ -65,7 +65,7 @@ func checkTable(t *table, set *policy.Set) {
 	}
 	for _, b := range set.BypassPolicies() {
 		t.row(policy.KindBypassPolicy, b.Name, b.Source, fmt.Sprintf("around %s for at most %s, signed by %s",
-			strings.Join(b.Spec.Services, ","), b.Spec.MaxDuration, strings.Join(b.Spec.Signers, " or ")))
+			strings.Join(b.Spec.Services, ","), b.Spec.MaxDuration, strings.Join(b.Spec.Requesters, " or ")))
 	}
 	for _, k := range set.Keyrings() {
 		t.row(policy.KindKeyring, k.Name, k.Source, plural(len(k.Spec.People), "signer"))

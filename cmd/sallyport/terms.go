@@ -49,7 +49,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
-	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the user, by USER)")
+	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the owner of the key by\n--policy, else the user, by USER)")
 	f.StringVar(&g.notBefore, "not-before", "", "no activation before this `TIME`, RFC 3339 (default: a minute before now)")
 	f.StringVar(&g.notAfter, "not-after", "", "no activation and no open path after this `TIME`: RFC 3339, or a duration from\nnot-before (default: an hour longer than --for)")
 }

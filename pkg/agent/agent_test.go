@@ -252,7 +252,7 @@ func (in *installed) testGrants() {
 	reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
 	must(t, err)
 	g := reply.Grant
-	if g.State != stateActive || len(g.Slots) != 2 || g.Requester != "bob" || len(g.Signers) != 1 {
+	if g.State != stateActive || len(g.Slots) != 2 || g.Requester != "alice" || len(g.Signers) != 1 {
 		t.Errorf("activated: %v", g)
 	}
 	paths, err := agent.Paths(ctx, &api.PathsRequest{})

@@ -81,12 +81,13 @@ spec:
   bindings: [address]
   sources: ["10.0.0.0/8", "fd00::/16"]
   maxDuration: %s
-  signers: [alice]
+  requesters: [alice]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people:
     - name: alice
       keys: [{publicKey: "%s"}]
@@ -99,7 +100,7 @@ func (s signer) payload(t *testing.T, change func(*grant.Payload)) grant.Payload
 	now := time.Now().UTC().Truncate(time.Second)
 	id, err := grant.NewID(now)
 	must(t, err)
-	p := grant.Payload{ID: id, Requester: "bob", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
+	p := grant.Payload{ID: id, Requester: "alice", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour), Duration: time.Minute, Reason: "backup", Audience: testNode}
 	if change != nil {
 		change(&p)

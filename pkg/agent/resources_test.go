@@ -102,7 +102,7 @@ func TestResourcesArePutToWork(t *testing.T) {
 	if len(d.applied) != 2 || d.applied[1][1].Ifindex != 9 || d.changes != 2 {
 		t.Errorf("device moved: %+v, %d changes", d.applied, d.changes)
 	}
-	d.write("b.yaml", "apiVersion: sallyport.dev/v1alpha1\nkind: Keyring\nmetadata: {name: k}\nspec:\n  people: [{name: a, keys: [{publicKey: \""+newSigner(t).key.Public().String()+"\"}]}]\n")
+	d.write("b.yaml", "apiVersion: sallyport.dev/v1alpha1\nkind: Keyring\nmetadata: {name: k}\nspec:\n  version: 1\n  people: [{name: a, keys: [{publicKey: \""+newSigner(t).key.Public().String()+"\"}]}]\n")
 	d.reload()
 	if len(d.applied) != 2 || d.changes != 3 || len(d.current().set.Keyrings()) != 1 {
 		t.Errorf("only policy changed: %d tables, %d changes", len(d.applied), d.changes)

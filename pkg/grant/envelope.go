@@ -23,26 +23,10 @@ const (
 	maxSignatures = 16
 )
 
-// Signer is somebody whose signature was verified.
-type Signer struct {
-	Person string `json:"person"`
-	KeyID  string `json:"keyId"`
-}
-
 // Verified is a payload with those who signed it, at least one.
 type Verified struct {
 	Payload Payload
-	Signers []Signer
-}
-
-// People lists the signers by name, each once.
-func (v Verified) People() []string {
-	names := make([]string, 0, len(v.Signers))
-	for _, s := range v.Signers {
-		names = append(names, s.Person)
-	}
-	slices.Sort(names)
-	return slices.Compact(names)
+	Signers []policy.Signer
 }
 
 // Facts are what policy looks at. nodeAddresses are the node's own.
@@ -51,7 +35,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
 	return policy.GrantFacts{
 		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
 		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
-		Signers: v.People(), NodeAddresses: nodeAddresses,
+		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses,
 	}
 }
 
@@ -97,8 +81,8 @@ func addSignature(ctx context.Context, env dsse.Envelope, body []byte, k Signing
 	return encode(env)
 }
 
-// Verify opens an envelope. At least one signature must be that of a key in the keyrings which has
-// not expired at now; a signature of an unknown or expired key beside it counts for nothing, and one
+// Verify opens an envelope. At least one signature must be that of a key in the keyrings which is not revoked and has
+// not expired at now; a signature of an unknown, revoked or expired key beside it counts for nothing, and one
 // that does not verify under a known key spoils the envelope. The payload must be valid and in
 // canonical form. Whether the grant is due, for this node, and allowed is for CheckTime,
 // CheckAudience, CheckPolicy and policy.Set.CheckGrant to say.
@@ -160,33 +144,15 @@ func decode64(s string) ([]byte, error) {
 	return e.DecodeB64Payload()
 }
 
-// knownKey is a key with its owner.
-type knownKey struct {
-	policy.Key
-	person string
-}
-
-func index(keyrings []policy.Keyring) map[string]knownKey {
-	out := map[string]knownKey{}
-	for _, r := range keyrings {
-		for _, p := range r.Spec.People {
-			for _, k := range p.Keys {
-				out[k.PublicKey.ID()] = knownKey{k, p.Name}
-			}
-		}
-	}
-	return out
-}
-
 // verifySignatures gives the signers, or what is wrong with each signature if there are none.
-func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyring, now time.Time) ([]Signer, error) {
+func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyring, now time.Time) ([]policy.Signer, error) {
 	if len(sigs) == 0 || len(sigs) > maxSignatures {
 		return nil, refuse("signatures", ErrMalformed, "sign it once with `sallyport grant issue`",
 			"has %d signatures, want 1 to %d", len(sigs), maxSignatures)
 	}
-	known := index(keys)
+	known := policy.KnownKeys(keys)
 	seen := map[string]bool{}
-	var signers []Signer
+	var signers []policy.Signer
 	var uncounted []error
 	for i, s := range sigs {
 		field := fmt.Sprintf("signatures[%d]", i)
@@ -196,7 +162,7 @@ func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyri
 		seen[s.KeyID] = true
 		signer, err := verifyOne(field, s, message, known, now)
 		switch {
-		case errors.Is(err, ErrUnknownKey) || errors.Is(err, ErrKeyExpired):
+		case errors.Is(err, ErrUnknownKey) || errors.Is(err, ErrKeyExpired) || errors.Is(err, ErrKeyRevoked):
 			uncounted = append(uncounted, err)
 		case err != nil:
 			return nil, err
@@ -210,20 +176,23 @@ func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyri
 	return signers, nil
 }
 
-func verifyOne(field string, s dsse.Signature, message []byte, known map[string]knownKey, now time.Time) (Signer, error) {
+func verifyOne(field string, s dsse.Signature, message []byte, known map[string]policy.KnownKey, now time.Time) (policy.Signer, error) {
 	key, ok := known[s.KeyID]
 	if !ok {
-		return Signer{}, refuse(field+".keyid", ErrUnknownKey, "add the public key to a Keyring, or sign with a key that is in one",
+		return policy.Signer{}, refuse(field+".keyid", ErrUnknownKey, "add the public key to a Keyring, or sign with a key that is in one",
 			"no Keyring has the key %.80q", s.KeyID)
 	}
 	sig, err := decode64(s.Sig)
 	if err != nil || !key.PublicKey.Verify(message, sig) {
-		return Signer{}, refuse(field+".sig", ErrSignature, "issue the grant again: it was changed after it was signed",
-			"does not verify under the key %s of %s", s.KeyID, key.person)
+		return policy.Signer{}, refuse(field+".sig", ErrSignature, "issue the grant again: it was changed after it was signed",
+			"does not verify under the key %s of %s", s.KeyID, key.Person)
 	}
-	if key.Expired(now) {
-		return Signer{}, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
-			"the key %s of %s ended at %s", s.KeyID, key.person, stamp(key.NotAfter))
+	switch {
+	case key.Revoked:
+		return policy.Signer{}, refuse(field+".keyid", ErrKeyRevoked, "sign with another key", "the key %s of %s is revoked", s.KeyID, key.Person)
+	case key.Ended(now):
+		return policy.Signer{}, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
+			"the key %s of %s ended at %s", s.KeyID, key.Person, stamp(key.Until))
 	}
-	return Signer{Person: key.person, KeyID: s.KeyID}, nil
+	return policy.Signer{Person: key.Person, KeyID: s.KeyID, Uses: key.Uses}, nil
 }

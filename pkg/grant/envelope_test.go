@@ -78,7 +78,7 @@ func TestSignAndVerify(t *testing.T) {
 	if !reflect.DeepEqual(v.Payload, goodPayload()) {
 		t.Errorf("payload comes back as\n%+v, want\n%+v", v.Payload, goodPayload())
 	}
-	if want := []grant.Signer{{Person: "alice", KeyID: k.Public().ID()}}; !slices.Equal(v.Signers, want) {
+	if want := []policy.Signer{{Person: "alice", KeyID: k.Public().ID()}}; !reflect.DeepEqual(v.Signers, want) {
 		t.Errorf("signers are %+v", v.Signers)
 	}
 	if p, err := grant.Peek(envelope); err != nil || !reflect.DeepEqual(p, v.Payload) {
@@ -122,13 +122,13 @@ func TestEnvelopeIsDSSE(t *testing.T) {
 func TestFacts(t *testing.T) {
 	a, b := newKey(t), newKey(t)
 	p := goodPayload()
-	v := grant.Verified{Payload: p, Signers: []grant.Signer{
+	v := grant.Verified{Payload: p, Signers: []policy.Signer{
 		{Person: "zoe", KeyID: "1"}, {Person: "alice", KeyID: a.Public().ID()}, {Person: "alice", KeyID: b.Public().ID()},
 	}}
 	own := []netip.Addr{netip.MustParseAddr("10.1.0.1")}
 	want := policy.GrantFacts{
 		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress, Binding: p.Binding,
-		Ticket: p.Ticket, Reason: p.Reason, Signers: []string{"alice", "zoe"}, NodeAddresses: own,
+		Ticket: p.Ticket, Reason: p.Reason, Requester: p.Requester, Signers: v.Signers, NodeAddresses: own,
 	}
 	if got := v.Facts(own); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)

@@ -28,6 +28,7 @@ var (
 	ErrSignature    = errors.New("signature does not verify")
 	ErrUnknownKey   = errors.New("unknown key")
 	ErrKeyExpired   = errors.New("key expired")
+	ErrKeyRevoked   = errors.New("key revoked")
 	ErrNotYet       = errors.New("grant not valid yet")
 	ErrExpired      = errors.New("grant expired")
 	ErrAudience     = errors.New("grant for another node")

@@ -40,8 +40,10 @@ type BypassPolicySpec struct {
 	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
 	// it.
 	MaxBudget Budget `json:"maxBudget,omitzero" yaml:"maxBudget,omitempty"`
-	// Signers are people of the keyrings. Any one of them may sign.
-	Signers []string `json:"signers" yaml:"signers"`
+	// Requesters are people of the keyrings, and groups as group:NAME, who may ask for a grant and sign it.
+	Requesters []string `json:"requesters" yaml:"requesters"`
+	// Approvals must all be met by other people's signatures. None: the requester's is enough.
+	Approvals []Approval `json:"approvals,omitempty" yaml:"approvals,omitempty"`
 	// RequireTicket refuses a grant without a ticket.
 	RequireTicket bool `json:"requireTicket,omitempty" yaml:"requireTicket,omitempty"`
 }
@@ -49,7 +51,8 @@ type BypassPolicySpec struct {
 func (p *BypassPolicy) validate(d *document) {
 	d.report("metadata.name", CheckName(p.Name))
 	d.checkList("spec.services", p.Spec.Services, "list the protected services that it is for")
-	d.checkList("spec.signers", p.Spec.Signers, "list the people who may sign its grants")
+	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
+	p.validateApprovals(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		if b != BindingAddress {
@@ -60,6 +63,25 @@ func (p *BypassPolicy) validate(d *document) {
 	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
+}
+
+// maxApprovals is the most signatures that a policy can ask for, the requester's aside: an envelope has no room for more.
+const maxApprovals = 15
+
+func (p *BypassPolicy) validateApprovals(d *document) {
+	total := 0
+	for i := range p.Spec.Approvals {
+		a := &p.Spec.Approvals[i]
+		field := fmt.Sprintf("spec.approvals[%d]", i)
+		d.checkList(field+".from", a.From, "list the people and groups who may approve")
+		if a.Min == 0 {
+			a.Min = 1
+		}
+		total += int(a.Min)
+	}
+	if total > maxApprovals {
+		d.report("spec.approvals", faultf("ask for fewer", "%d people are more than the %d whose signatures a grant can have", total, maxApprovals))
+	}
 }
 
 func checkMaxDuration(v time.Duration) error {

@@ -12,6 +12,9 @@ import (
 // ErrRefused is in every error of CheckGrant.
 var ErrRefused = errors.New("grant refused by policy")
 
+// ErrUnapproved is in those errors of CheckGrant that another person's signature would mend.
+var ErrUnapproved = fmt.Errorf("%w: not approved yet", ErrRefused)
+
 // GrantFacts is what policy looks at in a grant whose signatures were verified.
 type GrantFacts struct {
 	Service   string
@@ -23,7 +26,8 @@ type GrantFacts struct {
 	Binding   string
 	Ticket    string
 	Reason    string
-	Signers   []string // people whose signature was verified
+	Requester string
+	Signers   []Signer // whose signatures were verified
 	// NodeAddresses are the node's own addresses. Loopback counts as such in any case.
 	NodeAddresses []netip.Addr
 }
@@ -41,7 +45,7 @@ func (s *Set) CheckGrant(g GrantFacts) error {
 		if !slices.Contains(p.Spec.Services, g.Service) {
 			continue
 		}
-		violations := check(p, svc, g)
+		violations := s.check(p, svc, g)
 		if len(violations) == 0 {
 			return nil
 		}
@@ -60,8 +64,8 @@ func refuse(field, hint, format string, args ...any) error {
 }
 
 // check lists what one policy does not allow.
-func check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
-	c := grantCheck{policy: p}
+func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
+	c := grantCheck{set: s, policy: p}
 	c.binding(g.Binding)
 	c.ports(svc, g.Ports)
 	c.addresses(g)
@@ -69,20 +73,26 @@ func check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
 	c.budget(g.Budget)
 	c.ingress(g.Ingress)
 	c.paperwork(g)
-	c.signers(g.Signers)
+	c.requester(g)
+	c.approvals(g)
 	return c.errs
 }
 
 // grantCheck gathers the violations of one policy by one grant.
 type grantCheck struct {
+	set    *Set
 	policy BypassPolicy
 	errs   []error
 }
 
 func (c *grantCheck) refuse(field, hint, format string, args ...any) {
+	c.add(ErrRefused, field, hint, format, args...)
+}
+
+func (c *grantCheck) add(kind error, field, hint, format string, args ...any) {
 	c.errs = append(c.errs, &Error{
 		File: c.policy.Source.File, Line: c.policy.Source.Line,
-		Field: field, Msg: fmt.Sprintf(format, args...), Hint: hint, Err: ErrRefused,
+		Field: field, Msg: fmt.Sprintf(format, args...), Hint: hint, Err: kind,
 	})
 }
 
@@ -151,12 +161,28 @@ func (c *grantCheck) paperwork(g GrantFacts) {
 	}
 }
 
-func (c *grantCheck) signers(people []string) {
-	for _, p := range people {
-		if slices.Contains(c.policy.Spec.Signers, p) {
-			return
+// requester holds that the grant was asked for by somebody who may, and who signed it.
+func (c *grantCheck) requester(g GrantFacts) {
+	may := c.policy.Spec.Requesters
+	if !c.set.includes(may, g.Requester) {
+		c.refuse("requester", "have it asked for by one of: "+strings.Join(may, ", "), "policy %q lets %q ask for nothing", c.policy.Name, g.Requester)
+		return
+	}
+	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(UseRequest) }) {
+		c.refuse("signatures", "have it signed with a key of "+g.Requester+" that may request", "the requester %s has not signed it", g.Requester)
+	}
+}
+
+// approvals names each that is missing.
+func (c *grantCheck) approvals(g GrantFacts) {
+	var people []string
+	for _, s := range g.Signers {
+		if s.Person != g.Requester && s.May(UseApprove) && !slices.Contains(people, s.Person) {
+			people = append(people, s.Person)
 		}
 	}
-	c.refuse("signatures", "have it signed by one of: "+strings.Join(c.policy.Spec.Signers, ", "),
-		"none of the signers that policy %q names has signed", c.policy.Name)
+	for _, a := range c.set.unmet(c.policy.Spec.Approvals, people) {
+		c.add(ErrUnapproved, "signatures", "have it approved by one more of: "+strings.Join(a.From, ", "),
+			"policy %q wants another approval, from somebody else than %s", c.policy.Name, g.Requester)
+	}
 }

@@ -24,8 +24,15 @@ func goodFacts() policy.GrantFacts {
 	return policy.GrantFacts{
 		Service: "postgres", Ports: []uint16{5432}, Addresses: addrs("10.1.0.2", "fd00:1::9"),
 		Duration: 15 * time.Minute, Binding: policy.BindingAddress, Reason: "nightly backup",
-		Signers: []string{"alice"}, NodeAddresses: addrs("10.1.0.1", "fd00:1::1"),
+		Requester: "alice", Signers: signed("alice"), NodeAddresses: addrs("10.1.0.1", "fd00:1::1"),
 	}
+}
+
+func signed(people ...string) (list []policy.Signer) {
+	for _, p := range people {
+		list = append(list, policy.Signer{Person: p, KeyID: "sp:" + p})
+	}
+	return list
 }
 
 func TestCheckGrant(t *testing.T) {
@@ -38,7 +45,7 @@ func TestCheckGrant(t *testing.T) {
 	}{
 		{name: "good", fields: nil},
 		{name: "all ports", facts: func(g *policy.GrantFacts) { g.Ports = nil }},
-		{name: "second signer counts", facts: func(g *policy.GrantFacts) { g.Signers = []string{"mallory", "alice"} }},
+		{name: "second signer counts", facts: func(g *policy.GrantFacts) { g.Signers = signed("mallory", "alice") }},
 		{name: "unknown service", facts: func(g *policy.GrantFacts) { g.Service = "mysql" }, fields: []string{"service"}, msg: `no ProtectedService is named "mysql"`},
 		{name: "service without policy", facts: func(g *policy.GrantFacts) { g.Service = "cache" }, fields: []string{"service"}, msg: "no BypassPolicy covers"},
 		{name: "port not protected", facts: func(g *policy.GrantFacts) { g.Ports = []uint16{5432, 22} }, fields: []string{"ports[1]"}, msg: "does not protect port 22"},
@@ -72,14 +79,16 @@ func TestCheckGrant(t *testing.T) {
 		{name: "empty reason", facts: func(g *policy.GrantFacts) { g.Reason = " \t" }, fields: []string{"reason"}, msg: "is empty"},
 		{name: "no ticket", policy: needTicket, fields: []string{"ticket"}, msg: "requires a ticket"},
 		{name: "ticket", policy: needTicket, facts: func(g *policy.GrantFacts) { g.Ticket = "OPS-1" }},
-		{name: "nobody signed", facts: func(g *policy.GrantFacts) { g.Signers = nil }, fields: []string{"signatures"}, msg: "none of the signers"},
-		{name: "another signed", facts: func(g *policy.GrantFacts) { g.Signers = []string{"bob"} }, fields: []string{"signatures"}, msg: "none of the signers"},
+		{name: "nobody signed", facts: func(g *policy.GrantFacts) { g.Signers = nil }, fields: []string{"signatures"}, msg: "the requester alice has not signed it"},
+		{name: "another signed", facts: func(g *policy.GrantFacts) { g.Signers = signed("bob") }, fields: []string{"signatures"}, msg: "the requester alice has not signed it"},
+		{name: "another asked", facts: func(g *policy.GrantFacts) { g.Requester, g.Signers = "bob", signed("alice", "bob") }, fields: []string{"requester"}, msg: `lets "bob" ask for nothing`},
+		{name: "signed with a key for something else", facts: func(g *policy.GrantFacts) { g.Signers[0].Uses = []policy.Use{policy.UseApprove} }, fields: []string{"signatures"}, msg: "the requester alice has not signed it"},
 		{
 			name: "everything at once", policy: needTicket,
 			facts: func(g *policy.GrantFacts) {
 				*g = policy.GrantFacts{Service: "postgres", Ports: []uint16{1}, Addresses: addrs("10.9.9.9")}
 			},
-			fields: []string{"binding", "ports[0]", "addresses[0]", "duration", "reason", "ticket", "signatures"},
+			fields: []string{"binding", "ports[0]", "addresses[0]", "duration", "reason", "ticket", "requester"},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -137,7 +146,7 @@ spec:
   bindings: [address]
   sources: ["10.0.0.0/8"]
   maxDuration: 1h
-  signers: [alice]
+  requesters: [alice]
   requireTicket: true
 `
 
@@ -194,7 +203,7 @@ func TestCheckGrantAllowsOnlyWhatItSays(t *testing.T) {
 		if g.Ticket != "" {
 			most = time.Hour
 		}
-		if g.Duration <= 0 || g.Duration > most || g.Binding != "address" || g.Reason == "" || !slices.Contains(g.Signers, "alice") {
+		if g.Duration <= 0 || g.Duration > most || g.Binding != "address" || g.Reason == "" || !slices.ContainsFunc(g.Signers, func(s policy.Signer) bool { return s.Person == "alice" }) {
 			t.Fatalf("allowed %+v", g)
 		}
 		for _, a := range g.Addresses {
@@ -221,7 +230,7 @@ func randomFacts(r *rand.Rand) policy.GrantFacts {
 	g.Duration = pick(r, 0, time.Second, 15*time.Minute, time.Hour, 25*time.Hour)
 	g.Ticket = pick(r, "", "OPS-1")
 	g.Reason = pick(r, "backup", "backup", "")
-	g.Signers = pick(r, []string{"alice"}, []string{"bob", "alice"}, []string{"bob"}, nil)
+	g.Signers = pick(r, signed("alice"), signed("bob", "alice"), signed("bob"), nil)
 	g.Addresses = nil
 	for range 1 + r.IntN(2) {
 		g.Addresses = append(g.Addresses, randomAddr(r))

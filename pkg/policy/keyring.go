@@ -16,8 +16,16 @@ type Keyring struct {
 
 // KeyringSpec is what a Keyring says.
 type KeyringSpec struct {
+	// Version counts up with each change: a node takes none that is lower than one it has had. At least 1.
+	Version uint64 `json:"version" yaml:"version"`
+	// NotAfter ends every key of it, by the wall clock. Zero: it does not end.
+	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
 	// People have names that are unique over all keyrings of a set.
 	People []Person `json:"people" yaml:"people"`
+	// Groups have names that are unique over all keyrings of a set, and members from any of them.
+	Groups []Group `json:"groups,omitempty" yaml:"groups,omitempty"`
+	// RevokedKeys are the ids of keys that count no more, in this keyring or another.
+	RevokedKeys []string `json:"revokedKeys,omitempty" yaml:"revokedKeys,omitempty"`
 }
 
 // Person is somebody who may sign, with one or more keys.
@@ -31,33 +39,67 @@ type Key struct {
 	PublicKey PublicKey `json:"publicKey" yaml:"publicKey"`
 	// NotAfter ends the key, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// Uses are what it may sign. Empty: requests and approvals.
+	Uses []Use `json:"uses,omitempty" yaml:"uses,omitempty"`
 }
-
-// Expired reports whether the key counts no more at now.
-func (k Key) Expired(now time.Time) bool { return !k.NotAfter.IsZero() && !now.Before(k.NotAfter) }
 
 func (k *Keyring) validate(d *document) {
 	d.report("metadata.name", CheckName(k.Name))
+	if k.Spec.Version == 0 {
+		d.report("spec.version", faultf("begin with version: 1 and count up with each change", "is missing"))
+	}
+	k.Spec.NotAfter = k.Spec.NotAfter.UTC()
+	d.report("spec.notAfter", checkNotAfter(k.Spec.NotAfter))
 	if len(k.Spec.People) == 0 {
 		d.report("spec.people", faultf("list at least one person with a key", "is empty"))
 	}
 	for i := range k.Spec.People {
-		p := &k.Spec.People[i]
-		field := fmt.Sprintf("spec.people[%d]", i)
-		d.report(field+".name", CheckPersonName(p.Name))
-		if len(p.Keys) == 0 {
-			d.report(field+".keys", faultf("add a key: `sallyport keygen` makes one", "needs at least one key"))
+		k.Spec.People[i].validate(d, fmt.Sprintf("spec.people[%d]", i))
+	}
+	for i, g := range k.Spec.Groups {
+		field := fmt.Sprintf("spec.groups[%d]", i)
+		d.report(field+".name", CheckName(g.Name))
+		d.checkList(field+".members", g.Members, "list the people of the group")
+	}
+	for i, id := range k.Spec.RevokedKeys {
+		d.report(fmt.Sprintf("spec.revokedKeys[%d]", i), checkKeyID(id))
+	}
+}
+
+func (p *Person) validate(d *document, field string) {
+	d.report(field+".name", CheckPersonName(p.Name))
+	if len(p.Keys) == 0 {
+		d.report(field+".keys", faultf("add a key: `sallyport keygen` makes one", "needs at least one key"))
+	}
+	for j := range p.Keys {
+		key := &p.Keys[j]
+		at := fmt.Sprintf("%s.keys[%d]", field, j)
+		key.NotAfter = key.NotAfter.UTC()
+		d.report(at+".notAfter", checkNotAfter(key.NotAfter))
+		if key.PublicKey.IsZero() {
+			d.report(at+".publicKey", faultf(publicKeyHint, "is missing"))
 		}
-		for j := range p.Keys {
-			key := &p.Keys[j]
-			at := fmt.Sprintf("%s.keys[%d]", field, j)
-			key.NotAfter = key.NotAfter.UTC()
-			d.report(at+".notAfter", checkNotAfter(key.NotAfter))
-			if key.PublicKey.IsZero() {
-				d.report(at+".publicKey", faultf(publicKeyHint, "is missing"))
+		for u, use := range key.Uses {
+			if !uses[use] {
+				d.report(fmt.Sprintf("%s.uses[%d]", at, u), faultf(suggest(string(use), texts(uses)), "keys have no use %q", use))
 			}
 		}
 	}
+}
+
+func texts(list map[Use]bool) map[string]bool {
+	out := map[string]bool{}
+	for u := range list {
+		out[string(u)] = true
+	}
+	return out
+}
+
+func checkKeyID(id string) error {
+	if !keyIDPattern.MatchString(id) {
+		return faultf("write it as `sallyport keygen` prints it", "%q is not the id of a key", id)
+	}
+	return nil
 }
 
 // checkNotAfter keeps to the years that can be written and read again.

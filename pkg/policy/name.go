@@ -17,6 +17,7 @@ var (
 	// hostPattern wants a letter at the head of the last label: a mistyped address is no host name.
 	hostPattern   = regexp.MustCompile(`^([A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?\.)*[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?$`)
 	personPattern = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9._@+]*[A-Za-z0-9])?$`)
+	keyIDPattern  = regexp.MustCompile(`^sp:[0-9a-f]{16}$`)
 	devicePattern = regexp.MustCompile(`^[!-.0-9;-~]{1,15}$`)
 )
 

@@ -39,13 +39,14 @@ spec:
   sources: ["10.1.0.2", "10.1.0.0/24", "fd00:1::/64"]
   nodeAddresses: false
   maxDuration: 15m
-  signers: [alice]
+  requesters: [alice]
   requireTicket: false
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people:
     - name: alice
       keys:
@@ -81,7 +82,7 @@ func TestParseKeepsEveryField(t *testing.T) {
 		t.Errorf("cache is %+v", c)
 	}
 	b := s.BypassPolicies()[0]
-	if b.Spec.MaxDuration.String() != "15m" || len(b.Spec.Sources) != 3 || b.Spec.Signers[0] != "alice" {
+	if b.Spec.MaxDuration.String() != "15m" || len(b.Spec.Sources) != 3 || b.Spec.Requesters[0] != "alice" {
 		t.Errorf("bypass policy is %+v", b)
 	}
 	k := s.Keyrings()[0].Spec.People[0]
@@ -206,10 +207,20 @@ var wrongs = []wrong{
 	{"negative duration", "maxDuration: 15m", "maxDuration: -5m", "maxDuration", "spec.maxDuration", "must be more than 0"},
 	{"duration over the cap", "maxDuration: 15m", "maxDuration: 24h0m1s", "maxDuration", "spec.maxDuration", "over the cap of 24h"},
 	{"duration without unit", "maxDuration: 15m", "maxDuration: 15", "maxDuration", "spec.maxDuration", "not a duration"},
-	{"no signers", "signers: [alice]", "signers: []", "signers", "spec.signers", "at least one"},
-	{"unknown signer", "signers: [alice]", "signers: [alcie]", "alcie", "spec.signers[0]", `no Keyring has a person "alcie"`},
-	{"empty signer", "signers: [alice]", "signers: [\"\"]", "signers", "spec.signers[0]", "is empty"},
-	{"signer twice", "signers: [alice]", "signers: [alice, alice]", "alice, alice", "spec.signers[1]", "already spec.signers[0]"},
+	{"no signers", "requesters: [alice]", "requesters: []", "requesters", "spec.requesters", "at least one"},
+	{"unknown group", "requesters: [alice]", "requesters: [\"group:dba\"]", "group:dba", "spec.requesters[0]", `no Keyring has a group "dba"`},
+	{"unknown approver", "requesters: [alice]", "requesters: [alice]\n  approvals: [{from: [bob]}]", "bob", "spec.approvals[0].from[0]", `no Keyring has a person "bob"`},
+	{"nobody to approve", "requesters: [alice]", "requesters: [alice]\n  approvals: [{min: 1}]", "approvals", "spec.approvals[0].from", "at least one"},
+	{"more approvals than fit", "requesters: [alice]", "requesters: [alice]\n  approvals: [{from: [alice], min: 16}]", "approvals", "spec.approvals", "16 people are more than the 15"},
+	{"keyring without a version", "  version: 1\n  people", "  people", "spec:\n  people", "spec.version", "is missing"},
+	{"group of nobody", "  version: 1\n", "  version: 1\n  groups: [{name: dba, members: []}]\n", "groups", "spec.groups[0].members", "at least one"},
+	{"group of strangers", "  version: 1\n", "  version: 1\n  groups: [{name: dba, members: [bob]}]\n", "groups", "spec.groups[0].members[0]", `no Keyring has a person "bob"`},
+	{"group twice", "  version: 1\n", "  version: 1\n  groups: [{name: dba, members: [alice]}, {name: dba, members: [alice]}]\n", "groups", "spec.groups[1].name", "already at resources.yaml:38"},
+	{"no id of a key", "  version: 1\n", "  version: 1\n  revokedKeys: [alice]\n", "revokedKeys", "spec.revokedKeys[0]", "not the id of a key"},
+	{"unknown use", "          notAfter: 2027", "          uses: [aprove]\n          notAfter: 2027", "aprove", "spec.people[0].keys[0].uses[0]", `keys have no use "aprove"`},
+	{"unknown signer", "requesters: [alice]", "requesters: [alcie]", "alcie", "spec.requesters[0]", `no Keyring has a person "alcie"`},
+	{"empty signer", "requesters: [alice]", "requesters: [\"\"]", "requesters", "spec.requesters[0]", "is empty"},
+	{"signer twice", "requesters: [alice]", "requesters: [alice, alice]", "alice, alice", "spec.requesters[1]", "already spec.requesters[0]"},
 
 	// keyrings
 	{"person without key", "      keys:\n        - publicKey: \"" + aliceKey + "\"\n          notAfter: 2027-01-01T00:00:00Z\n", "      keys: []\n", "keys: []", "spec.people[0].keys", "at least one key"},
@@ -224,8 +235,8 @@ var wrongs = []wrong{
 	{"no key", `publicKey: "` + aliceKey + "\"\n          notAfter", "notAfter", "- notAfter", "spec.people[0].keys[0].publicKey", "is missing"},
 	{"date for a time", "2027-01-01T00:00:00Z", "2027-01-01", "notAfter", "spec.people[0].keys[0].notAfter", "not a time"},
 	{"year 0", "2027-01-01T00:00:00Z", "0000-01-01T00:00:00Z", "notAfter", "spec.people[0].keys[0].notAfter", "out of range"},
-	{"person twice", "          notAfter: 2027-01-01T00:00:00Z\n", "    - name: alice\n      keys: [{publicKey: \"" + bobKey + "\"}]\n", "- name: alice\n      keys: [{", "spec.people[1].name", "already at resources.yaml:38"},
-	{"key of two people", "          notAfter: 2027-01-01T00:00:00Z\n", "    - name: bob\n      keys: [{publicKey: \"" + aliceKey + "\"}]\n", "keys: [{", "spec.people[1].keys[0].publicKey", "is already at resources.yaml:40"},
+	{"person twice", "          notAfter: 2027-01-01T00:00:00Z\n", "    - name: alice\n      keys: [{publicKey: \"" + bobKey + "\"}]\n", "- name: alice\n      keys: [{", "spec.people[1].name", "already at resources.yaml:39"},
+	{"key of two people", "          notAfter: 2027-01-01T00:00:00Z\n", "    - name: bob\n      keys: [{publicKey: \"" + aliceKey + "\"}]\n", "keys: [{", "spec.people[1].keys[0].publicKey", "is already at resources.yaml:41"},
 }
 
 func TestParseWrong(t *testing.T) {
@@ -342,7 +353,7 @@ func TestSuggestions(t *testing.T) {
 		{"  target: Host", "  taget: Host", "did you mean target?"},
 		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, idle, ports, protocol, target, udp"},
 		{"services: [postgres]", "services: [Postgres]", "did you mean postgres?"},
-		{"signers: [alice]", "signers: [bob]", "known here: alice"},
+		{"requesters: [alice]", "requesters: [bob]", "known here: alice"},
 		{`"10.1.0.0/24"`, `"10.1.0.9/24"`, "write 10.1.0.0/24, or the address alone"},
 		{`"10.1.0.0/24"`, `"::ffff:10.1.0.0/120"`, "write 10.1.0.0/24"},
 		{`"10.1.0.2"`, `"::ffff:10.1.0.2"`, "write 10.1.0.2"},

@@ -78,16 +78,47 @@ func (p *parser) checkPeople() {
 	}
 }
 
+// checkGroups reports a group that is there twice, or has members that are nobody.
+func (p *parser) checkGroups(people map[string]bool) (groups map[string]bool) {
+	groups = map[string]bool{}
+	places := map[string]string{}
+	for _, l := range p.keyrings {
+		for i, g := range l.value.Spec.Groups {
+			field := fmt.Sprintf("spec.groups[%d]", i)
+			if other, taken := claim(places, g.Name, l.place(field+".name")); taken {
+				l.report(field+".name", faultf("list each group once, with all members", "%q is already at %s", g.Name, other))
+			}
+			l.checkKnown(field+".members", g.Members, people, "no Keyring has a person %q")
+			groups[g.Name] = true
+		}
+	}
+	return groups
+}
+
+// checkWho reports names in a list of people and groups that are neither.
+func (d *document) checkWho(field string, names []string, people, groups map[string]bool) {
+	for i, name := range names {
+		at := fmt.Sprintf("%s[%d]", field, i)
+		group, isGroup := strings.CutPrefix(name, groupPrefix)
+		switch {
+		case isGroup && !groups[group]:
+			d.report(at, faultf(suggest(group, groups), "no Keyring has a group %q", group))
+		case !isGroup && !people[name]:
+			d.report(at, faultf(suggest(name, people), "no Keyring has a person %q", name))
+		}
+	}
+}
+
 // sureOfNames reports whether every name in the set could be read. If not, a reference that finds
 // nothing would only repeat that problem.
 func (p *parser) sureOfNames() bool {
 	return !slices.ContainsFunc(p.list, func(e *Error) bool {
 		return e.Field == "" || e.Field == "kind" || e.Field == "spec" ||
-			strings.HasPrefix(e.Field, "metadata") || strings.HasPrefix(e.Field, "spec.people")
+			strings.HasPrefix(e.Field, "metadata") || strings.HasPrefix(e.Field, "spec.people") || strings.HasPrefix(e.Field, "spec.groups")
 	})
 }
 
-// checkReferences reports a bypass policy for a service or a signer that does not exist.
+// checkReferences reports a bypass policy for a service, a person or a group that does not exist.
 func (p *parser) checkReferences() {
 	services, people := map[string]bool{}, map[string]bool{}
 	for _, l := range p.services {
@@ -98,9 +129,13 @@ func (p *parser) checkReferences() {
 			people[person.Name] = true
 		}
 	}
+	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
-		l.checkKnown("spec.signers", l.value.Spec.Signers, people, "no Keyring has a person %q")
+		l.checkWho("spec.requesters", l.value.Spec.Requesters, people, groups)
+		for i, a := range l.value.Spec.Approvals {
+			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
+		}
 	}
 }
 

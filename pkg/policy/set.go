@@ -21,20 +21,26 @@ type Set struct {
 	yaml   []byte
 	digest string
 
-	byName  map[string]int   // service index by name
-	byPlace map[endpoint]int // by address and port; a Host service has no address
+	groups  map[string][]string // members by name
+	byName  map[string]int      // service index by name
+	byPlace map[endpoint]int    // by address and port; a Host service has no address
 }
 
 func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring) *Set {
 	s := &Set{
 		services: services, policies: policies, keyrings: keyrings,
-		byName: map[string]int{}, byPlace: map[endpoint]int{},
+		groups: map[string][]string{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
 	}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
+	}
+	for _, r := range s.keyrings {
+		for _, g := range r.Spec.Groups {
+			s.groups[g.Name] = g.Members
+		}
 	}
 	s.yaml = encode(s)
 	sum := sha256.Sum256(s.yaml)

@@ -79,7 +79,10 @@ func (g *generator) bypass(i int, services []string, people []string) policy.Byp
 		Sources:       []policy.AddressRange{{Prefix: netip.PrefixFrom(addr, addr.BitLen())}, {Prefix: network}},
 		NodeAddresses: g.IntN(2) == 0, RequireTicket: g.IntN(2) == 0,
 		MaxDuration: policy.Duration{Duration: 1 + time.Duration(g.Int64N(int64(24*time.Hour)))},
-		Signers:     []string{pick(g.Rand, people...)},
+		Requesters:  []string{pick(g.Rand, people...)},
+	}
+	if g.IntN(2) == 0 {
+		p.Spec.Approvals = []policy.Approval{{From: []string{pick(g.Rand, people...)}, Min: uint8(1 + g.IntN(3))}}
 	}
 	return p
 }
@@ -103,7 +106,11 @@ func (g *generator) keyring(i int, person string) policy.Keyring {
 		}
 		p.Keys = append(p.Keys, key)
 	}
-	k.Spec.People = []policy.Person{p}
+	k.Spec.Version, k.Spec.People = 1+g.Uint64N(9), []policy.Person{p}
+	if g.IntN(2) == 0 {
+		k.Spec.Groups = []policy.Group{{Name: g.name("group", i), Members: []string{person}}}
+		k.Spec.RevokedKeys = []string{p.Keys[0].PublicKey.ID()}
+	}
 	return k
 }
 

@@ -115,20 +115,6 @@ func forgeable(key ed25519.PublicKey) bool {
 	return false
 }
 
-func TestKeyExpired(t *testing.T) {
-	end := time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
-	for _, c := range []struct {
-		notAfter, now time.Time
-		want          bool
-	}{
-		{time.Time{}, end, false}, {end, end.Add(-1), false}, {end, end, true}, {end, end.Add(1), true},
-	} {
-		if got := (policy.Key{NotAfter: c.notAfter}).Expired(c.now); got != c.want {
-			t.Errorf("a key until %s at %s: expired is %t", c.notAfter, c.now, got)
-		}
-	}
-}
-
 func TestSourceText(t *testing.T) {
 	for want, s := range map[string]policy.Source{"": {}, "a.yaml:3": {File: "a.yaml", Line: 3}} {
 		if s.String() != want {

@@ -171,12 +171,13 @@ spec:
   bindings: [address]
   sources: ["10.0.0.0/8"]
   maxDuration: 1h
-  signers: [alice]
+  requesters: [alice]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people: [{name: alice, keys: [{publicKey: %q}]}]
 `, servicePort, rig.Pod.Addr(lab.IPv4), rig.key.Public().String())
 }
@@ -239,7 +240,7 @@ func (rig *agentRig) sign(ctx context.Context, a netip.Addr) ([]byte, error) {
 		return nil, err
 	}
 	return grant.Sign(ctx, grant.Payload{
-		ID: id, Requester: "bob", Service: "measured", Binding: policy.BindingAddress, Addresses: []netip.Addr{a},
+		ID: id, Requester: "alice", Service: "measured", Binding: policy.BindingAddress, Addresses: []netip.Addr{a},
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(2 * time.Hour), Duration: 50 * time.Minute,
 		Reason: "benchmark", Audience: agentNode,
 	}, rig.key)

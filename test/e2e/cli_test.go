@@ -114,7 +114,7 @@ func (w *world) issue(t *testing.T, g wanted, more ...string) string {
 	t.Helper()
 	file := filepath.Join(w.Dir, ulid.Make().String()+".grant")
 	w.cli(t, append([]string{"grant", "issue", "--service", g.service, "--client", g.client.String(), "--for", g.duration,
-		"--node", nodeName, "--reason", "test", "--requester", "bob", "--key", w.key, "--policy", w.files.resources, "--out", file,
+		"--node", nodeName, "--reason", "test", "--key", w.key, "--policy", w.files.resources, "--out", file,
 		"--yes"}, more...)...)
 	return file
 }

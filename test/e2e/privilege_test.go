@@ -186,7 +186,7 @@ func (w *world) dutyPath() error {
 		way := w.ways(service, lab.IPv4)[0]
 		file := filepath.Join(w.Dir, service+time.Now().Format("150405.000000")+".grant")
 		s := w.try("grant", "issue", "--service", service, "--client", way.from.String(), "--for", "1m", "--node", nodeName, "--reason", "test",
-			"--requester", "bob", "--key", w.key, "--policy", w.files.resources, "--out", file, "--yes")
+			"--key", w.key, "--policy", w.files.resources, "--out", file, "--yes")
 		if s.err != nil {
 			return fmt.Errorf("issue: %s", s)
 		}

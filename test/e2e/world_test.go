@@ -218,7 +218,7 @@ spec:
   sources: ["10.0.0.0/8", "fd00::/16", "127.0.0.0/8", "::1"]
   nodeAddresses: true
   maxDuration: 10m
-  signers: [alice]
+  requesters: [alice]
 ---
 `, name, services)
 }
@@ -229,6 +229,7 @@ func (w *world) keyring(t *testing.T) string {
 kind: Keyring
 metadata: {name: operators}
 spec:
+  version: 1
   people: [{name: alice, keys: [{publicKey: %q}]}]
 ---
 `, publicKey(t, w.key))

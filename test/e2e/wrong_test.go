@@ -116,7 +116,7 @@ func TestWrongResources(t *testing.T) {
 func (w *world) terms(change map[string]string) []string {
 	flags := map[string]string{
 		"service": "pod-echo", "client": w.Client.Addr(lab.IPv4).String(), "for": "1m", "node": nodeName, "reason": "test",
-		"requester": "bob", "key": w.key,
+		"requester": "alice", "key": w.key,
 	}
 	for k, v := range change {
 		flags[k] = v

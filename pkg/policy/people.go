@@ -1,0 +1,138 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// groupPrefix stands before the name of a group where people may be listed as well.
+const groupPrefix = "group:"
+
+// Use is something that a key may sign.
+type Use string
+
+// Uses of a key. One without any may request and approve.
+const (
+	UseRequest    Use = "request"
+	UseApprove    Use = "approve"
+	UseBreakGlass Use = "breakGlass"
+	UseResources  Use = "resources"
+)
+
+var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true}
+
+// Signer is a person whose signature was verified, and what the key may sign.
+type Signer struct {
+	Person string `json:"person"`
+	KeyID  string `json:"keyId"`
+	Uses   []Use  `json:"uses,omitempty"`
+}
+
+// May reports whether the signature counts for that use.
+func (s Signer) May(u Use) bool {
+	if len(s.Uses) == 0 {
+		return u == UseRequest || u == UseApprove
+	}
+	return slices.Contains(s.Uses, u)
+}
+
+// Group is people who approve together.
+type Group struct {
+	Name    string   `json:"name" yaml:"name"`
+	Members []string `json:"members" yaml:"members"`
+}
+
+// Approval says how many of some people have to agree. The requester is never one of them.
+type Approval struct {
+	// From are people, and groups as group:NAME.
+	From []string `json:"from" yaml:"from"`
+	// Min is how many of them; 1 when it is not written.
+	Min uint8 `json:"min,omitempty" yaml:"min,omitempty"`
+}
+
+// String says it in words: "2 of group:dba, carol".
+func (a Approval) String() string {
+	return fmt.Sprintf("%d of %s", a.Min, strings.Join(a.From, ", "))
+}
+
+// KnownKey is a key of a keyring, with whose it is.
+type KnownKey struct {
+	Key
+	Person  string
+	Revoked bool
+	// Until is when it or its keyring ends. Zero: it does not.
+	Until time.Time
+}
+
+// Ended reports whether the key counts no more at now.
+func (k KnownKey) Ended(now time.Time) bool { return !k.Until.IsZero() && !now.Before(k.Until) }
+
+// KnownKeys lists the keys of keyrings by their ids. A key that one keyring revokes is revoked in all.
+func KnownKeys(rings []Keyring) map[string]KnownKey {
+	known := map[string]KnownKey{}
+	for _, r := range rings {
+		for _, p := range r.Spec.People {
+			for _, k := range p.Keys {
+				known[k.PublicKey.ID()] = KnownKey{Key: k, Person: p.Name, Until: earlier(k.NotAfter, r.Spec.NotAfter)}
+			}
+		}
+	}
+	for _, r := range rings {
+		for _, id := range r.Spec.RevokedKeys {
+			if k, ok := known[id]; ok {
+				k.Revoked = true
+				known[id] = k
+			}
+		}
+	}
+	return known
+}
+
+// earlier takes zero for never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// includes reports whether a list of people and groups has the person.
+func (s *Set) includes(list []string, person string) bool {
+	return slices.ContainsFunc(list, func(name string) bool {
+		group, isGroup := strings.CutPrefix(name, groupPrefix)
+		return isGroup && slices.Contains(s.groups[group], person) || !isGroup && name == person
+	})
+}
+
+// unmet lists what approvals are missing. Each person counts once in all, for one of the approvals, and in the way in
+// which most of them are met: a matching of people with seats (Kuhn).
+func (s *Set) unmet(wanted []Approval, approvers []string) (missing []Approval) {
+	var seats []Approval
+	for _, a := range wanted {
+		seats = append(seats, slices.Repeat([]Approval{a}, int(a.Min))...)
+	}
+	taken := map[string]int{} // person -> seat
+	for i := range seats {
+		if !s.seat(i, seats, approvers, taken, map[string]bool{}) {
+			missing = append(missing, Approval{From: seats[i].From, Min: 1})
+		}
+	}
+	return missing
+}
+
+// seat finds somebody for a seat, and another seat for whoever has to give his up for it.
+func (s *Set) seat(i int, seats []Approval, people []string, taken map[string]int, tried map[string]bool) bool {
+	for _, p := range people {
+		if tried[p] || !s.includes(seats[i].From, p) {
+			continue
+		}
+		tried[p] = true
+		if other, busy := taken[p]; !busy || s.seat(other, seats, people, taken, tried) {
+			taken[p] = i
+			return true
+		}
+	}
+	return false
+}
