@@ -82,7 +82,7 @@ func (c *cli) readKey(file string) (grant.SigningKey, error) {
 	if file == "" {
 		return nil, withHint(usagef("read key: no key is named"), "name a file with --key; `sallyport keygen` makes one, and a key of OpenSSH will do")
 	}
-	key, err := grant.ReadSigningKey(file, c.stderr)
+	key, err := readSigningKey(file, c.stderr)
 	return key, explained("read key", err)
 }
 

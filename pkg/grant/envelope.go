@@ -39,6 +39,14 @@ func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
 	}
 }
 
+// SigningKey makes signatures: a PrivateKey, or a key that somebody else holds.
+type SigningKey interface {
+	// Public is the half that stands in a Keyring.
+	Public() policy.PublicKey
+	// Sign makes a signature that Public verifies.
+	Sign(ctx context.Context, message []byte) ([]byte, error)
+}
+
 // Sign puts a payload into a DSSE envelope, in JSON, signed by k. An invalid payload is not signed:
 // the error is that of Validate.
 func Sign(ctx context.Context, p Payload, k SigningKey) ([]byte, error) {
@@ -73,7 +81,7 @@ func Approve(ctx context.Context, envelope []byte, k SigningKey) ([]byte, error)
 }
 
 func addSignature(ctx context.Context, env dsse.Envelope, body []byte, k SigningKey) ([]byte, error) {
-	sig, err := k.sign(ctx, dsse.PAE(PayloadType, body))
+	sig, err := k.Sign(ctx, dsse.PAE(PayloadType, body))
 	if err != nil {
 		return nil, err
 	}

@@ -427,6 +427,19 @@ func FuzzVerify(f *testing.F) {
 	})
 }
 
+func TestApproveHasABound(t *testing.T) {
+	envelope, err := grant.Sign(t.Context(), goodPayload(), newKey(t))
+	for i := 1; i < 16 && err == nil; i++ {
+		envelope, err = grant.Approve(t.Context(), envelope, newKey(t))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := grant.Approve(t.Context(), envelope, newKey(t)); !errors.Is(err, grant.ErrMalformed) {
+		t.Errorf("a 17th signature: %v", err)
+	}
+}
+
 func ExampleSign() {
 	key, _ := grant.GenerateKey()
 	id, _ := grant.NewID(time.Now())

@@ -70,7 +70,8 @@ func errNoKey() error {
 	return &policy.Error{Field: "key", Msg: "there is no private key", Hint: "make one with `sallyport keygen`", Err: ErrKeyFile}
 }
 
-func (k PrivateKey) sign(_ context.Context, message []byte) ([]byte, error) {
+// Sign signs a message.
+func (k PrivateKey) Sign(_ context.Context, message []byte) ([]byte, error) {
 	if k.isZero() {
 		return nil, errNoKey()
 	}

@@ -1,8 +1,9 @@
-package grant_test
+package main
 
 import (
 	"errors"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,7 +15,7 @@ import (
 )
 
 // sshKey has OpenSSH make a key, and names its private half.
-func sshKey(t *testing.T, kind, passphrase string) (file string) {
+func makeSSHKey(t *testing.T, kind, passphrase string) (file string) {
 	t.Helper()
 	file = filepath.Join(t.TempDir(), "id")
 	if out, err := exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", "somebody here", "-f", file).CombinedOutput(); err != nil {
@@ -25,7 +26,7 @@ func sshKey(t *testing.T, kind, passphrase string) (file string) {
 
 func signingKey(t *testing.T, file string) grant.SigningKey {
 	t.Helper()
-	k, err := grant.ReadSigningKey(file, io.Discard)
+	k, err := readSigningKey(file, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,8 +43,8 @@ func ring(keys map[string]grant.SigningKey) []policy.Keyring {
 
 // TestSeveralSign: a grant with signatures of our own and of OpenSSH's keys, each by another person.
 func TestSeveralSign(t *testing.T) {
-	alice := newKey(t)
-	bob, carol := signingKey(t, sshKey(t, "ed25519", "")), signingKey(t, sshKey(t, "ecdsa", ""))
+	alice := ownKey(t)
+	bob, carol := signingKey(t, makeSSHKey(t, "ed25519", "")), signingKey(t, makeSSHKey(t, "ecdsa", ""))
 	keys := ring(map[string]grant.SigningKey{"alice": alice, "bob": bob, "carol": carol})
 	envelope, err := grant.Sign(t.Context(), goodPayload(), alice)
 	if err != nil {
@@ -71,26 +72,13 @@ func TestSeveralSign(t *testing.T) {
 	}
 }
 
-func TestApproveHasABound(t *testing.T) {
-	envelope, err := grant.Sign(t.Context(), goodPayload(), newKey(t))
-	for i := 1; i < 16 && err == nil; i++ {
-		envelope, err = grant.Approve(t.Context(), envelope, newKey(t))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := grant.Approve(t.Context(), envelope, newKey(t)); !errors.Is(err, grant.ErrMalformed) {
-		t.Errorf("a 17th signature: %v", err)
-	}
-}
-
 func TestReadSigningKey(t *testing.T) {
-	file := sshKey(t, "ed25519", "")
+	file := makeSSHKey(t, "ed25519", "")
 	if a, b := signingKey(t, file), signingKey(t, file+".pub"); a.Public() != b.Public() || !a.Public().IsSSH() {
 		t.Errorf("halves of one key: %v and %v", a.Public(), b.Public())
 	}
 	own := filepath.Join(t.TempDir(), "own.key")
-	if err := grant.WritePrivateKey(own, newKey(t)); err != nil {
+	if err := grant.WritePrivateKey(own, ownKey(t)); err != nil {
 		t.Fatal(err)
 	}
 	if signingKey(t, own).Public().IsSSH() {
@@ -100,7 +88,7 @@ func TestReadSigningKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, wrong := range []string{file, file + ".pub", filepath.Join(t.TempDir(), "none"), t.TempDir()} {
-		_, err := grant.ReadSigningKey(wrong, io.Discard)
+		_, err := readSigningKey(wrong, io.Discard)
 		if e, ok := errors.AsType[*policy.Error](err); !ok || e.Hint == "" {
 			t.Errorf("%s: %v", wrong, err)
 		}
@@ -112,15 +100,31 @@ func TestSSHKeyDoesNotSign(t *testing.T) {
 	t.Setenv("SSH_AUTH_SOCK", "")
 	t.Setenv("SSH_ASKPASS", "/bin/false")
 	t.Setenv("SSH_ASKPASS_REQUIRE", "force")
-	locked := sshKey(t, "ed25519", "a passphrase")
-	if _, err := grant.Sign(t.Context(), goodPayload(), signingKey(t, locked)); !errors.Is(err, grant.ErrNotSigned) {
+	locked := makeSSHKey(t, "ed25519", "a passphrase")
+	if _, err := grant.Sign(t.Context(), goodPayload(), signingKey(t, locked)); !errors.Is(err, errNotSigned) {
 		t.Errorf("a locked key: %v", err)
 	}
-	one, other := sshKey(t, "ed25519", ""), sshKey(t, "ed25519", "")
+	one, other := makeSSHKey(t, "ed25519", ""), makeSSHKey(t, "ed25519", "")
 	if err := os.Rename(other+".pub", one+".pub"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := grant.Sign(t.Context(), goodPayload(), signingKey(t, one)); !errors.Is(err, grant.ErrNotSigned) {
+	if _, err := grant.Sign(t.Context(), goodPayload(), signingKey(t, one)); !errors.Is(err, errNotSigned) {
 		t.Errorf("halves of two keys: %v", err)
 	}
+}
+
+func ownKey(t *testing.T) grant.PrivateKey {
+	t.Helper()
+	k, err := grant.GenerateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func goodPayload() grant.Payload {
+	from := time.Now().UTC().Truncate(time.Second)
+	return grant.Payload{ID: "01J8ZQ4X5M3T9V0Y2B7C6D1E4F", Requester: "alice", Service: "postgres", Binding: policy.BindingAddress,
+		Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, NotBefore: from, NotAfter: from.Add(time.Hour), Duration: 15 * time.Minute,
+		Reason: "nightly backup", Audience: "node-1"}
 }
