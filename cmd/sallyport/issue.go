@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -134,9 +135,10 @@ func unapproved(err error) (missing []*policy.Error, other error) {
 	return missing, nil
 }
 
-// checkVerified leaves out what only the node knows: its name and its own addresses.
+// checkVerified leaves out what only the node knows: its name, its own addresses, and when it is activated.
 func checkVerified(set *policy.Set, v grant.Verified, c *cli) error {
-	return errors.Join(v.Payload.CheckPolicy(set.Digest()), set.CheckGrant(v.Facts(nil)))
+	_, err := set.CheckGrant(v.Facts(nil, time.Time{}))
+	return errors.Join(v.Payload.CheckPolicy(set.Digest()), err)
 }
 
 // signerOf finds whose key it is.

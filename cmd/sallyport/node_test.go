@@ -151,7 +151,8 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 		return nil, refusal(codes.InvalidArgument, err)
 	}
 	p := v.Payload
-	if err := errors.Join(p.CheckTime(now), p.CheckAudience(n.name), n.policy.CheckGrant(v.Facts(nil))); err != nil {
+	_, refused := n.policy.CheckGrant(v.Facts(nil, now))
+	if err := errors.Join(p.CheckTime(now), p.CheckAudience(n.name), refused); err != nil {
 		return nil, refusal(codes.FailedPrecondition, err)
 	}
 	n.mu.Lock()

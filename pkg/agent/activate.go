@@ -10,6 +10,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -73,8 +74,8 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	}
 	a.verified = v
 	p := v.Payload
-	err = errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), g.allowed(v, e))
-	if err != nil {
+	allowance, refused := g.allowed(v, e, now)
+	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
@@ -82,17 +83,17 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}
-	a.held.row, err = g.newRow(a, now, boot)
+	a.held.row, err = g.newRow(a, allowance, now, boot)
 	return err
 }
 
 // allowed asks policy, with the node's own addresses as they are now.
-func (g *grants) allowed(v grant.Verified, e *enforced) error {
+func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.Allowance, error) {
 	own, err := g.own(v.Payload.Addresses)
 	if err != nil {
-		return err
+		return policy.Allowance{}, err
 	}
-	return e.set.CheckGrant(v.Facts(own))
+	return e.set.CheckGrant(v.Facts(own, now))
 }
 
 // overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
@@ -120,13 +121,16 @@ func sharePort(a, b *held) bool {
 }
 
 // newRow is what is remembered of the grant. The deadline is converted here, once.
-func (g *grants) newRow(a *activation, now time.Time, boot time.Duration) (store.GrantRow, error) {
+func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot time.Duration) (store.GrantRow, error) {
 	p := a.verified.Payload
 	payload, err := json.Marshal(p)
 	if err != nil {
 		return store.GrantRow{}, fmt.Errorf("keep payload: %w", err)
 	}
 	deadline := p.Deadline(now)
+	if !may.Until.IsZero() && may.Until.Before(deadline) {
+		deadline = may.Until
+	}
 	row := store.GrantRow{
 		ID: p.ID, State: store.StateActive, Envelope: a.envelope, Payload: payload, BootID: g.bootID,
 		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -77,8 +79,12 @@ func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
 	v, err := grant.Verify(envelope, e.set.Keyrings(), h.row.Activated)
+	var may policy.Allowance
 	if err == nil {
-		err = g.allowed(v, e)
+		may, err = g.allowed(v, e, g.clock.wall())
+	}
+	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
+		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))
 	}
 	if err != nil {
 		return "resources changed: " + oneLine(err.Error())

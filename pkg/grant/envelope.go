@@ -29,13 +29,14 @@ type Verified struct {
 	Signers []policy.Signer
 }
 
-// Facts are what policy looks at. nodeAddresses are the node's own.
-func (v Verified) Facts(nodeAddresses []netip.Addr) policy.GrantFacts {
+// Facts are what policy looks at. nodeAddresses are the node's own, now is the time of activation, or zero where nobody
+// knows it yet.
+func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantFacts {
 	p := v.Payload
 	return policy.GrantFacts{
 		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
 		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
-		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses,
+		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}
 }
 

@@ -125,12 +125,12 @@ func TestFacts(t *testing.T) {
 	v := grant.Verified{Payload: p, Signers: []policy.Signer{
 		{Person: "zoe", KeyID: "1"}, {Person: "alice", KeyID: a.Public().ID()}, {Person: "alice", KeyID: b.Public().ID()},
 	}}
-	own := []netip.Addr{netip.MustParseAddr("10.1.0.1")}
+	own, at := []netip.Addr{netip.MustParseAddr("10.1.0.1")}, time.Unix(1, 0)
 	want := policy.GrantFacts{
 		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress, Binding: p.Binding,
-		Ticket: p.Ticket, Reason: p.Reason, Requester: p.Requester, Signers: v.Signers, NodeAddresses: own,
+		Ticket: p.Ticket, Reason: p.Reason, Requester: p.Requester, Signers: v.Signers, NodeAddresses: own, Now: at,
 	}
-	if got := v.Facts(own); !reflect.DeepEqual(got, want) {
+	if got := v.Facts(own, at); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }

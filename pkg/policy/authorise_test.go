@@ -60,7 +60,7 @@ func TestNilSetAllowsNothing(t *testing.T) {
 		if _, ok := s.ServiceAt(policy.ProtocolTCP, netip.MustParseAddrPort("10.0.0.1:5432")); ok {
 			t.Error("found a service")
 		}
-		if err := s.CheckGrant(goodFacts()); err == nil {
+		if _, err := s.CheckGrant(goodFacts()); err == nil {
 			t.Error("allowed a grant")
 		}
 		if s.Services() != nil || s.BypassPolicies() != nil || s.Keyrings() != nil || s.YAML() != nil || s.Digest() != "" {

@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"regexp"
 	"time"
 )
 
@@ -44,8 +45,32 @@ type BypassPolicySpec struct {
 	Requesters []string `json:"requesters" yaml:"requesters"`
 	// Approvals must all be met by other people's signatures. None: the requester's is enough.
 	Approvals []Approval `json:"approvals,omitempty" yaml:"approvals,omitempty"`
-	// RequireTicket refuses a grant without a ticket.
-	RequireTicket bool `json:"requireTicket,omitempty" yaml:"requireTicket,omitempty"`
+	// Ticket says what the grant's ticket has to be like.
+	Ticket TicketRule `json:"ticket,omitzero" yaml:"ticket,omitempty"`
+	// Windows are the times at which a grant may be activated; its paths end with the window. None: always.
+	Windows []Window `json:"windows,omitempty" yaml:"windows,omitempty"`
+	// When is a condition in CEL that a grant has to meet, beside all else. Empty: none.
+	When string `json:"when,omitempty" yaml:"when,omitempty"`
+	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
+	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+}
+
+// TicketRule is what a ticket has to be like.
+type TicketRule struct {
+	// Required refuses a grant without a ticket.
+	Required bool `json:"required,omitempty" yaml:"required,omitempty"`
+	// Pattern is a regular expression (RE2) that the whole of a ticket has to match. Empty: any will do.
+	Pattern string `json:"pattern,omitempty" yaml:"pattern,omitempty"`
+}
+
+// matches reports whether a ticket that is there will do. The pattern must be valid.
+func (r TicketRule) matches(ticket string) bool {
+	p, err := r.compile()
+	return err == nil && p.MatchString(ticket)
+}
+
+func (r TicketRule) compile() (*regexp.Regexp, error) {
+	return regexp.Compile(`^(?:` + r.Pattern + `)$`)
 }
 
 func (p *BypassPolicy) validate(d *document) {
@@ -53,6 +78,7 @@ func (p *BypassPolicy) validate(d *document) {
 	d.checkList("spec.services", p.Spec.Services, "list the protected services that it is for")
 	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
 	p.validateApprovals(d)
+	p.validateConditions(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		if b != BindingAddress {
@@ -63,6 +89,21 @@ func (p *BypassPolicy) validate(d *document) {
 	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
+}
+
+func (p *BypassPolicy) validateConditions(d *document) {
+	if _, err := p.Spec.Ticket.compile(); err != nil {
+		d.report("spec.ticket.pattern", faultf("write a regular expression like OPS-[0-9]+", "is no regular expression: %v", err))
+	}
+	for i, w := range p.Spec.Windows {
+		w.validate(d, fmt.Sprintf("spec.windows[%d]", i))
+	}
+	if p.Spec.When != "" {
+		_, err := compileWhen(p.Spec.When)
+		d.report("spec.when", err)
+	}
+	p.Spec.NotAfter = p.Spec.NotAfter.UTC()
+	d.report("spec.notAfter", checkNotAfter(p.Spec.NotAfter))
 }
 
 // maxApprovals is the most signatures that a policy can ask for, the requester's aside: an envelope has no room for more.

@@ -30,41 +30,63 @@ type GrantFacts struct {
 	Signers   []Signer // whose signatures were verified
 	// NodeAddresses are the node's own addresses. Loopback counts as such in any case.
 	NodeAddresses []netip.Addr
+	// Now is the time of activation, by the wall clock. Zero: nobody knows it yet, and what depends on it is left out.
+	Now time.Time
 }
 
-// CheckGrant decides whether policy allows the grant: one bypass policy must allow all of it. It is
-// the one evaluator, for agent, check and explain. It gives every violated field at once, as
-// errors.Join of *Error with ErrRefused, of the policy that came nearest to allowing it.
-func (s *Set) CheckGrant(g GrantFacts) error {
+// Allowance is what a grant that policy allows gets.
+type Allowance struct {
+	Policy string // that allows it
+	// Until is when policy ends its paths, whatever the grant says, by the wall clock. Zero: it does not.
+	Until time.Time
+}
+
+// CheckGrant decides whether policy allows the grant: one bypass policy must allow all of it; of several, the one that
+// lets it last longest counts. It is the one evaluator, for agent, check and explain. It gives every violated field at
+// once, as errors.Join of *Error with ErrRefused, of the policy that came nearest to allowing it.
+func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
 	svc, ok := s.Service(g.Service)
 	if !ok {
-		return refuse("service", "`sallyport services` lists them", "no ProtectedService is named %q", g.Service)
+		return Allowance{}, refuse("service", "`sallyport services` lists them", "no ProtectedService is named %q", g.Service)
 	}
 	var nearest []error
+	var best *Allowance
 	for _, p := range s.policies {
 		if !slices.Contains(p.Spec.Services, g.Service) {
 			continue
 		}
-		violations := s.check(p, svc, g)
+		until, violations := s.check(p, svc, g)
 		if len(violations) == 0 {
-			return nil
+			best = longer(best, Allowance{Policy: p.Name, Until: until})
+			continue
 		}
 		if nearest == nil || len(violations) < len(nearest) {
 			nearest = violations
 		}
 	}
-	if nearest == nil {
-		return refuse("service", "add it to a BypassPolicy", "no BypassPolicy covers the service %q", g.Service)
+	if best != nil {
+		return *best, nil
 	}
-	return errors.Join(nearest...)
+	if nearest == nil {
+		return Allowance{}, refuse("service", "add it to a BypassPolicy", "no BypassPolicy covers the service %q", g.Service)
+	}
+	return Allowance{}, errors.Join(nearest...)
+}
+
+// longer takes zero for no end.
+func longer(a *Allowance, b Allowance) *Allowance {
+	if a == nil || !a.Until.IsZero() && (b.Until.IsZero() || b.Until.After(a.Until)) {
+		return &b
+	}
+	return a
 }
 
 func refuse(field, hint, format string, args ...any) error {
 	return &Error{Field: field, Msg: fmt.Sprintf(format, args...), Hint: hint, Err: ErrRefused}
 }
 
-// check lists what one policy does not allow.
-func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error {
+// check lists what one policy does not allow, and says until when it allows the rest.
+func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) (until time.Time, violations []error) {
 	c := grantCheck{set: s, policy: p}
 	c.binding(g.Binding)
 	c.ports(svc, g.Ports)
@@ -75,7 +97,9 @@ func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) []error 
 	c.paperwork(g)
 	c.requester(g)
 	c.approvals(g)
-	return c.errs
+	until = c.times(g.Now)
+	c.when(g)
+	return until, c.errs
 }
 
 // grantCheck gathers the violations of one policy by one grant.
@@ -156,8 +180,14 @@ func (c *grantCheck) paperwork(g GrantFacts) {
 	if strings.TrimSpace(g.Reason) == "" {
 		c.refuse("reason", "say why the bypass is needed", "is empty")
 	}
-	if c.policy.Spec.RequireTicket && strings.TrimSpace(g.Ticket) == "" {
-		c.refuse("ticket", "name the ticket", "policy %q requires a ticket", c.policy.Name)
+	rule := c.policy.Spec.Ticket
+	switch {
+	case strings.TrimSpace(g.Ticket) == "":
+		if rule.Required {
+			c.refuse("ticket", "name the ticket", "policy %q requires a ticket", c.policy.Name)
+		}
+	case rule.Pattern != "" && !rule.matches(g.Ticket):
+		c.refuse("ticket", "name one like "+rule.Pattern, "policy %q takes no ticket %q", c.policy.Name, cut(g.Ticket))
 	}
 }
 
@@ -175,14 +205,45 @@ func (c *grantCheck) requester(g GrantFacts) {
 
 // approvals names each that is missing.
 func (c *grantCheck) approvals(g GrantFacts) {
-	var people []string
-	for _, s := range g.Signers {
-		if s.Person != g.Requester && s.May(UseApprove) && !slices.Contains(people, s.Person) {
-			people = append(people, s.Person)
-		}
-	}
-	for _, a := range c.set.unmet(c.policy.Spec.Approvals, people) {
+	for _, a := range c.set.unmet(c.policy.Spec.Approvals, approversOf(g)) {
 		c.add(ErrUnapproved, "signatures", "have it approved by one more of: "+strings.Join(a.From, ", "),
 			"policy %q wants another approval, from somebody else than %s", c.policy.Name, g.Requester)
+	}
+}
+
+// times holds that now is before the end of the policy and in a window, and gives the end of either.
+func (c *grantCheck) times(now time.Time) (until time.Time) {
+	if now.IsZero() {
+		return time.Time{}
+	}
+	end := c.policy.Spec.NotAfter
+	if !end.IsZero() && !now.Before(end) {
+		c.refuse("notAfter", "have the policy renewed", "policy %q ended at %s", c.policy.Name, end.Format(time.RFC3339))
+	}
+	if len(c.policy.Spec.Windows) == 0 {
+		return end
+	}
+	var texts []string
+	var last time.Time
+	for _, w := range c.policy.Spec.Windows {
+		texts = append(texts, w.String())
+		if t, ok := w.until(now); ok && t.After(last) {
+			last = t
+		}
+	}
+	if last.IsZero() {
+		c.refuse("windows", "activate it in one of: "+strings.Join(texts, "; "), "%s is in no window of policy %q", now.UTC().Format(time.RFC3339), c.policy.Name)
+	}
+	return earlier(end, last)
+}
+
+// when asks the condition. What depends on the time is left to whoever knows it.
+func (c *grantCheck) when(g GrantFacts) {
+	program := c.set.when[c.policy.Name]
+	if program == nil || g.Now.IsZero() {
+		return
+	}
+	if err := checkWhen(program, g); err != nil {
+		c.refuse("when", "see the policy's condition: "+c.policy.Spec.When, "policy %q has a condition, and %v", c.policy.Name, err)
 	}
 }

@@ -99,7 +99,7 @@ func TestCheckGrant(t *testing.T) {
 			if c.facts != nil {
 				c.facts(&facts)
 			}
-			checkRefusal(t, mustParse(t, text).CheckGrant(facts), c.fields, c.msg)
+			checkRefusal(t, refusal(mustParse(t, text).CheckGrant(facts)), c.fields, c.msg)
 		})
 	}
 }
@@ -126,15 +126,15 @@ func allowNode(s string) string {
 }
 
 func needBudget(s string) string {
-	return strings.Replace(s, "requireTicket: false", "requireTicket: false\n  maxBudget: {bytes: 10GiB, connections: 3}", 1)
+	return strings.Replace(s, "ticket: {required: false}", "ticket: {required: false}\n  maxBudget: {bytes: 10GiB, connections: 3}", 1)
 }
 
 func needUplink(s string) string {
-	return strings.Replace(s, "requireTicket: false", "requireTicket: false\n  ingress: uplink", 1)
+	return strings.Replace(s, "ticket: {required: false}", "ticket: {required: false}\n  ingress: uplink", 1)
 }
 
 func needTicket(s string) string {
-	return strings.Replace(s, "requireTicket: false", "requireTicket: true", 1)
+	return strings.Replace(s, "ticket: {required: false}", "ticket: {required: true}", 1)
 }
 
 const widePolicy = `---
@@ -147,7 +147,7 @@ spec:
   sources: ["10.0.0.0/8"]
   maxDuration: 1h
   requesters: [alice]
-  requireTicket: true
+  ticket: {required: true}
 `
 
 func TestCheckGrantOnePolicyMustAllowAll(t *testing.T) {
@@ -155,17 +155,17 @@ func TestCheckGrantOnePolicyMustAllowAll(t *testing.T) {
 	long := goodFacts()
 	long.Duration, long.Addresses = time.Hour, addrs("10.1.0.2")
 	// nightly-backup refuses the duration, wide refuses the missing ticket.
-	err := s.CheckGrant(long)
+	_, err := s.CheckGrant(long)
 	if e := policy.Errors(err); len(e) != 1 || !strings.Contains(e[0].Msg, "nightly-backup") || e[0].Line != 21 {
 		t.Errorf("got %v", err)
 	}
 	long.Ticket = "OPS-1"
-	if err := s.CheckGrant(long); err != nil {
+	if _, err := s.CheckGrant(long); err != nil {
 		t.Errorf("wide should allow it: %v", err)
 	}
 	far := long
 	far.Addresses = addrs("10.200.0.1", "fd00:1::9") // no policy lists both
-	if err := s.CheckGrant(far); err == nil {
+	if _, err := s.CheckGrant(far); err == nil {
 		t.Error("two policies were added up")
 	}
 }
@@ -176,13 +176,13 @@ func TestCheckGrantNeverWidens(t *testing.T) {
 	s := mustParse(t, good+widePolicy)
 	for range 5000 {
 		g := randomFacts(r)
-		if s.CheckGrant(g) == nil {
+		if refusal(s.CheckGrant(g)) == nil {
 			continue
 		}
 		more := g
 		more.Duration += time.Duration(r.IntN(3600)) * time.Second
 		more.Addresses = append(slices.Clone(g.Addresses), randomAddr(r))
-		if len(g.Addresses) > 0 && g.Duration > 0 && s.CheckGrant(more) == nil {
+		if len(g.Addresses) > 0 && g.Duration > 0 && refusal(s.CheckGrant(more)) == nil {
 			t.Fatalf("refused %+v but allowed %+v", g, more)
 		}
 	}
@@ -195,7 +195,7 @@ func TestCheckGrantAllowsOnlyWhatItSays(t *testing.T) {
 	allowed := 0
 	for range 20000 {
 		g := randomFacts(r)
-		if s.CheckGrant(g) != nil {
+		if refusal(s.CheckGrant(g)) != nil {
 			continue
 		}
 		allowed++

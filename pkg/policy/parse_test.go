@@ -40,7 +40,7 @@ spec:
   nodeAddresses: false
   maxDuration: 15m
   requesters: [alice]
-  requireTicket: false
+  ticket: {required: false}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
@@ -208,6 +208,16 @@ var wrongs = []wrong{
 	{"duration over the cap", "maxDuration: 15m", "maxDuration: 24h0m1s", "maxDuration", "spec.maxDuration", "over the cap of 24h"},
 	{"duration without unit", "maxDuration: 15m", "maxDuration: 15", "maxDuration", "spec.maxDuration", "not a duration"},
 	{"no signers", "requesters: [alice]", "requesters: []", "requesters", "spec.requesters", "at least one"},
+	{"ticket pattern", "ticket: {required: false}", "ticket: {pattern: \"OPS-[\"}", "ticket:", "spec.ticket.pattern", "no regular expression"},
+	{"window of no time", "requesters: [alice]", "requesters: [alice]\n  windows: [{from: \"22:00\", to: \"22:00\"}]", "windows", "spec.windows[0].to", "is none"},
+	{"window without an end", "requesters: [alice]", "requesters: [alice]\n  windows: [{from: \"00:00\"}]", "windows", "spec.windows[0].to", "is none"},
+	{"window from the end of a day", "requesters: [alice]", "requesters: [alice]\n  windows: [{from: \"24:00\", to: \"01:00\"}]", "windows", "spec.windows[0].from", "end of a day"},
+	{"time of day", "requesters: [alice]", "requesters: [alice]\n  windows: [{from: \"9:00\", to: \"22:00\"}]", "windows", "spec.windows[0].from", "is not a time of day"},
+	{"day", "requesters: [alice]", "requesters: [alice]\n  windows: [{days: [Monday], from: \"09:00\", to: \"22:00\"}]", "Monday", "spec.windows[0].days[0]", "not a day of the week"},
+	{"time zone", "requesters: [alice]", "requesters: [alice]\n  windows: [{timezone: Berlin, from: \"09:00\", to: \"22:00\"}]", "Berlin", "spec.windows[0].timezone", "not a time zone"},
+	{"time zone of the machine", "requesters: [alice]", "requesters: [alice]\n  windows: [{timezone: Local, from: \"09:00\", to: \"22:00\"}]", "Local", "spec.windows[0].timezone", "not a time zone"},
+	{"condition", "requesters: [alice]", "requesters: [alice]\n  when: tiket == \"\"", "when", "spec.when", "undeclared reference to 'tiket'"},
+	{"condition that is none", "requesters: [alice]", "requesters: [alice]\n  when: ticket", "when", "spec.when", "gives string"},
 	{"unknown group", "requesters: [alice]", "requesters: [\"group:dba\"]", "group:dba", "spec.requesters[0]", `no Keyring has a group "dba"`},
 	{"unknown approver", "requesters: [alice]", "requesters: [alice]\n  approvals: [{from: [bob]}]", "bob", "spec.approvals[0].from[0]", `no Keyring has a person "bob"`},
 	{"nobody to approve", "requesters: [alice]", "requesters: [alice]\n  approvals: [{min: 1}]", "approvals", "spec.approvals[0].from", "at least one"},

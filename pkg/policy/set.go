@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"cel.dev/cel-go/cel"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -21,15 +22,16 @@ type Set struct {
 	yaml   []byte
 	digest string
 
-	groups  map[string][]string // members by name
-	byName  map[string]int      // service index by name
-	byPlace map[endpoint]int    // by address and port; a Host service has no address
+	groups  map[string][]string    // members by name
+	when    map[string]cel.Program // conditions by the name of their policy
+	byName  map[string]int         // service index by name
+	byPlace map[endpoint]int       // by address and port; a Host service has no address
 }
 
 func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring) *Set {
 	s := &Set{
 		services: services, policies: policies, keyrings: keyrings,
-		groups: map[string][]string{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
+		groups: map[string][]string{}, when: map[string]cel.Program{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
 	}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
@@ -40,6 +42,13 @@ func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Key
 	for _, r := range s.keyrings {
 		for _, g := range r.Spec.Groups {
 			s.groups[g.Name] = g.Members
+		}
+	}
+	for _, p := range s.policies {
+		if p.Spec.When != "" {
+			program, err := compileWhen(p.Spec.When)
+			must(err) // it was read before
+			s.when[p.Name] = program
 		}
 	}
 	s.yaml = encode(s)

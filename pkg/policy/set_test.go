@@ -77,7 +77,7 @@ func (g *generator) bypass(i int, services []string, people []string) policy.Byp
 	p.Spec = policy.BypassPolicySpec{
 		Services: []string{pick(g.Rand, services...)}, Bindings: []string{policy.BindingAddress},
 		Sources:       []policy.AddressRange{{Prefix: netip.PrefixFrom(addr, addr.BitLen())}, {Prefix: network}},
-		NodeAddresses: g.IntN(2) == 0, RequireTicket: g.IntN(2) == 0,
+		NodeAddresses: g.IntN(2) == 0, Ticket: policy.TicketRule{Required: g.IntN(2) == 0, Pattern: pick(g.Rand, "", "OPS-[0-9]+")},
 		MaxDuration: policy.Duration{Duration: 1 + time.Duration(g.Int64N(int64(24*time.Hour)))},
 		Requesters:  []string{pick(g.Rand, people...)},
 	}
