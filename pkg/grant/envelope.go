@@ -34,7 +34,7 @@ type Verified struct {
 func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantFacts {
 	p := v.Payload
 	return policy.GrantFacts{
-		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
+		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
 		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
 		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}

@@ -127,7 +127,7 @@ func TestFacts(t *testing.T) {
 	}}
 	own, at := []netip.Addr{netip.MustParseAddr("10.1.0.1")}, time.Unix(1, 0)
 	want := policy.GrantFacts{
-		Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress, Binding: p.Binding,
+		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress, Binding: p.Binding,
 		Ticket: p.Ticket, Reason: p.Reason, Requester: p.Requester, Signers: v.Signers, NodeAddresses: own, Now: at,
 	}
 	if got := v.Facts(own, at); !reflect.DeepEqual(got, want) {

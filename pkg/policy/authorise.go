@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -22,14 +23,18 @@ type Decision struct {
 }
 
 // Authorise decides whether a proven identity may come through the proxy to the service of that
-// name. What no rule allows is refused. It is the one evaluator, for proxy, check and explain.
-func (s *Set) Authorise(service string, id spiffeid.ID) Decision {
+// name. What a deny list names is refused, and what no rule allows. now is by the
+// wall clock. It is the one evaluator, for proxy, check and explain.
+func (s *Set) Authorise(service string, id spiffeid.ID, now time.Time) Decision {
 	svc, ok := s.Service(service)
 	if !ok {
 		return Decision{Near: []string{fmt.Sprintf("no ProtectedService is named %q", service)}}
 	}
 	if id.IsZero() {
 		return Decision{Near: []string{"no identity was proven"}}
+	}
+	if l, denied := s.deniedIdentity(id, now); denied {
+		return Decision{Near: []string{fmt.Sprintf("%s is denied by the list %q: %s", id, l.Name, l.Spec.Reason)}}
 	}
 	subject := id.String()
 	for i, rule := range svc.Spec.Access {

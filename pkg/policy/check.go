@@ -17,6 +17,7 @@ var ErrUnapproved = fmt.Errorf("%w: not approved yet", ErrRefused)
 
 // GrantFacts is what policy looks at in a grant whose signatures were verified.
 type GrantFacts struct {
+	ID        string
 	Service   string
 	Ports     []uint16 // empty: all of the service
 	Addresses []netip.Addr
@@ -41,13 +42,16 @@ type Allowance struct {
 	Until time.Time
 }
 
-// CheckGrant decides whether policy allows the grant: one bypass policy must allow all of it; of several, the one that
+// CheckGrant decides whether policy allows the grant: no deny list may name it, and one bypass policy must allow all of it; of several, the one that
 // lets it last longest counts. It is the one evaluator, for agent, check and explain. It gives every violated field at
 // once, as errors.Join of *Error with ErrRefused, of the policy that came nearest to allowing it.
 func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
 	svc, ok := s.Service(g.Service)
 	if !ok {
 		return Allowance{}, refuse("service", "`sallyport services` lists them", "no ProtectedService is named %q", g.Service)
+	}
+	if denied := s.denied(g); len(denied) > 0 {
+		return Allowance{}, errors.Join(denied...)
 	}
 	var nearest []error
 	var best *Allowance

@@ -28,6 +28,7 @@ type parser struct {
 	services []located[ProtectedService]
 	policies []located[BypassPolicy]
 	keyrings []located[Keyring]
+	denials  []located[DenyList]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
@@ -57,7 +58,7 @@ func (p *parser) set(where string) (*Set, error) {
 	if err := p.err(); err != nil {
 		return nil, err
 	}
-	return newSet(values(p.services), values(p.policies), values(p.keyrings)), nil
+	return newSet(values(p.services), values(p.policies), values(p.keyrings), values(p.denials)), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -123,30 +124,41 @@ func (p *parser) resource(d *document) {
 	switch d.kind() {
 	case "":
 	case KindProtectedService:
-		l := located[ProtectedService]{document: d}
-		l.value.Source = d.source()
-		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
-		l.value.validate(d)
-		p.services = append(p.services, l)
+		p.services = append(p.services, located[ProtectedService]{d, decoded[ProtectedService](d)})
 	case KindBypassPolicy:
-		l := located[BypassPolicy]{document: d}
-		l.value.Source = d.source()
-		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
-		l.value.validate(d)
-		p.policies = append(p.policies, l)
+		p.policies = append(p.policies, located[BypassPolicy]{d, decoded[BypassPolicy](d)})
 	case KindKeyring:
-		l := located[Keyring]{document: d}
-		l.value.Source = d.source()
-		d.decode(d.root, reflect.ValueOf(&l.value).Elem(), "")
-		l.value.validate(d)
-		p.keyrings = append(p.keyrings, l)
+		p.keyrings = append(p.keyrings, located[Keyring]{d, decoded[Keyring](d)})
+	case KindDenyList:
+		p.denials = append(p.denials, located[DenyList]{d, decoded[DenyList](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
 	default:
-		d.report("kind", faultf("known kinds: ProtectedService, BypassPolicy, Keyring", "kind %q is not known", d.kind()))
+		d.report("kind", faultf("known kinds: ProtectedService, BypassPolicy, Keyring, DenyList", "kind %q is not known", d.kind()))
 	}
 }
+
+// kindOfResource is a kind that a set has.
+type kindOfResource[T any] interface {
+	*T
+	validate(*document)
+	from(Source)
+}
+
+// decoded reads a document and looks at it by itself.
+func decoded[T any, P kindOfResource[T]](d *document) T {
+	var v T
+	d.decode(d.root, reflect.ValueOf(&v).Elem(), "")
+	P(&v).from(d.source())
+	P(&v).validate(d)
+	return v
+}
+
+func (s *ProtectedService) from(at Source) { s.Source = at }
+func (p *BypassPolicy) from(at Source)     { p.Source = at }
+func (k *Keyring) from(at Source)          { k.Source = at }
+func (l *DenyList) from(at Source)         { l.Source = at }
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {
@@ -159,7 +171,7 @@ func (d *document) kind() string {
 		d.report("apiVersion", faultf("write apiVersion: "+APIVersion, "version %q is not known", version))
 	}
 	if kind == "" {
-		d.report("kind", faultf("write kind: ProtectedService, BypassPolicy or Keyring", "is missing"))
+		d.report("kind", faultf("write kind: ProtectedService, BypassPolicy, Keyring or DenyList", "is missing"))
 	}
 	return kind
 }

@@ -12,6 +12,7 @@ const (
 	KindProtectedService = "ProtectedService"
 	KindBypassPolicy     = "BypassPolicy"
 	KindKeyring          = "Keyring"
+	KindDenyList         = "DenyList"
 	KindAgentConfig      = "AgentConfig"
 )
 

@@ -12,6 +12,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.services, func(s ProtectedService) string { return s.Name })
 	checkUnique(p.policies, func(b BypassPolicy) string { return b.Name })
 	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
+	checkUnique(p.denials, func(l DenyList) string { return l.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {

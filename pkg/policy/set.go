@@ -18,6 +18,7 @@ type Set struct {
 	services []ProtectedService
 	policies []BypassPolicy
 	keyrings []Keyring
+	denials  []DenyList
 
 	yaml   []byte
 	digest string
@@ -28,14 +29,15 @@ type Set struct {
 	byPlace map[endpoint]int       // by address and port; a Host service has no address
 }
 
-func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring) *Set {
+func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring, denials []DenyList) *Set {
 	s := &Set{
-		services: services, policies: policies, keyrings: keyrings,
+		services: services, policies: policies, keyrings: keyrings, denials: denials,
 		groups: map[string][]string{}, when: map[string]cel.Program{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
 	}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.denials, func(a, b DenyList) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -77,6 +79,9 @@ func encode(s *Set) []byte {
 		must(enc.Encode(v))
 	}
 	for _, v := range s.keyrings {
+		must(enc.Encode(v))
+	}
+	for _, v := range s.denials {
 		must(enc.Encode(v))
 	}
 	must(enc.Close())
@@ -129,6 +134,14 @@ func (s *Set) Keyrings() []Keyring {
 		return nil
 	}
 	return slices.Clone(s.keyrings)
+}
+
+// DenyLists lists the deny lists by name.
+func (s *Set) DenyLists() []DenyList {
+	if s == nil {
+		return nil
+	}
+	return slices.Clone(s.denials)
 }
 
 // Service finds a protected service by its name.

@@ -131,7 +131,7 @@ func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error 
 		who.chain = chains[0]
 	}
 	s.setIdentity(who)
-	decision := s.p.cfg.Policy.Set().Authorise(who.service, id)
+	decision := s.p.cfg.Policy.Set().Authorise(who.service, id, time.Now())
 	if !decision.Allowed {
 		return fmt.Errorf("%w: %s", errNotAuthorised, strings.Join(decision.Near, "; "))
 	}
@@ -160,7 +160,7 @@ func (p *Proxy) objection(who proven, server netip.AddrPort, shown time.Time) er
 	if !ok || service.Name != who.service {
 		return fmt.Errorf("%s is not service %s any more", bare(server), who.service)
 	}
-	if d := set.Authorise(who.service, who.id); !d.Allowed {
+	if d := set.Authorise(who.service, who.id, time.Now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
 	}
 	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(shown)); err != nil {

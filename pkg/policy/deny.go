@@ -1,0 +1,120 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// DenyList names what is allowed nothing, whatever else allows it: neither the proxy's services nor grants, nor the paths
+// of grants that are active.
+type DenyList struct {
+	TypeMeta `yaml:",inline"`
+	Metadata `json:"metadata" yaml:"metadata"`
+	Spec     DenyListSpec `json:"spec" yaml:"spec"`
+	// Source is where it was read.
+	Source Source `json:"-" yaml:"-"`
+}
+
+// DenyListSpec is what a DenyList says. Each entry denies by itself.
+type DenyListSpec struct {
+	// Reason is told to whoever is refused.
+	Reason string `json:"reason" yaml:"reason"`
+	// NotAfter ends the list, by the wall clock. Zero: it does not end.
+	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// Identities are SPIFFE IDs, exact, or ending in /* for everything below, that the proxy lets in nowhere.
+	Identities []string `json:"identities,omitempty" yaml:"identities,omitempty"`
+	// People may neither ask for grants nor approve them. They need not be in a keyring.
+	People []string `json:"people,omitempty" yaml:"people,omitempty"`
+	// Services get no grants.
+	Services []string `json:"services,omitempty" yaml:"services,omitempty"`
+	// Addresses may be no client's of a grant.
+	Addresses []AddressRange `json:"addresses,omitempty" yaml:"addresses,omitempty"`
+	// Grants are ids.
+	Grants []string `json:"grants,omitempty" yaml:"grants,omitempty"`
+}
+
+func (l *DenyList) validate(d *document) {
+	d.report("metadata.name", CheckName(l.Name))
+	if l.Spec.Reason == "" {
+		d.report("spec.reason", faultf("say why, for those who are refused", "is missing"))
+	}
+	l.Spec.NotAfter = l.Spec.NotAfter.UTC()
+	d.report("spec.notAfter", checkNotAfter(l.Spec.NotAfter))
+	if l.entries() == 0 {
+		d.report("spec", faultf("list identities, people, services, addresses or grants", "denies nothing"))
+	}
+	for i, id := range l.Spec.Identities {
+		d.report(fmt.Sprintf("spec.identities[%d]", i), checkPattern(id))
+	}
+	for i, name := range l.Spec.People {
+		d.report(fmt.Sprintf("spec.people[%d]", i), CheckPersonName(name))
+	}
+	for i, id := range l.Spec.Grants {
+		if _, err := ulid.ParseStrict(id); err != nil {
+			d.report(fmt.Sprintf("spec.grants[%d]", i), faultf("`sallyport grants` lists them", "%q is not the id of a grant", cut(id)))
+		}
+	}
+}
+
+func (l *DenyList) entries() int {
+	s := l.Spec
+	return len(s.Identities) + len(s.People) + len(s.Services) + len(s.Addresses) + len(s.Grants)
+}
+
+// holds tells whether the list counts at now. At a time that nobody knows every list does.
+func (l DenyList) holds(now time.Time) bool {
+	return now.IsZero() || l.Spec.NotAfter.IsZero() || now.Before(l.Spec.NotAfter)
+}
+
+// hasAddress reports whether the list has the address.
+func (l DenyList) hasAddress(a netip.Addr) bool {
+	return slices.ContainsFunc(l.Spec.Addresses, func(r AddressRange) bool { return r.Contains(a) })
+}
+
+// deniedIdentity is the list that keeps an identity out of everything.
+func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
+	for _, l := range s.denials {
+		if l.holds(now) && slices.ContainsFunc(l.Spec.Identities, func(p string) bool { return matches(p, id.String()) }) {
+			return l, true
+		}
+	}
+	return DenyList{}, false
+}
+
+// denied lists what deny lists have against a grant.
+func (s *Set) denied(g GrantFacts) (errs []error) {
+	for _, l := range s.denials {
+		if !l.holds(g.Now) {
+			continue
+		}
+		deny := func(field, what string) {
+			errs = append(errs, &Error{File: l.Source.File, Line: l.Source.Line, Field: field,
+				Msg: fmt.Sprintf("%s is denied by the list %q: %s", what, l.Name, l.Spec.Reason), Hint: "ask whoever keeps that list", Err: ErrRefused})
+		}
+		if slices.Contains(l.Spec.Grants, g.ID) {
+			deny("id", "the grant "+g.ID)
+		}
+		if slices.Contains(l.Spec.Services, g.Service) {
+			deny("service", "a way around "+g.Service)
+		}
+		if slices.Contains(l.Spec.People, g.Requester) {
+			deny("requester", g.Requester)
+		}
+		for _, signer := range g.Signers {
+			if signer.Person != g.Requester && slices.Contains(l.Spec.People, signer.Person) {
+				deny("signatures", signer.Person)
+			}
+		}
+		for i, a := range g.Addresses {
+			if l.hasAddress(a) {
+				deny(fmt.Sprintf("addresses[%d]", i), a.String())
+			}
+		}
+	}
+	return errs
+}
