@@ -19,7 +19,7 @@ func (c *cli) policy() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.policyCheck())
+	cmd.AddCommand(c.policyCheck(), c.policyTest())
 	return cmd
 }
 
@@ -46,6 +46,38 @@ shown at once, with its file and line and what to do. It is the agent's own eval
 			return err
 		},
 	}
+}
+
+func (c *cli) policyTest() *cobra.Command {
+	return &cobra.Command{
+		Use:   "test FILE... | DIR",
+		Short: "Run the tests that policies have in their files",
+		Long: `Check one set of resources, and then run the tests that its bypass policies have (spec.tests): each is a grant,
+and what the whole set must make of it. It is the agent's own evaluator. A test that comes out otherwise fails the command.`,
+		Example: `  sallyport policy test /etc/sallyport/resources.d`,
+		Args:    between(1, -1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			set, err := loadPolicy(args)
+			if err != nil {
+				return err
+			}
+			failed := set.Test()
+			outcome := testOutcome{Tests: set.Tests(), Failed: len(policy.Errors(failed))}
+			if err := c.show(outcome, func(t *table) {
+				t.row("tests", fmt.Sprint(outcome.Tests))
+				t.row("failed", fmt.Sprint(outcome.Failed))
+			}); err != nil {
+				return err
+			}
+			return explained("test policies", failed)
+		},
+	}
+}
+
+// testOutcome is the outcome of a run of tests for machines.
+type testOutcome struct {
+	Tests  int `json:"tests"`
+	Failed int `json:"failed"`
 }
 
 // loadPolicy reads one set of resources from files, or from one directory.

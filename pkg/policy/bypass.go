@@ -53,6 +53,8 @@ type BypassPolicySpec struct {
 	When string `json:"when,omitempty" yaml:"when,omitempty"`
 	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// Tests are grants, and what the set must make of them: sallyport policy test.
+	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
 
 // TicketRule is what a ticket has to be like.
@@ -104,6 +106,9 @@ func (p *BypassPolicy) validateConditions(d *document) {
 	}
 	p.Spec.NotAfter = p.Spec.NotAfter.UTC()
 	d.report("spec.notAfter", checkNotAfter(p.Spec.NotAfter))
+	for i, t := range p.Spec.Tests {
+		t.validate(d, fmt.Sprintf("spec.tests[%d]", i))
+	}
 }
 
 // maxApprovals is the most signatures that a policy can ask for, the requester's aside: an envelope has no room for more.

@@ -1,0 +1,108 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// ErrTestFailed is in every error of Set.Test.
+var ErrTestFailed = errors.New("policy does not do what its test expects")
+
+// Expectation is what a test says of a grant.
+type Expectation string
+
+// Expectations of a test.
+const (
+	ExpectAllow  Expectation = "Allow"
+	ExpectRefuse Expectation = "Refuse"
+)
+
+// GrantTest is a grant, and what the whole set must make of it. It stands in the policy that it is about.
+type GrantTest struct {
+	// Name says what is tested.
+	Name string `json:"name" yaml:"name"`
+	// Expect is Allow or Refuse.
+	Expect Expectation `json:"expect" yaml:"expect"`
+	// Field must be among what is refused: duration, ticket, when. Empty: any will do.
+	Field string `json:"field,omitempty" yaml:"field,omitempty"`
+	// Service and Requester are those of the grant; the requester has signed it, and so have the Approvers.
+	Service   string   `json:"service" yaml:"service"`
+	Requester string   `json:"requester" yaml:"requester"`
+	Approvers []string `json:"approvers,omitempty" yaml:"approvers,omitempty"`
+	// Addresses are its clients.
+	Addresses []netip.Addr `json:"addresses" yaml:"addresses"`
+	Ports     []uint16     `json:"ports,omitempty" yaml:"ports,omitempty"`
+	Duration  Duration     `json:"duration" yaml:"duration"`
+	Budget    Budget       `json:"budget,omitzero" yaml:"budget,omitempty"`
+	Ingress   Ingress      `json:"ingress,omitempty" yaml:"ingress,omitempty"`
+	Ticket    string       `json:"ticket,omitempty" yaml:"ticket,omitempty"`
+	// At is the time of activation. Zero: what depends on it is left out.
+	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
+}
+
+func (t GrantTest) validate(d *document, field string) {
+	if t.Name == "" {
+		d.report(field+".name", faultf("say what it tests", "is missing"))
+	}
+	switch {
+	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
+		d.report(field+".expect", faultf("write Allow or Refuse", "%q is neither", t.Expect))
+	case t.Expect == ExpectAllow && t.Field != "":
+		d.report(field+".field", faultf("remove it, or expect Refuse", "what is allowed is refused for nothing"))
+	}
+}
+
+// facts are those of a grant that says why, bound to addresses, whose signatures were verified.
+func (t GrantTest) facts() GrantFacts {
+	signers := []Signer{{Person: t.Requester}}
+	for _, p := range t.Approvers {
+		signers = append(signers, Signer{Person: p})
+	}
+	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress,
+		Binding: BindingAddress, Ticket: t.Ticket, Reason: t.Name, Requester: t.Requester, Signers: signers, Now: t.At}
+}
+
+// Tests is how many tests the set has.
+func (s *Set) Tests() (n int) {
+	for _, p := range s.BypassPolicies() {
+		n += len(p.Spec.Tests)
+	}
+	return n
+}
+
+// Test runs the tests of every policy against the whole set, and gives what does not come out as expected, as errors.Join of
+// *Error with ErrTestFailed.
+func (s *Set) Test() error {
+	var errs []error
+	for _, p := range s.BypassPolicies() {
+		for i, t := range p.Spec.Tests {
+			if why := s.wrong(t); why != "" {
+				errs = append(errs, &Error{File: p.Source.File, Line: p.Source.Line, Field: fmt.Sprintf("spec.tests[%d]", i),
+					Msg: fmt.Sprintf("%s: %s", t.Name, why), Hint: "correct the policy, or what the test expects of it", Err: ErrTestFailed})
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// wrong says how a test does not come out, or nothing.
+func (s *Set) wrong(t GrantTest) string {
+	may, err := s.CheckGrant(t.facts())
+	refusals := Errors(err)
+	switch {
+	case err == nil && t.Expect == ExpectRefuse:
+		return fmt.Sprintf("policy %q allows it", may.Policy)
+	case err != nil && t.Expect == ExpectAllow:
+		return "it is refused: " + refusals[0].Field + ": " + refusals[0].Msg
+	case err == nil || t.Field == "":
+		return ""
+	}
+	for _, e := range refusals {
+		if e.Field == t.Field || within(e.Field, t.Field) {
+			return ""
+		}
+	}
+	return fmt.Sprintf("it is refused for %s, not for %s", refusals[0].Field, t.Field)
+}
