@@ -110,6 +110,7 @@ func (n *node) parts() []part {
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
+		{name: "guard watch", run: func(ctx context.Context) error { return n.guardWatch().Run(ctx) }},
 		{name: "address watch", run: func(ctx context.Context) error { return n.sources().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
@@ -293,6 +294,10 @@ func (n *node) pxWatch() *pxWatch {
 
 func (n *node) pinWatch() *pinWatch {
 	return &pinWatch{repin: n.datapath.Repin, problems: n.problems, alarm: n.alarms.raise}
+}
+
+func (n *node) guardWatch() *guardWatch {
+	return &guardWatch{path: n.cfg.GuardFile(), problems: n.problems, boot: n.clock.boot}
 }
 
 func (n *node) keeper() *keeper {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"sync"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 )
@@ -24,5 +25,10 @@ func Guard(ctx context.Context, o Options) error {
 			log.Warn("tell service manager", "error", err)
 		}
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	var seen sync.WaitGroup
+	seen.Go(func() { (&guardMark{path: cfg.GuardFile()}).Run(ctx, log) })
+	defer seen.Wait()
+	defer cancel()
 	return datapath.HoldLinks(ctx, cfg.PinDir(), log, held)
 }

@@ -30,11 +30,12 @@ const (
 	problemXDP       problemClass = "xdp"
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
+	problemGuard     problemClass = "guard"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets}
+	problemXDP, problemSources, problemSockets, problemGuard}
 
 type problemKey struct {
 	class   problemClass

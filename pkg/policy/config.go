@@ -201,6 +201,9 @@ func (c AgentConfig) PolicyFile() string { return filepath.Join(c.Spec.RunDir, "
 // LockFile is the path of the file that one agent holds locked.
 func (c AgentConfig) LockFile() string { return filepath.Join(c.Spec.RunDir, "agent.pid") }
 
+// GuardFile is the path of the file that every guard holds locked, for the agent to see.
+func (c AgentConfig) GuardFile() string { return filepath.Join(c.Spec.RunDir, "guard.lock") }
+
 // PinDir is the directory below which Sallyport pins.
 func (c AgentConfig) PinDir() string { return filepath.Join(c.Spec.BPFFS, "sallyport") }
 

@@ -77,6 +77,7 @@ func TestAgentConfigNames(t *testing.T) {
 		c.PxPath():               "/run/sallyport/px",
 		c.PolicyFile():           "/run/sallyport/policy.yaml",
 		c.LockFile():             "/run/sallyport/agent.pid",
+		c.GuardFile():            "/run/sallyport/guard.lock",
 		c.PinDir():               "/sys/fs/bpf/sallyport",
 		c.AgentID().String():     "spiffe://example.org/sallyport/agent/node-1",
 		c.ProxyID().String():     "spiffe://example.org/sallyport/proxy/node-1",
