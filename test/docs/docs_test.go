@@ -152,8 +152,12 @@ func TestExamplesAreValid(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := policy.LoadDir(filepath.Join(root, "deploy/examples/resources.d")); err != nil {
-		t.Error(err)
+	set, err := policy.LoadDir(filepath.Join(root, "deploy/examples/resources.d"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := set.Test(); err != nil || set.Tests() == 0 {
+		t.Errorf("%d tests: %v", set.Tests(), err)
 	}
 	// What the example calls a default is one.
 	want := policy.DefaultAgentConfig()
