@@ -164,9 +164,11 @@ func TestServersHalfEndsFirst(t *testing.T) {
 // the plain side.
 func TestCutIsNoEnd(t *testing.T) {
 	conn := newWorld(t, func(c *tls.Conn) {
+		io.ReadFull(c, make([]byte, 1)) // the client is there by then
 		fmt.Fprint(c, "half of an ans")
 		c.NetConn().Close()
 	}).forward(t)
+	fmt.Fprint(conn, "?")
 	data, err := io.ReadAll(conn)
 	if !errors.Is(err, syscall.ECONNRESET) {
 		t.Fatalf("after %q: got %v, want a reset", data, err)
