@@ -59,7 +59,7 @@ func TestHelpUsesTheWords(t *testing.T) {
 
 func TestEveryCommandRefusesTooManyArguments(t *testing.T) {
 	eachCommand(testRoot(), func(cmd *cobra.Command) {
-		if cmd.HasSubCommands() || cmd.CommandPath() == "sallyport policy check" {
+		if cmd.HasSubCommands() || strings.HasPrefix(cmd.CommandPath(), "sallyport policy ") {
 			return
 		}
 		r := command(t.Context(), nil, append(strings.Fields(cmd.CommandPath())[1:], "a", "b", "c")...)
