@@ -111,10 +111,10 @@ static __noinline int sp_icmp_towards(struct __sk_buff *skb, const struct sp_pac
 		return SP_REASON_ICMP_STRAY;
 	if (sp_may_be_foreign(svc, hook) && !sp_is_local(skb, &p->dst, &p->src, p->version))
 		return SP_REASON_NONE;
+	if (sp_is_redirect(p)) /* it changes the way of all that goes to an address, whatever it quotes */
+		return SP_REASON_ICMP_STRAY;
 	if (key->protocol == IPPROTO_UDP && !svc->udp_idle_s)
 		return SP_REASON_NONE;
-	if (sp_is_redirect(p))
-		return SP_REASON_ICMP_STRAY;
 	if (sp_find_leg(key, SP_LEG_DOWN, 0))
 		return SP_REASON_ICMP_LEG;
 	return sp_icmp_of_flow(p, key, svc, true) ? SP_REASON_ICMP_LIVE : SP_REASON_ICMP_STRAY;

@@ -210,6 +210,8 @@ func udpErrorCases() []progCase {
 	to := func(name string, w want, g ...given) progCase {
 		return progCase{name: "icmp/udp, " + name, scenes: udpScenes, packet: errorTowards(size), given: g, want: w}
 	}
+	dropAtWeb := drop(flow.ReasonICMPStray)
+	dropAtWeb.records = []string{"DENY ICMP_STRAY web"}
 	return []progCase{
 		to("live flow", pass(flow.ReasonICMPLive, "flow 1/0"), path(datapath.PathActive), bypassed()),
 		to("nothing", drop(flow.ReasonICMPStray)),
@@ -217,6 +219,10 @@ func udpErrorCases() []progCase {
 		{name: "icmp/udp, port of TCP", scenes: []string{"udp host", "udp lo"}, want: pass(flow.ReasonNone), packet: func(s scene) probe {
 			s.server = netip.AddrPortFrom(s.server.Addr(), hostWebPort)
 			return errorTowards(size)(s)
+		}},
+		{name: "redirect/udp, port of TCP", scenes: []string{"udp host", "udp lo"}, want: dropAtWeb, packet: func(s scene) probe {
+			s.server = netip.AddrPortFrom(s.server.Addr(), hostWebPort)
+			return at(s.towards, s.device, redirect(s, quoted(s, s.server, s.client), s.server.Addr()))
 		}},
 		{name: "icmp/udp, to the client", scenes: udpScenes, want: pass(flow.ReasonNone), packet: errorFrom(size)},
 		{name: "icmp/udp, to the client, live flow", scenes: udpScenes, packet: errorFrom(size), given: []given{path(datapath.PathActive), bypassed()},
