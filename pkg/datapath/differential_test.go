@@ -175,6 +175,8 @@ var overClosing = map[flow.Reason]string{
 	flow.ReasonReverseOpen: "a service opens no connection from its protected port",
 	flow.ReasonPathLive:    "the same",
 	flow.ReasonPathExpired: "the same, in a run of more than ten minutes",
+	flow.ReasonPathStale:   "the same, as of a flow whose path is another's",
+	flow.ReasonSocketEnded: "the same, at the socket",
 	flow.ReasonLegsFull:    "what steers, in a run of many packets",
 	flow.ReasonSourceRoute: "no sender chooses the way of its packets",
 	flow.ReasonBadFlags:    "a receiver makes nothing of them either",
