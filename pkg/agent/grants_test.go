@@ -331,6 +331,38 @@ func TestResourcesThatChangeEndGrants(t *testing.T) {
 	}
 }
 
+// TestPolicyEndsPaths: a path ends with its policy, and at once when that is to end sooner.
+func TestPolicyEndsPaths(t *testing.T) {
+	b := newTestbed(t, 16)
+	ending := func(at time.Time) *policy.Set {
+		set, err := policy.Parse("test.yaml", []byte(strings.Replace(b.signer.resources("10m"), "requesters: [alice]\n",
+			"requesters: [alice]\n  notAfter: "+at.Format(time.RFC3339)+"\n", 1)))
+		must(t, err)
+		return set
+	}
+	end := time.Now().UTC().Truncate(time.Second).Add(30 * time.Second) // before the minute of the grant
+	b.set = ending(end)
+	l := b.begin()
+	defer l.kill()
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	paths, err := l.datapath.Paths()
+	must(t, err)
+	if left := paths[0].Deadline - datapath.BootTime(); !row.Deadline.Equal(end) || left > time.Until(end)+time.Second {
+		t.Fatalf("recorded until %v, in the kernel for %v; its policy ends at %v", row.Deadline, left, end)
+	}
+	must(t, l.recheck(t.Context(), &enforced{set: ending(end), services: l.enforced().services}))
+	if _, open := l.states(); open[row.ID] != 1 {
+		t.Fatal("ended by a policy that ends no sooner")
+	}
+	must(t, l.recheck(t.Context(), &enforced{set: ending(end.Add(-5 * time.Second)), services: l.enforced().services}))
+	rows, err := l.all(t.Context())
+	must(t, err)
+	if _, open := l.states(); len(open) != 0 || !contains(rows[0].EndedWhy, "resources changed", "ends it sooner") {
+		t.Errorf("%+v, open %v", rows[0], open)
+	}
+}
+
 func TestClockJumpEndsAllPaths(t *testing.T) {
 	b := newTestbed(t, 16)
 	l := b.begin()

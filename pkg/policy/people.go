@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -15,13 +14,11 @@ type Use string
 
 // Uses of a key. One without any may request and approve.
 const (
-	UseRequest    Use = "request"
-	UseApprove    Use = "approve"
-	UseBreakGlass Use = "breakGlass"
-	UseResources  Use = "resources"
+	UseRequest Use = "request"
+	UseApprove Use = "approve"
 )
 
-var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true}
+var uses = map[Use]bool{UseRequest: true, UseApprove: true}
 
 // Signer is a person whose signature was verified, and what the key may sign.
 type Signer struct {
@@ -50,11 +47,6 @@ type Approval struct {
 	From []string `json:"from" yaml:"from"`
 	// Min is how many of them; 1 when it is not written.
 	Min uint8 `json:"min,omitempty" yaml:"min,omitempty"`
-}
-
-// String says it in words: "2 of group:dba, carol".
-func (a Approval) String() string {
-	return fmt.Sprintf("%d of %s", a.Min, strings.Join(a.From, ", "))
 }
 
 // KnownKey is a key of a keyring, with whose it is.

@@ -157,8 +157,6 @@ func TestKeyUses(t *testing.T) {
 		{[]policy.Use{policy.UseRequest}, []policy.Use{policy.UseApprove}, true},
 		{[]policy.Use{policy.UseApprove}, nil, false},
 		{nil, []policy.Use{policy.UseRequest}, false},
-		{nil, []policy.Use{policy.UseBreakGlass, policy.UseResources}, false},
-		{[]policy.Use{policy.UseBreakGlass}, nil, false},
 	} {
 		facts := goodFacts()
 		facts.Addresses, facts.Requester = addrs("10.1.0.2"), "a"

@@ -8,8 +8,6 @@ import (
 	"encoding/hex"
 	"slices"
 	"strings"
-
-	"golang.org/x/crypto/ssh"
 )
 
 const (
@@ -82,11 +80,6 @@ func (k PublicKey) IsZero() bool { return k.kind == "" }
 
 // IsSSH reports whether the key is one of OpenSSH.
 func (k PublicKey) IsSSH() bool { return !k.IsZero() && k.kind != plain }
-
-// NeedsTouch reports whether the key is in a device that signs only when somebody touches it.
-func (k PublicKey) NeedsTouch() bool {
-	return k.kind == ssh.KeyAlgoSKED25519 || k.kind == ssh.KeyAlgoSKECDSA256
-}
 
 // Verify reports whether sig is the key's signature of message: 64 bytes of a plain Ed25519 key, a binary SSHSIG in
 // SSHNamespace of an OpenSSH key. The zero key verifies nothing.

@@ -61,7 +61,7 @@ func sshSigned(t *testing.T, kind, namespace string) (key policy.PublicKey, sig 
 func TestOpenSSHKeys(t *testing.T) {
 	for _, kind := range []string{"ed25519", "ecdsa"} {
 		key, sig := sshSigned(t, kind, policy.SSHNamespace)
-		if !key.IsSSH() || key.NeedsTouch() || key.IsZero() {
+		if !key.IsSSH() || key.IsZero() {
 			t.Errorf("%s: %+v", kind, key)
 		}
 		if same, err := policy.ParsePublicKey(key.String()); err != nil || same != key {
@@ -189,9 +189,6 @@ func TestSecurityKeys(t *testing.T) {
 		key, err := policy.ParsePublicKey(wireText(d.Type(), d.Marshal()))
 		if err != nil {
 			t.Fatal(err)
-		}
-		if !key.NeedsTouch() {
-			t.Errorf("%s needs no touch", d.Type())
 		}
 		if !key.Verify(message, d.Sign(message)) {
 			t.Errorf("%s: its signature does not verify", d.Type())

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/ext"
@@ -59,7 +58,7 @@ func checkWhen(program cel.Program, g GrantFacts) error {
 	result, _, err := program.Eval(map[string]any{
 		"service": g.Service, "ports": integers(g.Ports), "addresses": addressTexts(g.Addresses), "binding": g.Binding,
 		"duration": g.Duration, "bytes": uint64(g.Budget.Bytes), "reason": g.Reason, "ticket": g.Ticket,
-		"requester": g.Requester, "approvers": approversOf(g), "now": g.whenNow(),
+		"requester": g.Requester, "approvers": approversOf(g), "now": g.Now.UTC(),
 	})
 	if err != nil {
 		return fmt.Errorf("it cannot be worked out: %w", err)
@@ -69,8 +68,6 @@ func checkWhen(program cel.Program, g GrantFacts) error {
 	}
 	return nil
 }
-
-func (g GrantFacts) whenNow() time.Time { return g.Now.UTC() }
 
 func integers(ports []uint16) []int64 {
 	out := make([]int64, 0, len(ports))

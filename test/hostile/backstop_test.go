@@ -16,7 +16,7 @@ func TestBackstopAlone(t *testing.T) {
 	leak.Check(t)
 	control, enforced := build(t), build(t)
 	if enforced.Cgroup() == "" {
-		t.Skip("this kernel has no control groups of version 2 mounted")
+		t.Skip("no control groups of version 2 are mounted: the backstop needs them")
 	}
 	enforced.load(t)
 	check(t, enforced.Node.Do(func() error {

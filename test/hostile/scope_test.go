@@ -81,7 +81,7 @@ func TestLinkLocal(t *testing.T) {
 	leak.Check(t)
 	control, hooked, bare := newWorld(t, false), newWorld(t, true), build(t)
 	if bare.Cgroup() == "" {
-		t.Skip("this kernel has no control groups of version 2 mounted")
+		t.Skip("no control groups of version 2 are mounted: the backstop needs them")
 	}
 	bare.load(t)
 	check(t, bare.Node.Do(func() error {
