@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -19,6 +20,43 @@ var errNotHere = errors.New("is not on this node")
 type locator struct {
 	classify classifier
 	ports    bridgePorts
+}
+
+// place is where a pod is: the ifindex of the host-side device that its service is behind, and of others of the same pod.
+type place struct {
+	device  int
+	besides []int
+}
+
+// find gives the place of a Pod service.
+func (l locator) find(s policy.ProtectedService) (place, error) {
+	device, err := l.device(s)
+	if err != nil {
+		return place{}, err
+	}
+	besides, err := sameNamespace(device)
+	return place{device, besides}, err
+}
+
+// sameNamespace lists the other devices whose far ends are in the network namespace that this one's is in, in order. A pod
+// with several of them has its ports behind each.
+func sameNamespace(ifindex int) ([]int, error) {
+	all, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	i := slices.IndexFunc(all, func(l netlink.Link) bool { return l.Attrs().Index == ifindex })
+	if i < 0 || all[i].Attrs().NetNsID < 0 {
+		return nil, nil
+	}
+	var same []int
+	for _, l := range all {
+		if a := l.Attrs(); a.NetNsID == all[i].Attrs().NetNsID && a.Index != ifindex {
+			same = append(same, a.Index)
+		}
+	}
+	slices.Sort(same)
+	return same, nil
 }
 
 // device gives the ifindex of the device behind which a Pod service is: the one that it names, or the one that the route
