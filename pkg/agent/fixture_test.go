@@ -184,7 +184,7 @@ func (b *testbed) begin() *life {
 	l := &life{testbed: b, grants: &grants{
 		node: testNode, bootID: bootID, store: s, datapath: d, clock: b.clock.clock(), problems: newProblems(log),
 		own:    func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
-		events: newEventCounter(), log: log, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}
