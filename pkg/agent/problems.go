@@ -1,11 +1,14 @@
 package agent
 
 import (
+	"errors"
 	"log/slog"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 // problemClass groups problems under a bounded metric label.
@@ -63,10 +66,26 @@ func (p *problems) report(class problemClass, subject string, err error) {
 	case err == nil && was:
 		delete(p.now, key)
 		p.log.Info("problem is over", "class", class, "subject", subject)
-	case err != nil && (!was || before != err.Error()):
-		p.now[key] = err.Error()
+	case err != nil && (!was || before != inWords(err)):
+		p.now[key] = inWords(err)
 		p.log.Error("problem", "class", class, "subject", subject, "error", err)
 	}
+}
+
+// inWords is a line for each cause, with the next step where it has one.
+func inWords(err error) string {
+	if _, ok := errors.AsType[*policy.Error](err); !ok {
+		return err.Error()
+	}
+	var lines []string
+	for _, e := range policy.Errors(err) {
+		line := e.Error()
+		if e.Hint != "" {
+			line += " (" + e.Hint + ")"
+		}
+		lines = append(lines, line)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // keep forgets the problems of a class whose subject is not among those that still exist.

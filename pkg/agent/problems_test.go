@@ -2,9 +2,12 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"testing"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 // TestProblemLines: whoever reads status sees each cause on a line of its own.
@@ -28,5 +31,16 @@ func TestActivationIsWellAgain(t *testing.T) {
 	must(t, err)
 	if left := l.problems.lines(); len(left) > 0 {
 		t.Errorf("problems after a grant that was recorded: %q", left)
+	}
+}
+
+// TestProblemsTellTheNextStep: what an operator wrote wrongly stands with how to write it.
+func TestProblemsTellTheNextStep(t *testing.T) {
+	p := newProblems(slog.New(slog.DiscardHandler))
+	_, err := policy.Parse("a.yaml", []byte("apiVersion: sallyport.dev/v1alpha1\nkind: ProtectedService\nmetadata: {name: web}\nspec: {target: Host, ports: [0]}\n"))
+	p.report(problemResources, "", fmt.Errorf("load: %w", err))
+	want := "resources: a.yaml:4: spec.ports[0]: 0 is not a port (write a port from 1 to 65535)"
+	if got := p.lines(); len(got) != 1 || got[0] != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
