@@ -182,6 +182,31 @@ func payloadTable(t *table, p grant.Payload) {
 	}
 }
 
+// answerTable says what policy makes of a grant: the rule that allows it, or what each policy for its service has against it.
+func answerTable(t *table, a policy.Answer) {
+	switch {
+	case a.Allowed:
+		t.row("policy", "allows this, by "+a.Rule)
+	case len(a.Unapproved()) > 0:
+		t.row("policy", "allows this, once it is approved")
+	default:
+		t.row("policy", "refuses this")
+	}
+	for _, e := range a.Denied {
+		t.row("denied", e.Msg)
+	}
+	if a.Allowed {
+		return
+	}
+	for _, n := range a.Near {
+		var missing []string
+		for _, e := range n.Missing {
+			missing = append(missing, e.Field+": "+e.Msg)
+		}
+		t.row("not by", n.Policy.Name+": "+strings.Join(missing, "; "))
+	}
+}
+
 var ingressWords = map[policy.Ingress]string{
 	policy.IngressUplink: "an uplink", policy.IngressPod: "a pod's device", policy.IngressLocal: "no device: the node itself",
 }
