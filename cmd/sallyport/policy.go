@@ -104,6 +104,9 @@ func checkTable(t *table, set *policy.Set) {
 	for _, l := range set.DenyLists() {
 		t.row(policy.KindDenyList, l.Name, l.Source, l.Spec.Reason)
 	}
+	for _, g := range set.GrantTemplates() {
+		t.row(policy.KindGrantTemplate, g.Name, g.Source, fmt.Sprintf("around %s for at most %s", g.Spec.Service, g.Spec.MaxDuration))
+	}
 	t.line("")
 	t.row("digest", set.Digest())
 }

@@ -36,6 +36,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantF
 	return policy.GrantFacts{
 		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
 		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
+		Template:  p.Template,
 		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}
 }

@@ -27,6 +27,8 @@ type GrantFacts struct {
 	Binding   string
 	Ticket    string
 	Reason    string
+	// Template that it was asked for by; empty: none.
+	Template  string
 	Requester string
 	Signers   []Signer // whose signatures were verified
 	// NodeAddresses are the node's own addresses. Loopback counts as such in any case.
@@ -53,11 +55,14 @@ func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
 // check lists what one policy does not allow, and says until when it allows the rest.
 func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) (until time.Time, violations []*Error) {
 	c := grantCheck{set: s, policy: p}
+	by := fmt.Sprintf("policy %q", p.Name)
 	c.binding(g.Binding)
 	c.ports(svc, g.Ports)
 	c.addresses(g)
-	c.duration(g.Duration)
-	c.budget(g.Budget)
+	c.reach(svc, g)
+	c.duration(g.Duration, p.Spec.MaxDuration, by)
+	c.budget(g.Budget, p.Spec.MaxBudget, by)
+	c.template(svc, g)
 	c.ingress(g.Ingress)
 	c.paperwork(g)
 	c.requester(g)
@@ -130,14 +135,14 @@ func isNode(a netip.Addr, own []netip.Addr) bool {
 	return a.IsLoopback() || slices.ContainsFunc(own, func(n netip.Addr) bool { return n.Unmap().WithZone("") == a })
 }
 
-func (c *grantCheck) duration(v time.Duration) {
-	most := c.policy.Spec.MaxDuration
+// duration refuses one that is above what the policy or template of that name allows.
+func (c *grantCheck) duration(v time.Duration, most Duration, by string) {
 	switch {
 	case v <= 0:
 		c.refuse("duration", "ask for at most "+most.String(), "must be more than 0: every grant ends")
 	case v > most.Duration:
 		c.refuse("duration", "ask for at most "+most.String(),
-			"%s is over the cap of %s in policy %q", Duration{v}, most, c.policy.Name)
+			"%s is over the cap of %s in %s", Duration{v}, most, by)
 	}
 }
 

@@ -13,6 +13,7 @@ const (
 	KindBypassPolicy     = "BypassPolicy"
 	KindKeyring          = "Keyring"
 	KindDenyList         = "DenyList"
+	KindGrantTemplate    = "GrantTemplate"
 	KindAgentConfig      = "AgentConfig"
 )
 

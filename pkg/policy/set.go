@@ -20,6 +20,8 @@ type Set struct {
 	keyrings []Keyring
 	denials  []DenyList
 
+	templates []GrantTemplate
+
 	yaml   []byte
 	digest string
 
@@ -29,15 +31,15 @@ type Set struct {
 	byPlace map[endpoint]int       // by address and port; a Host service has no address
 }
 
-func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring, denials []DenyList) *Set {
-	s := &Set{
-		services: services, policies: policies, keyrings: keyrings, denials: denials,
-		groups: map[string][]string{}, when: map[string]cel.Program{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
-	}
+// newSet takes a set of resources that fit together, and makes what is looked up in it.
+func newSet(s *Set) *Set {
+	s.groups, s.when = map[string][]string{}, map[string]cel.Program{}
+	s.byName, s.byPlace = map[string]int{}, map[endpoint]int{}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.denials, func(a, b DenyList) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.templates, func(a, b GrantTemplate) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -82,6 +84,9 @@ func encode(s *Set) []byte {
 		must(enc.Encode(v))
 	}
 	for _, v := range s.denials {
+		must(enc.Encode(v))
+	}
+	for _, v := range s.templates {
 		must(enc.Encode(v))
 	}
 	must(enc.Close())
