@@ -31,6 +31,7 @@ type parser struct {
 	denials  []located[DenyList]
 
 	templates []located[GrantTemplate]
+	sets      []located[ResourceSet]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
@@ -54,6 +55,7 @@ func (p *parser) set(where string) (*Set, error) {
 	p.checkNames()
 	p.checkOverlaps()
 	p.checkPeople()
+	p.checkOneSet()
 	if sure {
 		p.checkReferences()
 	}
@@ -61,7 +63,7 @@ func (p *parser) set(where string) (*Set, error) {
 		return nil, err
 	}
 	return newSet(&Set{services: values(p.services), policies: values(p.policies), keyrings: values(p.keyrings),
-		denials: values(p.denials), templates: values(p.templates)}), nil
+		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets)}), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -136,6 +138,8 @@ func (p *parser) resource(d *document) {
 		p.denials = append(p.denials, located[DenyList]{d, decoded[DenyList](d)})
 	case KindGrantTemplate:
 		p.templates = append(p.templates, located[GrantTemplate]{d, decoded[GrantTemplate](d)})
+	case KindResourceSet:
+		p.sets = append(p.sets, located[ResourceSet]{d, decoded[ResourceSet](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
@@ -165,8 +169,9 @@ func (p *BypassPolicy) from(at Source)     { p.Source = at }
 func (k *Keyring) from(at Source)          { k.Source = at }
 func (l *DenyList) from(at Source)         { l.Source = at }
 func (t *GrantTemplate) from(at Source)    { t.Source = at }
+func (r *ResourceSet) from(at Source)      { r.Source = at }
 
-const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate"
+const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet"
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {

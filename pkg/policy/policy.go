@@ -14,6 +14,7 @@ const (
 	KindKeyring          = "Keyring"
 	KindDenyList         = "DenyList"
 	KindGrantTemplate    = "GrantTemplate"
+	KindResourceSet      = "ResourceSet"
 	KindAgentConfig      = "AgentConfig"
 )
 
