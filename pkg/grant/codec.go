@@ -29,6 +29,7 @@ type wire struct {
 	Ingress      string   `json:"ingress,omitempty"`
 	Reason       string   `json:"reason"`
 	Ticket       string   `json:"ticket,omitempty"`
+	Template     string   `json:"template,omitempty"`
 	Audience     string   `json:"audience"`
 	PolicyDigest string   `json:"policyDigest,omitempty"`
 }
@@ -79,7 +80,8 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 func (w wire) payload() (Payload, error) {
 	p := Payload{
 		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
-		Reason: w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
+		Template: w.Template,
+		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
 	for i, s := range w.Addresses {
@@ -114,7 +116,8 @@ func (p Payload) canonical() ([]byte, error) {
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
 		Budget:    wireBudget(p.Budget), Ingress: string(p.Ingress),
-		Reason: p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
+		Template: p.Template,
+		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
 	}
 	for _, a := range p.Addresses {
 		w.Addresses = append(w.Addresses, a.String())

@@ -51,6 +51,7 @@ type Payload struct {
 	Ingress      policy.Ingress // kind of device that the clients come by; empty: any
 	Reason       string
 	Ticket       string // may be empty
+	Template     string // name of the template that it was asked for by; may be empty
 	Audience     string // name of the one node that may activate it
 	PolicyDigest string // digest of the only policy set that it is for; may be empty
 }

@@ -42,6 +42,9 @@ func (p Payload) Validate() error {
 	if p.Ticket != "" {
 		v.check("ticket", checkText(p.Ticket, "name the ticket or leave it out"))
 	}
+	if p.Template != "" {
+		v.check("template", policy.CheckName(p.Template))
+	}
 	v.check("audience", policy.CheckNodeName(p.Audience))
 	v.digest(p.PolicyDigest)
 	return errors.Join(v.errs...)

@@ -36,6 +36,12 @@ type BypassPolicySpec struct {
 	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
 	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
 	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
+	// Class says how much care its grants get: Routine, also when it is not written, Sensitive or Critical.
+	Class Class `json:"class,omitempty" yaml:"class,omitempty"`
+	// MaxReach is how many ways in one grant may open: its clients times its ports. 0: what the class has.
+	MaxReach uint32 `json:"maxReach,omitempty" yaml:"maxReach,omitempty"`
+	// Templates are those by which its grants must be asked for. None: a grant may do without.
+	Templates []string `json:"templates,omitempty" yaml:"templates,omitempty"`
 	// Ingress is the kind of device that clients must come by; a grant must name it. Empty is any.
 	Ingress Ingress `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
@@ -91,6 +97,10 @@ func (p *BypassPolicy) validate(d *document) {
 	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
+	if len(p.Spec.Templates) > 0 {
+		d.checkList("spec.templates", p.Spec.Templates, "list the templates, or leave it out")
+	}
+	p.validateClass(d)
 }
 
 func (p *BypassPolicy) validateConditions(d *document) {

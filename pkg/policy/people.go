@@ -14,11 +14,12 @@ type Use string
 
 // Uses of a key. One without any may request and approve.
 const (
-	UseRequest Use = "request"
-	UseApprove Use = "approve"
+	UseRequest   Use = "request"
+	UseApprove   Use = "approve"
+	UseResources Use = "resources" // sets of resources, and what only they could change
 )
 
-var uses = map[Use]bool{UseRequest: true, UseApprove: true}
+var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseResources: true}
 
 // Signer is a person whose signature was verified, and what the key may sign.
 type Signer struct {

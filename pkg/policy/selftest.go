@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -38,6 +39,9 @@ type GrantTest struct {
 	Budget    Budget       `json:"budget,omitzero" yaml:"budget,omitempty"`
 	Ingress   Ingress      `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	Ticket    string       `json:"ticket,omitempty" yaml:"ticket,omitempty"`
+	Template  string       `json:"template,omitempty" yaml:"template,omitempty"`
+	// Reason is the name of the test where it is not written.
+	Reason string `json:"reason,omitempty" yaml:"reason,omitempty"`
 	// At is the time of activation. Zero: what depends on it is left out.
 	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
 }
@@ -61,7 +65,7 @@ func (t GrantTest) facts() GrantFacts {
 		signers = append(signers, Signer{Person: p})
 	}
 	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress,
-		Binding: BindingAddress, Ticket: t.Ticket, Reason: t.Name, Requester: t.Requester, Signers: signers, Now: t.At}
+		Binding: BindingAddress, Ticket: t.Ticket, Reason: cmp.Or(t.Reason, t.Name), Template: t.Template, Requester: t.Requester, Signers: signers, Now: t.At}
 }
 
 // Tests is how many tests the set has.
