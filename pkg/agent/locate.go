@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -127,4 +128,28 @@ func nodeAddresses(candidates []netip.Addr) ([]netip.Addr, error) {
 		}
 	}
 	return own, nil
+}
+
+// nodeGateways lists the addresses that the node's routes lead by. What comes from one may come from anybody behind it.
+func nodeGateways() ([]netip.Addr, error) {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes of the node: %w", err)
+	}
+	var all []netip.Addr
+	add := func(ip net.IP) {
+		if a, ok := netip.AddrFromSlice(ip); ok {
+			all = append(all, a.Unmap())
+		}
+	}
+	for _, r := range routes {
+		add(r.Gw)
+		if via, ok := r.Via.(*netlink.Via); ok {
+			add(via.Addr)
+		}
+		for _, hop := range r.MultiPath {
+			add(hop.Gw)
+		}
+	}
+	return all, nil
 }

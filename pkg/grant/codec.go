@@ -21,6 +21,8 @@ type wire struct {
 	Service      string   `json:"service"`
 	Binding      string   `json:"binding"`
 	Addresses    []string `json:"addresses"`
+	ClientPort   uint16   `json:"clientPort,omitempty"`
+	Cgroup       uint64   `json:"cgroup,omitempty"`
 	Ports        []uint16 `json:"ports,omitempty"`
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
@@ -79,7 +81,7 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
+		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Template: w.Template,
 		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
@@ -111,7 +113,7 @@ func (v *validation) parseTime(field, s string) time.Time {
 func (p Payload) canonical() ([]byte, error) {
 	w := wire{
 		ID: p.ID, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
-		Addresses: make([]string, 0, len(p.Addresses)), Ports: p.Ports,
+		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Ports: p.Ports,
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
@@ -125,7 +127,7 @@ func (p Payload) canonical() ([]byte, error) {
 	return encode(w)
 }
 
-// parsePayload reads a payload that must be in canonical form and valid.
+// parsePayload reads a payload that must be in canonical form, valid, and one that a signature can vouch for.
 func parsePayload(data []byte) (Payload, error) {
 	var w wire
 	if err := decodeStrict("payload", data, &w); err != nil {
@@ -135,7 +137,7 @@ func parsePayload(data []byte) (Payload, error) {
 	if err != nil {
 		return Payload{}, err
 	}
-	if err := p.Validate(); err != nil {
+	if err := p.validateSigned(); err != nil {
 		return Payload{}, err
 	}
 	canonical, err := p.canonical()

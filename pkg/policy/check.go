@@ -120,7 +120,7 @@ func (c *grantCheck) addresses(g GrantFacts) {
 			c.refuse(field, "ask for an address of spec.sources, or have it added there",
 				"policy %q does not list %s in its sources", c.policy.Name, a)
 		}
-		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses {
+		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses && !ownsSockets(g.Binding) {
 			c.refuse(field, "ask for the address of a pod or another host, or have nodeAddresses: true set",
 				"%s is an address of the node, and policy %q does not allow those", a, c.policy.Name)
 		}
