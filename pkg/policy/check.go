@@ -24,11 +24,13 @@ type GrantFacts struct {
 	Duration  time.Duration
 	Budget    Budget
 	Ingress   Ingress
-	Binding   string
-	Ticket    string
-	Reason    string
-	Requester string
-	Signers   []Signer // whose signatures were verified
+	// BreakGlass grants are for policies of their own, and signed with keys that may.
+	BreakGlass bool
+	Binding    string
+	Ticket     string
+	Reason     string
+	Requester  string
+	Signers    []Signer // whose signatures were verified
 	// NodeAddresses are the node's own addresses. Loopback counts as such in any case.
 	NodeAddresses []netip.Addr
 	// Now is the time of activation, by the wall clock. Zero: nobody knows it yet, and what depends on it is left out.
@@ -56,7 +58,7 @@ func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
 	var nearest []error
 	var best *Allowance
 	for _, p := range s.policies {
-		if !slices.Contains(p.Spec.Services, g.Service) {
+		if !slices.Contains(p.Spec.Services, g.Service) || p.Spec.BreakGlass != g.BreakGlass {
 			continue
 		}
 		until, violations := s.check(p, svc, g)
@@ -72,7 +74,7 @@ func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
 		return *best, nil
 	}
 	if nearest == nil {
-		return Allowance{}, refuse("service", "add it to a BypassPolicy", "no BypassPolicy covers the service %q", g.Service)
+		return Allowance{}, refuse("service", "add it to a BypassPolicy", "no BypassPolicy%s covers the service %q", ofKind(g.BreakGlass), g.Service)
 	}
 	return Allowance{}, errors.Join(nearest...)
 }
@@ -202,8 +204,8 @@ func (c *grantCheck) requester(g GrantFacts) {
 		c.refuse("requester", "have it asked for by one of: "+strings.Join(may, ", "), "policy %q lets %q ask for nothing", c.policy.Name, g.Requester)
 		return
 	}
-	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(UseRequest) }) {
-		c.refuse("signatures", "have it signed with a key of "+g.Requester+" that may request", "the requester %s has not signed it", g.Requester)
+	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(g.UseOf(UseRequest)) }) {
+		c.refuse("signatures", "have it signed with a key of "+g.Requester+" of the use "+string(g.UseOf(UseRequest)), "the requester %s has not signed it", g.Requester)
 	}
 }
 

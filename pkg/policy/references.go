@@ -134,6 +134,7 @@ func (p *parser) checkReferences() {
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
 		l.checkWho("spec.requesters", l.value.Spec.Requesters, people, groups)
+		l.checkWho("spec.reviewers", l.value.Spec.Reviewers, people, groups)
 		for i, a := range l.value.Spec.Approvals {
 			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
 		}
