@@ -190,7 +190,7 @@ func TestAnswer(t *testing.T) {
 }
 
 func TestChallengesDiffer(t *testing.T) {
-	if goodChallenge().Nonce == goodChallenge().Nonce {
+	if a, b := goodChallenge(), goodChallenge(); a.Nonce == b.Nonce {
 		t.Error("a nonce comes twice")
 	}
 }
