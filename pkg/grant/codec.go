@@ -17,6 +17,7 @@ import (
 // text form stays text here, so that an error can name the field.
 type wire struct {
 	ID           string   `json:"id"`
+	Kind         Kind     `json:"kind,omitempty"`
 	Requester    string   `json:"requester"`
 	Service      string   `json:"service"`
 	Binding      string   `json:"binding"`
@@ -81,7 +82,7 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
+		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Template: w.Template,
 		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
@@ -112,7 +113,7 @@ func (v *validation) parseTime(field, s string) time.Time {
 // canonical is the one form of a payload that is signed: fixed order of fields, no spaces, UTC.
 func (p Payload) canonical() ([]byte, error) {
 	w := wire{
-		ID: p.ID, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
+		ID: p.ID, Kind: p.Kind, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
 		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Ports: p.Ports,
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),

@@ -35,8 +35,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantF
 	p := v.Payload
 	return policy.GrantFacts{
 		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
-		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
-		Template:  p.Template,
+		Binding: p.Binding, BreakGlass: p.Kind == BreakGlass, Ticket: p.Ticket, Reason: p.Reason, Template: p.Template,
 		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}
 }

@@ -270,3 +270,33 @@ func TestValidateGivesAllErrors(t *testing.T) {
 		}
 	}
 }
+
+// TestBreakGlassIsNarrow: what an ordinary grant may be, one for break-glass need not.
+func TestBreakGlassIsNarrow(t *testing.T) {
+	narrow := func(p *grant.Payload) {
+		p.Duration, p.NotAfter, p.Addresses = time.Hour, p.NotBefore.Add(24*time.Hour), p.Addresses[:1]
+	}
+	for field, change := range map[string]func(*grant.Payload){
+		"":         func(*grant.Payload) {},
+		"kind":     func(p *grant.Payload) { p.Kind = "more" },
+		"duration": func(p *grant.Payload) { p.Duration++ },
+		"notAfter": func(p *grant.Payload) { p.NotAfter = p.NotAfter.Add(1) },
+		"addresses": func(p *grant.Payload) {
+			p.Addresses = nil
+			for i := range 5 {
+				p.Addresses = append(p.Addresses, netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}))
+			}
+		},
+	} {
+		p := goodPayload()
+		narrow(&p)
+		p.Kind = grant.BreakGlass
+		change(&p)
+		if e := policy.Errors(p.Validate()); len(e) > 1 || len(e) == 0 && field != "" || len(e) == 1 && e[0].Field != field {
+			t.Errorf("%q: %v", field, p.Validate())
+		}
+		if p.Kind = ""; p.Validate() != nil {
+			t.Errorf("%q: an ordinary grant: %v", field, p.Validate())
+		}
+	}
+}

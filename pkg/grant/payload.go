@@ -35,9 +35,17 @@ var (
 	ErrPolicyDigest = errors.New("grant for another policy")
 )
 
+// Kind is a kind of grant.
+type Kind string
+
+// BreakGlass is the kind for the night on which something is broken: policies of their own allow it, everybody hears of it,
+// and it is reviewed. The empty kind is an ordinary grant.
+const BreakGlass Kind = "breakGlass"
+
 // Payload is what a grant says. All times are wall-clock times.
 type Payload struct {
 	ID        string // ULID, new for each grant
+	Kind      Kind
 	Requester string // who asked for it: a person, or the SPIFFE ID of a workload
 	Service   string // name of a protected service
 	Binding   string // what a path is bound to: policy.BindingAddress and its like

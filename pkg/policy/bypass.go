@@ -63,6 +63,11 @@ type BypassPolicySpec struct {
 	Requesters []string `json:"requesters" yaml:"requesters"`
 	// Approvals must all be met by other people's signatures. None: the requester's is enough.
 	Approvals []Approval `json:"approvals,omitempty" yaml:"approvals,omitempty"`
+	// BreakGlass makes it a policy for break-glass grants, and for no others.
+	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
+	// Reviewers are people, and groups as group:NAME, who may say that a grant under this policy was looked at, if they had no
+	// part in it. Empty: those who may approve. A policy for break-glass grants must name them.
+	Reviewers []string `json:"reviewers,omitempty" yaml:"reviewers,omitempty"`
 	// Ticket says what the grant's ticket has to be like.
 	Ticket TicketRule `json:"ticket,omitzero" yaml:"ticket,omitempty"`
 	// Windows are the times at which a grant may be activated; its paths end with the window. None: always.
@@ -99,6 +104,7 @@ func (p *BypassPolicy) validate(d *document) {
 	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
 	p.validateApprovals(d)
 	p.validateConditions(d)
+	p.validateBreakGlass(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		d.report(fmt.Sprintf("spec.bindings[%d]", i), CheckBinding(b))

@@ -156,6 +156,7 @@ func (p *parser) checkReferences() {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
 		l.checkRequesters("spec.requesters", l.value.Spec.Requesters, people, groups)
 		l.checkKnown("spec.templates", l.value.Spec.Templates, templates, "no GrantTemplate is named %q")
+		l.checkWho("spec.reviewers", l.value.Spec.Reviewers, people, groups)
 		for i, a := range l.value.Spec.Approvals {
 			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
 		}
