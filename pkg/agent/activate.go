@@ -63,6 +63,9 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
 func (g *grants) authorise(_ context.Context, a *activation) error {
+	if err := g.refusePanic(); err != nil {
+		return err
+	}
 	e := g.enforced()
 	if e == nil {
 		return fmt.Errorf("authorise: %w", ErrNoResources)

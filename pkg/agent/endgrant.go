@@ -136,10 +136,15 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 	if err != nil && !errors.Is(err, store.ErrEnded) {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
 	}
+	g.letGo(h)
+	return nil
+}
+
+// letGo forgets an active grant whose end is recorded.
+func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()
-	return nil
 }

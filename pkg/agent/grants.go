@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -85,6 +86,9 @@ type grants struct {
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+
+	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
+	panicKept *panicNote                // guarded by mu; the one that the store has
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
@@ -92,6 +96,9 @@ type grants struct {
 func (g *grants) adopt(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err := g.recallPanic(ctx); err != nil {
+		return err
+	}
 	rows, err := g.store.Grants(ctx)
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
@@ -141,7 +148,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	err = g.reconcile(ctx)
+	err = errors.Join(g.keepPanic(ctx), g.reconcile(ctx))
 	next = time.Second
 	for _, h := range g.active {
 		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))

@@ -19,6 +19,8 @@ const (
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
 	stepRolledBack  = "ROLLED_BACK"
+	stepPanic       = "PANIC"  // every path ended at once, and none is opened
+	stepLifted      = "LIFTED" // the panic
 )
 
 // States of a grant on this node.

@@ -11,7 +11,7 @@ import (
 )
 
 // layout is the version of the tables, kept in user_version. A change of a table is a new number.
-const layout = 1
+const layout = 2
 
 // applicationID marks the file as ours: "SPLY".
 const applicationID = 0x53504c59
@@ -52,6 +52,11 @@ CREATE TABLE grants (
 	slots TEXT NOT NULL,
 	signers TEXT NOT NULL,
 	ended_why TEXT NOT NULL,
+	sum BLOB NOT NULL
+) STRICT;
+CREATE TABLE notes (
+	name TEXT PRIMARY KEY,
+	data BLOB NOT NULL,
 	sum BLOB NOT NULL
 ) STRICT;
 CREATE TABLE spool (
