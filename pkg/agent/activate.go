@@ -82,7 +82,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 		return err
 	}
 	service, _ := e.service(p.Service)
-	a.held = &held{payload: p, service: service}
+	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}

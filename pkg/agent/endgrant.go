@@ -82,6 +82,7 @@ func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 	var may policy.Allowance
 	if err == nil {
 		may, err = g.allowed(v, e, g.clock.wall())
+		h.policy = may.Policy
 	}
 	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
 		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))

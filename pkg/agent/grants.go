@@ -38,6 +38,8 @@ type held struct {
 	row     store.GrantRow // without what was handed in, once it is in the store: there may be many
 	payload grant.Payload
 	service datapath.Service // as it was when the path was opened
+	policy  string           // that allows it
+	use     use              // of its paths
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 }
 
@@ -178,7 +180,7 @@ func (g *grants) reconcile(ctx context.Context) error {
 	for _, e := range plan.end {
 		errs = append(errs, g.endIn(ctx, g.active[e.grant], e, paths))
 	}
-	errs = append(errs, g.free(plan.idle, now))
+	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
 	return errors.Join(errs...)
 }
 

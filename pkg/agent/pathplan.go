@@ -15,6 +15,7 @@ const (
 	stepRevoked     = "REVOKED"
 	stepExpired     = "EXPIRED"
 	stepSpent       = "SPENT"
+	stepIdle        = "IDLE"
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
@@ -29,6 +30,7 @@ const (
 	stateExpired = "expired"
 	stateRevoked = "revoked"
 	stateSpent   = "spent"
+	stateIdle    = "idle"
 	stateEnded   = "ended" // it ended with the node's boot, or was never whole
 )
 

@@ -53,6 +53,8 @@ type BypassPolicySpec struct {
 	When string `json:"when,omitempty" yaml:"when,omitempty"`
 	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// IdleTimeout ends a grant whose paths carried nothing for so long; a grant may ask for less. Zero: they may.
+	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
@@ -81,6 +83,7 @@ func (p *BypassPolicy) validate(d *document) {
 	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
 	p.validateApprovals(d)
 	p.validateConditions(d)
+	p.validateOversight(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		if b != BindingAddress {
