@@ -40,6 +40,7 @@ type held struct {
 	service datapath.Service // as it was when the path was opened
 	policy  string           // that allows it
 	use     use              // of its paths
+	warned  []warning        // that were given
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 }
 

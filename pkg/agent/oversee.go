@@ -24,7 +24,9 @@ func (g *grants) oversee(ctx context.Context, paths []datapath.PathStatus, now t
 		h.use.look(carried[id], now)
 		if e, idle := g.endIdle(h, now); idle {
 			errs = append(errs, g.endIn(ctx, h, e, carried[id]))
+			continue
 		}
+		errs = append(errs, g.warn(ctx, h, carried[id], now))
 	}
 	return errors.Join(errs...)
 }

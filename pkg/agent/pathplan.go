@@ -16,6 +16,7 @@ const (
 	stepExpired     = "EXPIRED"
 	stepSpent       = "SPENT"
 	stepIdle        = "IDLE"
+	stepWarned      = "WARNED" // of its end, or of the end of its budget
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"

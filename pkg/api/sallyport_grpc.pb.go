@@ -312,16 +312,17 @@ var Audit_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Agent_Status_FullMethodName    = "/sallyport.v1alpha1.Agent/Status"
-	Agent_Services_FullMethodName  = "/sallyport.v1alpha1.Agent/Services"
-	Agent_Paths_FullMethodName     = "/sallyport.v1alpha1.Agent/Paths"
-	Agent_Grants_FullMethodName    = "/sallyport.v1alpha1.Agent/Grants"
-	Agent_Activate_FullMethodName  = "/sallyport.v1alpha1.Agent/Activate"
-	Agent_Revoke_FullMethodName    = "/sallyport.v1alpha1.Agent/Revoke"
-	Agent_Explain_FullMethodName   = "/sallyport.v1alpha1.Agent/Explain"
-	Agent_Flows_FullMethodName     = "/sallyport.v1alpha1.Agent/Flows"
-	Agent_Panic_FullMethodName     = "/sallyport.v1alpha1.Agent/Panic"
-	Agent_LiftPanic_FullMethodName = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_Status_FullMethodName      = "/sallyport.v1alpha1.Agent/Status"
+	Agent_Services_FullMethodName    = "/sallyport.v1alpha1.Agent/Services"
+	Agent_Paths_FullMethodName       = "/sallyport.v1alpha1.Agent/Paths"
+	Agent_Grants_FullMethodName      = "/sallyport.v1alpha1.Agent/Grants"
+	Agent_Activate_FullMethodName    = "/sallyport.v1alpha1.Agent/Activate"
+	Agent_Revoke_FullMethodName      = "/sallyport.v1alpha1.Agent/Revoke"
+	Agent_Explain_FullMethodName     = "/sallyport.v1alpha1.Agent/Explain"
+	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
+	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
+	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
 )
 
 // AgentClient is the client API for Agent service.
@@ -342,6 +343,8 @@ type AgentClient interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error)
 	LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error)
+	// WatchGrants sends a frame at once and then one after each interval.
+	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
 }
 
 type agentClient struct {
@@ -461,6 +464,25 @@ func (c *agentClient) LiftPanic(ctx context.Context, in *LiftPanicRequest, opts 
 	return out, nil
 }
 
+func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_WatchGrants_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchGrantsRequest, WatchFrame]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_WatchGrantsClient = grpc.ServerStreamingClient[WatchFrame]
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -479,6 +501,8 @@ type AgentServer interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(context.Context, *PanicRequest) (*PanicReply, error)
 	LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error)
+	// WatchGrants sends a frame at once and then one after each interval.
+	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -518,6 +542,9 @@ func (UnimplementedAgentServer) Panic(context.Context, *PanicRequest) (*PanicRep
 }
 func (UnimplementedAgentServer) LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method LiftPanic not implemented")
+}
+func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
+	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -713,6 +740,17 @@ func _Agent_LiftPanic_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchGrantsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).WatchGrants(m, &grpc.GenericServerStream[WatchGrantsRequest, WatchFrame]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_WatchGrantsServer = grpc.ServerStreamingServer[WatchFrame]
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -761,6 +799,11 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Flows",
 			Handler:       _Agent_Flows_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchGrants",
+			Handler:       _Agent_WatchGrants_Handler,
 			ServerStreams: true,
 		},
 	},

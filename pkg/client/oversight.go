@@ -2,6 +2,10 @@ package client
 
 import (
 	"context"
+	"iter"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 )
@@ -16,4 +20,9 @@ func (a *Agent) Panic(ctx context.Context, why string) (*api.PanicReply, error) 
 func (a *Agent) LiftPanic(ctx context.Context, why string) error {
 	_, err := unary(ctx, a.conn, "lift panic", a.rpc.LiftPanic, &api.LiftPanicRequest{Why: why})
 	return err
+}
+
+// WatchGrants gives what the active grants do, at once and then after each interval, until ctx ends.
+func (a *Agent) WatchGrants(ctx context.Context, every time.Duration) iter.Seq2[*api.WatchFrame, error] {
+	return streaming(ctx, a.conn, "watch grants", a.rpc.WatchGrants, &api.WatchGrantsRequest{Every: durationpb.New(every)})
 }

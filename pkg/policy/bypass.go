@@ -55,6 +55,8 @@ type BypassPolicySpec struct {
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
 	// IdleTimeout ends a grant whose paths carried nothing for so long; a grant may ask for less. Zero: they may.
 	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
+	// WarnBefore are the times before a grant's end at which its end is warned of: 5m and 1m.
+	WarnBefore []Duration `json:"warnBefore,omitempty" yaml:"warnBefore,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }

@@ -24,6 +24,23 @@ func CheckIdleTimeout(v time.Duration) error {
 
 func (p *BypassPolicy) validateOversight(d *document) {
 	d.report("spec.idleTimeout", CheckIdleTimeout(p.Spec.IdleTimeout.Duration))
+	for i, w := range p.Spec.WarnBefore {
+		if w.Duration <= 0 || w.Duration > MaxGrantDuration {
+			d.report(fmt.Sprintf("spec.warnBefore[%d]", i), faultf("write a duration such as 5m", "%s is not between 0 and %s", w, Duration{MaxGrantDuration}))
+		}
+	}
+}
+
+// Warnings are the times before a grant's end at which its end is warned of.
+func (p BypassPolicy) Warnings() []time.Duration {
+	if len(p.Spec.WarnBefore) == 0 {
+		return []time.Duration{5 * time.Minute, time.Minute}
+	}
+	var out []time.Duration
+	for _, w := range p.Spec.WarnBefore {
+		out = append(out, w.Duration)
+	}
+	return out
 }
 
 // Idle is how long the paths of a grant under the policy may carry nothing, if the grant asks for a time of its own or
