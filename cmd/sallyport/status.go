@@ -32,6 +32,9 @@ func (c *cli) status() *cobra.Command {
 func statusTable(t *table, s *api.StatusReply) {
 	t.row("node", s.GetNode())
 	t.row("ready", readiness(s))
+	if s.GetPanic() != "" {
+		t.row("PANIC", s.GetPanic()+": every path is closed, and none is opened; root lifts it with `sallyport panic --lift`")
+	}
 	t.row("version", s.GetVersion())
 	t.row("started", stamp(s.GetStarted()))
 	t.row("identity", s.GetIdentityState())

@@ -82,6 +82,9 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
 func (g *grants) authorise(_ context.Context, a *activation) error {
+	if err := g.refusePanic(); err != nil {
+		return err
+	}
 	e := g.enforced()
 	if e == nil {
 		return fmt.Errorf("authorise: %w", ErrNoResources)
@@ -98,7 +101,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 		return err
 	}
 	service, _ := e.service(p.Service)
-	a.held = &held{payload: p, service: service}
+	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
 		a.held.holding = newHolding()
 	}

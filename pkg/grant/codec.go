@@ -28,6 +28,7 @@ type wire struct {
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
 	Duration     string   `json:"duration"`
+	IdleTimeout  string   `json:"idleTimeout,omitempty"`
 	Budget       *budget  `json:"budget,omitempty"`
 	Ingress      string   `json:"ingress,omitempty"`
 	Reason       string   `json:"reason"`
@@ -87,6 +88,7 @@ func (w wire) payload() (Payload, error) {
 		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
+	p.IdleTimeout = v.parseIdle(w.IdleTimeout)
 	for i, s := range w.Addresses {
 		a, err := netip.ParseAddr(s)
 		if err != nil {
@@ -100,6 +102,14 @@ func (w wire) payload() (Payload, error) {
 	v.check("duration", d.UnmarshalText([]byte(w.Duration)))
 	p.Duration = d.Duration
 	return p, errors.Join(v.errs...)
+}
+
+func (v *validation) parseIdle(s string) time.Duration {
+	var d policy.Duration
+	if s != "" {
+		v.check("idleTimeout", d.UnmarshalText([]byte(s)))
+	}
+	return d.Duration
 }
 
 func (v *validation) parseTime(field, s string) time.Time {
@@ -121,6 +131,9 @@ func (p Payload) canonical() ([]byte, error) {
 		Budget:    wireBudget(p.Budget), Ingress: string(p.Ingress),
 		Template: p.Template,
 		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
+	}
+	if p.IdleTimeout != 0 {
+		w.IdleTimeout = policy.Duration{Duration: p.IdleTimeout}.String()
 	}
 	for _, a := range p.Addresses {
 		w.Addresses = append(w.Addresses, a.String())

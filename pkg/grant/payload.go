@@ -59,7 +59,9 @@ type Payload struct {
 	// NotBefore and NotAfter bound its activation, and no path lives past NotAfter.
 	NotBefore, NotAfter time.Time
 	// Duration of a path from its activation.
-	Duration     time.Duration
+	Duration time.Duration
+	// IdleTimeout ends the grant when its paths carried nothing for so long; 0: they may, unless policy says otherwise.
+	IdleTimeout  time.Duration
 	Budget       policy.Budget  // of each path; 0 is no limit
 	Ingress      policy.Ingress // kind of device that the clients come by; empty: any
 	Reason       string

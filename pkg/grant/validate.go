@@ -41,6 +41,7 @@ func (p Payload) Validate() error {
 	v.ports(p.Ports)
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
+	v.check("idleTimeout", policy.CheckIdleTimeout(p.IdleTimeout))
 	v.check("budget", policy.CheckBudget(p.Budget))
 	v.check("ingress", policy.CheckIngress(p.Ingress))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))

@@ -76,6 +76,10 @@ type BypassPolicySpec struct {
 	When string `json:"when,omitempty" yaml:"when,omitempty"`
 	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// IdleTimeout ends a grant whose paths carried nothing for so long; a grant may ask for less. Zero: they may.
+	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
+	// WarnBefore are the times before a grant's end at which its end is warned of: 5m and 1m.
+	WarnBefore []Duration `json:"warnBefore,omitempty" yaml:"warnBefore,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
@@ -105,6 +109,7 @@ func (p *BypassPolicy) validate(d *document) {
 	p.validateApprovals(d)
 	p.validateConditions(d)
 	p.validateBreakGlass(d)
+	p.validateOversight(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		d.report(fmt.Sprintf("spec.bindings[%d]", i), CheckBinding(b))
