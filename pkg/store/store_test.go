@@ -312,27 +312,31 @@ func TestEdited(t *testing.T) {
 	}
 }
 
-// A log that lost its tail takes acknowledged entries with it; the count file remembers them.
+// A log that lost its tail takes acknowledged entries with it; the count file remembers them. What was not acknowledged yet
+// when the process died may be missing.
 func TestLostTail(t *testing.T) {
 	path := testPath(t)
 	openTest(t, path).Close() // the tables are in the file itself
 	child := startChild(t, path, 1)
 	child.waitLines(t, 40)
-	child.kill(t)
+	l := newLedger()
+	for _, line := range child.kill(t) {
+		l.note(t, line)
+	}
 	wal := must(os.ReadFile(path + "-wal"))(t)
-	want := content(t, openTest(t, filepath.Join(copyStore(t, path, len(wal)), "node.db")))
-	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096} {
-		s, err := Open(filepath.Join(copyStore(t, path, size), "node.db"))
-		if errors.Is(err, ErrDamaged) {
+	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096, len(wal)} {
+		cut := filepath.Join(copyStore(t, path, size), "node.db")
+		s, err := Open(cut)
+		if errors.Is(err, ErrDamaged) && size < len(wal) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := content(t, s); !reflect.DeepEqual(got, want) { // the end of the log need not be in use
-			t.Errorf("opened with %d of %d bytes of the log, and something is missing", size, len(wal))
-		}
 		s.Close()
+		if l.check(t, cut); t.Failed() { // the end of the log need not be in use
+			t.Fatalf("with %d of %d bytes of the log", size, len(wal))
+		}
 	}
 }
 
