@@ -59,6 +59,7 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 		return store.GrantRow{}, err
 	}
 	row := h.row
+	row.Envelope = envelope
 	row.Payload, err = json.Marshal(h.payload)
 	return row, err
 }
