@@ -60,6 +60,7 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 		return store.GrantRow{}, err
 	}
 	row := h.row
+	row.Envelope = envelope
 	row.Payload, err = json.Marshal(h.payload)
 	return row, err
 }
@@ -83,6 +84,9 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
 func (g *grants) authorise(_ context.Context, a *activation) error {
+	if err := g.refusePanic(); err != nil {
+		return err
+	}
 	e := g.enforced()
 	if e == nil {
 		return fmt.Errorf("authorise: %w", ErrNoResources)
@@ -99,7 +103,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 		return err
 	}
 	service, _ := e.service(p.Service)
-	a.held = &held{payload: p, service: service}
+	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
 		a.held.holding = g.newHolding(p.Addresses[0])
 	}

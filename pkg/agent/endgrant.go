@@ -81,6 +81,7 @@ func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 	var may policy.Allowance
 	if err == nil {
 		may, err = g.allowed(v, e, g.clock.wall())
+		h.policy = may.Policy
 	}
 	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
 		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))
@@ -153,10 +154,15 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 	if err != nil && !errors.Is(err, store.ErrEnded) {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
 	}
+	g.letGo(h)
+	return nil
+}
+
+// letGo forgets an active grant whose end is recorded.
+func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()
-	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -37,6 +38,9 @@ type held struct {
 	row     store.GrantRow // without what was handed in, once it is in the store: there may be many
 	payload grant.Payload
 	service datapath.Service // as it was when the path was opened
+	policy  string           // that allows it
+	use     use              // of its paths
+	warned  []warning        // that were given
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 	holding *holding         // of a workload's grant; nil: of people's
 }
@@ -87,6 +91,9 @@ type grants struct {
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+
+	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
+	panicKept *panicNote                // guarded by mu; the one that the store has
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
@@ -101,6 +108,9 @@ func (g *grants) adopt(ctx context.Context) error {
 func (g *grants) adoptRows(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err := g.recallPanic(ctx); err != nil {
+		return err
+	}
 	rows, err := g.store.Grants(ctx)
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
@@ -150,7 +160,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 // tick makes grants and kernel agree, and tells when to look again at the latest.
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
-	err = g.endLost(ctx)
+	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx))
 	g.mu.Unlock()
 	err = errors.Join(err, g.reconcile(ctx))
 	g.mu.Lock()
@@ -193,7 +203,7 @@ func (g *grants) reconcile(ctx context.Context) error {
 			errs = append(errs, g.endIn(ctx, h, e, paths))
 		}
 	}
-	errs = append(errs, g.free(plan.idle, now))
+	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
 	return errors.Join(errs...)
 }
 

@@ -16,7 +16,7 @@ import (
 func (n *node) status(ctx context.Context) *api.StatusReply {
 	reply := &api.StatusReply{
 		Node: n.cfg.Name, Version: n.opt.Version, Started: timestamppb.New(n.started), Bpffs: n.cfg.Spec.BPFFS,
-		Hooks: n.hooks(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
+		Hooks: n.hooks(), Panic: n.grants.standing(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
 	}
 	if why := n.readiness.state(); why != nil {
 		reply.Ready, reply.NotReadyWhy = false, oneLine(why.Error())

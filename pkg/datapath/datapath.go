@@ -75,6 +75,7 @@ type Datapath struct {
 	gen      uint32
 	free     []uint32 // free path slots, last used first
 	live     map[uint32]Path
+	shut     bool // OpenPath refuses
 }
 
 // objects are the programs and maps, without the variables that only keep types in the BTF.

@@ -25,6 +25,9 @@ func isMissing(err error) bool { return errors.Is(err, ebpf.ErrKeyNotExist) }
 func (d *Datapath) OpenPath(p Path) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.shut {
+		return 0, fmt.Errorf("open path: %w", ErrShut)
+	}
 	if left := p.Deadline - BootTime(); left <= 0 || left > d.cfg.MaxTTL {
 		return 0, fmt.Errorf("open path: %w", ErrDeadline)
 	}

@@ -35,9 +35,17 @@ var (
 	ErrPolicyDigest = errors.New("grant for another policy")
 )
 
+// Kind is a kind of grant.
+type Kind string
+
+// BreakGlass is the kind for the night on which something is broken: policies of their own allow it, everybody hears of it,
+// and it is reviewed. The empty kind is an ordinary grant.
+const BreakGlass Kind = "breakGlass"
+
 // Payload is what a grant says. All times are wall-clock times.
 type Payload struct {
 	ID        string // ULID, new for each grant
+	Kind      Kind
 	Requester string // who asked for it: a person, or the SPIFFE ID of a workload
 	Service   string // name of a protected service
 	Binding   string // what a path is bound to: policy.BindingAddress and its like
@@ -51,11 +59,14 @@ type Payload struct {
 	// NotBefore and NotAfter bound its activation, and no path lives past NotAfter.
 	NotBefore, NotAfter time.Time
 	// Duration of a path from its activation.
-	Duration     time.Duration
+	Duration time.Duration
+	// IdleTimeout ends the grant when its paths carried nothing for so long; 0: they may, unless policy says otherwise.
+	IdleTimeout  time.Duration
 	Budget       policy.Budget  // of each path; 0 is no limit
 	Ingress      policy.Ingress // kind of device that the clients come by; empty: any
 	Reason       string
 	Ticket       string // may be empty
+	Template     string // name of the template that it was asked for by; may be empty
 	Audience     string // name of the one node that may activate it
 	PolicyDigest string // digest of the only policy set that it is for; may be empty
 }

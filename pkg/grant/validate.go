@@ -18,7 +18,11 @@ import (
 // Bounds of a payload.
 const (
 	// MaxWindow is the longest time from NotBefore to NotAfter.
-	MaxWindow    = 30 * 24 * time.Hour
+	MaxWindow = 30 * 24 * time.Hour
+	// MaxBreakGlassWindow is the longest one of a break-glass grant: it is made when it is needed.
+	MaxBreakGlassWindow    = 24 * time.Hour
+	maxBreakGlassAddresses = 4
+
 	maxAddresses = 64
 	maxPorts     = 1024
 	maxText      = 512 // bytes of a text field
@@ -29,6 +33,7 @@ const (
 func (p Payload) Validate() error {
 	v := &validation{}
 	v.check("id", checkID(p.ID))
+	v.kind(p)
 	v.check("requester", checkText(p.Requester, "name who asks for it"))
 	v.check("service", policy.CheckName(p.Service))
 	v.binding(p)
@@ -36,11 +41,15 @@ func (p Payload) Validate() error {
 	v.ports(p.Ports)
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
+	v.check("idleTimeout", policy.CheckIdleTimeout(p.IdleTimeout))
 	v.check("budget", policy.CheckBudget(p.Budget))
 	v.check("ingress", policy.CheckIngress(p.Ingress))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))
 	if p.Ticket != "" {
 		v.check("ticket", checkText(p.Ticket, "name the ticket or leave it out"))
+	}
+	if p.Template != "" {
+		v.check("template", policy.CheckName(p.Template))
 	}
 	v.check("audience", policy.CheckNodeName(p.Audience))
 	v.digest(p.PolicyDigest)
@@ -103,6 +112,27 @@ func (v *validation) binding(p Payload) {
 	}
 	if tuple && len(p.Ports) != 1 {
 		v.refuse("ports", "name the port of the service that is connected to", "the binding %q is to one port", p.Binding)
+	}
+}
+
+// kind holds break-glass grants to less than others.
+func (v *validation) kind(p Payload) {
+	switch {
+	case p.Kind == "":
+		return
+	case p.Kind != BreakGlass:
+		v.refuse("kind", "write breakGlass or leave it out", "kind %.40q is not known", p.Kind)
+		return
+	}
+	if len(p.Addresses) > maxBreakGlassAddresses {
+		v.refuse("addresses", "name the one from which you mend it", "has %d addresses, the most for break-glass is %d", len(p.Addresses), maxBreakGlassAddresses)
+	}
+	if p.NotAfter.Sub(p.NotBefore) > MaxBreakGlassWindow {
+		v.refuse("notAfter", "issue it when it is needed", "is more than %s after notBefore, the most for break-glass", policy.Duration{Duration: MaxBreakGlassWindow})
+	}
+	if p.Duration > policy.MaxBreakGlassDuration {
+		v.refuse("duration", "write a duration such as 15m", "%s is over the cap of %s for break-glass",
+			policy.Duration{Duration: p.Duration}, policy.Duration{Duration: policy.MaxBreakGlassDuration})
 	}
 }
 

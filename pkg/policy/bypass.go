@@ -47,6 +47,12 @@ type BypassPolicySpec struct {
 	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
 	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
 	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
+	// Class says how much care its grants get: Routine, also when it is not written, Sensitive or Critical.
+	Class Class `json:"class,omitempty" yaml:"class,omitempty"`
+	// MaxReach is how many ways in one grant may open: its clients times its ports. 0: what the class has.
+	MaxReach uint32 `json:"maxReach,omitempty" yaml:"maxReach,omitempty"`
+	// Templates are those by which its grants must be asked for. None: a grant may do without.
+	Templates []string `json:"templates,omitempty" yaml:"templates,omitempty"`
 	// Ingress is the kind of device that clients must come by; a grant must name it. Empty is any.
 	Ingress Ingress `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
@@ -57,6 +63,11 @@ type BypassPolicySpec struct {
 	Requesters []string `json:"requesters" yaml:"requesters"`
 	// Approvals must all be met by other people's signatures. None: the requester's is enough.
 	Approvals []Approval `json:"approvals,omitempty" yaml:"approvals,omitempty"`
+	// BreakGlass makes it a policy for break-glass grants, and for no others.
+	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
+	// Reviewers are people, and groups as group:NAME, who may say that a grant under this policy was looked at, if they had no
+	// part in it. Empty: those who may approve. A policy for break-glass grants must name them.
+	Reviewers []string `json:"reviewers,omitempty" yaml:"reviewers,omitempty"`
 	// Ticket says what the grant's ticket has to be like.
 	Ticket TicketRule `json:"ticket,omitzero" yaml:"ticket,omitempty"`
 	// Windows are the times at which a grant may be activated; its paths end with the window. None: always.
@@ -65,6 +76,10 @@ type BypassPolicySpec struct {
 	When string `json:"when,omitempty" yaml:"when,omitempty"`
 	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// IdleTimeout ends a grant whose paths carried nothing for so long; a grant may ask for less. Zero: they may.
+	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
+	// WarnBefore are the times before a grant's end at which its end is warned of: 5m and 1m.
+	WarnBefore []Duration `json:"warnBefore,omitempty" yaml:"warnBefore,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
@@ -93,6 +108,8 @@ func (p *BypassPolicy) validate(d *document) {
 	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
 	p.validateApprovals(d)
 	p.validateConditions(d)
+	p.validateBreakGlass(d)
+	p.validateOversight(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
 		d.report(fmt.Sprintf("spec.bindings[%d]", i), CheckBinding(b))
@@ -101,6 +118,10 @@ func (p *BypassPolicy) validate(d *document) {
 	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(p.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(p.Spec.MaxDuration.Duration))
+	if len(p.Spec.Templates) > 0 {
+		d.checkList("spec.templates", p.Spec.Templates, "list the templates, or leave it out")
+	}
+	p.validateClass(d)
 }
 
 // CheckBinding refuses what a path cannot be bound to.

@@ -93,7 +93,7 @@ func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
 }
 
 // denied lists what deny lists have against a grant.
-func (s *Set) denied(g GrantFacts) (errs []error) {
+func (s *Set) denied(g GrantFacts) (errs []*Error) {
 	for _, l := range s.denials {
 		if !l.holds(g.Now) {
 			continue

@@ -207,6 +207,8 @@ var wrongs = []wrong{
 	{"duration 0", "maxDuration: 15m", "maxDuration: 0s", "maxDuration", "spec.maxDuration", "must be more than 0"},
 	{"no duration", "  maxDuration: 15m\n", "", "spec:\n  services", "spec.maxDuration", "must be more than 0"},
 	{"negative duration", "maxDuration: 15m", "maxDuration: -5m", "maxDuration", "spec.maxDuration", "must be more than 0"},
+	{"idle too short", "maxDuration: 15m", "maxDuration: 15m\n  idleTimeout: 1s", "idleTimeout", "spec.idleTimeout", "less than 5s"},
+	{"warning at the end", "maxDuration: 15m", "maxDuration: 15m\n  warnBefore: [0s]", "warnBefore", "spec.warnBefore[0]", "is not between 0 and 24h"},
 	{"duration over the cap", "maxDuration: 15m", "maxDuration: 24h0m1s", "maxDuration", "spec.maxDuration", "over the cap of 24h"},
 	{"duration without unit", "maxDuration: 15m", "maxDuration: 15", "maxDuration", "spec.maxDuration", "not a duration"},
 	{"no signers", "requesters: [alice]", "requesters: []", "requesters", "spec.requesters", "at least one"},

@@ -19,9 +19,13 @@ type Use string
 const (
 	UseRequest Use = "request"
 	UseApprove Use = "approve"
+	// UseBreakGlass is to ask for and to approve what a policy with breakGlass: true allows, and nothing else.
+	UseBreakGlass Use = "breakGlass"
+	// UseResources is to sign sets of resources, and to vouch for a node.
+	UseResources Use = "resources"
 )
 
-var uses = map[Use]bool{UseRequest: true, UseApprove: true}
+var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true}
 
 // Signer is a person whose signature was verified, and what the key may sign; or a workload that proved its identity.
 type Signer struct {

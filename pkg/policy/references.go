@@ -13,6 +13,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.policies, func(b BypassPolicy) string { return b.Name })
 	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
 	checkUnique(p.denials, func(l DenyList) string { return l.Name })
+	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {
@@ -135,7 +136,7 @@ func (p *parser) sureOfNames() bool {
 
 // checkReferences reports a bypass policy for a service, a person or a group that does not exist.
 func (p *parser) checkReferences() {
-	services, people := map[string]bool{}, map[string]bool{}
+	services, people, templates := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for _, l := range p.services {
 		services[l.value.Name] = true
 	}
@@ -144,10 +145,18 @@ func (p *parser) checkReferences() {
 			people[person.Name] = true
 		}
 	}
+	for _, l := range p.templates {
+		templates[l.value.Name] = true
+		if name := l.value.Spec.Service; !services[name] {
+			l.report("spec.service", faultf(suggest(name, services), "no ProtectedService is named %q", name))
+		}
+	}
 	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
 		l.checkRequesters("spec.requesters", l.value.Spec.Requesters, people, groups)
+		l.checkKnown("spec.templates", l.value.Spec.Templates, templates, "no GrantTemplate is named %q")
+		l.checkWho("spec.reviewers", l.value.Spec.Reviewers, people, groups)
 		for i, a := range l.value.Spec.Approvals {
 			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
 		}
