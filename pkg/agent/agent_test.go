@@ -125,6 +125,19 @@ func (in *installed) eventually(what string, ok func() bool) {
 	}
 }
 
+// activate has alice answer a challenge of the agent, and begins the grant.
+func (in *installed) activate(ctx context.Context, agent api.AgentClient, envelope []byte) (*api.ActivateReply, error) {
+	c, err := agent.Challenge(ctx, &api.ChallengeRequest{})
+	if err != nil {
+		return nil, err
+	}
+	answer, err := grant.Answer(ctx, envelope, c.Challenge, in.signer.key, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope, Answer: answer})
+}
+
 func (in *installed) status() *api.StatusReply {
 	in.t.Helper()
 	s, err := in.agent().Status(in.t.Context(), &api.StatusRequest{}, grpc.WaitForReady(true))
@@ -249,7 +262,7 @@ func (in *installed) testGrants() {
 	ctx := t.Context()
 	agent := in.agent()
 	envelope := in.signer.envelope(t, two)
-	reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+	reply, err := in.activate(ctx, agent, envelope)
 	must(t, err)
 	g := reply.Grant
 	if g.State != stateActive || len(g.Slots) != 2 || g.Requester != "alice" || len(g.Signers) != 1 {
@@ -279,7 +292,7 @@ func (in *installed) testGrants() {
 		t.Errorf("explain a service that is not there: %v", err)
 	}
 	own := in.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{in.lab.Node.Addr(lab.IPv4)} })
-	if _, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: own}); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {
+	if _, err := in.activate(ctx, agent, own); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {
 		t.Errorf("the node's own address: %v", err)
 	}
 	revoked, err := agent.Revoke(ctx, &api.RevokeRequest{Grant: g.Id, Why: "done"})
@@ -290,7 +303,7 @@ func (in *installed) testGrants() {
 	if paths, err = agent.Paths(ctx, &api.PathsRequest{}); err != nil || len(paths.Paths) != 2 || paths.Paths[0].Left.AsDuration() != 0 {
 		t.Errorf("time left after the end: %v, %v", paths, err)
 	}
-	short, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second })})
+	short, err := in.activate(ctx, agent, in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second }))
 	must(t, err)
 	in.eventually("a grant expires", func() bool {
 		grants, err := agent.Grants(ctx, &api.GrantsRequest{})
@@ -362,7 +375,7 @@ func (in *installed) churn(ctx context.Context) {
 		envelope := in.signer.envelope(in.t, func(p *grant.Payload) {
 			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), netip.AddrFrom4([4]byte{10, 2, byte(i >> 8), byte(i)})}
 		})
-		reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+		reply, err := in.activate(ctx, agent, envelope)
 		if err != nil {
 			return
 		}

@@ -34,11 +34,14 @@ const (
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
+	problemMemory    problemClass = "memory"
+
+	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard}
+	problemXDP, problemSources, problemSockets, problemGuard, problemMemory, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass
