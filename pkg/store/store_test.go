@@ -318,21 +318,25 @@ func TestLostTail(t *testing.T) {
 	openTest(t, path).Close() // the tables are in the file itself
 	child := startChild(t, path, 1)
 	child.waitLines(t, 40)
-	child.kill(t)
+	l := newLedger()
+	for _, line := range child.kill(t) {
+		l.note(t, line)
+	}
 	wal := must(os.ReadFile(path + "-wal"))(t)
-	want := content(t, openTest(t, filepath.Join(copyStore(t, path, len(wal)), "node.db")))
 	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096} {
-		s, err := Open(filepath.Join(copyStore(t, path, size), "node.db"))
+		cut := filepath.Join(copyStore(t, path, size), "node.db")
+		s, err := Open(cut)
 		if errors.Is(err, ErrDamaged) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := content(t, s); !reflect.DeepEqual(got, want) { // the end of the log need not be in use
-			t.Errorf("opened with %d of %d bytes of the log, and something is missing", size, len(wal))
-		}
 		s.Close()
+		l.check(t, cut) // the end of the log need not be in use, or was not acknowledged yet
+		if t.Failed() {
+			t.Fatalf("opened with %d of %d bytes of the log", size, len(wal))
+		}
 	}
 }
 
