@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/spf13/cobra"
@@ -108,6 +109,9 @@ func grantTable(t *table, g *api.Grant) {
 	t.row("ticket", g.GetTicket())
 	t.row("activated", stamp(g.GetActivated()))
 	t.row("deadline", stamp(g.GetDeadline()))
+	if g.GetIdleTimeout() != nil {
+		t.row("idle", "ends after "+span(g.GetIdleTimeout())+" without a packet")
+	}
 	t.row("slots", ports(g.GetSlots()))
 	t.row("signed by", strings.Join(g.GetSigners(), ", "))
 	if g.GetKind() != "" {
@@ -160,6 +164,7 @@ func (c *cli) showVerified(envelope []byte, resources []string) error {
 	if err := c.show(shownGrant{Grant: v.Payload, Verified: true, Signers: v.Signers}, func(t *table) {
 		payloadTable(t, v.Payload)
 		t.row("signed by", people(v.Signers))
+		answerTable(t, set.Evaluate(v.Facts(nil, time.Time{})))
 	}); err != nil {
 		return err
 	}

@@ -17,11 +17,20 @@ import (
 // activation is a grant on its way to its paths.
 type activation struct {
 	envelope []byte
-	answer   []byte // the requester's, to a challenge of this node
+	answer   []byte  // the requester's, to a challenge of this node
+	ask      *wanted // instead of both
 	actor    string
 	verified grant.Verified
 	held     *held
 	recorded bool
+}
+
+// prove gives what is asked for, and who vouches for it.
+func (a *activation) prove(keys []policy.Keyring, now time.Time) (grant.Verified, error) {
+	if a.ask != nil {
+		return a.ask.prove()
+	}
+	return grant.Verify(a.envelope, keys, now)
 }
 
 // activationStep is one step of an activation. A kill between any two leaves nothing open that is not recorded.
@@ -40,40 +49,54 @@ func (g *grants) activationSteps() []activationStep {
 	}
 }
 
-// Activate opens the paths of a signed grant, whose requester answered a challenge of this node. When it returns without error they are open, and that was durable before.
-// A refusal is recorded, and changes nothing.
+// Activate opens the paths of a signed grant, whose requester answered a challenge of this node. When it returns without
+// error they are open, and that was durable before. A refusal is recorded, and changes nothing.
 func (g *grants) Activate(ctx context.Context, envelope, answer []byte, actor string) (store.GrantRow, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	a := &activation{envelope: envelope, answer: answer, actor: actor}
+	h, err := g.activate(ctx, a)
+	if err != nil {
+		return store.GrantRow{}, err
+	}
+	row := h.row
+	row.Envelope = envelope
+	row.Payload, err = json.Marshal(h.payload)
+	return row, err
+}
+
+// activate takes the steps. g.mu is held.
+func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 	for _, step := range g.activationSteps() {
 		if err := step.do(ctx, a); err != nil {
 			g.abandon(ctx, a, err)
-			return store.GrantRow{}, err
+			return nil, err
 		}
 	}
 	g.events.count(stepActivated)
 	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
-		"deadline", a.held.row.Deadline, "actor", actor)
+		"deadline", a.held.row.Deadline, "actor", a.actor)
 	g.kick()
-	row := a.held.row
 	a.held.forget()
-	return row, nil
+	return a.held, nil
 }
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
 func (g *grants) authorise(_ context.Context, a *activation) error {
+	if err := g.refusePanic(); err != nil {
+		return err
+	}
 	e := g.enforced()
 	if e == nil {
 		return fmt.Errorf("authorise: %w", ErrNoResources)
 	}
 	now, boot := g.clock.read()
-	v, err := grant.Verify(a.envelope, e.set.Keyrings(), now)
+	v, err := a.prove(e.set.Keyrings(), now)
+	a.verified = v
 	if err != nil {
 		return err
 	}
-	a.verified = v
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	answered, unanswered := g.answered(a, e)
@@ -82,19 +105,28 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 		return err
 	}
 	service, _ := e.service(p.Service)
-	a.held = &held{payload: p, service: service}
+	a.held = &held{payload: p, service: service, policy: allowance.Policy}
+	if a.ask != nil {
+		a.held.holding = newHolding()
+	}
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}
 	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
 		return err
 	}
+	if a.ask != nil {
+		return nil
+	}
 	return g.challenges.use(answered)
 }
 
-// answered verifies that who asked for the grant wants it to begin, here and now.
+// answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking.
 func (g *grants) answered(a *activation, e *enforced) (grant.Challenge, error) {
 	p := a.verified.Payload
+	if a.ask != nil {
+		return grant.Challenge{}, nil
+	}
 	if len(a.answer) == 0 {
 		return grant.Challenge{}, challengeRefused("%s has not answered this node's challenge", p.Requester)
 	}
@@ -102,7 +134,7 @@ func (g *grants) answered(a *activation, e *enforced) (grant.Challenge, error) {
 	if err != nil {
 		return grant.Challenge{}, ofAnswer(err)
 	}
-	digest, err := grant.Digest(a.envelope)
+	digest, err := p.Digest()
 	if err != nil {
 		return grant.Challenge{}, err
 	}
@@ -167,7 +199,7 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 	if err != nil {
 		return store.GrantRow{}, fmt.Errorf("keep payload: %w", err)
 	}
-	digest, err := grant.Digest(a.envelope)
+	digest, err := p.Digest()
 	if err != nil {
 		return store.GrantRow{}, err
 	}

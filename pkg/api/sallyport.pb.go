@@ -293,7 +293,7 @@ func (x *FlowRecord) GetDetail() string {
 type GrantEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK,
+	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
 	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
@@ -1685,6 +1685,7 @@ type StatusReply struct {
 	SpoolFlow      uint64                 `protobuf:"varint,18,opt,name=spool_flow,json=spoolFlow,proto3" json:"spool_flow,omitempty"`
 	LostFlow       uint64                 `protobuf:"varint,19,opt,name=lost_flow,json=lostFlow,proto3" json:"lost_flow,omitempty"`
 	IdentityState  string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
+	Panic          string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"` // one that stands: since when, by whom and why
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1855,6 +1856,13 @@ func (x *StatusReply) GetLostFlow() uint64 {
 func (x *StatusReply) GetIdentityState() string {
 	if x != nil {
 		return x.IdentityState
+	}
+	return ""
+}
+
+func (x *StatusReply) GetPanic() string {
+	if x != nil {
+		return x.Panic
 	}
 	return ""
 }
@@ -2375,7 +2383,7 @@ func (*GrantsRequest) Descriptor() ([]byte, []int) {
 type Grant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, expired, revoked
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, expired, revoked, spent, idle, ended
 	Requester     string                 `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
 	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	Ticket        string                 `protobuf:"bytes,5,opt,name=ticket,proto3" json:"ticket,omitempty"`
@@ -2386,11 +2394,12 @@ type Grant struct {
 	Slots         []uint32               `protobuf:"varint,10,rep,packed,name=slots,proto3" json:"slots,omitempty"`
 	Signers       []string               `protobuf:"bytes,11,rep,name=signers,proto3" json:"signers,omitempty"`
 	EndedWhy      string                 `protobuf:"bytes,12,opt,name=ended_why,json=endedWhy,proto3" json:"ended_why,omitempty"`
-	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"` // of each path
-	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`     // breakGlass, or empty
-	Digest        string                 `protobuf:"bytes,15,opt,name=digest,proto3" json:"digest,omitempty"` // SHA-256 of the payload, in hex
-	People        []string               `protobuf:"bytes,16,rep,name=people,proto3" json:"people,omitempty"` // who signed it
-	Review        string                 `protobuf:"bytes,17,opt,name=review,proto3" json:"review,omitempty"` // who reviewed it, and when; "open" where somebody has to
+	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"`                              // of each path
+	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`                                  // breakGlass, or empty
+	Digest        string                 `protobuf:"bytes,15,opt,name=digest,proto3" json:"digest,omitempty"`                              // SHA-256 of the payload, in hex
+	People        []string               `protobuf:"bytes,16,rep,name=people,proto3" json:"people,omitempty"`                              // who signed it
+	Review        string                 `protobuf:"bytes,17,opt,name=review,proto3" json:"review,omitempty"`                              // who reviewed it, and when; "open" where somebody has to
+	IdleTimeout   *durationpb.Duration   `protobuf:"bytes,31,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"` // after so long without a packet it ends
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2542,6 +2551,13 @@ func (x *Grant) GetReview() string {
 		return x.Review
 	}
 	return ""
+}
+
+func (x *Grant) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
 }
 
 type GrantsReply struct {
@@ -3478,6 +3494,430 @@ func (x *ProxyAck) GetSeq() uint64 {
 	return 0
 }
 
+type PanicRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PanicRequest) Reset() {
+	*x = PanicRequest{}
+	mi := &file_sallyport_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PanicRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PanicRequest) ProtoMessage() {}
+
+func (x *PanicRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
+func (*PanicRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *PanicRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type PanicReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ended         uint32                 `protobuf:"varint,1,opt,name=ended,proto3" json:"ended,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PanicReply) Reset() {
+	*x = PanicReply{}
+	mi := &file_sallyport_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PanicReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PanicReply) ProtoMessage() {}
+
+func (x *PanicReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
+func (*PanicReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *PanicReply) GetEnded() uint32 {
+	if x != nil {
+		return x.Ended
+	}
+	return 0
+}
+
+type LiftPanicRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftPanicRequest) Reset() {
+	*x = LiftPanicRequest{}
+	mi := &file_sallyport_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftPanicRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftPanicRequest) ProtoMessage() {}
+
+func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
+func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *LiftPanicRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type LiftPanicReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftPanicReply) Reset() {
+	*x = LiftPanicReply{}
+	mi := &file_sallyport_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftPanicReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftPanicReply) ProtoMessage() {}
+
+func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
+func (*LiftPanicReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
+}
+
+type WatchGrantsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Every         *durationpb.Duration   `protobuf:"bytes,1,opt,name=every,proto3" json:"every,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGrantsRequest) Reset() {
+	*x = WatchGrantsRequest{}
+	mi := &file_sallyport_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGrantsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGrantsRequest) ProtoMessage() {}
+
+func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
+func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
+	if x != nil {
+		return x.Every
+	}
+	return nil
+}
+
+type WatchFrame struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Active        []*WatchedGrant        `protobuf:"bytes,2,rep,name=active,proto3" json:"active,omitempty"` // by their deadline
+	Ended         []*Grant               `protobuf:"bytes,3,rep,name=ended,proto3" json:"ended,omitempty"`   // since the frame before
+	Panic         string                 `protobuf:"bytes,4,opt,name=panic,proto3" json:"panic,omitempty"`   // one that stands
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchFrame) Reset() {
+	*x = WatchFrame{}
+	mi := &file_sallyport_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchFrame) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchFrame) ProtoMessage() {}
+
+func (x *WatchFrame) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
+func (*WatchFrame) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetActive() []*WatchedGrant {
+	if x != nil {
+		return x.Active
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetEnded() []*Grant {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetPanic() string {
+	if x != nil {
+		return x.Panic
+	}
+	return ""
+}
+
+type WatchedGrant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Left          *durationpb.Duration   `protobuf:"bytes,2,opt,name=left,proto3" json:"left,omitempty"`
+	Silent        *durationpb.Duration   `protobuf:"bytes,3,opt,name=silent,proto3" json:"silent,omitempty"` // since the last packet that the agent has seen
+	Paths         []*Path                `protobuf:"bytes,4,rep,name=paths,proto3" json:"paths,omitempty"`
+	LiveFlows     uint32                 `protobuf:"varint,5,opt,name=live_flows,json=liveFlows,proto3" json:"live_flows,omitempty"`
+	Peers         []string               `protobuf:"bytes,6,rep,name=peers,proto3" json:"peers,omitempty"`       // clients of live flows, address:port; the first 64
+	Warnings      []*Warning             `protobuf:"bytes,7,rep,name=warnings,proto3" json:"warnings,omitempty"` // all that were given, oldest first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchedGrant) Reset() {
+	*x = WatchedGrant{}
+	mi := &file_sallyport_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchedGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchedGrant) ProtoMessage() {}
+
+func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
+func (*WatchedGrant) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *WatchedGrant) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetSilent() *durationpb.Duration {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetPaths() []*Path {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetLiveFlows() uint32 {
+	if x != nil {
+		return x.LiveFlows
+	}
+	return 0
+}
+
+func (x *WatchedGrant) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetWarnings() []*Warning {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type Warning struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Warning) Reset() {
+	*x = Warning{}
+	mi := &file_sallyport_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Warning) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Warning) ProtoMessage() {}
+
+func (x *Warning) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Warning.ProtoReflect.Descriptor instead.
+func (*Warning) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *Warning) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Warning) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
@@ -3618,7 +4058,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
 	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
-	"\x05bound\x18\x06 \x01(\tR\x05bound\"\x9c\x06\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xb2\x06\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -3646,7 +4086,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"spool_flow\x18\x12 \x01(\x04R\tspoolFlow\x12\x1b\n" +
 	"\tlost_flow\x18\x13 \x01(\x04R\blostFlow\x12%\n" +
-	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x1a:\n" +
+	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x12\x14\n" +
+	"\x05panic\x18\x1f \x01(\tR\x05panic\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x11\n" +
@@ -3687,7 +4128,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"PathsReply\x12.\n" +
 	"\x05paths\x18\x01 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\"\x0f\n" +
-	"\rGrantsRequest\"\xfe\x03\n" +
+	"\rGrantsRequest\"\xbc\x04\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
@@ -3706,7 +4147,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x16\n" +
 	"\x06digest\x18\x0f \x01(\tR\x06digest\x12\x16\n" +
 	"\x06people\x18\x10 \x03(\tR\x06people\x12\x16\n" +
-	"\x06review\x18\x11 \x01(\tR\x06review\"@\n" +
+	"\x06review\x18\x11 \x01(\tR\x06review\x12<\n" +
+	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"@\n" +
 	"\vGrantsReply\x121\n" +
 	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"\x12\n" +
 	"\x10ChallengeRequest\".\n" +
@@ -3761,7 +4203,35 @@ const file_sallyport_proto_rawDesc = "" +
 	"\arecords\x18\x02 \x01(\v2 .sallyport.v1alpha1.ProxyRecordsH\x00R\arecordsB\a\n" +
 	"\x05frame\"\x1c\n" +
 	"\bProxyAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq*B\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\" \n" +
+	"\fPanicRequest\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\"\"\n" +
+	"\n" +
+	"PanicReply\x12\x14\n" +
+	"\x05ended\x18\x01 \x01(\rR\x05ended\"$\n" +
+	"\x10LiftPanicRequest\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\"\x10\n" +
+	"\x0eLiftPanicReply\"E\n" +
+	"\x12WatchGrantsRequest\x12/\n" +
+	"\x05every\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05every\"\xbd\x01\n" +
+	"\n" +
+	"WatchFrame\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x128\n" +
+	"\x06active\x18\x02 \x03(\v2 .sallyport.v1alpha1.WatchedGrantR\x06active\x12/\n" +
+	"\x05ended\x18\x03 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x05ended\x12\x14\n" +
+	"\x05panic\x18\x04 \x01(\tR\x05panic\"\xbf\x02\n" +
+	"\fWatchedGrant\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\x12-\n" +
+	"\x04left\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04left\x121\n" +
+	"\x06silent\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06silent\x12.\n" +
+	"\x05paths\x18\x04 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\x12\x1d\n" +
+	"\n" +
+	"live_flows\x18\x05 \x01(\rR\tliveFlows\x12\x14\n" +
+	"\x05peers\x18\x06 \x03(\tR\x05peers\x127\n" +
+	"\bwarnings\x18\a \x03(\v2\x1b.sallyport.v1alpha1.WarningR\bwarnings\"M\n" +
+	"\aWarning\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text*B\n" +
 	"\x05Class\x12\x15\n" +
 	"\x11CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCLASS_CRITICAL\x10\x01\x12\x0e\n" +
@@ -3772,7 +4242,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xf4\x06\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xef\b\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -3784,7 +4254,10 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Vouch\x12 .sallyport.v1alpha1.VouchRequest\x1a\x1e.sallyport.v1alpha1.VouchReply\x12L\n" +
 	"\x06Revoke\x12!.sallyport.v1alpha1.RevokeRequest\x1a\x1f.sallyport.v1alpha1.RevokeReply\x12O\n" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
-	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x012Y\n" +
+	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
+	"\x05Panic\x12 .sallyport.v1alpha1.PanicRequest\x1a\x1e.sallyport.v1alpha1.PanicReply\x12U\n" +
+	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12W\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012Y\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01B,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
 
@@ -3801,7 +4274,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -3850,18 +4323,26 @@ var file_sallyport_proto_goTypes = []any{
 	(*ProxyRecords)(nil),          // 44: sallyport.v1alpha1.ProxyRecords
 	(*ProxyFrame)(nil),            // 45: sallyport.v1alpha1.ProxyFrame
 	(*ProxyAck)(nil),              // 46: sallyport.v1alpha1.ProxyAck
-	nil,                           // 47: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 49: google.protobuf.Duration
+	(*PanicRequest)(nil),          // 47: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 48: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 49: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 50: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 51: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 52: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 53: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 54: sallyport.v1alpha1.Warning
+	nil,                           // 55: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 57: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	48, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	49, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	48, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	49, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	48, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	48, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	48, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	56, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	57, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	56, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	57, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	56, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	56, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	56, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -3872,74 +4353,91 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	48, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	56, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	48, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	56, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	48, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	48, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	48, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	48, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	48, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	56, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	56, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	56, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	56, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	56, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	49, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	47, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	57, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	55, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	48, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	49, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	56, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	57, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	48, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	48, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	56, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	56, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	28, // 40: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	28, // 41: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	28, // 42: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	28, // 43: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	48, // 44: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 45: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	43, // 46: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	44, // 47: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	7,  // 48: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 49: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 50: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 51: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 52: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 53: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 54: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 55: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 56: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	32, // 57: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	36, // 58: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	38, // 59: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	34, // 60: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	40, // 61: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	42, // 62: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	45, // 63: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 64: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 65: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 66: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 67: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 68: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 69: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 70: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 71: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 72: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	33, // 73: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	37, // 74: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	39, // 75: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	35, // 76: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	41, // 77: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 78: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	46, // 79: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	64, // [64:80] is the sub-list for method output_type
-	48, // [48:64] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	57, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	28, // 44: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	56, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,  // 46: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	43, // 47: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	44, // 48: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	57, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	56, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	53, // 51: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	28, // 52: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	28, // 53: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	57, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	57, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	24, // 56: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	54, // 57: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	56, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	7,  // 59: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 60: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 61: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 62: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 63: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 64: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 65: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 66: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 67: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	32, // 68: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	36, // 69: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	38, // 70: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	34, // 71: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	40, // 72: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	42, // 73: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	47, // 74: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	49, // 75: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	51, // 76: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	45, // 77: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 78: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 79: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 80: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 81: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 82: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 83: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 84: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 85: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 86: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	33, // 87: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	37, // 88: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	39, // 89: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	35, // 90: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	41, // 91: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 92: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	48, // 93: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	50, // 94: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	52, // 95: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	46, // 96: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	78, // [78:97] is the sub-list for method output_type
+	59, // [59:78] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -3970,7 +4468,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   47,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

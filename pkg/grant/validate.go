@@ -36,16 +36,20 @@ func (p Payload) Validate() error {
 	v.kind(p)
 	v.check("requester", checkText(p.Requester, "name who asks for it"))
 	v.check("service", policy.CheckName(p.Service))
-	v.binding(p.Binding)
+	v.binding(p)
 	v.addresses(p.Addresses)
 	v.ports(p.Ports)
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
+	v.check("idleTimeout", policy.CheckIdleTimeout(p.IdleTimeout))
 	v.check("budget", policy.CheckBudget(p.Budget))
 	v.check("ingress", policy.CheckIngress(p.Ingress))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))
 	if p.Ticket != "" {
 		v.check("ticket", checkText(p.Ticket, "name the ticket or leave it out"))
+	}
+	if p.Template != "" {
+		v.check("template", policy.CheckName(p.Template))
 	}
 	v.check("audience", policy.CheckNodeName(p.Audience))
 	v.digest(p.PolicyDigest)
@@ -93,6 +97,24 @@ func checkText(s, hint string) error {
 // notPrintable refuses control and format characters, which could make a log line lie.
 func notPrintable(r rune) bool { return !unicode.IsPrint(r) }
 
+// binding holds that what a path is bound to is there, whole, and nothing else.
+func (v *validation) binding(p Payload) {
+	v.check("binding", policy.CheckBinding(p.Binding))
+	tuple, workload := p.Binding == policy.BindingTuple, p.Binding == policy.BindingWorkload
+	if tuple != (p.ClientPort != 0) {
+		v.refuse("clientPort", "a tuple has one, and nothing else has", "the binding %q has the client's port %d", p.Binding, p.ClientPort)
+	}
+	if workload != (p.Cgroup != 0) {
+		v.refuse("cgroup", "a workload has one, and nothing else has", "the binding %q has the control group %d", p.Binding, p.Cgroup)
+	}
+	if (tuple || workload) && len(p.Addresses) > 1 {
+		v.refuse("addresses", "ask for each address by itself", "the binding %q is to one address", p.Binding)
+	}
+	if tuple && len(p.Ports) != 1 {
+		v.refuse("ports", "name the port of the service that is connected to", "the binding %q is to one port", p.Binding)
+	}
+}
+
 // kind holds break-glass grants to less than others.
 func (v *validation) kind(p Payload) {
 	switch {
@@ -111,12 +133,6 @@ func (v *validation) kind(p Payload) {
 	if p.Duration > policy.MaxBreakGlassDuration {
 		v.refuse("duration", "write a duration such as 15m", "%s is over the cap of %s for break-glass",
 			policy.Duration{Duration: p.Duration}, policy.Duration{Duration: policy.MaxBreakGlassDuration})
-	}
-}
-
-func (v *validation) binding(b string) {
-	if b != policy.BindingAddress {
-		v.refuse("binding", "write address", "binding %q is not known", b)
 	}
 }
 

@@ -75,24 +75,26 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 // EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
 // transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
 func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
-		row, err := getGrant(ctx, tx, id)
-		if err != nil {
-			return err
-		}
-		if row.State != StateActive {
-			return fmt.Errorf("%w: it is %s", ErrEnded, row.State)
-		}
-		row.State, row.EndedWhy = state, why
-		if err := putGrant(ctx, tx, row); err != nil {
-			return err
-		}
-		return appendEntry(ctx, tx, h, Item{Data: event})
-	})
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error { return endGrant(ctx, tx, h, End{id, state, why, event}) })
 	if err != nil {
 		return fmt.Errorf("end grant %q: %w", id, err)
 	}
 	return nil
+}
+
+func endGrant(ctx context.Context, tx *sql.Tx, h *head, e End) error {
+	row, err := getGrant(ctx, tx, e.ID)
+	if err != nil {
+		return err
+	}
+	if row.State != StateActive {
+		return fmt.Errorf("%w: it is %s", ErrEnded, row.State)
+	}
+	row.State, row.EndedWhy = e.State, e.Why
+	if err := putGrant(ctx, tx, row); err != nil {
+		return err
+	}
+	return appendEntry(ctx, tx, h, Item{Data: e.Event})
 }
 
 // SetSlots notes the path slots that an active grant has.

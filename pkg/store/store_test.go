@@ -312,7 +312,8 @@ func TestEdited(t *testing.T) {
 	}
 }
 
-// A log that lost its tail takes acknowledged entries with it; the count file remembers them.
+// A log that lost its tail takes acknowledged entries with it; the count file remembers them. What was not acknowledged yet
+// when the process died may be missing.
 func TestLostTail(t *testing.T) {
 	path := testPath(t)
 	openTest(t, path).Close() // the tables are in the file itself
@@ -323,19 +324,18 @@ func TestLostTail(t *testing.T) {
 		l.note(t, line)
 	}
 	wal := must(os.ReadFile(path + "-wal"))(t)
-	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096} {
+	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096, len(wal)} {
 		cut := filepath.Join(copyStore(t, path, size), "node.db")
 		s, err := Open(cut)
-		if errors.Is(err, ErrDamaged) {
+		if errors.Is(err, ErrDamaged) && size < len(wal) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
 		s.Close()
-		l.check(t, cut) // the end of the log need not be in use, or was not acknowledged yet
-		if t.Failed() {
-			t.Fatalf("opened with %d of %d bytes of the log", size, len(wal))
+		if l.check(t, cut); t.Failed() { // the end of the log need not be in use
+			t.Fatalf("with %d of %d bytes of the log", size, len(wal))
 		}
 	}
 }
