@@ -64,7 +64,7 @@ func (s said) with(use policy.Use) error {
 }
 
 func (s said) refuse(format string, args ...any) error {
-	return &policy.Error{Field: "by", Msg: s.By + " " + fmt.Sprintf(format, args...), Hint: "have it said by somebody who may: `sallyport grant --help` lists who", Err: ErrNotYours}
+	return &policy.Error{Field: "by", Msg: s.By + " " + fmt.Sprintf(format, args...), Hint: "have it said by somebody who may: the help of `sallyport grant withdraw`, deny, review and vouch says who", Err: ErrNotYours}
 }
 
 // subject is the grant that a statement is about.
