@@ -134,11 +134,18 @@ func (n *node) openStore(context.Context) (err error) {
 	if n.store, err = store.Open(storeFile(n.cfg)); err != nil {
 		return err
 	}
+	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
+		return errors.Join(err, n.store.Close())
+	}
 	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
 	if err != nil {
 		return errors.Join(err, n.store.Close())
 	}
 	return nil
+}
+
+func (n *node) owner() store.Owner {
+	return store.Owner{Node: n.cfg.Name, Machine: machineID(), Witness: witnessFile(n.cfg)}
 }
 
 func (n *node) makePx(context.Context) (err error) {
@@ -233,7 +240,9 @@ func (n *node) loadResources(context.Context) error {
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
-		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
+		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
+		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
+		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
 		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}

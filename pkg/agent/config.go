@@ -75,6 +75,11 @@ func makeDirs(cfg policy.AgentConfig) error {
 // Files of the state directory.
 func storeFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "node.db") }
 
+// witnessFile is of this boot: it knows how far the store was.
+func witnessFile(cfg policy.AgentConfig) string {
+	return filepath.Join(cfg.Spec.RunDir, "store.witness")
+}
+
 func verifiedFile(cfg policy.AgentConfig) string {
 	return filepath.Join(cfg.Spec.StateDir, "verified.yaml")
 }

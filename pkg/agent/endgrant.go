@@ -147,6 +147,7 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
+	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()

@@ -27,6 +27,8 @@ var (
 	ErrNoGrant = errors.New("no active grant")
 	// ErrOverlap says that another grant already has a path for the same client and service.
 	ErrOverlap = errors.New("another grant serves this client")
+	// ErrReviewOpen says that somebody has a part in a break-glass grant that nobody has reviewed.
+	ErrReviewOpen = errors.New("review is open")
 	// ErrNoService says that no protected service has the name.
 	ErrNoService = errors.New("no such protected service")
 	// ErrNoResources says that there is no verified set of resources to decide by.
@@ -75,17 +77,20 @@ func budgetOf(p grant.Payload) datapath.Budget {
 // grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes
 // after it. Safe for concurrent use.
 type grants struct {
-	node     string
-	bootID   string
-	store    *store.Store
-	datapath *datapath.Datapath
-	enforced func() *enforced
-	own      func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
-	clock    clock
-	problems *problems
-	events   *eventCounter
-	log      *slog.Logger
-	kick     func() // there is something new for the sender of records
+	node       string
+	bootID     string
+	owner      store.Owner // that the store was claimed for
+	store      *store.Store
+	datapath   *datapath.Datapath
+	enforced   func() *enforced
+	own        func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
+	clock      clock
+	challenges *challenges
+	reviews    *reviews
+	problems   *problems
+	events     *eventCounter
+	log        *slog.Logger
+	kick       func() // there is something new for the sender of records
 
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
@@ -107,11 +112,18 @@ func (g *grants) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	against, err := g.final(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	for _, row := range rows {
 		if row.State != store.StateActive {
 			continue
 		}
 		h, why := g.revive(row)
+		if s, ok := against[row.Digest]; ok {
+			why = s.String()
+		}
 		g.active[row.ID] = h
 		if why == "" {
 			continue
@@ -121,7 +133,31 @@ func (g *grants) adopt(ctx context.Context) error {
 			return fmt.Errorf("adopt grants: %w", err)
 		}
 	}
+	if err := g.adoptReviews(ctx); err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	return g.reconcile(ctx)
+}
+
+// adoptReviews goes on with the alarms of an earlier agent.
+func (g *grants) adoptReviews(ctx context.Context) error {
+	rows, err := g.store.Grants(ctx)
+	if err != nil {
+		return err
+	}
+	reviewed, err := g.reviewed(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		if _, done := reviewed[row.Digest]; done {
+			continue
+		}
+		var p grant.Payload
+		_ = json.Unmarshal(row.Payload, &p) // one that cannot be read is told of without its content
+		g.reviews.note(row, p, row.State == store.StateActive)
+	}
+	return nil
 }
 
 // revive reads an active row; why says what forbids going on with it.
@@ -129,6 +165,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	h = &held{row: row}
 	if row.BootID != g.bootID {
 		return h, "reboot"
+	}
+	if why := restored(g.store.Memory()); why != "" {
+		return h, why
 	}
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
@@ -154,6 +193,7 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx), g.reconcile(ctx))
+	g.reviews.remind()
 	next = time.Second
 	for _, h := range g.active {
 		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))

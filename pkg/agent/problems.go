@@ -35,11 +35,14 @@ const (
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
 	problemAsking    problemClass = "automation"
+	problemMemory    problemClass = "memory"
+
+	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemAsking}
+	problemXDP, problemSources, problemSockets, problemGuard, problemAsking, problemMemory, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -124,9 +124,15 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	reviewed, err := o.grants.reviewed(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	reply := &api.GrantsReply{}
 	for _, row := range rows {
-		reply.Grants = append(reply.Grants, o.describe(row))
+		g := o.describe(row)
+		g.Review = reviewWords(row, reviewed)
+		reply.Grants = append(reply.Grants, g)
 	}
 	return reply, nil
 }
@@ -142,7 +148,7 @@ func (o *operators) describe(row store.GrantRow) *api.Grant {
 
 // Activate opens the paths of a signed grant.
 func (o *operators) Activate(ctx context.Context, req *api.ActivateRequest) (*api.ActivateReply, error) {
-	row, err := o.grants.Activate(ctx, req.GetEnvelope(), caller(ctx))
+	row, err := o.grants.Activate(ctx, req.GetEnvelope(), req.GetAnswer(), caller(ctx))
 	if err != nil {
 		return nil, toStatus(err)
 	}

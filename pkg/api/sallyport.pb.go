@@ -291,9 +291,10 @@ func (x *FlowRecord) GetDetail() string {
 
 // GrantEvent is one step in the life of a grant on one node.
 type GrantEvent struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
+	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
+	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -303,8 +304,9 @@ type GrantEvent struct {
 	Deadline      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	Slots         []uint32               `protobuf:"varint,10,rep,packed,name=slots,proto3" json:"slots,omitempty"`
 	Why           string                 `protobuf:"bytes,11,opt,name=why,proto3" json:"why,omitempty"`
-	Envelope      []byte                 `protobuf:"bytes,12,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE envelope, on ACTIVATED
+	Envelope      []byte                 `protobuf:"bytes,12,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE envelope: of the grant on ACTIVATED, of the statement where somebody made one
 	Signers       []string               `protobuf:"bytes,13,rep,name=signers,proto3" json:"signers,omitempty"`   // key ids that verified
+	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`         // breakGlass, or empty
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -428,6 +430,13 @@ func (x *GrantEvent) GetSigners() []string {
 		return x.Signers
 	}
 	return nil
+}
+
+func (x *GrantEvent) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
 }
 
 // LossRecord takes the place of records that are gone.
@@ -2386,6 +2395,10 @@ type Grant struct {
 	Signers       []string               `protobuf:"bytes,11,rep,name=signers,proto3" json:"signers,omitempty"`
 	EndedWhy      string                 `protobuf:"bytes,12,opt,name=ended_why,json=endedWhy,proto3" json:"ended_why,omitempty"`
 	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"`                              // of each path
+	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`                                  // breakGlass, or empty
+	Digest        string                 `protobuf:"bytes,15,opt,name=digest,proto3" json:"digest,omitempty"`                              // SHA-256 of the payload, in hex
+	People        []string               `protobuf:"bytes,16,rep,name=people,proto3" json:"people,omitempty"`                              // who signed it
+	Review        string                 `protobuf:"bytes,17,opt,name=review,proto3" json:"review,omitempty"`                              // who reviewed it, and when; "open" where somebody has to
 	IdleTimeout   *durationpb.Duration   `protobuf:"bytes,31,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"` // after so long without a packet it ends
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2512,6 +2525,34 @@ func (x *Grant) GetBudget() *Budget {
 	return nil
 }
 
+func (x *Grant) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Grant) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Grant) GetPeople() []string {
+	if x != nil {
+		return x.People
+	}
+	return nil
+}
+
+func (x *Grant) GetReview() string {
+	if x != nil {
+		return x.Review
+	}
+	return ""
+}
+
 func (x *Grant) GetIdleTimeout() *durationpb.Duration {
 	if x != nil {
 		return x.IdleTimeout
@@ -2563,16 +2604,97 @@ func (x *GrantsReply) GetGrants() []*Grant {
 	return nil
 }
 
+type ChallengeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeRequest) Reset() {
+	*x = ChallengeRequest{}
+	mi := &file_sallyport_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeRequest) ProtoMessage() {}
+
+func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
+func (*ChallengeRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{29}
+}
+
+type ChallengeReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Challenge     []byte                 `protobuf:"bytes,1,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeReply) Reset() {
+	*x = ChallengeReply{}
+	mi := &file_sallyport_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeReply) ProtoMessage() {}
+
+func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeReply.ProtoReflect.Descriptor instead.
+func (*ChallengeReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ChallengeReply) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
 type ActivateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Envelope      []byte                 `protobuf:"bytes,1,opt,name=envelope,proto3" json:"envelope,omitempty"`
+	Envelope      []byte                 `protobuf:"bytes,1,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE, JSON
+	Answer        []byte                 `protobuf:"bytes,2,opt,name=answer,proto3" json:"answer,omitempty"`     // the requester's statement that answers a challenge of this node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +2706,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,12 +2719,19 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{29}
+	return file_sallyport_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ActivateRequest) GetEnvelope() []byte {
 	if x != nil {
 		return x.Envelope
+	}
+	return nil
+}
+
+func (x *ActivateRequest) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
 	}
 	return nil
 }
@@ -2616,7 +2745,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2628,7 +2757,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2641,7 +2770,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{30}
+	return file_sallyport_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ActivateReply) GetGrant() *Grant {
@@ -2661,7 +2790,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2802,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2815,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{31}
+	return file_sallyport_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RevokeRequest) GetGrant() string {
@@ -2712,7 +2841,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2724,7 +2853,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2737,7 +2866,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{32}
+	return file_sallyport_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RevokeReply) GetGrant() *Grant {
@@ -2745,6 +2874,182 @@ func (x *RevokeReply) GetGrant() *Grant {
 		return x.Grant
 	}
 	return nil
+}
+
+type StateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"` // DSSE, JSON: withdrawn, denied or reviewed
+	Envelope      []byte                 `protobuf:"bytes,2,opt,name=envelope,proto3" json:"envelope,omitempty"`   // of the grant that it is about, where this node never activated it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRequest) Reset() {
+	*x = StateRequest{}
+	mi := &file_sallyport_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRequest) ProtoMessage() {}
+
+func (x *StateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
+func (*StateRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *StateRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *StateRequest) GetEnvelope() []byte {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+type StateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateReply) Reset() {
+	*x = StateReply{}
+	mi := &file_sallyport_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateReply) ProtoMessage() {}
+
+func (x *StateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateReply.ProtoReflect.Descriptor instead.
+func (*StateReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *StateReply) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+type VouchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchRequest) Reset() {
+	*x = VouchRequest{}
+	mi := &file_sallyport_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchRequest) ProtoMessage() {}
+
+func (x *VouchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
+func (*VouchRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VouchRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+type VouchReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchReply) Reset() {
+	*x = VouchReply{}
+	mi := &file_sallyport_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchReply) ProtoMessage() {}
+
+func (x *VouchReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchReply.ProtoReflect.Descriptor instead.
+func (*VouchReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{38}
 }
 
 type ExplainRequest struct {
@@ -2759,7 +3064,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +3076,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +3089,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{33}
+	return file_sallyport_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ExplainRequest) GetClient() string {
@@ -2828,7 +3133,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2840,7 +3145,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2853,7 +3158,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{34}
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExplainReply) GetVerdict() string {
@@ -2901,7 +3206,7 @@ type AgentFlowsRequest struct {
 
 func (x *AgentFlowsRequest) Reset() {
 	*x = AgentFlowsRequest{}
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2913,7 +3218,7 @@ func (x *AgentFlowsRequest) String() string {
 func (*AgentFlowsRequest) ProtoMessage() {}
 
 func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2926,7 +3231,7 @@ func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFlowsRequest.ProtoReflect.Descriptor instead.
 func (*AgentFlowsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{35}
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AgentFlowsRequest) GetFollow() bool {
@@ -2954,7 +3259,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2966,7 +3271,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2979,7 +3284,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{36}
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -3014,7 +3319,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3026,7 +3331,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3039,7 +3344,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{37}
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -3076,7 +3381,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3088,7 +3393,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3101,7 +3406,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{38}
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -3154,7 +3459,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3166,7 +3471,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3179,7 +3484,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{39}
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -3198,7 +3503,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3210,7 +3515,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3223,7 +3528,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{40}
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -3242,7 +3547,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3254,7 +3559,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3267,7 +3572,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{41}
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -3286,7 +3591,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3298,7 +3603,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3311,7 +3616,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{42}
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -3329,7 +3634,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3341,7 +3646,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3354,7 +3659,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{43}
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
 }
 
 type WatchGrantsRequest struct {
@@ -3366,7 +3671,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3378,7 +3683,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3391,7 +3696,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{44}
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -3413,7 +3718,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3425,7 +3730,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3438,7 +3743,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{45}
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -3484,7 +3789,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3496,7 +3801,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3509,7 +3814,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{46}
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -3571,7 +3876,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3583,7 +3888,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3596,7 +3901,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{47}
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -3642,7 +3947,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x11packets_to_server\x18\x13 \x01(\x04R\x0fpacketsToServer\x12*\n" +
 	"\x11packets_to_client\x18\x14 \x01(\x04R\x0fpacketsToClient\x12\x14\n" +
 	"\x05count\x18\x15 \x01(\x04R\x05count\x12\x16\n" +
-	"\x06detail\x18\x16 \x01(\tR\x06detail\"\x93\x03\n" +
+	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xa7\x03\n" +
 	"\n" +
 	"GrantEvent\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x12\n" +
@@ -3658,7 +3963,8 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x10\n" +
 	"\x03why\x18\v \x01(\tR\x03why\x12\x1a\n" +
 	"\benvelope\x18\f \x01(\fR\benvelope\x12\x18\n" +
-	"\asigners\x18\r \x03(\tR\asigners\"\xc3\x01\n" +
+	"\asigners\x18\r \x03(\tR\asigners\x12\x12\n" +
+	"\x04kind\x18\x0e \x01(\tR\x04kind\"\xc3\x01\n" +
 	"\n" +
 	"LossRecord\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x14\n" +
@@ -3822,7 +4128,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"PathsReply\x12.\n" +
 	"\x05paths\x18\x01 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\"\x0f\n" +
-	"\rGrantsRequest\"\xe0\x03\n" +
+	"\rGrantsRequest\"\xbc\x04\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
@@ -3837,19 +4143,37 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x18\n" +
 	"\asigners\x18\v \x03(\tR\asigners\x12\x1b\n" +
 	"\tended_why\x18\f \x01(\tR\bendedWhy\x122\n" +
-	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x12<\n" +
+	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x12\x12\n" +
+	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x16\n" +
+	"\x06digest\x18\x0f \x01(\tR\x06digest\x12\x16\n" +
+	"\x06people\x18\x10 \x03(\tR\x06people\x12\x16\n" +
+	"\x06review\x18\x11 \x01(\tR\x06review\x12<\n" +
 	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"@\n" +
 	"\vGrantsReply\x121\n" +
-	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"-\n" +
+	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"\x12\n" +
+	"\x10ChallengeRequest\".\n" +
+	"\x0eChallengeReply\x12\x1c\n" +
+	"\tchallenge\x18\x01 \x01(\fR\tchallenge\"E\n" +
 	"\x0fActivateRequest\x12\x1a\n" +
-	"\benvelope\x18\x01 \x01(\fR\benvelope\"@\n" +
+	"\benvelope\x18\x01 \x01(\fR\benvelope\x12\x16\n" +
+	"\x06answer\x18\x02 \x01(\fR\x06answer\"@\n" +
 	"\rActivateReply\x12/\n" +
 	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"7\n" +
 	"\rRevokeRequest\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\">\n" +
 	"\vRevokeReply\x12/\n" +
-	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"v\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"H\n" +
+	"\fStateRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1a\n" +
+	"\benvelope\x18\x02 \x01(\fR\benvelope\"=\n" +
+	"\n" +
+	"StateReply\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\",\n" +
+	"\fVouchRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\"\f\n" +
+	"\n" +
+	"VouchReply\"v\n" +
 	"\x0eExplainRequest\x12\x16\n" +
 	"\x06client\x18\x01 \x01(\tR\x06client\x12\x16\n" +
 	"\x06server\x18\x02 \x01(\tR\x06server\x12\x18\n" +
@@ -3918,13 +4242,16 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x82\a\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xef\b\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
 	"\x05Paths\x12 .sallyport.v1alpha1.PathsRequest\x1a\x1e.sallyport.v1alpha1.PathsReply\x12L\n" +
-	"\x06Grants\x12!.sallyport.v1alpha1.GrantsRequest\x1a\x1f.sallyport.v1alpha1.GrantsReply\x12R\n" +
-	"\bActivate\x12#.sallyport.v1alpha1.ActivateRequest\x1a!.sallyport.v1alpha1.ActivateReply\x12L\n" +
+	"\x06Grants\x12!.sallyport.v1alpha1.GrantsRequest\x1a\x1f.sallyport.v1alpha1.GrantsReply\x12U\n" +
+	"\tChallenge\x12$.sallyport.v1alpha1.ChallengeRequest\x1a\".sallyport.v1alpha1.ChallengeReply\x12R\n" +
+	"\bActivate\x12#.sallyport.v1alpha1.ActivateRequest\x1a!.sallyport.v1alpha1.ActivateReply\x12I\n" +
+	"\x05State\x12 .sallyport.v1alpha1.StateRequest\x1a\x1e.sallyport.v1alpha1.StateReply\x12I\n" +
+	"\x05Vouch\x12 .sallyport.v1alpha1.VouchRequest\x1a\x1e.sallyport.v1alpha1.VouchReply\x12L\n" +
 	"\x06Revoke\x12!.sallyport.v1alpha1.RevokeRequest\x1a\x1f.sallyport.v1alpha1.RevokeReply\x12O\n" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
 	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
@@ -3947,7 +4274,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -3979,37 +4306,43 @@ var file_sallyport_proto_goTypes = []any{
 	(*GrantsRequest)(nil),         // 27: sallyport.v1alpha1.GrantsRequest
 	(*Grant)(nil),                 // 28: sallyport.v1alpha1.Grant
 	(*GrantsReply)(nil),           // 29: sallyport.v1alpha1.GrantsReply
-	(*ActivateRequest)(nil),       // 30: sallyport.v1alpha1.ActivateRequest
-	(*ActivateReply)(nil),         // 31: sallyport.v1alpha1.ActivateReply
-	(*RevokeRequest)(nil),         // 32: sallyport.v1alpha1.RevokeRequest
-	(*RevokeReply)(nil),           // 33: sallyport.v1alpha1.RevokeReply
-	(*ExplainRequest)(nil),        // 34: sallyport.v1alpha1.ExplainRequest
-	(*ExplainReply)(nil),          // 35: sallyport.v1alpha1.ExplainReply
-	(*AgentFlowsRequest)(nil),     // 36: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 37: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 38: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 39: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 40: sallyport.v1alpha1.ProxyAck
-	(*PanicRequest)(nil),          // 41: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 42: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 43: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 44: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 45: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 46: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 47: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 48: sallyport.v1alpha1.Warning
-	nil,                           // 49: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 50: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 51: google.protobuf.Duration
+	(*ChallengeRequest)(nil),      // 30: sallyport.v1alpha1.ChallengeRequest
+	(*ChallengeReply)(nil),        // 31: sallyport.v1alpha1.ChallengeReply
+	(*ActivateRequest)(nil),       // 32: sallyport.v1alpha1.ActivateRequest
+	(*ActivateReply)(nil),         // 33: sallyport.v1alpha1.ActivateReply
+	(*RevokeRequest)(nil),         // 34: sallyport.v1alpha1.RevokeRequest
+	(*RevokeReply)(nil),           // 35: sallyport.v1alpha1.RevokeReply
+	(*StateRequest)(nil),          // 36: sallyport.v1alpha1.StateRequest
+	(*StateReply)(nil),            // 37: sallyport.v1alpha1.StateReply
+	(*VouchRequest)(nil),          // 38: sallyport.v1alpha1.VouchRequest
+	(*VouchReply)(nil),            // 39: sallyport.v1alpha1.VouchReply
+	(*ExplainRequest)(nil),        // 40: sallyport.v1alpha1.ExplainRequest
+	(*ExplainReply)(nil),          // 41: sallyport.v1alpha1.ExplainReply
+	(*AgentFlowsRequest)(nil),     // 42: sallyport.v1alpha1.AgentFlowsRequest
+	(*ProxyHello)(nil),            // 43: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 44: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 45: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 46: sallyport.v1alpha1.ProxyAck
+	(*PanicRequest)(nil),          // 47: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 48: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 49: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 50: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 51: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 52: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 53: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 54: sallyport.v1alpha1.Warning
+	nil,                           // 55: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 57: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	50, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	51, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	50, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	51, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	50, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	50, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	50, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	56, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	57, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	56, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	57, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	56, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	56, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	56, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -4020,84 +4353,91 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	50, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	56, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	50, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	56, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	50, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	50, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	50, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	50, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	50, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	56, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	56, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	56, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	56, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	56, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	51, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	49, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	57, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	55, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	50, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	51, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	56, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	57, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	50, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	50, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	56, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	56, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	51, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	57, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	50, // 44: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 45: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	37, // 46: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	38, // 47: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	51, // 48: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	50, // 49: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	47, // 50: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	28, // 51: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	28, // 52: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	51, // 53: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	51, // 54: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	24, // 55: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	48, // 56: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	50, // 57: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	7,  // 58: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 59: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 60: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 61: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 62: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 63: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 64: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 65: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 66: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	32, // 67: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	34, // 68: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	36, // 69: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	41, // 70: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	43, // 71: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	45, // 72: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	39, // 73: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 74: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 75: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 76: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 77: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 78: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 79: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 80: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 81: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 82: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	33, // 83: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	35, // 84: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 85: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	42, // 86: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	44, // 87: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	46, // 88: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	40, // 89: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	74, // [74:90] is the sub-list for method output_type
-	58, // [58:74] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	28, // 44: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	56, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,  // 46: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	43, // 47: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	44, // 48: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	57, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	56, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	53, // 51: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	28, // 52: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	28, // 53: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	57, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	57, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	24, // 56: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	54, // 57: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	56, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	7,  // 59: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 60: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 61: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 62: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 63: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 64: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 65: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 66: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 67: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	32, // 68: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	36, // 69: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	38, // 70: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	34, // 71: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	40, // 72: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	42, // 73: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	47, // 74: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	49, // 75: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	51, // 76: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	45, // 77: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 78: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 79: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 80: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 81: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 82: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 83: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 84: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 85: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 86: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	33, // 87: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	37, // 88: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	39, // 89: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	35, // 90: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	41, // 91: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 92: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	48, // 93: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	50, // 94: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	52, // 95: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	46, // 96: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	78, // [78:97] is the sub-list for method output_type
+	59, // [59:78] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -4118,7 +4458,7 @@ func file_sallyport_proto_init() {
 		(*CollectorFrame_Welcome)(nil),
 		(*CollectorFrame_Ack)(nil),
 	}
-	file_sallyport_proto_msgTypes[38].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[44].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -4128,7 +4468,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   49,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
