@@ -90,6 +90,9 @@ type grants struct {
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
 
+	ports    *portUse      // what the records of flows tell
+	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
+
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
 }
@@ -106,11 +109,16 @@ func (g *grants) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	uses, err := g.uses(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	for _, row := range rows {
 		if row.State != store.StateActive {
 			continue
 		}
 		h, why := g.revive(row)
+		g.recallUse(h, uses)
 		g.active[row.ID] = h
 		if why == "" {
 			continue
