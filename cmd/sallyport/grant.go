@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"github.com/spf13/cobra"
@@ -179,6 +180,7 @@ func (c *cli) showVerified(envelope []byte, resources []string) error {
 	if err := c.show(shownGrant{Grant: v.Payload, Verified: true, Signers: v.Signers}, func(t *table) {
 		payloadTable(t, v.Payload)
 		t.row("signed by", people(v.Signers))
+		answerTable(t, set.Evaluate(v.Facts(nil, time.Time{})))
 	}); err != nil {
 		return err
 	}

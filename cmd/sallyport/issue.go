@@ -104,6 +104,9 @@ func (i *issue) payload(c *cli, set *policy.Set, key policy.PublicKey) (grant.Pa
 	if owner, err := signerOf(set, key, c); set != nil && err == nil {
 		user = owner.Person
 	}
+	if err := i.terms.fill(set); err != nil {
+		return grant.Payload{}, err
+	}
 	p, err := i.terms.payload(c.now(), user)
 	if i.pin {
 		p.PolicyDigest = set.Digest()

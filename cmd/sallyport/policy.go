@@ -96,14 +96,16 @@ func checkTable(t *table, set *policy.Set) {
 		t.row(policy.KindProtectedService, s.Name, s.Source, fmt.Sprintf("%s, ports %s", s.Spec.Target, ports(s.Spec.Ports)))
 	}
 	for _, b := range set.BypassPolicies() {
-		t.row(policy.KindBypassPolicy, b.Name, b.Source, fmt.Sprintf("around %s for at most %s, asked for by %s",
-			strings.Join(b.Spec.Services, ","), b.Spec.MaxDuration, strings.Join(b.Spec.Requesters, " or ")))
+		t.row(policy.KindBypassPolicy, b.Name, b.Source, fmt.Sprintf("around %s, %s", strings.Join(b.Spec.Services, ","), b.Terms()))
 	}
 	for _, k := range set.Keyrings() {
 		t.row(policy.KindKeyring, k.Name, k.Source, plural(len(k.Spec.People), "signer"))
 	}
 	for _, l := range set.DenyLists() {
 		t.row(policy.KindDenyList, l.Name, l.Source, l.Spec.Reason)
+	}
+	for _, g := range set.GrantTemplates() {
+		t.row(policy.KindGrantTemplate, g.Name, g.Source, fmt.Sprintf("around %s for at most %s", g.Spec.Service, g.Spec.MaxDuration))
 	}
 	t.line("")
 	t.row("digest", set.Digest())

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -23,7 +24,7 @@ const (
 
 // terms are what the flags of `grant issue` say of the grant itself.
 type terms struct {
-	service, node, reason, ticket, requester string
+	service, node, reason, ticket, requester, template string
 
 	clients   []string
 	ports     []int
@@ -50,6 +51,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringVar(&g.ingress, "from", "", "only clients behind this `KIND` of device: uplink, pod or local (default: any)")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
+	f.StringVar(&g.template, "template", "", "ask by this GrantTemplate of --policy: `NAME`; what is not said is what it says")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
 	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the owner of the key by\n--policy, else the user, by USER)")
 	f.StringVar(&g.notBefore, "not-before", "", "no activation before this `TIME`, RFC 3339 (default: a minute before now)")
@@ -62,7 +64,7 @@ var flagOf = map[string]string{
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
 	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
 	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
-	"ingress": "--from", "idleTimeout": "--idle",
+	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle",
 }
 
 // inFlags tells of wrong fields by the flags that gave them.
@@ -94,8 +96,50 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	budget, budgetErr := g.limits()
 	return grant.Payload{
 		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
-		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Audience: g.node,
+		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
 	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
+}
+
+// fill takes from the template what was not said.
+func (g *terms) fill(set *policy.Set) error {
+	if g.template == "" {
+		return nil
+	}
+	if set == nil {
+		return withHint(usagef("issue grant: --template names what nobody has read"), "name the resources with --policy")
+	}
+	t, ok := set.GrantTemplate(g.template)
+	if !ok {
+		return &policy.Error{Field: "template", Msg: fmt.Sprintf("no GrantTemplate is named %q", g.template), Hint: "`sallyport policy check` lists them"}
+	}
+	g.fillPlaces(t.Spec)
+	g.fillLimits(t.Spec)
+	if !strings.HasPrefix(g.reason, t.Spec.ReasonPrefix) && g.reason != "" {
+		g.reason = t.Spec.ReasonPrefix + g.reason
+	}
+	return nil
+}
+
+func (g *terms) fillPlaces(t policy.GrantTemplateSpec) {
+	g.service, g.ingress = cmp.Or(g.service, t.Service), cmp.Or(g.ingress, string(t.Ingress))
+	if len(g.ports) == 0 {
+		for _, port := range t.Ports {
+			g.ports = append(g.ports, int(port))
+		}
+	}
+	if len(g.clients) == 0 && len(t.Clients) == 1 && t.Clients[0].IsSingleIP() {
+		g.clients = []string{t.Clients[0].String()}
+	}
+}
+
+func (g *terms) fillLimits(t policy.GrantTemplateSpec) {
+	most := t.MaxBudget
+	if g.maxBytes == "" && most.Bytes != 0 {
+		g.maxBytes = most.Bytes.String()
+	}
+	g.duration = cmp.Or(g.duration, t.MaxDuration.Duration)
+	g.budget.Packets, g.budget.Connections = cmp.Or(g.budget.Packets, most.Packets), cmp.Or(g.budget.Connections, most.Connections)
+	g.budget.ConnectionsPerSecond = cmp.Or(g.budget.ConnectionsPerSecond, most.ConnectionsPerSecond)
 }
 
 func (g *terms) limits() (policy.Budget, error) {
@@ -170,6 +214,8 @@ func payloadTable(t *table, p grant.Payload) {
 	t.row("grant", p.ID)
 	t.row("lets", fmt.Sprintf("%s: whoever sends from there, with no identity asked", join(p.Addresses, " and ")))
 	t.row("reach", fmt.Sprintf("%s on node %s, %s, around the proxy", p.Service, p.Audience, portWords(p.Ports)))
+	t.row("ways in", waysIn(p))
+	t.row("without", fmt.Sprintf("the proxy: for %s nobody asks for an identity, and no access rule of %s holds", policy.Duration{Duration: p.Duration}, p.Service))
 	t.row("for", fmt.Sprintf("%s from its activation; then the kernel cuts it", policy.Duration{Duration: p.Duration}))
 	if p.Ingress != "" {
 		t.row("from", "clients behind "+ingressWords[p.Ingress])
@@ -182,13 +228,49 @@ func payloadTable(t *table, p grant.Payload) {
 	t.row("because", p.Reason)
 	t.row("ticket", p.Ticket)
 	t.row("asked by", p.Requester)
+	if p.Template != "" {
+		t.row("template", p.Template)
+	}
 	if p.PolicyDigest != "" {
 		t.row("only under", "the policy "+p.PolicyDigest)
 	}
 }
 
+// answerTable says what policy makes of a grant: the rule that allows it, or what each policy for its service has against it.
+func answerTable(t *table, a policy.Answer) {
+	switch {
+	case a.Allowed:
+		t.row("policy", "allows this, by "+a.Rule)
+	case len(a.Unapproved()) > 0:
+		t.row("policy", "allows this, once it is approved")
+	default:
+		t.row("policy", "refuses this")
+	}
+	for _, e := range a.Denied {
+		t.row("denied", e.Msg)
+	}
+	if a.Allowed {
+		return
+	}
+	for _, n := range a.Near {
+		var missing []string
+		for _, e := range n.Missing {
+			missing = append(missing, e.Field+": "+e.Msg)
+		}
+		t.row("not by", n.Policy.Name+": "+strings.Join(missing, "; "))
+	}
+}
+
 var ingressWords = map[policy.Ingress]string{
 	policy.IngressUplink: "an uplink", policy.IngressPod: "a pod's device", policy.IngressLocal: "no device: the node itself",
+}
+
+// waysIn is how far the grant reaches: every client may use every port. How many ports a service has is not said in a grant.
+func waysIn(p grant.Payload) string {
+	if len(p.Ports) == 0 {
+		return fmt.Sprintf("%s to every port of %s", plural(len(p.Addresses), "client"), p.Service)
+	}
+	return policy.Reach{Clients: len(p.Addresses), Ports: len(p.Ports)}.String()
 }
 
 func limitWords(b policy.Budget) string {

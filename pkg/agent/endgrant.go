@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
-	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
@@ -78,7 +77,7 @@ func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 	if !ok || !sameInstance(service, h.service) {
 		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
-	v, err := grant.Verify(envelope, e.set.Keyrings(), h.row.Activated)
+	v, err := h.verify(envelope, e.set.Keyrings(), h.row)
 	var may policy.Allowance
 	if err == nil {
 		may, err = g.allowed(v, e, g.clock.wall())
@@ -131,6 +130,9 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 	g.lookAt(h, ended, g.clock.boot())
 	if h.over == nil {
 		h.over = &e
+		if h.holding != nil {
+			close(h.holding.ended)
+		}
 	}
 	return g.recordEnd(ctx, h)
 }

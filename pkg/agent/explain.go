@@ -70,7 +70,33 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
 	}
 	row, _ := e.service(service.Name)
-	return overPath(r, q, service, e.set, latest(paths, q.client, row.ID, port))
+	path := latest(paths, q.client, row.ID, port)
+	overPath(r, q, service, e.set, path)
+	if r.Verdict != flow.VerdictBypassed.String() {
+		own, err := o.grants.own([]netip.Addr{q.client})
+		if err != nil {
+			say(r, "not known: whether the client is the node itself: "+oneLine(err.Error()))
+		}
+		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
+			NodeAddresses: own, Now: o.clock.wall()})
+	}
+	return r
+}
+
+// around says which policies a way around the proxy can be asked for under, and what the others have against it.
+func around(r *api.ExplainReply, set *policy.Set, g policy.GrantFacts) {
+	ways, denied := set.Ways(g)
+	for _, e := range denied {
+		say(r, "no way around: "+e.Msg)
+	}
+	for _, w := range ways {
+		if len(denied) == 0 && len(w.Against) == 0 {
+			say(r, "a way around may be asked for under "+w.Policy)
+		}
+		for _, e := range w.Against {
+			say(r, "no way around: "+e.Msg)
+		}
+	}
 }
 
 // overPath tells what the client's path does with a new connection, or what happens without one (the zero value).

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -69,5 +70,38 @@ func TestLatestPath(t *testing.T) {
 		if p := latest(paths, c.client, c.service, c.port); p.Grant != c.grant {
 			t.Errorf("%s to port %d of service %d: %q, want %q", c.client, c.port, c.service, p.Grant, c.grant)
 		}
+	}
+}
+
+// TestExplainWaysAround: whoever is not let through learns which policies could be asked, and what the others have against it.
+func TestExplainWaysAround(t *testing.T) {
+	leak.Check(t)
+	signer := newSigner(t)
+	later := strings.NewReplacer("name: backup", "name: later", "maxDuration: 15m", "maxDuration: 1h\n  notAfter: 2001-01-01T00:00:00Z").
+		Replace(signer.resources("15m"))
+	_, later, _ = strings.Cut(later, "---\n")
+	later, _, _ = strings.Cut(later, "---\n")
+	const denial = "---\napiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: stop}\nspec: {reason: incident, services: [postgres]}\n"
+	for name, c := range map[string]struct {
+		more, client string
+		says         []string
+	}{
+		"may be asked for": {"", "10.1.0.2", []string{`may be asked for under policy "backup" (r.yaml:8): asked for by alice, for at most 15m`}},
+		"another ended":    {"---\n" + later, "10.1.0.2", []string{`under policy "backup"`, `no way around: policy "later" ended at 2001`}},
+		"from elsewhere":   {"", "192.0.2.1", []string{`no way around: policy "backup" does not list 192.0.2.1 in its sources`}},
+		"the node itself":  {"", "10.0.0.1", []string{"10.0.0.1 is an address of the node"}},
+		"denied":           {denial, "10.1.0.2", []string{`no way around: a way around postgres is denied by the list "stop": incident`}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			set, err := policy.Parse("r.yaml", []byte(signer.resources("15m")+c.more))
+			must(t, err)
+			r := &api.ExplainReply{}
+			around(r, set, policy.GrantFacts{Service: "postgres", Ports: []uint16{5432}, Addresses: []netip.Addr{netip.MustParseAddr(c.client)},
+				NodeAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Now: time.Now()})
+			text := strings.Join(r.Lines, "\n")
+			if len(r.Lines) != len(c.says) || !contains(text, c.says...) {
+				t.Errorf("it says: %s", text)
+			}
+		})
 	}
 }

@@ -42,6 +42,7 @@ type held struct {
 	use     use              // of its paths
 	warned  []warning        // that were given
 	over    *ending          // set once it is over in the kernel; then only its record is missing
+	holding *holding         // of a workload's grant; nil: of people's
 }
 
 // forget lets go of what the store can tell again.
@@ -140,6 +141,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
+	h.reclaim(g.clock.boot())
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -159,7 +161,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	err = errors.Join(g.keepPanic(ctx), g.reconcile(ctx))
+	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx), g.reconcile(ctx))
 	next = time.Second
 	for _, h := range g.active {
 		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))

@@ -22,6 +22,8 @@ var known = []struct {
 	{store.ErrReplayed, codes.AlreadyExists, "a grant is used once: issue a new one"},
 	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
 	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
+	{ErrTooMany, codes.ResourceExhausted, "ask less often, give back what is not needed, or have spec.automation raised in the agent's configuration"},
+	{ErrKept, codes.ResourceExhausted, "give back paths that are not needed"},
 	{ErrNoService, codes.NotFound, "`sallyport services` lists the services of this node"},
 	{ErrPanic, codes.FailedPrecondition, "ask who called it; root lifts it: `sallyport panic --lift --why TEXT`"},
 	{ErrNoPanic, codes.NotFound, "`sallyport status` tells of one that stands"},

@@ -125,10 +125,10 @@ func collectorState(s audit.Status) string {
 	return "away (" + s.Address + "): " + oneLine(s.Problem)
 }
 
-// identityState tells of the agent's own identity, which only the collector asks for.
+// identityState tells of the agent's own identity, which only collector and workloads ask for.
 func (n *node) identityState() string {
 	if n.identity == nil {
-		return "not needed: no collector"
+		return "not needed: no collector, no automation"
 	}
 	s := n.identity.Status()
 	if s.Err != nil {

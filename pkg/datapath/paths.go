@@ -182,6 +182,13 @@ func (d *Datapath) FreePath(slot uint32) error {
 	return nil
 }
 
+// FreePaths is how many slots are free.
+func (d *Datapath) FreePaths() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.free)
+}
+
 // Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,
 // whatever its state says.
 func (d *Datapath) Paths() ([]PathStatus, error) {

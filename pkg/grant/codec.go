@@ -17,10 +17,13 @@ import (
 // text form stays text here, so that an error can name the field.
 type wire struct {
 	ID           string   `json:"id"`
+	Kind         Kind     `json:"kind,omitempty"`
 	Requester    string   `json:"requester"`
 	Service      string   `json:"service"`
 	Binding      string   `json:"binding"`
 	Addresses    []string `json:"addresses"`
+	ClientPort   uint16   `json:"clientPort,omitempty"`
+	Cgroup       uint64   `json:"cgroup,omitempty"`
 	Ports        []uint16 `json:"ports,omitempty"`
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
@@ -30,6 +33,7 @@ type wire struct {
 	Ingress      string   `json:"ingress,omitempty"`
 	Reason       string   `json:"reason"`
 	Ticket       string   `json:"ticket,omitempty"`
+	Template     string   `json:"template,omitempty"`
 	Audience     string   `json:"audience"`
 	PolicyDigest string   `json:"policyDigest,omitempty"`
 }
@@ -79,8 +83,9 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
-		Reason: w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
+		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
+		Template: w.Template,
+		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
 	p.IdleTimeout = v.parseIdle(w.IdleTimeout)
@@ -118,13 +123,14 @@ func (v *validation) parseTime(field, s string) time.Time {
 // canonical is the one form of a payload that is signed: fixed order of fields, no spaces, UTC.
 func (p Payload) canonical() ([]byte, error) {
 	w := wire{
-		ID: p.ID, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
-		Addresses: make([]string, 0, len(p.Addresses)), Ports: p.Ports,
+		ID: p.ID, Kind: p.Kind, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
+		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Ports: p.Ports,
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
 		Budget:    wireBudget(p.Budget), Ingress: string(p.Ingress),
-		Reason: p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
+		Template: p.Template,
+		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
 	}
 	if p.IdleTimeout != 0 {
 		w.IdleTimeout = policy.Duration{Duration: p.IdleTimeout}.String()
@@ -135,7 +141,7 @@ func (p Payload) canonical() ([]byte, error) {
 	return encode(w)
 }
 
-// parsePayload reads a payload that must be in canonical form and valid.
+// parsePayload reads a payload that must be in canonical form, valid, and one that a signature can vouch for.
 func parsePayload(data []byte) (Payload, error) {
 	var w wire
 	if err := decodeStrict("payload", data, &w); err != nil {
@@ -145,7 +151,7 @@ func parsePayload(data []byte) (Payload, error) {
 	if err != nil {
 		return Payload{}, err
 	}
-	if err := p.Validate(); err != nil {
+	if err := p.validateSigned(); err != nil {
 		return Payload{}, err
 	}
 	canonical, err := p.canonical()

@@ -35,7 +35,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantF
 	p := v.Payload
 	return policy.GrantFacts{
 		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
-		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
+		Binding: p.Binding, BreakGlass: p.Kind == BreakGlass, Ticket: p.Ticket, Reason: p.Reason, Template: p.Template,
 		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}
 }
@@ -48,10 +48,26 @@ type SigningKey interface {
 	Sign(ctx context.Context, message []byte) ([]byte, error)
 }
 
+// Proven is a payload that a workload asked for by itself: it signed nothing, but proved its identity to the agent, which
+// made the payload. proof names the proof, as a key id names that of a signature.
+func Proven(p Payload, proof string) Verified {
+	return Verified{Payload: p, Signers: []policy.Signer{{Person: p.Requester, KeyID: proof, Uses: []policy.Use{policy.UseRequest}}}}
+}
+
+// validateSigned is Validate for what is signed: a signature says nothing of the sockets that somebody has.
+func (p Payload) validateSigned() error {
+	err := p.Validate()
+	if p.Binding != policy.BindingAddress && policy.CheckBinding(p.Binding) == nil {
+		err = errors.Join(err, refuse("binding", ErrInvalid, "have the workload ask for it itself: `sallyport exec`",
+			"a path that is bound to a %s is not signed for", p.Binding))
+	}
+	return err
+}
+
 // Sign puts a payload into a DSSE envelope, in JSON, signed by k. An invalid payload is not signed:
 // the error is that of Validate.
 func Sign(ctx context.Context, p Payload, k SigningKey) ([]byte, error) {
-	if err := p.Validate(); err != nil {
+	if err := p.validateSigned(); err != nil {
 		return nil, err
 	}
 	body, err := p.canonical()
@@ -82,7 +98,7 @@ func Approve(ctx context.Context, envelope []byte, k SigningKey) ([]byte, error)
 }
 
 func addSignature(ctx context.Context, env dsse.Envelope, body []byte, k SigningKey) ([]byte, error) {
-	sig, err := k.Sign(ctx, dsse.PAE(PayloadType, body))
+	sig, err := k.Sign(ctx, dsse.PAE(env.PayloadType, body))
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +140,13 @@ func Peek(envelope []byte) (Payload, error) {
 // open takes an envelope apart. Its JSON must be what we would write, but for spaces: a key given
 // twice or in other letters would be read differently by other readers.
 func open(envelope []byte) (dsse.Envelope, []byte, error) {
-	const hint = "take the grant's file as `sallyport grant issue` wrote it"
+	return openType(envelope, PayloadType, grantHint)
+}
+
+const grantHint = "take the grant's file as `sallyport grant issue` wrote it"
+
+// openType is open for any of our types.
+func openType(envelope []byte, payloadType, hint string) (dsse.Envelope, []byte, error) {
 	var env dsse.Envelope
 	if len(envelope) > MaxEnvelope {
 		return env, nil, refuse("envelope", ErrMalformed, hint, "has %d bytes, the most is %d", len(envelope), MaxEnvelope)
@@ -132,8 +154,8 @@ func open(envelope []byte) (dsse.Envelope, []byte, error) {
 	if err := decodeStrict("envelope", envelope, &env); err != nil {
 		return env, nil, err
 	}
-	if env.PayloadType != PayloadType {
-		return env, nil, refuse("payloadType", ErrMalformed, hint, "want %s, got %q", PayloadType, env.PayloadType)
+	if env.PayloadType != payloadType {
+		return env, nil, refuse("payloadType", ErrMalformed, hint, "want %s, got %q", payloadType, env.PayloadType)
 	}
 	var compact bytes.Buffer
 	written, err := encode(env)

@@ -100,18 +100,18 @@ func CheckBudget(b Budget) error {
 	return nil
 }
 
-// budget refuses a limit that is missing or above the policy's.
-func (c *grantCheck) budget(asked Budget) {
+// budget refuses a limit that is missing or above that of the policy or template of that name.
+func (c *grantCheck) budget(asked, allowed Budget, by string) {
 	have := asked.limits()
-	for i, most := range c.policy.Spec.MaxBudget.limits() {
+	for i, most := range allowed.limits() {
 		field := "budget." + most.field
 		hint := fmt.Sprintf("ask for at most %s", most.text(most.value))
 		switch l := have[i]; {
 		case most.value == 0:
 		case l.value == 0:
-			c.refuse(field, hint, "policy %q requires a limit of at most %s", c.policy.Name, most.text(most.value))
+			c.refuse(field, hint, "%s requires a limit of at most %s", by, most.text(most.value))
 		case l.value > most.value:
-			c.refuse(field, hint, "%s is over the cap of %s in policy %q", l.text(l.value), most.text(most.value), c.policy.Name)
+			c.refuse(field, hint, "%s is over the cap of %s in %s", l.text(l.value), most.text(most.value), by)
 		}
 	}
 }

@@ -24,9 +24,13 @@ type GrantFacts struct {
 	Duration  time.Duration
 	Budget    Budget
 	Ingress   Ingress
-	Binding   string
-	Ticket    string
-	Reason    string
+	// BreakGlass grants are for policies of their own, and signed with keys that may.
+	BreakGlass bool
+	Binding    string
+	Ticket     string
+	Reason     string
+	// Template that it was asked for by; empty: none.
+	Template  string
 	Requester string
 	Signers   []Signer // whose signatures were verified
 	// NodeAddresses are the node's own addresses. Loopback counts as such in any case.
@@ -38,65 +42,29 @@ type GrantFacts struct {
 // Allowance is what a grant that policy allows gets.
 type Allowance struct {
 	Policy string // that allows it
+	// Rule is that policy in words, with where it was read.
+	Rule string
 	// Until is when policy ends its paths, whatever the grant says, by the wall clock. Zero: it does not.
 	Until time.Time
 }
 
-// CheckGrant decides whether policy allows the grant: no deny list may name it, and one bypass policy must allow all of it; of several, the one that
-// lets it last longest counts. It is the one evaluator, for agent, check and explain. It gives every violated field at
-// once, as errors.Join of *Error with ErrRefused, of the policy that came nearest to allowing it.
+// CheckGrant is Evaluate for those who only want to go on or not: the error is that of Answer.Err.
 func (s *Set) CheckGrant(g GrantFacts) (Allowance, error) {
-	svc, ok := s.Service(g.Service)
-	if !ok {
-		return Allowance{}, refuse("service", "`sallyport services` lists them", "no ProtectedService is named %q", g.Service)
-	}
-	if denied := s.denied(g); len(denied) > 0 {
-		return Allowance{}, errors.Join(denied...)
-	}
-	var nearest []error
-	var best *Allowance
-	for _, p := range s.policies {
-		if !slices.Contains(p.Spec.Services, g.Service) {
-			continue
-		}
-		until, violations := s.check(p, svc, g)
-		if len(violations) == 0 {
-			best = longer(best, Allowance{Policy: p.Name, Until: until})
-			continue
-		}
-		if nearest == nil || len(violations) < len(nearest) {
-			nearest = violations
-		}
-	}
-	if best != nil {
-		return *best, nil
-	}
-	if nearest == nil {
-		return Allowance{}, refuse("service", "add it to a BypassPolicy", "no BypassPolicy covers the service %q", g.Service)
-	}
-	return Allowance{}, errors.Join(nearest...)
-}
-
-// longer takes zero for no end.
-func longer(a *Allowance, b Allowance) *Allowance {
-	if a == nil || !a.Until.IsZero() && (b.Until.IsZero() || b.Until.After(a.Until)) {
-		return &b
-	}
-	return a
-}
-
-func refuse(field, hint, format string, args ...any) error {
-	return &Error{Field: field, Msg: fmt.Sprintf(format, args...), Hint: hint, Err: ErrRefused}
+	a := s.Evaluate(g)
+	return a.Allowance, a.Err()
 }
 
 // check lists what one policy does not allow, and says until when it allows the rest.
-func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) (until time.Time, violations []error) {
+func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) (until time.Time, violations []*Error) {
 	c := grantCheck{set: s, policy: p}
+	by := fmt.Sprintf("policy %q", p.Name)
 	c.binding(g.Binding)
 	c.ports(svc, g.Ports)
 	c.addresses(g)
-	c.duration(g.Duration)
-	c.budget(g.Budget)
+	c.reach(svc, g)
+	c.duration(g.Duration, p.Spec.MaxDuration, by)
+	c.budget(g.Budget, p.Spec.MaxBudget, by)
+	c.template(svc, g)
 	c.ingress(g.Ingress)
 	c.paperwork(g)
 	c.requester(g)
@@ -110,7 +78,7 @@ func (s *Set) check(p BypassPolicy, svc ProtectedService, g GrantFacts) (until t
 type grantCheck struct {
 	set    *Set
 	policy BypassPolicy
-	errs   []error
+	errs   []*Error
 }
 
 func (c *grantCheck) refuse(field, hint, format string, args ...any) {
@@ -154,7 +122,7 @@ func (c *grantCheck) addresses(g GrantFacts) {
 			c.refuse(field, "ask for an address of spec.sources, or have it added there",
 				"policy %q does not list %s in its sources", c.policy.Name, a)
 		}
-		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses {
+		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses && !ownsSockets(g.Binding) {
 			c.refuse(field, "ask for the address of a pod or another host, or have nodeAddresses: true set",
 				"%s is an address of the node, and policy %q does not allow those", a, c.policy.Name)
 		}
@@ -169,14 +137,14 @@ func isNode(a netip.Addr, own []netip.Addr) bool {
 	return a.IsLoopback() || slices.ContainsFunc(own, func(n netip.Addr) bool { return n.Unmap().WithZone("") == a })
 }
 
-func (c *grantCheck) duration(v time.Duration) {
-	most := c.policy.Spec.MaxDuration
+// duration refuses one that is above what the policy or template of that name allows.
+func (c *grantCheck) duration(v time.Duration, most Duration, by string) {
 	switch {
 	case v <= 0:
 		c.refuse("duration", "ask for at most "+most.String(), "must be more than 0: every grant ends")
 	case v > most.Duration:
 		c.refuse("duration", "ask for at most "+most.String(),
-			"%s is over the cap of %s in policy %q", Duration{v}, most, c.policy.Name)
+			"%s is over the cap of %s in %s", Duration{v}, most, by)
 	}
 }
 
@@ -202,8 +170,8 @@ func (c *grantCheck) requester(g GrantFacts) {
 		c.refuse("requester", "have it asked for by one of: "+strings.Join(may, ", "), "policy %q lets %q ask for nothing", c.policy.Name, g.Requester)
 		return
 	}
-	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(UseRequest) }) {
-		c.refuse("signatures", "have it signed with a key of "+g.Requester+" that may request", "the requester %s has not signed it", g.Requester)
+	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(g.UseOf(UseRequest)) }) {
+		c.refuse("signatures", "have it signed with a key of "+g.Requester+" of the use "+string(g.UseOf(UseRequest)), "the requester %s has not signed it", g.Requester)
 	}
 }
 

@@ -29,6 +29,9 @@ type parser struct {
 	policies []located[BypassPolicy]
 	keyrings []located[Keyring]
 	denials  []located[DenyList]
+
+	templates []located[GrantTemplate]
+	sets      []located[ResourceSet]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
@@ -52,13 +55,15 @@ func (p *parser) set(where string) (*Set, error) {
 	p.checkNames()
 	p.checkOverlaps()
 	p.checkPeople()
+	p.checkOneSet()
 	if sure {
 		p.checkReferences()
 	}
 	if err := p.err(); err != nil {
 		return nil, err
 	}
-	return newSet(values(p.services), values(p.policies), values(p.keyrings), values(p.denials)), nil
+	return newSet(&Set{services: values(p.services), policies: values(p.policies), keyrings: values(p.keyrings),
+		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets)}), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -131,11 +136,15 @@ func (p *parser) resource(d *document) {
 		p.keyrings = append(p.keyrings, located[Keyring]{d, decoded[Keyring](d)})
 	case KindDenyList:
 		p.denials = append(p.denials, located[DenyList]{d, decoded[DenyList](d)})
+	case KindGrantTemplate:
+		p.templates = append(p.templates, located[GrantTemplate]{d, decoded[GrantTemplate](d)})
+	case KindResourceSet:
+		p.sets = append(p.sets, located[ResourceSet]{d, decoded[ResourceSet](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
 	default:
-		d.report("kind", faultf("known kinds: ProtectedService, BypassPolicy, Keyring, DenyList", "kind %q is not known", d.kind()))
+		d.report("kind", faultf("known kinds: "+knownKinds, "kind %q is not known", d.kind()))
 	}
 }
 
@@ -159,6 +168,10 @@ func (s *ProtectedService) from(at Source) { s.Source = at }
 func (p *BypassPolicy) from(at Source)     { p.Source = at }
 func (k *Keyring) from(at Source)          { k.Source = at }
 func (l *DenyList) from(at Source)         { l.Source = at }
+func (t *GrantTemplate) from(at Source)    { t.Source = at }
+func (r *ResourceSet) from(at Source)      { r.Source = at }
+
+const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet"
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {
@@ -171,7 +184,7 @@ func (d *document) kind() string {
 		d.report("apiVersion", faultf("write apiVersion: "+APIVersion, "version %q is not known", version))
 	}
 	if kind == "" {
-		d.report("kind", faultf("write kind: ProtectedService, BypassPolicy, Keyring or DenyList", "is missing"))
+		d.report("kind", faultf("write a kind; known are "+knownKinds, "is missing"))
 	}
 	return kind
 }

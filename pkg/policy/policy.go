@@ -13,6 +13,8 @@ const (
 	KindBypassPolicy     = "BypassPolicy"
 	KindKeyring          = "Keyring"
 	KindDenyList         = "DenyList"
+	KindGrantTemplate    = "GrantTemplate"
+	KindResourceSet      = "ResourceSet"
 	KindAgentConfig      = "AgentConfig"
 )
 

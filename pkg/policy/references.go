@@ -13,6 +13,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.policies, func(b BypassPolicy) string { return b.Name })
 	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
 	checkUnique(p.denials, func(l DenyList) string { return l.Name })
+	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {
@@ -96,17 +97,31 @@ func (p *parser) checkGroups(people map[string]bool) (groups map[string]bool) {
 	return groups
 }
 
+// checkRequesters reports names in a list of people, groups and workloads that are none of these.
+func (d *document) checkRequesters(field string, names []string, people, groups map[string]bool) {
+	for i, name := range names {
+		if IsWorkload(name) {
+			d.report(fmt.Sprintf("%s[%d]", field, i), checkPattern(name))
+			continue
+		}
+		d.checkPersonOrGroup(fmt.Sprintf("%s[%d]", field, i), name, people, groups)
+	}
+}
+
 // checkWho reports names in a list of people and groups that are neither.
 func (d *document) checkWho(field string, names []string, people, groups map[string]bool) {
 	for i, name := range names {
-		at := fmt.Sprintf("%s[%d]", field, i)
-		group, isGroup := strings.CutPrefix(name, groupPrefix)
-		switch {
-		case isGroup && !groups[group]:
-			d.report(at, faultf(suggest(group, groups), "no Keyring has a group %q", group))
-		case !isGroup && !people[name]:
-			d.report(at, faultf(suggest(name, people), "no Keyring has a person %q", name))
-		}
+		d.checkPersonOrGroup(fmt.Sprintf("%s[%d]", field, i), name, people, groups)
+	}
+}
+
+func (d *document) checkPersonOrGroup(field, name string, people, groups map[string]bool) {
+	group, isGroup := strings.CutPrefix(name, groupPrefix)
+	switch {
+	case isGroup && !groups[group]:
+		d.report(field, faultf(suggest(group, groups), "no Keyring has a group %q", group))
+	case !isGroup && !people[name]:
+		d.report(field, faultf(suggest(name, people), "no Keyring has a person %q", name))
 	}
 }
 
@@ -121,7 +136,7 @@ func (p *parser) sureOfNames() bool {
 
 // checkReferences reports a bypass policy for a service, a person or a group that does not exist.
 func (p *parser) checkReferences() {
-	services, people := map[string]bool{}, map[string]bool{}
+	services, people, templates := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for _, l := range p.services {
 		services[l.value.Name] = true
 	}
@@ -130,10 +145,18 @@ func (p *parser) checkReferences() {
 			people[person.Name] = true
 		}
 	}
+	for _, l := range p.templates {
+		templates[l.value.Name] = true
+		if name := l.value.Spec.Service; !services[name] {
+			l.report("spec.service", faultf(suggest(name, services), "no ProtectedService is named %q", name))
+		}
+	}
 	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
-		l.checkWho("spec.requesters", l.value.Spec.Requesters, people, groups)
+		l.checkRequesters("spec.requesters", l.value.Spec.Requesters, people, groups)
+		l.checkKnown("spec.templates", l.value.Spec.Templates, templates, "no GrantTemplate is named %q")
+		l.checkWho("spec.reviewers", l.value.Spec.Reviewers, people, groups)
 		for i, a := range l.value.Spec.Approvals {
 			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
 		}

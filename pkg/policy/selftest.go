@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -38,6 +39,13 @@ type GrantTest struct {
 	Budget    Budget       `json:"budget,omitzero" yaml:"budget,omitempty"`
 	Ingress   Ingress      `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	Ticket    string       `json:"ticket,omitempty" yaml:"ticket,omitempty"`
+	Template  string       `json:"template,omitempty" yaml:"template,omitempty"`
+	// Reason is the name of the test where it is not written.
+	Reason string `json:"reason,omitempty" yaml:"reason,omitempty"`
+	// Binding is what its paths are bound to: address.
+	Binding string `json:"binding,omitempty" yaml:"binding,omitempty"`
+	// BreakGlass makes it a break-glass grant.
+	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
 	// At is the time of activation. Zero: what depends on it is left out.
 	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
 }
@@ -45,6 +53,9 @@ type GrantTest struct {
 func (t GrantTest) validate(d *document, field string) {
 	if t.Name == "" {
 		d.report(field+".name", faultf("say what it tests", "is missing"))
+	}
+	if t.Binding != "" {
+		d.report(field+".binding", CheckBinding(t.Binding))
 	}
 	switch {
 	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
@@ -54,14 +65,15 @@ func (t GrantTest) validate(d *document, field string) {
 	}
 }
 
-// facts are those of a grant that says why, bound to addresses, whose signatures were verified.
+// facts are those of a grant that says why, whose signatures were verified.
 func (t GrantTest) facts() GrantFacts {
-	signers := []Signer{{Person: t.Requester}}
+	every := []Use{UseRequest, UseApprove, UseBreakGlass}
+	signers := []Signer{{Person: t.Requester, Uses: every}}
 	for _, p := range t.Approvers {
-		signers = append(signers, Signer{Person: p})
+		signers = append(signers, Signer{Person: p, Uses: every})
 	}
-	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress,
-		Binding: BindingAddress, Ticket: t.Ticket, Reason: t.Name, Requester: t.Requester, Signers: signers, Now: t.At}
+	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress, BreakGlass: t.BreakGlass,
+		Binding: cmp.Or(t.Binding, BindingAddress), Ticket: t.Ticket, Reason: cmp.Or(t.Reason, t.Name), Template: t.Template, Requester: t.Requester, Signers: signers, Now: t.At}
 }
 
 // Tests is how many tests the set has.

@@ -20,6 +20,9 @@ type Set struct {
 	keyrings []Keyring
 	denials  []DenyList
 
+	templates []GrantTemplate
+	sets      []ResourceSet // one at most
+
 	yaml   []byte
 	digest string
 
@@ -29,15 +32,15 @@ type Set struct {
 	byPlace map[endpoint]int       // by address and port; a Host service has no address
 }
 
-func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Keyring, denials []DenyList) *Set {
-	s := &Set{
-		services: services, policies: policies, keyrings: keyrings, denials: denials,
-		groups: map[string][]string{}, when: map[string]cel.Program{}, byName: map[string]int{}, byPlace: map[endpoint]int{},
-	}
+// newSet takes a set of resources that fit together, and makes what is looked up in it.
+func newSet(s *Set) *Set {
+	s.groups, s.when = map[string][]string{}, map[string]cel.Program{}
+	s.byName, s.byPlace = map[string]int{}, map[endpoint]int{}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.denials, func(a, b DenyList) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.templates, func(a, b GrantTemplate) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -53,7 +56,7 @@ func newSet(services []ProtectedService, policies []BypassPolicy, keyrings []Key
 			s.when[p.Name] = program
 		}
 	}
-	s.yaml = encode(s)
+	s.yaml = encode(s.resources())
 	sum := sha256.Sum256(s.yaml)
 	s.digest = hex.EncodeToString(sum[:])
 	return s
@@ -68,21 +71,43 @@ func (s *Set) index(i int, svc ProtectedService) {
 	}
 }
 
-func encode(s *Set) []byte {
+// resource is one document of a set.
+type resource struct {
+	kind, name string
+	value      any
+}
+
+func (r resource) String() string { return r.kind + " " + r.name }
+
+// resources lists everything in the set, in the order of YAML. What is not here is not in the digest, and nobody signs it.
+func (s *Set) resources() (all []resource) {
+	for _, v := range s.services {
+		all = append(all, resource{KindProtectedService, v.Name, v})
+	}
+	for _, v := range s.policies {
+		all = append(all, resource{KindBypassPolicy, v.Name, v})
+	}
+	for _, v := range s.keyrings {
+		all = append(all, resource{KindKeyring, v.Name, v})
+	}
+	for _, v := range s.denials {
+		all = append(all, resource{KindDenyList, v.Name, v})
+	}
+	for _, v := range s.templates {
+		all = append(all, resource{KindGrantTemplate, v.Name, v})
+	}
+	for _, v := range s.sets {
+		all = append(all, resource{KindResourceSet, v.Name, v})
+	}
+	return all
+}
+
+func encode(all []resource) []byte {
 	var b bytes.Buffer
 	enc := yaml.NewEncoder(&b)
 	enc.SetIndent(2)
-	for _, v := range s.services {
-		must(enc.Encode(v))
-	}
-	for _, v := range s.policies {
-		must(enc.Encode(v))
-	}
-	for _, v := range s.keyrings {
-		must(enc.Encode(v))
-	}
-	for _, v := range s.denials {
-		must(enc.Encode(v))
+	for _, r := range all {
+		must(enc.Encode(r.value))
 	}
 	must(enc.Close())
 	return b.Bytes()

@@ -1,0 +1,382 @@
+package policy
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Loosening is one thing that a set allows and another does not, in words.
+type Loosening struct {
+	// Resource is the kind and the name.
+	Resource string
+	// Field is empty where it is about the resource as a whole.
+	Field string
+	// What became of it.
+	What string
+}
+
+// String gives "BypassPolicy backup: spec.maxDuration: 15m became 1h".
+func (l Loosening) String() string {
+	if l.Field == "" {
+		return l.Resource + ": " + l.What
+	}
+	return l.Resource + ": " + l.Field + ": " + l.What
+}
+
+// Loosenings lists what is looser in next than in old. A change that is not known to be tighter counts, and so does a
+// resource that is gone, whatever it was. Nil for old is a node that has none yet: everything is looser than nothing.
+func Loosenings(old, next *Set) []Loosening {
+	if old == nil {
+		return []Loosening{{Resource: "the set", What: "is the first one of this node"}}
+	}
+	c := &comparison{}
+	before := map[string]resource{}
+	for _, r := range old.resources() {
+		before[r.String()] = r
+	}
+	for _, r := range next.resources() {
+		c.at = r.String()
+		if was, ok := before[r.String()]; ok {
+			c.compare(was.value, r.value)
+		} else {
+			c.added(r.value)
+		}
+		delete(before, r.String())
+	}
+	for _, r := range old.resources() {
+		if _, gone := before[r.String()]; gone {
+			c.at = r.String()
+			c.loosen("", "is gone")
+		}
+	}
+	c.taken(old, next)
+	return c.found
+}
+
+// comparison is one of two sets on its way.
+type comparison struct {
+	at    string // the resource that is being looked at
+	found []Loosening
+}
+
+func (c *comparison) loosen(field, format string, args ...any) {
+	c.found = append(c.found, Loosening{Resource: c.at, Field: field, What: fmt.Sprintf(format, args...)})
+}
+
+// added judges a resource that was not there. What only refuses is no loosening.
+func (c *comparison) added(r any) {
+	switch r.(type) {
+	case ProtectedService, DenyList, GrantTemplate:
+	default:
+		c.loosen("", "is new")
+	}
+}
+
+func (c *comparison) compare(old, next any) {
+	switch was := old.(type) {
+	case ProtectedService:
+		c.service(was.Spec, next.(ProtectedService).Spec)
+	case BypassPolicy:
+		c.policy(was.Spec, next.(BypassPolicy).Spec)
+	case Keyring:
+		c.keyring(was.Spec, next.(Keyring).Spec)
+	case DenyList:
+		c.denyList(was.Spec, next.(DenyList).Spec)
+	default:
+		if !same(old, next) {
+			c.loosen("", "is not what it was")
+		}
+	}
+}
+
+// settle notes a change of a field if it is looser, and takes the field out of what rest looks at.
+func settle[T any](c *comparison, field string, old T, next *T, looser bool) {
+	if looser {
+		c.loosen(field, "%v became %v", shown(old), shown(*next))
+	}
+	*next = old
+}
+
+// rest notes every field that was not settled and differs: nobody has said that such a change is tighter.
+func rest[T any](c *comparison, field string, old, next T) {
+	a, b := reflect.ValueOf(old), reflect.ValueOf(next)
+	for i := range a.NumField() {
+		name, _, _ := strings.Cut(a.Type().Field(i).Tag.Get("yaml"), ",")
+		if was, is := a.Field(i).Interface(), b.Field(i).Interface(); name != "-" && !same(was, is) {
+			c.loosen(join(field, name), "%v became %v", shown(was), shown(is))
+		}
+	}
+}
+
+// same compares as the canonical form does: an empty list is none.
+func same(a, b any) bool { return bytes.Equal(written(a), written(b)) }
+
+func written(v any) []byte { return encode([]resource{{value: v}}) }
+
+// shown is a value in one line.
+func shown(v any) string {
+	switch v := v.(type) {
+	case time.Time:
+		if v.IsZero() {
+			return "never"
+		}
+		return v.Format(time.RFC3339)
+	case fmt.Stringer:
+		return v.String()
+	}
+	text := strings.Join(strings.Fields(string(written(v))), " ")
+	if s := reflect.ValueOf(v); s.Kind() == reflect.String {
+		text = s.String()
+	}
+	if text == "[]" || text == "" || text == "{}" {
+		return "none"
+	}
+	return cut(text)
+}
+
+// beyond lists what of next no entry of old covers.
+func beyond[T any](old, next []T, covers func(a, b T) bool) (more []T) {
+	for _, n := range next {
+		if !slices.ContainsFunc(old, func(o T) bool { return covers(o, n) }) {
+			more = append(more, n)
+		}
+	}
+	return more
+}
+
+// grows notes each entry of a list that no entry had covered, and settles the list.
+func grows[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
+	for _, n := range beyond(old, *next, covers) {
+		c.loosen(field, "%v was added", shown(n))
+	}
+	*next = old
+}
+
+// shrinks notes each entry that no entry covers any more, and settles the list.
+func shrinks[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
+	for _, o := range beyond(*next, old, covers) {
+		c.loosen(field, "%v was removed", shown(o))
+	}
+	*next = old
+}
+
+// oneOf compares lists of which one has to hold, and of which an empty one asks for nothing.
+func oneOf[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
+	switch {
+	case len(old) == 0:
+		*next = old
+	case len(*next) == 0:
+		settle(c, field, old, next, true)
+	default:
+		grows(c, field, old, next, covers)
+	}
+}
+
+func equal[T comparable](a, b T) bool { return a == b }
+
+func (r AddressRange) covers(of AddressRange) bool {
+	return r.Bits() <= of.Bits() && r.Contains(of.Addr())
+}
+
+// coversPattern compares two patterns of identities.
+func coversPattern(a, b string) bool { return a == b || matches(a, b) }
+
+// laterEnd takes zero for never.
+func laterEnd(old, next time.Time) bool {
+	return !old.IsZero() && (next.IsZero() || next.After(old))
+}
+
+// raised takes 0 for no limit.
+func raised(old, next uint64) bool { return old != 0 && (next == 0 || next > old) }
+
+func (c *comparison) service(old, next ProtectedServiceSpec) {
+	shrinks(c, "spec.ports", old.Ports, &next.Ports, equal)
+	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, equal)
+	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
+	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
+	was, is := identities(c, old.Access), identities(c, next.Access)
+	grows(c, "spec.access", was, &is, coversPattern)
+	next.Access = old.Access
+	rest(c, "spec", old, next)
+}
+
+// identities are those of all rules: it does not matter which of them lets somebody in.
+func identities(c *comparison, rules []AccessRule) (all []string) {
+	for _, r := range rules {
+		all = append(all, r.Identities...)
+		if r.Identities = nil; !same(r, AccessRule{}) {
+			c.loosen("spec.access", "a rule says more than identities: %s", shown(r))
+		}
+	}
+	return all
+}
+
+// taken notes ports that one service takes from another: an exact address comes before every address of the node, so what
+// is new could let in whom the old one does not.
+func (c *comparison) taken(old, next *Set) {
+	claims := func(svc ProtectedService) map[endpoint]bool {
+		all := map[endpoint]bool{}
+		for _, port := range svc.Spec.Ports {
+			for _, a := range claimed(svc) {
+				all[endpoint{svc.Spec.Protocol, a, port}] = true
+			}
+		}
+		return all
+	}
+	for _, svc := range next.services {
+		was, _ := old.Service(svc.Name)
+		mine, had := claims(svc), claims(was)
+		for _, other := range old.services {
+			if other.Name == svc.Name || other.Spec.Protocol != svc.Spec.Protocol {
+				continue
+			}
+			for _, port := range svc.Spec.Ports {
+				news := slices.ContainsFunc(claimed(svc), func(a netip.Addr) bool {
+					e := endpoint{svc.Spec.Protocol, a, port}
+					return mine[e] && !had[e]
+				})
+				if news && slices.Contains(other.Spec.Ports, port) {
+					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
+					c.loosen("spec.ports", "%d is taken at a place that %s may have", port, other.Name)
+				}
+			}
+		}
+	}
+}
+
+func (c *comparison) policy(old, next BypassPolicySpec) {
+	grows(c, "spec.services", old.Services, &next.Services, equal)
+	grows(c, "spec.bindings", old.Bindings, &next.Bindings, equal)
+	grows(c, "spec.sources", old.Sources, &next.Sources, AddressRange.covers)
+	grows(c, "spec.requesters", old.Requesters, &next.Requesters, equal)
+	settle(c, "spec.nodeAddresses", old.NodeAddresses, &next.NodeAddresses, next.NodeAddresses && !old.NodeAddresses)
+	settle(c, "spec.maxDuration", old.MaxDuration, &next.MaxDuration, next.MaxDuration.Duration > old.MaxDuration.Duration)
+	settle(c, "spec.ingress", old.Ingress, &next.Ingress, old.Ingress != "" && next.Ingress != old.Ingress)
+	was, _ := old.Class.rank()
+	is, _ := next.Class.rank()
+	reach := BypassPolicy{Spec: next}.reach() > BypassPolicy{Spec: old}.reach()
+	settle(c, "spec.maxReach", old.MaxReach, &next.MaxReach, reach)
+	settle(c, "spec.class", old.Class, &next.Class, is < was)
+	c.conditions(old, &next)
+	c.approvals(old.Approvals, &next.Approvals)
+	c.budget(old.MaxBudget, &next.MaxBudget)
+	next.Tests = old.Tests // nothing follows from them on a node
+	rest(c, "spec", old, next)
+}
+
+func (c *comparison) conditions(old BypassPolicySpec, next *BypassPolicySpec) {
+	oneOf(c, "spec.templates", old.Templates, &next.Templates, equal)
+	oneOf(c, "spec.windows", old.Windows, &next.Windows, func(a, b Window) bool { return same(a, b) })
+	settle(c, "spec.ticket.required", old.Ticket.Required, &next.Ticket.Required, old.Ticket.Required && !next.Ticket.Required)
+	settle(c, "spec.ticket.pattern", old.Ticket.Pattern, &next.Ticket.Pattern, old.Ticket.Pattern != "" && next.Ticket.Pattern != old.Ticket.Pattern)
+	settle(c, "spec.when", old.When, &next.When, old.When != "" && next.When != old.When)
+	settle(c, "spec.notAfter", old.NotAfter, &next.NotAfter, laterEnd(old.NotAfter, next.NotAfter))
+}
+
+// approvals notes each that no other approval stands for any more: of as many people, and of nobody else.
+func (c *comparison) approvals(old []Approval, next *[]Approval) {
+	left := slices.Clone(*next)
+	for _, o := range old {
+		i := slices.IndexFunc(left, func(n Approval) bool {
+			return n.Min >= o.Min && len(beyond(o.From, n.From, equal)) == 0
+		})
+		if i < 0 {
+			c.loosen("spec.approvals", "%s is not asked for any more", shown(o))
+			continue
+		}
+		left = slices.Delete(left, i, i+1)
+	}
+	*next = old
+}
+
+func (c *comparison) budget(old Budget, next *Budget) {
+	now := next.limits()
+	for i, was := range old.limits() {
+		if raised(was.value, now[i].value) {
+			c.loosen("spec.maxBudget."+was.field, "%s became %s", was.text(was.value), limitText(now[i]))
+		}
+	}
+	*next = old
+}
+
+func limitText(l budgetLimit) string {
+	if l.value == 0 {
+		return "no limit"
+	}
+	return l.text(l.value)
+}
+
+func (c *comparison) keyring(old, next KeyringSpec) {
+	settle(c, "spec.version", old.Version, &next.Version, next.Version < old.Version)
+	settle(c, "spec.notAfter", old.NotAfter, &next.NotAfter, laterEnd(old.NotAfter, next.NotAfter))
+	shrinks(c, "spec.revokedKeys", old.RevokedKeys, &next.RevokedKeys, equal)
+	for _, person := range next.People {
+		c.person(old.People, person)
+	}
+	next.People = old.People
+	for _, g := range next.Groups {
+		i := slices.IndexFunc(old.Groups, func(o Group) bool { return o.Name == g.Name })
+		if i < 0 {
+			c.loosen("spec.groups", "%s was added", g.Name)
+			continue
+		}
+		grows(c, "spec.groups."+g.Name, old.Groups[i].Members, &g.Members, equal)
+		rest(c, "spec.groups."+g.Name, old.Groups[i], g)
+	}
+	next.Groups = old.Groups
+	rest(c, "spec", old, next)
+}
+
+// person compares somebody with who is of that name in old.
+func (c *comparison) person(old []Person, next Person) {
+	i := slices.IndexFunc(old, func(o Person) bool { return o.Name == next.Name })
+	if i < 0 {
+		c.loosen("spec.people", "%s was added", next.Name)
+		return
+	}
+	field := "spec.people." + next.Name
+	for _, k := range next.Keys {
+		c.key(field, old[i].Keys, k)
+	}
+	next.Keys = old[i].Keys
+	rest(c, field, old[i], next)
+}
+
+func (c *comparison) key(field string, old []Key, next Key) {
+	id := next.PublicKey.ID()
+	i := slices.IndexFunc(old, func(o Key) bool { return o.PublicKey == next.PublicKey })
+	if i < 0 {
+		c.loosen(field, "the key %s was added", id)
+		return
+	}
+	was := old[i]
+	field += "." + id
+	settle(c, field+".notAfter", was.NotAfter, &next.NotAfter, laterEnd(was.NotAfter, next.NotAfter))
+	more := slices.ContainsFunc(knownUses(), func(u Use) bool { return Signer{Uses: next.Uses}.May(u) && !Signer{Uses: was.Uses}.May(u) })
+	settle(c, field+".uses", was.Uses, &next.Uses, more)
+	rest(c, field, was, next)
+}
+
+func (c *comparison) denyList(old, next DenyListSpec) {
+	settle(c, "spec.notAfter", old.NotAfter, &next.NotAfter, laterEnd(next.NotAfter, old.NotAfter))
+	shrinks(c, "spec.identities", old.Identities, &next.Identities, coversPattern)
+	shrinks(c, "spec.people", old.People, &next.People, equal)
+	shrinks(c, "spec.services", old.Services, &next.Services, equal)
+	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, AddressRange.covers)
+	shrinks(c, "spec.grants", old.Grants, &next.Grants, equal)
+	next.Reason = old.Reason
+	rest(c, "spec", old, next)
+}
+
+func knownUses() []Use {
+	var all []Use
+	for u := range uses {
+		all = append(all, u)
+	}
+	return all
+}
