@@ -128,13 +128,19 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 		ended = append(ended, last)
 	}
 	g.lookAt(h, ended, g.clock.boot())
-	if h.over == nil {
-		h.over = &e
-		if h.holding != nil {
-			close(h.holding.ended)
-		}
-	}
+	h.endBy(e)
 	return g.recordEnd(ctx, h)
+}
+
+// endBy notes that a grant is over in the kernel, and lets its holder know. The first cause stands.
+func (h *held) endBy(e ending) {
+	if h.over != nil {
+		return
+	}
+	h.over = &e
+	if h.holding != nil {
+		close(h.holding.ended)
+	}
 }
 
 // recordEnd makes the end durable and lets go of the grant. The first cause stands.

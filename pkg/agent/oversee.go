@@ -26,7 +26,7 @@ func (g *grants) oversee(ctx context.Context, paths []datapath.PathStatus, now t
 		}
 		errs = append(errs, g.warn(ctx, h, carried[id], now))
 	}
-	return errors.Join(append(errs, g.keepUses(ctx, now))...)
+	return errors.Join(errs...)
 }
 
 func byGrant(paths []datapath.PathStatus) map[string][]datapath.PathStatus {

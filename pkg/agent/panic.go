@@ -96,8 +96,7 @@ func (g *grants) endForPanic(ctx context.Context) error {
 	var batch []*held
 	for _, h := range g.active {
 		if h.over == nil {
-			e := ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why)
-			h.over = &e
+			h.endBy(ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why))
 			g.lookAt(h, carried[h.row.ID], g.clock.boot())
 		}
 		if batch = append(batch, h); len(batch) == endBatch {

@@ -68,15 +68,18 @@ func (u *use) look(paths []datapath.PathStatus, ports []uint16, open, now time.D
 	if len(paths) == 0 {
 		return // they are gone with their counters
 	}
-	if u.Clients == nil {
-		u.Clients = make(map[netip.Addr]spent)
-	}
+	var packets uint64
 	for _, p := range paths {
-		u.Clients[p.Client] = spent{Bytes: p.BytesToServer + p.BytesToClient, Packets: p.PacketsToServer + p.PacketsToClient, Flows: p.Flows}
+		packets += p.PacketsToServer + p.PacketsToClient
 	}
-	packets := u.total().Packets
 	u.Open = open
 	if packets > u.packets {
+		if u.Clients == nil {
+			u.Clients = make(map[netip.Addr]spent)
+		}
+		for _, p := range paths {
+			u.Clients[p.Client] = spent{Bytes: p.BytesToServer + p.BytesToClient, Packets: p.PacketsToServer + p.PacketsToClient, Flows: p.Flows}
+		}
 		u.Last, u.changed = open, true
 		if u.looked {
 			u.Busy += min(now-u.at, longestLook)
@@ -109,32 +112,39 @@ func (u *use) note(id string) (store.Note, error) {
 	return store.Note{Name: noteOfUse + id, Data: data}, nil
 }
 
-// keepUses makes the use of active grants durable, now and then. g.mu is held.
-func (g *grants) keepUses(ctx context.Context, now time.Duration) error {
-	if now-g.usesKept < keepUse {
-		return nil
+// KeepUses makes the use of active grants durable, when it is time, some of them in each transaction: others want to write in
+// between. What could not be kept is kept the next time.
+func (g *grants) KeepUses(ctx context.Context) error {
+	notes, err := g.changedUses()
+	for err == nil && len(notes) > 0 {
+		n := min(len(notes), endBatch)
+		err = g.store.Keep(ctx, notes[:n])
+		notes = notes[n:]
 	}
-	var notes []store.Note
+	return err
+}
+
+// changedUses are the uses that changed since they were kept, if it is time.
+func (g *grants) changedUses() (notes []store.Note, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if now := g.clock.boot(); now-g.usesKept >= keepUse {
+		g.usesKept = now
+	} else {
+		return nil, nil
+	}
 	for id, h := range g.active {
 		if !h.use.changed {
 			continue
 		}
 		n, err := h.use.note(id)
 		if err != nil {
-			return err
+			return nil, err
 		}
+		h.use.changed = false
 		notes = append(notes, n)
 	}
-	if len(notes) > 0 {
-		if err := g.store.Keep(ctx, notes); err != nil {
-			return err
-		}
-	}
-	for _, h := range g.active {
-		h.use.changed = false
-	}
-	g.usesKept = now
-	return nil
+	return notes, nil
 }
 
 // uses reads what the store has, by grant. One that cannot be read is left out.

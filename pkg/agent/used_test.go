@@ -65,6 +65,7 @@ func TestUsedBesideGranted(t *testing.T) {
 	look := func() {
 		_, err := l.tick(t.Context())
 		must(t, err)
+		must(t, l.KeepUses(t.Context()))
 		b.later(time.Second)
 	}
 	look()
