@@ -20,11 +20,15 @@ func (c *cli) grants() *cobra.Command {
 		Short: "The grants of the node, or with --collector the log of every node's grant events",
 		Example: `  sallyport grants
   sallyport grants --watch
+  sallyport grants --used
   sallyport grants --collector 10.9.0.1:9443 --follow`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if look.watch {
 				return c.watchGrants(cmd.Context())
+			}
+			if look.used {
+				return c.usedGrants(cmd.Context())
 			}
 			if c.collector == "" {
 				return c.nodeGrants(cmd.Context(), cmd)

@@ -35,6 +35,7 @@ type node struct {
 	recent      *recent
 	flowCounts  *flowCounter
 	eventCounts *eventCounter
+	ports       *portUse
 
 	lock      *lock
 	cgroup    string // that the backstop is attached to
@@ -84,7 +85,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
-		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
+		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(),
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
@@ -219,7 +220,7 @@ func (n *node) makeAudit(context.Context) (err error) {
 	if n.audit, err = audit.New(cfg); err != nil {
 		return err
 	}
-	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts}
+	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
 	return nil
 }
 
@@ -243,7 +244,7 @@ func (n *node) loadResources(context.Context) error {
 		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
 		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()

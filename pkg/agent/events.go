@@ -22,6 +22,7 @@ type sink struct {
 	audit  *audit.Streamer
 	recent *recent
 	counts *flowCounter
+	ports  *portUse
 }
 
 func (s *sink) take(source string, rec flow.Record) {
@@ -32,6 +33,7 @@ func (s *sink) take(source string, rec flow.Record) {
 func (s *sink) note(source string, rec flow.Record) {
 	s.counts.count(source, rec)
 	s.recent.add(rec)
+	s.ports.note(rec)
 }
 
 // kernelEvents reads the kernel's rings.

@@ -96,6 +96,9 @@ type grants struct {
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
 
+	ports    *portUse      // what the records of flows tell
+	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
+
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
 }
@@ -112,6 +115,10 @@ func (g *grants) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	uses, err := g.uses(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	against, err := g.final(ctx)
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
@@ -124,6 +131,7 @@ func (g *grants) adopt(ctx context.Context) error {
 		if s, ok := against[row.Digest]; ok {
 			why = s.String()
 		}
+		g.recallUse(h, uses)
 		g.active[row.ID] = h
 		if why == "" {
 			continue

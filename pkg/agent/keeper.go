@@ -96,6 +96,7 @@ func (s *sweeper) Run(ctx context.Context) error {
 func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
 	next, err := s.grants.tick(ctx)
 	s.problems.report(problemGrants, "", err)
+	s.problems.report(problemGrants, "use", s.grants.KeepUses(ctx))
 	s.problems.report(problemEvents, "sweep", s.flows())
 	s.problems.report(problemEvents, "losses", s.settle())
 	return next

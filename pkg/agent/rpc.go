@@ -139,11 +139,16 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 
 // describe reads a row's payload; one that cannot be read is still listed.
 func (o *operators) describe(row store.GrantRow) *api.Grant {
-	var p grant.Payload
-	if err := json.Unmarshal(row.Payload, &p); err != nil {
-		p = grant.Payload{Reason: "payload cannot be read: " + err.Error()}
-	}
+	p, _ := readPayload(row)
 	return describeRow(row, p)
+}
+
+// readPayload gives a payload that says so in the place of one that cannot be read.
+func readPayload(row store.GrantRow) (p grant.Payload, ok bool) {
+	if err := json.Unmarshal(row.Payload, &p); err != nil {
+		return grant.Payload{Reason: "payload cannot be read: " + err.Error()}, false
+	}
+	return p, true
 }
 
 // Activate opens the paths of a signed grant.

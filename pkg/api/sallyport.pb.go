@@ -3918,6 +3918,295 @@ func (x *Warning) GetText() string {
 	return ""
 }
 
+type UsedGrantsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsedGrantsRequest) Reset() {
+	*x = UsedGrantsRequest{}
+	mi := &file_sallyport_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsedGrantsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsedGrantsRequest) ProtoMessage() {}
+
+func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
+func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{54}
+}
+
+type UsedGrantsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grants        []*UsedGrant           `protobuf:"bytes,1,rep,name=grants,proto3" json:"grants,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsedGrantsReply) Reset() {
+	*x = UsedGrantsReply{}
+	mi := &file_sallyport_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsedGrantsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsedGrantsReply) ProtoMessage() {}
+
+func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
+func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
+	if x != nil {
+		return x.Grants
+	}
+	return nil
+}
+
+type UsedGrant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Granted       *durationpb.Duration   `protobuf:"bytes,2,opt,name=granted,proto3" json:"granted,omitempty"` // from activation to deadline
+	Known         bool                   `protobuf:"varint,3,opt,name=known,proto3" json:"known,omitempty"`    // false: nobody looked, and what follows is empty
+	Open          *durationpb.Duration   `protobuf:"bytes,4,opt,name=open,proto3" json:"open,omitempty"`       // from activation to its end, or to now
+	Busy          *durationpb.Duration   `protobuf:"bytes,5,opt,name=busy,proto3" json:"busy,omitempty"`       // of it, with traffic, to the second
+	Last          *durationpb.Duration   `protobuf:"bytes,6,opt,name=last,proto3" json:"last,omitempty"`       // from activation to the last traffic
+	Bytes         uint64                 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Packets       uint64                 `protobuf:"varint,8,opt,name=packets,proto3" json:"packets,omitempty"`
+	Flows         uint64                 `protobuf:"varint,9,opt,name=flows,proto3" json:"flows,omitempty"`
+	Clients       []string               `protobuf:"bytes,10,rep,name=clients,proto3" json:"clients,omitempty"` // those that sent something
+	GrantedPorts  []uint32               `protobuf:"varint,11,rep,packed,name=granted_ports,json=grantedPorts,proto3" json:"granted_ports,omitempty"`
+	Ports         []uint32               `protobuf:"varint,12,rep,packed,name=ports,proto3" json:"ports,omitempty"` // that were used
+	Suggestions   []*Suggestion          `protobuf:"bytes,13,rep,name=suggestions,proto3" json:"suggestions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsedGrant) Reset() {
+	*x = UsedGrant{}
+	mi := &file_sallyport_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsedGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsedGrant) ProtoMessage() {}
+
+func (x *UsedGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
+func (*UsedGrant) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *UsedGrant) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetGranted() *durationpb.Duration {
+	if x != nil {
+		return x.Granted
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
+func (x *UsedGrant) GetOpen() *durationpb.Duration {
+	if x != nil {
+		return x.Open
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetBusy() *durationpb.Duration {
+	if x != nil {
+		return x.Busy
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetLast() *durationpb.Duration {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *UsedGrant) GetPackets() uint64 {
+	if x != nil {
+		return x.Packets
+	}
+	return 0
+}
+
+func (x *UsedGrant) GetFlows() uint64 {
+	if x != nil {
+		return x.Flows
+	}
+	return 0
+}
+
+func (x *UsedGrant) GetClients() []string {
+	if x != nil {
+		return x.Clients
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetGrantedPorts() []uint32 {
+	if x != nil {
+		return x.GrantedPorts
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetPorts() []uint32 {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *UsedGrant) GetSuggestions() []*Suggestion {
+	if x != nil {
+		return x.Suggestions
+	}
+	return nil
+}
+
+// Suggestion is how a grant of the same kind could be smaller.
+type Suggestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Field         string                 `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"` // of the payload; empty: words alone
+	Granted       string                 `protobuf:"bytes,2,opt,name=granted,proto3" json:"granted,omitempty"`
+	Suggested     string                 `protobuf:"bytes,3,opt,name=suggested,proto3" json:"suggested,omitempty"`
+	Words         string                 `protobuf:"bytes,4,opt,name=words,proto3" json:"words,omitempty"` // why
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Suggestion) Reset() {
+	*x = Suggestion{}
+	mi := &file_sallyport_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Suggestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Suggestion) ProtoMessage() {}
+
+func (x *Suggestion) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
+func (*Suggestion) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *Suggestion) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *Suggestion) GetGranted() string {
+	if x != nil {
+		return x.Granted
+	}
+	return ""
+}
+
+func (x *Suggestion) GetSuggested() string {
+	if x != nil {
+		return x.Suggested
+	}
+	return ""
+}
+
+func (x *Suggestion) GetWords() string {
+	if x != nil {
+		return x.Words
+	}
+	return ""
+}
+
 var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
@@ -4231,7 +4520,31 @@ const file_sallyport_proto_rawDesc = "" +
 	"\bwarnings\x18\a \x03(\v2\x1b.sallyport.v1alpha1.WarningR\bwarnings\"M\n" +
 	"\aWarning\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
-	"\x04text\x18\x02 \x01(\tR\x04text*B\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"\x13\n" +
+	"\x11UsedGrantsRequest\"H\n" +
+	"\x0fUsedGrantsReply\x125\n" +
+	"\x06grants\x18\x01 \x03(\v2\x1d.sallyport.v1alpha1.UsedGrantR\x06grants\"\xf1\x03\n" +
+	"\tUsedGrant\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\x123\n" +
+	"\agranted\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\agranted\x12\x14\n" +
+	"\x05known\x18\x03 \x01(\bR\x05known\x12-\n" +
+	"\x04open\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04open\x12-\n" +
+	"\x04busy\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x04busy\x12-\n" +
+	"\x04last\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x04last\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x04R\x05bytes\x12\x18\n" +
+	"\apackets\x18\b \x01(\x04R\apackets\x12\x14\n" +
+	"\x05flows\x18\t \x01(\x04R\x05flows\x12\x18\n" +
+	"\aclients\x18\n" +
+	" \x03(\tR\aclients\x12#\n" +
+	"\rgranted_ports\x18\v \x03(\rR\fgrantedPorts\x12\x14\n" +
+	"\x05ports\x18\f \x03(\rR\x05ports\x12@\n" +
+	"\vsuggestions\x18\r \x03(\v2\x1e.sallyport.v1alpha1.SuggestionR\vsuggestions\"p\n" +
+	"\n" +
+	"Suggestion\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x12\x18\n" +
+	"\agranted\x18\x02 \x01(\tR\agranted\x12\x1c\n" +
+	"\tsuggested\x18\x03 \x01(\tR\tsuggested\x12\x14\n" +
+	"\x05words\x18\x04 \x01(\tR\x05words*B\n" +
 	"\x05Class\x12\x15\n" +
 	"\x11CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCLASS_CRITICAL\x10\x01\x12\x0e\n" +
@@ -4242,7 +4555,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xef\b\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xc9\t\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -4256,7 +4569,9 @@ const file_sallyport_proto_rawDesc = "" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
 	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
 	"\x05Panic\x12 .sallyport.v1alpha1.PanicRequest\x1a\x1e.sallyport.v1alpha1.PanicReply\x12U\n" +
-	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12W\n" +
+	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12X\n" +
+	"\n" +
+	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
 	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012Y\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01B,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
@@ -4274,7 +4589,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -4331,18 +4646,22 @@ var file_sallyport_proto_goTypes = []any{
 	(*WatchFrame)(nil),            // 52: sallyport.v1alpha1.WatchFrame
 	(*WatchedGrant)(nil),          // 53: sallyport.v1alpha1.WatchedGrant
 	(*Warning)(nil),               // 54: sallyport.v1alpha1.Warning
-	nil,                           // 55: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 57: google.protobuf.Duration
+	(*UsedGrantsRequest)(nil),     // 55: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 56: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 57: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 58: sallyport.v1alpha1.Suggestion
+	nil,                           // 59: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 61: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	56, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	57, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	56, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	57, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	56, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	56, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	56, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	60, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	61, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	60, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	61, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	60, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	60, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	60, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -4353,91 +4672,100 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	56, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	60, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	56, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	60, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	56, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	56, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	56, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	56, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	56, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	60, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	60, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	60, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	60, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	60, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	57, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	55, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	61, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	59, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	56, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	57, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	60, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	61, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	56, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	56, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	60, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	60, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	57, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	61, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 44: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	56, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	60, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
 	1,  // 46: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
 	43, // 47: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
 	44, // 48: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	57, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	56, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	61, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	60, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
 	53, // 51: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
 	28, // 52: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
 	28, // 53: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	57, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	57, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	61, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	61, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
 	24, // 56: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
 	54, // 57: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	56, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	7,  // 59: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 60: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 61: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 62: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 63: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 64: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 65: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 66: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 67: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	32, // 68: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	36, // 69: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	38, // 70: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	34, // 71: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	40, // 72: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	42, // 73: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	47, // 74: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	49, // 75: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	51, // 76: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	45, // 77: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 78: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 79: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 80: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 81: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 82: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 83: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 84: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 85: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 86: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	33, // 87: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	37, // 88: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	39, // 89: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	35, // 90: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	41, // 91: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 92: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	48, // 93: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	50, // 94: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	52, // 95: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	46, // 96: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	78, // [78:97] is the sub-list for method output_type
-	59, // [59:78] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	60, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	57, // 59: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	28, // 60: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	61, // 61: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	61, // 62: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	61, // 63: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	61, // 64: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	58, // 65: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	7,  // 66: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 67: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 68: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 69: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 70: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 71: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 72: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 73: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 74: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	32, // 75: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	36, // 76: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	38, // 77: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	34, // 78: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	40, // 79: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	42, // 80: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	47, // 81: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	49, // 82: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	55, // 83: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	51, // 84: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	45, // 85: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 86: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 87: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 88: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 89: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 90: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 91: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 92: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 93: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 94: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	33, // 95: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	37, // 96: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	39, // 97: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	35, // 98: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	41, // 99: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 100: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	48, // 101: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	50, // 102: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	56, // 103: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	52, // 104: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	46, // 105: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	86, // [86:106] is the sub-list for method output_type
+	66, // [66:86] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -4468,7 +4796,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   55,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

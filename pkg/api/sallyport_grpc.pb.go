@@ -325,6 +325,7 @@ const (
 	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
 	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
 	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_UsedGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/UsedGrants"
 	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
 )
 
@@ -352,6 +353,8 @@ type AgentClient interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error)
 	LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error)
+	// UsedGrants compares what was granted with what was used.
+	UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
 }
@@ -503,6 +506,16 @@ func (c *agentClient) LiftPanic(ctx context.Context, in *LiftPanicRequest, opts 
 	return out, nil
 }
 
+func (c *agentClient) UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UsedGrantsReply)
+	err := c.cc.Invoke(ctx, Agent_UsedGrants_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_WatchGrants_FullMethodName, cOpts...)
@@ -546,6 +559,8 @@ type AgentServer interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(context.Context, *PanicRequest) (*PanicReply, error)
 	LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error)
+	// UsedGrants compares what was granted with what was used.
+	UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
 	mustEmbedUnimplementedAgentServer()
@@ -596,6 +611,9 @@ func (UnimplementedAgentServer) Panic(context.Context, *PanicRequest) (*PanicRep
 }
 func (UnimplementedAgentServer) LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method LiftPanic not implemented")
+}
+func (UnimplementedAgentServer) UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method UsedGrants not implemented")
 }
 func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
 	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
@@ -848,6 +866,24 @@ func _Agent_LiftPanic_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_UsedGrants_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UsedGrantsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).UsedGrants(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_UsedGrants_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).UsedGrants(ctx, req.(*UsedGrantsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchGrantsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -913,6 +949,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "LiftPanic",
 			Handler:    _Agent_LiftPanic_Handler,
+		},
+		{
+			MethodName: "UsedGrants",
+			Handler:    _Agent_UsedGrants_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -241,6 +241,13 @@ func (d *Datapath) eachSlot(last uint32, f func(slot uint32, state PathState, v 
 	return nil
 }
 
+// Path reads one slot, as Paths does.
+func (d *Datapath) Path(slot uint32) (PathStatus, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.readPath(slot)
+}
+
 func (d *Datapath) readPath(slot uint32) (PathStatus, error) {
 	var v bpf.Path
 	var state bpf.PathStatus

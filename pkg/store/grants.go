@@ -75,7 +75,9 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 // EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
 // transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
 func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error { return endGrant(ctx, tx, h, End{id, state, why, event}) })
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+		return endGrant(ctx, tx, h, End{ID: id, State: state, Why: why, Event: event})
+	})
 	if err != nil {
 		return fmt.Errorf("end grant %q: %w", id, err)
 	}
@@ -93,6 +95,11 @@ func endGrant(ctx context.Context, tx *sql.Tx, h *head, e End) error {
 	row.State, row.EndedWhy = e.State, e.Why
 	if err := putGrant(ctx, tx, row); err != nil {
 		return err
+	}
+	if e.Note.Name != "" {
+		if err := putNote(ctx, tx, e.Note); err != nil {
+			return err
+		}
 	}
 	return appendEntry(ctx, tx, h, Item{Data: e.Event})
 }
