@@ -19,7 +19,7 @@ func (c *cli) policy() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.policyCheck(), c.policyTest(), c.policyDiff(), c.policySign(), c.policyVerify())
+	cmd.AddCommand(c.policyCheck(), c.policyTest(), c.policyDiff(), c.policySign(), c.policyVerify(), c.policyReplay())
 	return cmd
 }
 
