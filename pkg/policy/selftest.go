@@ -50,6 +50,7 @@ func (t GrantTest) validate(d *document, field string) {
 	if t.Name == "" {
 		d.report(field+".name", faultf("say what it tests", "is missing"))
 	}
+	d.report(field+".name", checkOneLine(t.Name))
 	switch {
 	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
 		d.report(field+".expect", faultf("write Allow or Refuse", "%q is neither", t.Expect))
