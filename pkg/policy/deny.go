@@ -44,6 +44,7 @@ func (l *DenyList) validate(d *document) {
 	if l.Spec.Reason == "" {
 		d.report("spec.reason", faultf("say why, for those who are refused", "is missing"))
 	}
+	d.report("spec.reason", checkOneLine(l.Spec.Reason))
 	l.Spec.NotAfter = l.Spec.NotAfter.UTC()
 	d.report("spec.notAfter", checkNotAfter(l.Spec.NotAfter))
 	if l.entries() == 0 {

@@ -13,11 +13,11 @@ import (
 // Loosening is one thing that a set allows and another does not, in words.
 type Loosening struct {
 	// Resource is the kind and the name.
-	Resource string
+	Resource string `json:"resource"`
 	// Field is empty where it is about the resource as a whole.
-	Field string
+	Field string `json:"field,omitempty"`
 	// What became of it.
-	What string
+	What string `json:"what"`
 }
 
 // String gives "BypassPolicy backup: spec.maxDuration: 15m became 1h".

@@ -57,6 +57,7 @@ func (t GrantTest) validate(d *document, field string) {
 	if t.Binding != "" {
 		d.report(field+".binding", CheckBinding(t.Binding))
 	}
+	d.report(field+".name", checkOneLine(t.Name))
 	switch {
 	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
 		d.report(field+".expect", faultf("write Allow or Refuse", "%q is neither", t.Expect))

@@ -46,6 +46,7 @@ func (t *GrantTemplate) validate(d *document) {
 	if len(t.Spec.Bindings) > 0 {
 		d.checkList("spec.bindings", t.Spec.Bindings, "list bindings that the policy allows, or leave it out")
 	}
+	d.report("spec.reasonPrefix", checkOneLine(t.Spec.ReasonPrefix))
 	d.report("spec.ingress", CheckIngress(t.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(t.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(t.Spec.MaxDuration.Duration))
