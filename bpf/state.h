@@ -10,6 +10,7 @@
 #define SP_LO_IFINDEX 1
 #define SP_AF_INET 2
 #define SP_AF_INET6 10
+#define SP_TCP_SYN_SENT 2
 #define SP_TCP_LISTEN 10
 
 struct sp_options {

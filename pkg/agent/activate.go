@@ -107,7 +107,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = newHolding()
+		a.held.holding = g.newHolding(p.Addresses[0])
 	}
 	if err := g.overlap(a.held); err != nil {
 		return err
@@ -168,13 +168,14 @@ func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.A
 	return e.set.CheckGrant(v.Facts(own, now))
 }
 
-// overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
+// overlap refuses a grant that would share a client's sockets, service and port with one that is active: a path has one owner.
 func (g *grants) overlap(n *held) error {
 	for id, h := range g.active {
 		if id == n.payload.ID {
 			continue // the store knows it, and says so
 		}
-		if h.over != nil || h.payload.Service != n.payload.Service {
+		if h.over != nil || h.payload.Service != n.payload.Service ||
+			h.payload.ClientPort != n.payload.ClientPort || h.payload.Cgroup != n.payload.Cgroup {
 			continue
 		}
 		for _, a := range n.payload.Addresses {
@@ -239,7 +240,7 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
 			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot, Budget: budgetOf(a.held.payload),
-			Ingress: ingressOf(a.held.payload),
+			Ingress: ingressOf(a.held.payload), ClientPort: a.held.payload.ClientPort, Cgroup: a.held.payload.Cgroup,
 		})
 		if err != nil {
 			return fmt.Errorf("open path for %s: %w", client, err)

@@ -278,6 +278,7 @@ func (n *node) sources() *sources {
 }
 
 func (n *node) devicesChanged() {
+	n.sweepSoon()
 	n.resources.poke()
 	n.readiness.poke()
 }
@@ -295,6 +296,10 @@ func (n *node) sweeper() *sweeper {
 // grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
 func (n *node) grantsMoved() {
 	n.audit.Kick()
+	n.sweepSoon()
+}
+
+func (n *node) sweepSoon() {
 	select {
 	case n.sweepNow <- struct{}{}:
 	default: // it has not looked yet

@@ -52,7 +52,7 @@ func (h *held) forget() { h.row.Envelope, h.row.Payload = nil, nil }
 
 func (h *held) live() live {
 	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload),
-		ingress: ingressOf(h.payload)}
+		ingress: ingressOf(h.payload), port: h.payload.ClientPort, cgroup: h.payload.Cgroup}
 }
 
 // ingressOf is the kind of device that its clients come by.
@@ -180,7 +180,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	h.reclaim(g.clock.boot())
+	g.reclaim(h)
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
