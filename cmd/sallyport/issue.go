@@ -165,7 +165,7 @@ type issuedGrant struct {
 	File  string `json:"file"`
 }
 
-// writeGrant writes it, and says how its requester goes on, whose key is named.
+// writeGrant writes it, and says how to go on with the requester's key.
 func (c *cli) writeGrant(path, id string, envelope []byte, key string) error {
 	envelope = append(envelope, '\n')
 	if path == "" {
