@@ -23,6 +23,7 @@ type activation struct {
 	verified grant.Verified
 	held     *held
 	recorded bool
+	planned  []uint32 // slots, as they were recorded
 }
 
 // prove gives what is asked for, and who vouches for it.
@@ -77,7 +78,7 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
 		"deadline", a.held.row.Deadline, "actor", a.actor)
-	g.kick()
+	g.recorded()
 	a.held.forget()
 	return a.held, nil
 }
@@ -221,6 +222,8 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 // record makes the activation durable; the kernel knows nothing of it yet. The error wraps store.ErrReplayed for a grant
 // that was used before.
 func (g *grants) record(ctx context.Context, a *activation) error {
+	a.planned = g.datapath.NextSlots(len(a.held.payload.Addresses))
+	a.held.row.Slots = a.planned
 	event, err := activatedEvent(a, g.clock)
 	if err != nil {
 		return err
@@ -236,6 +239,7 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 
 // openPaths opens one path for each client.
 func (g *grants) openPaths(_ context.Context, a *activation) error {
+	a.held.row.Slots = nil
 	for _, client := range a.held.payload.Addresses {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
@@ -264,7 +268,11 @@ func (g *grants) openPath(p datapath.Path) (uint32, error) {
 	return g.datapath.OpenPath(p)
 }
 
+// noteSlots corrects what was recorded of the slots. Mostly it was right: nobody else opens paths.
 func (g *grants) noteSlots(ctx context.Context, a *activation) error {
+	if slices.Equal(a.planned, a.held.row.Slots) {
+		return nil
+	}
 	return g.store.SetSlots(ctx, a.held.row.ID, a.held.row.Slots)
 }
 
@@ -286,5 +294,5 @@ func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 	}
 	g.events.count(stepRefused)
 	g.problems.report(problemGrants, "activation", err)
-	g.kick()
+	g.recorded()
 }

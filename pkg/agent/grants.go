@@ -90,7 +90,8 @@ type grants struct {
 	problems   *problems
 	events     *eventCounter
 	log        *slog.Logger
-	kick       func() // there is something new for the sender of records
+	recorded   func() // there is something new for the sender of records
+	kick       func() // and a grant has ended
 
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
@@ -106,6 +107,13 @@ type grants struct {
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
 // paths, and paths without their row. It must come before the lease is renewed.
 func (g *grants) adopt(ctx context.Context) error {
+	if err := g.adoptRows(ctx); err != nil {
+		return err
+	}
+	return g.reconcile(ctx)
+}
+
+func (g *grants) adoptRows(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.recallPanic(ctx); err != nil {
@@ -144,7 +152,7 @@ func (g *grants) adopt(ctx context.Context) error {
 	if err := g.adoptReviews(ctx); err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
-	return g.reconcile(ctx)
+	return nil
 }
 
 // adoptReviews goes on with the alarms of an earlier agent.
@@ -199,8 +207,11 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 // tick makes grants and kernel agree, and tells when to look again at the latest.
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
+	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx))
+	g.mu.Unlock()
+	err = errors.Join(err, g.reconcile(ctx))
+	g.mu.Lock()
 	defer g.mu.Unlock()
-	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx), g.reconcile(ctx))
 	g.reviews.remind()
 	next = time.Second
 	for _, h := range g.active {
@@ -212,24 +223,33 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	return next, err
 }
 
-// reconcile carries out planPaths. g.mu is held.
+// reconcile carries out planPaths. Whoever activates does not wait while thousands of paths are looked at: what has changed
+// since is left to the next time.
 func (g *grants) reconcile(ctx context.Context) error {
+	g.mu.Lock()
+	active := make([]live, 0, len(g.active)) // before the paths: each of these has its own by now
+	for _, h := range g.active {
+		active = append(active, h.live())
+	}
+	g.mu.Unlock()
 	paths, err := g.datapath.Paths()
 	if err != nil {
 		return fmt.Errorf("read paths: %w", err)
 	}
-	var active []live
-	for _, h := range g.active {
-		active = append(active, h.live())
-	}
 	now := g.clock.boot()
 	plan := planPaths(active, paths, now)
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	var errs []error
 	for _, p := range plan.orphans {
-		errs = append(errs, g.endOrphan(p))
+		if _, known := g.active[p.Grant]; !known {
+			errs = append(errs, g.endOrphan(p))
+		}
 	}
 	for _, e := range plan.end {
-		errs = append(errs, g.endIn(ctx, g.active[e.grant], e, paths))
+		if h, still := g.active[e.grant]; still {
+			errs = append(errs, g.endIn(ctx, h, e, paths))
+		}
 	}
 	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
 	return errors.Join(errs...)
@@ -237,6 +257,9 @@ func (g *grants) reconcile(ctx context.Context) error {
 
 // endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced.
 func (g *grants) endOrphan(p datapath.PathStatus) error {
+	if at, err := g.datapath.Path(p.Slot); err == nil && (at.Grant != p.Grant || !isOpen(at)) {
+		return nil // it has ended since
+	}
 	g.log.Error("path without a recorded grant", "slot", p.Slot, "grant", p.Grant, "client", p.Client)
 	if err := g.datapath.EndPath(p.Slot, datapath.PathRevoked); err != nil {
 		return fmt.Errorf("end path in slot %d, which has no grant: %w", p.Slot, err)

@@ -78,7 +78,14 @@ type sweeper struct {
 	wake     <-chan struct{} // a grant ended
 }
 
-// Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends.
+// sweepShare is the part of the time that sweeps may take, and sweepPause the longest that one waits for it.
+const (
+	sweepShare = 20
+	sweepPause = 500 * time.Millisecond
+)
+
+// Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends. With thousands of
+// grants a sweep takes a while: what ends meanwhile is swept together.
 func (s *sweeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -89,7 +96,15 @@ func (s *sweeper) Run(ctx context.Context) error {
 		case <-s.wake:
 		case <-timer.C:
 		}
-		timer.Reset(s.sweep(ctx))
+		began := time.Now()
+		next := s.sweep(ctx)
+		pause := min(sweepShare*time.Since(began), sweepPause)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		timer.Reset(max(next-pause, 0))
 	}
 }
 

@@ -235,27 +235,57 @@ func (d *Datapath) FreePaths() int {
 
 // Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,
 // whatever its state says.
+//
+// Those that are opened or given back meanwhile may be missing, or be a mixture of before and after: nobody who opens a path
+// waits for whoever looks at thousands. Path is sure of one.
 func (d *Datapath) Paths() ([]PathStatus, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.live) == 0 {
+	live := maps.Clone(d.live)
+	d.mu.Unlock()
+	if len(live) == 0 {
 		return nil, nil
 	}
-	out := make([]PathStatus, 0, len(d.live))
-	last := slices.Max(slices.Collect(maps.Keys(d.live)))
+	out := make([]PathStatus, 0, len(live))
+	last := slices.Max(slices.Collect(maps.Keys(live)))
 	err := d.eachSlot(last, func(slot uint32, state PathState, v *bpf.Path) {
-		p, ok := d.live[slot]
+		p, ok := live[slot]
 		if !ok {
 			return
 		}
 		s := fromPath(slot, state, v)
 		s.Ports = p.Ports
-		if s.State == PathActive && s.Deadline <= BootTime() {
-			s.State = PathExpired
-		}
-		out = append(out, s)
+		out = append(out, s.expired())
 	})
 	return out, err
+}
+
+// Path is one slot, as Paths tells it. One that is free has no grant.
+func (d *Datapath) Path(slot uint32) (PathStatus, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.live[slot]; !ok {
+		return PathStatus{Slot: slot, State: PathFree}, nil
+	}
+	s, err := d.readPath(slot)
+	return s.expired(), err
+}
+
+// NextSlots are those that the next paths will get, if nothing else opens one before, and there are so many.
+func (d *Datapath) NextSlots(n int) (slots []uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := len(d.free) - 1; i >= 0 && len(slots) < n; i-- {
+		slots = append(slots, d.free[i])
+	}
+	return slots
+}
+
+// expired makes a path past its deadline EXPIRED.
+func (s PathStatus) expired() PathStatus {
+	if s.State == PathActive && s.Deadline <= BootTime() {
+		s.State = PathExpired
+	}
+	return s
 }
 
 // slotBatch is how many slots a call reads: the agent reads them all each second, and there may be thousands.
@@ -283,13 +313,6 @@ func (d *Datapath) eachSlot(last uint32, f func(slot uint32, state PathState, v 
 		}
 	}
 	return nil
-}
-
-// Path reads one slot, as Paths does.
-func (d *Datapath) Path(slot uint32) (PathStatus, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.readPath(slot)
 }
 
 func (d *Datapath) readPath(slot uint32) (PathStatus, error) {
