@@ -27,6 +27,7 @@ type (
 	Origin      = SallyportSpOrigin
 	OriginKey   = SallyportSpOriginKey
 	Owner       = SallyportSpOwner
+	OwnerKey    = SallyportSpOwnerKey
 	Path        = SallyportSpPath
 	PathKey     = SallyportSpPathKey
 	PathRef     = SallyportSpPathRef

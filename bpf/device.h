@@ -303,14 +303,22 @@ sp_decide_bad(struct __sk_buff *skb, const struct sp_packet *p, enum sp_hook hoo
 }
 
 /*
- * Is it for an address that no table lists, because it is everybody's, or the link's? Whoever is behind the
- * device gets it. Of TCP the SYN is enough: a client there may have the port by chance.
+ * Why a pod does not get what is for an address that no table lists, or NONE. A port of its own services is
+ * closed at each address that it has. Where a pod is for certain, protected ports are closed at those that are
+ * everybody's, or the link's: its services may not be known yet. Of TCP the SYN is enough there, for a client may have
+ * the port by chance.
  */
-static __always_inline bool sp_is_unlisted(struct __sk_buff *skb, const struct sp_packet *p)
+static __always_inline enum sp_reason sp_unlisted(struct __sk_buff *skb, const struct sp_packet *p, bool ends)
 {
-	if (p->protocol == IPPROTO_UDP)
-		return sp_is_local(skb, &p->dst, &p->src, p->version);
-	return sp_syn_only(p) && sp_is_link_scope(&p->dst, p->version);
+	bool serves = sp_pod_serves(p->leaves_by, p->dport, p->protocol);
+
+	if (p->protocol == IPPROTO_UDP) {
+		serves = serves || (ends && sp_is_local(skb, &p->dst, &p->src, p->version));
+		return serves ? SP_REASON_UDP_DENIED : SP_REASON_NONE;
+	}
+	if (ends && sp_syn_only(p) && sp_is_link_scope(&p->dst, p->version))
+		return SP_REASON_LINK_LOCAL;
+	return serves ? SP_REASON_UNLISTED : SP_REASON_NONE;
 }
 
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
@@ -321,7 +329,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 {
 	const struct sp_config *cfg;
 	struct sp_service *svc;
-	enum sp_reason again;
+	enum sp_reason reason;
 
 	if (!sp_parse_addresses(skb, p))
 		return sp_decide(SP_ACT_DROP, SP_REASON_MALFORMED);
@@ -332,14 +340,14 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 	if (!cfg)
 		return sp_decide(SP_ACT_DROP, SP_REASON_NO_CONFIG);
 	if (skb->mark && p->protocol == IPPROTO_TCP) {
-		again = sp_reinjected(skb, p, cfg->secret[0]);
-		if (again != SP_REASON_NONE)
-			return sp_decide(again == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, again);
+		reason = sp_reinjected(skb, p, cfg->secret[0]);
+		if (reason != SP_REASON_NONE)
+			return sp_decide(reason == SP_REASON_REINJECTED ? SP_ACT_NEXT : SP_ACT_DROP, reason);
 	}
 	if (hook == SP_HOOK_IN) {
-		again = sp_source_lies(skb, p);
-		if (again != SP_REASON_NONE)
-			return sp_decide(SP_ACT_DROP, again);
+		reason = sp_source_lies(skb, p);
+		if (reason != SP_REASON_NONE)
+			return sp_decide(SP_ACT_DROP, reason);
 	}
 	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
 	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
@@ -352,6 +360,11 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 			sp_note_ether(skb, true);
 		return sp_decide_towards(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
 	}
+	reason = to && p->leaves_by ? sp_unlisted(skb, p, sp_ends_at_pod(hook, behind)) : SP_REASON_NONE;
+	if (reason != SP_REASON_NONE) {
+		*key = sp_key_towards(p);
+		return sp_decide(SP_ACT_DROP, reason);
+	}
 	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
 	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
 		*key = sp_key_from(p);
@@ -362,10 +375,6 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		if (sp_is_port(behind))
 			sp_note_ether(skb, false);
 		return sp_decide_from(skb, cfg, p, sp_is_port(behind) ? SP_HOOK_PORT : hook, svc, key);
-	}
-	if (to && sp_ends_at_pod(hook, behind) && sp_is_unlisted(skb, p)) {
-		*key = sp_key_towards(p);
-		return sp_decide(SP_ACT_DROP, p->protocol == IPPROTO_UDP ? SP_REASON_UDP_DENIED : SP_REASON_LINK_LOCAL);
 	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
@@ -510,6 +519,7 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 		return TC_ACT_SHOT;
 	p = &scratch->packet;
 	sp_packet_begin(skb, p, &g.head);
+	p->leaves_by = hook == SP_HOOK_OUT ? p->ifindex : 0;
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
 	if (g.to || g.from)
 		d = sp_decide_ports(skb, p, hook, behind, g.to, g.from, &scratch->key);

@@ -43,7 +43,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct sp_addr);
+	__type(key, struct sp_owner_key);
 	__type(value, struct sp_owner);
 } sp_owners SEC(".maps");
 

@@ -118,6 +118,7 @@ struct sp_packet {
 	struct sp_addr src;
 	struct sp_addr dst;
 	__u32 ifindex;		/* of the hook's device */
+	__u32 leaves_by;	/* the same, if it is on its way out; else 0 */
 	__u32 came_by;		/* of the device that the node got it by; 0: it is the node's own */
 	__u32 bytes;		/* IP bytes on the wire, GSO segments counted */
 	__u32 segments;

@@ -84,6 +84,7 @@ enum sp_reason {
 	SP_REASON_SOURCE_FOREIGN = 70,	/* from a pod, with an address that is not its own */
 	SP_REASON_SOURCE_OWN = 71,	/* from an uplink, with an address of the node or of its pods */
 	SP_REASON_LINK_LOCAL = 72,	/* SYN to a pod, at an address that its link gave it and no policy lists */
+	SP_REASON_UNLISTED = 73,	/* TCP to a port of a pod's service, at another address of the pod */
 
 	/* the packet was dropped before a socket, by the backstop */
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */

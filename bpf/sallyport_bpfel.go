@@ -287,6 +287,13 @@ type SallyportSpOwner struct {
 	Target uint32
 }
 
+type SallyportSpOwnerKey struct {
+	_       structs.HostLayout
+	Address SallyportSpAddr
+	Device  uint32
+	Pad     uint32
+}
+
 type SallyportSpPath struct {
 	_                structs.HostLayout
 	Epoch            uint32
@@ -401,6 +408,7 @@ const (
 	SallyportSpReasonSP_REASON_SOURCE_FOREIGN    SallyportSpReason = 70
 	SallyportSpReasonSP_REASON_SOURCE_OWN        SallyportSpReason = 71
 	SallyportSpReasonSP_REASON_LINK_LOCAL        SallyportSpReason = 72
+	SallyportSpReasonSP_REASON_UNLISTED          SallyportSpReason = 73
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
@@ -451,7 +459,7 @@ type SallyportSpServiceKey struct {
 	Address  SallyportSpAddr
 	Port     uint16
 	Protocol uint16
-	Pad      uint32
+	Device   uint32
 }
 
 type SallyportSpSource struct {

@@ -93,6 +93,17 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 	return bpf_map_lookup_elem(table, &key);
 }
 
+/* Has the pod behind a device a service at this port? It may have it at addresses that no policy lists. */
+static __always_inline bool sp_pod_serves(__u32 device, __u16 port, __u8 protocol)
+{
+	struct sp_service_key key = { .port = port, .protocol = protocol, .device = device };
+	__u32 zero = 0;
+	void *table;
+
+	table = bpf_map_lookup_elem(&sp_services, &zero);
+	return table && bpf_map_lookup_elem(table, &key);
+}
+
 /* The question to the routing table for a packet from peer to address, in the scratch. */
 static __always_inline struct bpf_fib_lookup *sp_fib_question(__u32 ifindex,
 							      const struct sp_addr *address,
@@ -160,21 +171,29 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 static __noinline int sp_owns(struct __sk_buff *skb, const struct sp_addr *address,
 			      const struct sp_addr *peer, __u32 version)
 {
-	struct sp_addr any = {}, at;
+	struct sp_owner_key at = {};
 
 	if (!address || !peer)
 		return 1;
-	at = *address;
+	at.address = *address;
 	if (bpf_map_lookup_elem(&sp_owners, &at))
 		return 1;
-	if (!bpf_map_lookup_elem(&sp_owners, &any))
+	__builtin_memset(&at, 0, sizeof(at));
+	if (!bpf_map_lookup_elem(&sp_owners, &at))
 		return 0;
 	return skb->ifindex == SP_LO_IFINDEX || sp_is_local(skb, address, peer, version);
 }
 
+static __always_inline bool sp_pod_owns(__u32 device)
+{
+	struct sp_owner_key at = { .device = device };
+
+	return device && bpf_map_lookup_elem(&sp_owners, &at);
+}
+
 static __always_inline bool sp_towards_owner(struct __sk_buff *skb, const struct sp_packet *p)
 {
-	return sp_owns(skb, &p->dst, &p->src, p->version);
+	return sp_pod_owns(p->leaves_by) || sp_owns(skb, &p->dst, &p->src, p->version);
 }
 
 static __always_inline bool sp_from_owner(struct __sk_buff *skb, const struct sp_packet *p)

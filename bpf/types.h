@@ -16,7 +16,7 @@
 
 #include "reason.h"
 
-#define SP_SCHEMA 2
+#define SP_SCHEMA 3
 #define SP_LABEL 32
 
 struct sp_addr {
@@ -114,7 +114,13 @@ struct sp_ports {
 	__u64 bits;
 };
 
-/* Addresses that own a protected port, for packets that cannot be parsed. */
+/* Who owns a protected port, for packets that cannot be parsed: an address, or the pod behind a device. */
+struct sp_owner_key {
+	struct sp_addr address;	/* all zero: every local address */
+	__u32 device;
+	__u32 pad;
+};
+
 struct sp_owner {
 	__u32 target;		/* enum sp_target */
 };
@@ -123,7 +129,7 @@ struct sp_service_key {
 	struct sp_addr address;	/* all zero: every local address (host services) */
 	__u16 port;
 	__u16 protocol;
-	__u32 pad;
+	__u32 device;		/* 0; or, with no address, the device behind which a pod has this service */
 };
 
 struct sp_service {

@@ -317,11 +317,11 @@ static __noinline struct sp_service *sp_xdp_service_from(struct xdp_md *ctx, con
 /* Does the address of a packet without ports own a protected one? */
 static __noinline int sp_xdp_owner(struct xdp_md *ctx, const struct sp_packet *p)
 {
-	struct sp_addr any = {}, dst;
+	struct sp_owner_key any = {}, dst = {};
 
 	if (!p)
 		return 0;
-	dst = p->dst;
+	dst.address = p->dst;
 	if (bpf_map_lookup_elem(&sp_owners, &dst))
 		return 1;
 	return bpf_map_lookup_elem(&sp_owners, &any) &&

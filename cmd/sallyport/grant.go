@@ -131,6 +131,9 @@ func grantTable(t *table, g *api.Grant) {
 	t.row("ticket", g.GetTicket())
 	t.row("activated", stamp(g.GetActivated()))
 	t.row("deadline", stamp(g.GetDeadline()))
+	if g.GetIdleTimeout() != nil {
+		t.row("idle", "ends after "+span(g.GetIdleTimeout())+" without a packet")
+	}
 	t.row("slots", ports(g.GetSlots()))
 	t.row("signed by", strings.Join(g.GetSigners(), ", "))
 	if g.GetEndedWhy() != "" {

@@ -14,13 +14,18 @@ import (
 func (c *cli) grants() *cobra.Command {
 	var q api.GrantQuery
 	var since string
+	var look looks
 	cmd := &cobra.Command{
 		Use:   "grants",
 		Short: "The grants of the node, or with --collector the log of every node's grant events",
 		Example: `  sallyport grants
+  sallyport grants --watch
   sallyport grants --collector 10.9.0.1:9443 --follow`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if look.watch {
+				return c.watchGrants(cmd.Context())
+			}
 			if c.collector == "" {
 				return c.nodeGrants(cmd.Context(), cmd)
 			}
@@ -35,6 +40,7 @@ func (c *cli) grants() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
+	look.add(f)
 	f.BoolVarP(&q.Follow, "follow", "f", false, "go on with new events until interrupted (collector only)")
 	f.StringVar(&q.Node, "node", "", "only of this `NODE` (collector only)")
 	f.StringVar(&q.Grant, "grant", "", "only of this grant `ID` (collector only)")

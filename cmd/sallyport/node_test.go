@@ -29,10 +29,11 @@ type node struct {
 	name   string
 	policy *policy.Set
 
-	mu      sync.Mutex
-	grants  []*api.Grant
-	records []*api.FlowRecord
-	changed chan struct{} // closed when records grow
+	mu       sync.Mutex
+	panicked string
+	grants   []*api.Grant
+	records  []*api.FlowRecord
+	changed  chan struct{} // closed when records grow
 }
 
 // began is when everything in the tests' records happened.
@@ -102,7 +103,7 @@ func (n *node) Status(context.Context, *api.StatusRequest) (*api.StatusReply, er
 		Hooks:     []*api.HookStatus{{Device: "eth0", Ifindex: 2, Role: "uplink", Programs: []string{"sp_up_in", "sp_up_out"}, Xdp: "native: the driver takes it"}},
 		Reasons:   map[string]uint64{"NO_PATH": 12, "PATH_LIVE": 3},
 		Problems:  []string{"resources.d/new.yaml:3: spec.ports[0]: \x1b[2Jmust be 1 to 65535"},
-		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1,
+		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1, Panic: n.panicked,
 	}, nil
 }
 

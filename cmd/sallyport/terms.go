@@ -32,6 +32,7 @@ type terms struct {
 	notBefore string
 	notAfter  string
 
+	idle     time.Duration
 	maxBytes string
 	ingress  string
 	budget   policy.Budget
@@ -42,6 +43,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&g.clients, "client", nil, "`ADDRESS` that may go around the proxy; may be repeated")
 	f.IntSliceVar(&g.ports, "port", nil, "only this `PORT` of the service; may be repeated (default: every port)")
 	f.DurationVar(&g.duration, "for", 0, "how long from activation: a `DURATION` like 15m")
+	f.DurationVar(&g.idle, "idle", 0, "end it after so long without a packet: a `DURATION` (default: what policy says)")
 	f.StringVar(&g.maxBytes, "max-bytes", "", "no more than this `SIZE`, like 10GiB, for each client and both directions together")
 	f.Uint64Var(&g.budget.Packets, "max-packets", 0, "no more than `N` packets for each client (default: no limit)")
 	f.Uint64Var(&g.budget.Connections, "max-connections", 0, "no more than `N` connections for each client (default: no limit)")
@@ -62,7 +64,7 @@ var flagOf = map[string]string{
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
 	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
 	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
-	"ingress": "--from", "template": "--template", "reach": "--client",
+	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle",
 }
 
 // inFlags tells of wrong fields by the flags that gave them.
@@ -94,7 +96,7 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	budget, budgetErr := g.limits()
 	return grant.Payload{
 		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
-		NotBefore: begin, NotAfter: end, Duration: g.duration, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
+		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
 	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
 }
 
@@ -217,6 +219,9 @@ func payloadTable(t *table, p grant.Payload) {
 	t.row("for", fmt.Sprintf("%s from its activation; then the kernel cuts it", policy.Duration{Duration: p.Duration}))
 	if p.Ingress != "" {
 		t.row("from", "clients behind "+ingressWords[p.Ingress])
+	}
+	if p.IdleTimeout != 0 {
+		t.row("or until", fmt.Sprintf("nothing is sent for %s", policy.Duration{Duration: p.IdleTimeout}))
 	}
 	t.row("at most", limitWords(p.Budget))
 	t.row("between", fmt.Sprintf("%s and %s: no activation before, no open path after", p.NotBefore.UTC().Format(time.RFC3339), p.NotAfter.UTC().Format(time.RFC3339)))

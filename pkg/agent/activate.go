@@ -17,10 +17,19 @@ import (
 // activation is a grant on its way to its paths.
 type activation struct {
 	envelope []byte
+	ask      *wanted // instead of an envelope
 	actor    string
 	verified grant.Verified
 	held     *held
 	recorded bool
+}
+
+// prove gives what is asked for, and who vouches for it.
+func (a *activation) prove(keys []policy.Keyring, now time.Time) (grant.Verified, error) {
+	if a.ask != nil {
+		return a.ask.prove()
+	}
+	return grant.Verify(a.envelope, keys, now)
 }
 
 // activationStep is one step of an activation. A kill between any two leaves nothing open that is not recorded.
@@ -45,41 +54,58 @@ func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (s
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	a := &activation{envelope: envelope, actor: actor}
+	h, err := g.activate(ctx, a)
+	if err != nil {
+		return store.GrantRow{}, err
+	}
+	row := h.row
+	row.Envelope = envelope
+	row.Payload, err = json.Marshal(h.payload)
+	return row, err
+}
+
+// activate takes the steps. g.mu is held.
+func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 	for _, step := range g.activationSteps() {
 		if err := step.do(ctx, a); err != nil {
 			g.abandon(ctx, a, err)
-			return store.GrantRow{}, err
+			return nil, err
 		}
 	}
 	g.events.count(stepActivated)
 	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
-		"deadline", a.held.row.Deadline, "actor", actor)
+		"deadline", a.held.row.Deadline, "actor", a.actor)
 	g.kick()
-	row := a.held.row
 	a.held.forget()
-	return row, nil
+	return a.held, nil
 }
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
 func (g *grants) authorise(_ context.Context, a *activation) error {
+	if err := g.refusePanic(); err != nil {
+		return err
+	}
 	e := g.enforced()
 	if e == nil {
 		return fmt.Errorf("authorise: %w", ErrNoResources)
 	}
 	now, boot := g.clock.read()
-	v, err := grant.Verify(a.envelope, e.set.Keyrings(), now)
+	v, err := a.prove(e.set.Keyrings(), now)
+	a.verified = v
 	if err != nil {
 		return err
 	}
-	a.verified = v
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
-	a.held = &held{payload: p, service: service}
+	a.held = &held{payload: p, service: service, policy: allowance.Policy}
+	if a.ask != nil {
+		a.held.holding = newHolding()
+	}
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}

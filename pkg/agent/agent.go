@@ -43,7 +43,7 @@ type node struct {
 	freshPx   bool // px was not there before
 	pxMoving  sync.Mutex
 	datapath  *datapath.Datapath
-	identity  *identity.Source // nil without a collector
+	identity  *identity.Source // nil where nobody asks for it
 	audit     *audit.Streamer
 	sink      *sink
 	resources *resources
@@ -59,6 +59,8 @@ type node struct {
 	metrics   *metricsServer // nil without an address
 	sweepNow  chan struct{}
 	stopping  chan struct{}
+
+	automation *automation // nil: workloads cannot ask
 }
 
 // Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
@@ -116,6 +118,7 @@ func (n *node) parts() []part {
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
 		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
+		{name: "automation", start: n.makeAutomation, run: n.runAutomation},
 		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
@@ -186,7 +189,7 @@ func (n *node) repaired(r datapath.Repair) {
 func (n *node) currentResources() *enforced { return n.resources.current() }
 
 func (n *node) makeIdentity(context.Context) (err error) {
-	if n.cfg.Spec.Collector == nil {
+	if n.cfg.Spec.Collector == nil && n.cfg.Spec.Automation == nil {
 		return nil
 	}
 	n.identity, err = identity.New(identity.Config{Address: n.cfg.Spec.WorkloadAPI, ID: n.cfg.AgentID(), Logger: n.log})
@@ -226,7 +229,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.device, signed: signedOnly(n.cfg, n.clock), problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{

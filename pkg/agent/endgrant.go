@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
-	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
@@ -78,10 +77,11 @@ func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
 	if !ok || !sameInstance(service, h.service) {
 		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
-	v, err := grant.Verify(envelope, e.set.Keyrings(), h.row.Activated)
+	v, err := h.verify(envelope, e.set.Keyrings(), h.row)
 	var may policy.Allowance
 	if err == nil {
 		may, err = g.allowed(v, e, g.clock.wall())
+		h.policy = may.Policy
 	}
 	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
 		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))
@@ -123,6 +123,9 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 	}
 	if h.over == nil {
 		h.over = &e
+		if h.holding != nil {
+			close(h.holding.ended)
+		}
 	}
 	return g.recordEnd(ctx, h)
 }
@@ -136,10 +139,15 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 	if err != nil && !errors.Is(err, store.ErrEnded) {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
 	}
+	g.letGo(h)
+	return nil
+}
+
+// letGo forgets an active grant whose end is recorded.
+func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()
-	return nil
 }

@@ -108,7 +108,7 @@ type eventCounter struct {
 
 func newEventCounter() *eventCounter {
 	c := &eventCounter{n: make(map[string]uint64)}
-	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepRefused, stepUninstalled, stepAlarm} {
+	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
 		c.n[step] = 0
 	}
 	return c

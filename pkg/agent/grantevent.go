@@ -62,10 +62,19 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
+// span leaves out a duration that was never set.
+func span(d time.Duration) *durationpb.Duration {
+	if d == 0 {
+		return nil
+	}
+	return durationpb.New(d)
+}
+
 // describeRow is a stored grant on the wire.
 func describeRow(row store.GrantRow, p grant.Payload) *api.Grant {
 	return &api.Grant{
-		Id: row.ID, State: row.State, Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
+		IdleTimeout: span(p.IdleTimeout),
+		Id:          row.ID, State: row.State, Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
 		Clients: texts(p.Addresses), Activated: timestamp(row.Activated), Deadline: timestamp(row.Deadline), Slots: row.Slots,
 		Signers: row.Signers, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
 	}

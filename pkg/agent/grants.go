@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -37,7 +38,11 @@ type held struct {
 	row     store.GrantRow // without what was handed in, once it is in the store: there may be many
 	payload grant.Payload
 	service datapath.Service // as it was when the path was opened
+	policy  string           // that allows it
+	use     use              // of its paths
+	warned  []warning        // that were given
 	over    *ending          // set once it is over in the kernel; then only its record is missing
+	holding *holding         // of a workload's grant; nil: of people's
 }
 
 // forget lets go of what the store can tell again.
@@ -85,6 +90,9 @@ type grants struct {
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+
+	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
+	panicKept *panicNote                // guarded by mu; the one that the store has
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
@@ -92,6 +100,9 @@ type grants struct {
 func (g *grants) adopt(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err := g.recallPanic(ctx); err != nil {
+		return err
+	}
 	rows, err := g.store.Grants(ctx)
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
@@ -122,6 +133,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
+	h.reclaim(g.clock.boot())
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -141,7 +153,7 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	err = g.reconcile(ctx)
+	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx), g.reconcile(ctx))
 	next = time.Second
 	for _, h := range g.active {
 		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))
@@ -171,7 +183,7 @@ func (g *grants) reconcile(ctx context.Context) error {
 	for _, e := range plan.end {
 		errs = append(errs, g.endIn(ctx, g.active[e.grant], e, paths))
 	}
-	errs = append(errs, g.free(plan.idle, now))
+	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
 	return errors.Join(errs...)
 }
 

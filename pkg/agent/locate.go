@@ -3,7 +3,9 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -18,6 +20,43 @@ var errNotHere = errors.New("is not on this node")
 type locator struct {
 	classify classifier
 	ports    bridgePorts
+}
+
+// place is where a pod is: the ifindex of the host-side device that its service is behind, and of others of the same pod.
+type place struct {
+	device  int
+	besides []int
+}
+
+// find gives the place of a Pod service.
+func (l locator) find(s policy.ProtectedService) (place, error) {
+	device, err := l.device(s)
+	if err != nil {
+		return place{}, err
+	}
+	besides, err := sameNamespace(device)
+	return place{device, besides}, err
+}
+
+// sameNamespace lists the other devices whose far ends are in the network namespace that this one's is in, in order. A pod
+// with several of them has its ports behind each.
+func sameNamespace(ifindex int) ([]int, error) {
+	all, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	i := slices.IndexFunc(all, func(l netlink.Link) bool { return l.Attrs().Index == ifindex })
+	if i < 0 || all[i].Attrs().NetNsID < 0 {
+		return nil, nil
+	}
+	var same []int
+	for _, l := range all {
+		if a := l.Attrs(); a.NetNsID == all[i].Attrs().NetNsID && a.Index != ifindex {
+			same = append(same, a.Index)
+		}
+	}
+	slices.Sort(same)
+	return same, nil
 }
 
 // device gives the ifindex of the device behind which a Pod service is: the one that it names, or the one that the route
@@ -89,4 +128,28 @@ func nodeAddresses(candidates []netip.Addr) ([]netip.Addr, error) {
 		}
 	}
 	return own, nil
+}
+
+// nodeGateways lists the addresses that the node's routes lead by. What comes from one may come from anybody behind it.
+func nodeGateways() ([]netip.Addr, error) {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes of the node: %w", err)
+	}
+	var all []netip.Addr
+	add := func(ip net.IP) {
+		if a, ok := netip.AddrFromSlice(ip); ok {
+			all = append(all, a.Unmap())
+		}
+	}
+	for _, r := range routes {
+		add(r.Gw)
+		if via, ok := r.Via.(*netlink.Via); ok {
+			add(via.Addr)
+		}
+		for _, hop := range r.MultiPath {
+			add(hop.Gw)
+		}
+	}
+	return all, nil
 }

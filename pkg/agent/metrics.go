@@ -25,7 +25,7 @@ type metrics struct {
 	node *node
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, lost, spool, shed,
-	failed *prometheus.Desc
+	panic, failed *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -51,6 +51,7 @@ func newMetrics(n *node) *metrics {
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
 		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
+		panic:      desc("panic", "1 while a panic stands: every path ended, and none is opened."),
 		failed:     desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
@@ -58,7 +59,7 @@ func newMetrics(n *node) *metrics {
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.lost, m.spool, m.shed, m.failed} {
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.lost, m.spool, m.shed, m.panic, m.failed} {
 		ch <- d
 	}
 }
@@ -88,6 +89,7 @@ func truth(b bool) float64 {
 func (m *metrics) own(ch chan<- prometheus.Metric) {
 	gauge(ch, m.build, 1, m.node.opt.Version)
 	gauge(ch, m.ready, truth(m.node.readiness.state() == nil))
+	gauge(ch, m.panic, truth(m.node.grants.standing() != ""))
 	gauge(ch, m.reporting, truth(m.node.reports.connected()))
 	if e := m.node.resources.current(); e != nil {
 		gauge(ch, m.generation, float64(e.generation))

@@ -15,10 +15,14 @@ const (
 	stepRevoked     = "REVOKED"
 	stepExpired     = "EXPIRED"
 	stepSpent       = "SPENT"
+	stepIdle        = "IDLE"
+	stepWarned      = "WARNED" // of its end, or of the end of its budget
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
 	stepRolledBack  = "ROLLED_BACK"
+	stepPanic       = "PANIC"  // every path ended at once, and none is opened
+	stepLifted      = "LIFTED" // the panic
 )
 
 // States of a grant on this node.
@@ -27,6 +31,7 @@ const (
 	stateExpired = "expired"
 	stateRevoked = "revoked"
 	stateSpent   = "spent"
+	stateIdle    = "idle"
 	stateEnded   = "ended" // it ended with the node's boot, or was never whole
 )
 

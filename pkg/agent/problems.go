@@ -34,11 +34,12 @@ const (
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
+	problemAsking    problemClass = "automation"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard}
+	problemXDP, problemSources, problemSockets, problemGuard, problemAsking}
 
 type problemKey struct {
 	class   problemClass

@@ -43,7 +43,7 @@ type resources struct {
 	signed   *signedSets // nil where nothing has to be signed
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
-	locate   func(policy.ProtectedService) (ifindex int, err error)
+	locate   func(policy.ProtectedService) (place, error)
 	problems *problems
 	changed  func(*enforced) // called after a change has been put to work
 
@@ -177,16 +177,16 @@ func (r *resources) row(s policy.ProtectedService) datapath.Service {
 	if s.Spec.Target != policy.TargetPod {
 		return row
 	}
-	ifindex, err := r.locate(s)
+	where, err := r.locate(s)
 	r.problems.report(problemService, s.Name, err)
-	row.Target, row.Addresses, row.Ifindex = datapath.TargetPod, s.Spec.Addresses, ifindex
+	row.Target, row.Addresses, row.Ifindex, row.Besides = datapath.TargetPod, s.Spec.Addresses, where.device, where.besides
 	return row
 }
 
 func sameService(a, b datapath.Service) bool {
 	return a.ID == b.ID && a.Name == b.Name && a.Target == b.Target && a.Ifindex == b.Ifindex &&
 		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP &&
-		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
+		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
 }
 
 // poke asks Run to look at once: a device came or went.

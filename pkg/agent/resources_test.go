@@ -38,11 +38,11 @@ func newDirectory(t *testing.T, table ...datapath.Service) *directory {
 			}
 			return uint32(len(d.applied)), d.refuse
 		},
-		locate: func(policy.ProtectedService) (int, error) {
+		locate: func(policy.ProtectedService) (place, error) {
 			if d.ifindex == 0 {
-				return 0, errNotHere
+				return place{}, errNotHere
 			}
-			return d.ifindex, nil
+			return place{device: d.ifindex}, nil
 		},
 		changed: func(*enforced) { d.changes++ },
 	}

@@ -16,7 +16,7 @@ import (
 func (n *node) status(ctx context.Context) *api.StatusReply {
 	reply := &api.StatusReply{
 		Node: n.cfg.Name, Version: n.opt.Version, Started: timestamppb.New(n.started), Bpffs: n.cfg.Spec.BPFFS,
-		Hooks: n.hooks(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
+		Hooks: n.hooks(), Panic: n.grants.standing(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
 	}
 	if why := n.readiness.state(); why != nil {
 		reply.Ready, reply.NotReadyWhy = false, oneLine(why.Error())
@@ -125,10 +125,10 @@ func collectorState(s audit.Status) string {
 	return "away (" + s.Address + "): " + oneLine(s.Problem)
 }
 
-// identityState tells of the agent's own identity, which only the collector asks for.
+// identityState tells of the agent's own identity, which only collector and workloads ask for.
 func (n *node) identityState() string {
 	if n.identity == nil {
-		return "not needed: no collector"
+		return "not needed: no collector, no automation"
 	}
 	s := n.identity.Status()
 	if s.Err != nil {

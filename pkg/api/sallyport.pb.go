@@ -293,7 +293,7 @@ func (x *FlowRecord) GetDetail() string {
 type GrantEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK
+	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -1676,6 +1676,7 @@ type StatusReply struct {
 	SpoolFlow      uint64                 `protobuf:"varint,18,opt,name=spool_flow,json=spoolFlow,proto3" json:"spool_flow,omitempty"`
 	LostFlow       uint64                 `protobuf:"varint,19,opt,name=lost_flow,json=lostFlow,proto3" json:"lost_flow,omitempty"`
 	IdentityState  string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
+	Panic          string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"` // one that stands: since when, by whom and why
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1846,6 +1847,13 @@ func (x *StatusReply) GetLostFlow() uint64 {
 func (x *StatusReply) GetIdentityState() string {
 	if x != nil {
 		return x.IdentityState
+	}
+	return ""
+}
+
+func (x *StatusReply) GetPanic() string {
+	if x != nil {
+		return x.Panic
 	}
 	return ""
 }
@@ -2366,7 +2374,7 @@ func (*GrantsRequest) Descriptor() ([]byte, []int) {
 type Grant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, expired, revoked
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, expired, revoked, spent, idle, ended
 	Requester     string                 `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
 	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	Ticket        string                 `protobuf:"bytes,5,opt,name=ticket,proto3" json:"ticket,omitempty"`
@@ -2377,7 +2385,8 @@ type Grant struct {
 	Slots         []uint32               `protobuf:"varint,10,rep,packed,name=slots,proto3" json:"slots,omitempty"`
 	Signers       []string               `protobuf:"bytes,11,rep,name=signers,proto3" json:"signers,omitempty"`
 	EndedWhy      string                 `protobuf:"bytes,12,opt,name=ended_why,json=endedWhy,proto3" json:"ended_why,omitempty"`
-	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"` // of each path
+	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"`                              // of each path
+	IdleTimeout   *durationpb.Duration   `protobuf:"bytes,31,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"` // after so long without a packet it ends
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2499,6 +2508,13 @@ func (x *Grant) GetEndedWhy() string {
 func (x *Grant) GetBudget() *Budget {
 	if x != nil {
 		return x.Budget
+	}
+	return nil
+}
+
+func (x *Grant) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
 	}
 	return nil
 }
@@ -3173,6 +3189,430 @@ func (x *ProxyAck) GetSeq() uint64 {
 	return 0
 }
 
+type PanicRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PanicRequest) Reset() {
+	*x = PanicRequest{}
+	mi := &file_sallyport_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PanicRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PanicRequest) ProtoMessage() {}
+
+func (x *PanicRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
+func (*PanicRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *PanicRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type PanicReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ended         uint32                 `protobuf:"varint,1,opt,name=ended,proto3" json:"ended,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PanicReply) Reset() {
+	*x = PanicReply{}
+	mi := &file_sallyport_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PanicReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PanicReply) ProtoMessage() {}
+
+func (x *PanicReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
+func (*PanicReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *PanicReply) GetEnded() uint32 {
+	if x != nil {
+		return x.Ended
+	}
+	return 0
+}
+
+type LiftPanicRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftPanicRequest) Reset() {
+	*x = LiftPanicRequest{}
+	mi := &file_sallyport_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftPanicRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftPanicRequest) ProtoMessage() {}
+
+func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
+func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *LiftPanicRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type LiftPanicReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftPanicReply) Reset() {
+	*x = LiftPanicReply{}
+	mi := &file_sallyport_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftPanicReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftPanicReply) ProtoMessage() {}
+
+func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
+func (*LiftPanicReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
+}
+
+type WatchGrantsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Every         *durationpb.Duration   `protobuf:"bytes,1,opt,name=every,proto3" json:"every,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGrantsRequest) Reset() {
+	*x = WatchGrantsRequest{}
+	mi := &file_sallyport_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGrantsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGrantsRequest) ProtoMessage() {}
+
+func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
+func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
+	if x != nil {
+		return x.Every
+	}
+	return nil
+}
+
+type WatchFrame struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Active        []*WatchedGrant        `protobuf:"bytes,2,rep,name=active,proto3" json:"active,omitempty"` // by their deadline
+	Ended         []*Grant               `protobuf:"bytes,3,rep,name=ended,proto3" json:"ended,omitempty"`   // since the frame before
+	Panic         string                 `protobuf:"bytes,4,opt,name=panic,proto3" json:"panic,omitempty"`   // one that stands
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchFrame) Reset() {
+	*x = WatchFrame{}
+	mi := &file_sallyport_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchFrame) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchFrame) ProtoMessage() {}
+
+func (x *WatchFrame) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
+func (*WatchFrame) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetActive() []*WatchedGrant {
+	if x != nil {
+		return x.Active
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetEnded() []*Grant {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *WatchFrame) GetPanic() string {
+	if x != nil {
+		return x.Panic
+	}
+	return ""
+}
+
+type WatchedGrant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Left          *durationpb.Duration   `protobuf:"bytes,2,opt,name=left,proto3" json:"left,omitempty"`
+	Silent        *durationpb.Duration   `protobuf:"bytes,3,opt,name=silent,proto3" json:"silent,omitempty"` // since the last packet that the agent has seen
+	Paths         []*Path                `protobuf:"bytes,4,rep,name=paths,proto3" json:"paths,omitempty"`
+	LiveFlows     uint32                 `protobuf:"varint,5,opt,name=live_flows,json=liveFlows,proto3" json:"live_flows,omitempty"`
+	Peers         []string               `protobuf:"bytes,6,rep,name=peers,proto3" json:"peers,omitempty"`       // clients of live flows, address:port; the first 64
+	Warnings      []*Warning             `protobuf:"bytes,7,rep,name=warnings,proto3" json:"warnings,omitempty"` // all that were given, oldest first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchedGrant) Reset() {
+	*x = WatchedGrant{}
+	mi := &file_sallyport_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchedGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchedGrant) ProtoMessage() {}
+
+func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
+func (*WatchedGrant) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *WatchedGrant) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetSilent() *durationpb.Duration {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetPaths() []*Path {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetLiveFlows() uint32 {
+	if x != nil {
+		return x.LiveFlows
+	}
+	return 0
+}
+
+func (x *WatchedGrant) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *WatchedGrant) GetWarnings() []*Warning {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type Warning struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Warning) Reset() {
+	*x = Warning{}
+	mi := &file_sallyport_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Warning) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Warning) ProtoMessage() {}
+
+func (x *Warning) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Warning.ProtoReflect.Descriptor instead.
+func (*Warning) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *Warning) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Warning) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
@@ -3312,7 +3752,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
 	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
-	"\x05bound\x18\x06 \x01(\tR\x05bound\"\x9c\x06\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xb2\x06\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -3340,7 +3780,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"spool_flow\x18\x12 \x01(\x04R\tspoolFlow\x12\x1b\n" +
 	"\tlost_flow\x18\x13 \x01(\x04R\blostFlow\x12%\n" +
-	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x1a:\n" +
+	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x12\x14\n" +
+	"\x05panic\x18\x1f \x01(\tR\x05panic\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x11\n" +
@@ -3381,7 +3822,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"PathsReply\x12.\n" +
 	"\x05paths\x18\x01 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\"\x0f\n" +
-	"\rGrantsRequest\"\xa2\x03\n" +
+	"\rGrantsRequest\"\xe0\x03\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
@@ -3396,7 +3837,8 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x18\n" +
 	"\asigners\x18\v \x03(\tR\asigners\x12\x1b\n" +
 	"\tended_why\x18\f \x01(\tR\bendedWhy\x122\n" +
-	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\"@\n" +
+	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x12<\n" +
+	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"@\n" +
 	"\vGrantsReply\x121\n" +
 	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"-\n" +
 	"\x0fActivateRequest\x12\x1a\n" +
@@ -3437,7 +3879,35 @@ const file_sallyport_proto_rawDesc = "" +
 	"\arecords\x18\x02 \x01(\v2 .sallyport.v1alpha1.ProxyRecordsH\x00R\arecordsB\a\n" +
 	"\x05frame\"\x1c\n" +
 	"\bProxyAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq*B\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\" \n" +
+	"\fPanicRequest\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\"\"\n" +
+	"\n" +
+	"PanicReply\x12\x14\n" +
+	"\x05ended\x18\x01 \x01(\rR\x05ended\"$\n" +
+	"\x10LiftPanicRequest\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\"\x10\n" +
+	"\x0eLiftPanicReply\"E\n" +
+	"\x12WatchGrantsRequest\x12/\n" +
+	"\x05every\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05every\"\xbd\x01\n" +
+	"\n" +
+	"WatchFrame\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x128\n" +
+	"\x06active\x18\x02 \x03(\v2 .sallyport.v1alpha1.WatchedGrantR\x06active\x12/\n" +
+	"\x05ended\x18\x03 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x05ended\x12\x14\n" +
+	"\x05panic\x18\x04 \x01(\tR\x05panic\"\xbf\x02\n" +
+	"\fWatchedGrant\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\x12-\n" +
+	"\x04left\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04left\x121\n" +
+	"\x06silent\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06silent\x12.\n" +
+	"\x05paths\x18\x04 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\x12\x1d\n" +
+	"\n" +
+	"live_flows\x18\x05 \x01(\rR\tliveFlows\x12\x14\n" +
+	"\x05peers\x18\x06 \x03(\tR\x05peers\x127\n" +
+	"\bwarnings\x18\a \x03(\v2\x1b.sallyport.v1alpha1.WarningR\bwarnings\"M\n" +
+	"\aWarning\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text*B\n" +
 	"\x05Class\x12\x15\n" +
 	"\x11CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCLASS_CRITICAL\x10\x01\x12\x0e\n" +
@@ -3448,7 +3918,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x87\x05\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x82\a\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -3457,7 +3927,10 @@ const file_sallyport_proto_rawDesc = "" +
 	"\bActivate\x12#.sallyport.v1alpha1.ActivateRequest\x1a!.sallyport.v1alpha1.ActivateReply\x12L\n" +
 	"\x06Revoke\x12!.sallyport.v1alpha1.RevokeRequest\x1a\x1f.sallyport.v1alpha1.RevokeReply\x12O\n" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
-	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x012Y\n" +
+	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
+	"\x05Panic\x12 .sallyport.v1alpha1.PanicRequest\x1a\x1e.sallyport.v1alpha1.PanicReply\x12U\n" +
+	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12W\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012Y\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01B,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
 
@@ -3474,7 +3947,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -3517,18 +3990,26 @@ var file_sallyport_proto_goTypes = []any{
 	(*ProxyRecords)(nil),          // 38: sallyport.v1alpha1.ProxyRecords
 	(*ProxyFrame)(nil),            // 39: sallyport.v1alpha1.ProxyFrame
 	(*ProxyAck)(nil),              // 40: sallyport.v1alpha1.ProxyAck
-	nil,                           // 41: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
+	(*PanicRequest)(nil),          // 41: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 42: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 43: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 44: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 45: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 46: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 47: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 48: sallyport.v1alpha1.Warning
+	nil,                           // 49: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 50: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 51: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	42, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	43, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	42, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	43, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	42, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	42, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	42, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	50, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	51, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	50, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	51, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	50, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	50, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	50, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -3539,67 +4020,84 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	42, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	50, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	42, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	50, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	42, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	42, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	42, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	42, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	42, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	50, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	50, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	50, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	50, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	50, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	43, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	41, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	51, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	49, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	42, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	43, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	50, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	51, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	42, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	42, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	50, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	50, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	28, // 40: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	28, // 41: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	28, // 42: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	42, // 43: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 44: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	37, // 45: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	38, // 46: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	7,  // 47: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 48: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 49: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 50: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 51: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 52: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 53: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 54: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 55: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	32, // 56: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	34, // 57: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	36, // 58: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	39, // 59: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 60: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 61: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 62: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 63: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 64: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 65: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 66: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 67: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 68: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	33, // 69: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	35, // 70: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 71: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	40, // 72: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	60, // [60:73] is the sub-list for method output_type
-	47, // [47:60] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	51, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	50, // 44: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,  // 45: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	37, // 46: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	38, // 47: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	51, // 48: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	50, // 49: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	47, // 50: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	28, // 51: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	28, // 52: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	51, // 53: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	51, // 54: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	24, // 55: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	48, // 56: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	50, // 57: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	7,  // 58: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 59: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 60: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 61: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 62: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 63: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 64: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 65: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 66: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	32, // 67: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	34, // 68: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	36, // 69: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	41, // 70: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	43, // 71: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	45, // 72: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	39, // 73: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 74: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 75: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 76: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 77: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 78: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 79: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 80: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 81: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 82: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	33, // 83: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	35, // 84: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 85: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	42, // 86: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	44, // 87: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	46, // 88: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	40, // 89: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	74, // [74:90] is the sub-list for method output_type
+	58, // [58:74] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -3630,7 +4128,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   41,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -312,14 +312,17 @@ var Audit_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Agent_Status_FullMethodName   = "/sallyport.v1alpha1.Agent/Status"
-	Agent_Services_FullMethodName = "/sallyport.v1alpha1.Agent/Services"
-	Agent_Paths_FullMethodName    = "/sallyport.v1alpha1.Agent/Paths"
-	Agent_Grants_FullMethodName   = "/sallyport.v1alpha1.Agent/Grants"
-	Agent_Activate_FullMethodName = "/sallyport.v1alpha1.Agent/Activate"
-	Agent_Revoke_FullMethodName   = "/sallyport.v1alpha1.Agent/Revoke"
-	Agent_Explain_FullMethodName  = "/sallyport.v1alpha1.Agent/Explain"
-	Agent_Flows_FullMethodName    = "/sallyport.v1alpha1.Agent/Flows"
+	Agent_Status_FullMethodName      = "/sallyport.v1alpha1.Agent/Status"
+	Agent_Services_FullMethodName    = "/sallyport.v1alpha1.Agent/Services"
+	Agent_Paths_FullMethodName       = "/sallyport.v1alpha1.Agent/Paths"
+	Agent_Grants_FullMethodName      = "/sallyport.v1alpha1.Agent/Grants"
+	Agent_Activate_FullMethodName    = "/sallyport.v1alpha1.Agent/Activate"
+	Agent_Revoke_FullMethodName      = "/sallyport.v1alpha1.Agent/Revoke"
+	Agent_Explain_FullMethodName     = "/sallyport.v1alpha1.Agent/Explain"
+	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
+	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
+	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
 )
 
 // AgentClient is the client API for Agent service.
@@ -337,6 +340,11 @@ type AgentClient interface {
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
 	Flows(ctx context.Context, in *AgentFlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FlowRecord], error)
+	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
+	Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error)
+	LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error)
+	// WatchGrants sends a frame at once and then one after each interval.
+	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
 }
 
 type agentClient struct {
@@ -436,6 +444,45 @@ func (c *agentClient) Flows(ctx context.Context, in *AgentFlowsRequest, opts ...
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_FlowsClient = grpc.ServerStreamingClient[FlowRecord]
 
+func (c *agentClient) Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PanicReply)
+	err := c.cc.Invoke(ctx, Agent_Panic_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LiftPanicReply)
+	err := c.cc.Invoke(ctx, Agent_LiftPanic_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_WatchGrants_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchGrantsRequest, WatchFrame]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_WatchGrantsClient = grpc.ServerStreamingClient[WatchFrame]
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -451,6 +498,11 @@ type AgentServer interface {
 	Explain(context.Context, *ExplainRequest) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
 	Flows(*AgentFlowsRequest, grpc.ServerStreamingServer[FlowRecord]) error
+	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
+	Panic(context.Context, *PanicRequest) (*PanicReply, error)
+	LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error)
+	// WatchGrants sends a frame at once and then one after each interval.
+	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -484,6 +536,15 @@ func (UnimplementedAgentServer) Explain(context.Context, *ExplainRequest) (*Expl
 }
 func (UnimplementedAgentServer) Flows(*AgentFlowsRequest, grpc.ServerStreamingServer[FlowRecord]) error {
 	return status.Error(codes.Unimplemented, "method Flows not implemented")
+}
+func (UnimplementedAgentServer) Panic(context.Context, *PanicRequest) (*PanicReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Panic not implemented")
+}
+func (UnimplementedAgentServer) LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method LiftPanic not implemented")
+}
+func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
+	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -643,6 +704,53 @@ func _Agent_Flows_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_FlowsServer = grpc.ServerStreamingServer[FlowRecord]
 
+func _Agent_Panic_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PanicRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Panic(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Panic_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Panic(ctx, req.(*PanicRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_LiftPanic_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LiftPanicRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).LiftPanic(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_LiftPanic_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).LiftPanic(ctx, req.(*LiftPanicRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchGrantsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).WatchGrants(m, &grpc.GenericServerStream[WatchGrantsRequest, WatchFrame]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_WatchGrantsServer = grpc.ServerStreamingServer[WatchFrame]
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -678,11 +786,24 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Explain",
 			Handler:    _Agent_Explain_Handler,
 		},
+		{
+			MethodName: "Panic",
+			Handler:    _Agent_Panic_Handler,
+		},
+		{
+			MethodName: "LiftPanic",
+			Handler:    _Agent_LiftPanic_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Flows",
 			Handler:       _Agent_Flows_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchGrants",
+			Handler:       _Agent_WatchGrants_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -30,13 +30,13 @@ type connection struct {
 
 // connect prepares a connection to address, which is host:port or unix:PATH. Nothing is dialled
 // before the first call.
-func connect(address string, creds credentials.TransportCredentials) (*connection, error) {
+func connect(address string, creds credentials.TransportCredentials, more ...grpc.DialOption) (*connection, error) {
 	c := &connection{address: address}
-	conn, err := grpc.NewClient("passthrough:///"+address,
+	conn, err := grpc.NewClient("passthrough:///"+address, append(more,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(c.dial),
 		grpc.WithNoProxy(),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))...)
 	if err != nil {
 		return nil, fmt.Errorf("prepare connection to %s: %w", address, err)
 	}

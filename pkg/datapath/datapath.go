@@ -22,7 +22,7 @@ import (
 )
 
 // schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
-const schema = 2
+const schema = 3
 
 // ErrLayout says that what is pinned has a layout that this version cannot read.
 var ErrLayout = errors.New("unknown map layout")
@@ -75,6 +75,7 @@ type Datapath struct {
 	gen      uint32
 	free     []uint32 // free path slots, last used first
 	live     map[uint32]Path
+	shut     bool // OpenPath refuses
 }
 
 // objects are the programs and maps, without the variables that only keep types in the BTF.

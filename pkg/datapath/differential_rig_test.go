@@ -151,7 +151,7 @@ func (d *differential) ends(t testing.TB, at place, f lab.Family) shape.Ends {
 	e.Dst = []netip.Addr{d.Node.Addr(f), d.Node.Addr(f), d.Node.Other(f), f.Loopback()}
 	if at.hook == reference.PodOut || at.device == d.device(t, lab.PodDevice(0)) {
 		e.Wanted = []uint16{podPort, podUDPPort, podWebPort}
-		e.Dst = slices.Repeat([]netip.Addr{d.Pod.Addr(f)}, 8)
+		e.Dst = slices.Repeat([]netip.Addr{d.Pod.Addr(f), d.Pod.Other(f)}, 4)
 	}
 	e.Dst = append(e.Dst, d.Pods[1].Addr(f), d.Client.Addr(f), d.Pod.Addr(f))
 	for _, a := range slices.Concat(d.world.Local, d.world.Shared) {

@@ -186,6 +186,7 @@ var overClosing = map[flow.Reason]string{
 	flow.ReasonUDPNoFlow:   "an answer to nobody",
 	flow.ReasonUDPDenied:   "lengths are not looked at where the port says enough; and groups",
 	flow.ReasonLinkLocal:   "an address of the link: any pod may have it",
+	flow.ReasonUnlisted:    "lengths are not looked at where the port says enough; and groups, which TCP does not have",
 	flow.ReasonOrphan:      "a fragment whose first one has not passed here",
 	flow.ReasonBackstop:    "a socket refuses what does not fit, whoever asks",
 }

@@ -21,7 +21,7 @@ func (n *node) bpftool(t *testing.T, args ...string) string {
 	return out
 }
 
-func (n *node) pin(name string) string { return filepath.Join(n.cf.Dir, "v2/maps", name) }
+func (n *node) pin(name string) string { return filepath.Join(n.cf.Dir, "v3/maps", name) }
 
 // dump is what an operator reads, entry by entry.
 func (n *node) dump(t *testing.T, name string) []dumped {
@@ -90,7 +90,7 @@ func TestDumpServices(t *testing.T) {
 		}
 		wantField(t, e.Key, "protocol", 6)
 	}
-	if seen["host-echo"] != 1 || seen["pod-echo"] != 2 {
+	if seen["host-echo"] != 1 || seen["pod-echo"] != 3 { // two addresses, and the device
 		t.Errorf("services in the dump: %v", seen)
 	}
 }

@@ -3,8 +3,10 @@ package datapath_test
 import (
 	"context"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -148,4 +150,37 @@ func (n *node) state(t *testing.T, slot uint32) datapath.PathState {
 	}
 	t.Fatalf("no path in slot %d", slot)
 	return 0
+}
+
+// TestServicesOfOnePod: services of one pod share its devices, also at the same port, and what is pinned says which.
+func TestServicesOfOnePod(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	pod, second := n.ifindex(t, lab.PodDevice(0)), n.ifindex(t, lab.Uplink)
+	one := func(id uint32, name string, f lab.Family, ports ...uint16) datapath.Service {
+		return datapath.Service{ID: id, Name: name, Target: datapath.TargetPod, Protocol: datapath.TCP, Addresses: []netip.Addr{n.Pod.Addr(f)},
+			Ports: ports, Ifindex: pod, Besides: []int{second}}
+	}
+	want := []datapath.Service{one(1, "first", lab.IPv4, 8080), one(2, "second", lab.IPv6, 8080, 8081)}
+	_, err := n.d.SetServices(want)
+	must(t, err)
+	must(t, n.d.Close())
+	must(t, n.Node.Do(func() (err error) { n.d, err = datapath.Open(n.cf); return err }))
+	ports := map[string]int{}
+	for _, s := range n.d.Services() {
+		ports[s.Name] = len(s.Ports)
+		if s.Ifindex != pod || len(s.Addresses) != 1 {
+			t.Errorf("read back as %+v", s)
+		}
+	}
+	if !maps.Equal(ports, map[string]int{"first": 1, "second": 2}) {
+		t.Errorf("ports read back: %v", ports)
+	}
+	var besides []int
+	for _, s := range n.d.Services() {
+		besides = append(besides, s.Besides...)
+	}
+	if !slices.Contains(besides, second) {
+		t.Error("the second device is forgotten")
+	}
 }

@@ -25,6 +25,9 @@ func isMissing(err error) bool { return errors.Is(err, ebpf.ErrKeyNotExist) }
 func (d *Datapath) OpenPath(p Path) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.shut {
+		return 0, fmt.Errorf("open path: %w", ErrShut)
+	}
 	if left := p.Deadline - BootTime(); left <= 0 || left > d.cfg.MaxTTL {
 		return 0, fmt.Errorf("open path: %w", ErrDeadline)
 	}
@@ -177,6 +180,13 @@ func (d *Datapath) FreePath(slot uint32) error {
 	delete(d.live, slot)
 	d.free = append(d.free, slot)
 	return nil
+}
+
+// FreePaths is how many slots are free.
+func (d *Datapath) FreePaths() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.free)
 }
 
 // Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,

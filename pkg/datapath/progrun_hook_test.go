@@ -45,7 +45,7 @@ func otherCases() []progCase {
 		{name: "other/forwarded from a host port, syn", scenes: []string{"host"}, want: none, packet: func(s scene) probe {
 			return at(s.from, s.device, tcp(netip.AddrPortFrom(foreign(s), hostPort), s.client, syn))
 		}},
-		{name: "other/pod port at another address", scenes: []string{"pod"}, want: none, packet: func(s scene) probe {
+		{name: "other/pod port at another address", scenes: []string{"pod"}, want: none, given: []given{byAnotherPod}, packet: func(s scene) probe {
 			return at(s.towards, s.device, tcp(s.client, netip.AddrPortFrom(foreign(s), podPort), syn))
 		}},
 		{name: "other/pod's address, by the way in", scenes: []string{"pod"}, want: none, packet: func(s scene) probe {

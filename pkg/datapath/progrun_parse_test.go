@@ -224,6 +224,13 @@ func fragmentCases() []progCase {
 	}
 }
 
+// byAnotherPod sends what leaves for the pod to one without services: a pod that has some owns whatever goes to it.
+func byAnotherPod(t testing.TB, r *rig, s scene, p *probe) {
+	if s.device == r.device(t, lab.PodDevice(0)) {
+		p.ctx.Ifindex = uint32(r.device(t, lab.PodDevice(1)))
+	}
+}
+
 // unownedCases: towards an address without a protected port nothing is dropped.
 func unownedCases() []progCase {
 	var out []progCase
@@ -237,6 +244,7 @@ func unownedCases() []progCase {
 			s.server = netip.AddrPortFrom(foreign(s), s.server.Port())
 			return broken(s)
 		}
+		c.given = []given{byAnotherPod}
 		out = append(out, c)
 	}
 	return out

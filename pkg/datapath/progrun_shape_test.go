@@ -104,7 +104,7 @@ func firstCases() []progCase {
 		first("id of a datagram that passed, live flow", pass(flow.ReasonPathLive, "flow 1/0", "fragment to server"), active, bypassed(), kept(asFree, 0)),
 		{name: "first/unprotected port", scenes: udpScenes, packet: pieceOf(0, inTowards, free), want: pass(flow.ReasonNone, "fragment free")},
 		{name: "first/unprotected port, no configuration", scenes: udpScenes, packet: pieceOf(0, inTowards, free), given: []given{noConfig}, want: pass(flow.ReasonNone, "fragment free")},
-		{name: "first/to another machine", scenes: []string{"udp host", "udp pod"}, want: none, packet: pieceOf(0, inTowards, func(s scene) packet.Packet {
+		{name: "first/to another machine", scenes: []string{"udp host", "udp pod"}, want: none, given: []given{byAnotherPod}, packet: pieceOf(0, inTowards, func(s scene) packet.Packet {
 			return udp(s.client, netip.AddrPortFrom(foreign(s), 9999))
 		})},
 		{name: "first/answer, live flow", scenes: udpScenes, packet: pieceOf(0, inFrom, answer), given: []given{active, bypassed()},
@@ -147,7 +147,7 @@ func restCases() []progCase {
 		rest("of a flow that was revoked", drop(flow.ReasonPathRevoked, "flow 0/0 ended=PATH_REVOKED", "fragment to server").recorded("END PATH_REVOKED 0/0"),
 			path(datapath.PathRevoked), bypassed(), kept(toServer, 0)),
 		rest("passed another hook", orphan("fragment free"), kept(asFree, 0, otherHook)).in("udp host", "udp pod"),
-		rest("to another machine", pass(flow.ReasonNone)).in("udp host", "udp pod").sending(pieceOf(1, inTowards, func(s scene) packet.Packet {
+		rest("to another machine", pass(flow.ReasonNone), byAnotherPod).in("udp host", "udp pod").sending(pieceOf(1, inTowards, func(s scene) packet.Packet {
 			return udp(s.client, netip.AddrPortFrom(foreign(s), 9999))
 		})),
 		rest("of an answer", pass(flow.ReasonPathLive, "flow 0/1 ANSWERED", "fragment to client"), active, bypassed(), kept(toClient, 0)).sending(pieceOf(1, inFrom, answer)),

@@ -154,6 +154,8 @@ func renderEvent(t testing.TB, s scene, e *bpf.Event) string {
 		line += " of the service"
 	} else if e.ClientPort == 0 && e.ServerPort == 0 && datapath.FromAddr(e.Server) == s.server.Addr() {
 		line += " *" // the ports were not read
+	} else if e.ClientPort == 0 && e.ServerPort == 0 && datapath.FromAddr(e.Server) == foreign(s) {
+		line += " elsewhere *"
 	} else {
 		line += tuple(s, e.Client, e.Server, e.ClientPort, e.ServerPort)
 	}

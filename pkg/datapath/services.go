@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -22,6 +23,9 @@ func rowsOf(services []Service, gen uint32) []row {
 	taken := map[bpf.ServiceKey]bool{}
 	for _, s := range services {
 		for _, r := range s.rows(s.Protocol.number(), gen) {
+			if r.key.Device != 0 && taken[r.key] {
+				continue // another service of the same pod
+			}
 			rows = append(rows, r)
 			taken[r.key] = true
 		}
@@ -48,12 +52,23 @@ func (s *Service) rows(p Protocol, gen uint32) []row {
 	}
 	value := bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex), Generation: gen,
 		UdpIdleS: uint32(s.Idle / time.Second), Name: toLabel(s.Name)}
-	for _, a := range addresses {
-		for _, port := range s.Ports {
+	for _, port := range s.Ports {
+		for _, a := range addresses {
 			rows = append(rows, row{bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint16(p)}, value})
+		}
+		for _, device := range s.devices() {
+			rows = append(rows, row{bpf.ServiceKey{Port: port, Protocol: uint16(p), Device: uint32(device)}, value})
 		}
 	}
 	return rows
+}
+
+// devices lists those behind which the pod is: its ports are closed at its other addresses, too.
+func (s *Service) devices() []int {
+	if s.Target != TargetPod || s.Ifindex == 0 {
+		return nil
+	}
+	return append([]int{s.Ifindex}, s.Besides...)
 }
 
 // SetServices replaces the whole table in one step and returns its generation. The port bits and the
@@ -159,9 +174,14 @@ func (d *Datapath) writePorts(want portBits) error {
 	return nil
 }
 
+// ownerOf is who has the port of a row: an address, or the pod behind a device.
+func ownerOf(k bpf.ServiceKey) bpf.OwnerKey {
+	return bpf.OwnerKey{Address: k.Address, Device: k.Device}
+}
+
 func (d *Datapath) addOwners(rows []row) error {
 	for _, r := range rows {
-		if err := d.objs.SpOwners.Put(&r.key.Address, &bpf.Owner{Target: uint32(r.value.Target)}); err != nil {
+		if err := d.objs.SpOwners.Put(ownerOf(r.key), &bpf.Owner{Target: uint32(r.value.Target)}); err != nil {
 			return fmt.Errorf("add owner: %w", err)
 		}
 	}
@@ -169,12 +189,12 @@ func (d *Datapath) addOwners(rows []row) error {
 }
 
 func (d *Datapath) dropOwners(rows []row) error {
-	keep := map[bpf.Addr]bool{}
+	keep := map[bpf.OwnerKey]bool{}
 	for _, r := range rows {
-		keep[r.key.Address] = true
+		keep[ownerOf(r.key)] = true
 	}
-	var stale []bpf.Addr
-	var a bpf.Addr
+	var stale []bpf.OwnerKey
+	var a bpf.OwnerKey
 	var o bpf.Owner
 	it := d.objs.SpOwners.Iterate()
 	for it.Next(&a, &o) {
@@ -220,6 +240,12 @@ func (d *Datapath) restoreServices() error {
 }
 
 func (s *Service) add(k bpf.ServiceKey) {
+	if device := int(k.Device); device != 0 {
+		if device != s.Ifindex && !slices.Contains(s.Besides, device) {
+			s.Besides = append(s.Besides, device)
+		}
+		return
+	}
 	if Protocol(k.Protocol) == UDP && s.Idle == 0 {
 		s.DenyUDP = true
 		return

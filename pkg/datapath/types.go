@@ -57,6 +57,7 @@ type Service struct {
 	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
 	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
+	Besides   []int         // TargetPod: other host-side devices of the same pod, in order
 	Idle      time.Duration // UDP: silence that ends a flow, in whole seconds, at least one
 	DenyUDP   bool          // TCP: refuses UDP to the same addresses and ports, but for those of a UDP service
 }

@@ -176,7 +176,7 @@ func TestFilterLives(t *testing.T) {
 		t.Errorf("links %v, want one: nothing else was attached again", again)
 	}
 	must(t, n.d.Close())
-	must(t, os.Remove(filepath.Join(n.cf.Dir, "v2", "links", fmt.Sprintf("sp_xdp-%d", n.ifindex(t, lab.Uplink)))))
+	must(t, os.Remove(filepath.Join(n.cf.Dir, "v3", "links", fmt.Sprintf("sp_xdp-%d", n.ifindex(t, lab.Uplink)))))
 	if n.xdpProgram(t, lab.Uplink) == 0 {
 		t.Fatal("the filter went with its pin; the guard should hold it")
 	}

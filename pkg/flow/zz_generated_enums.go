@@ -77,6 +77,7 @@ const (
 	ReasonSourceForeign    Reason = 70
 	ReasonSourceOwn        Reason = 71
 	ReasonLinkLocal        Reason = 72
+	ReasonUnlisted         Reason = 73
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
@@ -156,6 +157,7 @@ var reasonNames = map[Reason]string{
 	ReasonSourceForeign:    "SOURCE_FOREIGN",
 	ReasonSourceOwn:        "SOURCE_OWN",
 	ReasonLinkLocal:        "LINK_LOCAL",
+	ReasonUnlisted:         "UNLISTED",
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",

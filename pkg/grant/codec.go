@@ -17,14 +17,18 @@ import (
 // text form stays text here, so that an error can name the field.
 type wire struct {
 	ID           string   `json:"id"`
+	Kind         Kind     `json:"kind,omitempty"`
 	Requester    string   `json:"requester"`
 	Service      string   `json:"service"`
 	Binding      string   `json:"binding"`
 	Addresses    []string `json:"addresses"`
+	ClientPort   uint16   `json:"clientPort,omitempty"`
+	Cgroup       uint64   `json:"cgroup,omitempty"`
 	Ports        []uint16 `json:"ports,omitempty"`
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
 	Duration     string   `json:"duration"`
+	IdleTimeout  string   `json:"idleTimeout,omitempty"`
 	Budget       *budget  `json:"budget,omitempty"`
 	Ingress      string   `json:"ingress,omitempty"`
 	Reason       string   `json:"reason"`
@@ -79,11 +83,12 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Requester: w.Requester, Service: w.Service, Binding: w.Binding, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
+		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Template: w.Template,
 		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
 	v := &validation{}
+	p.IdleTimeout = v.parseIdle(w.IdleTimeout)
 	for i, s := range w.Addresses {
 		a, err := netip.ParseAddr(s)
 		if err != nil {
@@ -99,6 +104,14 @@ func (w wire) payload() (Payload, error) {
 	return p, errors.Join(v.errs...)
 }
 
+func (v *validation) parseIdle(s string) time.Duration {
+	var d policy.Duration
+	if s != "" {
+		v.check("idleTimeout", d.UnmarshalText([]byte(s)))
+	}
+	return d.Duration
+}
+
 func (v *validation) parseTime(field, s string) time.Time {
 	t, err := time.Parse(time.RFC3339Nano, s)
 	if err != nil {
@@ -110,8 +123,8 @@ func (v *validation) parseTime(field, s string) time.Time {
 // canonical is the one form of a payload that is signed: fixed order of fields, no spaces, UTC.
 func (p Payload) canonical() ([]byte, error) {
 	w := wire{
-		ID: p.ID, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
-		Addresses: make([]string, 0, len(p.Addresses)), Ports: p.Ports,
+		ID: p.ID, Kind: p.Kind, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
+		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Ports: p.Ports,
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
@@ -119,13 +132,16 @@ func (p Payload) canonical() ([]byte, error) {
 		Template: p.Template,
 		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
 	}
+	if p.IdleTimeout != 0 {
+		w.IdleTimeout = policy.Duration{Duration: p.IdleTimeout}.String()
+	}
 	for _, a := range p.Addresses {
 		w.Addresses = append(w.Addresses, a.String())
 	}
 	return encode(w)
 }
 
-// parsePayload reads a payload that must be in canonical form and valid.
+// parsePayload reads a payload that must be in canonical form, valid, and one that a signature can vouch for.
 func parsePayload(data []byte) (Payload, error) {
 	var w wire
 	if err := decodeStrict("payload", data, &w); err != nil {
@@ -135,7 +151,7 @@ func parsePayload(data []byte) (Payload, error) {
 	if err != nil {
 		return Payload{}, err
 	}
-	if err := p.Validate(); err != nil {
+	if err := p.validateSigned(); err != nil {
 		return Payload{}, err
 	}
 	canonical, err := p.canonical()

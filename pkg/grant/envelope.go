@@ -35,8 +35,7 @@ func (v Verified) Facts(nodeAddresses []netip.Addr, now time.Time) policy.GrantF
 	p := v.Payload
 	return policy.GrantFacts{
 		ID: p.ID, Service: p.Service, Ports: p.Ports, Addresses: p.Addresses, Duration: p.Duration, Budget: p.Budget, Ingress: p.Ingress,
-		Binding: p.Binding, Ticket: p.Ticket, Reason: p.Reason,
-		Template:  p.Template,
+		Binding: p.Binding, BreakGlass: p.Kind == BreakGlass, Ticket: p.Ticket, Reason: p.Reason, Template: p.Template,
 		Requester: p.Requester, Signers: v.Signers, NodeAddresses: nodeAddresses, Now: now,
 	}
 }
@@ -49,10 +48,26 @@ type SigningKey interface {
 	Sign(ctx context.Context, message []byte) ([]byte, error)
 }
 
+// Proven is a payload that a workload asked for by itself: it signed nothing, but proved its identity to the agent, which
+// made the payload. proof names the proof, as a key id names that of a signature.
+func Proven(p Payload, proof string) Verified {
+	return Verified{Payload: p, Signers: []policy.Signer{{Person: p.Requester, KeyID: proof, Uses: []policy.Use{policy.UseRequest}}}}
+}
+
+// validateSigned is Validate for what is signed: a signature says nothing of the sockets that somebody has.
+func (p Payload) validateSigned() error {
+	err := p.Validate()
+	if p.Binding != policy.BindingAddress && policy.CheckBinding(p.Binding) == nil {
+		err = errors.Join(err, refuse("binding", ErrInvalid, "have the workload ask for it itself: `sallyport exec`",
+			"a path that is bound to a %s is not signed for", p.Binding))
+	}
+	return err
+}
+
 // Sign puts a payload into a DSSE envelope, in JSON, signed by k. An invalid payload is not signed:
 // the error is that of Validate.
 func Sign(ctx context.Context, p Payload, k SigningKey) ([]byte, error) {
-	if err := p.Validate(); err != nil {
+	if err := p.validateSigned(); err != nil {
 		return nil, err
 	}
 	body, err := p.canonical()

@@ -110,7 +110,7 @@ func TestEnvelopeIsDSSE(t *testing.T) {
 	}
 	want := `{"id":"01KAMXQ5T8W2J4N6R8V0Y2A4C6","requester":"backup@example.org","service":"postgres",` +
 		`"binding":"address","addresses":["10.1.0.2","fd00:1::2"],"ports":[5432],` +
-		`"notBefore":"2026-11-22T03:00:00Z","notAfter":"2026-11-22T04:00:00Z","duration":"15m",` +
+		`"notBefore":"2026-11-22T03:00:00Z","notAfter":"2026-11-22T04:00:00Z","duration":"15m","idleTimeout":"5m",` +
 		`"budget":{"bytes":10737418240,"packets":1000000000,"connections":5,"connectionsPerSecond":2},"ingress":"uplink",` +
 		`"reason":"nightly <backup> & \"restore\" ünïcode","ticket":"OPS-1","audience":"node-1",` +
 		`"policyDigest":"` + strings.Repeat("0a", 32) + `"}`

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +22,7 @@ func goodPayload() grant.Payload {
 		ID: "01KAMXQ5T8W2J4N6R8V0Y2A4C6", Requester: "backup@example.org", Service: "postgres",
 		Binding:   policy.BindingAddress,
 		Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")},
-		Ports:     []uint16{5432}, NotBefore: now, NotAfter: now.Add(time.Hour), Duration: 15 * time.Minute,
+		Ports:     []uint16{5432}, NotBefore: now, NotAfter: now.Add(time.Hour), Duration: 15 * time.Minute, IdleTimeout: 5 * time.Minute,
 		Budget: policy.Budget{Bytes: 10 << 30, Packets: 1e9, Connections: 5, ConnectionsPerSecond: 2}, Ingress: policy.IngressUplink,
 		Reason: `nightly <backup> & "restore" ünïcode`, Ticket: "OPS-1", Audience: "node-1",
 		PolicyDigest: strings.Repeat("0a", 32),
@@ -159,7 +160,9 @@ func TestValidate(t *testing.T) {
 		{"no service", func(p *grant.Payload) { p.Service = "" }, "service"},
 		{"bad service", func(p *grant.Payload) { p.Service = "Post gres" }, "service"},
 		{"no binding", func(p *grant.Payload) { p.Binding = "" }, "binding"},
-		{"unknown binding", func(p *grant.Payload) { p.Binding = "workload" }, "binding"},
+		{"unknown binding", func(p *grant.Payload) { p.Binding = "host" }, "binding"},
+		{"port of an address", func(p *grant.Payload) { p.ClientPort = 1 }, "clientPort"},
+		{"control group of an address", func(p *grant.Payload) { p.Cgroup = 1 }, "cgroup"},
 		{"no address", func(p *grant.Payload) { p.Addresses = nil }, "addresses"},
 		{"too many addresses", func(p *grant.Payload) { p.Addresses = make([]netip.Addr, 65) }, "addresses"},
 		{"zero address", func(p *grant.Payload) { p.Addresses[1] = netip.Addr{} }, "addresses[1]"},
@@ -181,6 +184,9 @@ func TestValidate(t *testing.T) {
 		{"zero duration", func(p *grant.Payload) { p.Duration = 0 }, "duration"},
 		{"negative duration", func(p *grant.Payload) { p.Duration = -time.Second }, "duration"},
 		{"duration over the cap", func(p *grant.Payload) { p.Duration = 24*time.Hour + 1 }, "duration"},
+		{"idle too short", func(p *grant.Payload) { p.IdleTimeout = time.Second }, "idleTimeout"},
+		{"idle negative", func(p *grant.Payload) { p.IdleTimeout = -time.Minute }, "idleTimeout"},
+		{"idle over the cap", func(p *grant.Payload) { p.IdleTimeout = 25 * time.Hour }, "idleTimeout"},
 		{"bytes over the cap", func(p *grant.Payload) { p.Budget.Bytes = policy.MaxSize + 1 }, "budget"},
 		{"packets over the cap", func(p *grant.Payload) { p.Budget.Packets = 1 << 63 }, "budget"},
 		{"connections over the cap", func(p *grant.Payload) { p.Budget.Connections = 1 << 63 }, "budget"},
@@ -209,6 +215,52 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// TestBindingsToSockets: what is bound to sockets names them, wholly, and is not signed.
+func TestBindingsToSockets(t *testing.T) {
+	tuple := func(p *grant.Payload) {
+		p.Binding, p.ClientPort, p.Addresses, p.Ports = policy.BindingTuple, 40000, p.Addresses[:1], p.Ports[:1]
+	}
+	workload := func(p *grant.Payload) { p.Binding, p.Cgroup, p.Addresses = policy.BindingWorkload, 7, p.Addresses[:1] }
+	for _, c := range []struct {
+		name  string
+		is    func(*grant.Payload)
+		spoil func(*grant.Payload)
+		field string
+	}{
+		{"tuple", tuple, func(*grant.Payload) {}, ""},
+		{"tuple without its port", tuple, func(p *grant.Payload) { p.ClientPort = 0 }, "clientPort"},
+		{"tuple to every port", tuple, func(p *grant.Payload) { p.Ports = nil }, "ports"},
+		{"tuple of a control group", tuple, func(p *grant.Payload) { p.Cgroup = 7 }, "cgroup"},
+		{"tuple of two clients", tuple, func(p *grant.Payload) { p.Addresses = goodPayload().Addresses }, "addresses"},
+		{"workload", workload, func(*grant.Payload) {}, ""},
+		{"workload without its group", workload, func(p *grant.Payload) { p.Cgroup = 0 }, "cgroup"},
+		{"workload with a port", workload, func(p *grant.Payload) { p.ClientPort = 1 }, "clientPort"},
+		{"workload of two addresses", workload, func(p *grant.Payload) { p.Addresses = goodPayload().Addresses }, "addresses"},
+	} {
+		p := goodPayload()
+		c.is(&p)
+		c.spoil(&p)
+		err := p.Validate()
+		if c.field != "" {
+			checkError(t, err, grant.ErrInvalid, c.field)
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		_, err = grant.Sign(t.Context(), p, newKey(t))
+		checkError(t, err, grant.ErrInvalid, "binding")
+		var again grant.Payload
+		body, err := json.Marshal(p)
+		if err == nil {
+			err = json.Unmarshal(body, &again)
+		}
+		if err != nil || !reflect.DeepEqual(again, p) {
+			t.Errorf("%s: read back %+v, %v", c.name, again, err)
+		}
+	}
+}
+
 func TestValidateGivesAllErrors(t *testing.T) {
 	var fields []string
 	for _, e := range policy.Errors(grant.Payload{}.Validate()) {
@@ -218,6 +270,36 @@ func TestValidateGivesAllErrors(t *testing.T) {
 	for _, w := range want {
 		if !slices.Contains(fields, w) {
 			t.Errorf("no error about %s in %v", w, fields)
+		}
+	}
+}
+
+// TestBreakGlassIsNarrow: what an ordinary grant may be, one for break-glass need not.
+func TestBreakGlassIsNarrow(t *testing.T) {
+	narrow := func(p *grant.Payload) {
+		p.Duration, p.NotAfter, p.Addresses = time.Hour, p.NotBefore.Add(24*time.Hour), p.Addresses[:1]
+	}
+	for field, change := range map[string]func(*grant.Payload){
+		"":         func(*grant.Payload) {},
+		"kind":     func(p *grant.Payload) { p.Kind = "more" },
+		"duration": func(p *grant.Payload) { p.Duration++ },
+		"notAfter": func(p *grant.Payload) { p.NotAfter = p.NotAfter.Add(1) },
+		"addresses": func(p *grant.Payload) {
+			p.Addresses = nil
+			for i := range 5 {
+				p.Addresses = append(p.Addresses, netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}))
+			}
+		},
+	} {
+		p := goodPayload()
+		narrow(&p)
+		p.Kind = grant.BreakGlass
+		change(&p)
+		if e := policy.Errors(p.Validate()); len(e) > 1 || len(e) == 0 && field != "" || len(e) == 1 && e[0].Field != field {
+			t.Errorf("%q: %v", field, p.Validate())
+		}
+		if p.Kind = ""; p.Validate() != nil {
+			t.Errorf("%q: an ordinary grant: %v", field, p.Validate())
 		}
 	}
 }

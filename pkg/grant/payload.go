@@ -35,18 +35,33 @@ var (
 	ErrPolicyDigest = errors.New("grant for another policy")
 )
 
+// Kind is a kind of grant.
+type Kind string
+
+// BreakGlass is the kind for the night on which something is broken: policies of their own allow it, everybody hears of it,
+// and it is reviewed. The empty kind is an ordinary grant.
+const BreakGlass Kind = "breakGlass"
+
 // Payload is what a grant says. All times are wall-clock times.
 type Payload struct {
 	ID        string // ULID, new for each grant
-	Requester string // who asked for it
+	Kind      Kind
+	Requester string // who asked for it: a person, or the SPIFFE ID of a workload
 	Service   string // name of a protected service
-	Binding   string // what a path is bound to: policy.BindingAddress
+	Binding   string // what a path is bound to: policy.BindingAddress and its like
 	Addresses []netip.Addr
-	Ports     []uint16 // of the service; empty: all of them
+	// ClientPort is the one port of the client that a tuple's path serves, once; else 0.
+	ClientPort uint16
+	// Cgroup is the kernel's number of the control group whose sockets a workload's path serves; else 0. It means
+	// something on one node until that reboots.
+	Cgroup uint64
+	Ports  []uint16 // of the service; empty: all of them
 	// NotBefore and NotAfter bound its activation, and no path lives past NotAfter.
 	NotBefore, NotAfter time.Time
 	// Duration of a path from its activation.
-	Duration     time.Duration
+	Duration time.Duration
+	// IdleTimeout ends the grant when its paths carried nothing for so long; 0: they may, unless policy says otherwise.
+	IdleTimeout  time.Duration
 	Budget       policy.Budget  // of each path; 0 is no limit
 	Ingress      policy.Ingress // kind of device that the clients come by; empty: any
 	Reason       string

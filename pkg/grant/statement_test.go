@@ -42,18 +42,21 @@ func TestStatement(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := grant.VerifyStatement(signed, keys, want.At); err != nil || got != want {
-		t.Errorf("comes back as %+v, %v", got, err)
+	if got, by, err := grant.VerifyStatement(signed, keys, want.At); err != nil || got != want || len(by) != 1 || by[0].Person != "bob" {
+		t.Errorf("comes back as %+v by %v, %v", got, by, err)
+	}
+	if got, err := grant.PeekStatement(signed); err != nil || got != want {
+		t.Errorf("reads as %+v, %v", got, err)
 	}
 	forged, err := grant.SignStatement(t.Context(), want, alice)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := grant.VerifyStatement(forged, keys, want.At); !errors.Is(err, grant.ErrSigner) {
+	if _, _, err := grant.VerifyStatement(forged, keys, want.At); !errors.Is(err, grant.ErrSigner) {
 		t.Errorf("alice speaks for bob: %v", err)
 	}
 	// A grant is no statement, nor the other way round, though the same key signed both.
-	if _, err := grant.VerifyStatement(envelope, keys, want.At); !errors.Is(err, grant.ErrMalformed) {
+	if _, _, err := grant.VerifyStatement(envelope, keys, want.At); !errors.Is(err, grant.ErrMalformed) {
 		t.Errorf("a grant is taken for a statement: %v", err)
 	}
 	if _, err := grant.Verify(signed, keys, want.At); !errors.Is(err, grant.ErrMalformed) {
@@ -81,7 +84,7 @@ func TestChangedStatements(t *testing.T) {
 		for _, bit := range []byte{1, 0x20} {
 			changed := bytes.Clone(signed)
 			changed[i] ^= bit
-			if _, err := grant.VerifyStatement(changed, keys, time.Now()); err == nil {
+			if _, _, err := grant.VerifyStatement(changed, keys, time.Now()); err == nil {
 				t.Fatalf("byte %d changed: %s", i, changed)
 			}
 		}
@@ -102,6 +105,24 @@ func TestStatementWrong(t *testing.T) {
 		"by":     func(s *grant.Statement) { s.By = "bob\n" },
 		"at":     func(s *grant.Statement) { s.At = time.Time{} },
 		"why":    func(s *grant.Statement) { s.Why = " " },
+
+		"challenge": func(s *grant.Statement) { s.Challenge = goodChallenge() },
+		"challenge.node": func(s *grant.Statement) {
+			s.Step, s.Challenge = grant.StepActivated, goodChallenge()
+			s.Challenge.Node = ""
+		},
+		"challenge.boot": func(s *grant.Statement) {
+			s.Step, s.Challenge = grant.StepActivated, goodChallenge()
+			s.Challenge.Boot = ""
+		},
+		"challenge.nonce": func(s *grant.Statement) {
+			s.Step, s.Challenge = grant.StepActivated, goodChallenge()
+			s.Challenge.Nonce = "00"
+		},
+		"challenge.expires": func(s *grant.Statement) {
+			s.Step, s.Challenge = grant.StepActivated, goodChallenge()
+			s.Challenge.Expires = time.Time{}
+		},
 	} {
 		s := about(t, envelope)
 		change(&s)
@@ -110,9 +131,88 @@ func TestStatementWrong(t *testing.T) {
 			t.Errorf("%s: %v", field, err)
 		}
 	}
+	vouched := about(t, envelope)
+	vouched.Step, vouched.Challenge = grant.StepVouched, goodChallenge()
+	if _, err := grant.SignStatement(t.Context(), vouched, bob); !errors.Is(err, grant.ErrInvalid) {
+		t.Errorf("somebody vouches for a node and a grant at once: %v", err)
+	}
+	vouched.Grant, vouched.Digest = "", ""
+	if _, err := grant.SignStatement(t.Context(), vouched, bob); err != nil {
+		t.Error(err)
+	}
 	if _, err := grant.Digest([]byte("{}")); err == nil {
 		t.Error("nothing has a digest")
 	}
+}
+
+func goodChallenge() grant.Challenge {
+	return grant.NewChallenge("node-1", "0d8ccf0b-97a2-4ff8-a2ac-0d4b1ebbd5a9", time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC))
+}
+
+// TestAnswer: the answer is about this grant, for this challenge, by its requester.
+func TestAnswer(t *testing.T) {
+	alice, bob := newKey(t), newKey(t)
+	keys := keyring(person(t, "alice", alice), person(t, "bob", bob))
+	now := time.Date(2026, 11, 22, 11, 50, 0, 0, time.UTC)
+	p := goodPayload()
+	p.Requester = "alice"
+	envelope, err := grant.Sign(t.Context(), p, alice)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := goodChallenge()
+	c.Node = p.Audience
+	challenge, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := grant.Answer(t.Context(), envelope, append(challenge, '\n'), alice, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, by, err := grant.VerifyStatement(answer, keys, now)
+	digest, _ := grant.Digest(envelope)
+	if err != nil || s.Step != grant.StepActivated || s.Challenge != c || s.Digest != digest || s.By != "alice" || by[0].Person != s.By {
+		t.Errorf("answer is %+v by %v, %v", s, by, err)
+	}
+	stolen, err := grant.Answer(t.Context(), envelope, challenge, bob, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := grant.VerifyStatement(stolen, keys, now); !errors.Is(err, grant.ErrSigner) {
+		t.Errorf("bob answers for alice: %v", err)
+	}
+	c.Node = "node-9"
+	elsewhere, _ := json.Marshal(c)
+	if _, err := grant.Answer(t.Context(), envelope, elsewhere, alice, now); !errors.Is(err, grant.ErrAudience) {
+		t.Errorf("answered to another node: %v", err)
+	}
+}
+
+func TestChallengesDiffer(t *testing.T) {
+	if a, b := goodChallenge(), goodChallenge(); a.Nonce == b.Nonce {
+		t.Error("a nonce comes twice")
+	}
+}
+
+func FuzzParseChallenge(f *testing.F) {
+	good, err := json.Marshal(goodChallenge())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add(bytes.Replace(good, []byte(`"node"`), []byte(`"Node"`), 1))
+	f.Add(bytes.Replace(good, []byte(`{`), []byte(`{"node":"x",`), 1))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := grant.ParseChallenge(data)
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(c)
+		if back, parseErr := grant.ParseChallenge(again); err != nil || parseErr != nil || back != c {
+			t.Fatalf("%s becomes %s: %v, %v", data, again, err, parseErr)
+		}
+	})
 }
 
 func FuzzVerifyStatement(f *testing.F) {
@@ -127,11 +227,41 @@ func FuzzVerifyStatement(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(signed)
+	vouched, err := grant.SignStatement(f.Context(), grant.Statement{ID: "01J8ZQ4X5M3T9V0Y2B7C6D1E4G", Step: grant.StepVouched, By: "bob", At: time.Unix(1, 0), Why: "w",
+		Challenge: goodChallenge()}, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(vouched)
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		s, err := grant.VerifyStatement(data, keys, time.Unix(2, 0))
+		s, _, err := grant.VerifyStatement(data, keys, time.Unix(2, 0))
 		if err == nil && (s.By != "bob" || s.Validate() != nil || !json.Valid(data)) {
 			t.Fatalf("taken: %s", data)
 		}
 	})
+}
+
+// TestChallengeForm: what another reader would read differently is refused.
+func TestChallengeForm(t *testing.T) {
+	good, err := json.Marshal(goodChallenge())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		old, new string
+		want     error
+	}{
+		"other letters":  {`"node"`, `"Node"`, grant.ErrNotCanonical},
+		"a key twice":    {`{`, `{"node":"other",`, grant.ErrNotCanonical},
+		"escapes":        {`"node-1"`, `"node\u002d1"`, grant.ErrNotCanonical},
+		"unknown field":  {`{`, `{"more":1,`, grant.ErrUnknownField},
+		"something more": {`}`, `}{}`, grant.ErrTrailing},
+		"cut off":        {`}`, ``, grant.ErrMalformed},
+		"huge":           {`{`, `{` + strings.Repeat(" ", grant.MaxChallenge), grant.ErrMalformed},
+	} {
+		if _, err := grant.ParseChallenge([]byte(strings.Replace(string(good), c.old, c.new, 1))); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
 }

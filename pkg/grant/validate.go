@@ -18,7 +18,11 @@ import (
 // Bounds of a payload.
 const (
 	// MaxWindow is the longest time from NotBefore to NotAfter.
-	MaxWindow    = 30 * 24 * time.Hour
+	MaxWindow = 30 * 24 * time.Hour
+	// MaxBreakGlassWindow is the longest one of a break-glass grant: it is made when it is needed.
+	MaxBreakGlassWindow    = 24 * time.Hour
+	maxBreakGlassAddresses = 4
+
 	maxAddresses = 64
 	maxPorts     = 1024
 	maxText      = 512 // bytes of a text field
@@ -29,13 +33,15 @@ const (
 func (p Payload) Validate() error {
 	v := &validation{}
 	v.check("id", checkID(p.ID))
+	v.kind(p)
 	v.check("requester", checkText(p.Requester, "name who asks for it"))
 	v.check("service", policy.CheckName(p.Service))
-	v.binding(p.Binding)
+	v.binding(p)
 	v.addresses(p.Addresses)
 	v.ports(p.Ports)
 	v.window(p.NotBefore, p.NotAfter)
 	v.duration(p.Duration)
+	v.check("idleTimeout", policy.CheckIdleTimeout(p.IdleTimeout))
 	v.check("budget", policy.CheckBudget(p.Budget))
 	v.check("ingress", policy.CheckIngress(p.Ingress))
 	v.check("reason", checkText(p.Reason, "say why the bypass is needed"))
@@ -91,9 +97,42 @@ func checkText(s, hint string) error {
 // notPrintable refuses control and format characters, which could make a log line lie.
 func notPrintable(r rune) bool { return !unicode.IsPrint(r) }
 
-func (v *validation) binding(b string) {
-	if b != policy.BindingAddress {
-		v.refuse("binding", "write address", "binding %q is not known", b)
+// binding holds that what a path is bound to is there, whole, and nothing else.
+func (v *validation) binding(p Payload) {
+	v.check("binding", policy.CheckBinding(p.Binding))
+	tuple, workload := p.Binding == policy.BindingTuple, p.Binding == policy.BindingWorkload
+	if tuple != (p.ClientPort != 0) {
+		v.refuse("clientPort", "a tuple has one, and nothing else has", "the binding %q has the client's port %d", p.Binding, p.ClientPort)
+	}
+	if workload != (p.Cgroup != 0) {
+		v.refuse("cgroup", "a workload has one, and nothing else has", "the binding %q has the control group %d", p.Binding, p.Cgroup)
+	}
+	if (tuple || workload) && len(p.Addresses) > 1 {
+		v.refuse("addresses", "ask for each address by itself", "the binding %q is to one address", p.Binding)
+	}
+	if tuple && len(p.Ports) != 1 {
+		v.refuse("ports", "name the port of the service that is connected to", "the binding %q is to one port", p.Binding)
+	}
+}
+
+// kind holds break-glass grants to less than others.
+func (v *validation) kind(p Payload) {
+	switch {
+	case p.Kind == "":
+		return
+	case p.Kind != BreakGlass:
+		v.refuse("kind", "write breakGlass or leave it out", "kind %.40q is not known", p.Kind)
+		return
+	}
+	if len(p.Addresses) > maxBreakGlassAddresses {
+		v.refuse("addresses", "name the one from which you mend it", "has %d addresses, the most for break-glass is %d", len(p.Addresses), maxBreakGlassAddresses)
+	}
+	if p.NotAfter.Sub(p.NotBefore) > MaxBreakGlassWindow {
+		v.refuse("notAfter", "issue it when it is needed", "is more than %s after notBefore, the most for break-glass", policy.Duration{Duration: MaxBreakGlassWindow})
+	}
+	if p.Duration > policy.MaxBreakGlassDuration {
+		v.refuse("duration", "write a duration such as 15m", "%s is over the cap of %s for break-glass",
+			policy.Duration{Duration: p.Duration}, policy.Duration{Duration: policy.MaxBreakGlassDuration})
 	}
 }
 

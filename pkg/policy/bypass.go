@@ -4,12 +4,23 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
+	"strings"
 	"time"
 )
 
-// BindingAddress binds a path to the addresses that its grant lists. It is the only binding of
-// this version, and an address proves nothing: that is why a policy must name it.
-const BindingAddress = "address"
+// What a path can be bound to. Each has to be named by the policy.
+const (
+	// BindingAddress serves whoever has one of the addresses that the grant lists: those that people name, or the one
+	// that a workload asked from. An address proves nothing of who is behind it.
+	BindingAddress = "address"
+	// BindingTuple serves one connection, from a port of the client that a workload holds while it asks.
+	BindingTuple = "tuple"
+	// BindingWorkload serves the sockets of the control group, on this node, from which a workload asked.
+	BindingWorkload = "workload"
+)
+
+var bindings = []string{BindingAddress, BindingTuple, BindingWorkload}
 
 // MaxGrantDuration is the longest duration that any policy may allow.
 const MaxGrantDuration = 24 * time.Hour
@@ -27,11 +38,11 @@ type BypassPolicy struct {
 type BypassPolicySpec struct {
 	// Services are the protected services that a grant may name. Each must exist.
 	Services []string `json:"services" yaml:"services"`
-	// Bindings are what a path may be bound to: address, written out.
+	// Bindings are what a path may be bound to: address, tuple, workload.
 	Bindings []string `json:"bindings" yaml:"bindings"`
 	// Sources are the client addresses that a grant may name.
 	Sources []AddressRange `json:"sources" yaml:"sources"`
-	// NodeAddresses lets a grant name one of the node's own addresses, loopback included. Such a
+	// NodeAddresses lets a grant that is bound to an address name one of the node's own, loopback included. Such a
 	// path serves every process in the host namespace. The address must be in Sources as well.
 	NodeAddresses bool `json:"nodeAddresses,omitempty" yaml:"nodeAddresses,omitempty"`
 	// MaxDuration caps the duration of a grant. More than 0, at most 24h.
@@ -47,10 +58,16 @@ type BypassPolicySpec struct {
 	// MaxBudget caps what each path of a grant may carry. A grant must name every limit that is given here, and none above
 	// it.
 	MaxBudget Budget `json:"maxBudget,omitzero" yaml:"maxBudget,omitempty"`
-	// Requesters are people of the keyrings, and groups as group:NAME, who may ask for a grant and sign it.
+	// Requesters are people of the keyrings, and groups as group:NAME, who may ask for a grant and sign it; and workloads,
+	// as SPIFFE IDs, exact, or ending in /* for everything below, which ask the agent themselves.
 	Requesters []string `json:"requesters" yaml:"requesters"`
 	// Approvals must all be met by other people's signatures. None: the requester's is enough.
 	Approvals []Approval `json:"approvals,omitempty" yaml:"approvals,omitempty"`
+	// BreakGlass makes it a policy for break-glass grants, and for no others.
+	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
+	// Reviewers are people, and groups as group:NAME, who may say that a grant under this policy was looked at, if they had no
+	// part in it. Empty: those who may approve. A policy for break-glass grants must name them.
+	Reviewers []string `json:"reviewers,omitempty" yaml:"reviewers,omitempty"`
 	// Ticket says what the grant's ticket has to be like.
 	Ticket TicketRule `json:"ticket,omitzero" yaml:"ticket,omitempty"`
 	// Windows are the times at which a grant may be activated; its paths end with the window. None: always.
@@ -59,6 +76,10 @@ type BypassPolicySpec struct {
 	When string `json:"when,omitempty" yaml:"when,omitempty"`
 	// NotAfter ends the policy and the paths under it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
+	// IdleTimeout ends a grant whose paths carried nothing for so long; a grant may ask for less. Zero: they may.
+	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
+	// WarnBefore are the times before a grant's end at which its end is warned of: 5m and 1m.
+	WarnBefore []Duration `json:"warnBefore,omitempty" yaml:"warnBefore,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
@@ -87,11 +108,11 @@ func (p *BypassPolicy) validate(d *document) {
 	d.checkList("spec.requesters", p.Spec.Requesters, "list the people who may ask for its grants")
 	p.validateApprovals(d)
 	p.validateConditions(d)
+	p.validateBreakGlass(d)
+	p.validateOversight(d)
 	d.checkList("spec.bindings", p.Spec.Bindings, "write bindings: [address], for an address alone proves nothing")
 	for i, b := range p.Spec.Bindings {
-		if b != BindingAddress {
-			d.report(fmt.Sprintf("spec.bindings[%d]", i), faultf("write address", "binding %q is not known", b))
-		}
+		d.report(fmt.Sprintf("spec.bindings[%d]", i), CheckBinding(b))
 	}
 	p.validateSources(d)
 	d.report("spec.ingress", CheckIngress(p.Spec.Ingress))
@@ -101,6 +122,14 @@ func (p *BypassPolicy) validate(d *document) {
 		d.checkList("spec.templates", p.Spec.Templates, "list the templates, or leave it out")
 	}
 	p.validateClass(d)
+}
+
+// CheckBinding refuses what a path cannot be bound to.
+func CheckBinding(b string) error {
+	if !slices.Contains(bindings, b) {
+		return faultf("write one of: "+strings.Join(bindings, ", "), "binding %q is not known", cut(b))
+	}
+	return nil
 }
 
 func (p *BypassPolicy) validateConditions(d *document) {
@@ -168,6 +197,9 @@ func (d *document) checkList(field string, list []string, hint string) {
 	}
 }
 
+// ownsSockets tells whether a binding serves certain sockets, and not whoever has an address.
+func ownsSockets(binding string) bool { return binding == BindingTuple || binding == BindingWorkload }
+
 func (p *BypassPolicy) validateSources(d *document) {
 	if len(p.Spec.Sources) == 0 {
 		d.report("spec.sources", faultf("list the client addresses that a grant may name", "needs at least one entry"))
@@ -194,7 +226,7 @@ func (p *BypassPolicy) checkSource(r AddressRange) error {
 			return err
 		}
 	}
-	if r.Addr().IsLoopback() && !p.Spec.NodeAddresses {
+	if r.Addr().IsLoopback() && !p.Spec.NodeAddresses && !slices.ContainsFunc(p.Spec.Bindings, ownsSockets) {
 		return faultf("remove it, or write nodeAddresses: true", "%s is loopback, which only nodeAddresses: true allows", r)
 	}
 	return nil

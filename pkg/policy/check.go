@@ -24,9 +24,11 @@ type GrantFacts struct {
 	Duration  time.Duration
 	Budget    Budget
 	Ingress   Ingress
-	Binding   string
-	Ticket    string
-	Reason    string
+	// BreakGlass grants are for policies of their own, and signed with keys that may.
+	BreakGlass bool
+	Binding    string
+	Ticket     string
+	Reason     string
 	// Template that it was asked for by; empty: none.
 	Template  string
 	Requester string
@@ -120,7 +122,7 @@ func (c *grantCheck) addresses(g GrantFacts) {
 			c.refuse(field, "ask for an address of spec.sources, or have it added there",
 				"policy %q does not list %s in its sources", c.policy.Name, a)
 		}
-		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses {
+		if isNode(a, g.NodeAddresses) && !c.policy.Spec.NodeAddresses && !ownsSockets(g.Binding) {
 			c.refuse(field, "ask for the address of a pod or another host, or have nodeAddresses: true set",
 				"%s is an address of the node, and policy %q does not allow those", a, c.policy.Name)
 		}
@@ -168,8 +170,8 @@ func (c *grantCheck) requester(g GrantFacts) {
 		c.refuse("requester", "have it asked for by one of: "+strings.Join(may, ", "), "policy %q lets %q ask for nothing", c.policy.Name, g.Requester)
 		return
 	}
-	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(UseRequest) }) {
-		c.refuse("signatures", "have it signed with a key of "+g.Requester+" that may request", "the requester %s has not signed it", g.Requester)
+	if !slices.ContainsFunc(g.Signers, func(s Signer) bool { return s.Person == g.Requester && s.May(g.UseOf(UseRequest)) }) {
+		c.refuse("signatures", "have it signed with a key of "+g.Requester+" of the use "+string(g.UseOf(UseRequest)), "the requester %s has not signed it", g.Requester)
 	}
 }
 

@@ -57,6 +57,8 @@ type AgentConfigSpec struct {
 	FlowBuffer uint32 `json:"flowBuffer" yaml:"flowBuffer"`
 	// Metrics is the address that serves Prometheus metrics. Left out: none.
 	Metrics string `json:"metrics,omitempty" yaml:"metrics,omitempty"`
+	// Automation lets workloads ask the agent for paths, over mTLS. Left out: none can.
+	Automation *AutomationConfig `json:"automation,omitempty" yaml:"automation,omitempty"`
 	// Operators may use the agent's socket.
 	Operators OperatorsConfig `json:"operators" yaml:"operators"`
 	// Proxy configures the identity proxy.
@@ -114,6 +116,19 @@ type CollectorConfig struct {
 	Address string `json:"address" yaml:"address"`
 	// ID is the collector's SPIFFE ID: spiffe://<trustDomain>/sallyport/collector.
 	ID string `json:"id" yaml:"id"`
+}
+
+// AutomationConfig says where workloads ask for paths, and how much one identity may ask for.
+type AutomationConfig struct {
+	// Listen are addresses and ports, like "[::]:9470". At least one.
+	Listen []string `json:"listen" yaml:"listen"`
+	// SharedAddresses stand for many hosts, as those of NAT and of load balancers do: no path is bound to one. The
+	// node's own addresses and its gateways are never bound to, listed or not.
+	SharedAddresses []AddressRange `json:"sharedAddresses,omitempty" yaml:"sharedAddresses,omitempty"`
+	// RequestsPerMinute of one identity: 60. Twenty may come at a time.
+	RequestsPerMinute uint32 `json:"requestsPerMinute,omitempty" yaml:"requestsPerMinute,omitempty"`
+	// PathsPerIdentity is how many paths one identity may hold at a time: 64.
+	PathsPerIdentity uint32 `json:"pathsPerIdentity,omitempty" yaml:"pathsPerIdentity,omitempty"`
 }
 
 // OperatorsConfig lists who may use the agent's socket, by what the kernel says of the caller.

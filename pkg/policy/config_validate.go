@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"path"
@@ -21,6 +22,8 @@ const (
 	maxLease       = 60 * time.Second
 	maxFlowBuffer  = 1 << 24
 	maxConnections = 1 << 20
+	maxRequests    = 1000000
+	maxHeld        = 65536
 	maxTimeout     = 10 * time.Minute
 	maxIdle        = 7 * 24 * time.Hour
 )
@@ -46,6 +49,7 @@ func (c *AgentConfig) validate(d *document) {
 	c.validateSignatures(d)
 	c.validateDevices(d)
 	c.validateCollector(d)
+	c.Spec.Automation.validate(d)
 	c.Spec.XDP.validate(d)
 	c.Spec.Proxy.validate(d)
 }
@@ -123,6 +127,20 @@ func (c *AgentConfig) validateCollector(d *document) {
 		d.report("spec.collector.id", faultf("write it like spiffe://example.org/sallyport/collector",
 			"%q is not a SPIFFE ID of a workload", c.Spec.Collector.ID))
 	}
+}
+
+func (a *AutomationConfig) validate(d *document) {
+	if a == nil {
+		return
+	}
+	d.checkList("spec.automation.listen", a.Listen, "write where the agent listens, like \"[::]:9470\", or leave automation out")
+	for i, address := range a.Listen {
+		d.report(fmt.Sprintf("spec.automation.listen[%d]", i), checkListenAddress(address))
+	}
+	a.RequestsPerMinute = cmp.Or(a.RequestsPerMinute, 60)
+	d.report("spec.automation.requestsPerMinute", checkCount(a.RequestsPerMinute, maxRequests))
+	a.PathsPerIdentity = cmp.Or(a.PathsPerIdentity, 64)
+	d.report("spec.automation.pathsPerIdentity", checkCount(a.PathsPerIdentity, maxHeld))
 }
 
 func (p *ProxyConfig) validate(d *document) {

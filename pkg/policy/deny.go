@@ -26,7 +26,8 @@ type DenyListSpec struct {
 	Reason string `json:"reason" yaml:"reason"`
 	// NotAfter ends the list, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
-	// Identities are SPIFFE IDs, exact, or ending in /* for everything below, that the proxy lets in nowhere.
+	// Identities are SPIFFE IDs, exact, or ending in /* for everything below, that the proxy lets in nowhere, and that may
+	// not ask for grants.
 	Identities []string `json:"identities,omitempty" yaml:"identities,omitempty"`
 	// People may neither ask for grants nor approve them. They need not be in a keyring.
 	People []string `json:"people,omitempty" yaml:"people,omitempty"`
@@ -77,10 +78,15 @@ func (l DenyList) hasAddress(a netip.Addr) bool {
 	return slices.ContainsFunc(l.Spec.Addresses, func(r AddressRange) bool { return r.Contains(a) })
 }
 
+// hasIdentity reports whether the list has the SPIFFE ID.
+func (l DenyList) hasIdentity(id string) bool {
+	return slices.ContainsFunc(l.Spec.Identities, func(p string) bool { return matches(p, id) })
+}
+
 // deniedIdentity is the list that keeps an identity out of everything.
 func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
 	for _, l := range s.denials {
-		if l.holds(now) && slices.ContainsFunc(l.Spec.Identities, func(p string) bool { return matches(p, id.String()) }) {
+		if l.holds(now) && l.hasIdentity(id.String()) {
 			return l, true
 		}
 	}
@@ -103,7 +109,7 @@ func (s *Set) denied(g GrantFacts) (errs []*Error) {
 		if slices.Contains(l.Spec.Services, g.Service) {
 			deny("service", "a way around "+g.Service)
 		}
-		if slices.Contains(l.Spec.People, g.Requester) {
+		if slices.Contains(l.Spec.People, g.Requester) || l.hasIdentity(g.Requester) {
 			deny("requester", g.Requester)
 		}
 		for _, signer := range g.Signers {

@@ -38,7 +38,7 @@ func (s *Set) Evaluate(g GrantFacts) Answer {
 	a := Answer{Denied: s.denied(g)}
 	var best *Allowance
 	for _, p := range s.policies {
-		if !slices.Contains(p.Spec.Services, g.Service) {
+		if !slices.Contains(p.Spec.Services, g.Service) || p.Spec.BreakGlass != g.BreakGlass {
 			continue
 		}
 		until, missing := s.check(p, svc, g)
@@ -54,7 +54,7 @@ func (s *Set) Evaluate(g GrantFacts) Answer {
 	case best != nil:
 		a.Allowed, a.Allowance = true, *best
 	case len(a.Near) == 0:
-		return refused("service", "add it to a BypassPolicy", "no BypassPolicy covers the service %q", g.Service)
+		return refused("service", "add it to a BypassPolicy", "no BypassPolicy%s covers the service %q", ofKind(g.BreakGlass), g.Service)
 	}
 	return a
 }

@@ -9,19 +9,25 @@ import (
 // groupPrefix stands before the name of a group where people may be listed as well.
 const groupPrefix = "group:"
 
+// workloadPrefix is what every SPIFFE ID begins with, and no person's name.
+const workloadPrefix = "spiffe://"
+
 // Use is something that a key may sign.
 type Use string
 
 // Uses of a key. One without any may request and approve.
 const (
-	UseRequest   Use = "request"
-	UseApprove   Use = "approve"
-	UseResources Use = "resources" // sets of resources, and what only they could change
+	UseRequest Use = "request"
+	UseApprove Use = "approve"
+	// UseBreakGlass is to ask for and to approve what a policy with breakGlass: true allows, and nothing else.
+	UseBreakGlass Use = "breakGlass"
+	// UseResources is to sign sets of resources, and to vouch for a node.
+	UseResources Use = "resources"
 )
 
-var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseResources: true}
+var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true}
 
-// Signer is a person whose signature was verified, and what the key may sign.
+// Signer is a person whose signature was verified, and what the key may sign; or a workload that proved its identity.
 type Signer struct {
 	Person string `json:"person"`
 	KeyID  string `json:"keyId"`
@@ -91,13 +97,22 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// includes reports whether a list of people and groups has the person.
-func (s *Set) includes(list []string, person string) bool {
+// includes reports whether a list of people, groups and workloads has the person or workload.
+func (s *Set) includes(list []string, who string) bool {
 	return slices.ContainsFunc(list, func(name string) bool {
 		group, isGroup := strings.CutPrefix(name, groupPrefix)
-		return isGroup && slices.Contains(s.groups[group], person) || !isGroup && name == person
+		switch {
+		case isGroup:
+			return slices.Contains(s.groups[group], who)
+		case IsWorkload(name):
+			return matches(name, who)
+		}
+		return name == who
 	})
 }
+
+// IsWorkload tells whether a requester is a workload, by its SPIFFE ID or a pattern of them, and not a person.
+func IsWorkload(requester string) bool { return strings.HasPrefix(requester, workloadPrefix) }
 
 // unmet lists what approvals are missing. Each person counts once in all, for one of the approvals, and in the way in
 // which most of them are met: a matching of people with seats (Kuhn).

@@ -97,17 +97,31 @@ func (p *parser) checkGroups(people map[string]bool) (groups map[string]bool) {
 	return groups
 }
 
+// checkRequesters reports names in a list of people, groups and workloads that are none of these.
+func (d *document) checkRequesters(field string, names []string, people, groups map[string]bool) {
+	for i, name := range names {
+		if IsWorkload(name) {
+			d.report(fmt.Sprintf("%s[%d]", field, i), checkPattern(name))
+			continue
+		}
+		d.checkPersonOrGroup(fmt.Sprintf("%s[%d]", field, i), name, people, groups)
+	}
+}
+
 // checkWho reports names in a list of people and groups that are neither.
 func (d *document) checkWho(field string, names []string, people, groups map[string]bool) {
 	for i, name := range names {
-		at := fmt.Sprintf("%s[%d]", field, i)
-		group, isGroup := strings.CutPrefix(name, groupPrefix)
-		switch {
-		case isGroup && !groups[group]:
-			d.report(at, faultf(suggest(group, groups), "no Keyring has a group %q", group))
-		case !isGroup && !people[name]:
-			d.report(at, faultf(suggest(name, people), "no Keyring has a person %q", name))
-		}
+		d.checkPersonOrGroup(fmt.Sprintf("%s[%d]", field, i), name, people, groups)
+	}
+}
+
+func (d *document) checkPersonOrGroup(field, name string, people, groups map[string]bool) {
+	group, isGroup := strings.CutPrefix(name, groupPrefix)
+	switch {
+	case isGroup && !groups[group]:
+		d.report(field, faultf(suggest(group, groups), "no Keyring has a group %q", group))
+	case !isGroup && !people[name]:
+		d.report(field, faultf(suggest(name, people), "no Keyring has a person %q", name))
 	}
 }
 
@@ -140,8 +154,9 @@ func (p *parser) checkReferences() {
 	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
-		l.checkWho("spec.requesters", l.value.Spec.Requesters, people, groups)
+		l.checkRequesters("spec.requesters", l.value.Spec.Requesters, people, groups)
 		l.checkKnown("spec.templates", l.value.Spec.Templates, templates, "no GrantTemplate is named %q")
+		l.checkWho("spec.reviewers", l.value.Spec.Reviewers, people, groups)
 		for i, a := range l.value.Spec.Approvals {
 			l.checkWho(fmt.Sprintf("spec.approvals[%d].from", i), a.From, people, groups)
 		}

@@ -42,6 +42,10 @@ type GrantTest struct {
 	Template  string       `json:"template,omitempty" yaml:"template,omitempty"`
 	// Reason is the name of the test where it is not written.
 	Reason string `json:"reason,omitempty" yaml:"reason,omitempty"`
+	// Binding is what its paths are bound to: address.
+	Binding string `json:"binding,omitempty" yaml:"binding,omitempty"`
+	// BreakGlass makes it a break-glass grant.
+	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
 	// At is the time of activation. Zero: what depends on it is left out.
 	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
 }
@@ -51,6 +55,9 @@ func (t GrantTest) validate(d *document, field string) {
 		d.report(field+".name", faultf("say what it tests", "is missing"))
 	}
 	d.report(field+".name", checkOneLine(t.Name))
+	if t.Binding != "" {
+		d.report(field+".binding", CheckBinding(t.Binding))
+	}
 	switch {
 	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
 		d.report(field+".expect", faultf("write Allow or Refuse", "%q is neither", t.Expect))
@@ -59,14 +66,15 @@ func (t GrantTest) validate(d *document, field string) {
 	}
 }
 
-// facts are those of a grant that says why, bound to addresses, whose signatures were verified.
+// facts are those of a grant that says why, whose signatures were verified.
 func (t GrantTest) facts() GrantFacts {
-	signers := []Signer{{Person: t.Requester}}
+	every := []Use{UseRequest, UseApprove, UseBreakGlass}
+	signers := []Signer{{Person: t.Requester, Uses: every}}
 	for _, p := range t.Approvers {
-		signers = append(signers, Signer{Person: p})
+		signers = append(signers, Signer{Person: p, Uses: every})
 	}
-	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress,
-		Binding: BindingAddress, Ticket: t.Ticket, Reason: cmp.Or(t.Reason, t.Name), Template: t.Template, Requester: t.Requester, Signers: signers, Now: t.At}
+	return GrantFacts{Service: t.Service, Ports: t.Ports, Addresses: t.Addresses, Duration: t.Duration.Duration, Budget: t.Budget, Ingress: t.Ingress, BreakGlass: t.BreakGlass,
+		Binding: cmp.Or(t.Binding, BindingAddress), Ticket: t.Ticket, Reason: cmp.Or(t.Reason, t.Name), Template: t.Template, Requester: t.Requester, Signers: signers, Now: t.At}
 }
 
 // Tests is how many tests the set has.

@@ -89,7 +89,7 @@ func addressTexts(list []netip.Addr) []string {
 func approversOf(g GrantFacts) []string {
 	people := []string{}
 	for _, s := range g.Signers {
-		if s.Person != g.Requester && s.May(UseApprove) && !slices.Contains(people, s.Person) {
+		if s.Person != g.Requester && s.May(g.UseOf(UseApprove)) && !slices.Contains(people, s.Person) {
 			people = append(people, s.Person)
 		}
 	}

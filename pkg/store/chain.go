@@ -135,7 +135,7 @@ func (s *Store) verify(ctx context.Context) (head, error) {
 	if err != nil {
 		return head{}, err
 	}
-	for _, check := range []func(context.Context, *sql.Tx, head) error{verifyEntries, verifyReplay, verifyGrants, verifySpool} {
+	for _, check := range []func(context.Context, *sql.Tx, head) error{verifyEntries, verifyReplay, verifyStatements, verifyGrants, verifyNotes, verifySpool} {
 		if err := check(ctx, tx, h); err != nil {
 			return head{}, err
 		}

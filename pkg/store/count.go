@@ -92,8 +92,11 @@ func replaceFile(path string, data []byte) error {
 	return os.Rename(tmp, path)
 }
 
-// raise never goes back: calls may overtake each other.
+// raise never goes back: calls may overtake each other. No file has nothing to raise.
 func (c *countFile) raise(off int, v uint64) {
+	if c == nil {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.page != nil && binary.NativeEndian.Uint64(c.page[off:]) < v {
@@ -111,6 +114,9 @@ func (c *countFile) load(off int) uint64 {
 }
 
 func (c *countFile) close() error {
+	if c == nil {
+		return nil
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.page == nil {

@@ -156,6 +156,10 @@ type ledger struct {
 	flow    uint64
 }
 
+func newLedger() *ledger {
+	return &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}}
+}
+
 func (l *ledger) note(t *testing.T, line string) {
 	t.Helper()
 	f := strings.Fields(line)
@@ -218,7 +222,7 @@ func TestKilled(t *testing.T) {
 		rounds = 5
 	}
 	path := testPath(t)
-	l := &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}}
+	l := newLedger()
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	for round := range rounds {
 		c := startChild(t, path, uint64(round+1))

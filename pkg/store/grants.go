@@ -22,6 +22,8 @@ const (
 type GrantRow struct {
 	ID           string
 	State        string
+	Kind         string        // empty: an ordinary grant
+	Digest       string        // of the payload, as statements name it
 	Envelope     []byte        // as it was handed in
 	Payload      []byte        // JSON, verified
 	Activated    time.Time     // wall clock
@@ -29,13 +31,15 @@ type GrantRow struct {
 	DeadlineBoot time.Duration // CLOCK_BOOTTIME; means something only in the boot BootID
 	BootID       string
 	Slots        []uint32
-	Signers      []string
+	Signers      []string // ids of keys
+	People       []string // whose keys they are
 	EndedWhy     string
 }
 
 // Activate records in one durable transaction that the grant is used up, the grant itself, and the
-// critical entry that tells of it. The caller may then, and only then, open the path. ErrReplayed if a
-// grant with this id was ever activated here; nothing is written then.
+// critical entry that tells of it. The caller may then, and only then, open the path. Nothing is written with
+// ErrReplayed, if a grant with this id was ever activated here; ErrFinal, if it was withdrawn or denied; ErrClockBehind
+// and ErrDoubt, if the store cannot tell.
 func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error {
 	row.State = StateActive
 	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
@@ -45,6 +49,12 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 		}
 		if n > 0 {
 			return ErrReplayed
+		}
+		if err := checkFinal(ctx, tx, row.Digest); err != nil {
+			return err
+		}
+		if err := h.see(row.Activated); err != nil {
+			return err
 		}
 		hash := replayHash(h.replayHash, row.ID)
 		if _, err := tx.ExecContext(ctx, `INSERT INTO replay (id, hash) VALUES (?, ?)`, row.ID, hash); err != nil {
@@ -65,24 +75,26 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 // EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
 // transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
 func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
-		row, err := getGrant(ctx, tx, id)
-		if err != nil {
-			return err
-		}
-		if row.State != StateActive {
-			return fmt.Errorf("%w: it is %s", ErrEnded, row.State)
-		}
-		row.State, row.EndedWhy = state, why
-		if err := putGrant(ctx, tx, row); err != nil {
-			return err
-		}
-		return appendEntry(ctx, tx, h, Item{Data: event})
-	})
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error { return endGrant(ctx, tx, h, End{id, state, why, event}) })
 	if err != nil {
 		return fmt.Errorf("end grant %q: %w", id, err)
 	}
 	return nil
+}
+
+func endGrant(ctx context.Context, tx *sql.Tx, h *head, e End) error {
+	row, err := getGrant(ctx, tx, e.ID)
+	if err != nil {
+		return err
+	}
+	if row.State != StateActive {
+		return fmt.Errorf("%w: it is %s", ErrEnded, row.State)
+	}
+	row.State, row.EndedWhy = e.State, e.Why
+	if err := putGrant(ctx, tx, row); err != nil {
+		return err
+	}
+	return appendEntry(ctx, tx, h, Item{Data: e.Event})
 }
 
 // SetSlots notes the path slots that an active grant has.
@@ -122,7 +134,7 @@ func (s *Store) Grants(ctx context.Context) ([]GrantRow, error) {
 	return out, nil
 }
 
-const selectGrants = `SELECT id, state, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, ended_why, sum FROM grants`
+const selectGrants = `SELECT id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, sum FROM grants`
 
 func getGrant(ctx context.Context, tx *sql.Tx, id string) (GrantRow, error) {
 	g, err := scanGrant(tx.QueryRowContext(ctx, selectGrants+` WHERE id = ?`, id))
@@ -134,17 +146,17 @@ func getGrant(ctx context.Context, tx *sql.Tx, id string) (GrantRow, error) {
 
 // grantCells is a grant as the table has it.
 type grantCells struct {
-	id, state              string
-	envelope, payload      []byte
-	activated, deadline    int64 // Unix ns
-	deadlineBoot           int64 // ns
-	bootID, slots, signers string
-	endedWhy               string
+	id, state, kind, digest        string
+	envelope, payload              []byte
+	activated, deadline            int64 // Unix ns
+	deadlineBoot                   int64 // ns
+	bootID, slots, signers, people string
+	endedWhy                       string
 }
 
 func (c grantCells) sum() []byte {
-	return digest([]byte("sallyport grant"), []byte(c.id), []byte(c.state), c.envelope, c.payload, num(uint64(c.activated)), num(uint64(c.deadline)),
-		num(uint64(c.deadlineBoot)), []byte(c.bootID), []byte(c.slots), []byte(c.signers), []byte(c.endedWhy))
+	return digest([]byte("sallyport grant"), []byte(c.id), []byte(c.state), []byte(c.kind), []byte(c.digest), c.envelope, c.payload, num(uint64(c.activated)), num(uint64(c.deadline)),
+		num(uint64(c.deadlineBoot)), []byte(c.bootID), []byte(c.slots), []byte(c.signers), []byte(c.people), []byte(c.endedWhy))
 }
 
 func putGrant(ctx context.Context, tx *sql.Tx, g GrantRow) error {
@@ -156,27 +168,32 @@ func putGrant(ctx context.Context, tx *sql.Tx, g GrantRow) error {
 	if err != nil {
 		return err
 	}
-	c := grantCells{g.ID, g.State, notNil(g.Envelope), notNil(g.Payload), g.Activated.UnixNano(), g.Deadline.UnixNano(),
-		int64(g.DeadlineBoot), g.BootID, string(slots), string(signers), g.EndedWhy}
-	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO grants (id, state, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, ended_why, sum)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		c.id, c.state, c.envelope, c.payload, c.activated, c.deadline, c.deadlineBoot, c.bootID, c.slots, c.signers, c.endedWhy, c.sum())
+	people, err := json.Marshal(g.People)
+	if err != nil {
+		return err
+	}
+	c := grantCells{g.ID, g.State, g.Kind, g.Digest, notNil(g.Envelope), notNil(g.Payload), g.Activated.UnixNano(), g.Deadline.UnixNano(),
+		int64(g.DeadlineBoot), g.BootID, string(slots), string(signers), string(people), g.EndedWhy}
+	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO grants (id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, sum)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		c.id, c.state, c.kind, c.digest, c.envelope, c.payload, c.activated, c.deadline, c.deadlineBoot, c.bootID, c.slots, c.signers, c.people, c.endedWhy, c.sum())
 	return err
 }
 
 func scanGrant(row interface{ Scan(...any) error }) (GrantRow, error) {
 	var c grantCells
 	var sum []byte
-	if err := row.Scan(&c.id, &c.state, &c.envelope, &c.payload, &c.activated, &c.deadline, &c.deadlineBoot,
-		&c.bootID, &c.slots, &c.signers, &c.endedWhy, &sum); err != nil {
+	if err := row.Scan(&c.id, &c.state, &c.kind, &c.digest, &c.envelope, &c.payload, &c.activated, &c.deadline, &c.deadlineBoot,
+		&c.bootID, &c.slots, &c.signers, &c.people, &c.endedWhy, &sum); err != nil {
 		return GrantRow{}, err
 	}
 	if !bytes.Equal(sum, c.sum()) {
 		return GrantRow{}, fmt.Errorf("%w: checksum of grant %q does not fit", ErrDamaged, c.id)
 	}
-	g := GrantRow{ID: c.id, State: c.state, Envelope: c.envelope, Payload: c.payload, Activated: time.Unix(0, c.activated).UTC(),
+	g := GrantRow{ID: c.id, State: c.state, Kind: c.kind, Digest: c.digest, Envelope: c.envelope, Payload: c.payload, Activated: time.Unix(0, c.activated).UTC(),
 		Deadline: time.Unix(0, c.deadline).UTC(), DeadlineBoot: time.Duration(c.deadlineBoot), BootID: c.bootID, EndedWhy: c.endedWhy}
-	return g, errors.Join(json.Unmarshal([]byte(c.slots), &g.Slots), json.Unmarshal([]byte(c.signers), &g.Signers))
+	return g, errors.Join(json.Unmarshal([]byte(c.slots), &g.Slots), json.Unmarshal([]byte(c.signers), &g.Signers),
+		json.Unmarshal([]byte(c.people), &g.People))
 }
 
 func replayHash(prev []byte, id string) []byte {

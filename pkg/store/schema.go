@@ -11,7 +11,7 @@ import (
 )
 
 // layout is the version of the tables, kept in user_version. A change of a table is a new number.
-const layout = 1
+const layout = 2
 
 // applicationID marks the file as ours: "SPLY".
 const applicationID = 0x53504c59
@@ -24,7 +24,9 @@ CREATE TABLE head (
 	writes INTEGER NOT NULL,
 	seq INTEGER NOT NULL, hash BLOB NOT NULL,
 	base_seq INTEGER NOT NULL, base_hash BLOB NOT NULL,
-	replay_hash BLOB NOT NULL,
+	replay_hash BLOB NOT NULL, statement_hash BLOB NOT NULL,
+	node TEXT NOT NULL, machine TEXT NOT NULL,
+	latest INTEGER NOT NULL, floor INTEGER NOT NULL, doubt TEXT NOT NULL,
 	queued INTEGER NOT NULL, queue_unsure INTEGER NOT NULL,
 	flow_acked INTEGER NOT NULL, flow_reserved INTEGER NOT NULL, flow_unsure INTEGER NOT NULL,
 	clean INTEGER NOT NULL,
@@ -40,9 +42,19 @@ CREATE TABLE replay (
 	id TEXT NOT NULL UNIQUE,
 	hash BLOB NOT NULL
 ) STRICT;
+CREATE TABLE statements (
+	n INTEGER PRIMARY KEY,
+	digest TEXT NOT NULL,
+	step TEXT NOT NULL,
+	cells TEXT NOT NULL,
+	hash BLOB NOT NULL,
+	UNIQUE (digest, step)
+) STRICT;
 CREATE TABLE grants (
 	id TEXT PRIMARY KEY,
 	state TEXT NOT NULL,
+	kind TEXT NOT NULL,
+	digest TEXT NOT NULL,
 	envelope BLOB NOT NULL,
 	payload BLOB NOT NULL,
 	activated INTEGER NOT NULL,
@@ -51,7 +63,13 @@ CREATE TABLE grants (
 	boot_id TEXT NOT NULL,
 	slots TEXT NOT NULL,
 	signers TEXT NOT NULL,
+	people TEXT NOT NULL,
 	ended_why TEXT NOT NULL,
+	sum BLOB NOT NULL
+) STRICT;
+CREATE TABLE notes (
+	name TEXT PRIMARY KEY,
+	data BLOB NOT NULL,
 	sum BLOB NOT NULL
 ) STRICT;
 CREATE TABLE spool (
@@ -71,6 +89,11 @@ type head struct {
 	seq, baseSeq   uint64 // last entry, and last entry that was acknowledged and removed
 	hash, baseHash []byte
 	replayHash     []byte
+	statementHash  []byte
+	node, machine  string // that keep the store; empty: not known
+	latest         int64  // wall clock in Unix ns, the latest that was ever seen
+	floor          int64  // wall clock in Unix ns; a grant that could be activated before it may have been
+	doubt          string // why the store may have forgotten; empty: it has not
 	queued         uint64 // entries that went through the queue in memory
 	queueUnsure    uint64 // 1: a power loss may have taken queued entries with it
 	flowAcked      uint64
@@ -82,20 +105,20 @@ type head struct {
 func newHead(boot string) head {
 	epoch := ulid.Make().String()
 	start := digest([]byte("sallyport epoch"), []byte(epoch))
-	return head{epoch: epoch, boot: boot, hash: start, baseHash: start, replayHash: start, clean: 1}
+	return head{epoch: epoch, boot: boot, hash: start, baseHash: start, replayHash: start, statementHash: start, clean: 1}
 }
 
 func (h head) sum() []byte {
 	return digest([]byte("sallyport head"), []byte(h.epoch), []byte(h.boot), num(h.writes), num(h.seq), h.hash, num(h.baseSeq), h.baseHash,
-		h.replayHash, num(h.queued), num(h.queueUnsure), num(h.flowAcked), num(h.flowReserved), num(h.flowUnsure), num(h.clean))
+		h.replayHash, h.statementHash, []byte(h.node), []byte(h.machine), num(uint64(h.latest)), num(uint64(h.floor)), []byte(h.doubt), num(h.queued), num(h.queueUnsure), num(h.flowAcked), num(h.flowReserved), num(h.flowUnsure), num(h.clean))
 }
 
 func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 	var h head
 	var sum []byte
-	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
-		flow_acked, flow_reserved, flow_unsure, clean, sum FROM head`).Scan(&h.epoch, &h.boot, &h.writes, &h.seq, &h.hash, &h.baseSeq, &h.baseHash,
-		&h.replayHash, &h.queued, &h.queueUnsure, &h.flowAcked, &h.flowReserved, &h.flowUnsure, &h.clean, &sum)
+	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, statement_hash,
+		node, machine, latest, floor, doubt, queued, queue_unsure, flow_acked, flow_reserved, flow_unsure, clean, sum FROM head`).Scan(&h.epoch, &h.boot, &h.writes, &h.seq, &h.hash, &h.baseSeq, &h.baseHash,
+		&h.replayHash, &h.statementHash, &h.node, &h.machine, &h.latest, &h.floor, &h.doubt, &h.queued, &h.queueUnsure, &h.flowAcked, &h.flowReserved, &h.flowUnsure, &h.clean, &sum)
 	if err != nil {
 		return head{}, fmt.Errorf("read head: %w", err)
 	}
@@ -106,9 +129,11 @@ func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 }
 
 func saveHead(ctx context.Context, tx *sql.Tx, h head) error {
-	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, queued, queue_unsure,
-		flow_acked, flow_reserved, flow_unsure, clean, sum) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		h.epoch, h.boot, h.writes, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.queued, h.queueUnsure,
+	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, statement_hash,
+		node, machine, latest, floor, doubt, queued, queue_unsure, flow_acked, flow_reserved, flow_unsure, clean, sum)
+		VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		h.epoch, h.boot, h.writes, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.statementHash,
+		h.node, h.machine, h.latest, h.floor, h.doubt, h.queued, h.queueUnsure,
 		h.flowAcked, h.flowReserved, h.flowUnsure, h.clean, h.sum())
 	if err != nil {
 		return fmt.Errorf("write head: %w", err)

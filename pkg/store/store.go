@@ -35,6 +35,14 @@ var (
 	ErrNoGrant = errors.New("no such grant")
 	// ErrEnded says that the grant is no longer active.
 	ErrEnded = errors.New("grant has ended")
+	// ErrFinal says that the grant was withdrawn or denied.
+	ErrFinal = errors.New("grant is not to be")
+	// ErrStated says that the node has a statement of this step about this grant already.
+	ErrStated = errors.New("that was said of the grant before")
+	// ErrClockBehind says that the wall clock is behind what the store has seen.
+	ErrClockBehind = errors.New("clock is behind the node's memory")
+	// ErrDoubt says that the store may have forgotten grants that were used.
+	ErrDoubt = errors.New("the node's memory of used grants is in doubt")
 	// ErrDamaged says that what is stored is not what was written.
 	ErrDamaged = errors.New("store is damaged")
 	// ErrFull says that the store or its disk has no room; nothing of the call was written.
@@ -54,6 +62,9 @@ type Store struct {
 	boot  string
 	db    *sql.DB
 	count *countFile
+
+	witness *countFile // nil until Claim; guarded by mu
+	memory  Memory     // as of the last write; guarded by mu
 
 	mu sync.Mutex // held by one write at a time, so that the count file follows the database
 }
@@ -95,7 +106,7 @@ func (s *Store) open() error {
 	if err != nil {
 		return err
 	}
-	s.epoch = h.epoch
+	s.epoch, s.memory = h.epoch, h.memory()
 	return s.adopt(ctx, h)
 }
 
@@ -126,9 +137,7 @@ func (s *Store) closeFiles() error {
 	if s.db != nil {
 		errs = append(errs, s.db.Close())
 	}
-	if s.count != nil {
-		errs = append(errs, s.count.close())
-	}
+	errs = append(errs, s.count.close(), s.witness.close())
 	s.db = nil
 	return errors.Join(errs...)
 }
@@ -148,6 +157,7 @@ func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) er
 	writes, err := s.update(ctx, f)
 	if err == nil {
 		s.count.raise(offWrites, writes)
+		s.witness.raise(offWrites, writes)
 	}
 	return err
 }
@@ -169,7 +179,11 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) (
 	if err := saveHead(ctx, tx, h); err != nil {
 		return 0, classify(err)
 	}
-	return h.writes, classify(tx.Commit())
+	if err := tx.Commit(); err != nil {
+		return 0, classify(err)
+	}
+	s.memory = h.memory()
+	return h.writes, nil
 }
 
 // classify puts the sentinel for a SQLite result code in front of the error.

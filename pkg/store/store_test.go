@@ -134,7 +134,7 @@ func testGrant(id string) GrantRow {
 	return GrantRow{
 		ID: id, State: StateActive, Envelope: []byte(`{"payload":""}`), Payload: []byte(`{"id":"x"}`),
 		Activated: time.Unix(1700000000, 5).UTC(), Deadline: time.Unix(1700000300, 7).UTC(), DeadlineBoot: 12345 * time.Second,
-		BootID: "boot", Slots: []uint32{1, 7}, Signers: []string{"alice"},
+		BootID: "boot", Slots: []uint32{1, 7}, Signers: []string{"sp:1"}, People: []string{"alice"}, Kind: "breakGlass", Digest: "of " + id,
 	}
 }
 
@@ -289,6 +289,13 @@ func TestEdited(t *testing.T) {
 		"grant removed":       `DELETE FROM grants WHERE id = 'g2'`,
 		"deadline moved":      `UPDATE grants SET deadline_boot = deadline_boot + 1 WHERE id = 'g2'`,
 		"state set back":      `UPDATE grants SET state = 'active' WHERE id = 'g0'`,
+		"kind changed":        `UPDATE grants SET kind = '' WHERE id = 'g2'`,
+		"people changed":      `UPDATE grants SET people = '[]' WHERE id = 'g2'`,
+		"statement removed":   `DELETE FROM statements WHERE digest = 'of g7'`,
+		"last statement":      `DELETE FROM statements WHERE n = (SELECT max(n) FROM statements)`,
+		"statement changed":   `UPDATE statements SET step = 'reviewed' WHERE digest = 'of g7'`,
+		"clock set back":      `UPDATE head SET latest = latest - 1`,
+		"doubt taken away":    `UPDATE head SET doubt = doubt || '.'`,
 		"spool changed":       `UPDATE spool SET data = x'00'`,
 		"head set back":       `UPDATE head SET seq = seq - 1`,
 	} {
@@ -305,27 +312,31 @@ func TestEdited(t *testing.T) {
 	}
 }
 
-// A log that lost its tail takes acknowledged entries with it; the count file remembers them.
+// A log that lost its tail takes acknowledged entries with it; the count file remembers them. What was not acknowledged yet
+// when the process died may be missing.
 func TestLostTail(t *testing.T) {
 	path := testPath(t)
 	openTest(t, path).Close() // the tables are in the file itself
 	child := startChild(t, path, 1)
 	child.waitLines(t, 40)
-	child.kill(t)
+	l := newLedger()
+	for _, line := range child.kill(t) {
+		l.note(t, line)
+	}
 	wal := must(os.ReadFile(path + "-wal"))(t)
-	want := content(t, openTest(t, filepath.Join(copyStore(t, path, len(wal)), "node.db")))
-	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096} {
-		s, err := Open(filepath.Join(copyStore(t, path, size), "node.db"))
-		if errors.Is(err, ErrDamaged) {
+	for _, size := range []int{0, 32, len(wal) / 2, len(wal) * 9 / 10, len(wal) - 4096, len(wal)} {
+		cut := filepath.Join(copyStore(t, path, size), "node.db")
+		s, err := Open(cut)
+		if errors.Is(err, ErrDamaged) && size < len(wal) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := content(t, s); !reflect.DeepEqual(got, want) { // the end of the log need not be in use
-			t.Errorf("opened with %d of %d bytes of the log, and something is missing", size, len(wal))
-		}
 		s.Close()
+		if l.check(t, cut); t.Failed() { // the end of the log need not be in use
+			t.Fatalf("with %d of %d bytes of the log", size, len(wal))
+		}
 	}
 }
 
@@ -377,6 +388,11 @@ func fill(t *testing.T, path string) {
 	if err := s.EndGrant(ctx, "g0", StateExpired, "", []byte("expired")); err != nil {
 		t.Fatal(err)
 	}
+	for _, id := range []string{"g7", "g8"} {
+		if err := s.State(ctx, testStatement(id, StepDenied), []byte("denied")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := s.SaveFlow(ctx, 12, 3, []Entry{{4, []byte("flow")}, {12, []byte("flow")}}); err != nil {
 		t.Fatal(err)
 	}
@@ -389,11 +405,13 @@ type everything struct {
 	Epoch   string
 	Entries []Entry
 	Grants  []GrantRow
+	Said    []StatementRow
+	Memory  Memory
 	Flow    FlowState
 }
 
 func content(t *testing.T, s *Store) everything {
 	t.Helper()
 	ctx := t.Context()
-	return everything{s.Epoch(), must(s.Entries(ctx, 0, 1000))(t), must(s.Grants(ctx))(t), must(s.Flow(ctx))(t)}
+	return everything{s.Epoch(), must(s.Entries(ctx, 0, 1000))(t), must(s.Grants(ctx))(t), must(s.Statements(ctx))(t), s.Memory(), must(s.Flow(ctx))(t)}
 }

@@ -163,6 +163,7 @@ func TestExamplesAreValid(t *testing.T) {
 	want := policy.DefaultAgentConfig()
 	want.Name, want.Spec.TrustDomain = config.Name, config.Spec.TrustDomain
 	want.Spec.Collector, want.Spec.Metrics = config.Spec.Collector, config.Spec.Metrics
+	want.Spec.Automation = config.Spec.Automation
 	got, wanted := describe(config.Spec), describe(want.Spec)
 	if got != wanted {
 		t.Errorf("example and defaults differ:\n%s\n%s", got, wanted)

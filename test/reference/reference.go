@@ -82,7 +82,7 @@ type Judgement struct {
 	Fragment uint32
 	First    bool
 	// Owned says that an address of the packet owns a protected port, or is of a kind that no router passes
-	// on: what is done to any other packet is done to somebody else's.
+	// on, or that it goes to a pod with a service: what is done to any other packet is done to somebody else's.
 	Owned bool
 }
 
@@ -120,7 +120,7 @@ func (w *World) Judge(f Frame) Judgement {
 	}
 	j := Judgement{Shape: d.shape, Tuple: Tuple{d.protocol, netip.AddrPortFrom(d.src, d.sport), netip.AddrPortFrom(d.dst, d.dport)}}
 	j.Readable, j.Fragment, j.First = d.kind == ported, d.id, d.opens
-	j.Owned = f.Hook.routed() || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
+	j.Owned = f.Hook.routed() || w.toPod(f) || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
 	if w.reaches(f, d) {
 		j.Verdict = Protect
 	} else if j.Readable && w.answers(d) {

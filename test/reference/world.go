@@ -39,6 +39,9 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 	if f.Hook.routed() {
 		return true
 	}
+	if !node && s.Device == f.Ifindex && !dst.IsMulticast() && !w.shared(dst) {
+		return true // a pod may have any address besides those that are known
+	}
 	if dst.IsMulticast() || w.shared(dst) {
 		// TCP takes unicast alone. What leaves by an uplink goes to other machines.
 		return s.Protocol == protoUDP && (node || f.Hook == PodOut && s.Device == f.Ifindex)
@@ -49,6 +52,11 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 // owns says whether the address has a protected port, whoever asks.
 func (w *World) owns(a netip.Addr) bool {
 	return a.IsValid() && slices.ContainsFunc(w.Services, func(s Service) bool { return w.has(s, a) })
+}
+
+// toPod says whether what the hook passes on arrives at a pod that has a service.
+func (w *World) toPod(f Frame) bool {
+	return !f.Hook.ingress() && slices.ContainsFunc(w.Services, func(s Service) bool { return s.Device == f.Ifindex })
 }
 
 // has says whether the service is at that unicast address.

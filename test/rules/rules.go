@@ -47,7 +47,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/spiffegrpc/..."},
-		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/collector", "./pkg/client", "./cmd/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./cmd/..."},
 		why:     "identities are proven at the edges; the rest handles their names",
 	},
 	{

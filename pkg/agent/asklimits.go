@@ -1,0 +1,83 @@
+package agent
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
+)
+
+const (
+	// askBurst is how many requests of one identity may come at a time.
+	askBurst = 20
+	// maxAskers bounds the identities that are remembered.
+	maxAskers = 4096
+)
+
+// asker is one identity: how often it may ask, and how much it holds.
+type asker struct {
+	bucket *rate.Limiter
+	holds  uint32
+}
+
+// askLimits bounds what each identity may ask for. Safe for concurrent use.
+type askLimits struct {
+	perMinute, paths uint32
+
+	mu     sync.Mutex
+	askers map[spiffeid.ID]*asker // guarded by mu
+}
+
+func newAskLimits(c policy.AutomationConfig) *askLimits {
+	return &askLimits{perMinute: c.RequestsPerMinute, paths: c.PathsPerIdentity, askers: make(map[spiffeid.ID]*asker)}
+}
+
+// take counts a request, and a path more, at a boot time. The error wraps ErrTooMany; nothing is held then.
+func (l *askLimits) take(id spiffeid.ID, boot time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Unix(0, int64(boot)) // a bucket wants a time, and any that only goes forward will do
+	a, err := l.find(id, now)
+	if err != nil {
+		return err
+	}
+	if !a.bucket.AllowN(now, 1) {
+		return fmt.Errorf("%w: %s may ask %d times a minute", ErrTooMany, id, l.perMinute)
+	}
+	if a.holds >= l.paths {
+		return fmt.Errorf("%w: %s may hold %d paths at a time", ErrTooMany, id, l.paths)
+	}
+	a.holds++
+	return nil
+}
+
+// give counts a path less.
+func (l *askLimits) give(id spiffeid.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.askers[id].holds--
+}
+
+// find remembers an identity. Those that hold nothing and whose bucket is full again are as if they had never asked. l.mu
+// is held.
+func (l *askLimits) find(id spiffeid.ID, now time.Time) (*asker, error) {
+	if a, ok := l.askers[id]; ok {
+		return a, nil
+	}
+	if len(l.askers) >= maxAskers {
+		for other, a := range l.askers {
+			if a.holds == 0 && a.bucket.TokensAt(now) >= askBurst {
+				delete(l.askers, other)
+			}
+		}
+	}
+	if len(l.askers) >= maxAskers {
+		return nil, fmt.Errorf("%w: %d identities ask at a time", ErrTooMany, maxAskers)
+	}
+	a := &asker{bucket: rate.NewLimiter(rate.Limit(l.perMinute)/60, askBurst)}
+	l.askers[id] = a
+	return a, nil
+}

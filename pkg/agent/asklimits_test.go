@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// TestAskLimits: an identity that asks too often, or holds too much, is refused, and takes nothing from others; the table
+// has a bound, and forgets those of whom nothing is to be remembered.
+func TestAskLimits(t *testing.T) {
+	l := newAskLimits(policy.AutomationConfig{RequestsPerMinute: 60, PathsPerIdentity: 3})
+	at := time.Hour
+	many := func(id spiffeid.ID, n int) (taken int) {
+		for range n {
+			if err := l.take(id, at); err == nil {
+				taken++
+			} else if !errors.Is(err, ErrTooMany) {
+				t.Fatal(err)
+			}
+		}
+		return taken
+	}
+	if n := many(backup, 10); n != 3 {
+		t.Errorf("holds %d paths, want 3", n)
+	}
+	l.give(backup)
+	if n := many(backup, 5); n != 1 {
+		t.Errorf("gave one back and got %d", n)
+	}
+	for range 3 {
+		l.give(backup)
+	}
+	if n := many(backup, 30); n != 3 { // 15 of the 20 at a time are gone
+		t.Errorf("got %d", n)
+	}
+	for range 3 {
+		l.give(backup)
+	}
+	if n := many(backup, 1); n != 0 {
+		t.Error("asked more than 20 times at once")
+	}
+	if n := many(intruder, 1); n != 1 {
+		t.Error("another identity is refused for it")
+	}
+	at += time.Second
+	if n := many(backup, 2); n != 1 {
+		t.Errorf("a second later: %d, want 1", n)
+	}
+
+	for i := range maxAskers {
+		id := spiffeid.RequireFromPath(testDomain, fmt.Sprintf("/n/%d", i))
+		if l.take(id, at) == nil {
+			l.give(id)
+		}
+	}
+	if late := spiffeid.RequireFromPath(testDomain, "/late"); many(late, 1) != 0 {
+		t.Error("more identities than the table has room for")
+	} else if at += time.Minute; many(late, 1) != 1 || len(l.askers) > 10 {
+		t.Errorf("%d are remembered after a minute", len(l.askers))
+	}
+}

@@ -1,0 +1,103 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// holderGrace is how long a grant waits for its holder to come back after the agent was restarted.
+const holderGrace = 15 * time.Second
+
+// Whys of a grant that its holder let go of.
+const (
+	whyGivenBack  = "given back by its holder"
+	whyHolderGone = "holder gone"
+)
+
+// holding is a workload's grip on a grant that it asked for itself: a stream, without which the grant ends.
+type holding struct {
+	ended chan struct{} // closed when the grant is over; then its ending can be read
+	lost  time.Duration // boot time since which nobody holds it, as the agent was restarted; 0: somebody does. Guarded by grants.mu
+}
+
+func newHolding() *holding { return &holding{ended: make(chan struct{})} }
+
+// wanted is a payload that a workload asks for, and what proves who it is.
+type wanted struct {
+	payload grant.Payload
+	proof   string // names the certificate
+}
+
+func (w wanted) prove() (grant.Verified, error) {
+	return grant.Proven(w.payload, w.proof), w.payload.Validate()
+}
+
+// ActivateFor opens the path that a workload asks for. It is as Activate for what follows, but the grant ends when its
+// holder lets go.
+func (g *grants) ActivateFor(ctx context.Context, want wanted) (*held, error) {
+	a := &activation{ask: &want, actor: want.payload.Requester}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.activate(ctx, a)
+}
+
+// LetGo ends a grant that was held. It is over already where something else ended it.
+func (g *grants) LetGo(ctx context.Context, h *held, why string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.active[h.row.ID] != h {
+		return nil
+	}
+	return g.end(ctx, h, ending{grant: h.row.ID}.revoked(h.payload.Requester, why))
+}
+
+// TakeUp gives an active grant back to its holder, after the agent was restarted. The error wraps ErrNoGrant if it is over,
+// somebody else's, or held.
+func (g *grants) TakeUp(id, requester string, client netip.Addr) (*held, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	h, ok := g.active[id]
+	if !ok || h.over != nil || h.holding == nil || h.holding.lost == 0 || h.payload.Requester != requester || h.payload.Addresses[0] != client {
+		return nil, fmt.Errorf("take up grant %q: %w", plain(id), ErrNoGrant)
+	}
+	h.holding.lost = 0
+	return h, nil
+}
+
+// reclaim makes an adopted grant wait for its holder, if it had one.
+func (h *held) reclaim(boot time.Duration) {
+	if policy.IsWorkload(h.payload.Requester) {
+		h.holding = newHolding()
+		h.holding.lost = boot
+	}
+}
+
+// endLost ends the grants whose holders did not come back in time. g.mu is held.
+func (g *grants) endLost(ctx context.Context) error {
+	var first error
+	now := g.clock.boot()
+	for id, h := range g.active {
+		if h.holding == nil || h.holding.lost == 0 || now-h.holding.lost < holderGrace {
+			continue
+		}
+		if err := g.end(ctx, h, ending{grant: id}.revoked("agent", whyHolderGone+": it did not come back after the agent was restarted")); err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.
+func (h *held) verify(envelope []byte, keys []policy.Keyring, row store.GrantRow) (grant.Verified, error) {
+	if policy.IsWorkload(h.payload.Requester) {
+		return grant.Proven(h.payload, strings.Join(row.Signers, " ")), nil
+	}
+	return grant.Verify(envelope, keys, row.Activated)
+}

@@ -1,0 +1,231 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// What callers of Panic, Lift and Activate may match.
+var (
+	// ErrPanic says that a panic stands: no path is open, and no grant is activated.
+	ErrPanic = errors.New("a panic stands on this node")
+	// ErrNoPanic says that there is none to lift.
+	ErrNoPanic = errors.New("no panic stands on this node")
+	// ErrNotRoot says that the caller is an operator, but not root.
+	ErrNotRoot = errors.New("only root may do this")
+)
+
+// noteOfPanic is where the store has the panic that stands.
+const noteOfPanic = "panic"
+
+// endBatch is how many ends are recorded in one durable transaction: others want to write in between.
+const endBatch = 512
+
+// panicNote is a panic: who called it, why, and when by the wall clock. It stands until it is lifted, also over a restart
+// and a reboot.
+type panicNote struct {
+	By  string    `json:"by"`
+	Why string    `json:"why"`
+	At  time.Time `json:"at"`
+}
+
+func (p *panicNote) String() string {
+	if p == nil {
+		return ""
+	}
+	return fmt.Sprintf("since %s, by %s: %s", p.At.UTC().Format(time.RFC3339), p.By, p.Why)
+}
+
+// Panic ends every path of the node and lets none be opened until Lift. What the kernel holds ends before anything is
+// waited for, a lock or the disk included; records follow, and when it returns without error they are durable. A second
+// call ends what is open by then, and leaves the first one's record.
+func (g *grants) Panic(ctx context.Context, why, actor string) (ended int, err error) {
+	at, _ := g.clock.read()
+	p := &panicNote{By: actor, Why: why, At: at}
+	ended, shut := g.shut(p)
+	g.log.Error("panic: every path ends", "paths", ended, "actor", actor, "why", why)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	late, again := g.shut(p) // a lift may have come between
+	return ended + late, errors.Join(shut, again, g.keepPanic(ctx), g.endForPanic(ctx))
+}
+
+// shut is the part of a panic that waits for nobody.
+func (g *grants) shut(p *panicNote) (ended int, err error) {
+	g.panicked.CompareAndSwap(nil, p)
+	return g.datapath.Shut()
+}
+
+// keepPanic makes the panic that stands durable, if it is not yet. g.mu is held.
+func (g *grants) keepPanic(ctx context.Context) error {
+	p := g.panicked.Load()
+	if p == g.panicKept {
+		return nil
+	}
+	data, err := json.Marshal(p)
+	if err != nil {
+		return fmt.Errorf("keep panic: %w", err)
+	}
+	event, err := encodeEvent(newEvent(stepPanic, p.By, p.Why, g.clock))
+	if err == nil {
+		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic, Data: data}}, event)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNotRecorded, err)
+	}
+	g.panicKept = p
+	g.events.count(stepPanic)
+	g.kick()
+	return nil
+}
+
+// endForPanic gives every grant its end, whose paths are closed already. What could not be recorded is recorded by a tick.
+func (g *grants) endForPanic(ctx context.Context) error {
+	if err := g.endSlots(); err != nil {
+		return err
+	}
+	p := g.panicked.Load()
+	var batch []*held
+	for _, h := range g.active {
+		if h.over == nil {
+			e := ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why)
+			h.over = &e
+		}
+		if batch = append(batch, h); len(batch) == endBatch {
+			if err := g.recordEnds(ctx, batch); err != nil {
+				return err
+			}
+			batch = batch[:0]
+		}
+	}
+	return g.recordEnds(ctx, batch)
+}
+
+// endSlots takes the ended paths out of the index. It closes nothing that was open.
+func (g *grants) endSlots() error {
+	paths, err := g.datapath.Paths()
+	if err != nil {
+		return fmt.Errorf("read paths: %w", err)
+	}
+	for _, p := range paths {
+		state := p.State
+		if isOpen(p) {
+			state = datapath.PathRevoked
+		}
+		if err := g.datapath.EndPath(p.Slot, state); err != nil {
+			return fmt.Errorf("end path in slot %d: %w", p.Slot, err)
+		}
+	}
+	return nil
+}
+
+// recordEnds is recordEnd for several grants at a time.
+func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
+	ends := make([]store.End, len(batch))
+	for i, h := range batch {
+		event, err := g.endEvent(h, *h.over)
+		if err != nil {
+			return err
+		}
+		ends[i] = store.End{ID: h.row.ID, State: h.over.state, Why: h.over.why, Event: event}
+	}
+	if err := g.store.EndGrants(ctx, ends); err != nil {
+		return fmt.Errorf("%w: %w", errNotRecorded, err)
+	}
+	for _, h := range batch {
+		g.letGo(h)
+	}
+	return nil
+}
+
+// Lift lets grants be activated again. Nothing that the panic ended comes back. It is durable before it takes effect. The
+// error wraps ErrNoPanic if there is nothing to lift.
+func (g *grants) Lift(ctx context.Context, why, actor string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.panicked.Load()
+	if p == nil {
+		return fmt.Errorf("lift panic: %w", ErrNoPanic)
+	}
+	event, err := encodeEvent(newEvent(stepLifted, actor, fmt.Sprintf("%s (panic %s)", why, p), g.clock))
+	if err == nil {
+		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic}}, event)
+	}
+	if err != nil {
+		return fmt.Errorf("lift panic: %w", err)
+	}
+	g.panicKept = nil
+	g.panicked.Store(nil)
+	g.datapath.Reopen()
+	g.events.count(stepLifted)
+	g.log.Warn("panic lifted", "actor", actor, "why", why)
+	g.kick()
+	return nil
+}
+
+// recallPanic goes on with a panic of an earlier agent. One that cannot be read is one all the same. g.mu is held.
+func (g *grants) recallPanic(ctx context.Context) error {
+	notes, err := g.store.Notes(ctx, noteOfPanic)
+	if err != nil {
+		return fmt.Errorf("recall panic: %w", err)
+	}
+	if len(notes) == 0 {
+		return nil
+	}
+	p := &panicNote{}
+	if err := json.Unmarshal(notes[0].Data, p); err != nil {
+		p.By, p.Why = "unknown", "its record cannot be read: "+err.Error()
+	}
+	g.panicKept = p
+	_, err = g.shut(p)
+	return err
+}
+
+// standing is the panic that stands, in words, or nothing.
+func (g *grants) standing() string { return g.panicked.Load().String() }
+
+// refusePanic refuses an activation while a panic stands.
+func (g *grants) refusePanic() error {
+	if p := g.panicked.Load(); p != nil {
+		return fmt.Errorf("%w %s", ErrPanic, p)
+	}
+	return nil
+}
+
+// Panic ends all paths. Every operator may: it only takes away.
+func (o *operators) Panic(ctx context.Context, req *api.PanicRequest) (*api.PanicReply, error) {
+	ended, err := o.grants.Panic(ctx, orNoReason(plain(req.GetWhy())), caller(ctx))
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return &api.PanicReply{Ended: uint32(ended)}, nil
+}
+
+// LiftPanic lets paths be opened again. Root alone may: it gives back what an operator took away.
+func (o *operators) LiftPanic(ctx context.Context, req *api.LiftPanicRequest) (*api.LiftPanicReply, error) {
+	actor := caller(ctx)
+	if actor != root {
+		return nil, toStatus(fmt.Errorf("lift panic, as %s: %w", actor, ErrNotRoot))
+	}
+	if err := o.grants.Lift(ctx, orNoReason(plain(req.GetWhy())), actor); err != nil {
+		return nil, toStatus(err)
+	}
+	return &api.LiftPanicReply{}, nil
+}
+
+// root is the caller with all rights on the node.
+const root = "uid:0"
+
+func orNoReason(why string) string {
+	if why == "" {
+		return "no reason was given"
+	}
+	return why
+}

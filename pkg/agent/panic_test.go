@@ -1,0 +1,141 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// TestPanic: every path ends, whoever opened it, and none is opened until the panic is lifted, over restarts too.
+func TestPanic(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, two), "uid:0")
+	must(t, err)
+	_, err = l.datapath.OpenPath(datapath.Path{Grant: "forged", Client: netip.MustParseAddr("10.1.0.9"), ServiceID: 1,
+		Ports: []uint16{5432}, Deadline: datapath.BootTime() + time.Minute})
+	must(t, err)
+
+	ended, err := l.Panic(t.Context(), "leaked key", "uid:7")
+	must(t, err)
+	if states, open := l.states(); ended != 3 || len(open) != 0 || states[row.ID] != store.StateRevoked {
+		t.Errorf("ended %d paths; %v, open %v", ended, states, open)
+	}
+	if got, want := l.steps(), []string{stepActivated, stepPanic, stepRevoked}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if e := l.storedEvents()[1]; e.Actor != "uid:7" || e.Why != "leaked key" {
+		t.Errorf("event of the panic: %v", e)
+	}
+	l.closed("after a panic")
+	l.kill()
+
+	l = b.begin()
+	must(t, l.adopt(t.Context()))
+	l.closed("after a restart")
+	must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+	if l.standing() != "" {
+		t.Errorf("stands after it was lifted: %s", l.standing())
+	}
+	if err := l.Lift(t.Context(), "again", "uid:0"); !errors.Is(err, ErrNoPanic) {
+		t.Errorf("lifted twice: %v", err)
+	}
+	if _, open := l.states(); len(open) != 0 {
+		t.Errorf("the lift revived %v", open)
+	}
+	l.kill()
+
+	l = b.begin()
+	defer l.kill()
+	must(t, l.adopt(t.Context()))
+	_, err = l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+}
+
+// closed holds that a panic stands and nothing is opened, by an activation or otherwise.
+func (l *life) closed(when string) {
+	l.t.Helper()
+	if !contains(l.standing(), "by uid:7", "leaked key") {
+		l.t.Errorf("%s: panic is %q", when, l.standing())
+	}
+	if _, err := l.Activate(l.t.Context(), l.signer.envelope(l.t, nil), "uid:0"); !errors.Is(err, ErrPanic) {
+		l.t.Errorf("%s: activation: %v", when, err)
+	}
+	if _, err := l.datapath.OpenPath(datapath.Path{Grant: "late", Client: clientA, ServiceID: 1, Ports: []uint16{5432},
+		Deadline: datapath.BootTime() + time.Minute}); !errors.Is(err, datapath.ErrShut) {
+		l.t.Errorf("%s: open path: %v", when, err)
+	}
+	if _, open := l.states(); len(open) != 0 {
+		l.t.Errorf("%s: open %v", when, open)
+	}
+}
+
+// TestPanicWithoutRecord: paths close and stay closed though nothing can be recorded, and the record follows.
+func TestPanicWithoutRecord(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, two), "uid:0")
+	must(t, err)
+	gone, leave := context.WithCancel(t.Context())
+	leave() // what is to be recorded fails
+	_, err = l.Panic(gone, "leaked key", "uid:7")
+	if !errors.Is(err, errNotRecorded) {
+		t.Errorf("a panic that could not be recorded: %v", err)
+	}
+	l.closed("unrecorded")
+	_, err = l.tick(t.Context())
+	must(t, err)
+	if states, _ := l.states(); states[row.ID] != store.StateRevoked || !slices.Contains(l.steps(), stepPanic) {
+		t.Errorf("not recorded later: %v, %v", states, l.steps())
+	}
+	l.kill()
+}
+
+// TestPanicIsLiftedByRoot: an operator may call it, and root alone gives back what it took away.
+func TestPanicIsLiftedByRoot(t *testing.T) {
+	o := &operators{}
+	_, err := o.LiftPanic(t.Context(), nil) // by nobody whom the kernel vouches for
+	if !contains(fmt.Sprint(err), "PermissionDenied", "only root", "hint: ") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestPanicWithThousandsOfPaths measures it: all of them are closed by the one call at its beginning.
+func TestPanicWithThousandsOfPaths(t *testing.T) {
+	const each, many = 16, 256
+	b := newTestbed(t, each*many)
+	l := b.begin()
+	defer l.kill()
+	for i := range many {
+		_, err := l.Activate(t.Context(), b.signer.envelope(t, func(p *grant.Payload) {
+			p.Addresses = nil
+			for n := range each {
+				p.Addresses = append(p.Addresses, netip.AddrFrom4([4]byte{10, 1, byte(i), byte(n + 1)}))
+			}
+		}), "uid:0")
+		must(t, err)
+	}
+	began := time.Now()
+	ended, err := l.shut(&panicNote{By: "uid:7", Why: "leaked key"})
+	must(t, err)
+	closed := time.Since(began)
+	if _, open := l.states(); ended != each*many || len(open) != 0 {
+		t.Errorf("ended %d paths of %d, open %d", ended, each*many, len(open))
+	}
+	began = time.Now()
+	_, err = l.Panic(t.Context(), "leaked key", "uid:7")
+	must(t, err)
+	t.Logf("%d paths of %d grants: closed in %v, recorded in %v", each*many, many, closed, time.Since(began))
+	if states, _ := l.states(); len(l.active) != 0 || slices.Contains(slices.Collect(maps.Values(states)), store.StateActive) {
+		t.Errorf("%d grants are left", len(l.active))
+	}
+}
