@@ -34,12 +34,13 @@ const (
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
+	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemAsking}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking}
 
 type problemKey struct {
 	class   problemClass
