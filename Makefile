@@ -69,6 +69,9 @@ insns: ## print what the verifier does for each program, and hold it to its base
 prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
 	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
+agree: ## hold policy test, explain and the kernel to one answer on CASES=1000000 random cases of SEED=1 (root)
+	AGREE_CASES=$(or $(CASES),1000000) AGREE_SEED=$(SEED) go test -count 1 -run '^TestPolicyExplainAndKernelAgree$$' -timeout 0 -v ./pkg/agent
+
 bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
 	go run ./tools/needs bench-datapath
 	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))

@@ -125,7 +125,12 @@ func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (mis
 	if err != nil {
 		return nil, err
 	}
-	return unapproved(checkVerified(set, grant.Verified{Payload: p, Signers: []policy.Signer{signer}}, c))
+	v := grant.Verified{Payload: p, Signers: []policy.Signer{signer}}
+	missing, err = unapproved(checkVerified(set, v, c))
+	if err != nil {
+		c.sayRefusal(set.Evaluate(v.Facts(nil, time.Time{})))
+	}
+	return missing, err
 }
 
 // unapproved gives the approvals that are missing, if nothing else is wrong.
@@ -137,6 +142,16 @@ func unapproved(err error) (missing []*policy.Error, other error) {
 		missing = append(missing, e)
 	}
 	return missing, nil
+}
+
+// sayRefusal tells what each policy has against a grant, where there are several: the error is that of the nearest.
+func (c *cli) sayRefusal(a policy.Answer) {
+	if a.Allowed || len(a.Near) < 2 {
+		return
+	}
+	t := newTable(c.stderr)
+	answerTable(t, a)
+	t.Flush()
 }
 
 // checkVerified leaves out what only the node knows: its name, its own addresses, and when it is activated.

@@ -220,7 +220,7 @@ func (r recording) seen(f seenFlow, keys map[string]policy.KnownKey) (s policy.S
 	if err != nil || !decides {
 		return s, false
 	}
-	s = policy.Seen{Protocol: cmp.Or(rec.Protocol, policy.ProtocolTCP), Server: server, At: rec.Time,
+	s = policy.Seen{Protocol: rec.Protocol, Server: server, At: rec.Time,
 		Passed: rec.Verdict != flow.VerdictDenied.String(), Bypassed: rec.Verdict == flow.VerdictBypassed.String(),
 		Unauthorised: rec.Reason == flow.ReasonNotAuthorised.String()}
 	if rec.Identity != "" {

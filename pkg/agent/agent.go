@@ -58,6 +58,7 @@ type node struct {
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
+	candidate *candidate
 	sweepNow  chan struct{}
 	stopping  chan struct{}
 
@@ -89,6 +90,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
+	n.candidate = &candidate{dir: cfg.Spec.Candidate, recent: n.recent, problems: n.problems, log: log}
 	return n
 }
 
@@ -121,6 +123,7 @@ func (n *node) parts() []part {
 		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
 		{name: "automation", start: n.makeAutomation, run: n.runAutomation},
 		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
+		{name: "candidate", run: n.runCandidate},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
 	}
@@ -345,7 +348,7 @@ func (n *node) makeMetrics(context.Context) (err error) {
 	if n.cfg.Spec.Metrics == "" {
 		return nil
 	}
-	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, n.problems, newMetrics(n))
+	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, n.problems, newMetrics(n), n.candidate)
 	return err
 }
 

@@ -34,6 +34,7 @@ const (
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
+	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
 	problemMemory    problemClass = "memory"
 
@@ -42,7 +43,7 @@ const (
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemAsking, problemMemory, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -135,6 +135,12 @@ func (r *resources) put(set *policy.Set) error {
 func (r *resources) swap(set *policy.Set) (now *enforced, changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.signed != nil && (r.now == nil || set.Version() > r.now.set.Version()) {
+		// What was signed is remembered before it counts, or an older signed set could be put in its place after a restart.
+		if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
+			return r.now, false, fmt.Errorf("keep verified resources: %w", err)
+		}
+	}
 	services := r.compile(set)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)

@@ -201,3 +201,23 @@ func TestCheckAsksForSignatures(t *testing.T) {
 	cfg.Spec.PolicySignatures = policy.SignaturesOff
 	must(t, check())
 }
+
+// TestSignedSetsAreRememberedFirst: a node that cannot remember a signed set does not put it to work; what is tighter it does.
+func TestSignedSetsAreRememberedFirst(t *testing.T) {
+	o := newOffice(t)
+	d := o.node(t)
+	d.verified = filepath.Join(filepath.Dir(d.verified), "gone", "verified.yaml")
+	first := loosen.InForce(o.carol.key.Public().String())
+	most := func() string { return d.current().set.BypassPolicies()[0].Spec.MaxDuration.String() }
+	d.write("a.yaml", strings.NewReplacer("version: 4", "version: 5", "maxDuration: 15m", "maxDuration: 16m").Replace(first))
+	d.sign(o.carol, o.pinned)
+	d.reload()
+	if lines := strings.Join(d.problems.lines(), "\n"); most() != "15m" || !contains(lines, "keep verified resources") {
+		t.Errorf("looser: %s in force, problems %s", most(), lines)
+	}
+	d.write("a.yaml", strings.Replace(first, "maxDuration: 15m", "maxDuration: 14m", 1))
+	d.reload()
+	if lines := strings.Join(d.problems.lines(), "\n"); most() != "14m" || !contains(lines, "keep verified resources") {
+		t.Errorf("tighter: %s in force, problems %s", most(), lines)
+	}
+}

@@ -27,6 +27,9 @@ type AgentConfigSpec struct {
 	// PolicyKeys are public keys that may sign resources whatever the keyrings say, and so the first set of a node. None; where
 	// signatures are required, at least one.
 	PolicyKeys []PublicKey `json:"policyKeys,omitempty" yaml:"policyKeys,omitempty"`
+	// Candidate is a directory of another set of resources, which is computed beside the one in force and decides nothing. Left
+	// out: none.
+	Candidate string `json:"candidate,omitempty" yaml:"candidate,omitempty"`
 	// StateDir keeps what must outlive a reboot: /var/lib/sallyport.
 	StateDir string `json:"stateDir" yaml:"stateDir"`
 	// RunDir keeps sockets and what does not outlive a reboot: /run/sallyport.

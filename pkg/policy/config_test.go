@@ -153,6 +153,7 @@ var wrongConfigs = []wrong{
 	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},
 	{"empty pattern ignored", "ignore: []", `ignore: [""]`, "ignore", "spec.devices.ignore[0]", "not a pattern"},
 	{"unknown hooks", "hooks: auto", "hooks: xdp", "hooks", "spec.hooks", "\"xdp\" is not a way"},
+	{"candidate in force", "policySignatures: off", "candidate: /etc/sallyport/resources.d", "candidate", "spec.candidate", "is that of the resources in force"},
 	{"signatures of nobody", "policySignatures: off", "policySignatures: required", "policyKeys", "spec.policyKeys", "policySignatures is required"},
 	{"signatures perhaps", "policySignatures: off", "policySignatures: maybe", "policySignatures", "spec.policySignatures", "says not whether"},
 	{"unknown XDP mode", "mode: auto", "mode: fast", "xdp", "spec.xdp.mode", "not a mode"},

@@ -46,6 +46,12 @@ func (c *AgentConfig) validate(d *document) {
 	if c.Spec.Metrics != "" {
 		d.report("spec.metrics", checkListenAddress(c.Spec.Metrics))
 	}
+	if c.Spec.Candidate != "" {
+		d.report("spec.candidate", checkPath(c.Spec.Candidate))
+		if c.Spec.Candidate == c.Spec.Resources {
+			d.report("spec.candidate", faultf("name another directory", "is that of the resources in force"))
+		}
+	}
 	c.validateSignatures(d)
 	c.validateDevices(d)
 	c.validateCollector(d)

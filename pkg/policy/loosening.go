@@ -253,7 +253,7 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	grows(c, "spec.services", old.Services, &next.Services, equal)
 	grows(c, "spec.bindings", old.Bindings, &next.Bindings, equal)
 	grows(c, "spec.sources", old.Sources, &next.Sources, AddressRange.covers)
-	grows(c, "spec.requesters", old.Requesters, &next.Requesters, equal)
+	grows(c, "spec.requesters", old.Requesters, &next.Requesters, coversPattern)
 	settle(c, "spec.nodeAddresses", old.NodeAddresses, &next.NodeAddresses, next.NodeAddresses && !old.NodeAddresses)
 	settle(c, "spec.maxDuration", old.MaxDuration, &next.MaxDuration, next.MaxDuration.Duration > old.MaxDuration.Duration)
 	settle(c, "spec.ingress", old.Ingress, &next.Ingress, old.Ingress != "" && next.Ingress != old.Ingress)
@@ -265,7 +265,8 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	c.conditions(old, &next)
 	c.approvals(old.Approvals, &next.Approvals)
 	c.budget(old.MaxBudget, &next.MaxBudget)
-	next.Tests = old.Tests // nothing follows from them on a node
+	settle(c, "spec.idleTimeout", old.IdleTimeout, &next.IdleTimeout, raised(uint64(old.IdleTimeout.Duration), uint64(next.IdleTimeout.Duration)))
+	next.Tests, next.WarnBefore = old.Tests, old.WarnBefore // they allow nothing
 	rest(c, "spec", old, next)
 }
 

@@ -1,8 +1,10 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -10,7 +12,7 @@ import (
 
 // Seen is a flow that a node has decided on, as its record tells.
 type Seen struct {
-	Protocol string // TCP or UDP
+	Protocol string // tcp or udp, in letters of either size; empty: tcp
 	Server   netip.AddrPort
 	// Passed says that it got through, by the proxy or around it.
 	Passed bool
@@ -52,7 +54,7 @@ func (s *Set) Replay(f Seen) (Fate, string) {
 
 // would is the decision by the evaluators that the node has.
 func (s *Set) would(f Seen) (passes, known bool, why string) {
-	svc, ok := s.ServiceAt(f.Protocol, f.Server)
+	svc, ok := s.ServiceSeen(f)
 	switch {
 	case !ok:
 		return true, true, "no protected service is there"
@@ -74,4 +76,9 @@ func (s *Set) would(f Seen) (passes, known bool, why string) {
 		return false, true, fmt.Sprintf("%s asks for an identity", svc.Name)
 	}
 	return false, true, "it was refused for something else"
+}
+
+// ServiceSeen is the service that the set has where the flow went.
+func (s *Set) ServiceSeen(f Seen) (ProtectedService, bool) {
+	return s.ServiceAt(cmp.Or(strings.ToUpper(f.Protocol), ProtocolTCP), f.Server)
 }

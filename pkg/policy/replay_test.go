@@ -38,7 +38,7 @@ func TestReplay(t *testing.T) {
 		{"around, nobody knows how", policy.Seen{Server: db, Passed: true, Bypassed: true}, policy.FateUnknown, "not at hand"},
 		{"passed what nobody protected", policy.Seen{Server: db, Passed: true}, policy.FateBreaks, "postgres asks for an identity"},
 	} {
-		c.seen.Protocol = policy.ProtocolTCP
+		c.seen.Protocol = "tcp"
 		if got, why := candidate.Replay(c.seen); got != c.want || !strings.Contains(why, c.says) {
 			t.Errorf("%s: %s, because %s; want %s", c.name, got, why, c.want)
 		}

@@ -54,10 +54,10 @@ func (t GrantTest) validate(d *document, field string) {
 	if t.Name == "" {
 		d.report(field+".name", faultf("say what it tests", "is missing"))
 	}
+	d.report(field+".name", checkOneLine(t.Name))
 	if t.Binding != "" {
 		d.report(field+".binding", CheckBinding(t.Binding))
 	}
-	d.report(field+".name", checkOneLine(t.Name))
 	switch {
 	case t.Expect != ExpectAllow && t.Expect != ExpectRefuse:
 		d.report(field+".expect", faultf("write Allow or Refuse", "%q is neither", t.Expect))

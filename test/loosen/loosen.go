@@ -50,6 +50,8 @@ spec:
   maxDuration: 15m
   class: Sensitive
   maxReach: 8
+  idleTimeout: 5m
+  reviewers: [bob]
   templates: [nightly]
   ingress: uplink
   maxBudget: {bytes: 10GiB, connections: 5}
@@ -161,6 +163,11 @@ func Kinds() []Kind {
 		{"budget", Swap("bytes: 10GiB", "bytes: 11GiB"), "spec.maxBudget.bytes: 10GiB became 11GiB"},
 		{"no budget", Swap(", connections: 5", ""), "spec.maxBudget.connections: 5 became no limit"},
 		{"another requester", Swap(`requesters: [alice, "group:dba"]`, `requesters: [alice, "group:dba", carol]`), "spec.requesters: carol was added"},
+		{"requests by more workloads", Swap(`requesters: [alice, "group:dba"]`, `requesters: [alice, "group:dba", "spiffe://example.org/batch/*"]`), "spec.requesters: spiffe://example.org/batch/* was added"},
+		{"idle for longer", Swap("idleTimeout: 5m", "idleTimeout: 6m"), "spec.idleTimeout: 5m became 6m"},
+		{"idle for ever", Swap("  idleTimeout: 5m\n", ""), "spec.idleTimeout: 5m became 0s"},
+		{"other reviewers", Swap("reviewers: [bob]", "reviewers: [carol]"), "spec.reviewers"},
+		{"another binding", Swap("bindings: [address]", "bindings: [address, workload]"), "spec.bindings: workload was added"},
 		{"approval gone", Swap(", {from: [bob], min: 1}]", "]"), "spec.approvals: from: - bob min: 1 is not asked for any more"},
 		{"approval by one less", Swap("carol], min: 2}", "carol], min: 1}"), "is not asked for any more"},
 		{"approval by others", Swap("{from: [bob], min: 1}", "{from: [bob, carol], min: 1}"), "is not asked for any more"},
