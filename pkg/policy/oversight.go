@@ -24,6 +24,7 @@ func CheckIdleTimeout(v time.Duration) error {
 
 func (p *BypassPolicy) validateOversight(d *document) {
 	d.report("spec.idleTimeout", CheckIdleTimeout(p.Spec.IdleTimeout.Duration))
+	p.validateSignals(d)
 	for i, w := range p.Spec.WarnBefore {
 		if w.Duration <= 0 || w.Duration > MaxGrantDuration {
 			d.report(fmt.Sprintf("spec.warnBefore[%d]", i), faultf("write a duration such as 5m", "%s is not between 0 and %s", w, Duration{MaxGrantDuration}))
