@@ -136,6 +136,9 @@ func grantTable(t *table, g *api.Grant) {
 	}
 	t.row("slots", ports(g.GetSlots()))
 	t.row("signed by", strings.Join(g.GetSigners(), ", "))
+	for _, said := range g.GetSignals() {
+		t.row("signal", said)
+	}
 	if g.GetEndedWhy() != "" {
 		t.row("ended why", g.GetEndedWhy())
 	}

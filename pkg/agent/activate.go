@@ -109,8 +109,10 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}
-	a.held.row, err = g.newRow(a, allowance, now, boot)
-	return err
+	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
+		return err
+	}
+	return g.heed(a.held, now)
 }
 
 // allowed asks policy, with the node's own addresses as they are now.
@@ -179,7 +181,7 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	}
 	a.recorded = true
 	g.active[a.held.row.ID] = a.held
-	return nil
+	return g.noteLimits(ctx, a.held)
 }
 
 // openPaths opens one path for each client.

@@ -235,7 +235,7 @@ func (n *node) loadResources(context.Context) error {
 	}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, log: n.log, kick: n.grantsMoved,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()

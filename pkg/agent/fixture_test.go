@@ -183,8 +183,8 @@ func (b *testbed) begin() *life {
 	}
 	l := &life{testbed: b, grants: &grants{
 		node: testNode, bootID: bootID, store: s, datapath: d, clock: b.clock.clock(), problems: newProblems(log),
-		own:    func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
-		events: newEventCounter(), log: log, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		own:     func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
+		history: newHistory(), events: newEventCounter(), log: log, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}

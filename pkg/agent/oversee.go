@@ -24,6 +24,10 @@ func (g *grants) oversee(ctx context.Context, paths []datapath.PathStatus, now t
 			errs = append(errs, g.endIn(ctx, h, e, carried[id]))
 			continue
 		}
+		if over, err := g.heedActive(ctx, h, carried[id], now); over || err != nil {
+			errs = append(errs, err)
+			continue
+		}
 		errs = append(errs, g.warn(ctx, h, carried[id], now))
 	}
 	return errors.Join(errs...)

@@ -124,9 +124,15 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	left, err := o.grants.left(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	reply := &api.GrantsReply{}
 	for _, row := range rows {
-		reply.Grants = append(reply.Grants, o.describe(row))
+		g := o.describe(row)
+		showLimits(g, left[row.ID])
+		reply.Grants = append(reply.Grants, g)
 	}
 	return reply, nil
 }

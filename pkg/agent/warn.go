@@ -73,7 +73,7 @@ func percent(used, most uint64) uint64 {
 
 // warn gives the warnings that are due: to the record, the log, the metrics, and to whoever watches. g.mu is held.
 func (g *grants) warn(ctx context.Context, h *held, paths []datapath.PathStatus, now time.Duration) error {
-	left, life := h.row.DeadlineBoot-now, h.row.Deadline.Sub(h.row.Activated)
+	left, life := h.ends()-now, h.row.Deadline.Sub(h.row.Activated)
 	for _, w := range warnings(left, life, g.policyOf(h).Warnings(), paths) {
 		if slices.ContainsFunc(h.warned, func(old warning) bool { return old.key == w.key }) {
 			continue
