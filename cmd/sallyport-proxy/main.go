@@ -33,8 +33,7 @@ func main() {
 	env := environment{args: os.Args, vars: os.Environ(), getenv: os.Getenv, stderr: os.Stderr}
 	err := run(ctx, env)
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-		os.Exit(2)
+	case errors.Is(err, flag.ErrHelp): // asked for, and given
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "sallyport-proxy:", err)
 		os.Exit(1)

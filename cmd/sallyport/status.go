@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -13,7 +15,8 @@ import (
 )
 
 func (c *cli) status() *cobra.Command {
-	return &cobra.Command{
+	var check bool
+	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "How the node's agent and its enforcement are",
 		Args:  exactly(0),
@@ -23,10 +26,28 @@ func (c *cli) status() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return c.show(s, func(t *table) { statusTable(t, s) })
+				if err := c.show(s, func(t *table) { statusTable(t, s) }); err != nil || !check {
+					return err
+				}
+				return healthy(s)
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&check, "check", false, "for scripts: end with exit code 3 unless the node is ready and has no problem")
+	return cmd
+}
+
+// healthy refuses what --check is for.
+func healthy(s *api.StatusReply) error {
+	switch problems := len(s.GetProblems()); {
+	case !s.GetReady():
+		return refused(withHint(errors.New("the node is not ready"), "the line `ready` says why"))
+	case problems > 0:
+		return refused(withHint(fmt.Errorf("the node has %s", plural(problems, "problem")), "each has a line PROBLEM with what to do"))
+	case s.GetPanic() != "":
+		return refused(withHint(errors.New("a panic stands"), "root lifts it with `sallyport panic --lift`"))
+	}
+	return nil
 }
 
 func statusTable(t *table, s *api.StatusReply) {
