@@ -176,12 +176,17 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	if err != nil {
 		return err
 	}
-	if err := g.store.Activate(ctx, a.held.row, event); err != nil {
+	notes, err := a.held.activationNotes()
+	if err != nil {
+		return err
+	}
+	if err := g.store.Activate(ctx, a.held.row, event, notes...); err != nil {
 		return err
 	}
 	a.recorded = true
 	g.active[a.held.row.ID] = a.held
-	return g.noteLimits(ctx, a.held)
+	g.history.note(a.held.payload, a.held.row.Activated)
+	return nil
 }
 
 // openPaths opens one path for each client.

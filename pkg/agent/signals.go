@@ -74,27 +74,27 @@ func (g *grants) heed(h *held, now time.Time) (err error) {
 	return err
 }
 
-// noteLimits keeps why a grant that was just activated has less than it asked for.
-func (g *grants) noteLimits(ctx context.Context, h *held) error {
-	g.history.note(h.payload, h.row.Activated)
-	if len(h.limits.Reasons) == 0 {
-		return nil
+// noteLimits is what the store keeps of them.
+func (h *held) noteLimits() (store.Note, error) {
+	data, err := json.Marshal(h.limits)
+	if err != nil {
+		return store.Note{}, fmt.Errorf("keep limits: %w", err)
 	}
-	return g.keepLimits(ctx, h)
+	return store.Note{Name: noteOfLimits + h.row.ID, Data: data}, nil
 }
 
-func (g *grants) keepLimits(ctx context.Context, h *held, events ...[]byte) error {
-	data, err := json.Marshal(h.limits)
-	if err == nil {
-		err = g.store.Keep(ctx, []store.Note{{Name: noteOfLimits + h.row.ID, Data: data}}, events...)
+// activationNotes keep why a grant has less than it asked for, and what else was said.
+func (h *held) activationNotes() ([]store.Note, error) {
+	if len(h.limits.Reasons) == 0 {
+		return nil, nil
 	}
-	return err
+	n, err := h.noteLimits()
+	return []store.Note{n}, err
 }
 
 // heedActive takes from an active grant what signals take by now, and ends it when nothing is left. The kernel keeps the
 // deadline and the budget that its paths were opened with; what is less is kept by this agent. g.mu is held.
-func (g *grants) heedActive(ctx context.Context, h *held, paths []datapath.PathStatus, now time.Duration) (over bool, err error) {
-	rules := g.policyOf(h).Spec.Signals
+func (g *grants) heedActive(ctx context.Context, h *held, rules []policy.SignalRule, paths []datapath.PathStatus, now time.Duration) (over bool, err error) {
 	if len(rules) > 0 {
 		wall := g.clock.wall()
 		said := slices.Concat(g.said(), signal.NearBudget(mostUsed(paths), rules, wall))
@@ -136,9 +136,21 @@ func (g *grants) lessen(ctx context.Context, h *held, l signal.Limits, wall time
 	return nil
 }
 
+func (g *grants) keepLimits(ctx context.Context, h *held, event []byte) error {
+	n, err := h.noteLimits()
+	if err != nil {
+		return err
+	}
+	return g.store.Keep(ctx, []store.Note{n}, event)
+}
+
 // spentBySignals tells whether what signals left of a grant is over.
 func (h *held) spentBySignals(paths []datapath.PathStatus, now time.Duration) (ending, bool) {
-	e, why := ending{grant: h.row.ID, actor: "agent"}, strings.Join(h.limits.Reasons, "; ")
+	e := ending{grant: h.row.ID, actor: "agent"}
+	if !h.limits.Revoked && h.limits.Boot == 0 && h.limits.Budget == h.payload.Budget {
+		return e, false // the kernel keeps the rest
+	}
+	why := strings.Join(h.limits.Reasons, "; ")
 	switch {
 	case h.limits.Revoked:
 		return e.revoked("agent", why), true
@@ -239,9 +251,9 @@ func (g *grants) heedAll(ctx context.Context, s signal.Signal) (concerned []stri
 	carried, now, wall := byGrant(paths), g.clock.boot(), g.clock.wall()
 	var errs []error
 	for id, h := range g.active {
-		if h.over == nil && s.Concerns(h.facts(), wall) && g.policyOf(h).Hears(s.Source, s.UID) {
+		if p := g.policyOf(h); h.over == nil && s.Concerns(h.facts(), wall) && p.Hears(s.Source, s.UID) {
 			concerned = append(concerned, id)
-			_, err := g.heedActive(ctx, h, carried[id], now)
+			_, err := g.heedActive(ctx, h, p.Spec.Signals, carried[id], now)
 			errs = append(errs, err)
 		}
 	}
@@ -327,7 +339,7 @@ func (h *held) recallLimits(left map[string]limits) {
 // history is what the node remembers of grants, for the signals that it gives itself. Its owner holds the lock.
 type history struct {
 	seen   map[string]bool
-	recent map[string][]time.Time // activations, by requester
+	recent map[string][]time.Time // activations, by person
 }
 
 func newHistory() *history {
@@ -338,13 +350,18 @@ func (m *history) note(p grant.Payload, activated time.Time) {
 	for _, a := range p.Addresses {
 		m.seen[p.Service+" "+a.String()] = true
 	}
-	m.recent[p.Requester] = append(m.recent[p.Requester], activated)
+	if !policy.IsWorkload(p.Requester) { // whose requests are bounded by rates
+		m.recent[p.Requester] = append(m.recent[p.Requester], activated)
+	}
 }
 
 // of forgets the person's grants that are too long ago.
 func (m *history) of(f signal.Facts, now time.Time) signal.History {
-	m.recent[f.Requester] = slices.DeleteFunc(m.recent[f.Requester], func(t time.Time) bool { return now.Sub(t) > signal.LookBack })
-	return signal.History{Recent: len(m.recent[f.Requester]),
+	recent := slices.DeleteFunc(m.recent[f.Requester], func(t time.Time) bool { return now.Sub(t) > signal.LookBack })
+	if m.recent[f.Requester] = recent; len(recent) == 0 {
+		delete(m.recent, f.Requester)
+	}
+	return signal.History{Recent: len(recent),
 		Seen: func(service string, client netip.Addr) bool { return m.seen[service+" "+client.String()] }}
 }
 

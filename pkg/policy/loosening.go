@@ -263,6 +263,7 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	settle(c, "spec.maxReach", old.MaxReach, &next.MaxReach, reach)
 	settle(c, "spec.class", old.Class, &next.Class, is < was)
 	c.conditions(old, &next)
+	c.oversight(old, &next)
 	c.approvals(old.Approvals, &next.Approvals)
 	c.budget(old.MaxBudget, &next.MaxBudget)
 	next.Tests = old.Tests // nothing follows from them on a node

@@ -36,6 +36,9 @@ spec:
   maxDuration: 15m
   class: Sensitive
   maxReach: 8
+  idleTimeout: 10m
+  warnBefore: [5m]
+  signals: [{source: posture, may: [Revoke], required: true}]
   templates: [nightly]
   ingress: uplink
   maxBudget: {bytes: 10GiB, connections: 5}
@@ -128,6 +131,10 @@ var loosenings = []struct {
 	{"another target", swap(`target: Pod, ports: [6379], addresses: ["10.2.0.2", "fd00:2::2"], device: veth1`, "target: Host, ports: [6379]"), "spec.target: Pod became Host"},
 	{"another protocol", swap("ports: [6379],", "ports: [6379], protocol: UDP,"), "spec.protocol: TCP became UDP"},
 	{"UDP allowed", swap("udp: Deny", "udp: Allow"), "spec.udp: Deny became Allow"},
+	{"idle for longer", swap("idleTimeout: 10m", "idleTimeout: 11m"), "spec.idleTimeout: 10m became 11m"},
+	{"idle for ever", swap("idleTimeout: 10m", "idleTimeout: 0s"), "spec.idleTimeout: 10m became 0s"},
+	{"source that is not required", swap("may: [Revoke], required: true", "may: [Revoke]"), "spec.signals: "},
+	{"source gone", swap("  signals: [{source: posture, may: [Revoke], required: true}]\n", ""), "spec.signals: "},
 	{"longer idle", swap("idle: 30s", "idle: 31s"), "spec.idle: 30s became 31s"},
 	{"identity let in", swap(`"spiffe://example.org/app/web"`, `"spiffe://example.org/app/web", "spiffe://example.org/app/x"`), "spec.access: spiffe://example.org/app/x was added"},
 	{"pattern wider", swap(`"spiffe://example.org/ops/*"`, `"spiffe://example.org/*"`), "spec.access: spiffe://example.org/* was added"},
@@ -244,6 +251,10 @@ func TestTightenings(t *testing.T) {
 		{"port new", swap("ports: [5432, 5433]", "ports: [5432, 5433, 5434]")},
 		{"address new", swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2", "fd00:2::2", "10.2.0.3"]`)},
 		{"UDP denied in other words", swap("udp: Deny, ", "")},
+		{"idle for less", swap("idleTimeout: 10m", "idleTimeout: 9m")},
+		{"idle at all", swap("maxDuration: 15m, requesters: [alice]", "maxDuration: 15m, requesters: [alice], idleTimeout: 5m")},
+		{"another warning", swap("warnBefore: [5m]", "warnBefore: [2m]")},
+		{"one more source", swap("required: true}]", "required: true}, {source: incident, may: [Shorten]}]")},
 		{"shorter idle", swap("idle: 30s", "idle: 5s")},
 		{"identity shut out", swap(`"spiffe://example.org/app/web", `, "")},
 		{"pattern narrower", swap(`"spiffe://example.org/ops/*"`, `"spiffe://example.org/ops/a", "spiffe://example.org/ops/b/*"`)},
