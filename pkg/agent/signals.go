@@ -8,18 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
-	"google.golang.org/grpc/peer"
 )
 
 // What callers of Signal and Activate may match.
@@ -334,65 +331,4 @@ func (h *held) recallLimits(left map[string]limits) {
 		l.Limits = signal.Limits{End: h.row.Deadline, Budget: h.payload.Budget}
 	}
 	h.limits = l
-}
-
-// history is what the node remembers of grants, for the signals that it gives itself. Its owner holds the lock.
-type history struct {
-	seen   map[string]bool
-	recent map[string][]time.Time // activations, by person
-}
-
-func newHistory() *history {
-	return &history{seen: make(map[string]bool), recent: make(map[string][]time.Time)}
-}
-
-func (m *history) note(p grant.Payload, activated time.Time) {
-	for _, a := range p.Addresses {
-		m.seen[p.Service+" "+a.String()] = true
-	}
-	if !policy.IsWorkload(p.Requester) { // whose requests are bounded by rates
-		m.recent[p.Requester] = append(m.recent[p.Requester], activated)
-	}
-}
-
-// of forgets the person's grants that are too long ago.
-func (m *history) of(f signal.Facts, now time.Time) signal.History {
-	recent := slices.DeleteFunc(m.recent[f.Requester], func(t time.Time) bool { return now.Sub(t) > signal.LookBack })
-	if m.recent[f.Requester] = recent; len(recent) == 0 {
-		delete(m.recent, f.Requester)
-	}
-	return signal.History{Recent: len(recent),
-		Seen: func(service string, client netip.Addr) bool { return m.seen[service+" "+client.String()] }}
-}
-
-// Signal takes what a source says about grants.
-func (o *operators) Signal(ctx context.Context, req *api.SignalRequest) (*api.SignalReply, error) {
-	s := signal.Signal{Source: req.GetSource(), UID: callerUID(ctx), Reason: plain(req.GetReason()), Until: req.GetUntil().AsTime(),
-		About:  signal.About{Grant: req.GetGrant(), Requester: req.GetRequester(), Service: req.GetService()},
-		Effect: signal.Effect{Revoke: req.GetRevoke(), Budget: budgetFrom(req.GetBudget())}}
-	if req.GetEnd() != nil {
-		s.Effect.End = req.GetEnd().AsTime()
-	}
-	if text := req.GetClients(); text != "" {
-		var r policy.AddressRange
-		if err := r.UnmarshalText([]byte(text)); err != nil {
-			return nil, toStatus(&policy.Error{Field: "clients", Msg: err.Error(), Hint: "write 10.1.0.2 or 10.1.0.0/24"})
-		}
-		s.About.Clients = r.Prefix
-	}
-	concerned, err := o.grants.Signal(ctx, s, caller(ctx))
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return &api.SignalReply{Grants: concerned}, nil
-}
-
-// callerUID is the user whom the kernel vouches for; without one it is nobody's.
-func callerUID(ctx context.Context) uint32 {
-	if p, ok := peer.FromContext(ctx); ok {
-		if cred, ok := p.AuthInfo.(peerCred); ok {
-			return cred.Uid
-		}
-	}
-	return 1<<32 - 1
 }
