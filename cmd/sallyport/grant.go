@@ -120,6 +120,9 @@ func grantTable(t *table, g *api.Grant) {
 	if g.GetReview() != "" {
 		t.row("review", g.GetReview())
 	}
+	for _, said := range g.GetSignals() {
+		t.row("signal", said)
+	}
 	if g.GetEndedWhy() != "" {
 		t.row("ended why", g.GetEndedWhy())
 	}

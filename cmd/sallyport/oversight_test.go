@@ -118,3 +118,20 @@ func (n *node) UsedGrants(context.Context, *api.UsedGrantsRequest) (*api.UsedGra
 		{Grant: g("G3", "ended"), Granted: durationpb.New(time.Hour)},
 	}}, nil
 }
+
+// Signal believes posture alone.
+func (n *node) Signal(_ context.Context, r *api.SignalRequest) (*api.SignalReply, error) {
+	if r.Source != "posture" {
+		return nil, status.Error(codes.PermissionDenied, "no policy believes this user for this source\nhint: name the source in `signals` of a BypassPolicy")
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	reply := &api.SignalReply{}
+	for _, g := range n.grants {
+		if g.State == "active" && (r.Service == "" || r.Service == g.Service) {
+			g.Signals = append(g.Signals, r.Source+": "+r.Reason)
+			reply.Grants = append(reply.Grants, g.Id)
+		}
+	}
+	return reply, nil
+}

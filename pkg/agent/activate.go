@@ -116,6 +116,9 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
 		return err
 	}
+	if err := g.heed(a.held, now); err != nil {
+		return err
+	}
 	if a.ask != nil {
 		return nil
 	}
@@ -228,12 +231,17 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	if err != nil {
 		return err
 	}
-	if err := g.store.Activate(ctx, a.held.row, event); err != nil {
+	notes, err := a.held.activationNotes()
+	if err != nil {
+		return err
+	}
+	if err := g.store.Activate(ctx, a.held.row, event, notes...); err != nil {
 		return err
 	}
 	a.recorded = true
 	g.active[a.held.row.ID] = a.held
 	g.reviews.note(a.held.row, a.held.payload, true)
+	g.history.note(a.held.payload, a.held.row.Activated)
 	return nil
 }
 

@@ -110,7 +110,7 @@ type eventCounter struct {
 
 func newEventCounter() *eventCounter {
 	c := &eventCounter{n: make(map[string]uint64)}
-	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
+	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepSignalled, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
 		c.n[step] = 0
 	}
 	return c

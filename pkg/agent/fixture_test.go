@@ -192,8 +192,8 @@ func (b *testbed) begin() *life {
 		node: testNode, bootID: bootID, owner: b.owner, store: s, datapath: d, clock: b.clock.clock(), problems: problems,
 		challenges: &challenges{node: testNode, boot: bootID, clock: b.clock.clock()},
 		reviews:    &reviews{clock: b.clock.clock(), problems: problems, alarm: func(name alarmName, _ string) { b.alarms = append(b.alarms, name) }},
-		own:        func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
-		events:     newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		own:        func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil }, history: newHistory(),
+		events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}

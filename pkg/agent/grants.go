@@ -15,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -43,6 +44,7 @@ type held struct {
 	policy  string           // that allows it
 	use     use              // of its paths
 	warned  []warning        // that were given
+	limits  limits           // that signals left
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 	holding *holding         // of a workload's grant; nil: of people's
 }
@@ -97,6 +99,9 @@ type grants struct {
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
 
+	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
+	history *history                 // guarded by mu
+
 	ports    *portUse      // what the records of flows tell
 	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
 
@@ -123,7 +128,14 @@ func (g *grants) adoptRows(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	if err := g.recallSignals(ctx, rows); err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	uses, err := g.uses(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	left, err := g.left(ctx)
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
@@ -140,6 +152,7 @@ func (g *grants) adoptRows(ctx context.Context) error {
 			why = s.String()
 		}
 		g.recallUse(h, uses)
+		h.recallLimits(left)
 		g.active[row.ID] = h
 		if why == "" {
 			continue
@@ -215,7 +228,7 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.reviews.remind()
 	next = time.Second
 	for _, h := range g.active {
-		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))
+		next = min(next, max(h.ends()-g.clock.boot(), time.Millisecond))
 	}
 	if err != nil {
 		next = time.Second

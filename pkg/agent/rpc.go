@@ -124,6 +124,10 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	left, err := o.grants.left(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	reviewed, err := o.grants.reviewed(ctx)
 	if err != nil {
 		return nil, toStatus(err)
@@ -132,6 +136,7 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	for _, row := range rows {
 		g := o.describe(row)
 		g.Review = reviewWords(row, reviewed)
+		showLimits(g, left[row.ID])
 		reply.Grants = append(reply.Grants, g)
 	}
 	return reply, nil

@@ -199,6 +199,9 @@ func (p *portUse) of(grant string) []uint16 {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.by[grant] == nil {
+		return nil
+	}
 	return slices.Sorted(maps.Keys(p.by[grant]))
 }
 

@@ -120,8 +120,6 @@ func (o *operators) UsedGrants(ctx context.Context, _ *api.UsedGrantsRequest) (*
 
 // used gives all grants, and the use of those of which it is known.
 func (g *grants) used(ctx context.Context) ([]store.GrantRow, map[string]*use, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	rows, err := g.all(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -130,6 +128,8 @@ func (g *grants) used(ctx context.Context) ([]store.GrantRow, map[string]*use, e
 	if err != nil {
 		return nil, nil, err
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for id, h := range g.active {
 		now := h.use.copied()
 		uses[id] = &now

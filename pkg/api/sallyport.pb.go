@@ -293,7 +293,7 @@ func (x *FlowRecord) GetDetail() string {
 type GrantEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
+	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, SIGNALLED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
 	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
@@ -307,6 +307,7 @@ type GrantEvent struct {
 	Envelope      []byte                 `protobuf:"bytes,12,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE envelope: of the grant on ACTIVATED, of the statement where somebody made one
 	Signers       []string               `protobuf:"bytes,13,rep,name=signers,proto3" json:"signers,omitempty"`   // key ids that verified
 	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`         // breakGlass, or empty
+	Signals       []string               `protobuf:"bytes,31,rep,name=signals,proto3" json:"signals,omitempty"`   // what was said about it, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -437,6 +438,13 @@ func (x *GrantEvent) GetKind() string {
 		return x.Kind
 	}
 	return ""
+}
+
+func (x *GrantEvent) GetSignals() []string {
+	if x != nil {
+		return x.Signals
+	}
+	return nil
 }
 
 // LossRecord takes the place of records that are gone.
@@ -2400,6 +2408,7 @@ type Grant struct {
 	People        []string               `protobuf:"bytes,16,rep,name=people,proto3" json:"people,omitempty"`                              // who signed it
 	Review        string                 `protobuf:"bytes,17,opt,name=review,proto3" json:"review,omitempty"`                              // who reviewed it, and when; "open" where somebody has to
 	IdleTimeout   *durationpb.Duration   `protobuf:"bytes,31,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"` // after so long without a packet it ends
+	Signals       []string               `protobuf:"bytes,32,rep,name=signals,proto3" json:"signals,omitempty"`                            // what was said about it, in words; deadline and budget are what it left
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2556,6 +2565,13 @@ func (x *Grant) GetReview() string {
 func (x *Grant) GetIdleTimeout() *durationpb.Duration {
 	if x != nil {
 		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *Grant) GetSignals() []string {
+	if x != nil {
+		return x.Signals
 	}
 	return nil
 }
@@ -4207,6 +4223,168 @@ func (x *Suggestion) GetWords() string {
 	return ""
 }
 
+// SignalRequest is what a source says until a time, in the place of what it said before about the same. Without an effect it
+// says that all is well.
+type SignalRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // one that policy names
+	Grant         string                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"`   // about which: what is given has to fit; nothing given is every grant
+	Requester     string                 `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
+	Service       string                 `protobuf:"bytes,4,opt,name=service,proto3" json:"service,omitempty"`
+	Clients       string                 `protobuf:"bytes,5,opt,name=clients,proto3" json:"clients,omitempty"` // address or prefix
+	Revoke        bool                   `protobuf:"varint,6,opt,name=revoke,proto3" json:"revoke,omitempty"`
+	End           *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=end,proto3" json:"end,omitempty"`        // no path lives past it
+	Budget        *Budget                `protobuf:"bytes,8,opt,name=budget,proto3" json:"budget,omitempty"`  // no path carries more
+	Until         *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=until,proto3" json:"until,omitempty"`    // it counts so long; at most 30 days
+	Reason        string                 `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"` // needed with an effect
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalRequest) Reset() {
+	*x = SignalRequest{}
+	mi := &file_sallyport_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalRequest) ProtoMessage() {}
+
+func (x *SignalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
+func (*SignalRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *SignalRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetRequester() string {
+	if x != nil {
+		return x.Requester
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetClients() string {
+	if x != nil {
+		return x.Clients
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetRevoke() bool {
+	if x != nil {
+		return x.Revoke
+	}
+	return false
+}
+
+func (x *SignalRequest) GetEnd() *timestamppb.Timestamp {
+	if x != nil {
+		return x.End
+	}
+	return nil
+}
+
+func (x *SignalRequest) GetBudget() *Budget {
+	if x != nil {
+		return x.Budget
+	}
+	return nil
+}
+
+func (x *SignalRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *SignalRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type SignalReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grants        []string               `protobuf:"bytes,1,rep,name=grants,proto3" json:"grants,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalReply) Reset() {
+	*x = SignalReply{}
+	mi := &file_sallyport_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalReply) ProtoMessage() {}
+
+func (x *SignalReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
+func (*SignalReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *SignalReply) GetGrants() []string {
+	if x != nil {
+		return x.Grants
+	}
+	return nil
+}
+
 var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
@@ -4236,7 +4414,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x11packets_to_server\x18\x13 \x01(\x04R\x0fpacketsToServer\x12*\n" +
 	"\x11packets_to_client\x18\x14 \x01(\x04R\x0fpacketsToClient\x12\x14\n" +
 	"\x05count\x18\x15 \x01(\x04R\x05count\x12\x16\n" +
-	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xa7\x03\n" +
+	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xc1\x03\n" +
 	"\n" +
 	"GrantEvent\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x12\n" +
@@ -4253,7 +4431,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x03why\x18\v \x01(\tR\x03why\x12\x1a\n" +
 	"\benvelope\x18\f \x01(\fR\benvelope\x12\x18\n" +
 	"\asigners\x18\r \x03(\tR\asigners\x12\x12\n" +
-	"\x04kind\x18\x0e \x01(\tR\x04kind\"\xc3\x01\n" +
+	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x18\n" +
+	"\asignals\x18\x1f \x03(\tR\asignals\"\xc3\x01\n" +
 	"\n" +
 	"LossRecord\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x14\n" +
@@ -4417,7 +4596,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"PathsReply\x12.\n" +
 	"\x05paths\x18\x01 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\"\x0f\n" +
-	"\rGrantsRequest\"\xbc\x04\n" +
+	"\rGrantsRequest\"\xd6\x04\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
@@ -4437,7 +4616,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06digest\x18\x0f \x01(\tR\x06digest\x12\x16\n" +
 	"\x06people\x18\x10 \x03(\tR\x06people\x12\x16\n" +
 	"\x06review\x18\x11 \x01(\tR\x06review\x12<\n" +
-	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"@\n" +
+	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12\x18\n" +
+	"\asignals\x18  \x03(\tR\asignals\"@\n" +
 	"\vGrantsReply\x121\n" +
 	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"\x12\n" +
 	"\x10ChallengeRequest\".\n" +
@@ -4544,7 +4724,21 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05field\x18\x01 \x01(\tR\x05field\x12\x18\n" +
 	"\agranted\x18\x02 \x01(\tR\agranted\x12\x1c\n" +
 	"\tsuggested\x18\x03 \x01(\tR\tsuggested\x12\x14\n" +
-	"\x05words\x18\x04 \x01(\tR\x05words*B\n" +
+	"\x05words\x18\x04 \x01(\tR\x05words\"\xd3\x02\n" +
+	"\rSignalRequest\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x14\n" +
+	"\x05grant\x18\x02 \x01(\tR\x05grant\x12\x1c\n" +
+	"\trequester\x18\x03 \x01(\tR\trequester\x12\x18\n" +
+	"\aservice\x18\x04 \x01(\tR\aservice\x12\x18\n" +
+	"\aclients\x18\x05 \x01(\tR\aclients\x12\x16\n" +
+	"\x06revoke\x18\x06 \x01(\bR\x06revoke\x12,\n" +
+	"\x03end\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x122\n" +
+	"\x06budget\x18\b \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x120\n" +
+	"\x05until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
+	"\x06reason\x18\n" +
+	" \x01(\tR\x06reason\"%\n" +
+	"\vSignalReply\x12\x16\n" +
+	"\x06grants\x18\x01 \x03(\tR\x06grants*B\n" +
 	"\x05Class\x12\x15\n" +
 	"\x11CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCLASS_CRITICAL\x10\x01\x12\x0e\n" +
@@ -4555,7 +4749,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xc9\t\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x97\n" +
+	"\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -4569,7 +4764,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
 	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
 	"\x05Panic\x12 .sallyport.v1alpha1.PanicRequest\x1a\x1e.sallyport.v1alpha1.PanicReply\x12U\n" +
-	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12X\n" +
+	"\tLiftPanic\x12$.sallyport.v1alpha1.LiftPanicRequest\x1a\".sallyport.v1alpha1.LiftPanicReply\x12L\n" +
+	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
 	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012Y\n" +
@@ -4589,7 +4785,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -4650,18 +4846,20 @@ var file_sallyport_proto_goTypes = []any{
 	(*UsedGrantsReply)(nil),       // 56: sallyport.v1alpha1.UsedGrantsReply
 	(*UsedGrant)(nil),             // 57: sallyport.v1alpha1.UsedGrant
 	(*Suggestion)(nil),            // 58: sallyport.v1alpha1.Suggestion
-	nil,                           // 59: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 61: google.protobuf.Duration
+	(*SignalRequest)(nil),         // 59: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 60: sallyport.v1alpha1.SignalReply
+	nil,                           // 61: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 62: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 63: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	60, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	61, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	60, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	61, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	60, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	60, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	60, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	62, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	63, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	62, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	63, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	62, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	62, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	62, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -4672,100 +4870,105 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	60, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	62, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	60, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	62, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	60, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	60, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	60, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	60, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	60, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	62, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	62, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	62, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	62, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	62, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	61, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	59, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	63, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	61, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	60, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	61, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	62, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	63, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	60, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	60, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	62, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	62, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	61, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	63, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 44: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	60, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	62, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
 	1,  // 46: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
 	43, // 47: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
 	44, // 48: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	61, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	60, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	63, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	62, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
 	53, // 51: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
 	28, // 52: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
 	28, // 53: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	61, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	61, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	63, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	63, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
 	24, // 56: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
 	54, // 57: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	60, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	62, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
 	57, // 59: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
 	28, // 60: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	61, // 61: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	61, // 62: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	61, // 63: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	61, // 64: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	63, // 61: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	63, // 62: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	63, // 63: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	63, // 64: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
 	58, // 65: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	7,  // 66: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 67: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 68: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 69: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 70: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 71: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 72: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 73: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 74: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	32, // 75: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	36, // 76: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	38, // 77: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	34, // 78: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	40, // 79: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	42, // 80: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	47, // 81: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	49, // 82: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	55, // 83: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	51, // 84: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	45, // 85: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 86: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 87: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 88: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 89: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 90: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 91: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 92: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 93: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 94: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	33, // 95: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	37, // 96: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	39, // 97: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	35, // 98: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	41, // 99: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 100: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	48, // 101: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	50, // 102: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	56, // 103: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	52, // 104: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	46, // 105: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	86, // [86:106] is the sub-list for method output_type
-	66, // [66:86] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	62, // 66: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	25, // 67: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	62, // 68: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	7,  // 69: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 70: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 71: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 72: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 73: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 74: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 75: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 76: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 77: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	32, // 78: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	36, // 79: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	38, // 80: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	34, // 81: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	40, // 82: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	42, // 83: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	47, // 84: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	49, // 85: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	59, // 86: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	55, // 87: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	51, // 88: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	45, // 89: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 90: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 91: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 92: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 93: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 94: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 95: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 96: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 97: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 98: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	33, // 99: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	37, // 100: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	39, // 101: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	35, // 102: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	41, // 103: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 104: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	48, // 105: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	50, // 106: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	60, // 107: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	56, // 108: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	52, // 109: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	46, // 110: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	90, // [90:111] is the sub-list for method output_type
+	69, // [69:90] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -4796,7 +4999,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   59,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -325,6 +325,7 @@ const (
 	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
 	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
 	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_Signal_FullMethodName      = "/sallyport.v1alpha1.Agent/Signal"
 	Agent_UsedGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/UsedGrants"
 	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
 )
@@ -353,6 +354,8 @@ type AgentClient interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error)
 	LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error)
+	// Signal takes what a source says about grants. It only ever takes from them, and what it takes is taken when it returns.
+	Signal(ctx context.Context, in *SignalRequest, opts ...grpc.CallOption) (*SignalReply, error)
 	// UsedGrants compares what was granted with what was used.
 	UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
@@ -506,6 +509,16 @@ func (c *agentClient) LiftPanic(ctx context.Context, in *LiftPanicRequest, opts 
 	return out, nil
 }
 
+func (c *agentClient) Signal(ctx context.Context, in *SignalRequest, opts ...grpc.CallOption) (*SignalReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignalReply)
+	err := c.cc.Invoke(ctx, Agent_Signal_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(UsedGrantsReply)
@@ -559,6 +572,8 @@ type AgentServer interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(context.Context, *PanicRequest) (*PanicReply, error)
 	LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error)
+	// Signal takes what a source says about grants. It only ever takes from them, and what it takes is taken when it returns.
+	Signal(context.Context, *SignalRequest) (*SignalReply, error)
 	// UsedGrants compares what was granted with what was used.
 	UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
@@ -611,6 +626,9 @@ func (UnimplementedAgentServer) Panic(context.Context, *PanicRequest) (*PanicRep
 }
 func (UnimplementedAgentServer) LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method LiftPanic not implemented")
+}
+func (UnimplementedAgentServer) Signal(context.Context, *SignalRequest) (*SignalReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Signal not implemented")
 }
 func (UnimplementedAgentServer) UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method UsedGrants not implemented")
@@ -866,6 +884,24 @@ func _Agent_LiftPanic_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Signal_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignalRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Signal(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Signal_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Signal(ctx, req.(*SignalRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_UsedGrants_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(UsedGrantsRequest)
 	if err := dec(in); err != nil {
@@ -949,6 +985,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "LiftPanic",
 			Handler:    _Agent_LiftPanic_Handler,
+		},
+		{
+			MethodName: "Signal",
+			Handler:    _Agent_Signal_Handler,
 		},
 		{
 			MethodName: "UsedGrants",

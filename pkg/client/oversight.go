@@ -31,3 +31,10 @@ func (a *Agent) WatchGrants(ctx context.Context, every time.Duration) iter.Seq2[
 func (a *Agent) UsedGrants(ctx context.Context) (*api.UsedGrantsReply, error) {
 	return unary(ctx, a.conn, "compare grants with their use", a.rpc.UsedGrants, &api.UsedGrantsRequest{})
 }
+
+// Signal hands over what a source says about grants, and gives the active ones that it concerns. When it returns, what
+// it takes is taken.
+func (a *Agent) Signal(ctx context.Context, s *api.SignalRequest) ([]string, error) {
+	reply, err := unary(ctx, a.conn, "signal", a.rpc.Signal, s)
+	return reply.GetGrants(), err
+}

@@ -37,10 +37,10 @@ type GrantRow struct {
 }
 
 // Activate records in one durable transaction that the grant is used up, the grant itself, and the
-// critical entry that tells of it. The caller may then, and only then, open the path. Nothing is written with
+// critical entry that tells of it, with notes that are about it. The caller may then, and only then, open the path. Nothing is written with
 // ErrReplayed, if a grant with this id was ever activated here; ErrFinal, if it was withdrawn or denied; ErrClockBehind
 // and ErrDoubt, if the store cannot tell.
-func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error {
+func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte, notes ...Note) error {
 	row.State = StateActive
 	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
 		var n int
@@ -63,6 +63,11 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 		h.replayHash = hash
 		if err := putGrant(ctx, tx, row); err != nil {
 			return err
+		}
+		for _, n := range notes {
+			if err := putNote(ctx, tx, n); err != nil {
+				return err
+			}
 		}
 		return appendEntry(ctx, tx, h, Item{Data: event})
 	})
