@@ -177,11 +177,17 @@ type life struct {
 // begin starts a life: store and datapath are opened, nothing is adopted yet.
 func (b *testbed) begin() *life {
 	b.t.Helper()
+	d, err := datapath.Open(b.config)
+	must(b.t, err)
+	return b.beginOn(d)
+}
+
+// beginOn is begin for many lives that follow each other: loading the programs anew takes most of the time.
+func (b *testbed) beginOn(d *datapath.Datapath) *life {
+	b.t.Helper()
 	s, err := store.Open(filepath.Join(b.lab.Dir, "state", "node.db"))
 	must(b.t, err)
 	must(b.t, s.Claim(b.t.Context(), b.owner))
-	d, err := datapath.Open(b.config)
-	must(b.t, err)
 	log := slog.New(slog.DiscardHandler)
 	bootID := s.BootID()
 	if b.bootID != "" {

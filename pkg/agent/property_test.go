@@ -81,15 +81,18 @@ func (m *model) pickGrant() *modelGrant {
 	return m.known[m.order[m.rng.IntN(len(m.order))]]
 }
 
-var modelClients = []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.1.0.3"), netip.MustParseAddr("10.1.0.4")}
+var modelClients = []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.1.0.3"), netip.MustParseAddr("10.1.0.4"), netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("10.1.0.6")}
 
 func (m *model) ask() *modelGrant {
-	people := []string{"alice bob", "alice bob", "alice", "alice mallory", "mallory bob"}
+	people := []string{"alice bob", "alice carol", "alice", "alice mallory", "mallory bob"}
+	i := m.rng.IntN(2)
 	glass := m.rng.IntN(4) == 0
 	if glass {
 		people = []string{"alice bob carol", "dave bob carol", "alice bob"}
 	}
-	i := m.rng.IntN(len(people))
+	if m.rng.IntN(4) == 0 {
+		i = m.rng.IntN(len(people))
+	}
 	g := &modelGrant{glass: glass, full: i < 2}
 	g.envelope = m.asked(m.crew, people[i], func(p *grant.Payload) {
 		p.Duration = time.Duration(1+m.rng.IntN(10)) * time.Minute
@@ -215,8 +218,8 @@ func (m *model) crash() {
 
 func (m *model) restart(why string) {
 	m.note("%s", why)
-	m.kill()
-	m.life = m.begin()
+	must(m.t, m.store.Close())
+	m.life = m.beginOn(m.datapath)
 	must(m.t, m.adopt(m.t.Context()))
 }
 
@@ -234,12 +237,21 @@ func (m *model) endEverything() {
 	}
 }
 
-// stepClock moves the wall clock, or sets it right, and the keeper sees it.
+// stepClock moves the wall clock, and the keeper sees it.
 func (m *model) stepClock() {
 	by := time.Duration(m.rng.IntN(600)-300) * time.Second
-	if m.rng.IntN(2) == 0 {
-		by = m.truth - m.testbed.clock.wall
+	m.setClock(by)
+}
+
+// repair sets the clock right, and has somebody vouch who may: what an operator does who reads the status.
+func (m *model) repair() {
+	m.setClock(m.truth - m.testbed.clock.wall)
+	if m.store.Memory().Check(m.grants.clock.wall()) != nil {
+		m.vouch("erin")
 	}
+}
+
+func (m *model) setClock(by time.Duration) {
 	m.testbed.clock.wall += by
 	m.note("the wall clock is stepped by %s", by)
 	if by.Abs() > jumpLimit+time.Second {
@@ -257,8 +269,9 @@ func (m *model) pass() {
 	m.note("%s pass", by)
 }
 
-func (m *model) vouchFor() {
-	who := []string{"erin", "erin", "bob"}[m.rng.IntN(3)]
+func (m *model) vouchFor() { m.vouch([]string{"erin", "bob", "mallory"}[m.rng.IntN(3)]) }
+
+func (m *model) vouch(who string) {
 	err := m.Vouch(m.t.Context(), m.crew.vouches(m.t, who, m.challenges.mint(), time.Now().Add(m.truth)), "uid:0")
 	m.note("%s vouches: %v", who, err)
 	if err == nil && who != "erin" {
@@ -269,11 +282,11 @@ func (m *model) vouchFor() {
 // copyState keeps the state directory as a backup does, with no agent alive.
 func (m *model) copyState() {
 	dir := filepath.Join(m.lab.Dir, "state")
-	m.kill()
+	must(m.t, m.store.Close())
 	m.before = filepath.Join(m.lab.Dir, fmt.Sprintf("before-%d", m.rng.Uint64()))
 	must(m.t, os.CopyFS(m.before, os.DirFS(dir)))
 	m.note("the state directory is copied")
-	m.life = m.begin()
+	m.life = m.beginOn(m.datapath)
 	must(m.t, m.adopt(m.t.Context()))
 }
 
@@ -282,10 +295,10 @@ func (m *model) restoreState() {
 		return
 	}
 	dir := filepath.Join(m.lab.Dir, "state")
-	m.kill()
+	must(m.t, m.store.Close())
 	must(m.t, errors.Join(os.RemoveAll(dir), os.CopyFS(dir, os.DirFS(m.before)), os.Chmod(dir, 0o700)))
 	m.note("the state directory is restored")
-	m.life = m.begin()
+	m.life = m.beginOn(m.datapath)
 	must(m.t, m.adopt(m.t.Context()))
 	// What was said since is forgotten with the rest; that nothing of it is let in again is what check asks.
 }
@@ -356,8 +369,8 @@ func TestNoSequenceOpensTooMuch(t *testing.T) {
 			weight int
 			do     func()
 		}{
-			{14, m.activateOne}, {4, m.say}, {3, m.revokeOne}, {3, m.crash}, {3, m.pass}, {2, m.stepClock},
-			{1, m.reboot}, {4, m.vouchFor}, {1, m.copyState}, {1, m.restoreState},
+			{20, m.activateOne}, {4, m.say}, {4, m.revokeOne}, {4, m.crash}, {4, m.pass}, {1, m.stepClock},
+			{1, m.reboot}, {1, m.vouchFor}, {1, m.copyState}, {1, m.restoreState}, {6, m.repair},
 		}
 		var deck []func()
 		for _, s := range steps {

@@ -80,8 +80,8 @@ func (w *stateWorld) happen(event string) (err error) {
 		w.testbed.bootID = "boot of " + w.id
 		fallthrough
 	case "restart":
-		w.kill()
-		w.life = w.begin()
+		must(w.t, w.store.Close())
+		w.life = w.beginOn(w.datapath)
 		err = w.adopt(w.t.Context())
 	default:
 		w.t.Fatalf("no event %q", event)
