@@ -74,7 +74,7 @@ static __always_inline bool sp_is_host(const struct sp_config *cfg, __u64 cookie
 	return !cookie || cookie == cfg->host_netns;
 }
 
-static __noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
+__noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
 				      __u32 service_id, __u32 reason)
 {
 	struct sp_traffic *t = sp_get_traffic(service_id);
@@ -138,7 +138,7 @@ static __always_inline bool sp_refuses(enum sp_reason reason)
 }
 
 /* Counts a refusal for the device that it came in by. */
-static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets, __u64 bytes)
+__noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets, __u64 bytes)
 {
 	struct sp_backstop_key at = { .netns = netns, .ifindex = ifindex };
 	struct sp_backstop fresh = {}, *b;
@@ -157,7 +157,7 @@ static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets,
 }
 
 /* The alarm. */
-static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
+__noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
 					 __u32 netns, __u32 service_id)
 {
 	struct sp_sequence *seq = sp_get_sequence();

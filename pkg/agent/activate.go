@@ -17,7 +17,8 @@ import (
 // activation is a grant on its way to its paths.
 type activation struct {
 	envelope []byte
-	ask      *wanted // instead of an envelope
+	answer   []byte  // the requester's, to a challenge of this node
+	ask      *wanted // instead of both
 	actor    string
 	verified grant.Verified
 	held     *held
@@ -49,12 +50,12 @@ func (g *grants) activationSteps() []activationStep {
 	}
 }
 
-// Activate opens the paths of a signed grant. When it returns without error they are open, and that was durable before.
-// A refusal is recorded, and changes nothing.
-func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (store.GrantRow, error) {
+// Activate opens the paths of a signed grant, whose requester answered a challenge of this node. When it returns without
+// error they are open, and that was durable before. A refusal is recorded, and changes nothing.
+func (g *grants) Activate(ctx context.Context, envelope, answer []byte, actor string) (store.GrantRow, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	a := &activation{envelope: envelope, actor: actor}
+	a := &activation{envelope: envelope, answer: answer, actor: actor}
 	h, err := g.activate(ctx, a)
 	if err != nil {
 		return store.GrantRow{}, err
@@ -99,7 +100,9 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	}
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
-	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused); err != nil {
+	answered, unanswered := g.answered(a, e)
+	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
+		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
@@ -110,8 +113,54 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if err := g.overlap(a.held); err != nil {
 		return err
 	}
-	a.held.row, err = g.newRow(a, allowance, now, boot)
-	return err
+	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
+		return err
+	}
+	if err := g.heed(a.held, now); err != nil {
+		return err
+	}
+	if a.ask != nil {
+		return nil
+	}
+	return g.challenges.use(answered)
+}
+
+// answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking.
+func (g *grants) answered(a *activation, e *enforced) (grant.Challenge, error) {
+	p := a.verified.Payload
+	if a.ask != nil {
+		return grant.Challenge{}, nil
+	}
+	if len(a.answer) == 0 {
+		return grant.Challenge{}, challengeRefused("%s has not answered this node's challenge", p.Requester)
+	}
+	s, err := g.hear(a.answer, e)
+	if err != nil {
+		return grant.Challenge{}, ofAnswer(err)
+	}
+	digest, err := p.Digest()
+	if err != nil {
+		return grant.Challenge{}, err
+	}
+	switch {
+	case s.Step != grant.StepActivated || s.Digest != digest:
+		return grant.Challenge{}, challengeRefused("the answer is about another grant")
+	case s.By != p.Requester:
+		return grant.Challenge{}, s.refuse("cannot begin what %s asked for", p.Requester)
+	}
+	facts := a.verified.Facts(nil, time.Time{})
+	return s.Challenge, errors.Join(s.with(facts.UseOf(policy.UseRequest)), g.challenges.check(s.Challenge))
+}
+
+// ofAnswer tells what is wrong with an answer from what is wrong with the grant.
+func ofAnswer(err error) error {
+	var errs []error
+	for _, e := range policy.Errors(err) {
+		named := *e
+		named.Field = "answer." + named.Field
+		errs = append(errs, &named)
+	}
+	return errors.Join(errs...)
 }
 
 // allowed asks policy, with the node's own addresses as they are now.
@@ -155,12 +204,16 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 	if err != nil {
 		return store.GrantRow{}, fmt.Errorf("keep payload: %w", err)
 	}
+	digest, err := p.Digest()
+	if err != nil {
+		return store.GrantRow{}, err
+	}
 	deadline := p.Deadline(now)
 	if !may.Until.IsZero() && may.Until.Before(deadline) {
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
 		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
 	}
 	for _, s := range a.verified.Signers {
@@ -178,11 +231,17 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	if err != nil {
 		return err
 	}
-	if err := g.store.Activate(ctx, a.held.row, event); err != nil {
+	notes, err := a.held.activationNotes()
+	if err != nil {
+		return err
+	}
+	if err := g.store.Activate(ctx, a.held.row, event, notes...); err != nil {
 		return err
 	}
 	a.recorded = true
 	g.active[a.held.row.ID] = a.held
+	g.reviews.note(a.held.row, a.held.payload, true)
+	g.history.note(a.held.payload, a.held.row.Activated)
 	return nil
 }
 

@@ -57,30 +57,38 @@ func (o *operators) closed(r *api.ExplainReply) *api.ExplainReply {
 	return say(r, "but the proxy does not listen now: the packet is dropped (NO_LISTENER): look at sallyport-proxy")
 }
 
+// answer reads what the decision depends on, and says what could not be read.
 func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
+	paths, err := o.datapath.Paths()
+	own, ownErr := o.grants.own(slices.DeleteFunc([]netip.Addr{q.client, q.server.Addr()}, func(a netip.Addr) bool { return !a.IsValid() }))
+	if ownErr != nil {
+		own = append(own, q.server.Addr()) // in doubt it is the node's
+	}
+	r := decide(q, e, own, paths)
+	if err != nil {
+		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
+	}
+	if ownErr != nil {
+		say(r, "not known: which addresses are the node's: "+oneLine(ownErr.Error()))
+	}
+	if service, port, ok := find(q, e.set, own); ok && r.Verdict != flow.VerdictBypassed.String() {
+		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
+			NodeAddresses: own, Now: o.clock.wall()})
+	}
+	return r
+}
+
+// decide says what a new connection would meet, where the node has these addresses and these paths.
+func decide(q question, e *enforced, own []netip.Addr, paths []datapath.PathStatus) *api.ExplainReply {
 	r := &api.ExplainReply{Verdict: flow.VerdictNone.String(), Reason: flow.ReasonNone.String()}
-	service, port, ok := find(q, e.set)
+	service, port, ok := find(q, e.set, own)
 	if !ok {
 		return say(r, "no protected service is there: the packet goes on untouched")
 	}
 	r.Service = service.Name
 	say(r, fmt.Sprintf("protected service %s (%s), from %s", service.Name, service.Spec.Target, service.Source))
-	paths, err := o.datapath.Paths()
-	if err != nil {
-		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
-	}
 	row, _ := e.service(service.Name)
-	path := latest(paths, q.client, row.ID, port)
-	overPath(r, q, service, e.set, path)
-	if r.Verdict != flow.VerdictBypassed.String() {
-		own, err := o.grants.own([]netip.Addr{q.client})
-		if err != nil {
-			say(r, "not known: whether the client is the node itself: "+oneLine(err.Error()))
-		}
-		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
-			NodeAddresses: own, Now: o.clock.wall()})
-	}
-	return r
+	return overPath(r, q, service, e.set, latest(paths, q.client, row.ID, port))
 }
 
 // around says which policies a way around the proxy can be asked for under, and what the others have against it.
@@ -200,10 +208,14 @@ func say(r *api.ExplainReply, line string) *api.ExplainReply {
 	return r
 }
 
-// find looks the service up by its name or by the address that is asked for.
-func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, ok bool) {
+// find looks the service up by its name or by the address that is asked for. A service of the node is at the node's own
+// addresses only.
+func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedService, port uint16, ok bool) {
 	if q.service == "" {
 		s, ok = serviceAt(set, q.server)
+		if s.Spec.Target == policy.TargetHost && !isOwn(q.server.Addr(), own) {
+			return policy.ProtectedService{}, 0, false
+		}
 		return s, q.server.Port(), ok
 	}
 	s, ok = set.Service(q.service)
@@ -217,6 +229,11 @@ func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, 
 }
 
 // serviceAt takes TCP for what is asked where both protocols are protected.
+func isOwn(a netip.Addr, own []netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	return a.IsLoopback() || slices.Contains(own, a)
+}
+
 func serviceAt(set *policy.Set, dst netip.AddrPort) (policy.ProtectedService, bool) {
 	if s, ok := set.ServiceAt(policy.ProtocolTCP, dst); ok {
 		return s, true

@@ -15,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -27,6 +28,8 @@ var (
 	ErrNoGrant = errors.New("no active grant")
 	// ErrOverlap says that another grant already has a path for the same client and service.
 	ErrOverlap = errors.New("another grant serves this client")
+	// ErrReviewOpen says that somebody has a part in a break-glass grant that nobody has reviewed.
+	ErrReviewOpen = errors.New("review is open")
 	// ErrNoService says that no protected service has the name.
 	ErrNoService = errors.New("no such protected service")
 	// ErrNoResources says that there is no verified set of resources to decide by.
@@ -41,6 +44,7 @@ type held struct {
 	policy  string           // that allows it
 	use     use              // of its paths
 	warned  []warning        // that were given
+	limits  limits           // that signals left
 	over    *ending          // set once it is over in the kernel; then only its record is missing
 	holding *holding         // of a workload's grant; nil: of people's
 }
@@ -75,22 +79,31 @@ func budgetOf(p grant.Payload) datapath.Budget {
 // grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes
 // after it. Safe for concurrent use.
 type grants struct {
-	node     string
-	bootID   string
-	store    *store.Store
-	datapath *datapath.Datapath
-	enforced func() *enforced
-	own      func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
-	clock    clock
-	problems *problems
-	events   *eventCounter
-	log      *slog.Logger
-	recorded func() // there is something new for the sender of records
-	kick     func() // and a grant has ended
+	node       string
+	bootID     string
+	owner      store.Owner // that the store was claimed for
+	store      *store.Store
+	datapath   *datapath.Datapath
+	enforced   func() *enforced
+	own        func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
+	clock      clock
+	challenges *challenges
+	reviews    *reviews
+	problems   *problems
+	events     *eventCounter
+	log        *slog.Logger
+	recorded   func() // there is something new for the sender of records
+	kick       func() // and a grant has ended
 
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
 	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+
+	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
+	history *history                 // guarded by mu
+
+	ports    *portUse      // what the records of flows tell
+	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
@@ -115,11 +128,31 @@ func (g *grants) adoptRows(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	if err := g.recallSignals(ctx, rows); err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	uses, err := g.uses(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	left, err := g.left(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	against, err := g.final(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	for _, row := range rows {
 		if row.State != store.StateActive {
 			continue
 		}
 		h, why := g.revive(row)
+		if s, ok := against[row.Digest]; ok {
+			why = s.String()
+		}
+		g.recallUse(h, uses)
+		h.recallLimits(left)
 		g.active[row.ID] = h
 		if why == "" {
 			continue
@@ -129,6 +162,30 @@ func (g *grants) adoptRows(ctx context.Context) error {
 			return fmt.Errorf("adopt grants: %w", err)
 		}
 	}
+	if err := g.adoptReviews(ctx); err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	return nil
+}
+
+// adoptReviews goes on with the alarms of an earlier agent.
+func (g *grants) adoptReviews(ctx context.Context) error {
+	rows, err := g.store.Grants(ctx)
+	if err != nil {
+		return err
+	}
+	reviewed, err := g.reviewed(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		if _, done := reviewed[row.Digest]; done {
+			continue
+		}
+		var p grant.Payload
+		_ = json.Unmarshal(row.Payload, &p) // one that cannot be read is told of without its content
+		g.reviews.note(row, p, row.State == store.StateActive)
+	}
 	return nil
 }
 
@@ -137,6 +194,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	h = &held{row: row}
 	if row.BootID != g.bootID {
 		return h, "reboot"
+	}
+	if why := restored(g.store.Memory()); why != "" {
+		return h, why
 	}
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
@@ -165,9 +225,10 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	err = errors.Join(err, g.reconcile(ctx))
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.reviews.remind()
 	next = time.Second
 	for _, h := range g.active {
-		next = min(next, max(h.row.DeadlineBoot-g.clock.boot(), time.Millisecond))
+		next = min(next, max(h.ends()-g.clock.boot(), time.Millisecond))
 	}
 	if err != nil {
 		next = time.Second

@@ -16,7 +16,8 @@ const (
 	stepExpired     = "EXPIRED"
 	stepSpent       = "SPENT"
 	stepIdle        = "IDLE"
-	stepWarned      = "WARNED" // of its end, or of the end of its budget
+	stepWarned      = "WARNED"    // of its end, or of the end of its budget
+	stepSignalled   = "SIGNALLED" // a signal was given, or took something from a grant
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
