@@ -20,11 +20,15 @@ func (c *cli) grants() *cobra.Command {
 		Short: "The grants of the node, or with --collector the log of every node's grant events",
 		Example: `  sallyport grants
   sallyport grants --watch
+  sallyport grants --used
   sallyport grants --collector 10.9.0.1:9443 --follow`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if look.watch {
 				return c.watchGrants(cmd.Context())
+			}
+			if look.used {
+				return c.usedGrants(cmd.Context())
 			}
 			if c.collector == "" {
 				return c.nodeGrants(cmd.Context(), cmd)
@@ -66,10 +70,10 @@ func (c *cli) nodeGrants(ctx context.Context, cmd *cobra.Command) error {
 }
 
 func grantsTable(t *table, grants []*api.Grant) {
-	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "BUDGET", "REASON", "TICKET", "ENDED WHY")
+	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "BUDGET", "REASON", "TICKET", "KIND", "REVIEW", "ENDED WHY")
 	for _, g := range grants {
 		t.row(g.GetId(), g.GetState(), g.GetService(), strings.Join(g.GetClients(), ","), g.GetRequester(),
-			stamp(g.GetDeadline()), budgetWords(g.GetBudget()), g.GetReason(), g.GetTicket(), g.GetEndedWhy())
+			stamp(g.GetDeadline()), budgetWords(g.GetBudget()), g.GetReason(), g.GetTicket(), g.GetKind(), g.GetReview(), g.GetEndedWhy())
 	}
 }
 

@@ -104,3 +104,34 @@ GRANT  SERVICE  LEFT  SILENT  USED  FLOWS  PEERS
 		t.Errorf("drawn\n%s", strings.Join(got, "\n---\n"))
 	}
 }
+
+func (n *node) UsedGrants(context.Context, *api.UsedGrantsRequest) (*api.UsedGrantsReply, error) {
+	g := func(id, state string) *api.Grant {
+		return &api.Grant{Id: id, State: state, Service: "postgres", Requester: "alice"}
+	}
+	return &api.UsedGrantsReply{Grants: []*api.UsedGrant{
+		{Grant: g("G1", "expired"), Granted: durationpb.New(time.Hour), Known: true, Open: durationpb.New(time.Hour), Busy: durationpb.New(42 * time.Second),
+			Last: durationpb.New(9 * time.Minute), Bytes: 5200, Packets: 13, Flows: 2, Clients: []string{"10.1.0.2"}, GrantedPorts: []uint32{5432}, Ports: []uint32{5432},
+			Suggestions: []*api.Suggestion{{Field: "duration", Granted: "1h", Suggested: "15m", Words: "the last packet went 9m after its activation"}}},
+		{Grant: g("G2", "revoked"), Granted: durationpb.New(time.Hour), Known: true, Open: durationpb.New(time.Minute),
+			Suggestions: []*api.Suggestion{{Words: "nothing was sent: is it needed?"}}},
+		{Grant: g("G3", "ended"), Granted: durationpb.New(time.Hour)},
+	}}, nil
+}
+
+// Signal believes posture alone.
+func (n *node) Signal(_ context.Context, r *api.SignalRequest) (*api.SignalReply, error) {
+	if r.Source != "posture" {
+		return nil, status.Error(codes.PermissionDenied, "no policy believes this user for this source\nhint: name the source in `signals` of a BypassPolicy")
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	reply := &api.SignalReply{}
+	for _, g := range n.grants {
+		if g.State == "active" && (r.Service == "" || r.Service == g.Service) {
+			g.Signals = append(g.Signals, r.Source+": "+r.Reason)
+			reply.Grants = append(reply.Grants, g.Id)
+		}
+	}
+	return reply, nil
+}

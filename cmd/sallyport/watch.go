@@ -18,10 +18,11 @@ import (
 )
 
 // looks are other ways to look at the grants of the node.
-type looks struct{ watch bool }
+type looks struct{ watch, used bool }
 
 func (l *looks) add(f *pflag.FlagSet) {
 	f.BoolVarP(&l.watch, "watch", "w", false, "go on with what the node's active grants do, until interrupted: in place on a\nterminal, else a line for each thing that happens")
+	f.BoolVar(&l.used, "used", false, "what was granted on the node beside what was used of it, and what would have been enough")
 }
 
 // watchEvery is how often the view is made anew.

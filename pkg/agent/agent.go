@@ -35,6 +35,7 @@ type node struct {
 	recent      *recent
 	flowCounts  *flowCounter
 	eventCounts *eventCounter
+	ports       *portUse
 
 	lock      *lock
 	cgroup    string // that the backstop is attached to
@@ -85,7 +86,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
-		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(),
+		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(),
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
@@ -137,11 +138,18 @@ func (n *node) openStore(context.Context) (err error) {
 	if n.store, err = store.Open(storeFile(n.cfg)); err != nil {
 		return err
 	}
+	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
+		return errors.Join(err, n.store.Close())
+	}
 	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
 	if err != nil {
 		return errors.Join(err, n.store.Close())
 	}
 	return nil
+}
+
+func (n *node) owner() store.Owner {
+	return store.Owner{Node: n.cfg.Name, Machine: machineID(), Witness: witnessFile(n.cfg)}
 }
 
 func (n *node) makePx(context.Context) (err error) {
@@ -215,7 +223,7 @@ func (n *node) makeAudit(context.Context) (err error) {
 	if n.audit, err = audit.New(cfg); err != nil {
 		return err
 	}
-	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts}
+	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
 	return nil
 }
 
@@ -236,8 +244,11 @@ func (n *node) loadResources(context.Context) error {
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
-		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, log: n.log, kick: n.grantsMoved,
+		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
+		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
+		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
+		recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
@@ -271,6 +282,7 @@ func (n *node) sources() *sources {
 }
 
 func (n *node) devicesChanged() {
+	n.sweepSoon()
 	n.resources.poke()
 	n.readiness.poke()
 }
@@ -288,6 +300,10 @@ func (n *node) sweeper() *sweeper {
 // grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
 func (n *node) grantsMoved() {
 	n.audit.Kick()
+	n.sweepSoon()
+}
+
+func (n *node) sweepSoon() {
 	select {
 	case n.sweepNow <- struct{}{}:
 	default: // it has not looked yet

@@ -125,7 +125,7 @@ func listed[T any](list []T) string {
 	return strings.Join(texts, ", ")
 }
 
-func numbers(list []uint16) string {
+func portList(list []uint16) string {
 	return strings.Trim(strings.ReplaceAll(fmt.Sprint(list), " ", ", "), "[]")
 }
 
@@ -138,18 +138,18 @@ func (a *agreement) resources() string {
 	}
 	pod := a.pod // a pod is closed at all of its addresses
 	names := []string{"host-tcp"}
-	add("ProtectedService", "host-tcp", "target: Host, udp: %s, ports: [%s]", choice(r, "Allow", "Deny", `""`), numbers(some(r, portsTCP)))
+	add("ProtectedService", "host-tcp", "target: Host, udp: %s, ports: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)))
 	if r.IntN(2) == 0 {
 		names = append(names, "host-udp")
-		add("ProtectedService", "host-udp", "target: Host, protocol: UDP, ports: [%s]", numbers(some(r, portsUDP)))
+		add("ProtectedService", "host-udp", "target: Host, protocol: UDP, ports: [%s]", portList(some(r, portsUDP)))
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-tcp")
-		add("ProtectedService", "pod-tcp", "target: Pod, udp: %s, ports: [%s], addresses: [%s]", choice(r, "Allow", "Deny", `""`), numbers(some(r, portsTCP)), listed(pod))
+		add("ProtectedService", "pod-tcp", "target: Pod, udp: %s, ports: [%s], addresses: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)), listed(pod))
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-udp")
-		add("ProtectedService", "pod-udp", "target: Pod, protocol: UDP, ports: [%s], addresses: [%s]", numbers(some(r, portsUDP)), listed(pod))
+		add("ProtectedService", "pod-udp", "target: Pod, protocol: UDP, ports: [%s], addresses: [%s]", portList(some(r, portsUDP)), listed(pod))
 	}
 	for i := range 1 + r.IntN(3) {
 		add("BypassPolicy", fmt.Sprintf("p%d", i), "services: [%s], bindings: [address], sources: [%s], maxDuration: %s, requesters: [alice], maxReach: %d",
@@ -204,7 +204,7 @@ func (a *agreement) grant(e *enforced, i int) string {
 		a.open(e, g, i)
 	}
 	return fmt.Sprintf("{name: r, expect: %s, service: %s, requester: alice, addresses: [%s], ports: [%s], duration: %s}, ",
-		expect, g.Service, listed(g.Addresses), numbers(g.Ports), g.Duration)
+		expect, g.Service, listed(g.Addresses), portList(g.Ports), g.Duration)
 }
 
 // open opens the paths of a grant, unless one of its clients has a path to the service.

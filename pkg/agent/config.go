@@ -88,6 +88,11 @@ func makeDirs(cfg policy.AgentConfig) error {
 // Files of the state directory.
 func storeFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "node.db") }
 
+// witnessFile is of this boot: it knows how far the store was.
+func witnessFile(cfg policy.AgentConfig) string {
+	return filepath.Join(cfg.Spec.RunDir, "store.witness")
+}
+
 // verifiedFile is one file for sets that were signed and another for those that were not: who goes over to signatures begins
 // with a signed set, and who comes back to them goes on from the last.
 func verifiedFile(cfg policy.AgentConfig) string {

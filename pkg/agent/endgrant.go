@@ -100,15 +100,31 @@ func sameInstance(a, b datapath.Service) bool {
 
 // end closes a grant's paths and then records it: in the reverse order of activation. g.mu is held.
 func (g *grants) end(ctx context.Context, h *held, e ending) error {
-	paths, err := g.datapath.Paths()
+	paths, err := g.pathsOf(h)
 	if err != nil {
 		return fmt.Errorf("read paths: %w", err)
 	}
 	return g.endIn(ctx, h, e, paths)
 }
 
+// pathsOf reads the paths of a grant: in the slots that it has, as far as these are known.
+func (g *grants) pathsOf(h *held) (paths []datapath.PathStatus, err error) {
+	if len(h.row.Slots) < len(h.payload.Addresses) || len(h.row.Slots) == 0 {
+		return g.datapath.Paths() // activation was cut off
+	}
+	for _, slot := range h.row.Slots {
+		p, err := g.datapath.Path(slot)
+		if err != nil {
+			return nil, err
+		}
+		paths = append(paths, p)
+	}
+	return paths, nil
+}
+
 // endIn is end with the paths at hand. A grant whose record could not be written stays, closed, until a tick records it.
 func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.PathStatus) error {
+	var ended []datapath.PathStatus // with their last counters
 	for _, p := range paths {
 		if p.Grant != h.row.ID || p.State == datapath.PathFree {
 			continue
@@ -120,26 +136,53 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 		if err := g.datapath.EndPath(p.Slot, state); err != nil {
 			return fmt.Errorf("end path in slot %d: %w", p.Slot, err)
 		}
-	}
-	if h.over == nil {
-		h.over = &e
-		if h.holding != nil {
-			close(h.holding.ended)
+		last, err := g.datapath.Path(p.Slot)
+		if err != nil {
+			return err
 		}
+		ended = append(ended, last)
 	}
+	g.lookAt(h, ended, g.clock.boot())
+	h.endBy(e)
 	return g.recordEnd(ctx, h)
+}
+
+// endBy notes that a grant is over in the kernel, and lets its holder know. The first cause stands.
+func (h *held) endBy(e ending) {
+	if h.over != nil {
+		return
+	}
+	h.over = &e
+	if h.holding != nil {
+		close(h.holding.ended)
+	}
 }
 
 // recordEnd makes the end durable and lets go of the grant. The first cause stands.
 func (g *grants) recordEnd(ctx context.Context, h *held) error {
-	event, err := g.endEvent(h, *h.over)
-	if err == nil {
-		err = g.store.EndGrant(ctx, h.row.ID, h.over.state, h.over.why, event)
+	return g.recordEnds(ctx, []*held{h})
+}
+
+// recordEnds is recordEnd for several grants in one durable transaction.
+func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
+	ends := make([]store.End, len(batch))
+	for i, h := range batch {
+		event, err := g.endEvent(h, *h.over)
+		if err != nil {
+			return err
+		}
+		note, err := h.use.note(h.row.ID)
+		if err != nil {
+			return err
+		}
+		ends[i] = store.End{ID: h.row.ID, State: h.over.state, Why: h.over.why, Event: event, Note: note}
 	}
-	if err != nil && !errors.Is(err, store.ErrEnded) {
+	if err := g.store.EndGrants(ctx, ends); err != nil {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
 	}
-	g.letGo(h)
+	for _, h := range batch {
+		g.letGo(h)
+	}
 	return nil
 }
 
@@ -147,6 +190,7 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
+	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()

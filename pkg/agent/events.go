@@ -22,6 +22,7 @@ type sink struct {
 	audit  *audit.Streamer
 	recent *recent
 	counts *flowCounter
+	ports  *portUse
 }
 
 func (s *sink) take(source string, rec flow.Record) {
@@ -32,6 +33,7 @@ func (s *sink) take(source string, rec flow.Record) {
 func (s *sink) note(source string, rec flow.Record) {
 	s.counts.count(source, rec)
 	s.recent.add(rec)
+	s.ports.note(rec)
 }
 
 // kernelEvents reads the kernel's rings.
@@ -108,7 +110,7 @@ type eventCounter struct {
 
 func newEventCounter() *eventCounter {
 	c := &eventCounter{n: make(map[string]uint64)}
-	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
+	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepSignalled, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
 		c.n[step] = 0
 	}
 	return c

@@ -123,6 +123,12 @@ func bypassed(r *api.ExplainReply, p datapath.PathStatus) *api.ExplainReply {
 	if p.Ingress != datapath.IngressAny {
 		say(r, "but only behind the kind of device that the grant names; by another one it gets no path (PATH_INGRESS)")
 	}
+	if p.Cgroup != 0 {
+		say(r, fmt.Sprintf("but only from sockets of control group %d on this node; others get no path (PATH_BOUND)", p.Cgroup))
+	}
+	if p.ClientPort != 0 {
+		say(r, fmt.Sprintf("but only from its port %d; others get no path (PATH_BOUND)", p.ClientPort))
+	}
 	if rate := p.Budget.ConnectionsPerSecond; rate != 0 {
 		say(r, fmt.Sprintf("but no more than %d new connections in a second; others get no path (PATH_RATE)", rate))
 	}
@@ -165,14 +171,17 @@ func whyNot(p datapath.PathStatus, udp bool) (flow.Reason, string) {
 	return flow.ReasonNoPath, why
 }
 
-// latest is the path of a client to a port of a service: the live one, or else the last of those that ended and are still
+// latest is the path of a client to a port of a service: the live one, rather of the whole address, or else the last of those that ended and are still
 // in the kernel. The zero value: none.
 func latest(paths []datapath.PathStatus, client netip.Addr, service uint32, port uint16) (last datapath.PathStatus) {
 	for _, p := range paths {
 		switch {
 		case p.ServiceID != service || p.Client != client || !slices.Contains(p.Ports, port):
-		case p.State == datapath.PathActive:
+		case p.State == datapath.PathActive && p.Cgroup == 0 && p.ClientPort == 0:
 			return p
+		case p.State == datapath.PathActive:
+			last = p
+		case last.State == datapath.PathActive:
 		case last.Grant == "" || p.Deadline > last.Deadline:
 			last = p
 		}

@@ -7,6 +7,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -29,7 +30,7 @@ func activatedEvent(a *activation, c clock) ([]byte, error) {
 func refusedEvent(a *activation, why string, c clock) ([]byte, error) {
 	e := newEvent(stepRefused, a.actor, why, c)
 	p := a.verified.Payload
-	e.Grant, e.Requester, e.Service, e.Clients = p.ID, p.Requester, p.Service, texts(p.Addresses)
+	e.Grant, e.Kind, e.Requester, e.Service, e.Clients = p.ID, string(p.Kind), p.Requester, p.Service, texts(p.Addresses)
 	for _, s := range a.verified.Signers {
 		e.Signers = append(e.Signers, s.KeyID)
 	}
@@ -43,7 +44,8 @@ func (g *grants) endEvent(h *held, end ending) ([]byte, error) {
 }
 
 func describe(e *api.GrantEvent, h *held) {
-	e.Grant, e.Requester, e.Service, e.Clients = h.row.ID, h.payload.Requester, h.payload.Service, texts(h.payload.Addresses)
+	e.Grant, e.Kind, e.Requester, e.Service, e.Clients = h.row.ID, h.row.Kind, h.payload.Requester, h.payload.Service, texts(h.payload.Addresses)
+	e.Signals = h.limits.Reasons
 	e.Deadline, e.Slots, e.Signers = timestamppb.New(h.row.Deadline), h.row.Slots, h.row.Signers
 }
 
@@ -76,7 +78,18 @@ func describeRow(row store.GrantRow, p grant.Payload) *api.Grant {
 		IdleTimeout: span(p.IdleTimeout),
 		Id:          row.ID, State: row.State, Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
 		Clients: texts(p.Addresses), Activated: timestamp(row.Activated), Deadline: timestamp(row.Deadline), Slots: row.Slots,
-		Signers: row.Signers, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
+		Signers: row.Signers, Kind: row.Kind, Digest: row.Digest, People: row.People, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
+	}
+}
+
+// showLimits shows what signals took from a grant, and what they said.
+func showLimits(g *api.Grant, l limits) {
+	g.Signals = l.Reasons
+	if !l.End.IsZero() && l.End.Before(g.GetDeadline().AsTime()) {
+		g.Deadline = timestamp(l.End)
+	}
+	if l.Budget != (policy.Budget{}) {
+		g.Budget = describeBudget(budgetOf(grant.Payload{Budget: l.Budget}))
 	}
 }
 

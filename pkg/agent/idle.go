@@ -7,11 +7,10 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
-// endIdle tells whether a grant is over because its paths carried nothing for so long as it, or its policy, lets them. An
+// endIdle tells whether a grant is over because its paths carried nothing for as long as they may; 0 is no such time. An
 // agent that has just come counts from its first look, so a restart makes a path no older than its deadline, but may make
 // it idle for longer.
-func (g *grants) endIdle(h *held, now time.Duration) (ending, bool) {
-	most := g.policyOf(h).Idle(h.payload.IdleTimeout)
+func (h *held) endIdle(most, now time.Duration) (ending, bool) {
 	if most == 0 || now-h.use.moved < most {
 		return ending{}, false
 	}

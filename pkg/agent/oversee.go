@@ -12,23 +12,47 @@ import (
 // oversee looks at what every active grant has carried, and does what follows from it. paths are the kernel's, as of now
 // (CLOCK_BOOTTIME). g.mu is held.
 func (g *grants) oversee(ctx context.Context, paths []datapath.PathStatus, now time.Duration) error {
-	carried := make(map[string][]datapath.PathStatus)
-	for _, p := range paths {
-		carried[p.Grant] = append(carried[p.Grant], p)
-	}
+	carried := byGrant(paths)
+	g.ports.keep(g.active)
+	rules := make(map[string]*overseen)
 	var errs []error
 	for id, h := range g.active {
-		if h.over != nil {
+		if h.over != nil || len(carried[id]) == 0 { // opened since the paths were read
 			continue
 		}
-		h.use.look(carried[id], now)
-		if e, idle := g.endIdle(h, now); idle {
-			errs = append(errs, g.endIn(ctx, h, e, carried[id]))
-			continue
+		g.lookAt(h, carried[id], now)
+		if rules[h.policy] == nil {
+			rules[h.policy] = newOverseen(g.policyOf(h))
 		}
-		errs = append(errs, g.warn(ctx, h, carried[id], now))
+		errs = append(errs, g.overseeOne(ctx, h, rules[h.policy], carried[id], now))
 	}
 	return errors.Join(errs...)
+}
+
+// overseen is what a policy says of active grants, read once for all of them.
+type overseen struct {
+	policy.BypassPolicy
+	warnings []time.Duration
+}
+
+func newOverseen(p policy.BypassPolicy) *overseen { return &overseen{p, p.Warnings()} }
+
+func (g *grants) overseeOne(ctx context.Context, h *held, p *overseen, paths []datapath.PathStatus, now time.Duration) error {
+	if e, idle := h.endIdle(p.Idle(h.payload.IdleTimeout), now); idle {
+		return g.endIn(ctx, h, e, paths)
+	}
+	if over, err := g.heedActive(ctx, h, p.Spec.Signals, paths, now); over || err != nil {
+		return err
+	}
+	return g.warn(ctx, h, p.warnings, paths, now)
+}
+
+func byGrant(paths []datapath.PathStatus) map[string][]datapath.PathStatus {
+	out := make(map[string][]datapath.PathStatus, len(paths))
+	for _, p := range paths {
+		out[p.Grant] = append(out[p.Grant], p)
+	}
+	return out
 }
 
 // policyOf is the policy that allows an active grant, as it is in force now. Without one there is the zero policy, which

@@ -88,15 +88,16 @@ func (g *grants) keepPanic(ctx context.Context) error {
 
 // endForPanic gives every grant its end, whose paths are closed already. What could not be recorded is recorded by a tick.
 func (g *grants) endForPanic(ctx context.Context) error {
-	if err := g.endSlots(); err != nil {
+	carried, err := g.endSlots()
+	if err != nil {
 		return err
 	}
 	p := g.panicked.Load()
 	var batch []*held
 	for _, h := range g.active {
 		if h.over == nil {
-			e := ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why)
-			h.over = &e
+			h.endBy(ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why))
+			g.lookAt(h, carried[h.row.ID], g.clock.boot())
 		}
 		if batch = append(batch, h); len(batch) == endBatch {
 			if err := g.recordEnds(ctx, batch); err != nil {
@@ -108,11 +109,11 @@ func (g *grants) endForPanic(ctx context.Context) error {
 	return g.recordEnds(ctx, batch)
 }
 
-// endSlots takes the ended paths out of the index. It closes nothing that was open.
-func (g *grants) endSlots() error {
+// endSlots takes the ended paths out of the index, and gives them by their grants. It closes nothing that was open.
+func (g *grants) endSlots() (map[string][]datapath.PathStatus, error) {
 	paths, err := g.datapath.Paths()
 	if err != nil {
-		return fmt.Errorf("read paths: %w", err)
+		return nil, fmt.Errorf("read paths: %w", err)
 	}
 	for _, p := range paths {
 		state := p.State
@@ -120,29 +121,10 @@ func (g *grants) endSlots() error {
 			state = datapath.PathRevoked
 		}
 		if err := g.datapath.EndPath(p.Slot, state); err != nil {
-			return fmt.Errorf("end path in slot %d: %w", p.Slot, err)
+			return nil, fmt.Errorf("end path in slot %d: %w", p.Slot, err)
 		}
 	}
-	return nil
-}
-
-// recordEnds is recordEnd for several grants at a time.
-func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
-	ends := make([]store.End, len(batch))
-	for i, h := range batch {
-		event, err := g.endEvent(h, *h.over)
-		if err != nil {
-			return err
-		}
-		ends[i] = store.End{ID: h.row.ID, State: h.over.state, Why: h.over.why, Event: event}
-	}
-	if err := g.store.EndGrants(ctx, ends); err != nil {
-		return fmt.Errorf("%w: %w", errNotRecorded, err)
-	}
-	for _, h := range batch {
-		g.letGo(h)
-	}
-	return nil
+	return byGrant(paths), nil
 }
 
 // Lift lets grants be activated again. Nothing that the panic ended comes back. It is durable before it takes effect. The

@@ -25,8 +25,15 @@ func TestPanic(t *testing.T) {
 		Ports: []uint16{5432}, Deadline: datapath.BootTime() + time.Minute})
 	must(t, err)
 
+	holding := l.newHolding(netip.MustParseAddr("10.1.0.9")) // as if a workload held it
+	l.active[row.ID].holding = holding
 	ended, err := l.Panic(t.Context(), "leaked key", "uid:7")
 	must(t, err)
+	select {
+	case <-holding.ended:
+	default:
+		t.Error("the holder was not told")
+	}
 	if states, open := l.states(); ended != 3 || len(open) != 0 || states[row.ID] != store.StateRevoked {
 		t.Errorf("ended %d paths; %v, open %v", ended, states, open)
 	}

@@ -16,7 +16,8 @@ const (
 	stepExpired     = "EXPIRED"
 	stepSpent       = "SPENT"
 	stepIdle        = "IDLE"
-	stepWarned      = "WARNED" // of its end, or of the end of its budget
+	stepWarned      = "WARNED"    // of its end, or of the end of its budget
+	stepSignalled   = "SIGNALLED" // a signal was given, or took something from a grant
 	stepRefused     = "REFUSED"
 	stepUninstalled = "UNINSTALLED"
 	stepAlarm       = "ALARM"
@@ -52,6 +53,8 @@ type live struct {
 	deadline time.Duration // CLOCK_BOOTTIME
 	budget   datapath.Budget
 	ingress  datapath.Ingress
+	port     uint16 // of the client; 0: any
+	cgroup   uint64 // of the client; 0: any
 }
 
 // pathPlan is what makes the kernel's paths and the active grants agree.
@@ -134,6 +137,8 @@ func mismatch(l live, paths []datapath.PathStatus) string {
 			return fmt.Sprintf("slot %d has a later deadline than the record", p.Slot)
 		case p.Ingress != l.ingress:
 			return fmt.Sprintf("slot %d is for other devices than the record", p.Slot)
+		case p.ClientPort != l.port || p.Cgroup != l.cgroup:
+			return fmt.Sprintf("slot %d is bound to other sockets than the record", p.Slot)
 		case p.Budget != l.budget:
 			return fmt.Sprintf("slot %d has another budget than the record", p.Slot)
 		}

@@ -36,11 +36,14 @@ const (
 	problemGuard     problemClass = "guard"
 	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
+	problemMemory    problemClass = "memory"
+
+	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -124,25 +124,41 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	left, err := o.grants.left(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	reviewed, err := o.grants.reviewed(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	reply := &api.GrantsReply{}
 	for _, row := range rows {
-		reply.Grants = append(reply.Grants, o.describe(row))
+		g := o.describe(row)
+		g.Review = reviewWords(row, reviewed)
+		showLimits(g, left[row.ID])
+		reply.Grants = append(reply.Grants, g)
 	}
 	return reply, nil
 }
 
 // describe reads a row's payload; one that cannot be read is still listed.
 func (o *operators) describe(row store.GrantRow) *api.Grant {
-	var p grant.Payload
-	if err := json.Unmarshal(row.Payload, &p); err != nil {
-		p = grant.Payload{Reason: "payload cannot be read: " + err.Error()}
-	}
+	p, _ := readPayload(row)
 	return describeRow(row, p)
+}
+
+// readPayload gives a payload that says so in the place of one that cannot be read.
+func readPayload(row store.GrantRow) (p grant.Payload, ok bool) {
+	if err := json.Unmarshal(row.Payload, &p); err != nil {
+		return grant.Payload{Reason: "payload cannot be read: " + err.Error()}, false
+	}
+	return p, true
 }
 
 // Activate opens the paths of a signed grant.
 func (o *operators) Activate(ctx context.Context, req *api.ActivateRequest) (*api.ActivateReply, error) {
-	row, err := o.grants.Activate(ctx, req.GetEnvelope(), caller(ctx))
+	row, err := o.grants.Activate(ctx, req.GetEnvelope(), req.GetAnswer(), caller(ctx))
 	if err != nil {
 		return nil, toStatus(err)
 	}

@@ -1,26 +1,216 @@
 package agent
 
 import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
-// use is what the paths of an active grant have carried, as far as this agent has seen it: it looks once a second.
+const (
+	// noteOfUse is where the store has the use of a grant, with its id behind it.
+	noteOfUse = "use/"
+	// keepUse is how often the use of active grants is made durable: a kill costs so much of it.
+	keepUse = time.Minute
+	// longestLook bounds what one look can add to the time with traffic: an agent that was stopped has not seen it.
+	longestLook = 2 * time.Second
+)
+
+// use is what the paths of a grant have carried. Counters are the kernel's; times are as far as agents have seen it, which
+// look once a second. Times in it are nanoseconds.
 type use struct {
+	Open    time.Duration        `json:"open"` // from activation on, as of the last look
+	Busy    time.Duration        `json:"busy"` // of it, with traffic
+	Last    time.Duration        `json:"last"` // from activation to the last traffic
+	Clients map[netip.Addr]spent `json:"clients"`
+	Ports   []uint16             `json:"ports"`   // of the service, that flows were for
+	Granted []uint16             `json:"granted"` // those that they could have been for
+
 	looked  bool
+	changed bool          // since it was kept
 	packets uint64        // at the last look
-	moved   time.Duration // CLOCK_BOOTTIME of the last look that found more of them, or of the first look
+	at      time.Duration // CLOCK_BOOTTIME of the last look
+	moved   time.Duration // CLOCK_BOOTTIME of the last look that found more packets, or of the first look
 }
 
-// look compares the paths of a grant with the last look at them. now is CLOCK_BOOTTIME.
-func (u *use) look(paths []datapath.PathStatus, now time.Duration) {
+// spent is what the path of one client has carried.
+type spent struct {
+	Bytes   uint64 `json:"bytes"`
+	Packets uint64 `json:"packets"`
+	Flows   uint64 `json:"flows"`
+}
+
+// total adds up all clients.
+func (u *use) total() (all spent) {
+	for _, s := range u.Clients {
+		all.Bytes, all.Packets, all.Flows = all.Bytes+s.Bytes, all.Packets+s.Packets, all.Flows+s.Flows
+	}
+	return all
+}
+
+// copied shares nothing with the original.
+func (u *use) copied() use {
+	c := *u
+	c.Clients, c.Ports = maps.Clone(u.Clients), slices.Clone(u.Ports)
+	return c
+}
+
+// look compares the paths of a grant with the last look at them. open is how long it has been active; now is CLOCK_BOOTTIME.
+func (u *use) look(paths []datapath.PathStatus, ports []uint16, open, now time.Duration) {
+	if len(paths) == 0 {
+		return // they are gone with their counters
+	}
 	var packets uint64
 	for _, p := range paths {
 		packets += p.PacketsToServer + p.PacketsToClient
 	}
-	if !u.looked || packets != u.packets {
+	u.Open = open
+	if packets > u.packets {
+		if u.Clients == nil {
+			u.Clients = make(map[netip.Addr]spent)
+		}
+		for _, p := range paths {
+			u.Clients[p.Client] = spent{Bytes: p.BytesToServer + p.BytesToClient, Packets: p.PacketsToServer + p.PacketsToClient, Flows: p.Flows}
+		}
+		u.Last, u.changed = open, true
+		if u.looked {
+			u.Busy += min(now-u.at, longestLook)
+		}
+	}
+	if packets > u.packets || !u.looked {
 		u.moved = now
 	}
-	u.looked, u.packets = true, packets
+	for _, port := range ports {
+		if !slices.Contains(u.Ports, port) {
+			u.Ports, u.changed = append(u.Ports, port), true
+		}
+	}
+	u.looked, u.packets, u.at = true, packets, now
+}
+
+// lookAt is the look at an active grant. g.mu is held.
+func (g *grants) lookAt(h *held, paths []datapath.PathStatus, now time.Duration) {
+	h.use.Granted = portsOf(h.payload, h.service)
+	life := h.row.Deadline.Sub(h.row.Activated)
+	h.use.look(paths, g.ports.of(h.row.ID), min(life-(h.row.DeadlineBoot-now), life), now)
+}
+
+// note is the form in which the store keeps it.
+func (u *use) note(id string) (store.Note, error) {
+	data, err := json.Marshal(u)
+	if err != nil {
+		return store.Note{}, fmt.Errorf("keep use of %s: %w", id, err)
+	}
+	return store.Note{Name: noteOfUse + id, Data: data}, nil
+}
+
+// KeepUses makes the use of active grants durable, when it is time, some of them in each transaction: others want to write in
+// between. What could not be kept is kept the next time.
+func (g *grants) KeepUses(ctx context.Context) error {
+	notes, err := g.changedUses()
+	for err == nil && len(notes) > 0 {
+		n := min(len(notes), endBatch)
+		err = g.store.Keep(ctx, notes[:n])
+		notes = notes[n:]
+	}
+	return err
+}
+
+// changedUses are the uses that changed since they were kept, if it is time.
+func (g *grants) changedUses() (notes []store.Note, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if now := g.clock.boot(); now-g.usesKept >= keepUse {
+		g.usesKept = now
+	} else {
+		return nil, nil
+	}
+	for id, h := range g.active {
+		if !h.use.changed {
+			continue
+		}
+		n, err := h.use.note(id)
+		if err != nil {
+			return nil, err
+		}
+		h.use.changed = false
+		notes = append(notes, n)
+	}
+	return notes, nil
+}
+
+// uses reads what the store has, by grant. One that cannot be read is left out.
+func (g *grants) uses(ctx context.Context) (map[string]*use, error) {
+	notes, err := g.store.Notes(ctx, noteOfUse)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]*use, len(notes))
+	for _, n := range notes {
+		u := &use{}
+		if json.Unmarshal(n.Data, u) == nil {
+			out[n.Name[len(noteOfUse):]] = u
+		}
+	}
+	return out, nil
+}
+
+// recallUse goes on with what an earlier agent has seen of a grant.
+func (g *grants) recallUse(h *held, uses map[string]*use) {
+	if u, ok := uses[h.row.ID]; ok {
+		h.use = *u
+		h.use.packets = u.total().Packets
+	}
+}
+
+// portUse is which ports the flows of active grants were for. Safe for concurrent use; the nil one knows none.
+type portUse struct {
+	mu sync.Mutex
+	by map[string]map[uint16]bool // guarded by mu; grant -> ports
+}
+
+func newPortUse() *portUse { return &portUse{by: make(map[string]map[uint16]bool)} }
+
+// note takes a flow record.
+func (p *portUse) note(rec flow.Record) {
+	if p == nil || rec.Grant == "" || rec.Event == flow.EventDeny {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.by[rec.Grant] == nil {
+		p.by[rec.Grant] = make(map[uint16]bool)
+	}
+	p.by[rec.Grant][rec.Server.Port()] = true
+}
+
+// of gives the ports that a grant's flows were for, ascending.
+func (p *portUse) of(grant string) []uint16 {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.by[grant] == nil {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(p.by[grant]))
+}
+
+// keep forgets the grants that are over.
+func (p *portUse) keep(active map[string]*held) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.by, func(grant string, _ map[uint16]bool) bool { return active[grant] == nil })
 }

@@ -55,6 +55,9 @@ type limit struct {
 
 // limitsOf are the limits that a path has.
 func limitsOf(p datapath.PathStatus) []limit {
+	if p.Budget == (datapath.Budget{}) {
+		return nil
+	}
 	all := []limit{
 		{"bytes", p.BytesToServer + p.BytesToClient, p.Budget.Bytes},
 		{"packets", p.PacketsToServer + p.PacketsToClient, p.Budget.Packets},
@@ -72,9 +75,9 @@ func percent(used, most uint64) uint64 {
 }
 
 // warn gives the warnings that are due: to the record, the log, the metrics, and to whoever watches. g.mu is held.
-func (g *grants) warn(ctx context.Context, h *held, paths []datapath.PathStatus, now time.Duration) error {
-	left, life := h.row.DeadlineBoot-now, h.row.Deadline.Sub(h.row.Activated)
-	for _, w := range warnings(left, life, g.policyOf(h).Warnings(), paths) {
+func (g *grants) warn(ctx context.Context, h *held, before []time.Duration, paths []datapath.PathStatus, now time.Duration) error {
+	left, life := h.ends()-now, h.row.Deadline.Sub(h.row.Activated)
+	for _, w := range warnings(left, life, before, paths) {
 		if slices.ContainsFunc(h.warned, func(old warning) bool { return old.key == w.key }) {
 			continue
 		}

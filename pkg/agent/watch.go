@@ -27,6 +27,8 @@ const (
 type watched struct {
 	row     store.GrantRow
 	payload grant.Payload
+	limits  limits
+	ends    time.Duration // CLOCK_BOOTTIME
 	moved   time.Duration
 	idle    time.Duration
 	warned  []warning
@@ -39,7 +41,7 @@ func (g *grants) watched() []watched {
 	var out []watched
 	for _, h := range g.active {
 		if h.over == nil {
-			out = append(out, watched{row: h.row, payload: h.payload, moved: h.use.moved, idle: g.policyOf(h).Idle(h.payload.IdleTimeout),
+			out = append(out, watched{row: h.row, limits: h.limits, ends: h.ends(), payload: h.payload, moved: h.use.moved, idle: g.policyOf(h).Idle(h.payload.IdleTimeout),
 				warned: slices.Clone(h.warned)})
 		}
 	}
@@ -95,9 +97,10 @@ func (o *operators) frame(ctx context.Context, before *api.WatchFrame) (*api.Wat
 
 func (o *operators) watched(w watched, paths []datapath.PathStatus, peers []string, now time.Duration) *api.WatchedGrant {
 	slices.Sort(peers)
-	out := &api.WatchedGrant{Grant: describeRow(w.row, w.payload), Left: durationpb.New(max(w.row.DeadlineBoot-now, 0)),
+	out := &api.WatchedGrant{Grant: describeRow(w.row, w.payload), Left: durationpb.New(max(w.ends-now, 0)),
 		Silent: durationpb.New(max(now-w.moved, 0)), LiveFlows: uint32(len(peers)), Peers: peers[:min(len(peers), maxPeers)]}
 	out.Grant.IdleTimeout = span(w.idle)
+	showLimits(out.Grant, w.limits)
 	for _, p := range paths {
 		if p.Grant == w.row.ID {
 			out.Paths = append(out.Paths, describePath(p, o.clock))

@@ -316,12 +316,17 @@ const (
 	Agent_Services_FullMethodName    = "/sallyport.v1alpha1.Agent/Services"
 	Agent_Paths_FullMethodName       = "/sallyport.v1alpha1.Agent/Paths"
 	Agent_Grants_FullMethodName      = "/sallyport.v1alpha1.Agent/Grants"
+	Agent_Challenge_FullMethodName   = "/sallyport.v1alpha1.Agent/Challenge"
 	Agent_Activate_FullMethodName    = "/sallyport.v1alpha1.Agent/Activate"
+	Agent_State_FullMethodName       = "/sallyport.v1alpha1.Agent/State"
+	Agent_Vouch_FullMethodName       = "/sallyport.v1alpha1.Agent/Vouch"
 	Agent_Revoke_FullMethodName      = "/sallyport.v1alpha1.Agent/Revoke"
 	Agent_Explain_FullMethodName     = "/sallyport.v1alpha1.Agent/Explain"
 	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
 	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
 	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_Signal_FullMethodName      = "/sallyport.v1alpha1.Agent/Signal"
+	Agent_UsedGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/UsedGrants"
 	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
 )
 
@@ -335,7 +340,13 @@ type AgentClient interface {
 	Services(ctx context.Context, in *ServicesRequest, opts ...grpc.CallOption) (*ServicesReply, error)
 	Paths(ctx context.Context, in *PathsRequest, opts ...grpc.CallOption) (*PathsReply, error)
 	Grants(ctx context.Context, in *GrantsRequest, opts ...grpc.CallOption) (*GrantsReply, error)
+	// Challenge asks for one to answer, once and within a quarter of an hour.
+	Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeReply, error)
 	Activate(ctx context.Context, in *ActivateRequest, opts ...grpc.CallOption) (*ActivateReply, error)
+	// State takes what somebody says of a grant. It is durable and final when it returns.
+	State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateReply, error)
+	// Vouch ends the doubts about the node's clock and records.
+	Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchReply, error)
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeReply, error)
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
@@ -343,6 +354,10 @@ type AgentClient interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(ctx context.Context, in *PanicRequest, opts ...grpc.CallOption) (*PanicReply, error)
 	LiftPanic(ctx context.Context, in *LiftPanicRequest, opts ...grpc.CallOption) (*LiftPanicReply, error)
+	// Signal takes what a source says about grants. It only ever takes from them, and what it takes is taken when it returns.
+	Signal(ctx context.Context, in *SignalRequest, opts ...grpc.CallOption) (*SignalReply, error)
+	// UsedGrants compares what was granted with what was used.
+	UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
 }
@@ -395,10 +410,40 @@ func (c *agentClient) Grants(ctx context.Context, in *GrantsRequest, opts ...grp
 	return out, nil
 }
 
+func (c *agentClient) Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChallengeReply)
+	err := c.cc.Invoke(ctx, Agent_Challenge_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) Activate(ctx context.Context, in *ActivateRequest, opts ...grpc.CallOption) (*ActivateReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ActivateReply)
 	err := c.cc.Invoke(ctx, Agent_Activate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StateReply)
+	err := c.cc.Invoke(ctx, Agent_State_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VouchReply)
+	err := c.cc.Invoke(ctx, Agent_Vouch_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -464,6 +509,26 @@ func (c *agentClient) LiftPanic(ctx context.Context, in *LiftPanicRequest, opts 
 	return out, nil
 }
 
+func (c *agentClient) Signal(ctx context.Context, in *SignalRequest, opts ...grpc.CallOption) (*SignalReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignalReply)
+	err := c.cc.Invoke(ctx, Agent_Signal_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UsedGrantsReply)
+	err := c.cc.Invoke(ctx, Agent_UsedGrants_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_WatchGrants_FullMethodName, cOpts...)
@@ -493,7 +558,13 @@ type AgentServer interface {
 	Services(context.Context, *ServicesRequest) (*ServicesReply, error)
 	Paths(context.Context, *PathsRequest) (*PathsReply, error)
 	Grants(context.Context, *GrantsRequest) (*GrantsReply, error)
+	// Challenge asks for one to answer, once and within a quarter of an hour.
+	Challenge(context.Context, *ChallengeRequest) (*ChallengeReply, error)
 	Activate(context.Context, *ActivateRequest) (*ActivateReply, error)
+	// State takes what somebody says of a grant. It is durable and final when it returns.
+	State(context.Context, *StateRequest) (*StateReply, error)
+	// Vouch ends the doubts about the node's clock and records.
+	Vouch(context.Context, *VouchRequest) (*VouchReply, error)
 	Revoke(context.Context, *RevokeRequest) (*RevokeReply, error)
 	Explain(context.Context, *ExplainRequest) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
@@ -501,6 +572,10 @@ type AgentServer interface {
 	// Panic ends every path at once and lets none be opened until LiftPanic, which root alone may call.
 	Panic(context.Context, *PanicRequest) (*PanicReply, error)
 	LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error)
+	// Signal takes what a source says about grants. It only ever takes from them, and what it takes is taken when it returns.
+	Signal(context.Context, *SignalRequest) (*SignalReply, error)
+	// UsedGrants compares what was granted with what was used.
+	UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
 	mustEmbedUnimplementedAgentServer()
@@ -525,8 +600,17 @@ func (UnimplementedAgentServer) Paths(context.Context, *PathsRequest) (*PathsRep
 func (UnimplementedAgentServer) Grants(context.Context, *GrantsRequest) (*GrantsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Grants not implemented")
 }
+func (UnimplementedAgentServer) Challenge(context.Context, *ChallengeRequest) (*ChallengeReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Challenge not implemented")
+}
 func (UnimplementedAgentServer) Activate(context.Context, *ActivateRequest) (*ActivateReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Activate not implemented")
+}
+func (UnimplementedAgentServer) State(context.Context, *StateRequest) (*StateReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method State not implemented")
+}
+func (UnimplementedAgentServer) Vouch(context.Context, *VouchRequest) (*VouchReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Vouch not implemented")
 }
 func (UnimplementedAgentServer) Revoke(context.Context, *RevokeRequest) (*RevokeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
@@ -542,6 +626,12 @@ func (UnimplementedAgentServer) Panic(context.Context, *PanicRequest) (*PanicRep
 }
 func (UnimplementedAgentServer) LiftPanic(context.Context, *LiftPanicRequest) (*LiftPanicReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method LiftPanic not implemented")
+}
+func (UnimplementedAgentServer) Signal(context.Context, *SignalRequest) (*SignalReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Signal not implemented")
+}
+func (UnimplementedAgentServer) UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method UsedGrants not implemented")
 }
 func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
 	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
@@ -639,6 +729,24 @@ func _Agent_Grants_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Challenge_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChallengeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Challenge(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Challenge_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Challenge(ctx, req.(*ChallengeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_Activate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ActivateRequest)
 	if err := dec(in); err != nil {
@@ -653,6 +761,42 @@ func _Agent_Activate_Handler(srv interface{}, ctx context.Context, dec func(inte
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AgentServer).Activate(ctx, req.(*ActivateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_State_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).State(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_State_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).State(ctx, req.(*StateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Vouch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VouchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Vouch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Vouch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Vouch(ctx, req.(*VouchRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -740,6 +884,42 @@ func _Agent_LiftPanic_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Signal_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignalRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Signal(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Signal_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Signal(ctx, req.(*SignalRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_UsedGrants_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UsedGrantsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).UsedGrants(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_UsedGrants_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).UsedGrants(ctx, req.(*UsedGrantsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchGrantsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -775,8 +955,20 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Agent_Grants_Handler,
 		},
 		{
+			MethodName: "Challenge",
+			Handler:    _Agent_Challenge_Handler,
+		},
+		{
 			MethodName: "Activate",
 			Handler:    _Agent_Activate_Handler,
+		},
+		{
+			MethodName: "State",
+			Handler:    _Agent_State_Handler,
+		},
+		{
+			MethodName: "Vouch",
+			Handler:    _Agent_Vouch_Handler,
 		},
 		{
 			MethodName: "Revoke",
@@ -793,6 +985,14 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "LiftPanic",
 			Handler:    _Agent_LiftPanic_Handler,
+		},
+		{
+			MethodName: "Signal",
+			Handler:    _Agent_Signal_Handler,
+		},
+		{
+			MethodName: "UsedGrants",
+			Handler:    _Agent_UsedGrants_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

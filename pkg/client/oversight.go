@@ -26,3 +26,15 @@ func (a *Agent) LiftPanic(ctx context.Context, why string) error {
 func (a *Agent) WatchGrants(ctx context.Context, every time.Duration) iter.Seq2[*api.WatchFrame, error] {
 	return streaming(ctx, a.conn, "watch grants", a.rpc.WatchGrants, &api.WatchGrantsRequest{Every: durationpb.New(every)})
 }
+
+// UsedGrants compares, for every grant that the node activated, what was granted with what was used.
+func (a *Agent) UsedGrants(ctx context.Context) (*api.UsedGrantsReply, error) {
+	return unary(ctx, a.conn, "compare grants with their use", a.rpc.UsedGrants, &api.UsedGrantsRequest{})
+}
+
+// Signal hands over what a source says about grants, and gives the active ones that it concerns. When it returns, what
+// it takes is taken.
+func (a *Agent) Signal(ctx context.Context, s *api.SignalRequest) ([]string, error) {
+	reply, err := unary(ctx, a.conn, "signal", a.rpc.Signal, s)
+	return reply.GetGrants(), err
+}

@@ -80,6 +80,8 @@ type BypassPolicySpec struct {
 	IdleTimeout Duration `json:"idleTimeout,omitzero" yaml:"idleTimeout,omitempty"`
 	// WarnBefore are the times before a grant's end at which its end is warned of: 5m and 1m.
 	WarnBefore []Duration `json:"warnBefore,omitempty" yaml:"warnBefore,omitempty"`
+	// Signals are the sources that may take from its grants, and what. None: no source may.
+	Signals []SignalRule `json:"signals,omitempty" yaml:"signals,omitempty"`
 	// Tests are grants, and what the set must make of them: sallyport policy test.
 	Tests []GrantTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }

@@ -93,6 +93,16 @@ func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
 	return DenyList{}, false
 }
 
+// DeniedPerson is the list that has a person at now, if there is one.
+func (s *Set) DeniedPerson(name string, now time.Time) (DenyList, bool) {
+	for _, l := range s.DenyLists() {
+		if l.holds(now) && slices.Contains(l.Spec.People, name) {
+			return l, true
+		}
+	}
+	return DenyList{}, false
+}
+
 // denied lists what deny lists have against a grant.
 func (s *Set) denied(g GrantFacts) (errs []*Error) {
 	for _, l := range s.denials {

@@ -263,10 +263,10 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	settle(c, "spec.maxReach", old.MaxReach, &next.MaxReach, reach)
 	settle(c, "spec.class", old.Class, &next.Class, is < was)
 	c.conditions(old, &next)
+	c.oversight(old, &next)
 	c.approvals(old.Approvals, &next.Approvals)
 	c.budget(old.MaxBudget, &next.MaxBudget)
-	settle(c, "spec.idleTimeout", old.IdleTimeout, &next.IdleTimeout, raised(uint64(old.IdleTimeout.Duration), uint64(next.IdleTimeout.Duration)))
-	next.Tests, next.WarnBefore = old.Tests, old.WarnBefore // they allow nothing
+	next.Tests = old.Tests // nothing follows from them on a node
 	rest(c, "spec", old, next)
 }
 

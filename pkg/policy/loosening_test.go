@@ -62,6 +62,7 @@ func TestTightenings(t *testing.T) {
 		{"sources narrower", loosen.Swap(`sources: ["10.1.0.0/24"]`, `sources: ["10.1.0.0/25", "10.1.0.200"]`)},
 		{"shorter", loosen.Swap("maxDuration: 15m", "maxDuration: 14m")},
 		{"class", loosen.Swap("maxDuration: 15m, requesters: [alice]", `maxDuration: 15m, requesters: [alice], class: Sensitive, ticket: {required: true}, approvals: [{from: [bob]}]`)},
+		{"one more source", loosen.Swap("required: true}]", "required: true}, {source: incident, may: [Shorten]}]")},
 		{"idle for less", loosen.Swap("idleTimeout: 5m", "idleTimeout: 4m")},
 		{"warned of otherwise", loosen.Swap("idleTimeout: 5m", "idleTimeout: 5m\n  warnBefore: [2m]")},
 		{"idle for no longer", loosen.Swap("maxDuration: 15m, requesters: [alice]", "maxDuration: 15m, requesters: [alice], idleTimeout: 1m")},

@@ -24,6 +24,7 @@ func CheckIdleTimeout(v time.Duration) error {
 
 func (p *BypassPolicy) validateOversight(d *document) {
 	d.report("spec.idleTimeout", CheckIdleTimeout(p.Spec.IdleTimeout.Duration))
+	p.validateSignals(d)
 	for i, w := range p.Spec.WarnBefore {
 		if w.Duration <= 0 || w.Duration > MaxGrantDuration {
 			d.report(fmt.Sprintf("spec.warnBefore[%d]", i), faultf("write a duration such as 5m", "%s is not between 0 and %s", w, Duration{MaxGrantDuration}))
@@ -63,4 +64,11 @@ func (s *Set) BypassPolicy(name string) (BypassPolicy, error) {
 		}
 	}
 	return BypassPolicy{}, fmt.Errorf("no BypassPolicy is named %q", name)
+}
+
+// oversight compares how two policies have active grants looked after. Warnings keep nobody out.
+func (c *comparison) oversight(old BypassPolicySpec, next *BypassPolicySpec) {
+	settle(c, "spec.idleTimeout", old.IdleTimeout, &next.IdleTimeout, raised(uint64(old.IdleTimeout.Duration), uint64(next.IdleTimeout.Duration)))
+	settle(c, "spec.warnBefore", old.WarnBefore, &next.WarnBefore, false)
+	shrinks(c, "spec.signals", old.Signals, &next.Signals, func(a, b SignalRule) bool { return same(a, b) })
 }

@@ -37,10 +37,10 @@ type GrantRow struct {
 }
 
 // Activate records in one durable transaction that the grant is used up, the grant itself, and the
-// critical entry that tells of it. The caller may then, and only then, open the path. Nothing is written with
+// critical entry that tells of it, with notes that are about it. The caller may then, and only then, open the path. Nothing is written with
 // ErrReplayed, if a grant with this id was ever activated here; ErrFinal, if it was withdrawn or denied; ErrClockBehind
 // and ErrDoubt, if the store cannot tell.
-func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error {
+func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte, notes ...Note) error {
 	row.State = StateActive
 	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
 		var n int
@@ -64,6 +64,11 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 		if err := putGrant(ctx, tx, row); err != nil {
 			return err
 		}
+		for _, n := range notes {
+			if err := putNote(ctx, tx, n); err != nil {
+				return err
+			}
+		}
 		return appendEntry(ctx, tx, h, Item{Data: event})
 	})
 	if err != nil {
@@ -75,7 +80,9 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte) error 
 // EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
 // transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
 func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error { return endGrant(ctx, tx, h, End{id, state, why, event}) })
+	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+		return endGrant(ctx, tx, h, End{ID: id, State: state, Why: why, Event: event})
+	})
 	if err != nil {
 		return fmt.Errorf("end grant %q: %w", id, err)
 	}
@@ -94,6 +101,11 @@ func endGrant(ctx context.Context, tx *sql.Tx, h *head, e End) error {
 	if err := putGrant(ctx, tx, row); err != nil {
 		return err
 	}
+	if e.Note.Name != "" {
+		if err := putNote(ctx, tx, e.Note); err != nil {
+			return err
+		}
+	}
 	return appendEntry(ctx, tx, h, Item{Data: e.Event})
 }
 
@@ -111,6 +123,18 @@ func (s *Store) SetSlots(ctx context.Context, id string, slots []uint32) error {
 		return fmt.Errorf("set slots of grant %q: %w", id, err)
 	}
 	return nil
+}
+
+// Grant returns one grant that the node activated: ErrNoGrant if there is none of that id.
+func (s *Store) Grant(ctx context.Context, id string) (GrantRow, error) {
+	g, err := scanGrant(s.db.QueryRowContext(ctx, selectGrants+` WHERE id = ?`, id))
+	if errors.Is(err, sql.ErrNoRows) {
+		err = ErrNoGrant
+	}
+	if err != nil {
+		return GrantRow{}, fmt.Errorf("read grant %q: %w", id, classify(err))
+	}
+	return g, nil
 }
 
 // Grants returns every grant that the node ever activated, oldest first.

@@ -85,10 +85,11 @@ func verifyNotes(ctx context.Context, tx *sql.Tx, _ head) error {
 	return err
 }
 
-// End is how one grant ended, with the critical entry that tells of it.
+// End is how one grant ended, with the critical entry that tells of it, and a note of what is to be known of it after.
 type End struct {
 	ID, State, Why string
 	Event          []byte
+	Note           Note // none without a name
 }
 
 // EndGrants is EndGrant for several grants in one durable transaction, all or none. Those that have ended already are left

@@ -53,7 +53,10 @@ func TestEndGrants(t *testing.T) {
 	if err := s.EndGrant(ctx, "b", StateExpired, "deadline", []byte("expired b")); err != nil {
 		t.Fatal(err)
 	}
-	ends := []End{{"a", StateRevoked, "panic", []byte("1")}, {"b", StateRevoked, "panic", []byte("2")}, {"c", StateRevoked, "panic", []byte("3")}}
+	end := func(id string) End {
+		return End{ID: id, State: StateRevoked, Why: "panic", Event: []byte("end of " + id), Note: Note{"use/" + id, []byte("much")}}
+	}
+	ends := []End{end("a"), end("b"), end("c")}
 	if err := s.EndGrants(ctx, append(ends, End{ID: "nobody"})); !errors.Is(err, ErrNoGrant) {
 		t.Errorf("an end of what never was: %v", err)
 	}
@@ -69,6 +72,9 @@ func TestEndGrants(t *testing.T) {
 		if want := map[string]string{"a": StateRevoked, "b": StateExpired, "c": StateRevoked}[g.ID]; g.State != want {
 			t.Errorf("%s is %s, want %s", g.ID, g.State, want)
 		}
+	}
+	if notes := must(s.Notes(ctx, "use/"))(t); len(notes) != 2 || notes[0].Name != "use/a" || notes[1].Name != "use/c" {
+		t.Errorf("notes are %q", notes)
 	}
 	if last, _, err := s.Seqs(ctx); last != 6 || err != nil {
 		t.Errorf("%d entries, %v; want 3 activations and 3 ends", last, err)

@@ -51,6 +51,7 @@ spec:
   class: Sensitive
   maxReach: 8
   idleTimeout: 5m
+  signals: [{source: posture, may: [Revoke], required: true}]
   reviewers: [bob]
   templates: [nightly]
   ingress: uplink
@@ -165,6 +166,8 @@ func Kinds() []Kind {
 		{"another requester", Swap(`requesters: [alice, "group:dba"]`, `requesters: [alice, "group:dba", carol]`), "spec.requesters: carol was added"},
 		{"requests by more workloads", Swap(`requesters: [alice, "group:dba"]`, `requesters: [alice, "group:dba", "spiffe://example.org/batch/*"]`), "spec.requesters: spiffe://example.org/batch/* was added"},
 		{"idle for longer", Swap("idleTimeout: 5m", "idleTimeout: 6m"), "spec.idleTimeout: 5m became 6m"},
+		{"source that is not required", Swap("may: [Revoke], required: true", "may: [Revoke]"), "spec.signals: "},
+		{"source gone", Swap("  signals: [{source: posture, may: [Revoke], required: true}]\n", ""), "spec.signals: "},
 		{"idle for ever", Swap("  idleTimeout: 5m\n", ""), "spec.idleTimeout: 5m became 0s"},
 		{"other reviewers", Swap("reviewers: [bob]", "reviewers: [carol]"), "spec.reviewers"},
 		{"another binding", Swap("bindings: [address]", "bindings: [address, workload]"), "spec.bindings: workload was added"},

@@ -1,0 +1,334 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/signal"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// What callers of Signal and Activate may match.
+var (
+	// ErrSignalled says that signals forbid the grant.
+	ErrSignalled = errors.New("signals forbid this grant")
+	// ErrNotBelieved says that no policy lets the caller speak for the source.
+	ErrNotBelieved = errors.New("no policy believes this user for this source")
+	// ErrManySignals says that there is no room for one more.
+	ErrManySignals = errors.New("too many signals count at a time")
+)
+
+const (
+	noteOfSignal = "signal/" // where the store has a signal, with its source and what it is about behind it
+	noteOfLimits = "limits/" // where the store has what signals left of a grant, with its id behind it
+	maxSignals   = 4096      // that count at a time
+	longestTerm  = 30 * 24 * time.Hour
+)
+
+// limits are what signals left of an active grant.
+type limits struct {
+	signal.Limits
+	Boot time.Duration // Limits.End as CLOCK_BOOTTIME; 0: not sooner than the deadline
+}
+
+// ends is when a grant is over at the latest: at its deadline, which the kernel keeps, or sooner by signals.
+func (h *held) ends() time.Duration {
+	if h.limits.Boot != 0 {
+		return min(h.limits.Boot, h.row.DeadlineBoot)
+	}
+	return h.row.DeadlineBoot
+}
+
+// facts are what signals look at.
+func (h *held) facts() signal.Facts {
+	return signal.Facts{Grant: h.row.ID, Requester: h.payload.Requester, Service: h.payload.Service, Clients: h.payload.Addresses,
+		Ports: len(portsOf(h.payload, h.service)), Duration: h.row.Deadline.Sub(h.row.Activated)}
+}
+
+// heed takes from a grant on its way what signals take: its paths are opened with the rest. g.mu is held.
+func (g *grants) heed(h *held, now time.Time) (err error) {
+	rules, f := g.policyOf(h).Spec.Signals, h.facts()
+	said := slices.Concat(g.said(), signal.BuiltIn(f, g.history.of(f, now), rules, now))
+	l := signal.Fold(signal.Limits{End: h.row.Deadline, Budget: h.payload.Budget}, f, rules, said, now)
+	h.limits.Limits = l
+	if l.Revoked || !l.End.After(now) {
+		return fmt.Errorf("%w: %s", ErrSignalled, strings.Join(l.Reasons, "; "))
+	}
+	h.row.DeadlineBoot -= h.row.Deadline.Sub(l.End)
+	h.row.Deadline, h.payload.Budget = l.End, l.Budget
+	h.row.Payload, err = json.Marshal(h.payload)
+	return err
+}
+
+// noteLimits is what the store keeps of them.
+func (h *held) noteLimits() (store.Note, error) {
+	data, err := json.Marshal(h.limits)
+	if err != nil {
+		return store.Note{}, fmt.Errorf("keep limits: %w", err)
+	}
+	return store.Note{Name: noteOfLimits + h.row.ID, Data: data}, nil
+}
+
+// activationNotes keep why a grant has less than it asked for, and what else was said.
+func (h *held) activationNotes() ([]store.Note, error) {
+	if len(h.limits.Reasons) == 0 {
+		return nil, nil
+	}
+	n, err := h.noteLimits()
+	return []store.Note{n}, err
+}
+
+// heedActive takes from an active grant what signals take by now, and ends it when nothing is left. The kernel keeps the
+// deadline and the budget that its paths were opened with; what is less is kept by this agent. g.mu is held.
+func (g *grants) heedActive(ctx context.Context, h *held, rules []policy.SignalRule, paths []datapath.PathStatus, now time.Duration) (over bool, err error) {
+	if len(rules) > 0 {
+		wall := g.clock.wall()
+		said := slices.Concat(g.said(), signal.NearBudget(mostUsed(paths), rules, wall))
+		if err := g.lessen(ctx, h, signal.Fold(h.limits.Limits, h.facts(), rules, said, wall), wall, now); err != nil {
+			return false, err
+		}
+	}
+	e, over := h.spentBySignals(paths, now)
+	if over {
+		err = g.endIn(ctx, h, e, paths)
+	}
+	return over, err
+}
+
+// lessen records that a grant has less than before.
+func (g *grants) lessen(ctx context.Context, h *held, l signal.Limits, wall time.Time, now time.Duration) error {
+	if was := h.limits; l.Revoked == was.Revoked && l.End.Equal(was.End) && l.Budget == was.Budget && len(l.Reasons) == len(was.Reasons) {
+		return nil
+	}
+	before := h.limits
+	if h.limits.Limits = l; l.End.Before(h.row.Deadline) {
+		h.limits.Boot = now + l.End.Sub(wall)
+	}
+	event := newEvent(stepSignalled, "agent", strings.Join(l.Reasons, "; "), g.clock)
+	describe(event, h)
+	data, err := encodeEvent(event)
+	if err == nil {
+		err = g.keepLimits(ctx, h, data)
+	}
+	if err != nil {
+		if !l.Revoked { // what takes all of it does not wait for its record
+			h.limits = before
+		}
+		return fmt.Errorf("record signal: %w", err)
+	}
+	g.events.count(stepSignalled)
+	g.log.Warn("grant has less by signals", "grant", h.row.ID, "revoked", l.Revoked, "end", l.End, "budget", l.Budget, "why", l.Reasons)
+	g.kick()
+	return nil
+}
+
+func (g *grants) keepLimits(ctx context.Context, h *held, event []byte) error {
+	n, err := h.noteLimits()
+	if err != nil {
+		return err
+	}
+	return g.store.Keep(ctx, []store.Note{n}, event)
+}
+
+// spentBySignals tells whether what signals left of a grant is over.
+func (h *held) spentBySignals(paths []datapath.PathStatus, now time.Duration) (ending, bool) {
+	e := ending{grant: h.row.ID, actor: "agent"}
+	if !h.limits.Revoked && h.limits.Boot == 0 && h.limits.Budget == h.payload.Budget {
+		return e, false // the kernel keeps the rest
+	}
+	why := strings.Join(h.limits.Reasons, "; ")
+	switch {
+	case h.limits.Revoked:
+		return e.revoked("agent", why), true
+	case h.limits.Boot != 0 && now >= h.limits.Boot:
+		return e.as(stateExpired, stepExpired, datapath.PathExpired, "shortened: "+why), true
+	}
+	for _, p := range paths {
+		p.Budget = budgetOf(grant.Payload{Budget: h.limits.Budget})
+		for _, l := range limitsOf(p) {
+			if l.used >= l.most {
+				return e.as(stateSpent, stepSpent, datapath.PathSpent, "lowered: "+why), true
+			}
+		}
+	}
+	return e, false
+}
+
+// mostUsed is the largest part of a limit that any path has used, in per cent.
+func mostUsed(paths []datapath.PathStatus) (most uint64) {
+	for _, p := range paths {
+		for _, l := range limitsOf(p) {
+			most = max(most, percent(l.used, l.most))
+		}
+	}
+	return most
+}
+
+// said are the signals that were given, in a fixed order. g.mu is held.
+func (g *grants) said() []signal.Signal {
+	if len(g.signals) == 0 {
+		return nil
+	}
+	out := make([]signal.Signal, 0, len(g.signals))
+	for _, name := range slices.Sorted(maps.Keys(g.signals)) {
+		out = append(out, g.signals[name])
+	}
+	return out
+}
+
+// Signal takes what a source says, in the place of what it said before about the same. When it returns without error that is
+// durable, and what it takes is taken. It gives the active grants that it concerns.
+func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]string, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.checkSignal(s); err != nil {
+		return nil, err
+	}
+	notes, err := g.signalNotes(s)
+	if err != nil {
+		return nil, err
+	}
+	event, err := encodeEvent(newEvent(stepSignalled, actor, inWordsOf(s), g.clock))
+	if err == nil {
+		err = g.store.Keep(ctx, notes, event)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("take signal: %w", err)
+	}
+	for _, n := range notes[1:] {
+		delete(g.signals, n.Name)
+	}
+	g.signals[notes[0].Name] = s
+	g.events.count(stepSignalled)
+	g.kick()
+	return g.heedAll(ctx, s)
+}
+
+// signalNotes keep a signal, and forget those that have lapsed.
+func (g *grants) signalNotes(s signal.Signal) ([]store.Note, error) {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("take signal: %w", err)
+	}
+	about, err := json.Marshal(s.About)
+	if err != nil {
+		return nil, fmt.Errorf("take signal: %w", err)
+	}
+	sum := sha256.Sum256(about)
+	notes := []store.Note{{Name: noteOfSignal + s.Source + "/" + hex.EncodeToString(sum[:16]), Data: data}}
+	now := g.clock.wall()
+	for name, old := range g.signals {
+		if !now.Before(old.Until) && name != notes[0].Name {
+			notes = append(notes, store.Note{Name: name})
+		}
+	}
+	if len(g.signals)-len(notes)+1 >= maxSignals {
+		return nil, ErrManySignals
+	}
+	return notes, nil
+}
+
+// heedAll has every active grant heed all signals now, and gives those that the signal concerns.
+func (g *grants) heedAll(ctx context.Context, s signal.Signal) (concerned []string, err error) {
+	paths, err := g.datapath.Paths()
+	if err != nil {
+		return nil, fmt.Errorf("read paths: %w", err)
+	}
+	carried, now, wall := byGrant(paths), g.clock.boot(), g.clock.wall()
+	var errs []error
+	for id, h := range g.active {
+		if p := g.policyOf(h); h.over == nil && s.Concerns(h.facts(), wall) && p.Hears(s.Source, s.UID) {
+			concerned = append(concerned, id)
+			_, err := g.heedActive(ctx, h, p.Spec.Signals, carried[id], now)
+			errs = append(errs, err)
+		}
+	}
+	slices.Sort(concerned)
+	return concerned, errors.Join(errs...)
+}
+
+// checkSignal refuses what nobody would heed.
+func (g *grants) checkSignal(s signal.Signal) error {
+	e, now := g.enforced(), g.clock.wall()
+	if e == nil {
+		return fmt.Errorf("take signal: %w", ErrNoResources)
+	}
+	if !slices.ContainsFunc(e.set.BypassPolicies(), func(p policy.BypassPolicy) bool { return p.Hears(s.Source, s.UID) }) || policy.IsBuiltInSignal(s.Source) {
+		return fmt.Errorf("take signal of %q from uid %d: %w", plain(s.Source), s.UID, ErrNotBelieved)
+	}
+	if left := s.Until.Sub(now); left <= 0 || left > longestTerm {
+		return &policy.Error{Field: "until", Msg: fmt.Sprintf("%s is not within the next 30 days", s.Until.UTC().Format(time.RFC3339)),
+			Hint: "a signal counts for a while, and is given again"}
+	}
+	if s.Effect != (signal.Effect{}) && s.Reason == "" {
+		return &policy.Error{Field: "reason", Msg: "is missing", Hint: "say why, for those whose grant it touches"}
+	}
+	return nil
+}
+
+// inWordsOf says for the record what a signal says.
+func inWordsOf(s signal.Signal) string {
+	about, _ := json.Marshal(s.About)
+	effect, _ := json.Marshal(s.Effect)
+	return fmt.Sprintf("%s until %s, about %s: %s", s, s.Until.UTC().Format(time.RFC3339), about, effect)
+}
+
+// recallSignals goes on with what earlier agents were told, and with what grants there were. One that cannot be read is an
+// error: it may have forbidden something. g.mu is held.
+func (g *grants) recallSignals(ctx context.Context, rows []store.GrantRow) error {
+	notes, err := g.store.Notes(ctx, noteOfSignal)
+	if err != nil {
+		return err
+	}
+	g.signals = make(map[string]signal.Signal, len(notes))
+	for _, n := range notes {
+		var s signal.Signal
+		if err := json.Unmarshal(n.Data, &s); err != nil {
+			return fmt.Errorf("recall %s: %w", n.Name, err)
+		}
+		g.signals[n.Name] = s
+	}
+	for _, row := range rows {
+		if p, ok := readPayload(row); ok {
+			g.history.note(p, row.Activated)
+		}
+	}
+	return nil
+}
+
+// left is what signals left of each grant, as far as the store knows.
+func (g *grants) left(ctx context.Context) (map[string]limits, error) {
+	notes, err := g.store.Notes(ctx, noteOfLimits)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]limits, len(notes))
+	for _, n := range notes {
+		var l limits
+		if err := json.Unmarshal(n.Data, &l); err != nil {
+			return nil, fmt.Errorf("recall %s: %w", n.Name, err)
+		}
+		out[strings.TrimPrefix(n.Name, noteOfLimits)] = l
+	}
+	return out, nil
+}
+
+// recallLimits goes on with what is left of a grant; without a note that is all of it.
+func (h *held) recallLimits(left map[string]limits) {
+	l, ok := left[h.row.ID]
+	if !ok {
+		l.Limits = signal.Limits{End: h.row.Deadline, Budget: h.payload.Budget}
+	}
+	h.limits = l
+}

@@ -1,0 +1,191 @@
+package agent
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/signal"
+	"github.com/sallyport-dev/sallyport/pkg/store"
+)
+
+// posture is a signal of the source of that name, for a minute.
+func (l *life) posture(e signal.Effect, about signal.About) signal.Signal {
+	return signal.Signal{Source: "posture", About: about, Effect: e, Until: l.grants.clock.wall().Add(time.Minute), Reason: "its disk is not encrypted"}
+}
+
+// heeding is a life whose policy hears posture.
+func heeding(t *testing.T, rule string) *life {
+	t.Helper()
+	b := newTestbed(t, 16)
+	b.set = withPolicy(t, b, "signals: ["+rule+"]")
+	l := b.begin()
+	must(t, l.adopt(t.Context()))
+	return l
+}
+
+const hearsPosture = `{source: posture, may: [Shorten, Lower, Revoke]}`
+
+func tenMinutes(p *grant.Payload) { p.Duration = 10 * time.Minute }
+
+// again is the next life of an agent.
+func (l *life) again() *life {
+	l.t.Helper()
+	l.kill()
+	next := l.begin()
+	must(l.t, next.adopt(l.t.Context()))
+	return next
+}
+
+func (l *life) look(id string) (state, why string) {
+	l.t.Helper()
+	_, err := l.tick(l.t.Context())
+	must(l.t, err)
+	rows, err := l.all(l.t.Context())
+	must(l.t, err)
+	i := slices.IndexFunc(rows, func(r store.GrantRow) bool { return r.ID == id })
+	return rows[i].State, rows[i].EndedWhy
+}
+
+// TestSignalRevokes: the path is closed when the call returns, and stays so when the signal has lapsed.
+func TestSignalRevokes(t *testing.T) {
+	l := heeding(t, hearsPosture)
+	row, err := l.Activate(t.Context(), l.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	concerned, err := l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, signal.About{Clients: netip.MustParsePrefix("10.9.0.0/16")}), "uid:0")
+	must(t, err)
+	if _, open := l.states(); len(concerned) != 0 || open[row.ID] != 1 {
+		t.Errorf("a signal about others concerns %v, open %v", concerned, open)
+	}
+	concerned, err = l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, signal.About{Requester: "alice"}), "uid:0")
+	must(t, err)
+	if _, open := l.states(); !slices.Equal(concerned, []string{row.ID}) || len(open) != 0 {
+		t.Errorf("concerns %v, open %v", concerned, open)
+	}
+	if _, err := l.Activate(t.Context(), l.signer.envelope(t, nil), "uid:0"); !errors.Is(err, ErrSignalled) || !contains(err.Error(), "disk is not encrypted") {
+		t.Errorf("activation under it: %v", err)
+	}
+	l = l.again()
+	defer func() { l.kill() }()
+	if _, err := l.Activate(t.Context(), l.signer.envelope(t, nil), "uid:0"); !errors.Is(err, ErrSignalled) {
+		t.Errorf("activation after a restart: %v", err)
+	}
+	l.later(2 * time.Minute)
+	if state, why := l.look(row.ID); state != store.StateRevoked || !contains(why, "posture: its disk is not encrypted") {
+		t.Errorf("%s, %s", state, why)
+	}
+	_, err = l.Activate(t.Context(), l.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+}
+
+// TestSignalShortens: what was taken stays taken when the signal lapses and over a restart; a later end gives nothing.
+func TestSignalShortens(t *testing.T) {
+	l := heeding(t, hearsPosture)
+	row, err := l.Activate(t.Context(), l.signer.envelope(t, tenMinutes), "uid:0")
+	must(t, err)
+	say := func(after time.Duration) {
+		_, err := l.Signal(t.Context(), l.posture(signal.Effect{End: l.grants.clock.wall().Add(after)}, signal.About{}), "uid:0")
+		must(t, err)
+	}
+	say(3 * time.Minute)
+	say(8 * time.Minute)
+	l = l.again()
+	defer func() { l.kill() }()
+	l.later(2 * time.Minute) // the signals have lapsed
+	if state, _ := l.look(row.ID); state != store.StateActive {
+		t.Fatalf("%s before its time", state)
+	}
+	o := &operators{grants: l.grants, datapath: l.datapath, clock: l.grants.clock}
+	reply, err := o.Grants(t.Context(), nil)
+	must(t, err)
+	if g := reply.GetGrants()[0]; g.GetDeadline().AsTime().Sub(row.Activated) > 4*time.Minute || !slices.Contains(g.GetSignals(), "posture: its disk is not encrypted") {
+		t.Errorf("shown as %v", g)
+	}
+	l.later(time.Minute + 5*time.Second)
+	if state, why := l.look(row.ID); state != store.StateExpired || !contains(why, "shortened: ", "posture: its disk is not encrypted") {
+		t.Errorf("%s, %s", state, why)
+	}
+}
+
+// TestSignalsBeforeActivation: the kernel gets what they leave, and the next agent agrees with it.
+func TestSignalsBeforeActivation(t *testing.T) {
+	l := heeding(t, hearsPosture+`, {source: firstSeen, shortenTo: 5m}`)
+	_, err := l.Signal(t.Context(), l.posture(signal.Effect{Budget: policy.Budget{Bytes: 4096}}, signal.About{Service: "postgres"}), "uid:0")
+	must(t, err)
+	row, err := l.Activate(t.Context(), l.signer.envelope(t, func(p *grant.Payload) { p.Duration, p.Budget.Connections = 10*time.Minute, 7 }), "uid:0")
+	must(t, err)
+	paths, err := l.datapath.Paths()
+	must(t, err)
+	left := paths[0].Deadline - l.grants.clock.boot()
+	if b := paths[0].Budget; b.Bytes != 4096 || b.Connections != 7 || left > 5*time.Minute || left < 4*time.Minute || paths[0].Deadline != row.DeadlineBoot {
+		t.Errorf("the kernel has %+v for %v", b, left)
+	}
+	events := l.storedEvents()
+	if said := strings.Join(events[len(events)-1].GetSignals(), "; "); !contains(said, "posture: its disk is not encrypted", "firstSeen: 10.1.0.2 never had a way to postgres") {
+		t.Errorf("recorded with %q", said)
+	}
+	l = l.again()
+	defer func() { l.kill() }()
+	if state, why := l.look(row.ID); state != store.StateActive {
+		t.Errorf("after a restart it is %s: %s", state, why)
+	}
+	_, err = l.Revoke(t.Context(), row.ID, "next", "uid:0")
+	must(t, err)
+	row, err = l.Activate(t.Context(), l.signer.envelope(t, tenMinutes), "uid:0")
+	must(t, err)
+	if life := row.Deadline.Sub(row.Activated); life != 10*time.Minute {
+		t.Errorf("a client that was seen before got %v", life)
+	}
+}
+
+// TestRequiredSignal: silence is the worst.
+func TestRequiredSignal(t *testing.T) {
+	l := heeding(t, `{source: posture, may: [Revoke], required: true}`)
+	defer func() { l.kill() }()
+	if _, err := l.Activate(t.Context(), l.signer.envelope(t, nil), "uid:0"); !errors.Is(err, ErrSignalled) || !contains(err.Error(), "nothing was heard of posture") {
+		t.Errorf("in silence: %v", err)
+	}
+	well := l.posture(signal.Effect{}, signal.About{Service: "postgres"})
+	_, err := l.Signal(t.Context(), well, "uid:0")
+	must(t, err)
+	row, err := l.Activate(t.Context(), l.signer.envelope(t, tenMinutes), "uid:0")
+	must(t, err)
+	l.later(30 * time.Second)
+	if state, why := l.look(row.ID); state != store.StateActive {
+		t.Errorf("while all is well: %s, %s", state, why)
+	}
+	l.later(31 * time.Second)
+	if state, why := l.look(row.ID); state != store.StateRevoked || !contains(why, "nothing was heard of posture") {
+		t.Errorf("in silence again: %s, %s", state, why)
+	}
+}
+
+// TestSignalsThatNobodyHeeds are refused, and change nothing.
+func TestSignalsThatNobodyHeeds(t *testing.T) {
+	l := heeding(t, hearsPosture)
+	defer func() { l.kill() }()
+	good := l.posture(signal.Effect{Revoke: true}, signal.About{})
+	for name, change := range map[string]func(*signal.Signal){
+		"another source":  func(s *signal.Signal) { s.Source = "rumour" },
+		"a built-in name": func(s *signal.Signal) { s.Source = policy.SignalFirstSeen },
+		"another user":    func(s *signal.Signal) { s.UID = 7 },
+		"lapsed":          func(s *signal.Signal) { s.Until = s.Until.Add(-time.Hour) },
+		"for ever":        func(s *signal.Signal) { s.Until = s.Until.Add(31 * 24 * time.Hour) },
+		"without reason":  func(s *signal.Signal) { s.Reason = "" },
+	} {
+		s := good
+		change(&s)
+		_, err := l.Signal(t.Context(), s, "uid:7")
+		if err == nil || !contains(toStatus(err).Error(), "hint: ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if len(l.storedEvents()) != 0 || len(l.signals) != 0 {
+		t.Errorf("kept %v, recorded %v", l.signals, l.steps())
+	}
+}
