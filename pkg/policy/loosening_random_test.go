@@ -89,7 +89,7 @@ func filled(choice []int) *policy.Set {
 func TestNoLooseningIsOverlooked(t *testing.T) {
 	r := rand.New(rand.NewPCG(11, 12))
 	found, none, allowed := 0, 0, 0
-	for range 500 {
+	for range 250 {
 		choice := make([]int, len(variants))
 		for i := range choice {
 			choice[i] = r.IntN(len(variants[i]))
@@ -111,12 +111,12 @@ func TestNoLooseningIsOverlooked(t *testing.T) {
 			continue
 		}
 		none++
-		for range 500 {
+		for range 150 {
 			allowed += noLooser(t, r, old, next)
 		}
 	}
 	t.Logf("%d looser, %d not, and what %d grants were allowed in the new one", found, none, allowed)
-	if found < 50 || none < 50 || allowed < 300 {
+	if found < 30 || none < 30 || allowed < 60 {
 		t.Error("that shows little")
 	}
 }
