@@ -38,6 +38,11 @@ soak-leaks: ## probe without an identity while everything is killed and replaced
 	SOAK_DURATION=$(or $(DURATION),$(if $(PROBES),,35m)) SOAK_PROBES=$(PROBES) SOAK_SEED=$(if $(filter file,$(origin SEED)),,$(SEED)) SOAK_JSON=$(abspath $(JSON)) \
 		go test -count 1 -v -timeout 0 -run '^TestSoakLeaks$$' ./test/e2e
 
+soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothing lost, nothing revived; and SEQUENCES=200 random ones of calls, deaths and clocks
+	go run ./tools/needs test
+	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store
+	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
+
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
 
@@ -64,9 +69,16 @@ insns: ## print what the verifier does for each program, and hold it to its base
 prove: ## hold the programs against the reference on PACKETS=100000000 generated packets of SEED=1 (root)
 	PROVE_PACKETS=$(PACKETS) PROVE_SEED=$(SEED) go test -run '^TestNothingPassesThatMustNot$$' -timeout 0 -v ./pkg/datapath
 
+agree: ## hold policy test, explain and the kernel to one answer on CASES=1000000 random cases of SEED=1 (root)
+	AGREE_CASES=$(or $(CASES),1000000) AGREE_SEED=$(SEED) go test -count 1 -run '^TestPolicyExplainAndKernelAgree$$' -timeout 0 -v ./pkg/agent
+
 bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS=9 (1 is short); figures go to bench-out/, or where PUBLISH says
 	go run ./tools/needs bench-datapath
 	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
+
+bench-grants: ## measure how long workloads wait for paths with PATHS=10000 active, and the agent's memory then (root)
+	go run ./tools/needs test
+	BENCH_PATHS=$(or $(PATHS),10000) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...

@@ -90,7 +90,7 @@ static __always_inline void sp_event_flow(struct sp_event *e, const struct sp_fl
  * Writes an END or CLOSE of a bypassed flow to the must-deliver ring. False when there was no room;
  * the record is then counted as lost, but the flow entry keeps what it would have said.
  */
-static __noinline int sp_record_flow(const struct sp_flow_key *key, const struct sp_flow *flow,
+__noinline int sp_record_flow(const struct sp_flow_key *key, const struct sp_flow *flow,
 				     __u32 kind, __u32 reason)
 {
 	struct sp_sequence *seq = sp_get_sequence();
@@ -190,7 +190,7 @@ static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq,
 }
 
 /* What a device's program denies. */
-static __noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason, __u32 ifindex)
+__noinline int sp_record_deny(const struct sp_flow_key *key, __u32 reason, __u32 ifindex)
 {
 	struct sp_sequence *seq = sp_get_sequence();
 	struct sp_event *e;

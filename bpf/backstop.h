@@ -74,7 +74,7 @@ static __always_inline bool sp_is_host(const struct sp_config *cfg, __u64 cookie
 	return !cookie || cookie == cfg->host_netns;
 }
 
-static __noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
+__noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
 				      __u32 service_id, __u32 reason)
 {
 	struct sp_traffic *t = sp_get_traffic(service_id);
@@ -138,7 +138,7 @@ static __always_inline bool sp_refuses(enum sp_reason reason)
 }
 
 /* Counts a refusal for the device that it came in by. */
-static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets, __u64 bytes)
+__noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets, __u64 bytes)
 {
 	struct sp_backstop_key at = { .netns = netns, .ifindex = ifindex };
 	struct sp_backstop fresh = {}, *b;
@@ -157,7 +157,7 @@ static __noinline int sp_count_device(__u32 netns, __u32 ifindex, __u32 packets,
 }
 
 /* The alarm. */
-static __noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
+__noinline int sp_record_backstop(const struct sp_flow_key *key, __u32 reason, __u32 ifindex,
 					 __u32 netns, __u32 service_id)
 {
 	struct sp_sequence *seq = sp_get_sequence();
@@ -322,16 +322,9 @@ static __always_inline int sp_backstop_in(struct __sk_buff *skb)
 	return sp_deliver(skb, &scratch->packet, &scratch->key, &sock);
 }
 
-/* ---- socket look-up in the host's namespace ---- */
+/* ---- who sends a SYN ---- */
 
-static __always_inline __u32 sp_ingress_ifindex(struct bpf_sk_lookup *ctx)
-{
-	struct bpf_sk_lookup___sp *k = (void *)ctx;
-
-	return bpf_core_field_exists(k->ingress_ifindex) ? k->ingress_ifindex : 0; /* since 5.17 */
-}
-
-static __always_inline void sp_lookup_addr(struct sp_addr *a, __u32 family, __u32 v4, __u32 w0, __u32 w1,
+static __always_inline void sp_socket_addr(struct sp_addr *a, __u32 family, __u32 v4, __u32 w0, __u32 w1,
 					   __u32 w2, __u32 w3)
 {
 	__u32 *word = (__u32 *)a;
@@ -343,14 +336,50 @@ static __always_inline void sp_lookup_addr(struct sp_addr *a, __u32 family, __u3
 	word[3] = six ? w3 : v4;
 }
 
+/*
+ * Egress of a control group: notes whose socket sends a SYN to a protected port. Behind the socket nobody can tell any more:
+ * loopback takes the owner off the packet. Only what connects is looked at, and nothing is ever refused here: a SYN
+ * without a note has no path that is bound to a control group.
+ */
+static __always_inline int sp_note_speaker(struct __sk_buff *skb)
+{
+	volatile struct bpf_sock *sk = skb->sk;
+	struct sp_speaker speaker = {};
+	struct sp_flow_key key = {};
+
+	if (!sk || sk->state != SP_TCP_SYN_SENT)
+		return SP_CG_PASS;
+	key.protocol = IPPROTO_TCP;
+	key.server_port = bpf_ntohs((__u16)sk->dst_port);
+	if (!sp_port_flagged(IPPROTO_TCP, key.server_port))
+		return SP_CG_PASS;
+	key.client_port = sk->src_port;
+	sp_socket_addr(&key.client, sk->family, sk->src_ip4, sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3]);
+	sp_socket_addr(&key.server, sk->family, sk->dst_ip4, sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3]);
+	speaker.cgroup = bpf_skb_cgroup_id(skb);
+	speaker.said_ns = bpf_ktime_get_boot_ns();
+	if (speaker.cgroup)
+		bpf_map_update_elem(&sp_speakers, &key, &speaker, BPF_ANY);
+	return SP_CG_PASS;
+}
+
+/* ---- socket look-up in the host's namespace ---- */
+
+static __always_inline __u32 sp_ingress_ifindex(struct bpf_sk_lookup *ctx)
+{
+	struct bpf_sk_lookup___sp *k = (void *)ctx;
+
+	return bpf_core_field_exists(k->ingress_ifindex) ? k->ingress_ifindex : 0; /* since 5.17 */
+}
+
 /* Each field of the context is loaded for itself: the verifier takes no address of one. */
 static __always_inline struct sp_flow_key sp_lookup_key(volatile struct bpf_sk_lookup *ctx)
 {
 	struct sp_flow_key key = { .protocol = ctx->protocol };
 
-	sp_lookup_addr(&key.client, ctx->family, ctx->remote_ip4, ctx->remote_ip6[0],
+	sp_socket_addr(&key.client, ctx->family, ctx->remote_ip4, ctx->remote_ip6[0],
 		       ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3]);
-	sp_lookup_addr(&key.server, ctx->family, ctx->local_ip4, ctx->local_ip6[0],
+	sp_socket_addr(&key.server, ctx->family, ctx->local_ip4, ctx->local_ip6[0],
 		       ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]);
 	key.client_port = bpf_ntohs(ctx->remote_port);
 	key.server_port = ctx->local_port;

@@ -39,6 +39,7 @@ type (
 	Service     = SallyportSpService
 	ServiceKey  = SallyportSpServiceKey
 	Source      = SallyportSpSource
+	Speaker     = SallyportSpSpeaker
 	Tokens      = SallyportSpTokens
 	Traffic     = SallyportSpTraffic
 	Volume      = SallyportSpVolume

@@ -62,7 +62,7 @@ static __always_inline bool sp_shorten_ip(struct __sk_buff *skb, __u32 version, 
  * Makes the packet the RST of its sender. Whether its checksum is complete, or is the sum of the pseudo header
  * that a device completes, shows in its value: where both agree by chance the receiver drops the RST.
  */
-static __noinline int sp_make_reset(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline int sp_make_reset(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	struct sp_pseudo pseudo = { .protocol = bpf_htonl(IPPROTO_TCP) };
 	__u32 version, l3, l4, sum;
@@ -100,7 +100,7 @@ static __noinline int sp_make_reset(struct __sk_buff *skb, const struct sp_packe
  * header it cannot go there at once: it passes the same hook again, as the stray that it now is. That may
  * run this program within itself: nothing in the scratch outlives this call. 0: the packet is spoilt.
  */
-static __noinline int sp_clone_to_proxy(struct __sk_buff *skb, __u32 l3, bool in)
+__noinline int sp_clone_to_proxy(struct __sk_buff *skb, __u32 l3, bool in)
 {
 	struct sp_config *cfg = sp_get_config();
 	struct ethhdr eth, kept;
@@ -123,7 +123,7 @@ static __noinline int sp_clone_to_proxy(struct __sk_buff *skb, __u32 l3, bool in
 }
 
 /* Ends both halves with one packet. An RST is told to the other party and answered by nobody. */
-static __noinline int sp_cut(struct __sk_buff *skb, const struct sp_packet *p, bool in)
+__noinline int sp_cut(struct __sk_buff *skb, const struct sp_packet *p, bool in)
 {
 	struct sp_packet own;
 

@@ -51,7 +51,7 @@ static __always_inline void sp_get_ether(struct sp_ether *ether, enum sp_hook ho
 		*ether = scratch->ether;
 }
 
-static __noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_leg_side side,
+__noinline int sp_remember_stray(const struct sp_flow_key *key, enum sp_leg_side side,
 					enum sp_hook hook, __u32 ifindex)
 {
 	struct sp_leg leg = {};
@@ -77,7 +77,7 @@ static __always_inline bool sp_lives_elsewhere(const struct sp_leg *leg, __u32 h
 }
 
 /* A SYN that goes to the proxy: where the answer goes, and by which device the client came. */
-static __noinline int sp_register_down(const struct sp_flow_key *key, __u32 service_id,
+__noinline int sp_register_down(const struct sp_flow_key *key, __u32 service_id,
 				       __u32 hook, __u32 ifindex)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
@@ -229,7 +229,7 @@ static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
  * Second pass of a packet that px0 put back: our mark for this tuple and a leg or stray that explains
  * it. Returns the reason to let it pass or drop it, or NONE for a packet with a mark of somebody else.
  */
-static __noinline int sp_reinjected(struct __sk_buff *skb, const struct sp_packet *p, __u64 secret)
+__noinline int sp_reinjected(struct __sk_buff *skb, const struct sp_packet *p, __u64 secret)
 {
 	struct sp_leg_key up, down;
 	struct sp_leg_key *at;

@@ -28,7 +28,7 @@ static __always_inline bool sp_is_client(const struct sp_flow_key *flow, const s
 }
 
 /* Keeps what a first fragment was, by the reason that it was given. `flow` counts if that is a flow's. */
-static __noinline int sp_keep_first(struct __sk_buff *skb, const struct sp_packet *p,
+__noinline int sp_keep_first(struct __sk_buff *skb, const struct sp_packet *p,
 				    const struct sp_flow_key *flow, __u32 hook, __u32 reason)
 {
 	struct sp_fragment first = { .kind = SP_FRAGMENT_FREE };

@@ -62,7 +62,7 @@ static __always_inline int sp_quoted_transport(struct __sk_buff *skb, struct sp_
 }
 
 /* Reads what an ICMP error quotes into `q`. OTHER: nothing with ports. */
-static __noinline int sp_parse_quote(struct __sk_buff *skb, const struct sp_packet *p,
+__noinline int sp_parse_quote(struct __sk_buff *skb, const struct sp_packet *p,
 				     struct sp_packet *q)
 {
 	struct sp_head head = {};

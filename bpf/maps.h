@@ -78,6 +78,16 @@ struct {
 	__type(value, struct sp_path_ref);
 } sp_path_index SEC(".maps");
 
+/* Written where a socket of this node sends a SYN to a protected port, read once where a hook decides on it. The oldest go
+ * first; a SYN of which nothing is known is nobody's.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct sp_flow_key);
+	__type(value, struct sp_speaker);
+} sp_speakers SEC(".maps");
+
 /* One slot a path. The agent writes a slot only while its state is FREE; the programs add to the
  * counters.
  */

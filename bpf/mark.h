@@ -38,7 +38,7 @@ static __always_inline void sp_sip_word(struct sp_sip *s, __u32 m)
 }
 
 /* Never 0, which means "no mark". A subprogram of its own: it is called from three hooks. */
-static __noinline __u32 sp_mark(const struct sp_leg_key *key, __u64 secret)
+__noinline __u32 sp_mark(const struct sp_leg_key *key, __u64 secret)
 {
 	struct sp_sip s;
 	const __u32 *m = (const __u32 *)key;

@@ -73,7 +73,7 @@ static __always_inline bool sp_change_options(struct sp_options *o, __u32 len, _
 }
 
 /* Not 0: the packet could not be changed and must not go on. */
-static __noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet *p, __u32 mss)
+__noinline int sp_edit_syn(struct __sk_buff *skb, const struct sp_packet *p, __u32 mss)
 {
 	struct sp_scratch *scratch = sp_get_scratch();
 	struct sp_options *o;

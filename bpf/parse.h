@@ -150,7 +150,7 @@ static __always_inline bool sp_tagged_inside(const struct __sk_buff *skb)
 }
 
 /* Linux takes off every tag of id 0 that follows one of id 0, with no other look at the hooks. */
-static __noinline int sp_hidden_by_tags(struct __sk_buff *skb)
+__noinline int sp_hidden_by_tags(struct __sk_buff *skb)
 {
 	__be16 tci;
 
@@ -197,7 +197,7 @@ static __always_inline enum sp_parse sp_read_udp(struct sp_head *p, const struct
 }
 
 /* Reads the ports at p->l4, wherever in the buffer they are. */
-static __noinline int sp_load_ports(struct __sk_buff *skb, struct sp_head *p)
+__noinline int sp_load_ports(struct __sk_buff *skb, struct sp_head *p)
 {
 	struct tcphdr tcp = {};
 
@@ -224,7 +224,7 @@ static __always_inline enum sp_parse sp_read_ports(struct __sk_buff *skb, struct
 }
 
 /* Is the ICMP message at p->l4 an error or a redirect? */
-static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __u32 more_fragments)
+__noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __u32 more_fragments)
 {
 	bool error;
 	__u8 type;
@@ -241,7 +241,7 @@ static __noinline int sp_parse_icmp(struct __sk_buff *skb, struct sp_head *p, __
 }
 
 /* Is there a source route among the options of an IPv4 header? Negative: they are not all there. */
-static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
+__noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 len)
 {
 	__u8 b[SP_IP_OPTIONS_MAX + 2] = {};
 	__u32 last = len - 1;
@@ -272,7 +272,7 @@ static __noinline int sp_source_routed(struct __sk_buff *skb, __u32 l3, __u32 le
 }
 
 /* IPv4 with options, with fragments, or both. */
-static __noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p)
+__noinline int sp_parse_ipv4_odd(struct __sk_buff *skb, struct sp_head *p)
 {
 	struct iphdr ip;
 	int routed;
@@ -373,7 +373,7 @@ static __always_inline bool sp_route_left(struct __sk_buff *skb, __u32 offset)
 }
 
 /* Walks the extension headers behind the IPv6 header; `next` is the type of the first. Ports are not read. */
-static __noinline int sp_walk(struct __sk_buff *skb, struct sp_head *p, __u8 next)
+__noinline int sp_walk(struct __sk_buff *skb, struct sp_head *p, __u8 next)
 {
 	struct ipv6_opt_hdr opt;
 	__u32 offset;
@@ -536,7 +536,7 @@ static __always_inline __u32 sp_told_length(struct __sk_buff *skb, const struct 
 }
 
 /* Do the lengths of a packet contradict each other, or the bytes that are there? */
-static __noinline bool sp_lengths_lie(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline bool sp_lengths_lie(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	__u32 told, headers;
 	__be16 udp;

@@ -85,7 +85,7 @@ static __always_inline enum sp_reason sp_flow_packet(const struct sp_config *cfg
  * record. A frame of its own, away from the look-ups: 512 bytes are for all frames together.
  */
 static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct sp_packet *p,
-				     struct sp_path_ref ref, __u32 service_id,
+				     struct sp_slot ref, __u32 service_id,
 				     __u32 hook_and_ifindex)
 {
 	__u32 slot = ref.slot;
@@ -128,7 +128,7 @@ static __noinline int sp_insert_flow(const struct sp_flow_key *key, const struct
 
 /* A connection more, within the budget, or not at all. */
 static __noinline int sp_admit_flow(const struct sp_flow_key *key, const struct sp_packet *p,
-				    struct sp_path_ref ref, __u32 service_id,
+				    struct sp_slot ref, __u32 service_id,
 				    __u32 hook_and_ifindex)
 {
 	__u32 slot = ref.slot;
@@ -150,10 +150,73 @@ static __noinline int sp_admit_flow(const struct sp_flow_key *key, const struct 
 	return reason;
 }
 
-static __always_inline bool sp_path_is_for(const struct sp_path *path, const struct sp_path_key *want)
+/* How long a note of who sends a SYN is good for: from a socket to a hook of the same node. */
+#define SP_SPEAKER_NS 1000000000ULL
+
+/* The control group that a SYN comes from; 0: nobody knows. It is told once. */
+static __noinline __u64 sp_take_speaker(const struct sp_flow_key *key)
 {
-	return path->service_id == want->service_id &&
-	       !__builtin_memcmp(&path->client, &want->client, sizeof(path->client));
+	struct sp_speaker *speaker;
+	__u64 cgroup = 0;
+
+	if (!key)
+		return 0;
+	speaker = bpf_map_lookup_elem(&sp_speakers, key);
+	if (!speaker)
+		return 0;
+	if (bpf_ktime_get_boot_ns() - speaker->said_ns < SP_SPEAKER_NS)
+		cgroup = speaker->cgroup;
+	bpf_map_delete_elem(&sp_speakers, key);
+	return cgroup;
+}
+
+/* Negative: there is no entry. Positive: paths serve only some sockets of the address. */
+static __always_inline int sp_read_ref(const struct sp_path_key *want, struct sp_slot *ref)
+{
+	struct sp_path_ref *found = bpf_map_lookup_elem(&sp_path_index, want);
+
+	if (!found)
+		return -1;
+	ref->slot = *(volatile __u32 *)&found->slot;
+	ref->epoch = *(volatile __u32 *)&found->epoch;
+	return *(volatile __u32 *)&found->bound != 0;
+}
+
+/*
+ * Which path may serve a SYN: of its client's port, of the control group that sends it, of its client's address, in this
+ * order. Without any slot, whether there are others at that address. *cgroup is the sender, if that was asked.
+ */
+static __noinline int sp_find_path(const struct sp_flow_key *key, __u32 service_id, struct sp_slot *ref, __u64 *cgroup)
+{
+	struct sp_path_key want = {};
+	int bound;
+
+	if (!key || !ref || !cgroup)
+		return SP_REASON_NO_PATH;
+	want.client = key->client;
+	want.service_id = service_id;
+	want.port = key->server_port;
+	bound = sp_read_ref(&want, ref);
+	if (bound <= 0)
+		return bound ? SP_REASON_NO_PATH : SP_REASON_PATH_LIVE;
+	want.client_port = key->client_port;
+	if (sp_read_ref(&want, ref) >= 0)
+		return SP_REASON_PATH_LIVE;
+	want.client_port = 0;
+	want.cgroup = *cgroup = sp_take_speaker(key);
+	if (want.cgroup && sp_read_ref(&want, ref) >= 0)
+		return SP_REASON_PATH_LIVE;
+	return ref->slot == SP_NO_SLOT ? SP_REASON_PATH_BOUND : SP_REASON_PATH_LIVE;
+}
+
+/* Is the path in this slot for this client and its socket? */
+static __always_inline bool sp_path_is_for(const struct sp_path *path, const struct sp_flow_key *key,
+					   __u32 service_id, __u64 cgroup)
+{
+	return path->service_id == service_id &&
+	       !__builtin_memcmp(&path->client, &key->client, sizeof(path->client)) &&
+	       (!path->client_port || path->client_port == key->client_port) &&
+	       (!path->cgroup || path->cgroup == cgroup);
 }
 
 /*
@@ -163,27 +226,21 @@ static __always_inline bool sp_path_is_for(const struct sp_path *path, const str
 static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
 				   __u32 service_id, __u32 hook_and_ifindex)
 {
-	__u64 now = bpf_ktime_get_boot_ns();
+	__u64 now = bpf_ktime_get_boot_ns(), cgroup = 0;
 	struct sp_config *cfg = sp_get_config();
-	struct sp_path_key want = {};
-	struct sp_path_ref *found, ref;
+	struct sp_slot ref = {};
 	struct sp_path *path;
 	enum sp_reason reason;
 
 	if (!cfg || !key)
 		return SP_REASON_NO_PATH;
-	want.client = key->client;
-	want.service_id = service_id;
-	want.port = key->server_port;
-	found = bpf_map_lookup_elem(&sp_path_index, &want);
-	if (!found)
-		return SP_REASON_NO_PATH;
-	ref.slot = *(volatile __u32 *)&found->slot;
-	ref.epoch = *(volatile __u32 *)&found->epoch;
+	reason = sp_find_path(key, service_id, &ref, &cgroup);
+	if (reason != SP_REASON_PATH_LIVE)
+		return reason;
 	reason = sp_path_check(cfg, ref.slot, ref.epoch, now, &path);
 	if (reason != SP_REASON_PATH_LIVE || !path)
 		return reason;
-	if (!sp_path_is_for(path, &want))
+	if (!sp_path_is_for(path, key, service_id, cgroup))
 		return SP_REASON_PATH_STALE;
 	if (path->ingress && p && path->ingress != sp_ingress_of(p, hook_and_ifindex >> 24))
 		return SP_REASON_PATH_INGRESS;

@@ -26,7 +26,7 @@ static __always_inline struct sp_packet *sp_packet_of(struct __sk_buff *skb, enu
 /* The proxy dials a service: allowed for a client that came by a known device, with a tuple that no
  * bypassed flow has.
  */
-static __noinline int sp_register_up(const struct sp_packet *p, __u32 service_id)
+__noinline int sp_register_up(const struct sp_packet *p, __u32 service_id)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
 	struct sp_origin_key who = {};

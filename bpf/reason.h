@@ -35,6 +35,7 @@ enum sp_reason {
 	SP_REASON_PATH_RATE = 12,	/* the path took its connections of this second */
 	SP_REASON_PATH_INGRESS = 13,	/* the path is for clients behind another kind of device */
 	SP_REASON_PATH_CONNECTIONS = 14,	/* the path took all of its connections */
+	SP_REASON_PATH_BOUND = 15,	/* paths of the client's address are bound to other sockets of it */
 
 	/* the packet went straight on, under a live path */
 	SP_REASON_PATH_OPEN = 20,	/* SYN that opened a bypassed flow */

@@ -129,6 +129,13 @@ int sp_cg_in(struct __sk_buff *skb)
 	return sp_backstop_in(skb);
 }
 
+/* The same sockets, as they send. */
+SEC("cgroup_skb/egress")
+int sp_cg_out(struct __sk_buff *skb)
+{
+	return sp_note_speaker(skb);
+}
+
 /* Every look-up of a socket in the host's network namespace. */
 SEC("sk_lookup")
 int sp_sklookup(struct bpf_sk_lookup *ctx)

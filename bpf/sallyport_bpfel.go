@@ -320,21 +320,27 @@ type SallyportSpPath struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Ingress SallyportSpIngress
+	Ingress    SallyportSpIngress
+	Cgroup     uint64
+	ClientPort uint32
+	Pad        uint32
 }
 
 type SallyportSpPathKey struct {
-	_         structs.HostLayout
-	Client    SallyportSpAddr
-	ServiceId uint32
-	Port      uint16
-	Pad       uint16
+	_          structs.HostLayout
+	Client     SallyportSpAddr
+	ServiceId  uint32
+	Port       uint16
+	ClientPort uint16
+	Cgroup     uint64
 }
 
 type SallyportSpPathRef struct {
 	_     structs.HostLayout
 	Slot  uint32
 	Epoch uint32
+	Bound uint32
+	Pad   uint32
 }
 
 type SallyportSpPathStatus struct {
@@ -371,6 +377,7 @@ const (
 	SallyportSpReasonSP_REASON_PATH_RATE         SallyportSpReason = 12
 	SallyportSpReasonSP_REASON_PATH_INGRESS      SallyportSpReason = 13
 	SallyportSpReasonSP_REASON_PATH_CONNECTIONS  SallyportSpReason = 14
+	SallyportSpReasonSP_REASON_PATH_BOUND        SallyportSpReason = 15
 	SallyportSpReasonSP_REASON_PATH_OPEN         SallyportSpReason = 20
 	SallyportSpReasonSP_REASON_PATH_LIVE         SallyportSpReason = 21
 	SallyportSpReasonSP_REASON_SOCKET_LEG        SallyportSpReason = 25
@@ -467,6 +474,12 @@ type SallyportSpSource struct {
 	Reason SallyportSpReason
 }
 
+type SallyportSpSpeaker struct {
+	_      structs.HostLayout
+	Cgroup uint64
+	SaidNs uint64
+}
+
 type SallyportSpState uint32
 
 const (
@@ -551,6 +564,7 @@ const (
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
 	SallyportMapSpSources     = "sp_sources"
+	SallyportMapSpSpeakers    = "sp_speakers"
 	SallyportMapSpStrays      = "sp_strays"
 	SallyportMapSpSynLimits   = "sp_syn_limits"
 	SallyportMapSpSynServices = "sp_syn_services"
@@ -561,6 +575,7 @@ const (
 	SallyportProgSpBridgeIn   = "sp_bridge_in"
 	SallyportProgSpBridgeOut  = "sp_bridge_out"
 	SallyportProgSpCgIn       = "sp_cg_in"
+	SallyportProgSpCgOut      = "sp_cg_out"
 	SallyportProgSpDevIn      = "sp_dev_in"
 	SallyportProgSpDevOut     = "sp_dev_out"
 	SallyportProgSpL3In       = "sp_l3_in"
@@ -626,6 +641,7 @@ type SallyportProgramSpecs struct {
 	SpBridgeIn   *ebpf.ProgramSpec `ebpf:"sp_bridge_in"`
 	SpBridgeOut  *ebpf.ProgramSpec `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.ProgramSpec `ebpf:"sp_cg_in"`
+	SpCgOut      *ebpf.ProgramSpec `ebpf:"sp_cg_out"`
 	SpDevIn      *ebpf.ProgramSpec `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.ProgramSpec `ebpf:"sp_dev_out"`
 	SpL3In       *ebpf.ProgramSpec `ebpf:"sp_l3_in"`
@@ -670,6 +686,7 @@ type SallyportMapSpecs struct {
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
 	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
+	SpSpeakers    *ebpf.MapSpec `ebpf:"sp_speakers"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
 	SpSynLimits   *ebpf.MapSpec `ebpf:"sp_syn_limits"`
 	SpSynServices *ebpf.MapSpec `ebpf:"sp_syn_services"`
@@ -729,6 +746,7 @@ type SallyportMaps struct {
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
 	SpSources     *ebpf.Map `ebpf:"sp_sources"`
+	SpSpeakers    *ebpf.Map `ebpf:"sp_speakers"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
 	SpSynLimits   *ebpf.Map `ebpf:"sp_syn_limits"`
 	SpSynServices *ebpf.Map `ebpf:"sp_syn_services"`
@@ -762,6 +780,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpSequence,
 		m.SpServices,
 		m.SpSources,
+		m.SpSpeakers,
 		m.SpStrays,
 		m.SpSynLimits,
 		m.SpSynServices,
@@ -787,6 +806,7 @@ type SallyportPrograms struct {
 	SpBridgeIn   *ebpf.Program `ebpf:"sp_bridge_in"`
 	SpBridgeOut  *ebpf.Program `ebpf:"sp_bridge_out"`
 	SpCgIn       *ebpf.Program `ebpf:"sp_cg_in"`
+	SpCgOut      *ebpf.Program `ebpf:"sp_cg_out"`
 	SpDevIn      *ebpf.Program `ebpf:"sp_dev_in"`
 	SpDevOut     *ebpf.Program `ebpf:"sp_dev_out"`
 	SpL3In       *ebpf.Program `ebpf:"sp_l3_in"`
@@ -810,6 +830,7 @@ func (p *SallyportPrograms) Close() error {
 		p.SpBridgeIn,
 		p.SpBridgeOut,
 		p.SpCgIn,
+		p.SpCgOut,
 		p.SpDevIn,
 		p.SpDevOut,
 		p.SpL3In,

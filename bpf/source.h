@@ -32,7 +32,7 @@ static __always_inline bool sp_is_link_scope(const struct sp_addr *a, __u32 vers
 }
 
 /* The device by which the node would answer; 0: by none, -1: the address is the node's own. */
-static __noinline int sp_way_back(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline int sp_way_back(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	struct sp_scratch *scratch = sp_get_scratch();
 	struct bpf_fib_lookup *fib;
@@ -62,7 +62,7 @@ static __noinline int sp_way_back(struct __sk_buff *skb, const struct sp_packet 
 }
 
 /* Why a packet that came in lies about its source, or NONE. */
-static __noinline int sp_source_lies(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline int sp_source_lies(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	__u32 facts;
 	int back;

@@ -10,6 +10,7 @@
 #define SP_LO_IFINDEX 1
 #define SP_AF_INET 2
 #define SP_AF_INET6 10
+#define SP_TCP_SYN_SENT 2
 #define SP_TCP_LISTEN 10
 
 struct sp_options {
@@ -157,7 +158,7 @@ static __always_inline bool sp_is_group(const struct sp_addr *a, __u32 version)
  * later is known at once. An error counts as yes. FWD_DISABLED: the device does not forward, so
  * what it takes in is for this node or for nobody.
  */
-static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
+__noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
 				  const struct sp_addr *peer, __u32 version)
 {
 	struct bpf_fib_lookup *fib = sp_fib_question(skb->ifindex, address, peer, version);
@@ -168,7 +169,7 @@ static __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *a
 }
 
 /* Does an address own a protected port? For packets that are not decided by their ports. */
-static __noinline int sp_owns(struct __sk_buff *skb, const struct sp_addr *address,
+__noinline int sp_owns(struct __sk_buff *skb, const struct sp_addr *address,
 			      const struct sp_addr *peer, __u32 version)
 {
 	struct sp_owner_key at = {};

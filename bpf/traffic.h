@@ -45,7 +45,7 @@ static __always_inline struct sp_traffic *sp_get_traffic(__u32 service_id)
 }
 
 /* At the hooks: a packet goes on to the service, by a leg or under a path. */
-static __noinline int sp_count_hook(struct __sk_buff *skb, const struct sp_packet *p,
+__noinline int sp_count_hook(struct __sk_buff *skb, const struct sp_packet *p,
 				    __u32 service_id, __u32 leg)
 {
 	struct sp_traffic *t = sp_get_traffic(service_id);

@@ -141,15 +141,28 @@ struct sp_service {
 	char name[SP_LABEL];
 };
 
-/* Which path may serve a SYN. */
+/* Which path may serve a SYN: one for its client's port, else one for the control group that it comes from, else one
+ * for its client's address.
+ */
 struct sp_path_key {
 	struct sp_addr client;
 	__u32 service_id;
 	__u16 port;
-	__u16 pad;
+	__u16 client_port;	/* 0: any */
+	__u64 cgroup;		/* number of a control group; 0: any */
 };
 
+#define SP_NO_SLOT 0xffffffff
+
 struct sp_path_ref {
+	__u32 slot;		/* or NO_SLOT: nothing serves the whole address */
+	__u32 epoch;
+	__u32 bound;		/* how many paths serve some sockets of the address: the key of these is to be tried first */
+	__u32 pad;
+};
+
+/* The use of a slot, as far as a flow keeps it. */
+struct sp_slot {
 	__u32 slot;
 	__u32 epoch;
 };
@@ -179,6 +192,17 @@ struct sp_path {
 	__u32 rate_limit;	/* of connections in a second */
 	struct bpf_spin_lock lock;	/* of what was taken, and of the second */
 	enum sp_ingress ingress;
+
+	/* Binding to sockets: of a port of the client, of a control group on this node. 0: any. */
+	__u64 cgroup;
+	__u32 client_port;
+	__u32 pad;
+};
+
+/* Who sends the SYN of a tuple, told by its socket a moment before a hook sees it. */
+struct sp_speaker {
+	__u64 cgroup;
+	__u64 said_ns;
 };
 
 /* What a CPU has taken ahead of a path's budget. */

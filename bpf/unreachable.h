@@ -76,7 +76,7 @@ static __always_inline long sp_quote_udp(struct __sk_buff *skb, const struct sp_
 				   BPF_F_RECOMPUTE_CSUM);
 }
 
-static __noinline int sp_make_unreachable4(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline int sp_make_unreachable4(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	const __u32 added = sizeof(struct iphdr) + sizeof(struct sp_icmp);
 	struct {
@@ -108,7 +108,7 @@ static __noinline int sp_make_unreachable4(struct __sk_buff *skb, const struct s
 	return sp_quote_udp(skb, p, p->l4 + added);
 }
 
-static __noinline int sp_make_unreachable6(struct __sk_buff *skb, const struct sp_packet *p)
+__noinline int sp_make_unreachable6(struct __sk_buff *skb, const struct sp_packet *p)
 {
 	const __u32 added = sizeof(struct ipv6hdr) + sizeof(struct sp_icmp);
 	const __u16 len = added + SP_QUOTED_UDP; /* of ICMP: the two IPv6 headers are of one size */

@@ -104,7 +104,7 @@ static __always_inline enum sp_xdp_parse sp_xdp_parse_ipv4(struct xdp_md *ctx, s
 }
 
 /* Walks the extension headers as sp_parse_ext does. A chain beyond the bound, and what only tc refuses, is OTHER. */
-static __noinline int sp_xdp_parse_ext(struct xdp_md *ctx, struct sp_head *h)
+__noinline int sp_xdp_parse_ext(struct xdp_md *ctx, struct sp_head *h)
 {
 	struct ipv6_opt_hdr copy, *opt;
 	__u32 offset;
@@ -279,7 +279,7 @@ static __always_inline enum sp_reason sp_xdp_fault(struct xdp_md *ctx, const str
 /* As sp_is_local, but asked from nowhere: what a faulty packet has for a source is no question for the routing
  * table, which would not forward for a group or for loopback at all.
  */
-static __noinline int sp_xdp_is_local(struct xdp_md *ctx, const struct sp_addr *address,
+__noinline int sp_xdp_is_local(struct xdp_md *ctx, const struct sp_addr *address,
 				      __u32 version)
 {
 	struct sp_addr nowhere = {};
@@ -315,7 +315,7 @@ static __noinline struct sp_service *sp_xdp_service_from(struct xdp_md *ctx, con
 }
 
 /* Does the address of a packet without ports own a protected one? */
-static __noinline int sp_xdp_owner(struct xdp_md *ctx, const struct sp_packet *p)
+__noinline int sp_xdp_owner(struct xdp_md *ctx, const struct sp_packet *p)
 {
 	struct sp_owner_key any = {}, dst = {};
 
@@ -373,7 +373,7 @@ static __always_inline bool sp_admits(void *buckets, const void *key, __u64 inte
 /* A SYN towards a protected service: first out of its source's bucket, then out of the service's, so that
  * a single source cannot empty the latter.
  */
-static __noinline int sp_xdp_syn(struct xdp_md *ctx, const struct sp_packet *p)
+__noinline int sp_xdp_syn(struct xdp_md *ctx, const struct sp_packet *p)
 {
 	struct sp_syn_limits *limits;
 	struct sp_service *svc;

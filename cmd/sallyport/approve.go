@@ -68,7 +68,7 @@ func (c *cli) approve(ctx context.Context, a *approval, file string) error {
 	if err := c.sayMissing(envelope, set); err != nil {
 		return err
 	}
-	return c.writeGrant(a.out, p.ID, envelope)
+	return c.writeGrant(a.out, p.ID, envelope, "KEY, by "+p.Requester)
 }
 
 // approverIn reads the resources, if any are named, and holds that the key is one that they know.

@@ -58,7 +58,7 @@ func (s *demoStory) tell(ctx context.Context) *demoReport {
 		{"collector, agent and proxy run, and the hooks are proven", s.begin},
 		{"a plain client is refused at the protected port", s.plainRefused},
 		{"a client with a SPIFFE identity is served through the proxy", s.identityServed},
-		{"a signed 5-second grant lets the plain client go around it", s.grantOpens},
+		{"a signed 5-second grant, begun by whoever asked for it, lets the plain client go around it", s.grantOpens},
 		{"the agent is killed with SIGKILL", s.agentKilled},
 		{"at the deadline the kernel resets the connection, and the retry is on the proxy", s.deadlineCuts},
 		{"a restarted agent adopts, and log and kernel agree to the byte", s.bytesAgree},
@@ -254,7 +254,15 @@ func (s *demoStory) grantOpens(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if _, err := s.w.agent.Activate(ctx, envelope); err != nil {
+	challenge, err := s.w.agent.Challenge(ctx)
+	if err != nil {
+		return "", err
+	}
+	begun, err := grant.Answer(ctx, envelope, challenge, s.w.key, time.Now())
+	if err != nil {
+		return "", err
+	}
+	if _, err := s.w.agent.Activate(ctx, envelope, begun); err != nil {
 		return "", err
 	}
 	p, err := s.path()

@@ -21,37 +21,15 @@ import (
 func (c *cli) grant() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "grant",
-		Short: "Issue, activate, revoke and show one grant",
+		Short: "Issue, approve, activate, end and review one grant",
 		Args:  cobra.ArbitraryArgs,
 		RunE:  group,
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
 	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantActivate(), c.grantRevoke(), c.grantShow())
+	cmd.AddCommand(c.grantChallenge(), c.grantAnswer(), c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch(), c.grantRecord())
 	return cmd
-}
-
-func (c *cli) grantActivate() *cobra.Command {
-	return &cobra.Command{
-		Use:   "activate FILE",
-		Short: "Open the path of a signed grant on this node",
-		Long: `Hand a signed grant (FILE, or - for standard input) to the node's agent. When the command is
-done, the path is open, the grant is in the durable record, and its deadline runs.`,
-		Args: exactly(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			envelope, err := c.readEnvelope(args[0])
-			if err != nil {
-				return err
-			}
-			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
-				g, err := a.Activate(ctx, envelope)
-				if err != nil {
-					return refusalHint(err)
-				}
-				return c.show(g, func(t *table) { grantTable(t, g) })
-			})
-		},
-	}
 }
 
 // refusalHint adds the next step to a refusal in which the agent named none.
@@ -136,6 +114,12 @@ func grantTable(t *table, g *api.Grant) {
 	}
 	t.row("slots", ports(g.GetSlots()))
 	t.row("signed by", strings.Join(g.GetSigners(), ", "))
+	if g.GetKind() != "" {
+		t.row("kind", g.GetKind())
+	}
+	if g.GetReview() != "" {
+		t.row("review", g.GetReview())
+	}
 	for _, said := range g.GetSignals() {
 		t.row("signal", said)
 	}

@@ -70,10 +70,10 @@ func (c *cli) nodeGrants(ctx context.Context, cmd *cobra.Command) error {
 }
 
 func grantsTable(t *table, grants []*api.Grant) {
-	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "BUDGET", "REASON", "TICKET", "ENDED WHY")
+	t.row("ID", "STATE", "SERVICE", "CLIENTS", "REQUESTER", "DEADLINE", "BUDGET", "REASON", "TICKET", "KIND", "REVIEW", "ENDED WHY")
 	for _, g := range grants {
 		t.row(g.GetId(), g.GetState(), g.GetService(), strings.Join(g.GetClients(), ","), g.GetRequester(),
-			stamp(g.GetDeadline()), budgetWords(g.GetBudget()), g.GetReason(), g.GetTicket(), g.GetEndedWhy())
+			stamp(g.GetDeadline()), budgetWords(g.GetBudget()), g.GetReason(), g.GetTicket(), g.GetKind(), g.GetReview(), g.GetEndedWhy())
 	}
 }
 

@@ -30,10 +30,11 @@ func (c *cli) grantIssue() *cobra.Command {
 		Short: "Sign a grant: who may go around the proxy, to what, for how long, and why",
 		Long: `Sign a grant with a key of a keyring. What it allows is said in plain words on standard error
 before anything is signed. With --policy the grant is checked first as the node would check it,
-and one that policy refuses is not signed. A grant does nothing until it is activated.`,
+and one that policy refuses is not signed. A grant does nothing until it is activated, and it
+cannot be made longer: ask for another one.`,
 		Example: `  sallyport grant issue --service postgres --client 10.1.0.2 --for 15m --node node-1 \
       --reason "nightly backup" --key alice.key --policy /etc/sallyport/resources.d --out backup.grant
-  sallyport grant activate backup.grant`,
+  sallyport grant activate backup.grant --key alice.key`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.issue(cmd.Context(), &i) },
 	}
@@ -76,7 +77,7 @@ func (c *cli) issue(ctx context.Context, i *issue) error {
 	if err != nil {
 		return explained("sign grant", err)
 	}
-	return c.writeGrant(i.out, p.ID, envelope)
+	return c.writeGrant(i.out, p.ID, envelope, i.key)
 }
 
 func (c *cli) readKey(file string) (grant.SigningKey, error) {
@@ -124,7 +125,12 @@ func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (mis
 	if err != nil {
 		return nil, err
 	}
-	return unapproved(checkVerified(set, grant.Verified{Payload: p, Signers: []policy.Signer{signer}}, c))
+	v := grant.Verified{Payload: p, Signers: []policy.Signer{signer}}
+	missing, err = unapproved(checkVerified(set, v, c))
+	if err != nil {
+		c.sayRefusal(set.Evaluate(v.Facts(nil, time.Time{})))
+	}
+	return missing, err
 }
 
 // unapproved gives the approvals that are missing, if nothing else is wrong.
@@ -136,6 +142,16 @@ func unapproved(err error) (missing []*policy.Error, other error) {
 		missing = append(missing, e)
 	}
 	return missing, nil
+}
+
+// sayRefusal tells what each policy has against a grant, where there are several: the error is that of the nearest.
+func (c *cli) sayRefusal(a policy.Answer) {
+	if a.Allowed || len(a.Near) < 2 {
+		return
+	}
+	t := newTable(c.stderr)
+	answerTable(t, a)
+	t.Flush()
 }
 
 // checkVerified leaves out what only the node knows: its name, its own addresses, and when it is activated.
@@ -164,7 +180,8 @@ type issuedGrant struct {
 	File  string `json:"file"`
 }
 
-func (c *cli) writeGrant(path, id string, envelope []byte) error {
+// writeGrant writes it, and says how to go on with the requester's key.
+func (c *cli) writeGrant(path, id string, envelope []byte, key string) error {
 	envelope = append(envelope, '\n')
 	if path == "" {
 		_, err := c.stdout.Write(envelope)
@@ -176,7 +193,7 @@ func (c *cli) writeGrant(path, id string, envelope []byte) error {
 	return c.show(issuedGrant{Grant: id, File: path}, func(t *table) {
 		t.row("grant", id)
 		t.row("file", path)
-		t.row("next", "sallyport grant activate "+path)
+		t.row("next", "sallyport grant activate "+path+" --key "+key)
 	})
 }
 

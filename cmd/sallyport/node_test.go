@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/netip"
@@ -32,6 +34,8 @@ type node struct {
 	mu       sync.Mutex
 	panicked string
 	grants   []*api.Grant
+	asked    []grant.Challenge // that nobody answered yet
+	said     []grant.Statement
 	records  []*api.FlowRecord
 	changed  chan struct{} // closed when records grow
 }
@@ -144,6 +148,62 @@ func (n *node) Paths(context.Context, *api.PathsRequest) (*api.PathsReply, error
 	return reply, nil
 }
 
+// Challenge makes one and remembers it.
+func (n *node) Challenge(context.Context, *api.ChallengeRequest) (*api.ChallengeReply, error) {
+	c := grant.NewChallenge(n.name, "0d8ccf0b-97a2-4ff8-a2ac-0d4b1ebbd5a9", time.Now().Add(time.Minute))
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.asked = append(n.asked, c)
+	text, err := json.Marshal(c)
+	return &api.ChallengeReply{Challenge: text}, err
+}
+
+// hear verifies a statement, and a challenge's answer once.
+func (n *node) hear(data []byte) (grant.Statement, error) {
+	s, _, err := grant.VerifyStatement(data, n.policy.Keyrings(), time.Now())
+	if err != nil {
+		return s, refusal(codes.InvalidArgument, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.said = append(n.said, s)
+	if s.Challenge == (grant.Challenge{}) {
+		return s, nil
+	}
+	i := slices.Index(n.asked, s.Challenge)
+	if i < 0 {
+		return s, refusal(codes.InvalidArgument, &policy.Error{Field: "challenge", Msg: "it was answered before", Hint: "ask for a new one"})
+	}
+	n.asked = slices.Delete(n.asked, i, i+1)
+	return s, nil
+}
+
+// State takes what an agent takes, but asks nobody who may say it.
+func (n *node) State(_ context.Context, r *api.StateRequest) (*api.StateReply, error) {
+	s, err := n.hear(r.Statement)
+	if err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, g := range n.grants {
+		if g.Id != s.Grant {
+			continue
+		}
+		if s.Step != grant.StepReviewed {
+			g.State, g.EndedWhy = "revoked", string(s.Step)+" by "+s.By
+		}
+		return &api.StateReply{Grant: g}, nil
+	}
+	return &api.StateReply{}, nil
+}
+
+// Vouch takes everybody's word.
+func (n *node) Vouch(_ context.Context, r *api.VouchRequest) (*api.VouchReply, error) {
+	_, err := n.hear(r.Statement)
+	return &api.VouchReply{}, err
+}
+
 // Activate does what an agent does, but for the durable record and the kernel.
 func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.ActivateReply, error) {
 	now := time.Now()
@@ -156,10 +216,19 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 	if err := errors.Join(p.CheckTime(now), p.CheckAudience(n.name), refused); err != nil {
 		return nil, refusal(codes.FailedPrecondition, err)
 	}
+	if s, err := n.hear(r.Answer); err != nil || s.Step != grant.StepActivated || s.Grant != p.ID {
+		return nil, cmp.Or(err, status.Error(codes.InvalidArgument, "it answers something else"))
+	}
+	digest, _ := grant.Digest(r.Envelope)
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	for _, s := range n.said {
+		if s.Digest == digest && (s.Step == grant.StepDenied || s.Step == grant.StepWithdrawn) {
+			return nil, status.Errorf(codes.FailedPrecondition, "grant is not to be: %s by %s", s.Step, s.By)
+		}
+	}
 	g := &api.Grant{
-		Id: p.ID, State: "active", Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
+		Id: p.ID, State: "active", Digest: digest, Kind: string(p.Kind), Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
 		Activated: timestamppb.New(now), Deadline: timestamppb.New(p.Deadline(now)), Slots: []uint32{0}, Signers: keyIDs(v.Signers),
 	}
 	for _, a := range p.Addresses {

@@ -19,7 +19,7 @@ func (c *cli) policy() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.policyCheck(), c.policyTest())
+	cmd.AddCommand(c.policyCheck(), c.policyTest(), c.policyDiff(), c.policySign(), c.policyVerify(), c.policyReplay())
 	return cmd
 }
 
@@ -108,6 +108,9 @@ func checkTable(t *table, set *policy.Set) {
 		t.row(policy.KindGrantTemplate, g.Name, g.Source, fmt.Sprintf("around %s for at most %s", g.Spec.Service, g.Spec.MaxDuration))
 	}
 	t.line("")
+	if set.Version() > 0 {
+		t.row("version", set.Version())
+	}
 	t.row("digest", set.Digest())
 }
 

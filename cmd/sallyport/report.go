@@ -88,6 +88,9 @@ func report(w io.Writer, err error) int {
 	if err == nil {
 		return exitDone
 	}
+	if e, ok := errors.AsType[*commandError](err); ok {
+		return e.code
+	}
 	fmt.Fprintln(w, "sallyport: "+escapeLines(err.Error()))
 	if p, ok := errors.AsType[*problemsError](err); ok {
 		for _, problem := range p.list {

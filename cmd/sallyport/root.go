@@ -58,14 +58,14 @@ func newRoot(e env) *cobra.Command {
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
 	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.policy())
-	addGroup(root, groupChange, c.keygen(), c.grant(), c.forward(), c.connect(), c.signal(), c.panic(), c.demo(), c.uninstall())
+	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.signal(), c.panic(), c.demo(), c.uninstall())
 	root.AddCommand(c.docs())
 	return root
 }
 
 const rootHelp = `Sallyport makes an identity-aware proxy unskippable on a node, and makes every way around it
 a narrow, signed path that the kernel itself closes on time. This command looks at a node,
-signs and activates grants, and carries plain clients to protected services.
+signs and activates grants, runs commands with paths of their own, and carries plain clients to protected services.
 
 ` + exitCodesHelp
 

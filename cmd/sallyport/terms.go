@@ -32,6 +32,8 @@ type terms struct {
 	notBefore string
 	notAfter  string
 
+	breakGlass bool
+
 	idle     time.Duration
 	maxBytes string
 	ingress  string
@@ -50,6 +52,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.Uint32Var(&g.budget.ConnectionsPerSecond, "max-connection-rate", 0, "no more than `N` new connections a second for each client (default: no limit)")
 	f.StringVar(&g.ingress, "from", "", "only clients behind this `KIND` of device: uplink, pod or local (default: any)")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
+	f.BoolVar(&g.breakGlass, "break-glass", false, "ask by the policy for break-glass: narrow, loud, and reviewed afterwards")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.template, "template", "", "ask by this GrantTemplate of --policy: `NAME`; what is not said is what it says")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
@@ -64,7 +67,8 @@ var flagOf = map[string]string{
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
 	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
 	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
-	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle",
+	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle", "kind": "--break-glass",
+	"why": "--why", "by": "--by",
 }
 
 // inFlags tells of wrong fields by the flags that gave them.
@@ -94,8 +98,12 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 	begin, beginErr := g.begin(now)
 	end, endErr := g.end(begin)
 	budget, budgetErr := g.limits()
+	var kind grant.Kind
+	if g.breakGlass {
+		kind = grant.BreakGlass
+	}
 	return grant.Payload{
-		ID: id, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		ID: id, Kind: kind, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
 		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
 	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
 }
@@ -212,6 +220,9 @@ func readTime(field, text string) (time.Time, error) {
 // payloadTable says in plain words what a grant allows.
 func payloadTable(t *table, p grant.Payload) {
 	t.row("grant", p.ID)
+	if p.Kind == grant.BreakGlass {
+		t.row("BREAK-GLASS", "everybody hears of it, and nobody who signs it breaks the glass again before others have reviewed it")
+	}
 	t.row("lets", fmt.Sprintf("%s: whoever sends from there, with no identity asked", join(p.Addresses, " and ")))
 	t.row("reach", fmt.Sprintf("%s on node %s, %s, around the proxy", p.Service, p.Audience, portWords(p.Ports)))
 	t.row("ways in", waysIn(p))

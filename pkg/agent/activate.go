@@ -17,11 +17,13 @@ import (
 // activation is a grant on its way to its paths.
 type activation struct {
 	envelope []byte
-	ask      *wanted // instead of an envelope
+	answer   []byte  // the requester's, to a challenge of this node
+	ask      *wanted // instead of both
 	actor    string
 	verified grant.Verified
 	held     *held
 	recorded bool
+	planned  []uint32 // slots, as they were recorded
 }
 
 // prove gives what is asked for, and who vouches for it.
@@ -48,12 +50,12 @@ func (g *grants) activationSteps() []activationStep {
 	}
 }
 
-// Activate opens the paths of a signed grant. When it returns without error they are open, and that was durable before.
-// A refusal is recorded, and changes nothing.
-func (g *grants) Activate(ctx context.Context, envelope []byte, actor string) (store.GrantRow, error) {
+// Activate opens the paths of a signed grant, whose requester answered a challenge of this node. When it returns without
+// error they are open, and that was durable before. A refusal is recorded, and changes nothing.
+func (g *grants) Activate(ctx context.Context, envelope, answer []byte, actor string) (store.GrantRow, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	a := &activation{envelope: envelope, actor: actor}
+	a := &activation{envelope: envelope, answer: answer, actor: actor}
 	h, err := g.activate(ctx, a)
 	if err != nil {
 		return store.GrantRow{}, err
@@ -76,7 +78,7 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 	g.problems.report(problemGrants, "activation", nil)
 	g.log.Info("grant activated", "grant", a.held.row.ID, "service", a.held.payload.Service, "clients", a.held.payload.Addresses,
 		"deadline", a.held.row.Deadline, "actor", a.actor)
-	g.kick()
+	g.recorded()
 	a.held.forget()
 	return a.held, nil
 }
@@ -98,13 +100,15 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	}
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
-	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused); err != nil {
+	answered, unanswered := g.answered(a, e)
+	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
+		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = newHolding()
+		a.held.holding = g.newHolding(p.Addresses[0])
 	}
 	if err := g.overlap(a.held); err != nil {
 		return err
@@ -112,7 +116,51 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
 		return err
 	}
-	return g.heed(a.held, now)
+	if err := g.heed(a.held, now); err != nil {
+		return err
+	}
+	if a.ask != nil {
+		return nil
+	}
+	return g.challenges.use(answered)
+}
+
+// answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking.
+func (g *grants) answered(a *activation, e *enforced) (grant.Challenge, error) {
+	p := a.verified.Payload
+	if a.ask != nil {
+		return grant.Challenge{}, nil
+	}
+	if len(a.answer) == 0 {
+		return grant.Challenge{}, challengeRefused("%s has not answered this node's challenge", p.Requester)
+	}
+	s, err := g.hear(a.answer, e)
+	if err != nil {
+		return grant.Challenge{}, ofAnswer(err)
+	}
+	digest, err := p.Digest()
+	if err != nil {
+		return grant.Challenge{}, err
+	}
+	switch {
+	case s.Step != grant.StepActivated || s.Digest != digest:
+		return grant.Challenge{}, challengeRefused("the answer is about another grant")
+	case s.By != p.Requester:
+		return grant.Challenge{}, s.refuse("cannot begin what %s asked for", p.Requester)
+	}
+	facts := a.verified.Facts(nil, time.Time{})
+	return s.Challenge, errors.Join(s.with(facts.UseOf(policy.UseRequest)), g.challenges.check(s.Challenge))
+}
+
+// ofAnswer tells what is wrong with an answer from what is wrong with the grant.
+func ofAnswer(err error) error {
+	var errs []error
+	for _, e := range policy.Errors(err) {
+		named := *e
+		named.Field = "answer." + named.Field
+		errs = append(errs, &named)
+	}
+	return errors.Join(errs...)
 }
 
 // allowed asks policy, with the node's own addresses as they are now.
@@ -124,13 +172,14 @@ func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.A
 	return e.set.CheckGrant(v.Facts(own, now))
 }
 
-// overlap refuses a grant that would share a client, service and port with one that is active: a path has one owner.
+// overlap refuses a grant that would share a client's sockets, service and port with one that is active: a path has one owner.
 func (g *grants) overlap(n *held) error {
 	for id, h := range g.active {
 		if id == n.payload.ID {
 			continue // the store knows it, and says so
 		}
-		if h.over != nil || h.payload.Service != n.payload.Service {
+		if h.over != nil || h.payload.Service != n.payload.Service ||
+			h.payload.ClientPort != n.payload.ClientPort || h.payload.Cgroup != n.payload.Cgroup {
 			continue
 		}
 		for _, a := range n.payload.Addresses {
@@ -155,12 +204,16 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 	if err != nil {
 		return store.GrantRow{}, fmt.Errorf("keep payload: %w", err)
 	}
+	digest, err := p.Digest()
+	if err != nil {
+		return store.GrantRow{}, err
+	}
 	deadline := p.Deadline(now)
 	if !may.Until.IsZero() && may.Until.Before(deadline) {
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
 		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
 	}
 	for _, s := range a.verified.Signers {
@@ -172,6 +225,8 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 // record makes the activation durable; the kernel knows nothing of it yet. The error wraps store.ErrReplayed for a grant
 // that was used before.
 func (g *grants) record(ctx context.Context, a *activation) error {
+	a.planned = g.datapath.NextSlots(len(a.held.payload.Addresses))
+	a.held.row.Slots = a.planned
 	event, err := activatedEvent(a, g.clock)
 	if err != nil {
 		return err
@@ -185,17 +240,19 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	}
 	a.recorded = true
 	g.active[a.held.row.ID] = a.held
+	g.reviews.note(a.held.row, a.held.payload, true)
 	g.history.note(a.held.payload, a.held.row.Activated)
 	return nil
 }
 
 // openPaths opens one path for each client.
 func (g *grants) openPaths(_ context.Context, a *activation) error {
+	a.held.row.Slots = nil
 	for _, client := range a.held.payload.Addresses {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
 			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot, Budget: budgetOf(a.held.payload),
-			Ingress: ingressOf(a.held.payload),
+			Ingress: ingressOf(a.held.payload), ClientPort: a.held.payload.ClientPort, Cgroup: a.held.payload.Cgroup,
 		})
 		if err != nil {
 			return fmt.Errorf("open path for %s: %w", client, err)
@@ -219,7 +276,11 @@ func (g *grants) openPath(p datapath.Path) (uint32, error) {
 	return g.datapath.OpenPath(p)
 }
 
+// noteSlots corrects what was recorded of the slots. Mostly it was right: nobody else opens paths.
 func (g *grants) noteSlots(ctx context.Context, a *activation) error {
+	if slices.Equal(a.planned, a.held.row.Slots) {
+		return nil
+	}
 	return g.store.SetSlots(ctx, a.held.row.ID, a.held.row.Slots)
 }
 
@@ -241,5 +302,5 @@ func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 	}
 	g.events.count(stepRefused)
 	g.problems.report(problemGrants, "activation", err)
-	g.kick()
+	g.recorded()
 }

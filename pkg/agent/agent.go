@@ -58,6 +58,7 @@ type node struct {
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
+	candidate *candidate
 	sweepNow  chan struct{}
 	stopping  chan struct{}
 
@@ -89,6 +90,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
+	n.candidate = &candidate{dir: cfg.Spec.Candidate, recent: n.recent, problems: n.problems, log: log}
 	return n
 }
 
@@ -121,6 +123,7 @@ func (n *node) parts() []part {
 		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
 		{name: "automation", start: n.makeAutomation, run: n.runAutomation},
 		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
+		{name: "candidate", run: n.runCandidate},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
 	}
@@ -135,11 +138,18 @@ func (n *node) openStore(context.Context) (err error) {
 	if n.store, err = store.Open(storeFile(n.cfg)); err != nil {
 		return err
 	}
+	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
+		return errors.Join(err, n.store.Close())
+	}
 	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
 	if err != nil {
 		return errors.Join(err, n.store.Close())
 	}
 	return nil
+}
+
+func (n *node) owner() store.Owner {
+	return store.Owner{Node: n.cfg.Name, Machine: machineID(), Witness: witnessFile(n.cfg)}
 }
 
 func (n *node) makePx(context.Context) (err error) {
@@ -230,12 +240,15 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
-		node: n.cfg.Name, bootID: n.store.BootID(), store: n.store, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log, kick: n.grantsMoved,
+		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
+		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
+		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
+		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
+		recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
@@ -269,6 +282,7 @@ func (n *node) sources() *sources {
 }
 
 func (n *node) devicesChanged() {
+	n.sweepSoon()
 	n.resources.poke()
 	n.readiness.poke()
 }
@@ -286,6 +300,10 @@ func (n *node) sweeper() *sweeper {
 // grantsMoved has the sender send what is recorded, and the sweeper cut what ended.
 func (n *node) grantsMoved() {
 	n.audit.Kick()
+	n.sweepSoon()
+}
+
+func (n *node) sweepSoon() {
 	select {
 	case n.sweepNow <- struct{}{}:
 	default: // it has not looked yet
@@ -330,7 +348,7 @@ func (n *node) makeMetrics(context.Context) (err error) {
 	if n.cfg.Spec.Metrics == "" {
 		return nil
 	}
-	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, n.problems, newMetrics(n))
+	n.metrics, err = newMetricsServer(n.cfg.Spec.Metrics, n.problems, newMetrics(n), n.candidate)
 	return err
 }
 

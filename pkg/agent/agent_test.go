@@ -125,6 +125,19 @@ func (in *installed) eventually(what string, ok func() bool) {
 	}
 }
 
+// activate has alice answer a challenge of the agent, and begins the grant.
+func (in *installed) activate(ctx context.Context, agent api.AgentClient, envelope []byte) (*api.ActivateReply, error) {
+	c, err := agent.Challenge(ctx, &api.ChallengeRequest{})
+	if err != nil {
+		return nil, err
+	}
+	answer, err := grant.Answer(ctx, envelope, c.Challenge, in.signer.key, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope, Answer: answer})
+}
+
 func (in *installed) status() *api.StatusReply {
 	in.t.Helper()
 	s, err := in.agent().Status(in.t.Context(), &api.StatusRequest{}, grpc.WaitForReady(true))
@@ -249,7 +262,7 @@ func (in *installed) testGrants() {
 	ctx := t.Context()
 	agent := in.agent()
 	envelope := in.signer.envelope(t, two)
-	reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+	reply, err := in.activate(ctx, agent, envelope)
 	must(t, err)
 	g := reply.Grant
 	if g.State != stateActive || len(g.Slots) != 2 || g.Requester != "alice" || len(g.Signers) != 1 {
@@ -279,7 +292,7 @@ func (in *installed) testGrants() {
 		t.Errorf("explain a service that is not there: %v", err)
 	}
 	own := in.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{in.lab.Node.Addr(lab.IPv4)} })
-	if _, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: own}); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {
+	if _, err := in.activate(ctx, agent, own); err == nil || !contains(err.Error(), "addresses[0]", "hint: ") {
 		t.Errorf("the node's own address: %v", err)
 	}
 	revoked, err := agent.Revoke(ctx, &api.RevokeRequest{Grant: g.Id, Why: "done"})
@@ -290,7 +303,7 @@ func (in *installed) testGrants() {
 	if paths, err = agent.Paths(ctx, &api.PathsRequest{}); err != nil || len(paths.Paths) != 2 || paths.Paths[0].Left.AsDuration() != 0 {
 		t.Errorf("time left after the end: %v, %v", paths, err)
 	}
-	short, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second })})
+	short, err := in.activate(ctx, agent, in.signer.envelope(t, func(p *grant.Payload) { p.Duration = time.Second }))
 	must(t, err)
 	in.eventually("a grant expires", func() bool {
 		grants, err := agent.Grants(ctx, &api.GrantsRequest{})
@@ -327,60 +340,116 @@ func (in *installed) scrape() string {
 	return readAll(in.t, reply)
 }
 
-// TestKillAgentAtRandom is invariant 5 from outside: whenever the agent is killed, each open path has its active row.
+// killsEnv asks for another number of kills than the common run has.
+const killsEnv = "SALLYPORT_KILLS"
+
+// TestKillAgentAtRandom is invariant 5 from outside: whenever the agent is killed, each open path has its active row, and
+// what it had said is so: nothing is lost, and nothing that is over begins again.
 func TestKillAgentAtRandom(t *testing.T) {
 	in := install(t)
-	for range 8 {
+	told := &toldLedger{active: map[string][]byte{}, over: map[string][]byte{}}
+	for range fromEnv(t, killsEnv, 8) {
 		agent := in.ready("run")
+		in.tryOver(told)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			in.churn(ctx)
+			in.churn(ctx, told)
 		}()
 		pause := time.NewTimer(time.Duration(rand.IntN(150)) * time.Millisecond)
 		<-pause.C
 		must(t, agent.Kill())
 		cancel()
 		<-done
-		in.checkRows()
+		in.checkRows(told)
 	}
 	agent := in.ready("run")
 	s := in.status()
 	if len(s.Problems) != 0 {
 		t.Errorf("problems after all kills: %v", s.Problems)
 	}
+	t.Logf("%d grants were active to the end, %d were over", len(told.active), len(told.over))
 	must(t, agent.Signal(syscall.SIGKILL))
 	<-agent.Exited()
 	in.uninstall()
 }
 
-// churn activates and revokes until the agent is gone.
-func (in *installed) churn(ctx context.Context) {
+// toldLedger is what the agent had said before it died, by the ids of grants.
+type toldLedger struct{ active, over map[string][]byte }
+
+// churn activates, revokes and withdraws until the agent is gone.
+func (in *installed) churn(ctx context.Context, told *toldLedger) {
 	agent := in.agent()
+	alice := crew{"alice": in.signer.key}
 	for i := 0; ctx.Err() == nil; i++ {
+		a, b := byte(rand.IntN(250)), byte(rand.IntN(250))
 		envelope := in.signer.envelope(in.t, func(p *grant.Payload) {
-			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), netip.AddrFrom4([4]byte{10, 2, byte(i >> 8), byte(i)})}
+			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, a, b}), netip.AddrFrom4([4]byte{10, 2, a, b})}
 		})
-		reply, err := agent.Activate(ctx, &api.ActivateRequest{Envelope: envelope})
+		said := alice.says(in.t, "alice", grant.StepWithdrawn, envelope)
+		if i%4 == 3 { // before it begins
+			if reply, err := agent.State(ctx, &api.StateRequest{Statement: said, Envelope: envelope}); err != nil || reply.Grant != nil {
+				return
+			}
+			p, err := grant.Peek(envelope)
+			must(in.t, err)
+			told.over[p.ID] = envelope
+			continue
+		}
+		reply, err := in.activate(ctx, agent, envelope)
 		if err != nil {
 			return
 		}
-		if i%2 == 0 {
-			if _, err := agent.Revoke(ctx, &api.RevokeRequest{Grant: reply.Grant.Id}); err != nil {
-				return
-			}
+		id := reply.Grant.Id
+		told.active[id] = envelope
+		switch i % 4 {
+		case 0:
+			_, err = agent.Revoke(ctx, &api.RevokeRequest{Grant: id})
+		case 1:
+			_, err = agent.State(ctx, &api.StateRequest{Statement: said})
+		default:
+			continue
+		}
+		delete(told.active, id) // it may be over, whether we are told or not
+		if err != nil {
+			return
+		}
+		told.over[id] = envelope
+	}
+}
+
+// tryOver activates some of what is over once more.
+func (in *installed) tryOver(told *toldLedger) {
+	in.t.Helper()
+	agent, tries := in.agent(), 5
+	for id, envelope := range told.over {
+		if _, err := in.activate(in.t.Context(), agent, envelope); err == nil {
+			in.t.Errorf("grant %s, which was over, is active again", id)
+		}
+		if tries--; tries == 0 {
+			return
 		}
 	}
 }
 
 // checkRows looks at kernel and store while no agent lives.
-func (in *installed) checkRows() {
+func (in *installed) checkRows(told *toldLedger) {
 	in.t.Helper()
 	rows, open := in.offline()
 	for id, n := range open {
 		if rows[id] != stateActive {
 			in.t.Errorf("%d open paths of grant %s, whose row is %q", n, id, rows[id])
+		}
+	}
+	for id := range told.active {
+		if rows[id] == "" {
+			in.t.Errorf("grant %s is lost", id)
+		}
+	}
+	for id := range told.over {
+		if rows[id] == stateActive || open[id] > 0 {
+			in.t.Errorf("grant %s is over, and its row is %q with %d open paths", id, rows[id], open[id])
 		}
 	}
 }

@@ -25,10 +25,12 @@ const (
 	alarmBackstop     alarmName = "backstop"      // traffic came around the hooks and was refused at a socket
 	alarmBackstopLost alarmName = "backstop_lost" // the backstop was detached
 	alarmUnexplained  alarmName = "unexplained"   // sockets got more than the hooks let through
+
+	alarmBreakGlass alarmName = "break_glass" // a break-glass grant is live, or nobody has reviewed it
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -279,19 +280,43 @@ func (a *automation) want(w workload, r *api.PathRequest) (wanted, error) {
 }
 
 // bind fills in what the path is bound to.
-func (a *automation) bind(w workload, r *api.PathRequest, p *grant.Payload) error {
-	if p.Binding == "" {
+func (a *automation) bind(w workload, r *api.PathRequest, p *grant.Payload) (err error) {
+	switch p.Binding {
+	case "":
 		p.Binding = policy.BindingAddress
+		return a.bindAddress(w)
+	case policy.BindingAddress:
+		return a.bindAddress(w)
+	case policy.BindingTuple:
+		p.ClientPort, p.Budget.Connections = uint16(min(r.GetClientPort(), 65536)), 1 // what is no port becomes none
+	case policy.BindingWorkload:
+		p.Cgroup, err = a.cgroup(w, p.Service)
 	}
-	if p.Binding != policy.BindingAddress {
-		return nil
-	}
+	return err
+}
+
+func (a *automation) bindAddress(w workload) error {
 	what, err := a.shared(w.from.Addr())
 	if err == nil && what != "" {
 		err = &policy.Error{Field: "binding", Msg: fmt.Sprintf("%s is %s: whoever has it could use the path", w.from.Addr(), what),
 			Hint: "on the service's own node ask with --binding workload"}
 	}
 	return err
+}
+
+// cgroup is the control group that the asking socket is of.
+func (a *automation) cgroup(w workload, service string) (uint64, error) {
+	if e := a.grants.enforced(); e != nil {
+		if s, ok := e.service(service); ok && s.Protocol == datapath.UDP {
+			return 0, &policy.Error{Field: "binding", Msg: "whose a datagram is cannot be told", Hint: "ask for another binding"}
+		}
+	}
+	id, err := datapath.CgroupOf(w.from, w.to)
+	if errors.Is(err, datapath.ErrNotLocal) {
+		err = &policy.Error{Field: "binding", Msg: fmt.Sprintf("no workload of this node asks from %s: %s", w.from, oneLine(err.Error())),
+			Hint: "a workload elsewhere asks with --binding address; one on the node runs in a control group of its own", Err: err}
+	}
+	return id, err
 }
 
 func earlierOf(a, b time.Time) time.Time {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -75,8 +77,14 @@ func (a *automated) serve(id spiffeid.ID, socket string) {
 	must(a.t, source.Wait(ctx))
 }
 
-// dial connects a workload in a namespace to the agent, from an address or wherever the kernel says.
+// dial connects a workload in a namespace to the agent.
 func (a *automated) dial(id spiffeid.ID, from *lab.Namespace, to netip.Addr) *asking {
+	return a.dialBy(id, to, func(ctx context.Context, at netip.AddrPort) (net.Conn, error) {
+		return from.Dial(ctx, netip.AddrPort{}, at)
+	})
+}
+
+func (a *automated) dialBy(id spiffeid.ID, to netip.Addr, dial func(context.Context, netip.AddrPort) (net.Conn, error)) *asking {
 	a.t.Helper()
 	if a.sources[id] == nil {
 		a.serve(id, strings.ReplaceAll(id.Path(), "/", "-")+".sock")
@@ -86,7 +94,7 @@ func (a *automated) dial(id spiffeid.ID, from *lab.Namespace, to netip.Addr) *as
 	conn, err := grpc.NewClient("passthrough:///"+netip.AddrPortFrom(to, askPort).String(),
 		grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(s, s, tlsconfig.AuthorizeID(a.cfg.AgentID())))),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			raw, err := from.Dial(ctx, netip.AddrPort{}, netip.AddrPortFrom(to, askPort))
+			raw, err := dial(ctx, netip.AddrPortFrom(to, askPort))
 			h.raw = raw
 			return raw, err
 		}))
@@ -348,4 +356,130 @@ func (in *installed) eventuallyWithin(d time.Duration, what string, ok func() bo
 		must(in.t, in.notify.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
 		_, _ = in.notify.Read(buf)
 	}
+}
+
+// TestWorkloadsPath: a path that a workload of the node asked for serves its own control group, whose number it never says,
+// and no other process with the same address; a tuple's serves one connection from the port that it named.
+func TestWorkloadsPath(t *testing.T) {
+	a := automate(t, time.Hour, "")
+	agent := a.ready("run")
+	group, err := a.lab.NewGroup("nightly")
+	must(t, err)
+	_, err = a.lab.Pod.Start(exec.Command("sleep", "1h")) // shows the pod's namespace
+	must(t, err)
+	for _, f := range lab.Families() {
+		to := a.postgres(f)
+		for where, ns := range map[string]*lab.Namespace{"node": a.lab.Node, "pod": a.lab.Pod} {
+			h := a.dialIn(backup, group, ns, a.lab.Node.Addr(f))
+			g := h.open(func(r *api.PathRequest) { r.Binding = policy.BindingWorkload })
+			if !a.groupReaches(group, ns, netip.AddrPort{}, to) {
+				t.Errorf("%s, %v: the workload does not reach it", where, f)
+			}
+			if a.reaches(ns, netip.AddrPort{}, to) {
+				t.Errorf("%s, %v: another process reached it", where, f)
+			}
+			must(t, h.raw.Close())
+			if why := a.endedWhy(g.Grant); why != whyHolderGone || a.groupReaches(group, ns, netip.AddrPort{}, to) {
+				t.Errorf("%s, %v: its holder is dead (%q), and the workload reaches it", where, f, why)
+			}
+		}
+
+		h := a.dial(backup, a.lab.Node, a.lab.Node.Addr(f))
+		const port = 40321
+		local := netip.AddrPortFrom(a.lab.Node.Addr(f), port)
+		g := h.open(func(r *api.PathRequest) {
+			r.Binding, r.ClientPort, r.Ports = policy.BindingTuple, port, []uint32{5432}
+		})
+		if a.reaches(a.lab.Node, netip.AddrPort{}, to) {
+			t.Errorf("tuple, %v: another port reached it", f)
+		}
+		if !a.reaches(a.lab.Node, local, to) {
+			t.Errorf("tuple, %v: its port did not reach it", f)
+		}
+		must(t, h.stream.CloseSend())
+		a.endedWhy(g.Grant)
+	}
+
+	outside := a.dial(backup, a.lab.Client, a.lab.Node.Addr(lab.IPv4))
+	if _, err := outside.ask(func(r *api.PathRequest) { r.Binding = policy.BindingTuple }); !contains(fmt.Sprint(err), "clientPort", "ports") {
+		t.Errorf("a tuple without its ports: %v", err)
+	}
+	must(t, agent.Stop(10*time.Second))
+	a.uninstall()
+}
+
+// TestInheritedAddress: a pod that gets the address of one whose workload held a path does not get the path, though the
+// holder never said that it is gone.
+func TestInheritedAddress(t *testing.T) {
+	a := automate(t, time.Hour, "")
+	agent := a.ready("run")
+	group, err := a.lab.NewGroup("nightly")
+	must(t, err)
+	to := a.postgres(lab.IPv4)
+	const number = 5
+	for _, binding := range []string{policy.BindingAddress, policy.BindingWorkload} {
+		pod, err := a.lab.StartPod(number, nil)
+		must(t, err)
+		shows, err := pod.Start(exec.Command("sleep", "1h"))
+		must(t, err)
+		a.eventually("the pod's hooks", func() bool {
+			return contains(strings.Join(hookedDevices(a.status()), " "), lab.StartedDevice(number))
+		})
+		h := a.dialIn(backup, group, pod, a.lab.Node.Addr(lab.IPv4))
+		g := h.open(func(r *api.PathRequest) { r.Binding = binding })
+		if !a.groupReaches(group, pod, netip.AddrPort{}, to) {
+			t.Errorf("%s: the pod does not reach it", binding)
+		}
+		must(t, shows.Kill())
+		must(t, pod.End())
+		heir, err := a.lab.StartPod(number, nil)
+		must(t, err)
+		if why := a.endedWhy(g.Grant); !contains(why, whyHolderGone, "device") {
+			t.Errorf("%s: ended because %q", binding, why)
+		}
+		a.eventually("the heir's hooks", func() bool {
+			return contains(strings.Join(hookedDevices(a.status()), " "), lab.StartedDevice(number))
+		})
+		if a.reaches(heir, netip.AddrPort{}, to) {
+			t.Errorf("%s: the heir of the address reached it", binding)
+		}
+		must(t, heir.End())
+		must(t, h.raw.Close())
+	}
+	must(t, agent.Stop(10*time.Second))
+	a.uninstall()
+}
+
+// dialIn is dial from a control group.
+func (a *automated) dialIn(id spiffeid.ID, g *lab.Group, from *lab.Namespace, to netip.Addr) *asking {
+	return a.dialBy(id, to, func(ctx context.Context, at netip.AddrPort) (c net.Conn, err error) {
+		err = g.Do(from, func() error {
+			var d net.Dialer
+			c, err = d.DialContext(ctx, "tcp", at.String())
+			return err
+		})
+		return c, err
+	})
+}
+
+// groupReaches is reaches for a socket of a control group.
+func (a *automated) groupReaches(g *lab.Group, from *lab.Namespace, local, to netip.AddrPort) (reached bool) {
+	a.t.Helper()
+	ctx, cancel := context.WithTimeout(a.t.Context(), time.Second)
+	defer cancel()
+	_ = g.Do(from, func() error {
+		d := net.Dialer{}
+		if local.IsValid() {
+			d.LocalAddr = net.TCPAddrFromAddrPort(local)
+		}
+		c, err := d.DialContext(ctx, "tcp", to.String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = lab.Ask(c)
+		reached = err == nil
+		return err
+	})
+	return reached
 }

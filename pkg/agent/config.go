@@ -51,11 +51,24 @@ func Check(o Options) error {
 	if err != nil {
 		return err
 	}
-	_, err = policy.LoadDir(cfg.Spec.Resources)
+	set, err := policy.LoadDir(cfg.Spec.Resources)
 	_, cgroup := backstopCgroup(cfg)
-	machine := []error{datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
+	machine := []error{checkSigned(cfg, set, err), datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
 	machine = slices.DeleteFunc(machine, func(err error) bool { return errors.Is(err, fs.ErrPermission) }) // only root can ask
 	return errors.Join(append(machine, checkTrustedDir(cfg.Spec.Resources), err)...)
+}
+
+// checkSigned asks whether the agent would put the set to work in the place of the last one.
+func checkSigned(cfg policy.AgentConfig, set *policy.Set, readErr error) error {
+	signed := signedOnly(cfg, bootClock())
+	if signed == nil || readErr != nil {
+		return nil
+	}
+	last, err := (&resources{verified: verifiedFile(cfg)}).last()
+	if err != nil {
+		return fmt.Errorf("load last verified resources: %w", err)
+	}
+	return signed.admit(last, set)
 }
 
 // makeDirs makes the directories that the agent writes to. The state directory is closed to others; the run directory holds
@@ -75,8 +88,26 @@ func makeDirs(cfg policy.AgentConfig) error {
 // Files of the state directory.
 func storeFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "node.db") }
 
+// witnessFile is of this boot: it knows how far the store was.
+func witnessFile(cfg policy.AgentConfig) string {
+	return filepath.Join(cfg.Spec.RunDir, "store.witness")
+}
+
+// verifiedFile is one file for sets that were signed and another for those that were not: who goes over to signatures begins
+// with a signed set, and who comes back to them goes on from the last.
 func verifiedFile(cfg policy.AgentConfig) string {
+	if cfg.Spec.PolicySignatures == policy.SignaturesRequired {
+		return filepath.Join(cfg.Spec.StateDir, "verified-signed.yaml")
+	}
 	return filepath.Join(cfg.Spec.StateDir, "verified.yaml")
+}
+
+// signedOnly is nil where the configuration asks for no signatures.
+func signedOnly(cfg policy.AgentConfig, c clock) *signedSets {
+	if cfg.Spec.PolicySignatures != policy.SignaturesRequired {
+		return nil
+	}
+	return &signedSets{dir: cfg.Spec.Resources, pinned: cfg.Spec.PolicyKeys, now: c.wall}
 }
 
 func lossFilePath(cfg policy.AgentConfig) string {

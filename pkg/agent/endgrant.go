@@ -100,11 +100,26 @@ func sameInstance(a, b datapath.Service) bool {
 
 // end closes a grant's paths and then records it: in the reverse order of activation. g.mu is held.
 func (g *grants) end(ctx context.Context, h *held, e ending) error {
-	paths, err := g.datapath.Paths()
+	paths, err := g.pathsOf(h)
 	if err != nil {
 		return fmt.Errorf("read paths: %w", err)
 	}
 	return g.endIn(ctx, h, e, paths)
+}
+
+// pathsOf reads the paths of a grant: in the slots that it has, as far as these are known.
+func (g *grants) pathsOf(h *held) (paths []datapath.PathStatus, err error) {
+	if len(h.row.Slots) < len(h.payload.Addresses) || len(h.row.Slots) == 0 {
+		return g.datapath.Paths() // activation was cut off
+	}
+	for _, slot := range h.row.Slots {
+		p, err := g.datapath.Path(slot)
+		if err != nil {
+			return nil, err
+		}
+		paths = append(paths, p)
+	}
+	return paths, nil
 }
 
 // endIn is end with the paths at hand. A grant whose record could not be written stays, closed, until a tick records it.
@@ -175,6 +190,7 @@ func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	delete(g.active, h.row.ID)
+	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)
 	g.kick()

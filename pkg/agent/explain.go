@@ -57,30 +57,38 @@ func (o *operators) closed(r *api.ExplainReply) *api.ExplainReply {
 	return say(r, "but the proxy does not listen now: the packet is dropped (NO_LISTENER): look at sallyport-proxy")
 }
 
+// answer reads what the decision depends on, and says what could not be read.
 func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
+	paths, err := o.datapath.Paths()
+	own, ownErr := o.grants.own(slices.DeleteFunc([]netip.Addr{q.client, q.server.Addr()}, func(a netip.Addr) bool { return !a.IsValid() }))
+	if ownErr != nil {
+		own = append(own, q.server.Addr()) // in doubt it is the node's
+	}
+	r := decide(q, e, own, paths)
+	if err != nil {
+		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
+	}
+	if ownErr != nil {
+		say(r, "not known: which addresses are the node's: "+oneLine(ownErr.Error()))
+	}
+	if service, port, ok := find(q, e.set, own); ok && r.Verdict != flow.VerdictBypassed.String() {
+		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
+			NodeAddresses: own, Now: o.clock.wall()})
+	}
+	return r
+}
+
+// decide says what a new connection would meet, where the node has these addresses and these paths.
+func decide(q question, e *enforced, own []netip.Addr, paths []datapath.PathStatus) *api.ExplainReply {
 	r := &api.ExplainReply{Verdict: flow.VerdictNone.String(), Reason: flow.ReasonNone.String()}
-	service, port, ok := find(q, e.set)
+	service, port, ok := find(q, e.set, own)
 	if !ok {
 		return say(r, "no protected service is there: the packet goes on untouched")
 	}
 	r.Service = service.Name
 	say(r, fmt.Sprintf("protected service %s (%s), from %s", service.Name, service.Spec.Target, service.Source))
-	paths, err := o.datapath.Paths()
-	if err != nil {
-		say(r, "not known: whether a path is live: "+oneLine(err.Error()))
-	}
 	row, _ := e.service(service.Name)
-	path := latest(paths, q.client, row.ID, port)
-	overPath(r, q, service, e.set, path)
-	if r.Verdict != flow.VerdictBypassed.String() {
-		own, err := o.grants.own([]netip.Addr{q.client})
-		if err != nil {
-			say(r, "not known: whether the client is the node itself: "+oneLine(err.Error()))
-		}
-		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
-			NodeAddresses: own, Now: o.clock.wall()})
-	}
-	return r
+	return overPath(r, q, service, e.set, latest(paths, q.client, row.ID, port))
 }
 
 // around says which policies a way around the proxy can be asked for under, and what the others have against it.
@@ -114,6 +122,12 @@ func bypassed(r *api.ExplainReply, p datapath.PathStatus) *api.ExplainReply {
 	say(r, fmt.Sprintf("%s has a live path, by grant %s: straight to the service", p.Client, p.Grant))
 	if p.Ingress != datapath.IngressAny {
 		say(r, "but only behind the kind of device that the grant names; by another one it gets no path (PATH_INGRESS)")
+	}
+	if p.Cgroup != 0 {
+		say(r, fmt.Sprintf("but only from sockets of control group %d on this node; others get no path (PATH_BOUND)", p.Cgroup))
+	}
+	if p.ClientPort != 0 {
+		say(r, fmt.Sprintf("but only from its port %d; others get no path (PATH_BOUND)", p.ClientPort))
 	}
 	if rate := p.Budget.ConnectionsPerSecond; rate != 0 {
 		say(r, fmt.Sprintf("but no more than %d new connections in a second; others get no path (PATH_RATE)", rate))
@@ -157,14 +171,17 @@ func whyNot(p datapath.PathStatus, udp bool) (flow.Reason, string) {
 	return flow.ReasonNoPath, why
 }
 
-// latest is the path of a client to a port of a service: the live one, or else the last of those that ended and are still
+// latest is the path of a client to a port of a service: the live one, rather of the whole address, or else the last of those that ended and are still
 // in the kernel. The zero value: none.
 func latest(paths []datapath.PathStatus, client netip.Addr, service uint32, port uint16) (last datapath.PathStatus) {
 	for _, p := range paths {
 		switch {
 		case p.ServiceID != service || p.Client != client || !slices.Contains(p.Ports, port):
-		case p.State == datapath.PathActive:
+		case p.State == datapath.PathActive && p.Cgroup == 0 && p.ClientPort == 0:
 			return p
+		case p.State == datapath.PathActive:
+			last = p
+		case last.State == datapath.PathActive:
 		case last.Grant == "" || p.Deadline > last.Deadline:
 			last = p
 		}
@@ -191,10 +208,14 @@ func say(r *api.ExplainReply, line string) *api.ExplainReply {
 	return r
 }
 
-// find looks the service up by its name or by the address that is asked for.
-func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, ok bool) {
+// find looks the service up by its name or by the address that is asked for. A service of the node is at the node's own
+// addresses only.
+func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedService, port uint16, ok bool) {
 	if q.service == "" {
 		s, ok = serviceAt(set, q.server)
+		if s.Spec.Target == policy.TargetHost && !isOwn(q.server.Addr(), own) {
+			return policy.ProtectedService{}, 0, false
+		}
 		return s, q.server.Port(), ok
 	}
 	s, ok = set.Service(q.service)
@@ -208,6 +229,11 @@ func find(q question, set *policy.Set) (s policy.ProtectedService, port uint16, 
 }
 
 // serviceAt takes TCP for what is asked where both protocols are protected.
+func isOwn(a netip.Addr, own []netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	return a.IsLoopback() || slices.Contains(own, a)
+}
+
 func serviceAt(set *policy.Set, dst netip.AddrPort) (policy.ProtectedService, bool) {
 	if s, ok := set.ServiceAt(policy.ProtocolTCP, dst); ok {
 		return s, true

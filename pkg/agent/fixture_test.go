@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -124,7 +125,10 @@ type testbed struct {
 	clock  *testOffset
 	own    []netip.Addr
 	set    *policy.Set
-	bootID string // instead of the real one
+	bootID string        // instead of the real one
+	owner  store.Owner   // of the store
+	truth  time.Duration // by which the clocks of people differ from this process's
+	alarms []alarmName   // that were raised
 }
 
 // testOffset moves the real clocks.
@@ -160,6 +164,7 @@ func newTestbed(t *testing.T, maxPaths uint32) *testbed {
 	})
 	b.set, err = policy.Parse("test.yaml", []byte(b.signer.resources("15m")))
 	must(t, err)
+	b.owner = store.Owner{Node: testNode, Machine: "1", Witness: filepath.Join(b.lab.Dir, "witness")}
 	return b
 }
 
@@ -172,19 +177,29 @@ type life struct {
 // begin starts a life: store and datapath are opened, nothing is adopted yet.
 func (b *testbed) begin() *life {
 	b.t.Helper()
-	s, err := store.Open(filepath.Join(b.lab.Dir, "state", "node.db"))
-	must(b.t, err)
 	d, err := datapath.Open(b.config)
 	must(b.t, err)
+	return b.beginOn(d)
+}
+
+// beginOn is begin for many lives that follow each other: loading the programs anew takes most of the time.
+func (b *testbed) beginOn(d *datapath.Datapath) *life {
+	b.t.Helper()
+	s, err := store.Open(filepath.Join(b.lab.Dir, "state", "node.db"))
+	must(b.t, err)
+	must(b.t, s.Claim(b.t.Context(), b.owner))
 	log := slog.New(slog.DiscardHandler)
 	bootID := s.BootID()
 	if b.bootID != "" {
 		bootID = b.bootID
 	}
+	problems := newProblems(log)
 	l := &life{testbed: b, grants: &grants{
-		node: testNode, bootID: bootID, store: s, datapath: d, clock: b.clock.clock(), problems: newProblems(log),
-		own:     func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil },
-		history: newHistory(), events: newEventCounter(), log: log, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		node: testNode, bootID: bootID, owner: b.owner, store: s, datapath: d, clock: b.clock.clock(), problems: problems,
+		challenges: &challenges{node: testNode, boot: bootID, clock: b.clock.clock()},
+		reviews:    &reviews{clock: b.clock.clock(), problems: problems, alarm: func(name alarmName, _ string) { b.alarms = append(b.alarms, name) }},
+		own:        func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil }, history: newHistory(),
+		events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}
@@ -193,6 +208,35 @@ func (b *testbed) begin() *life {
 	must(b.t, err)
 	l.enforced = func() *enforced { return &enforced{set: b.set, services: services, generation: generation} }
 	return l
+}
+
+// answer is alice's to a new challenge of the node.
+func (l *life) answer(envelope []byte) []byte {
+	l.t.Helper()
+	return l.signer.answer(l.t, envelope, l.challenges.mint())
+}
+
+func (s signer) answer(t *testing.T, envelope []byte, c grant.Challenge) []byte {
+	t.Helper()
+	challenge, err := json.Marshal(c)
+	must(t, err)
+	answer, err := grant.Answer(t.Context(), envelope, challenge, s.key, time.Now())
+	if err != nil {
+		return nil // the envelope is none, or for another node: then nothing can be answered
+	}
+	return answer
+}
+
+// Activate has alice answer a challenge, and begins the grant.
+func (l *life) Activate(ctx context.Context, envelope []byte, actor string) (store.GrantRow, error) {
+	l.t.Helper()
+	return l.grants.Activate(ctx, envelope, l.answer(envelope), actor)
+}
+
+// activation is one on its way.
+func (l *life) activation(envelope []byte) *activation {
+	l.t.Helper()
+	return &activation{envelope: envelope, answer: l.answer(envelope), actor: "uid:0"}
 }
 
 // kill ends the life as SIGKILL does: nothing is undone.

@@ -30,7 +30,7 @@ func activatedEvent(a *activation, c clock) ([]byte, error) {
 func refusedEvent(a *activation, why string, c clock) ([]byte, error) {
 	e := newEvent(stepRefused, a.actor, why, c)
 	p := a.verified.Payload
-	e.Grant, e.Requester, e.Service, e.Clients = p.ID, p.Requester, p.Service, texts(p.Addresses)
+	e.Grant, e.Kind, e.Requester, e.Service, e.Clients = p.ID, string(p.Kind), p.Requester, p.Service, texts(p.Addresses)
 	for _, s := range a.verified.Signers {
 		e.Signers = append(e.Signers, s.KeyID)
 	}
@@ -44,7 +44,7 @@ func (g *grants) endEvent(h *held, end ending) ([]byte, error) {
 }
 
 func describe(e *api.GrantEvent, h *held) {
-	e.Grant, e.Requester, e.Service, e.Clients = h.row.ID, h.payload.Requester, h.payload.Service, texts(h.payload.Addresses)
+	e.Grant, e.Kind, e.Requester, e.Service, e.Clients = h.row.ID, h.row.Kind, h.payload.Requester, h.payload.Service, texts(h.payload.Addresses)
 	e.Signals = h.limits.Reasons
 	e.Deadline, e.Slots, e.Signers = timestamppb.New(h.row.Deadline), h.row.Slots, h.row.Signers
 }
@@ -78,7 +78,7 @@ func describeRow(row store.GrantRow, p grant.Payload) *api.Grant {
 		IdleTimeout: span(p.IdleTimeout),
 		Id:          row.ID, State: row.State, Requester: p.Requester, Reason: p.Reason, Ticket: p.Ticket, Service: p.Service,
 		Clients: texts(p.Addresses), Activated: timestamp(row.Activated), Deadline: timestamp(row.Deadline), Slots: row.Slots,
-		Signers: row.Signers, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
+		Signers: row.Signers, Kind: row.Kind, Digest: row.Digest, People: row.People, EndedWhy: row.EndedWhy, Budget: describeBudget(budgetOf(p)),
 	}
 }
 

@@ -28,6 +28,8 @@ var (
 	ErrNoGrant = errors.New("no active grant")
 	// ErrOverlap says that another grant already has a path for the same client and service.
 	ErrOverlap = errors.New("another grant serves this client")
+	// ErrReviewOpen says that somebody has a part in a break-glass grant that nobody has reviewed.
+	ErrReviewOpen = errors.New("review is open")
 	// ErrNoService says that no protected service has the name.
 	ErrNoService = errors.New("no such protected service")
 	// ErrNoResources says that there is no verified set of resources to decide by.
@@ -52,7 +54,7 @@ func (h *held) forget() { h.row.Envelope, h.row.Payload = nil, nil }
 
 func (h *held) live() live {
 	return live{grant: h.row.ID, clients: h.payload.Addresses, deadline: h.row.DeadlineBoot, budget: budgetOf(h.payload),
-		ingress: ingressOf(h.payload)}
+		ingress: ingressOf(h.payload), port: h.payload.ClientPort, cgroup: h.payload.Cgroup}
 }
 
 // ingressOf is the kind of device that its clients come by.
@@ -77,17 +79,21 @@ func budgetOf(p grant.Payload) datapath.Budget {
 // grants opens paths for grants and ends them. An active row in the store comes before a path in the kernel, and goes
 // after it. Safe for concurrent use.
 type grants struct {
-	node     string
-	bootID   string
-	store    *store.Store
-	datapath *datapath.Datapath
-	enforced func() *enforced
-	own      func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
-	clock    clock
-	problems *problems
-	events   *eventCounter
-	log      *slog.Logger
-	kick     func() // there is something new for the sender of records
+	node       string
+	bootID     string
+	owner      store.Owner // that the store was claimed for
+	store      *store.Store
+	datapath   *datapath.Datapath
+	enforced   func() *enforced
+	own        func([]netip.Addr) ([]netip.Addr, error) // the node's own addresses
+	clock      clock
+	challenges *challenges
+	reviews    *reviews
+	problems   *problems
+	events     *eventCounter
+	log        *slog.Logger
+	recorded   func() // there is something new for the sender of records
+	kick       func() // and a grant has ended
 
 	mu     sync.Mutex
 	active map[string]*held         // guarded by mu
@@ -106,6 +112,13 @@ type grants struct {
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
 // paths, and paths without their row. It must come before the lease is renewed.
 func (g *grants) adopt(ctx context.Context) error {
+	if err := g.adoptRows(ctx); err != nil {
+		return err
+	}
+	return g.reconcile(ctx)
+}
+
+func (g *grants) adoptRows(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.recallPanic(ctx); err != nil {
@@ -126,11 +139,18 @@ func (g *grants) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adopt grants: %w", err)
 	}
+	against, err := g.final(ctx)
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
 	for _, row := range rows {
 		if row.State != store.StateActive {
 			continue
 		}
 		h, why := g.revive(row)
+		if s, ok := against[row.Digest]; ok {
+			why = s.String()
+		}
 		g.recallUse(h, uses)
 		h.recallLimits(left)
 		g.active[row.ID] = h
@@ -142,7 +162,31 @@ func (g *grants) adopt(ctx context.Context) error {
 			return fmt.Errorf("adopt grants: %w", err)
 		}
 	}
-	return g.reconcile(ctx)
+	if err := g.adoptReviews(ctx); err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	return nil
+}
+
+// adoptReviews goes on with the alarms of an earlier agent.
+func (g *grants) adoptReviews(ctx context.Context) error {
+	rows, err := g.store.Grants(ctx)
+	if err != nil {
+		return err
+	}
+	reviewed, err := g.reviewed(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		if _, done := reviewed[row.Digest]; done {
+			continue
+		}
+		var p grant.Payload
+		_ = json.Unmarshal(row.Payload, &p) // one that cannot be read is told of without its content
+		g.reviews.note(row, p, row.State == store.StateActive)
+	}
+	return nil
 }
 
 // revive reads an active row; why says what forbids going on with it.
@@ -151,10 +195,13 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if row.BootID != g.bootID {
 		return h, "reboot"
 	}
+	if why := restored(g.store.Memory()); why != "" {
+		return h, why
+	}
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	h.reclaim(g.clock.boot())
+	g.reclaim(h)
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -173,8 +220,12 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 // tick makes grants and kernel agree, and tells when to look again at the latest.
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	g.mu.Lock()
+	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx))
+	g.mu.Unlock()
+	err = errors.Join(err, g.reconcile(ctx))
+	g.mu.Lock()
 	defer g.mu.Unlock()
-	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx), g.reconcile(ctx))
+	g.reviews.remind()
 	next = time.Second
 	for _, h := range g.active {
 		next = min(next, max(h.ends()-g.clock.boot(), time.Millisecond))
@@ -185,24 +236,33 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	return next, err
 }
 
-// reconcile carries out planPaths. g.mu is held.
+// reconcile carries out planPaths. Whoever activates does not wait while thousands of paths are looked at: what has changed
+// since is left to the next time.
 func (g *grants) reconcile(ctx context.Context) error {
+	g.mu.Lock()
+	active := make([]live, 0, len(g.active)) // before the paths: each of these has its own by now
+	for _, h := range g.active {
+		active = append(active, h.live())
+	}
+	g.mu.Unlock()
 	paths, err := g.datapath.Paths()
 	if err != nil {
 		return fmt.Errorf("read paths: %w", err)
 	}
-	var active []live
-	for _, h := range g.active {
-		active = append(active, h.live())
-	}
 	now := g.clock.boot()
 	plan := planPaths(active, paths, now)
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	var errs []error
 	for _, p := range plan.orphans {
-		errs = append(errs, g.endOrphan(p))
+		if _, known := g.active[p.Grant]; !known {
+			errs = append(errs, g.endOrphan(p))
+		}
 	}
 	for _, e := range plan.end {
-		errs = append(errs, g.endIn(ctx, g.active[e.grant], e, paths))
+		if h, still := g.active[e.grant]; still {
+			errs = append(errs, g.endIn(ctx, h, e, paths))
+		}
 	}
 	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
 	return errors.Join(errs...)
@@ -210,6 +270,9 @@ func (g *grants) reconcile(ctx context.Context) error {
 
 // endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced.
 func (g *grants) endOrphan(p datapath.PathStatus) error {
+	if at, err := g.datapath.Path(p.Slot); err == nil && (at.Grant != p.Grant || !isOpen(at)) {
+		return nil // it has ended since
+	}
 	g.log.Error("path without a recorded grant", "slot", p.Slot, "grant", p.Grant, "client", p.Client)
 	if err := g.datapath.EndPath(p.Slot, datapath.PathRevoked); err != nil {
 		return fmt.Errorf("end path in slot %d, which has no grant: %w", p.Slot, err)

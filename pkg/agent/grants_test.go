@@ -37,7 +37,7 @@ func TestKillBetweenSteps(t *testing.T) {
 	b := newTestbed(t, 16)
 	for done := range 5 {
 		l := b.begin()
-		a := &activation{envelope: b.signer.envelope(t, two), actor: "uid:0"}
+		a := l.activation(b.signer.envelope(t, two))
 		for _, step := range l.activationSteps()[:done] {
 			must(t, step.do(t.Context(), a))
 		}
@@ -71,7 +71,7 @@ func TestKillBetweenSteps(t *testing.T) {
 func TestKillBetweenPaths(t *testing.T) {
 	b := newTestbed(t, 16)
 	l := b.begin()
-	a := &activation{envelope: b.signer.envelope(t, two), actor: "uid:0"}
+	a := l.activation(b.signer.envelope(t, two))
 	must(t, l.authorise(t.Context(), a))
 	must(t, l.record(t.Context(), a))
 	a.held.payload.Addresses = a.held.payload.Addresses[:1]
@@ -372,7 +372,7 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	var alarms []alarmName
 	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
 		alarm: func(name alarmName, _ string) { alarms = append(alarms, name) }}
-	k.origin, k.last = k.clock.origin(), k.clock.boot()
+	k.begin()
 	must(t, k.tick(t.Context()))
 	if _, open := l.states(); open[row.ID] != 1 {
 		t.Fatalf("ended without a jump: %v", open)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -24,10 +25,14 @@ const (
 // holding is a workload's grip on a grant that it asked for itself: a stream, without which the grant ends.
 type holding struct {
 	ended chan struct{} // closed when the grant is over; then its ending can be read
-	lost  time.Duration // boot time since which nobody holds it, as the agent was restarted; 0: somebody does. Guarded by grants.mu
+	// device is that of the pod that asked; 0: it asked from elsewhere. Whoever has its address once the device is gone is another.
+	device int
+	lost   time.Duration // boot time since which nobody holds it, as the agent was restarted; 0: somebody does. Guarded by grants.mu
 }
 
-func newHolding() *holding { return &holding{ended: make(chan struct{})} }
+func (g *grants) newHolding(client netip.Addr) *holding {
+	return &holding{ended: make(chan struct{}), device: podDevice(client, g.datapath.Devices())}
+}
 
 // wanted is a payload that a workload asks for, and what proves who it is.
 type wanted struct {
@@ -72,26 +77,44 @@ func (g *grants) TakeUp(id, requester string, client netip.Addr) (*held, error) 
 }
 
 // reclaim makes an adopted grant wait for its holder, if it had one.
-func (h *held) reclaim(boot time.Duration) {
+func (g *grants) reclaim(h *held) {
 	if policy.IsWorkload(h.payload.Requester) {
-		h.holding = newHolding()
-		h.holding.lost = boot
+		h.holding = g.newHolding(h.payload.Addresses[0])
+		h.holding.lost = g.clock.boot()
 	}
 }
 
-// endLost ends the grants whose holders did not come back in time. g.mu is held.
+// endLost ends the grants whose holders did not come back in time, or whose pods are gone. g.mu is held.
 func (g *grants) endLost(ctx context.Context) error {
-	var first error
-	now := g.clock.boot()
+	var errs []error
+	now, here := g.clock.boot(), g.hookedDevices()
 	for id, h := range g.active {
-		if h.holding == nil || h.holding.lost == 0 || now-h.holding.lost < holderGrace {
-			continue
-		}
-		if err := g.end(ctx, h, ending{grant: id}.revoked("agent", whyHolderGone+": it did not come back after the agent was restarted")); err != nil && first == nil {
-			first = err
+		if why := h.holding.goneWhy(now, here); why != "" {
+			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", whyHolderGone+": "+why)))
 		}
 	}
-	return first
+	return errors.Join(errs...)
+}
+
+func (g *grants) hookedDevices() map[int]bool {
+	here := make(map[int]bool)
+	for _, d := range g.datapath.Devices() {
+		here[d.Ifindex] = true
+	}
+	return here
+}
+
+// goneWhy tells why nobody holds a grant any more, or nothing.
+func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
+	switch {
+	case h == nil:
+		return ""
+	case h.lost != 0 && now-h.lost >= holderGrace:
+		return "it did not come back after the agent was restarted"
+	case h.device != 0 && !here[h.device]:
+		return "its pod's device is not there any more"
+	}
+	return ""
 }
 
 // verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.

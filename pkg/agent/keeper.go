@@ -24,13 +24,14 @@ type keeper struct {
 
 	origin time.Time     // owned by Run; wall minus boot time at the last tick
 	last   time.Duration // owned by Run; boot time of the last tick
+	steady time.Duration // owned by Run; boot time of the last jump, or of the start
 }
 
 // Run ticks until ctx ends. What a tick could not do is a problem and is tried again: the lease lapses by itself.
 func (k *keeper) Run(ctx context.Context) error {
 	ticker := time.NewTicker(leaseTick)
 	defer ticker.Stop()
-	k.origin, k.last = k.clock.origin(), k.clock.boot()
+	k.begin()
 	for {
 		k.problems.report(problemLease, "", k.tick(ctx))
 		select {
@@ -41,6 +42,11 @@ func (k *keeper) Run(ctx context.Context) error {
 	}
 }
 
+func (k *keeper) begin() {
+	k.origin, k.last = k.clock.origin(), k.clock.boot()
+	k.steady = k.last
+}
+
 // tick renews the lease. A wall clock that moved against boot time was stepped, or the node was restored from a snapshot:
 // then nothing that was granted counts any more, and nothing new is admitted before all of it has ended.
 func (k *keeper) tick(ctx context.Context) error {
@@ -48,11 +54,13 @@ func (k *keeper) tick(ctx context.Context) error {
 	if jumped(k.origin, origin, boot-k.last) {
 		why := fmt.Sprintf("the wall clock moved by %s against boot time", origin.Sub(k.origin).Round(time.Second))
 		k.alarm(alarmClockJump, why+": every path ends")
+		k.steady = boot
 		if err := k.grants.endAll(ctx, stepRevoked, why, "agent"); err != nil {
 			return fmt.Errorf("end paths after a jump of the clock: %w", err)
 		}
 	}
 	k.origin, k.last = origin, boot
+	k.grants.remember(ctx, boot-k.steady)
 	if err := k.datapath.Renew(k.lease); err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}
@@ -70,7 +78,14 @@ type sweeper struct {
 	wake     <-chan struct{} // a grant ended
 }
 
-// Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends.
+// sweepShare is the part of the time that sweeps may take, and sweepPause the longest that one waits for it.
+const (
+	sweepShare = 20
+	sweepPause = 500 * time.Millisecond
+)
+
+// Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends. With thousands of
+// grants a sweep takes a while: what ends meanwhile is swept together.
 func (s *sweeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -81,7 +96,15 @@ func (s *sweeper) Run(ctx context.Context) error {
 		case <-s.wake:
 		case <-timer.C:
 		}
-		timer.Reset(s.sweep(ctx))
+		began := time.Now()
+		next := s.sweep(ctx)
+		pause := min(sweepShare*time.Since(began), sweepPause)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		timer.Reset(max(next-pause, 0))
 	}
 }
 

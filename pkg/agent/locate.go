@@ -153,3 +153,17 @@ func nodeGateways() ([]netip.Addr, error) {
 	}
 	return all, nil
 }
+
+// podDevice is the device of the pod that has an address, among those that are hooked; 0: none.
+func podDevice(a netip.Addr, devices []datapath.Device) int {
+	routes, err := netlink.RouteGet(a.AsSlice())
+	if err != nil || len(routes) == 0 || routes[0].Type == unix.RTN_LOCAL {
+		return 0
+	}
+	for _, d := range devices {
+		if d.Ifindex == routes[0].LinkIndex && d.Role == datapath.RolePod {
+			return d.Ifindex
+		}
+	}
+	return 0
+}

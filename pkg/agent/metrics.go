@@ -24,7 +24,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 type metrics struct {
 	node *node
 
-	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
 	panic, failed *prometheus.Desc
 }
 
@@ -48,6 +48,7 @@ func newMetrics(n *node) *metrics {
 		volume:     desc("service_payload_bytes_total", "Payload towards a service that hooks let through and that sockets got, by what explains it.", "service", "by", "at"),
 		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell.", "source", "event", "verdict", "reason"),
 		grants:     desc("grant_events_total", "Grant events of this process, by step.", "step"),
+		glass:      desc("break_glass_grants", "Break-glass grants that are live, and those that are over and that nobody has reviewed.", "state"),
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
 		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
@@ -59,7 +60,7 @@ func newMetrics(n *node) *metrics {
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.lost, m.spool, m.shed, m.panic, m.failed} {
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed, m.panic, m.failed} {
 		ch <- d
 	}
 }
@@ -118,6 +119,9 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	for x, n := range filters {
 		gauge(ch, m.xdp, float64(n), string(x.Mode), string(x.Cause))
 	}
+	live, over := m.node.grants.reviews.counts()
+	gauge(ch, m.glass, float64(live), "live")
+	gauge(ch, m.glass, float64(over), "unreviewed")
 	m.node.flowCounts.each(func(l flowLabels, n uint64) { counter(ch, m.records, n, l.source, l.event, l.verdict, l.reason) })
 	m.node.eventCounts.each(func(step string, n uint64) { counter(ch, m.grants, n, step) })
 }

@@ -17,7 +17,7 @@ func (g *grants) oversee(ctx context.Context, paths []datapath.PathStatus, now t
 	rules := make(map[string]*overseen)
 	var errs []error
 	for id, h := range g.active {
-		if h.over != nil {
+		if h.over != nil || len(carried[id]) == 0 { // opened since the paths were read
 			continue
 		}
 		g.lookAt(h, carried[id], now)

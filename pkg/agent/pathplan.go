@@ -53,6 +53,8 @@ type live struct {
 	deadline time.Duration // CLOCK_BOOTTIME
 	budget   datapath.Budget
 	ingress  datapath.Ingress
+	port     uint16 // of the client; 0: any
+	cgroup   uint64 // of the client; 0: any
 }
 
 // pathPlan is what makes the kernel's paths and the active grants agree.
@@ -135,6 +137,8 @@ func mismatch(l live, paths []datapath.PathStatus) string {
 			return fmt.Sprintf("slot %d has a later deadline than the record", p.Slot)
 		case p.Ingress != l.ingress:
 			return fmt.Sprintf("slot %d is for other devices than the record", p.Slot)
+		case p.ClientPort != l.port || p.Cgroup != l.cgroup:
+			return fmt.Sprintf("slot %d is bound to other sockets than the record", p.Slot)
 		case p.Budget != l.budget:
 			return fmt.Sprintf("slot %d has another budget than the record", p.Slot)
 		}

@@ -54,9 +54,10 @@ func TestPlanPathsOfOneGrant(t *testing.T) {
 		{"another client", []datapath.PathStatus{a(datapath.PathActive), slot(2, datapath.PathActive, "g", netip.MustParseAddr("10.9.9.9"), end)}, 0, stateEnded, stepRevoked, "10.9.9.9"},
 		{"ingress changed by hand", []datapath.PathStatus{a(datapath.PathActive), withIngress(b(datapath.PathActive))}, 0, stateEnded, stepRevoked, "other devices"},
 		{"budget changed by hand", []datapath.PathStatus{a(datapath.PathActive), withBudget(b(datapath.PathActive), 1<<40)}, 0, stateEnded, stepRevoked, "another budget"},
+		{"binding changed by hand", []datapath.PathStatus{a(datapath.PathActive), withCgroup(b(datapath.PathActive), 7)}, 0, stateEnded, stepRevoked, "other sockets"},
 		{"one client twice", []datapath.PathStatus{a(datapath.PathActive), a(datapath.PathActive)}, 0, stateEnded, stepRevoked, "does not name"},
 	} {
-		plan := planPaths([]live{{"g", []netip.Addr{clientA, clientB}, end, datapath.Budget{}, datapath.IngressAny}}, c.paths, c.now)
+		plan := planPaths([]live{{grant: "g", clients: []netip.Addr{clientA, clientB}, deadline: end}}, c.paths, c.now)
 		if len(plan.orphans)+len(plan.idle) != 0 {
 			t.Errorf("%s: slots of an active grant given away: %+v", c.name, plan)
 		}
@@ -84,4 +85,9 @@ func TestPlanPathsWithoutGrant(t *testing.T) {
 	if len(plan.end) != 0 || len(plan.orphans) != 2 || len(plan.idle) != 2 || plan.idle[0] != 3 || plan.idle[1] != 4 {
 		t.Errorf("%+v", plan)
 	}
+}
+
+func withCgroup(p datapath.PathStatus, id uint64) datapath.PathStatus {
+	p.Cgroup = id
+	return p
 }

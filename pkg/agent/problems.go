@@ -34,12 +34,16 @@ const (
 	problemSources   problemClass = "sources"
 	problemSockets   problemClass = "sockets"
 	problemGuard     problemClass = "guard"
+	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
+	problemMemory    problemClass = "memory"
+
+	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemAsking}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -38,8 +38,9 @@ func (e *enforced) service(name string) (datapath.Service, bool) {
 // way changes nothing: the last verified set stays, over a restart too.
 type resources struct {
 	dir      string
-	verified string // the last set that was put to work, for the next start
-	proxy    string // the file that the proxy reads
+	verified string      // the last set that was put to work, for the next start
+	proxy    string      // the file that the proxy reads
+	signed   *signedSets // nil where nothing has to be signed
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
@@ -61,41 +62,63 @@ func (r *resources) current() *enforced {
 // load puts the directory's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
 // it has.
 func (r *resources) load() error {
-	set, err := r.read()
-	r.problems.report(problemResources, "", err)
-	if err == nil {
-		return r.put(set)
+	last, lastErr := r.last()
+	if lastErr != nil && r.signed != nil {
+		// A node that has forgotten what was signed must not begin anew with less.
+		return fmt.Errorf("load last verified resources: %w", lastErr)
 	}
-	data, lastErr := os.ReadFile(r.verified)
-	if errors.Is(lastErr, os.ErrNotExist) {
+	set, err := r.read(last)
+	r.problems.report(problemResources, "", err)
+	switch {
+	case err == nil:
+		return r.put(set)
+	case lastErr != nil:
+		return errors.Join(fmt.Errorf("load resources: %w", err), fmt.Errorf("load last verified resources: %w", lastErr))
+	case last == nil:
 		return fmt.Errorf("load resources: %w", err)
 	}
-	if lastErr == nil {
-		set, lastErr = policy.Parse(r.verified, data)
+	return r.put(last)
+}
+
+// last is the last verified set; nil if there never was one.
+func (r *resources) last() (*policy.Set, error) {
+	data, err := os.ReadFile(r.verified)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
 	}
-	if lastErr != nil {
-		return errors.Join(fmt.Errorf("load resources: %w", err), fmt.Errorf("load last verified resources: %w", lastErr))
+	if err != nil {
+		return nil, err
 	}
-	return r.put(set)
+	return policy.Parse(r.verified, data)
 }
 
 // reload looks at the directory again. What is wrong with it is a problem, and nothing else happens.
 func (r *resources) reload() {
-	set, err := r.read()
+	before := r.current()
+	var last *policy.Set
+	if before != nil {
+		last = before.set
+	}
+	set, err := r.read(last)
 	if err == nil {
 		err = r.put(set)
-	} else if before := r.current(); before != nil {
+	} else if before != nil {
 		// Devices may have come: the table is made anew of the set that stays.
 		err = errors.Join(err, r.put(before.set))
 	}
 	r.problems.report(problemResources, "", err)
 }
 
-func (r *resources) read() (*policy.Set, error) {
+// read gives the directory's set, if it may take the place of the last one.
+func (r *resources) read(last *policy.Set) (*policy.Set, error) {
 	if err := checkTrustedDir(r.dir); err != nil {
 		return nil, err
 	}
-	return policy.LoadDir(r.dir)
+	set, err := policy.LoadDir(r.dir)
+	if err == nil && r.signed != nil {
+		err = r.signed.admit(last, set)
+	}
+	return set, err
 }
 
 // put makes the kernel, the next start and the proxy follow the set, and tells of a change.
@@ -112,6 +135,12 @@ func (r *resources) put(set *policy.Set) error {
 func (r *resources) swap(set *policy.Set) (now *enforced, changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.signed != nil && (r.now == nil || set.Version() > r.now.set.Version()) {
+		// What was signed is remembered before it counts, or an older signed set could be put in its place after a restart.
+		if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
+			return r.now, false, fmt.Errorf("keep verified resources: %w", err)
+		}
+	}
 	services := r.compile(set)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)

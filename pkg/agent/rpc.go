@@ -128,9 +128,14 @@ func (o *operators) Grants(ctx context.Context, _ *api.GrantsRequest) (*api.Gran
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	reviewed, err := o.grants.reviewed(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	reply := &api.GrantsReply{}
 	for _, row := range rows {
 		g := o.describe(row)
+		g.Review = reviewWords(row, reviewed)
 		showLimits(g, left[row.ID])
 		reply.Grants = append(reply.Grants, g)
 	}
@@ -153,7 +158,7 @@ func readPayload(row store.GrantRow) (p grant.Payload, ok bool) {
 
 // Activate opens the paths of a signed grant.
 func (o *operators) Activate(ctx context.Context, req *api.ActivateRequest) (*api.ActivateReply, error) {
-	row, err := o.grants.Activate(ctx, req.GetEnvelope(), caller(ctx))
+	row, err := o.grants.Activate(ctx, req.GetEnvelope(), req.GetAnswer(), caller(ctx))
 	if err != nil {
 		return nil, toStatus(err)
 	}

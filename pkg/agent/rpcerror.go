@@ -20,6 +20,10 @@ var known = []struct {
 	hint string
 }{
 	{store.ErrReplayed, codes.AlreadyExists, "a grant is used once: issue a new one"},
+	{store.ErrFinal, codes.FailedPrecondition, "that is final: ask for a new grant, if it is still needed"},
+	{store.ErrStated, codes.AlreadyExists, "nothing is left to do"},
+	{store.ErrClockBehind, codes.FailedPrecondition, hintVouch},
+	{store.ErrDoubt, codes.FailedPrecondition, hintVouch},
 	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
 	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
 	{ErrTooMany, codes.ResourceExhausted, "ask less often, give back what is not needed, or have spec.automation raised in the agent's configuration"},
@@ -49,6 +53,8 @@ var known = []struct {
 	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
 }
 
+const hintVouch = "set the clock right, and if that does not end it, have somebody with a key of the use resources vouch for the node: `sallyport grant vouch`"
+
 // Describe tells an error of this package in lines: each problem, and after it "hint: " with its next step.
 func Describe(err error) string {
 	var lines []string
@@ -65,8 +71,13 @@ func hintOf(e *policy.Error) string {
 	if e.Hint != "" {
 		return e.Hint
 	}
+	return hintFor(e)
+}
+
+// hintFor is the next step of a known cause.
+func hintFor(err error) string {
 	for _, k := range known {
-		if errors.Is(e, k.is) {
+		if errors.Is(err, k.is) {
 			return k.hint
 		}
 	}

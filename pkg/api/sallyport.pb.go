@@ -291,9 +291,10 @@ func (x *FlowRecord) GetDetail() string {
 
 // GrantEvent is one step in the life of a grant on one node.
 type GrantEvent struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
-	Step          string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, SIGNALLED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
+	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, SIGNALLED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
+	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -303,8 +304,9 @@ type GrantEvent struct {
 	Deadline      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	Slots         []uint32               `protobuf:"varint,10,rep,packed,name=slots,proto3" json:"slots,omitempty"`
 	Why           string                 `protobuf:"bytes,11,opt,name=why,proto3" json:"why,omitempty"`
-	Envelope      []byte                 `protobuf:"bytes,12,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE envelope, on ACTIVATED
+	Envelope      []byte                 `protobuf:"bytes,12,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE envelope: of the grant on ACTIVATED, of the statement where somebody made one
 	Signers       []string               `protobuf:"bytes,13,rep,name=signers,proto3" json:"signers,omitempty"`   // key ids that verified
+	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`         // breakGlass, or empty
 	Signals       []string               `protobuf:"bytes,31,rep,name=signals,proto3" json:"signals,omitempty"`   // what was said about it, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -429,6 +431,13 @@ func (x *GrantEvent) GetSigners() []string {
 		return x.Signers
 	}
 	return nil
+}
+
+func (x *GrantEvent) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
 }
 
 func (x *GrantEvent) GetSignals() []string {
@@ -2394,6 +2403,10 @@ type Grant struct {
 	Signers       []string               `protobuf:"bytes,11,rep,name=signers,proto3" json:"signers,omitempty"`
 	EndedWhy      string                 `protobuf:"bytes,12,opt,name=ended_why,json=endedWhy,proto3" json:"ended_why,omitempty"`
 	Budget        *Budget                `protobuf:"bytes,13,opt,name=budget,proto3" json:"budget,omitempty"`                              // of each path
+	Kind          string                 `protobuf:"bytes,14,opt,name=kind,proto3" json:"kind,omitempty"`                                  // breakGlass, or empty
+	Digest        string                 `protobuf:"bytes,15,opt,name=digest,proto3" json:"digest,omitempty"`                              // SHA-256 of the payload, in hex
+	People        []string               `protobuf:"bytes,16,rep,name=people,proto3" json:"people,omitempty"`                              // who signed it
+	Review        string                 `protobuf:"bytes,17,opt,name=review,proto3" json:"review,omitempty"`                              // who reviewed it, and when; "open" where somebody has to
 	IdleTimeout   *durationpb.Duration   `protobuf:"bytes,31,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"` // after so long without a packet it ends
 	Signals       []string               `protobuf:"bytes,32,rep,name=signals,proto3" json:"signals,omitempty"`                            // what was said about it, in words; deadline and budget are what it left
 	unknownFields protoimpl.UnknownFields
@@ -2521,6 +2534,34 @@ func (x *Grant) GetBudget() *Budget {
 	return nil
 }
 
+func (x *Grant) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Grant) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Grant) GetPeople() []string {
+	if x != nil {
+		return x.People
+	}
+	return nil
+}
+
+func (x *Grant) GetReview() string {
+	if x != nil {
+		return x.Review
+	}
+	return ""
+}
+
 func (x *Grant) GetIdleTimeout() *durationpb.Duration {
 	if x != nil {
 		return x.IdleTimeout
@@ -2579,16 +2620,97 @@ func (x *GrantsReply) GetGrants() []*Grant {
 	return nil
 }
 
+type ChallengeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeRequest) Reset() {
+	*x = ChallengeRequest{}
+	mi := &file_sallyport_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeRequest) ProtoMessage() {}
+
+func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
+func (*ChallengeRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{29}
+}
+
+type ChallengeReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Challenge     []byte                 `protobuf:"bytes,1,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeReply) Reset() {
+	*x = ChallengeReply{}
+	mi := &file_sallyport_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeReply) ProtoMessage() {}
+
+func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeReply.ProtoReflect.Descriptor instead.
+func (*ChallengeReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ChallengeReply) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
 type ActivateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Envelope      []byte                 `protobuf:"bytes,1,opt,name=envelope,proto3" json:"envelope,omitempty"`
+	Envelope      []byte                 `protobuf:"bytes,1,opt,name=envelope,proto3" json:"envelope,omitempty"` // DSSE, JSON
+	Answer        []byte                 `protobuf:"bytes,2,opt,name=answer,proto3" json:"answer,omitempty"`     // the requester's statement that answers a challenge of this node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2600,7 +2722,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2613,12 +2735,19 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{29}
+	return file_sallyport_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ActivateRequest) GetEnvelope() []byte {
 	if x != nil {
 		return x.Envelope
+	}
+	return nil
+}
+
+func (x *ActivateRequest) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
 	}
 	return nil
 }
@@ -2632,7 +2761,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2644,7 +2773,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2657,7 +2786,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{30}
+	return file_sallyport_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ActivateReply) GetGrant() *Grant {
@@ -2677,7 +2806,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2689,7 +2818,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2702,7 +2831,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{31}
+	return file_sallyport_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RevokeRequest) GetGrant() string {
@@ -2728,7 +2857,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2740,7 +2869,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2753,7 +2882,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{32}
+	return file_sallyport_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RevokeReply) GetGrant() *Grant {
@@ -2761,6 +2890,182 @@ func (x *RevokeReply) GetGrant() *Grant {
 		return x.Grant
 	}
 	return nil
+}
+
+type StateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"` // DSSE, JSON: withdrawn, denied or reviewed
+	Envelope      []byte                 `protobuf:"bytes,2,opt,name=envelope,proto3" json:"envelope,omitempty"`   // of the grant that it is about, where this node never activated it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRequest) Reset() {
+	*x = StateRequest{}
+	mi := &file_sallyport_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRequest) ProtoMessage() {}
+
+func (x *StateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
+func (*StateRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *StateRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *StateRequest) GetEnvelope() []byte {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+type StateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateReply) Reset() {
+	*x = StateReply{}
+	mi := &file_sallyport_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateReply) ProtoMessage() {}
+
+func (x *StateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateReply.ProtoReflect.Descriptor instead.
+func (*StateReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *StateReply) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+type VouchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchRequest) Reset() {
+	*x = VouchRequest{}
+	mi := &file_sallyport_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchRequest) ProtoMessage() {}
+
+func (x *VouchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
+func (*VouchRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VouchRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+type VouchReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchReply) Reset() {
+	*x = VouchReply{}
+	mi := &file_sallyport_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchReply) ProtoMessage() {}
+
+func (x *VouchReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchReply.ProtoReflect.Descriptor instead.
+func (*VouchReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{38}
 }
 
 type ExplainRequest struct {
@@ -2775,7 +3080,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +3092,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +3105,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{33}
+	return file_sallyport_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ExplainRequest) GetClient() string {
@@ -2844,7 +3149,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2856,7 +3161,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2869,7 +3174,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{34}
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExplainReply) GetVerdict() string {
@@ -2917,7 +3222,7 @@ type AgentFlowsRequest struct {
 
 func (x *AgentFlowsRequest) Reset() {
 	*x = AgentFlowsRequest{}
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2929,7 +3234,7 @@ func (x *AgentFlowsRequest) String() string {
 func (*AgentFlowsRequest) ProtoMessage() {}
 
 func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2942,7 +3247,7 @@ func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFlowsRequest.ProtoReflect.Descriptor instead.
 func (*AgentFlowsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{35}
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AgentFlowsRequest) GetFollow() bool {
@@ -2970,7 +3275,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2982,7 +3287,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2995,7 +3300,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{36}
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -3030,7 +3335,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3042,7 +3347,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3055,7 +3360,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{37}
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -3092,7 +3397,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3104,7 +3409,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3117,7 +3422,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{38}
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -3170,7 +3475,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3182,7 +3487,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3195,7 +3500,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{39}
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -3214,7 +3519,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3226,7 +3531,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3239,7 +3544,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{40}
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -3258,7 +3563,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3575,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3588,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{41}
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -3302,7 +3607,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3619,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3632,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{42}
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -3345,7 +3650,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3357,7 +3662,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3370,7 +3675,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{43}
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
 }
 
 type WatchGrantsRequest struct {
@@ -3382,7 +3687,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3394,7 +3699,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3407,7 +3712,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{44}
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -3429,7 +3734,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3441,7 +3746,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3454,7 +3759,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{45}
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -3500,7 +3805,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3512,7 +3817,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3525,7 +3830,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{46}
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -3587,7 +3892,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3599,7 +3904,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3612,7 +3917,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{47}
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -3637,7 +3942,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3649,7 +3954,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3662,7 +3967,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{48}
+	return file_sallyport_proto_rawDescGZIP(), []int{54}
 }
 
 type UsedGrantsReply struct {
@@ -3674,7 +3979,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3686,7 +3991,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3699,7 +4004,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{49}
+	return file_sallyport_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -3730,7 +4035,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3742,7 +4047,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3755,7 +4060,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{50}
+	return file_sallyport_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -3862,7 +4167,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3874,7 +4179,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3887,7 +4192,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{51}
+	return file_sallyport_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Suggestion) GetField() string {
@@ -3938,7 +4243,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3950,7 +4255,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3963,7 +4268,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{52}
+	return file_sallyport_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -4045,7 +4350,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4057,7 +4362,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4070,7 +4375,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{53}
+	return file_sallyport_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -4109,7 +4414,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x11packets_to_server\x18\x13 \x01(\x04R\x0fpacketsToServer\x12*\n" +
 	"\x11packets_to_client\x18\x14 \x01(\x04R\x0fpacketsToClient\x12\x14\n" +
 	"\x05count\x18\x15 \x01(\x04R\x05count\x12\x16\n" +
-	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xad\x03\n" +
+	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xc1\x03\n" +
 	"\n" +
 	"GrantEvent\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x12\n" +
@@ -4125,7 +4430,8 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x10\n" +
 	"\x03why\x18\v \x01(\tR\x03why\x12\x1a\n" +
 	"\benvelope\x18\f \x01(\fR\benvelope\x12\x18\n" +
-	"\asigners\x18\r \x03(\tR\asigners\x12\x18\n" +
+	"\asigners\x18\r \x03(\tR\asigners\x12\x12\n" +
+	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x18\n" +
 	"\asignals\x18\x1f \x03(\tR\asignals\"\xc3\x01\n" +
 	"\n" +
 	"LossRecord\x12\x14\n" +
@@ -4290,7 +4596,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"PathsReply\x12.\n" +
 	"\x05paths\x18\x01 \x03(\v2\x18.sallyport.v1alpha1.PathR\x05paths\"\x0f\n" +
-	"\rGrantsRequest\"\xfa\x03\n" +
+	"\rGrantsRequest\"\xd6\x04\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
@@ -4305,20 +4611,38 @@ const file_sallyport_proto_rawDesc = "" +
 	" \x03(\rR\x05slots\x12\x18\n" +
 	"\asigners\x18\v \x03(\tR\asigners\x12\x1b\n" +
 	"\tended_why\x18\f \x01(\tR\bendedWhy\x122\n" +
-	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x12<\n" +
+	"\x06budget\x18\r \x01(\v2\x1a.sallyport.v1alpha1.BudgetR\x06budget\x12\x12\n" +
+	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x16\n" +
+	"\x06digest\x18\x0f \x01(\tR\x06digest\x12\x16\n" +
+	"\x06people\x18\x10 \x03(\tR\x06people\x12\x16\n" +
+	"\x06review\x18\x11 \x01(\tR\x06review\x12<\n" +
 	"\fidle_timeout\x18\x1f \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12\x18\n" +
 	"\asignals\x18  \x03(\tR\asignals\"@\n" +
 	"\vGrantsReply\x121\n" +
-	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"-\n" +
+	"\x06grants\x18\x01 \x03(\v2\x19.sallyport.v1alpha1.GrantR\x06grants\"\x12\n" +
+	"\x10ChallengeRequest\".\n" +
+	"\x0eChallengeReply\x12\x1c\n" +
+	"\tchallenge\x18\x01 \x01(\fR\tchallenge\"E\n" +
 	"\x0fActivateRequest\x12\x1a\n" +
-	"\benvelope\x18\x01 \x01(\fR\benvelope\"@\n" +
+	"\benvelope\x18\x01 \x01(\fR\benvelope\x12\x16\n" +
+	"\x06answer\x18\x02 \x01(\fR\x06answer\"@\n" +
 	"\rActivateReply\x12/\n" +
 	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"7\n" +
 	"\rRevokeRequest\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\">\n" +
 	"\vRevokeReply\x12/\n" +
-	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"v\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"H\n" +
+	"\fStateRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1a\n" +
+	"\benvelope\x18\x02 \x01(\fR\benvelope\"=\n" +
+	"\n" +
+	"StateReply\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\",\n" +
+	"\fVouchRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\"\f\n" +
+	"\n" +
+	"VouchReply\"v\n" +
 	"\x0eExplainRequest\x12\x16\n" +
 	"\x06client\x18\x01 \x01(\tR\x06client\x12\x16\n" +
 	"\x06server\x18\x02 \x01(\tR\x06server\x12\x18\n" +
@@ -4425,13 +4749,17 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\xaa\b\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x97\n" +
+	"\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
 	"\x05Paths\x12 .sallyport.v1alpha1.PathsRequest\x1a\x1e.sallyport.v1alpha1.PathsReply\x12L\n" +
-	"\x06Grants\x12!.sallyport.v1alpha1.GrantsRequest\x1a\x1f.sallyport.v1alpha1.GrantsReply\x12R\n" +
-	"\bActivate\x12#.sallyport.v1alpha1.ActivateRequest\x1a!.sallyport.v1alpha1.ActivateReply\x12L\n" +
+	"\x06Grants\x12!.sallyport.v1alpha1.GrantsRequest\x1a\x1f.sallyport.v1alpha1.GrantsReply\x12U\n" +
+	"\tChallenge\x12$.sallyport.v1alpha1.ChallengeRequest\x1a\".sallyport.v1alpha1.ChallengeReply\x12R\n" +
+	"\bActivate\x12#.sallyport.v1alpha1.ActivateRequest\x1a!.sallyport.v1alpha1.ActivateReply\x12I\n" +
+	"\x05State\x12 .sallyport.v1alpha1.StateRequest\x1a\x1e.sallyport.v1alpha1.StateReply\x12I\n" +
+	"\x05Vouch\x12 .sallyport.v1alpha1.VouchRequest\x1a\x1e.sallyport.v1alpha1.VouchReply\x12L\n" +
 	"\x06Revoke\x12!.sallyport.v1alpha1.RevokeRequest\x1a\x1f.sallyport.v1alpha1.RevokeReply\x12O\n" +
 	"\aExplain\x12\".sallyport.v1alpha1.ExplainRequest\x1a .sallyport.v1alpha1.ExplainReply\x12P\n" +
 	"\x05Flows\x12%.sallyport.v1alpha1.AgentFlowsRequest\x1a\x1e.sallyport.v1alpha1.FlowRecord0\x01\x12I\n" +
@@ -4457,7 +4785,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -4489,43 +4817,49 @@ var file_sallyport_proto_goTypes = []any{
 	(*GrantsRequest)(nil),         // 27: sallyport.v1alpha1.GrantsRequest
 	(*Grant)(nil),                 // 28: sallyport.v1alpha1.Grant
 	(*GrantsReply)(nil),           // 29: sallyport.v1alpha1.GrantsReply
-	(*ActivateRequest)(nil),       // 30: sallyport.v1alpha1.ActivateRequest
-	(*ActivateReply)(nil),         // 31: sallyport.v1alpha1.ActivateReply
-	(*RevokeRequest)(nil),         // 32: sallyport.v1alpha1.RevokeRequest
-	(*RevokeReply)(nil),           // 33: sallyport.v1alpha1.RevokeReply
-	(*ExplainRequest)(nil),        // 34: sallyport.v1alpha1.ExplainRequest
-	(*ExplainReply)(nil),          // 35: sallyport.v1alpha1.ExplainReply
-	(*AgentFlowsRequest)(nil),     // 36: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 37: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 38: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 39: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 40: sallyport.v1alpha1.ProxyAck
-	(*PanicRequest)(nil),          // 41: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 42: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 43: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 44: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 45: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 46: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 47: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 48: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 49: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 50: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 51: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 52: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 53: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 54: sallyport.v1alpha1.SignalReply
-	nil,                           // 55: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 57: google.protobuf.Duration
+	(*ChallengeRequest)(nil),      // 30: sallyport.v1alpha1.ChallengeRequest
+	(*ChallengeReply)(nil),        // 31: sallyport.v1alpha1.ChallengeReply
+	(*ActivateRequest)(nil),       // 32: sallyport.v1alpha1.ActivateRequest
+	(*ActivateReply)(nil),         // 33: sallyport.v1alpha1.ActivateReply
+	(*RevokeRequest)(nil),         // 34: sallyport.v1alpha1.RevokeRequest
+	(*RevokeReply)(nil),           // 35: sallyport.v1alpha1.RevokeReply
+	(*StateRequest)(nil),          // 36: sallyport.v1alpha1.StateRequest
+	(*StateReply)(nil),            // 37: sallyport.v1alpha1.StateReply
+	(*VouchRequest)(nil),          // 38: sallyport.v1alpha1.VouchRequest
+	(*VouchReply)(nil),            // 39: sallyport.v1alpha1.VouchReply
+	(*ExplainRequest)(nil),        // 40: sallyport.v1alpha1.ExplainRequest
+	(*ExplainReply)(nil),          // 41: sallyport.v1alpha1.ExplainReply
+	(*AgentFlowsRequest)(nil),     // 42: sallyport.v1alpha1.AgentFlowsRequest
+	(*ProxyHello)(nil),            // 43: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 44: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 45: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 46: sallyport.v1alpha1.ProxyAck
+	(*PanicRequest)(nil),          // 47: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 48: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 49: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 50: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 51: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 52: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 53: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 54: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 55: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 56: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 57: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 58: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 59: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 60: sallyport.v1alpha1.SignalReply
+	nil,                           // 61: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 62: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 63: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	56, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	57, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	56, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	57, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	56, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	56, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	56, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	62, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	63, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	62, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	63, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	62, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	62, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	62, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
 	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
@@ -4536,98 +4870,105 @@ var file_sallyport_proto_depIdxs = []int32{
 	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
 	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
 	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	56, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	62, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	56, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	62, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	56, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	56, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	56, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	56, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	56, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	62, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	62, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	62, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	62, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	62, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	57, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	55, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	63, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	61, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	21, // 32: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	56, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	57, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	62, // 33: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	63, // 34: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	25, // 35: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	24, // 36: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	56, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	56, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	62, // 37: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	62, // 38: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	25, // 39: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	57, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	63, // 40: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	28, // 41: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	28, // 42: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	28, // 43: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	56, // 44: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 45: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	37, // 46: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	38, // 47: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	57, // 48: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	56, // 49: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	47, // 50: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	28, // 51: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	28, // 52: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	57, // 53: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	57, // 54: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	24, // 55: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	48, // 56: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	56, // 57: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	51, // 58: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	28, // 59: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	57, // 60: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	57, // 61: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	57, // 62: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	57, // 63: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	52, // 64: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	56, // 65: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	25, // 66: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	56, // 67: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	7,  // 68: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 69: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 70: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 71: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 72: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 73: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	23, // 74: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	27, // 75: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	30, // 76: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	32, // 77: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	34, // 78: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	36, // 79: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	41, // 80: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	43, // 81: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	53, // 82: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	49, // 83: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	45, // 84: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	39, // 85: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 86: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 87: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 88: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 89: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 90: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	22, // 91: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	26, // 92: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	29, // 93: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	31, // 94: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	33, // 95: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	35, // 96: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 97: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	42, // 98: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	44, // 99: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	54, // 100: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	50, // 101: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	46, // 102: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	40, // 103: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	86, // [86:104] is the sub-list for method output_type
-	68, // [68:86] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	28, // 44: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	62, // 45: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,  // 46: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	43, // 47: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	44, // 48: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	63, // 49: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	62, // 50: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	53, // 51: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	28, // 52: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	28, // 53: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	63, // 54: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	63, // 55: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	24, // 56: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	54, // 57: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	62, // 58: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	57, // 59: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	28, // 60: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	63, // 61: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	63, // 62: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	63, // 63: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	63, // 64: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	58, // 65: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	62, // 66: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	25, // 67: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	62, // 68: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	7,  // 69: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	14, // 70: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	15, // 71: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	16, // 72: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	17, // 73: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	20, // 74: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	23, // 75: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	27, // 76: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	30, // 77: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	32, // 78: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	36, // 79: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	38, // 80: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	34, // 81: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	40, // 82: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	42, // 83: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	47, // 84: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	49, // 85: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	59, // 86: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	55, // 87: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	51, // 88: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	45, // 89: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	10, // 90: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	11, // 91: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	12, // 92: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	13, // 93: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	19, // 94: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	22, // 95: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	26, // 96: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	29, // 97: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	31, // 98: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	33, // 99: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	37, // 100: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	39, // 101: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	35, // 102: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	41, // 103: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,  // 104: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	48, // 105: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	50, // 106: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	60, // 107: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	56, // 108: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	52, // 109: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	46, // 110: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	90, // [90:111] is the sub-list for method output_type
+	69, // [69:90] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -4648,7 +4989,7 @@ func file_sallyport_proto_init() {
 		(*CollectorFrame_Welcome)(nil),
 		(*CollectorFrame_Ack)(nil),
 	}
-	file_sallyport_proto_msgTypes[38].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[44].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -4658,7 +4999,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   55,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

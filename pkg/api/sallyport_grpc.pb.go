@@ -316,7 +316,10 @@ const (
 	Agent_Services_FullMethodName    = "/sallyport.v1alpha1.Agent/Services"
 	Agent_Paths_FullMethodName       = "/sallyport.v1alpha1.Agent/Paths"
 	Agent_Grants_FullMethodName      = "/sallyport.v1alpha1.Agent/Grants"
+	Agent_Challenge_FullMethodName   = "/sallyport.v1alpha1.Agent/Challenge"
 	Agent_Activate_FullMethodName    = "/sallyport.v1alpha1.Agent/Activate"
+	Agent_State_FullMethodName       = "/sallyport.v1alpha1.Agent/State"
+	Agent_Vouch_FullMethodName       = "/sallyport.v1alpha1.Agent/Vouch"
 	Agent_Revoke_FullMethodName      = "/sallyport.v1alpha1.Agent/Revoke"
 	Agent_Explain_FullMethodName     = "/sallyport.v1alpha1.Agent/Explain"
 	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
@@ -337,7 +340,13 @@ type AgentClient interface {
 	Services(ctx context.Context, in *ServicesRequest, opts ...grpc.CallOption) (*ServicesReply, error)
 	Paths(ctx context.Context, in *PathsRequest, opts ...grpc.CallOption) (*PathsReply, error)
 	Grants(ctx context.Context, in *GrantsRequest, opts ...grpc.CallOption) (*GrantsReply, error)
+	// Challenge asks for one to answer, once and within a quarter of an hour.
+	Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeReply, error)
 	Activate(ctx context.Context, in *ActivateRequest, opts ...grpc.CallOption) (*ActivateReply, error)
+	// State takes what somebody says of a grant. It is durable and final when it returns.
+	State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateReply, error)
+	// Vouch ends the doubts about the node's clock and records.
+	Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchReply, error)
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeReply, error)
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
@@ -401,10 +410,40 @@ func (c *agentClient) Grants(ctx context.Context, in *GrantsRequest, opts ...grp
 	return out, nil
 }
 
+func (c *agentClient) Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChallengeReply)
+	err := c.cc.Invoke(ctx, Agent_Challenge_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) Activate(ctx context.Context, in *ActivateRequest, opts ...grpc.CallOption) (*ActivateReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ActivateReply)
 	err := c.cc.Invoke(ctx, Agent_Activate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StateReply)
+	err := c.cc.Invoke(ctx, Agent_State_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VouchReply)
+	err := c.cc.Invoke(ctx, Agent_Vouch_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -519,7 +558,13 @@ type AgentServer interface {
 	Services(context.Context, *ServicesRequest) (*ServicesReply, error)
 	Paths(context.Context, *PathsRequest) (*PathsReply, error)
 	Grants(context.Context, *GrantsRequest) (*GrantsReply, error)
+	// Challenge asks for one to answer, once and within a quarter of an hour.
+	Challenge(context.Context, *ChallengeRequest) (*ChallengeReply, error)
 	Activate(context.Context, *ActivateRequest) (*ActivateReply, error)
+	// State takes what somebody says of a grant. It is durable and final when it returns.
+	State(context.Context, *StateRequest) (*StateReply, error)
+	// Vouch ends the doubts about the node's clock and records.
+	Vouch(context.Context, *VouchRequest) (*VouchReply, error)
 	Revoke(context.Context, *RevokeRequest) (*RevokeReply, error)
 	Explain(context.Context, *ExplainRequest) (*ExplainReply, error)
 	// Flows shows the node's latest records from the agent's memory; the collector has the log.
@@ -555,8 +600,17 @@ func (UnimplementedAgentServer) Paths(context.Context, *PathsRequest) (*PathsRep
 func (UnimplementedAgentServer) Grants(context.Context, *GrantsRequest) (*GrantsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Grants not implemented")
 }
+func (UnimplementedAgentServer) Challenge(context.Context, *ChallengeRequest) (*ChallengeReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Challenge not implemented")
+}
 func (UnimplementedAgentServer) Activate(context.Context, *ActivateRequest) (*ActivateReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Activate not implemented")
+}
+func (UnimplementedAgentServer) State(context.Context, *StateRequest) (*StateReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method State not implemented")
+}
+func (UnimplementedAgentServer) Vouch(context.Context, *VouchRequest) (*VouchReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Vouch not implemented")
 }
 func (UnimplementedAgentServer) Revoke(context.Context, *RevokeRequest) (*RevokeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
@@ -675,6 +729,24 @@ func _Agent_Grants_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Challenge_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChallengeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Challenge(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Challenge_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Challenge(ctx, req.(*ChallengeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_Activate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ActivateRequest)
 	if err := dec(in); err != nil {
@@ -689,6 +761,42 @@ func _Agent_Activate_Handler(srv interface{}, ctx context.Context, dec func(inte
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AgentServer).Activate(ctx, req.(*ActivateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_State_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).State(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_State_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).State(ctx, req.(*StateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Vouch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VouchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Vouch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Vouch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Vouch(ctx, req.(*VouchRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -847,8 +955,20 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Agent_Grants_Handler,
 		},
 		{
+			MethodName: "Challenge",
+			Handler:    _Agent_Challenge_Handler,
+		},
+		{
 			MethodName: "Activate",
 			Handler:    _Agent_Activate_Handler,
+		},
+		{
+			MethodName: "State",
+			Handler:    _Agent_State_Handler,
+		},
+		{
+			MethodName: "Vouch",
+			Handler:    _Agent_Vouch_Handler,
 		},
 		{
 			MethodName: "Revoke",

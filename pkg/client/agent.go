@@ -66,10 +66,30 @@ func (a *Agent) Grant(ctx context.Context, id string) (*api.Grant, error) {
 	return nil, a.conn.translate("show grant", status.Error(codes.NotFound, fmt.Sprintf("no grant %q on this node", id)))
 }
 
-// Activate hands over a grant's DSSE envelope. When it returns, the path is open.
-func (a *Agent) Activate(ctx context.Context, envelope []byte) (*api.Grant, error) {
-	reply, err := unary(ctx, a.conn, "activate grant", a.rpc.Activate, &api.ActivateRequest{Envelope: envelope})
+// Challenge asks the node for a challenge to answer, in JSON.
+func (a *Agent) Challenge(ctx context.Context) ([]byte, error) {
+	reply, err := unary(ctx, a.conn, "ask for a challenge", a.rpc.Challenge, &api.ChallengeRequest{})
+	return reply.GetChallenge(), err
+}
+
+// Activate hands over a grant's DSSE envelope, with its requester's answer to a challenge of the node. When it returns, the
+// path is open.
+func (a *Agent) Activate(ctx context.Context, envelope, answer []byte) (*api.Grant, error) {
+	reply, err := unary(ctx, a.conn, "activate grant", a.rpc.Activate, &api.ActivateRequest{Envelope: envelope, Answer: answer})
 	return reply.GetGrant(), err
+}
+
+// State hands over a statement about a grant, with the grant's envelope where the node never activated it. When it returns,
+// the statement is durable there. The grant is nil where the node never activated it.
+func (a *Agent) State(ctx context.Context, statement, envelope []byte) (*api.Grant, error) {
+	reply, err := unary(ctx, a.conn, "record statement", a.rpc.State, &api.StateRequest{Statement: statement, Envelope: envelope})
+	return reply.GetGrant(), err
+}
+
+// Vouch hands over somebody's word for the node's clock and records.
+func (a *Agent) Vouch(ctx context.Context, statement []byte) error {
+	_, err := unary(ctx, a.conn, "vouch for the node", a.rpc.Vouch, &api.VouchRequest{Statement: statement})
+	return err
 }
 
 // Revoke ends a grant. When it returns, its paths are closed.

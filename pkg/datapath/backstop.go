@@ -17,6 +17,7 @@ import (
 // Pins of the backstop's links, and the names of its programs.
 const (
 	cgroupHook   = "sp_cg_in"
+	senderHook   = "sp_cg_out"
 	sklookupHook = "sp_sklookup"
 )
 
@@ -38,6 +39,9 @@ func (d *Datapath) AttachBackstop(cgroup string) (made []string, err error) {
 	places := []backstopPlace{
 		{cgroupHook, d.objs.SpCgIn, atCgroup(id), func() (link.Link, error) {
 			return link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupInetIngress, Program: d.objs.SpCgIn})
+		}},
+		{senderHook, d.objs.SpCgOut, atCgroup(id), func() (link.Link, error) {
+			return link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupInetEgress, Program: d.objs.SpCgOut})
 		}},
 		{sklookupHook, d.objs.SpSklookup, atNetns(netns), func() (link.Link, error) { return attachToOwnNetns(d.objs.SpSklookup) }},
 	}
@@ -136,13 +140,14 @@ func backstopAt(cgroup string, each func(link.Link, string) error) error {
 	if err != nil {
 		return err
 	}
-	at := map[string]func(link.Info) bool{sklookupHook: atNetns(netns), cgroupHook: func(link.Info) bool { return false }}
+	nowhere := func(link.Info) bool { return false }
+	at := map[string]func(link.Info) bool{sklookupHook: atNetns(netns), cgroupHook: nowhere, senderHook: nowhere}
 	if cgroup != "" {
 		id, err := cgroupID(cgroup)
 		if err != nil {
 			return err
 		}
-		at[cgroupHook] = atCgroup(id)
+		at[cgroupHook], at[senderHook] = atCgroup(id), atCgroup(id)
 	}
 	return eachLink(func(l link.Link, info link.Info) error {
 		for name, here := range at {
@@ -197,7 +202,7 @@ func (d *Datapath) Backstop() []BackstopPlace {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var out []BackstopPlace
-	for _, p := range []BackstopPlace{{cgroupHook, d.cgroup}, {sklookupHook, "netns"}} {
+	for _, p := range []BackstopPlace{{cgroupHook, d.cgroup}, {senderHook, d.cgroup}, {sklookupHook, "netns"}} {
 		if l := d.backstop[p.Program]; l != nil && attachedSomewhere(l) {
 			out = append(out, p)
 		}

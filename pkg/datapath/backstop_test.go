@@ -250,14 +250,14 @@ func TestBackstopComesBack(t *testing.T) {
 	if made := attach(); len(made) > 0 {
 		t.Errorf("attached anew: %v, want none", made)
 	}
-	for _, name := range []string{"sp_cg_in", "sp_sklookup"} {
+	for _, name := range []string{"sp_cg_in", "sp_cg_out", "sp_sklookup"} {
 		must(t, n.Node.Do(func() error { return datapath.DetachBackstop(n.d, name) }))
 		if made := attach(); !slices.Equal(made, []string{name}) {
 			t.Errorf("attached anew: %v, want %s", made, name)
 		}
 	}
-	if got := n.d.Backstop(); len(got) != 2 || got[0].Where != n.Cgroup() {
-		t.Errorf("backstop is %+v, want both parts", got)
+	if got := n.d.Backstop(); len(got) != 3 || got[0].Where != n.Cgroup() {
+		t.Errorf("backstop is %+v, want all three parts", got)
 	}
 }
 
@@ -271,7 +271,7 @@ func TestAdoptedBackstop(t *testing.T) {
 	must(t, n.attachAll(n.d))
 	after, err := n.d.LinkIDs()
 	must(t, err)
-	for _, name := range []string{"sp_cg_in", "sp_sklookup"} {
+	for _, name := range []string{"sp_cg_in", "sp_cg_out", "sp_sklookup"} {
 		if before[name] == 0 || before[name] != after[name] {
 			t.Errorf("%s: link %d, was %d", name, after[name], before[name])
 		}

@@ -73,8 +73,21 @@ func takeQdisc(p place, qdiscs string) error {
 			return fmt.Errorf("note qdisc: %w", err)
 		}
 	}
-	if err := netlink.QdiscAdd(p.clsact()); err != nil && !errors.Is(err, unix.EEXIST) {
+	dev, err := netlink.LinkByIndex(p.ifindex)
+	if err != nil {
+		return fmt.Errorf("find device of %s: %w", p, err)
+	}
+	err = netlink.QdiscAdd(p.clsact())
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("add qdisc clsact: %w", err)
+	}
+	if dev.Attrs().TxQLen == 0 { // Linux gives a device without queue a length with its first qdisc; clsact has none
+		if err := netlink.LinkSetTxQLen(dev, 0); err != nil {
+			return fmt.Errorf("leave queue length of %s: %w", p, err)
+		}
 	}
 	return nil
 }

@@ -52,7 +52,8 @@ func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 		Slot: slot, State: state,
 		Path: Path{Grant: fromLabel(p.Grant), Client: fromAddr(p.Client), ServiceID: p.ServiceId,
 			Service: fromLabel(p.Service), Deadline: time.Duration(p.DeadlineNs),
-			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}, Ingress: Ingress(p.Ingress)},
+			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}, Ingress: Ingress(p.Ingress),
+			ClientPort: uint16(p.ClientPort), Cgroup: p.Cgroup},
 		Flows: p.Flows, BytesToServer: p.BytesToServer, BytesToClient: p.BytesToClient,
 		PacketsToServer: p.PacketsToServer, PacketsToClient: p.PacketsToClient,
 	}
@@ -80,7 +81,7 @@ func Attached(cgroup string) ([]string, error) {
 		out = append(out, dev.Attrs().Name+"/"+there.name)
 	}
 	err = backstopAt(cgroup, func(_ link.Link, name string) error {
-		out = append(out, map[string]string{cgroupHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
+		out = append(out, map[string]string{cgroupHook: cgroup, senderHook: cgroup, sklookupHook: "netns"}[name]+"/"+name)
 		return nil
 	})
 	return out, err

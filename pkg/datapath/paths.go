@@ -47,10 +47,11 @@ func (d *Datapath) OpenPath(p Path) (uint32, error) {
 	return slot, nil
 }
 
+// pathKeys are those that name the path in the index.
 func pathKeys(p Path) []bpf.PathKey {
 	var keys []bpf.PathKey
 	for _, port := range p.Ports {
-		keys = append(keys, bpf.PathKey{Client: toAddr(p.Client), ServiceId: p.ServiceID, Port: port})
+		keys = append(keys, bpf.PathKey{Client: toAddr(p.Client), ServiceId: p.ServiceID, Port: port, ClientPort: p.ClientPort, Cgroup: p.Cgroup})
 	}
 	return keys
 }
@@ -60,7 +61,7 @@ func (d *Datapath) checkIndex(p Path) error {
 	for _, k := range pathKeys(p) {
 		var ref bpf.PathRef
 		err := d.objs.SpPathIndex.Lookup(&k, &ref)
-		if isMissing(err) {
+		if isMissing(err) || err == nil && ref.Slot == noSlot {
 			continue
 		}
 		if err != nil {
@@ -90,16 +91,74 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 		Grant: toLabel(p.Grant), Service: toLabel(p.Service),
 		BytesLimit: p.Budget.Bytes, PacketsLimit: p.Budget.Packets, ConnectionsLimit: p.Budget.Connections,
 		RateLimit: p.Budget.ConnectionsPerSecond, Ingress: bpf.SallyportSpIngress(p.Ingress),
+		ClientPort: uint32(p.ClientPort), Cgroup: p.Cgroup,
 	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)
 	}
 	for _, k := range pathKeys(p) {
-		if err := d.objs.SpPathIndex.Put(&k, &bpf.PathRef{Slot: slot, Epoch: v.Epoch}); err != nil {
-			return fmt.Errorf("write path index: %w", err)
+		if err := d.enterIndex(k, bpf.PathRef{Slot: slot, Epoch: v.Epoch}); err != nil {
+			return err
 		}
 	}
 	return d.setState(slot, PathActive)
+}
+
+// enterIndex puts a path into the index. One that is bound to sockets counts at the entry of its address, which is what
+// the programs look for first.
+func (d *Datapath) enterIndex(k bpf.PathKey, at bpf.PathRef) error {
+	fresh := false
+	err := d.changeIndex(k, func(ref *bpf.PathRef) {
+		fresh = ref.Slot == noSlot
+		ref.Slot, ref.Epoch = at.Slot, at.Epoch
+	})
+	if err != nil || !fresh || !isBound(k) {
+		return err
+	}
+	return d.changeIndex(addressKey(k), func(ref *bpf.PathRef) { ref.Bound++ })
+}
+
+// dropIndex takes a path out of the index, if it is still there.
+func (d *Datapath) dropIndex(k bpf.PathKey, slot uint32) error {
+	had := false
+	err := d.changeIndex(k, func(ref *bpf.PathRef) {
+		if had = ref.Slot == slot; had {
+			ref.Slot = noSlot
+		}
+	})
+	if err != nil || !had || !isBound(k) {
+		return err
+	}
+	return d.changeIndex(addressKey(k), func(ref *bpf.PathRef) { ref.Bound = max(ref.Bound, 1) - 1 })
+}
+
+func isBound(k bpf.PathKey) bool { return k.ClientPort != 0 || k.Cgroup != 0 }
+
+// addressKey is the key of everything that has the same address.
+func addressKey(k bpf.PathKey) bpf.PathKey {
+	k.ClientPort, k.Cgroup = 0, 0
+	return k
+}
+
+// noSlot is SP_NO_SLOT: the entry of an address of which only some sockets have paths.
+const noSlot = ^uint32(0)
+
+// changeIndex changes an entry in one step. One that names nothing any more goes.
+func (d *Datapath) changeIndex(k bpf.PathKey, change func(*bpf.PathRef)) error {
+	ref := bpf.PathRef{Slot: noSlot}
+	err := d.objs.SpPathIndex.Lookup(&k, &ref)
+	if err != nil && !isMissing(err) {
+		return fmt.Errorf("read path index: %w", err)
+	}
+	if change(&ref); ref.Slot != noSlot || ref.Bound != 0 {
+		err = d.objs.SpPathIndex.Put(&k, &ref)
+	} else if err == nil {
+		err = d.objs.SpPathIndex.Delete(&k)
+	}
+	if err != nil && !isMissing(err) {
+		return fmt.Errorf("write path index: %w", err)
+	}
+	return nil
 }
 
 func (d *Datapath) setState(slot uint32, s PathState) error {
@@ -152,21 +211,6 @@ func (d *Datapath) endPathsBehind(ifindex int) error {
 	return nil
 }
 
-func (d *Datapath) dropIndex(k bpf.PathKey, slot uint32) error {
-	var ref bpf.PathRef
-	err := d.objs.SpPathIndex.Lookup(&k, &ref)
-	if isMissing(err) || err == nil && ref.Slot != slot {
-		return nil
-	}
-	if err == nil {
-		err = d.objs.SpPathIndex.Delete(&k)
-	}
-	if err != nil && !isMissing(err) {
-		return fmt.Errorf("drop path index: %w", err)
-	}
-	return nil
-}
-
 // FreePath gives an ended slot back. Call it when Sweep has returned the records of its flows.
 func (d *Datapath) FreePath(slot uint32) error {
 	d.mu.Lock()
@@ -191,27 +235,57 @@ func (d *Datapath) FreePaths() int {
 
 // Paths lists every slot that is not free, by its number, as the kernel has it. A path past its deadline is EXPIRED,
 // whatever its state says.
+//
+// Those that are opened or given back meanwhile may be missing, or be a mixture of before and after: nobody who opens a path
+// waits for whoever looks at thousands. Path is sure of one.
 func (d *Datapath) Paths() ([]PathStatus, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.live) == 0 {
+	live := maps.Clone(d.live)
+	d.mu.Unlock()
+	if len(live) == 0 {
 		return nil, nil
 	}
-	out := make([]PathStatus, 0, len(d.live))
-	last := slices.Max(slices.Collect(maps.Keys(d.live)))
+	out := make([]PathStatus, 0, len(live))
+	last := slices.Max(slices.Collect(maps.Keys(live)))
 	err := d.eachSlot(last, func(slot uint32, state PathState, v *bpf.Path) {
-		p, ok := d.live[slot]
+		p, ok := live[slot]
 		if !ok {
 			return
 		}
 		s := fromPath(slot, state, v)
 		s.Ports = p.Ports
-		if s.State == PathActive && s.Deadline <= BootTime() {
-			s.State = PathExpired
-		}
-		out = append(out, s)
+		out = append(out, s.expired())
 	})
 	return out, err
+}
+
+// Path is one slot, as Paths tells it. One that is free has no grant.
+func (d *Datapath) Path(slot uint32) (PathStatus, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.live[slot]; !ok {
+		return PathStatus{Slot: slot, State: PathFree}, nil
+	}
+	s, err := d.readPath(slot)
+	return s.expired(), err
+}
+
+// NextSlots are those that the next paths will get, if nothing else opens one before, and there are so many.
+func (d *Datapath) NextSlots(n int) (slots []uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := len(d.free) - 1; i >= 0 && len(slots) < n; i-- {
+		slots = append(slots, d.free[i])
+	}
+	return slots
+}
+
+// expired makes a path past its deadline EXPIRED.
+func (s PathStatus) expired() PathStatus {
+	if s.State == PathActive && s.Deadline <= BootTime() {
+		s.State = PathExpired
+	}
+	return s
 }
 
 // slotBatch is how many slots a call reads: the agent reads them all each second, and there may be thousands.
@@ -241,13 +315,6 @@ func (d *Datapath) eachSlot(last uint32, f func(slot uint32, state PathState, v 
 	return nil
 }
 
-// Path reads one slot, as Paths does.
-func (d *Datapath) Path(slot uint32) (PathStatus, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.readPath(slot)
-}
-
 func (d *Datapath) readPath(slot uint32) (PathStatus, error) {
 	var v bpf.Path
 	var state bpf.PathStatus
@@ -264,9 +331,13 @@ func (d *Datapath) readPath(slot uint32) (PathStatus, error) {
 
 // restorePaths reads which slots are in use, and by what.
 func (d *Datapath) restorePaths() error {
-	ports, err := d.indexedPorts()
+	index, err := d.readIndex()
 	if err != nil {
 		return err
+	}
+	ports := map[uint32][]uint16{}
+	for k, ref := range index {
+		ports[ref.Slot] = append(ports[ref.Slot], k.Port)
 	}
 	var state bpf.PathStatus
 	for slot := d.objs.SpPathState.MaxEntries(); slot > 0; {
@@ -285,19 +356,40 @@ func (d *Datapath) restorePaths() error {
 		}
 		d.live[slot] = s.Path
 	}
-	return nil
+	return d.recountBound(index)
 }
 
-func (d *Datapath) indexedPorts() (map[uint32][]uint16, error) {
-	ports := map[uint32][]uint16{}
+func (d *Datapath) readIndex() (map[bpf.PathKey]bpf.PathRef, error) {
+	index := map[bpf.PathKey]bpf.PathRef{}
 	var k bpf.PathKey
 	var ref bpf.PathRef
 	it := d.objs.SpPathIndex.Iterate()
 	for it.Next(&k, &ref) {
-		ports[ref.Slot] = append(ports[ref.Slot], k.Port)
+		index[k] = ref
 	}
 	if err := it.Err(); err != nil {
 		return nil, fmt.Errorf("read path index: %w", err)
 	}
-	return ports, nil
+	return index, nil
+}
+
+// recountBound corrects what a kill between two writes left of the counts of bound paths.
+func (d *Datapath) recountBound(index map[bpf.PathKey]bpf.PathRef) error {
+	bound := map[bpf.PathKey]uint32{}
+	for k := range index {
+		if isBound(k) {
+			bound[addressKey(k)]++
+		} else {
+			bound[k] += 0
+		}
+	}
+	for k, n := range bound {
+		if index[k].Bound == n {
+			continue
+		}
+		if err := d.changeIndex(k, func(ref *bpf.PathRef) { ref.Bound = n }); err != nil {
+			return err
+		}
+	}
+	return nil
 }

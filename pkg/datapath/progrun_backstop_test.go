@@ -6,6 +6,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -139,6 +142,7 @@ func denyLoopback(t testing.TB, r *rig, _ scene, _ *probe) {
 
 // TestBackstopProgram: what a socket may have, and what not.
 func TestBackstopProgram(t *testing.T) {
+	needSocketRuns(t)
 	t.Parallel()
 	r := newRig(t, 0, 0)
 	r.runAtSockets(t, backstopCases(), func(s scene) scene { return s })
@@ -193,4 +197,39 @@ func (r *rig) inode(t *testing.T, n *lab.Namespace) (inode uint32) {
 	}
 	check(t, n.Do(func() (err error) { inode, err = datapath.NetnsInode(); return err }))
 	return inode
+}
+
+// socketRuns says whether a test run on this kernel hands a program of a control group its packet. Older ones (6.1 and 6.12 among
+// them) leave the ends of its data unset; on the wire they do not, which the tests of late pods hold.
+func socketRuns(t testing.TB) bool {
+	t.Helper()
+	const data, dataEnd = 76, 80 // in struct __sk_buff (linux/bpf.h)
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "first_byte", Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetIngress, License: "GPL",
+		Instructions: asm.Instructions{
+			asm.Mov.Imm(asm.R0, 0),
+			asm.LoadMem(asm.R2, asm.R1, data, asm.Word),
+			asm.LoadMem(asm.R3, asm.R1, dataEnd, asm.Word),
+			asm.Mov.Reg(asm.R4, asm.R2),
+			asm.Add.Imm(asm.R4, 20),
+			asm.JGT.Reg(asm.R4, asm.R3, "end"),
+			asm.LoadMem(asm.R2, asm.R2, 0, asm.Byte),
+			asm.JNE.Imm(asm.R2, 0x45, "end"),
+			asm.Mov.Imm(asm.R0, 1),
+			asm.Return().WithSymbol("end"),
+		}})
+	check(t, err)
+	defer func() { check(t, p.Close()) }()
+	first := netip.MustParseAddrPort("10.0.0.1:1")
+	sent := tcp(first, first, syn)
+	code, err := p.Run(&ebpf.RunOptions{Data: sent.Bytes()})
+	check(t, err)
+	return int32(code) == cgPass
+}
+
+// needSocketRuns skips where a program of a control group cannot be run by hand.
+func needSocketRuns(t *testing.T) {
+	t.Helper()
+	if !socketRuns(t) {
+		t.Skip("a test run of this kernel hands programs of control groups no packet")
+	}
 }

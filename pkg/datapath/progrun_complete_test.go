@@ -18,7 +18,7 @@ func everyCase(r *rig) []progCase {
 	for _, cases := range [][]progCase{
 		deviceCases(), shapeCases(), brokenCases(), fragmentCases(), misplacedCases(), unownedCases(), otherCases(), udpCases(), icmpCases(), pxErrorCases(r),
 		optionCases(), newShapeCases(), configCases(), reinjectCases(), volumeCases(), tableCases(2), ringCases(), px0Cases(2),
-		pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(), backstopCases(), budgetCases(), truthCases(r), ingressCases(), linkCases(),
+		pxCases(r, "sp_px1_in"), pxCases(r, "sp_px_lo_in"), loopback6Cases(r), cutCases(), backstopCases(), budgetCases(), truthCases(r), ingressCases(), linkCases(), anotherCases(),
 		unlistedCases(), unlistedDatagrams(),
 	} {
 		out = append(out, cases...)

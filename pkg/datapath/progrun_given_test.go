@@ -5,6 +5,7 @@ import (
 	"math/bits"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -30,6 +31,32 @@ func path(state datapath.PathState, change ...func(*bpf.PathKey, *bpf.PathRef, *
 		check(t, r.m.SpPaths.Put(uint32(0), &v))
 		check(t, r.m.SpPathState.Put(uint32(0), &bpf.PathStatus{State: bpf.SallyportSpState(state)}))
 		check(t, r.m.SpPathIndex.Put(&key, &ref))
+		if key.ClientPort != 0 || key.Cgroup != 0 {
+			besideBound(^uint32(0))(t, r, s, nil)
+		}
+	}
+}
+
+// boundTo has the path serve one port of the client, or one control group. The probe's client comes from port 40000.
+func boundTo(port uint16, cgroup uint64) func(*bpf.PathKey, *bpf.PathRef, *bpf.Path) {
+	return func(k *bpf.PathKey, _ *bpf.PathRef, v *bpf.Path) {
+		k.ClientPort, k.Cgroup, v.ClientPort, v.Cgroup = port, cgroup, uint32(port), cgroup
+	}
+}
+
+// besideBound says that some sockets of the client have paths of their own, besides the one in that slot.
+func besideBound(slot uint32) given {
+	return func(t testing.TB, r *rig, s scene, _ *probe) {
+		key := pathKey(s)
+		check(t, r.m.SpPathIndex.Put(&key, &bpf.PathRef{Slot: slot, Epoch: 1, Bound: 1}))
+	}
+}
+
+// spoken is what the socket of the client said of the control group that it is in, so long ago.
+func spoken(cgroup uint64, ago time.Duration) given {
+	return func(t testing.TB, r *rig, s scene, _ *probe) {
+		key := flowKey(s)
+		check(t, r.m.SpSpeakers.Put(&key, &bpf.Speaker{Cgroup: cgroup, SaidNs: uint64(datapath.BootTime() - ago)}))
 	}
 }
 

@@ -55,11 +55,16 @@ func eachProfile(t *testing.T, test func(*testing.T, datapath.Profile)) {
 // needTCX skips a test where the kernel has no tcx links.
 func needTCX(t *testing.T) {
 	t.Helper()
-	version, err := features.LinuxVersionCode()
-	must(t, err)
-	if version < 6<<16|6<<8 {
+	if !hasTCX(t) {
 		t.Skip("needs tcx links (Linux 6.6)")
 	}
+}
+
+func hasTCX(t *testing.T) bool {
+	t.Helper()
+	version, err := features.LinuxVersionCode()
+	must(t, err)
+	return version >= 6<<16|6<<8
 }
 
 func newNode(t *testing.T, profile datapath.Profile, changes ...func(*datapath.Config)) *node {

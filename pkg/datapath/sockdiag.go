@@ -114,19 +114,28 @@ func noDestroy(err error) error {
 }
 
 func (s *sockets) ask(message, flags int, r diagRequest) (a diagAnswer, err error) {
+	got, err := s.askRaw(message, flags, r)
+	if err != nil || len(got) == 0 {
+		return a, err
+	}
+	_, err = binary.Decode(got, binary.NativeEndian, &a)
+	return a, err
+}
+
+// askRaw gives the first answer as it came; none is no error.
+func (s *sockets) askRaw(message, flags int, r diagRequest) ([]byte, error) {
 	body, err := binary.Append(nil, binary.NativeEndian, r)
 	if err != nil {
-		return a, err
+		return nil, err
 	}
 	req := nl.NewNetlinkRequest(message, flags)
 	req.Sockets = s.conn
 	req.AddRawData(body)
 	got, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
 	if err != nil || len(got) == 0 {
-		return a, err
+		return nil, err
 	}
-	_, err = binary.Decode(got[0], binary.NativeEndian, &a)
-	return a, err
+	return got[0], nil
 }
 
 // CanDestroy tells whether the kernel can end idle connections: nil, or ErrNoDestroy.

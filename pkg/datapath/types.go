@@ -85,6 +85,10 @@ type Path struct {
 	Deadline  time.Duration // absolute CLOCK_BOOTTIME
 	Budget    Budget
 	Ingress   Ingress // only clients that are reached by this kind of device
+	// ClientPort and Cgroup bind the path to sockets of the client: to one port of it, or to those of a control group (by the
+	// kernel's number) on this node; one of the two at most. 0: to none, it serves the address. Of TCP, where by Cgroup.
+	ClientPort uint16
+	Cgroup     uint64
 }
 
 // Budget is what a path may carry in both directions together; 0 is no limit. Bytes are those of IP packets, headers

@@ -169,13 +169,17 @@ func testUninstallLeavesNothing(t *testing.T, profile datapath.Profile) {
 // noHooks looks at the devices of the node and of px for tcx programs and for our filters.
 func (n *node) noHooks(t *testing.T) {
 	t.Helper()
+	var links []ebpf.AttachType
+	if hasTCX(t) {
+		links = []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress}
+	}
 	look := func() error {
 		devices, err := net.Interfaces()
 		if err != nil {
 			return err
 		}
 		for _, dev := range devices {
-			for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+			for _, at := range links {
 				q, err := link.QueryPrograms(link.QueryOptions{Target: dev.Index, Attach: at})
 				if err != nil {
 					return err

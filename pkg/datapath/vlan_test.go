@@ -35,7 +35,7 @@ func vlan(t *testing.T, n *lab.Namespace, parent string, host byte) int {
 
 // TestWhoAnswersInAVLAN: a tagged packet meets the hooks of the VLAN device, not those of its parent.
 func TestWhoAnswersInAVLAN(t *testing.T) {
-	n := newNode(t, datapath.ProfileTCX)
+	n := newNode(t, datapath.ProfileAuto)
 	dev := vlan(t, n.Node, lab.Uplink, 1)
 	vlan(t, n.Client, "eth0", 2)
 	n.copyProxy(t)

@@ -40,6 +40,7 @@ const (
 	ReasonPathRate         Reason = 12
 	ReasonPathIngress      Reason = 13
 	ReasonPathConnections  Reason = 14
+	ReasonPathBound        Reason = 15
 	ReasonPathOpen         Reason = 20
 	ReasonPathLive         Reason = 21
 	ReasonSocketLeg        Reason = 25
@@ -120,6 +121,7 @@ var reasonNames = map[Reason]string{
 	ReasonPathRate:         "PATH_RATE",
 	ReasonPathIngress:      "PATH_INGRESS",
 	ReasonPathConnections:  "PATH_CONNECTIONS",
+	ReasonPathBound:        "PATH_BOUND",
 	ReasonPathOpen:         "PATH_OPEN",
 	ReasonPathLive:         "PATH_LIVE",
 	ReasonSocketLeg:        "SOCKET_LEG",

@@ -80,6 +80,15 @@ func NewID(now time.Time) (string, error) {
 	return id.String(), nil
 }
 
+// Made is when the grant was made, by the clock of whoever asked for it: its id says so.
+func (p Payload) Made() time.Time {
+	id, err := ulid.ParseStrict(p.ID)
+	if err != nil {
+		return time.Time{}
+	}
+	return ulid.Time(id.Time()).UTC()
+}
+
 // CheckTime tells whether the grant may be activated at now: ErrNotYet or ErrExpired if not.
 func (p Payload) CheckTime(now time.Time) error {
 	if now.Before(p.NotBefore) {

@@ -2,6 +2,7 @@ package grant_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -103,4 +104,49 @@ func mustSign(t *testing.T, set *policy.Set, envelope []byte, key grant.PrivateK
 		t.Fatal(err)
 	}
 	return out
+}
+
+// FuzzVerifyResources: nothing but signatures over this very set is taken for such, and what is refused is refused in words.
+func FuzzVerifyResources(f *testing.F) {
+	key, err := grant.GenerateKey()
+	if err != nil {
+		f.Fatal(err)
+	}
+	set, err := policy.Parse("r.yaml", fmt.Appendf(nil, `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: postgres}
+spec: {target: Host, ports: [5432]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: Keyring
+metadata: {name: k}
+spec: {version: 1, people: [{name: alice, keys: [{publicKey: "%s", uses: [resources]}]}]}
+`, key.Public()))
+	if err != nil {
+		f.Fatal(err)
+	}
+	good, err := grant.SignResources(f.Context(), set, nil, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add(bytes.Replace(good, []byte(`"payloadType"`), []byte(`"payloadtype"`), 1))
+	f.Add(bytes.Replace(good, []byte(`{`), []byte(`{"payload":"",`), 1))
+	f.Add(bytes.Replace(good, []byte(`"sig":"`), []byte(`"sig":"\u0041`), 1))
+	f.Add(append(bytes.Clone(good), good...))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		signers, err := grant.VerifyResources(data, set, set.Keyrings(), 1, time.Unix(0, 0))
+		if err == nil {
+			var compact bytes.Buffer
+			if len(signers) != 1 || json.Compact(&compact, data) != nil || !bytes.Contains(compact.Bytes(), []byte(key.Public().ID())) {
+				t.Fatalf("signed by %v: %q", signers, data)
+			}
+			return
+		}
+		for _, e := range policy.Errors(err) {
+			if e.Msg == "" || e.Hint == "" {
+				t.Fatalf("refused without words: %+v", e)
+			}
+		}
+	})
 }

@@ -67,8 +67,21 @@ func Digest(envelope []byte) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return digestOf(body), nil
+}
+
+// Digest is the SHA-256 of the payload in the form that is signed, in hex: that of its envelopes, if it has any.
+func (p Payload) Digest() (string, error) {
+	body, err := p.canonical()
+	if err != nil {
+		return "", fmt.Errorf("encode grant: %w", err)
+	}
+	return digestOf(body), nil
+}
+
+func digestOf(body []byte) string {
 	sum := sha256.Sum256(body)
-	return hex.EncodeToString(sum[:]), nil
+	return hex.EncodeToString(sum[:])
 }
 
 // Validate gives every wrong field at once, as errors.Join of *policy.Error with ErrInvalid.

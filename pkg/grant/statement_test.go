@@ -31,6 +31,9 @@ func TestStatement(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := about(t, envelope)
+	if same, err := goodPayload().Digest(); err != nil || same != want.Digest {
+		t.Errorf("the payload has the digest %s, %v, its envelope %s", same, err, want.Digest)
+	}
 	approved, err := grant.Approve(t.Context(), envelope, bob)
 	if err != nil {
 		t.Fatal(err)

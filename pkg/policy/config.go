@@ -22,6 +22,14 @@ type AgentConfigSpec struct {
 	TrustDomain string `json:"trustDomain" yaml:"trustDomain"`
 	// Resources is the directory of the set of resources: /etc/sallyport/resources.d.
 	Resources string `json:"resources" yaml:"resources"`
+	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required.
+	PolicySignatures string `json:"policySignatures" yaml:"policySignatures"`
+	// PolicyKeys are public keys that may sign resources whatever the keyrings say, and so the first set of a node. None; where
+	// signatures are required, at least one.
+	PolicyKeys []PublicKey `json:"policyKeys,omitempty" yaml:"policyKeys,omitempty"`
+	// Candidate is a directory of another set of resources, which is computed beside the one in force and decides nothing. Left
+	// out: none.
+	Candidate string `json:"candidate,omitempty" yaml:"candidate,omitempty"`
 	// StateDir keeps what must outlive a reboot: /var/lib/sallyport.
 	StateDir string `json:"stateDir" yaml:"stateDir"`
 	// RunDir keeps sockets and what does not outlive a reboot: /run/sallyport.
@@ -59,6 +67,12 @@ type AgentConfigSpec struct {
 	// Proxy configures the identity proxy.
 	Proxy ProxyConfig `json:"proxy" yaml:"proxy"`
 }
+
+// Values of AgentConfigSpec.PolicySignatures.
+const (
+	SignaturesOff      = "off"
+	SignaturesRequired = "required"
+)
 
 // Values of AgentConfigSpec.PodLoopback.
 const (
@@ -153,8 +167,11 @@ func DefaultAgentConfig() AgentConfig {
 	return AgentConfig{
 		TypeMeta: TypeMeta{APIVersion: APIVersion, Kind: KindAgentConfig},
 		Spec: AgentConfigSpec{
-			Resources:   "/etc/sallyport/resources.d",
-			StateDir:    "/var/lib/sallyport",
+			Resources: "/etc/sallyport/resources.d",
+			StateDir:  "/var/lib/sallyport",
+
+			PolicySignatures: SignaturesOff,
+
 			RunDir:      "/run/sallyport",
 			BPFFS:       "/sys/fs/bpf",
 			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",

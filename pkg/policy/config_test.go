@@ -16,6 +16,8 @@ metadata: {name: node-1}
 spec:
   trustDomain: example.org
   resources: /etc/sallyport/resources.d
+  policySignatures: off
+  policyKeys: []
   stateDir: /var/lib/sallyport
   runDir: /run/sallyport
   bpffs: /sys/fs/bpf
@@ -49,6 +51,7 @@ func TestParseAgentConfig(t *testing.T) {
 	// The full one writes the defaults out, but for what has none.
 	want := full
 	want.Spec.Collector, want.Spec.Metrics = nil, ""
+	want.Spec.PolicyKeys = nil
 	want.Spec.Devices.Ignore, want.Spec.Operators.GIDs, want.Spec.XDP.DenySources = nil, nil, nil
 	if !reflect.DeepEqual(short, want) {
 		t.Errorf("defaults are\n%+v\nwant\n%+v", short, want)
@@ -150,6 +153,9 @@ var wrongConfigs = []wrong{
 	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},
 	{"empty pattern ignored", "ignore: []", `ignore: [""]`, "ignore", "spec.devices.ignore[0]", "not a pattern"},
 	{"unknown hooks", "hooks: auto", "hooks: xdp", "hooks", "spec.hooks", "\"xdp\" is not a way"},
+	{"candidate in force", "policySignatures: off", "candidate: /etc/sallyport/resources.d", "candidate", "spec.candidate", "is that of the resources in force"},
+	{"signatures of nobody", "policySignatures: off", "policySignatures: required", "policyKeys", "spec.policyKeys", "policySignatures is required"},
+	{"signatures perhaps", "policySignatures: off", "policySignatures: maybe", "policySignatures", "spec.policySignatures", "says not whether"},
 	{"unknown XDP mode", "mode: auto", "mode: fast", "xdp", "spec.xdp.mode", "not a mode"},
 	{"everybody denied", "denySources: []", "denySources: [\"0.0.0.0/0\"]", "xdp", "spec.xdp.denySources[0]", "is everybody"},
 	{"denied prefix with host bits", "denySources: []", "denySources: [10.1.2.3/8]", "xdp", "spec.xdp.denySources[0]", "beyond its prefix length"},

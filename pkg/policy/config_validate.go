@@ -46,11 +46,35 @@ func (c *AgentConfig) validate(d *document) {
 	if c.Spec.Metrics != "" {
 		d.report("spec.metrics", checkListenAddress(c.Spec.Metrics))
 	}
+	if c.Spec.Candidate != "" {
+		d.report("spec.candidate", checkPath(c.Spec.Candidate))
+		if c.Spec.Candidate == c.Spec.Resources {
+			d.report("spec.candidate", faultf("name another directory", "is that of the resources in force"))
+		}
+	}
+	c.validateSignatures(d)
 	c.validateDevices(d)
 	c.validateCollector(d)
 	c.Spec.Automation.validate(d)
 	c.Spec.XDP.validate(d)
 	c.Spec.Proxy.validate(d)
+}
+
+func (c *AgentConfig) validateSignatures(d *document) {
+	switch c.Spec.PolicySignatures {
+	case SignaturesOff:
+	case SignaturesRequired:
+		if len(c.Spec.PolicyKeys) == 0 {
+			d.report("spec.policyKeys", faultf("list the public keys that may sign the first resources of the node", "is empty, and policySignatures is required"))
+		}
+	default:
+		d.report("spec.policySignatures", faultf("write off or required", "%q says not whether resources need signatures", c.Spec.PolicySignatures))
+	}
+	for i, k := range c.Spec.PolicyKeys {
+		if k.IsZero() {
+			d.report(fmt.Sprintf("spec.policyKeys[%d]", i), faultf(publicKeyHint, "is missing"))
+		}
+	}
 }
 
 func (x *XDPConfig) validate(d *document) {

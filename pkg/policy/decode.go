@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -108,6 +109,10 @@ func (d *document) decodeSlice(n *yaml.Node, v reflect.Value, field string) {
 		d.report(field, faultf("write it as a list, like [a, b]", "want a list, got %s", kindOf(n)))
 		return
 	}
+	v.SetZero() // an empty list is none, as in the canonical form
+	if len(n.Content) == 0 {
+		return
+	}
 	v.Set(reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content)))
 	for i, item := range n.Content {
 		d.decode(item, v.Index(i), fmt.Sprintf("%s[%d]", field, i))
@@ -137,6 +142,9 @@ func decodeScalar(n *yaml.Node, v reflect.Value) error {
 		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" {
 			return faultf("put it in quotes if it is meant as text", "want text, got %s", kindOf(n))
 		}
+		if strings.ContainsFunc(n.Value, unshowable) {
+			return faultf("write it in plain text", "has characters that cannot be shown")
+		}
 		v.SetString(n.Value)
 	case reflect.Bool:
 		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!bool" {
@@ -148,6 +156,9 @@ func decodeScalar(n *yaml.Node, v reflect.Value) error {
 	}
 	return nil
 }
+
+// unshowable says that a character is neither seen nor a space, and could make a text look like another.
+func unshowable(r rune) bool { return !unicode.IsPrint(r) && r != '\n' && r != '\t' }
 
 // decodeNumber takes decimal digits only, so that no number means another one to another reader.
 func decodeNumber(n *yaml.Node, v reflect.Value) error {

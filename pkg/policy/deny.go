@@ -44,6 +44,7 @@ func (l *DenyList) validate(d *document) {
 	if l.Spec.Reason == "" {
 		d.report("spec.reason", faultf("say why, for those who are refused", "is missing"))
 	}
+	d.report("spec.reason", checkOneLine(l.Spec.Reason))
 	l.Spec.NotAfter = l.Spec.NotAfter.UTC()
 	d.report("spec.notAfter", checkNotAfter(l.Spec.NotAfter))
 	if l.entries() == 0 {
@@ -86,6 +87,16 @@ func (l DenyList) hasIdentity(id string) bool {
 func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
 	for _, l := range s.denials {
 		if l.holds(now) && l.hasIdentity(id.String()) {
+			return l, true
+		}
+	}
+	return DenyList{}, false
+}
+
+// DeniedPerson is the list that has a person at now, if there is one.
+func (s *Set) DeniedPerson(name string, now time.Time) (DenyList, bool) {
+	for _, l := range s.DenyLists() {
+		if l.holds(now) && slices.Contains(l.Spec.People, name) {
 			return l, true
 		}
 	}

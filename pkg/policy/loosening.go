@@ -13,11 +13,11 @@ import (
 // Loosening is one thing that a set allows and another does not, in words.
 type Loosening struct {
 	// Resource is the kind and the name.
-	Resource string
+	Resource string `json:"resource"`
 	// Field is empty where it is about the resource as a whole.
-	Field string
+	Field string `json:"field,omitempty"`
 	// What became of it.
-	What string
+	What string `json:"what"`
 }
 
 // String gives "BypassPolicy backup: spec.maxDuration: 15m became 1h".
@@ -253,7 +253,7 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	grows(c, "spec.services", old.Services, &next.Services, equal)
 	grows(c, "spec.bindings", old.Bindings, &next.Bindings, equal)
 	grows(c, "spec.sources", old.Sources, &next.Sources, AddressRange.covers)
-	grows(c, "spec.requesters", old.Requesters, &next.Requesters, equal)
+	grows(c, "spec.requesters", old.Requesters, &next.Requesters, coversPattern)
 	settle(c, "spec.nodeAddresses", old.NodeAddresses, &next.NodeAddresses, next.NodeAddresses && !old.NodeAddresses)
 	settle(c, "spec.maxDuration", old.MaxDuration, &next.MaxDuration, next.MaxDuration.Duration > old.MaxDuration.Duration)
 	settle(c, "spec.ingress", old.Ingress, &next.Ingress, old.Ingress != "" && next.Ingress != old.Ingress)

@@ -1,6 +1,9 @@
 package policy
 
-import "regexp"
+import (
+	"regexp"
+	"strings"
+)
 
 const (
 	// MaxName is the longest name of a resource in bytes: it is a label in the kernel's maps.
@@ -20,6 +23,17 @@ var (
 	keyIDPattern  = regexp.MustCompile(`^sp:[0-9a-f]{16}$`)
 	devicePattern = regexp.MustCompile(`^[!-.0-9;-~]{1,15}$`)
 )
+
+// maxText is the longest text that is told to people, in bytes.
+const maxText = 512
+
+// checkOneLine tells why a text cannot be shown beside others, or gives nil.
+func checkOneLine(s string) error {
+	if len(s) > maxText || strings.ContainsAny(s, "\n\t") {
+		return faultf("shorten it to one line", "has %d bytes or more than one line; the most is %d", len(s), maxText)
+	}
+	return nil
+}
 
 // CheckName tells why s cannot be the name of a resource, or gives nil.
 func CheckName(s string) error {

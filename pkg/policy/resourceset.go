@@ -58,3 +58,8 @@ func (s *Set) Signers() int {
 	}
 	return max(int(s.sets[0].Spec.Signers), 1)
 }
+
+// PinnedSigner is whoever holds a key that a node's configuration names: somebody of its own, who may sign resources.
+func PinnedSigner(k PublicKey) Person {
+	return Person{Name: "pinned " + k.ID(), Keys: []Key{{PublicKey: k, Uses: []Use{UseResources}}}}
+}

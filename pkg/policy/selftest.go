@@ -54,6 +54,7 @@ func (t GrantTest) validate(d *document, field string) {
 	if t.Name == "" {
 		d.report(field+".name", faultf("say what it tests", "is missing"))
 	}
+	d.report(field+".name", checkOneLine(t.Name))
 	if t.Binding != "" {
 		d.report(field+".binding", CheckBinding(t.Binding))
 	}

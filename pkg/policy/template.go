@@ -45,7 +45,11 @@ func (t *GrantTemplate) validate(d *document) {
 	}
 	if len(t.Spec.Bindings) > 0 {
 		d.checkList("spec.bindings", t.Spec.Bindings, "list bindings that the policy allows, or leave it out")
+		for i, b := range t.Spec.Bindings {
+			d.report(fmt.Sprintf("spec.bindings[%d]", i), CheckBinding(b))
+		}
 	}
+	d.report("spec.reasonPrefix", checkOneLine(t.Spec.ReasonPrefix))
 	d.report("spec.ingress", CheckIngress(t.Spec.Ingress))
 	d.report("spec.maxBudget", CheckBudget(t.Spec.MaxBudget))
 	d.report("spec.maxDuration", checkMaxDuration(t.Spec.MaxDuration.Duration))

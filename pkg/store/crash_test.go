@@ -47,7 +47,7 @@ func work(path string, seed uint64) error {
 	}
 	for i := 0; ; i++ {
 		id := fmt.Sprintf("%d-%d", seed, i)
-		switch rng.IntN(5) {
+		switch rng.IntN(7) {
 		case 0, 1:
 			seq, err := s.Append(ctx, []byte("entry "+id))
 			if err != nil {
@@ -55,7 +55,9 @@ func work(path string, seed uint64) error {
 			}
 			fmt.Println("entry", seq, id)
 		case 2:
-			if err := s.Activate(ctx, testGrant(id), []byte("activated "+id)); err != nil {
+			row := testGrant(id)
+			row.Activated = latest(s)
+			if err := s.Activate(ctx, row, []byte("activated "+id)); err != nil {
 				return err
 			}
 			fmt.Println("active", id)
@@ -85,8 +87,28 @@ func work(path string, seed uint64) error {
 			}
 			s.CountFlow(produced)
 			fmt.Println("flow", produced)
+		case 5:
+			fmt.Println("try-said", id) // what is not acknowledged may be there all the same
+			if err := s.State(ctx, testStatement(id, StepWithdrawn), []byte("withdrawn "+id)); err != nil {
+				return err
+			}
+			fmt.Println("said", id)
+		case 6:
+			at := latest(s).Add(time.Second)
+			if err := s.See(ctx, at); err != nil {
+				return err
+			}
+			fmt.Println("seen", at.UnixNano())
 		}
 	}
+}
+
+// latest is a time that is not behind.
+func latest(s *Store) time.Time {
+	if at := s.Memory().Latest; !at.IsZero() {
+		return at
+	}
+	return testGrant("").Activated
 }
 
 // child is this test binary at work on a store.
@@ -152,12 +174,14 @@ type ledger struct {
 	entries map[uint64]string
 	active  map[string]bool
 	ended   map[string]bool
-	tried   uint64 // acknowledgements may have removed entries up to here
+	said    map[string]bool // withdrawn; false: perhaps
+	seen    int64           // wall clock, Unix ns
+	tried   uint64          // acknowledgements may have removed entries up to here
 	flow    uint64
 }
 
 func newLedger() *ledger {
-	return &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}}
+	return &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}, said: map[string]bool{}}
 }
 
 func (l *ledger) note(t *testing.T, line string) {
@@ -170,6 +194,12 @@ func (l *ledger) note(t *testing.T, line string) {
 		l.active[f[1]] = true
 	case "ended":
 		l.ended[f[1]] = true
+	case "try-said":
+		l.said[f[1]] = false
+	case "said":
+		l.said[f[1]] = true
+	case "seen":
+		l.seen = must(strconv.ParseInt(f[1], 10, 64))(t)
 	case "try-ack":
 		l.tried = max(l.tried, must(strconv.ParseUint(f[1], 10, 64))(t))
 	case "flow":
@@ -205,6 +235,22 @@ func (l *ledger) check(t *testing.T, path string) {
 			t.Errorf("grant %s can be used again: %v", id, err)
 		}
 	}
+	for id, sure := range l.said {
+		if !sure {
+			continue
+		}
+		if err := s.Activate(ctx, testGrant(id), nil); !errors.Is(err, ErrFinal) {
+			t.Errorf("withdrawn grant %s can be used: %v", id, err)
+		}
+	}
+	for _, said := range must(s.Statements(ctx))(t) {
+		if _, asked := l.said[said.Grant]; !asked {
+			t.Errorf("a statement about %s, which nobody made", said.Grant)
+		}
+	}
+	if got := s.Memory().Latest; l.seen != 0 && got.UnixNano() < l.seen {
+		t.Errorf("the latest time is %s, the child had said %d", got, l.seen)
+	}
 	for id := range l.ended {
 		if grants[id].State != StateRevoked {
 			t.Errorf("ended grant %s is %s", id, grants[id].State)
@@ -215,16 +261,26 @@ func (l *ledger) check(t *testing.T, path string) {
 	}
 }
 
-// Whatever was acknowledged is there after a kill at any moment, and the chains are whole.
+// killsEnv asks for another number of kills than the common run has.
+const killsEnv = "SALLYPORT_KILLS"
+
+// Whatever was acknowledged is there after a kill at any moment, and the chains are whole: nothing is lost, and nothing that
+// is over begins again.
 func TestKilled(t *testing.T) {
 	rounds := 25
 	if testing.Short() {
 		rounds = 5
 	}
-	path := testPath(t)
-	l := newLedger()
+	if text := os.Getenv(killsEnv); text != "" {
+		rounds = must(strconv.Atoi(text))(t)
+	}
+	var path string
+	var l *ledger
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	for round := range rounds {
+		if round%50 == 0 { // what there is takes time to check
+			path, l = testPath(t), newLedger()
+		}
 		c := startChild(t, path, uint64(round+1))
 		if rng.IntN(4) > 0 { // some die while they open
 			c.waitLines(t, 1)
@@ -238,5 +294,5 @@ func TestKilled(t *testing.T) {
 			t.Fatalf("in round %d", round)
 		}
 	}
-	t.Logf("%d entries, %d grants, %d flow numbers in %d rounds", len(l.entries), len(l.active), l.flow, rounds)
+	t.Logf("%d rounds; in the last store %d entries, %d grants, %d statements, %d flow numbers", rounds, len(l.entries), len(l.active), len(l.said), l.flow)
 }

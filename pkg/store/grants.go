@@ -125,6 +125,18 @@ func (s *Store) SetSlots(ctx context.Context, id string, slots []uint32) error {
 	return nil
 }
 
+// Grant returns one grant that the node activated: ErrNoGrant if there is none of that id.
+func (s *Store) Grant(ctx context.Context, id string) (GrantRow, error) {
+	g, err := scanGrant(s.db.QueryRowContext(ctx, selectGrants+` WHERE id = ?`, id))
+	if errors.Is(err, sql.ErrNoRows) {
+		err = ErrNoGrant
+	}
+	if err != nil {
+		return GrantRow{}, fmt.Errorf("read grant %q: %w", id, classify(err))
+	}
+	return g, nil
+}
+
 // Grants returns every grant that the node ever activated, oldest first.
 func (s *Store) Grants(ctx context.Context) ([]GrantRow, error) {
 	rows, err := s.db.QueryContext(ctx, selectGrants+` ORDER BY activated, id`)

@@ -91,11 +91,11 @@ func (s *Store) See(ctx context.Context, now time.Time) error {
 }
 
 // Vouch ends every doubt, in one durable transaction with the critical entry that tells of it: now is right, and this is
-// the node's store. Where it may have forgotten, now is the new floor.
-func (s *Store) Vouch(ctx context.Context, o Owner, now time.Time, event []byte) error {
+// the node's store. Where it may have forgotten, or called a time its floor that is still to come, floor is the new one.
+func (s *Store) Vouch(ctx context.Context, o Owner, now, floor time.Time, event []byte) error {
 	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
-		if h.doubt != "" {
-			h.floor = now.UnixNano()
+		if h.doubt != "" || h.floor > floor.UnixNano() {
+			h.floor = floor.UnixNano()
 		}
 		h.node, h.machine, h.doubt, h.latest = o.Node, o.Machine, "", now.UnixNano()
 		return appendEntry(ctx, tx, h, Item{Data: event})

@@ -45,7 +45,7 @@ func TestClockMark(t *testing.T) {
 	if got := s.Memory(); got != (Memory{Latest: noon.Add(time.Hour)}) {
 		t.Errorf("memory is %+v", got)
 	}
-	if err := s.Vouch(ctx, Owner{Node: "a"}, noon, []byte("vouched")); err != nil {
+	if err := s.Vouch(ctx, Owner{Node: "a"}, noon, noon, []byte("vouched")); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Activate(ctx, at(noon), []byte("event")); err != nil {
@@ -115,7 +115,7 @@ func TestDoubt(t *testing.T) {
 				s.Close()
 			}
 			s = openTest(t, path)
-			if err := errors.Join(s.Claim(ctx, c.second), s.Vouch(ctx, c.second, noon, nil), s.Close()); err != nil {
+			if err := errors.Join(s.Claim(ctx, c.second), s.Vouch(ctx, c.second, noon, noon.Add(time.Minute), nil), s.Close()); err != nil {
 				t.Fatal(err)
 			}
 			s = openTest(t, path)
@@ -124,7 +124,7 @@ func TestDoubt(t *testing.T) {
 			}
 			want := Memory{Latest: noon}
 			if c.says != "" {
-				want.Floor = noon
+				want.Floor = noon.Add(time.Minute)
 			}
 			if got := s.Memory(); got != want {
 				t.Errorf("after somebody vouched: %+v, want %+v", got, want)

@@ -11,7 +11,7 @@ import (
 )
 
 // layout is the version of the tables, kept in user_version. A change of a table is a new number.
-const layout = 2
+const layout = 3
 
 // applicationID marks the file as ours: "SPLY".
 const applicationID = 0x53504c59

@@ -201,8 +201,16 @@ func (rig *agentRig) activate(ctx context.Context, r *results, a netip.Addr) (id
 	if err != nil {
 		return "", err
 	}
+	challenge, err := rig.rpc.Challenge(ctx)
+	if err != nil {
+		return "", err
+	}
+	answer, err := grant.Answer(ctx, envelope, challenge, rig.key, time.Now())
+	if err != nil {
+		return "", err
+	}
 	began := time.Now()
-	g, err := rig.rpc.Activate(ctx, envelope)
+	g, err := rig.rpc.Activate(ctx, envelope, answer)
 	if err != nil {
 		return "", err
 	}

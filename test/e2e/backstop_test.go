@@ -136,7 +136,7 @@ func (w *world) forge(t *testing.T, pod *lab.Namespace, from, to netip.AddrPort)
 func TestBackstopIsPutBack(t *testing.T) {
 	leak.Check(t)
 	w := startWorld(t, options{})
-	for _, pin := range []string{"sp_cg_in", "sp_sklookup"} {
+	for _, pin := range []string{"sp_cg_in", "sp_cg_out", "sp_sklookup"} {
 		bpftool(t, nil, "link", "detach", "pinned", strings.Replace(w.pinned(pin), "/maps/", "/links/", 1))
 		start := time.Now()
 		waitUntil(t, "an alarm about "+pin, func() bool {

@@ -119,10 +119,10 @@ func (w *world) issue(t *testing.T, g wanted, more ...string) string {
 	return file
 }
 
-// open issues and activates.
+// open issues and activates, as alice does on the node.
 func (w *world) open(t *testing.T, g wanted) activated {
 	t.Helper()
-	return read[activated](t, w, "grant", "activate", w.issue(t, g))
+	return read[activated](t, w, "grant", "activate", w.issue(t, g), "--key", w.key)
 }
 
 func (w *world) revoke(t *testing.T, g activated) {

@@ -39,6 +39,9 @@ type options struct {
 	hooks    string // how programs are held; empty: auto
 	resource string // more YAML documents, after the world's own
 	booting  bool   // a node that is just starting: no device but lo, no identity provider
+
+	config     string        // more lines of the agent's configuration
+	identities []spiffeid.ID // that are served, beside the world's own
 }
 
 // world is a lab whose node has a Sallyport of real programs, and two services that say whom they saw: host-echo on
@@ -73,7 +76,7 @@ func newWorld(t *testing.T, o options) *world {
 		run: dir + "/run", state: dir + "/state", records: dir + "/records", recordsSocket: dir + "/records.sock",
 	}
 	if !o.booting {
-		w.serveIdentities(t)
+		w.serveIdentities(t, o.identities)
 	}
 	w.writeConfig(t, o)
 	w.makeKey(t)
@@ -111,13 +114,15 @@ func (w *world) socket(id spiffeid.ID) string {
 }
 
 // serveIdentities has a Workload API for each identity, on a socket of its own.
-func (w *world) serveIdentities(t *testing.T) {
+func (w *world) serveIdentities(t *testing.T, more []spiffeid.ID) {
 	t.Helper()
 	var err error
 	w.authority, err = devauthority.New(domain, devauthority.Options{})
 	must(t, err)
 	for _, path := range []string{"/sallyport/agent/" + nodeName, "/sallyport/proxy/" + nodeName, "/sallyport/collector", "/app/web", "/app/mallory"} {
-		id := spiffeid.RequireFromPath(domain, path)
+		more = append(more, spiffeid.RequireFromPath(domain, path))
+	}
+	for _, id := range more {
 		background(t, func(ctx context.Context) error { return w.authority.Serve(ctx, w.socket(id), id) })
 	}
 }
@@ -164,7 +169,7 @@ spec:
   collector: {address: "127.0.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   metrics: "127.0.0.1:9469"
   proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s}
-`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks))
+`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks)+o.config)
 	}
 	write(t, w.files.collector, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: CollectorConfig

@@ -53,7 +53,7 @@ func (b build) boot(ctx context.Context, o options, t tree, mods []module) repor
 // emulation is in software: the guest's kernel is the one under test, whatever the machine has.
 func arguments(image, initrd, result string) []string {
 	return []string{
-		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", memory, "-no-reboot", "-nic", "none", "-display", "none", "-monitor", "none",
+		"-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", memory, "-no-reboot", "-nic", "none", "-display", "none", "-monitor", "none",
 		"-serial", "stdio", "-serial", "file:" + result, "-kernel", image, "-initrd", initrd,
 		"-append", "console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on",
 	}

@@ -66,7 +66,7 @@ type build struct {
 }
 
 // commands are those of this machine that tests run.
-var commands = []string{"bpftool", "nft", "ip", "tc", "setpriv"}
+var commands = []string{"bpftool", "nft", "ip", "tc", "setpriv", "ss"}
 
 // shell has cat, sh, sleep and their like, without libraries.
 const shell = "/bin/busybox"

@@ -1,0 +1,88 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// ErrLooser says that resources would allow more than those in force, and that too few have signed that.
+var ErrLooser = errors.New("looser than what is in force")
+
+// maxTold bounds how many loosenings one refusal tells; the rest are counted.
+const maxTold = 10
+
+// signedSets holds what is put to work to what people have signed (invariant 15): whoever writes the directory and has no
+// key can only tighten.
+type signedSets struct {
+	dir    string             // where the signatures are
+	pinned []policy.PublicKey // of the node's own configuration; they sign the first set, and any later one
+	now    func() time.Time   // wall clock
+}
+
+// admit gives nil for a set that is nowhere looser than the last one, and for one that is signed, with a higher version, by as
+// many people as the last one asks for, with keys that the last one knows. last is nil for the first set of the node.
+func (s *signedSets) admit(last, next *policy.Set) error {
+	looser := policy.Loosenings(last, next)
+	if len(looser) == 0 {
+		return nil
+	}
+	if err := s.signed(last, next); err != nil {
+		return errors.Join(append([]error{err}, told(looser)...)...)
+	}
+	return nil
+}
+
+func (s *signedSets) signed(last, next *policy.Set) error {
+	file := filepath.Join(s.dir, policy.SignatureFile)
+	refuse := func(hint, format string, args ...any) error {
+		return &policy.Error{File: file, Msg: "these resources are kept out: " + fmt.Sprintf(format, args...), Hint: hint, Err: ErrLooser}
+	}
+	if next.Version() <= last.Version() {
+		return refuse("raise the version of the ResourceSet, and sign it with `sallyport policy sign`",
+			"the version %d is not higher than %d, and they are looser than what is in force", next.Version(), last.Version())
+	}
+	envelope, err := readSignatures(file)
+	if err != nil {
+		return refuse("sign them with `sallyport policy sign`", "they are looser than what is in force, and not signed: %s", oneLine(err.Error()))
+	}
+	keys := append(last.Keyrings(), s.pinnedKeys())
+	if _, err := grant.VerifyResources(envelope, next, keys, last.Signers(), s.now()); err != nil {
+		return refuse("sign them with `sallyport policy sign`", "they are looser than what is in force, and %s", oneLine(err.Error()))
+	}
+	return nil
+}
+
+// pinnedKeys are those of the configuration, each as somebody of its own.
+func (s *signedSets) pinnedKeys() policy.Keyring {
+	ring := policy.Keyring{}
+	for _, k := range s.pinned {
+		ring.Spec.People = append(ring.Spec.People, policy.PinnedSigner(k))
+	}
+	return ring
+}
+
+func told(looser []policy.Loosening) (errs []error) {
+	for i, l := range looser {
+		if i == maxTold {
+			return append(errs, fmt.Errorf("%w: and %d more", ErrLooser, len(looser)-maxTold))
+		}
+		errs = append(errs, fmt.Errorf("%w: %s", ErrLooser, l))
+	}
+	return errs
+}
+
+func readSignatures(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, grant.MaxEnvelope+1))
+}

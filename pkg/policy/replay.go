@@ -1,0 +1,84 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Seen is a flow that a node has decided on, as its record tells.
+type Seen struct {
+	Protocol string // tcp or udp, in letters of either size; empty: tcp
+	Server   netip.AddrPort
+	// Passed says that it got through, by the proxy or around it.
+	Passed bool
+	// Identity is what the client proved; zero: nothing, or it went around the proxy.
+	Identity spiffeid.ID
+	// Bypassed says that it went around the proxy, under Grant; nil where that is not at hand.
+	Bypassed bool
+	Grant    *GrantFacts
+	// Unauthorised says that it was refused for the identity, not for what else was wrong with it.
+	Unauthorised bool
+	At           time.Time // by the wall clock
+}
+
+// Fate is what becomes of a flow under another set.
+type Fate string
+
+// Fates of a flow.
+const (
+	FateSame    Fate = "same"
+	FatePasses  Fate = "would pass"  // it was refused
+	FateBreaks  Fate = "would break" // it had passed
+	FateUnknown Fate = "not known"
+)
+
+// Replay says what would become of a flow under the set, and why. Whether a proxy listened, packets were in order and budgets
+// held is taken to be as it was.
+func (s *Set) Replay(f Seen) (Fate, string) {
+	passes, known, why := s.would(f)
+	switch {
+	case !known:
+		return FateUnknown, why
+	case passes == f.Passed:
+		return FateSame, why
+	case passes:
+		return FatePasses, why
+	}
+	return FateBreaks, why
+}
+
+// would is the decision by the evaluators that the node has.
+func (s *Set) would(f Seen) (passes, known bool, why string) {
+	svc, ok := s.ServiceSeen(f)
+	switch {
+	case !ok:
+		return true, true, "no protected service is there"
+	case f.Bypassed && f.Grant == nil:
+		return false, false, "what its grant says is not at hand"
+	case f.Bypassed:
+		a := s.Evaluate(*f.Grant)
+		if a.Allowed {
+			return true, true, a.Rule
+		}
+		return false, true, Errors(a.Err())[0].Error()
+	case !f.Identity.IsZero() && (f.Passed || f.Unauthorised) && svc.Spec.Protocol == ProtocolTCP:
+		d := s.Authorise(svc.Name, f.Identity, f.At)
+		if d.Allowed {
+			return true, true, d.Rule
+		}
+		return false, true, fmt.Sprintf("%s: %s", svc.Name, d.Near[0])
+	case f.Passed:
+		return false, true, fmt.Sprintf("%s asks for an identity", svc.Name)
+	}
+	return false, true, "it was refused for something else"
+}
+
+// ServiceSeen is the service that the set has where the flow went.
+func (s *Set) ServiceSeen(f Seen) (ProtectedService, bool) {
+	return s.ServiceAt(cmp.Or(strings.ToUpper(f.Protocol), ProtocolTCP), f.Server)
+}

@@ -1,0 +1,238 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+)
+
+const (
+	// benchShort is how many paths are held where `make bench-grants` does not say: what a run of all tests has time for.
+	benchShort = 100
+	// benchAim is what a request may take at the 99th percentile, with 10,000 active paths.
+	benchAim = 10 * time.Millisecond
+	// benchRequests are measured one after the other.
+	benchRequests = 1000
+)
+
+// TestBenchGrants measures how long a workload waits for its path while others hold many, each by a connection of its own,
+// and what that costs the agent. It prints Markdown.
+func TestBenchGrants(t *testing.T) {
+	leak.Check(t)
+	paths, requests := benchShort, benchShort
+	if v := os.Getenv("BENCH_PATHS"); v != "" {
+		var err error
+		paths, err = strconv.Atoi(v)
+		must(t, err)
+		requests = benchRequests
+	}
+	w := newWorld(t, options{plain: true, resource: automationPolicy("host-echo"), identities: []spiffeid.ID{nightly},
+		config: "  automation: {listen: [\"[::]:9470\"], requestsPerMinute: 1000000, pathsPerIdentity: 65536}\n"})
+	for _, d := range []*daemon{w.agent, w.guard} {
+		d.start(t)
+	}
+	b := newCrowd(t, w)
+	before := residentKiB(t, w.agent.proc.Pid())
+	began := time.Now()
+	var crowd errgroup.Group
+	crowd.SetLimit(32)
+	for i := range paths {
+		crowd.Go(func() error {
+			h, err := b.member(t.Context(), i)
+			if err != nil {
+				return fmt.Errorf("path %d: %w", i, err)
+			}
+			_, err = h.open(t.Context())
+			return err
+		})
+	}
+	must(t, crowd.Wait())
+	filled := time.Since(began)
+	if n := w.openPaths(t); n != paths {
+		t.Fatalf("%d paths are open, want %d", n, paths)
+	}
+	after := residentKiB(t, w.agent.proc.Pid())
+
+	one, err := b.member(t.Context(), paths)
+	must(t, err)
+	var opens, closes []time.Duration
+	for range requests {
+		start := time.Now()
+		stream, err := one.open(t.Context())
+		must(t, err)
+		opens = append(opens, time.Since(start))
+		start = time.Now()
+		must(t, one.close(stream))
+		closes = append(closes, time.Since(start))
+	}
+	floor := syncFloor(t, w.files.state, requests)
+	var load [3]string
+	text, _ := os.ReadFile("/proc/loadavg")
+	copy(load[:], strings.Fields(string(text)))
+	t.Logf(`
+
+# Figures of grants for automation
+
+Taken by `+"`make bench-grants`"+` on %d cores, load %s; %d paths active, each held by a workload of its own over mTLS.
+
+| what | p50 | p99 | most |
+| --- | --- | --- | --- |
+| request to open path, on a connection that is there | %s |
+| giving it back to closed path | %s |
+| for comparison: one write with its fsync on the disk of stateDir | %s |
+
+| what | figure |
+| --- | --- |
+| aimed at for a request, p99 | %s: %s |
+| opening the %d paths, handshakes included, 32 at a time | %s |
+| the agent's resident memory before them | %.0f MiB |
+| the agent's resident memory with them | %.0f MiB, %.1f KiB for each |
+`, runtime.NumCPU(), strings.Join(load[:], " "), paths, row(opens), row(closes), row(floor),
+		benchAim, verdictOn(quantile(opens, 99) <= benchAim), paths, filled.Round(time.Millisecond),
+		float64(before)/1024, float64(after)/1024, float64(after-before)/float64(paths))
+}
+
+// crowd is many workloads with addresses of their own, behind the client.
+type crowd struct {
+	w      *world
+	source *identity.Source
+}
+
+func newCrowd(t *testing.T, w *world) *crowd {
+	t.Helper()
+	_, behind, _ := net.ParseCIDR("10.64.0.0/12")
+	lo, err := w.Client.Netlink.LinkByName("lo")
+	must(t, err)
+	must(t, w.Client.Netlink.LinkSetUp(lo))
+	must(t, w.Client.Netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: behind, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST}))
+	must(t, w.Node.Netlink.RouteAdd(&netlink.Route{Dst: behind, Gw: w.Client.Addr(lab.IPv4).AsSlice()}))
+	c := &crowd{w: w}
+	c.source, err = identity.New(identity.Config{Address: "unix://" + w.socket(nightly), MinRetry: 10 * time.Millisecond})
+	must(t, err)
+	background(t, c.source.Run)
+	must(t, c.source.Wait(within(t, patience)))
+	return c
+}
+
+// benchMember is one workload with its connection.
+type benchMember struct{ rpc api.AutomationClient }
+
+// member connects the i-th, with its handshake.
+func (c *crowd) member(ctx context.Context, i int) (*benchMember, error) {
+	local := netip.AddrFrom4([4]byte{10, byte(64 + i>>16), byte(i >> 8), byte(i)})
+	to := netip.AddrPortFrom(c.w.Node.Addr(lab.IPv4), 9470)
+	agent := spiffeid.RequireFromPath(domain, "/sallyport/agent/"+nodeName)
+	conn, err := grpc.NewClient("passthrough:///"+to.String(),
+		grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(c.source, c.source, tlsconfig.AuthorizeID(agent)))),
+		grpc.WithReadBufferSize(1<<10), grpc.WithWriteBufferSize(1<<10),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return c.w.Client.Dial(ctx, netip.AddrPortFrom(local, 0), to)
+		}))
+	if err != nil {
+		return nil, err
+	}
+	conn.Connect()
+	context.AfterFunc(ctx, func() { conn.Close() })
+	for state := conn.GetState(); state.String() != "READY"; state = conn.GetState() {
+		if !conn.WaitForStateChange(ctx, state) {
+			return nil, ctx.Err()
+		}
+	}
+	return &benchMember{api.NewAutomationClient(conn)}, nil
+}
+
+func (m *benchMember) open(ctx context.Context) (api.Automation_HoldClient, error) {
+	stream, err := m.rpc.Hold(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = stream.Send(&api.HoldRequest{Want: &api.HoldRequest_Path{Path: &api.PathRequest{Service: "host-echo",
+		Duration: durationpb.New(10 * time.Minute), Reason: "measured"}}})
+	if err != nil {
+		return nil, err
+	}
+	_, err = stream.Recv()
+	return stream, err
+}
+
+func (m *benchMember) close(stream api.Automation_HoldClient) error {
+	if err := stream.CloseSend(); err != nil {
+		return err
+	}
+	if _, err := stream.Recv(); err == nil {
+		return fmt.Errorf("another word after the path was given back")
+	}
+	return nil
+}
+
+// residentKiB is what of a process is in memory.
+func residentKiB(t *testing.T, pid int) int {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(t, err)
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			n, err := strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(rest), " kB"))
+			must(t, err)
+			return n
+		}
+	}
+	t.Fatal("no VmRSS")
+	return 0
+}
+
+// syncFloor times what no durable record can do without.
+func syncFloor(t *testing.T, dir string, n int) (took []time.Duration) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, "floor"))
+	must(t, err)
+	defer os.Remove(f.Name())
+	defer f.Close()
+	for range n {
+		start := time.Now()
+		_, err := f.Write(make([]byte, 4096))
+		must(t, err)
+		must(t, f.Sync())
+		took = append(took, time.Since(start))
+	}
+	return took
+}
+
+func verdictOn(met bool) string {
+	if met {
+		return "met"
+	}
+	return "missed"
+}
+
+func quantile(all []time.Duration, percent int) time.Duration {
+	sorted := slices.Sorted(slices.Values(all))
+	return sorted[min(len(sorted)*percent/100, len(sorted)-1)]
+}
+
+func row(all []time.Duration) string {
+	return fmt.Sprintf("%s | %s | %s", quantile(all, 50).Round(10*time.Microsecond), quantile(all, 99).Round(10*time.Microsecond), quantile(all, 100).Round(10*time.Microsecond))
+}

@@ -1,0 +1,208 @@
+package e2e_test
+
+import (
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+)
+
+var nightly = spiffeid.RequireFromPath(domain, "/backup/nightly") // may ask for paths
+
+// automationConfig has the agent take requests; automationPolicy lets nightly ask.
+const automationConfig = "  automation: {listen: [\"[::]:9470\"]}\n"
+
+func automationPolicy(services string) string {
+	return strings.NewReplacer("bindings: [address]", "bindings: [address, workload]", "requesters: [alice]", `requesters: ["spiffe://example.org/backup/*"]`,
+		"nodeAddresses: true", "nodeAddresses: false").Replace(bypassPolicy("automation", services))
+}
+
+// execIn starts `sallyport exec` as nightly in a namespace.
+func (w *world) execIn(t *testing.T, ns *lab.Namespace, id spiffeid.ID, flags []string, command ...string) *lab.Process {
+	t.Helper()
+	args := append([]string{"exec", "--workload-api", "unix://" + w.socket(id), "--reason", "nightly backup"}, flags...)
+	p, err := ns.Start(exec.Command(filepath.Join(w.bin, "sallyport"), append(append(args, "--"), command...)...))
+	must(t, err)
+	return p
+}
+
+// exitCode gives the exit code of a process that ends, or minus the signal.
+func exitCode(t *testing.T, p *lab.Process) int {
+	t.Helper()
+	err := p.Wait(within(t, patience))
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	switch {
+	case err == nil:
+		return 0
+	case !ok:
+		t.Fatalf("%v\n%s", err, p.Output())
+	}
+	status, _ := exit.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		return -int(status.Signal())
+	}
+	return status.ExitStatus()
+}
+
+// openPaths counts the paths that are open on the node.
+func (w *world) openPaths(t *testing.T) int {
+	t.Helper()
+	return strings.Count(w.cli(t, "paths", "-o", "json"), `"active"`)
+}
+
+// TestExecPostgres: an unchanged pg_dump reads a protected database from a workload that has no more than an identity, and
+// nobody does before, after or beside it.
+func TestExecPostgres(t *testing.T) {
+	leak.Check(t)
+	w := newWorld(t, options{resource: postgresResources(t) + automationPolicy("pg-host, pg-pod"), config: automationConfig, identities: []spiffeid.ID{nightly}})
+	bin := postgresBin(t)
+	w.startPostgres(t, w.Node)
+	local := filepath.Join(w.Dir, "pg-"+w.Node.Name)
+	_, err := w.Node.Run(within(t, patience), filepath.Join(bin, "psql"), "-X", "-h", local, "-U", "postgres", "-c",
+		"CREATE TABLE books AS SELECT n, 'title ' || n AS title FROM generate_series(1, 20000) n")
+	must(t, err)
+	for _, d := range []*daemon{w.collector, w.agent, w.guard} {
+		d.start(t)
+	}
+	for _, c := range []struct {
+		name    string
+		ns      *lab.Namespace
+		binding string
+	}{{"from elsewhere", w.Client, "address"}, {"from a pod", w.Pods[1], "address"}, {"on the node", w.Node, "workload"}} {
+		for _, f := range lab.Families() {
+			t.Run(fmt.Sprintf("%s/%s", c.name, f), func(t *testing.T) {
+				at := w.Node.Addr(f).String()
+				dump := []string{filepath.Join(bin, "pg_dump"), "-w", "-d", fmt.Sprintf("host=%s port=%d user=postgres dbname=postgres connect_timeout=3", at, postgresPort)}
+				alone := func(when string) {
+					t.Helper()
+					if out, err := c.ns.Run(within(t, patience), dump[0], dump[1:]...); err == nil {
+						t.Errorf("%s: pg_dump without a path got %d bytes", when, len(out))
+					}
+				}
+				alone("before")
+				p := w.execIn(t, c.ns, nightly, []string{"--agent", at, "--service", "pg-host", "--for", "5m", "--binding", c.binding}, dump...)
+				if code := exitCode(t, p); code != 0 || !strings.Contains(p.Output(), "20000\ttitle 20000") || !strings.Contains(p.Output(), "note: path to pg-host on node-1") {
+					t.Errorf("pg_dump ended with %d:\n%.2000s", code, p.Output())
+				}
+				if n := w.openPaths(t); n != 0 {
+					t.Errorf("%d paths are left", n)
+				}
+				alone("after")
+			})
+		}
+	}
+	w.agent.stop(t)
+}
+
+// TestExec: the command's exit code and signals are its own, and nothing is left of a path when exec dies, whichever way.
+func TestExec(t *testing.T) {
+	leak.Check(t)
+	w := newWorld(t, options{resource: automationPolicy("host-echo"), config: automationConfig, identities: []spiffeid.ID{nightly}})
+	for _, d := range []*daemon{w.collector, w.agent, w.guard} {
+		d.start(t)
+	}
+	flags := []string{"--agent", w.Node.Addr(lab.IPv4).String(), "--service", "host-echo", "--for", "5m"}
+	run := func(id spiffeid.ID, command ...string) *lab.Process {
+		return w.execIn(t, w.Client, id, flags, command...)
+	}
+	for _, c := range []struct {
+		name    string
+		id      spiffeid.ID
+		command []string
+		code    int
+		says    string
+	}{
+		{"success", nightly, []string{"true"}, 0, "note: path to host-echo on node-1 for 10.1.0.2 until"},
+		{"its own code", nightly, []string{"sh", "-c", "exit 7"}, 7, ""},
+		{"ended by a signal", nightly, []string{"sh", "-c", "kill -KILL $$"}, 128 + 9, ""},
+		{"not there", nightly, []string{"no-such-program"}, 127, "hint: "},
+		{"not allowed", mallory, []string{"true"}, 3, "spiffe://example.org/app/mallory"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := run(c.id, c.command...)
+			if code := exitCode(t, p); code != c.code || !strings.Contains(p.Output(), c.says) {
+				t.Errorf("ended with %d, want %d:\n%s", code, c.code, p.Output())
+			}
+			if n := w.openPaths(t); n != 0 {
+				t.Errorf("%d paths are left", n)
+			}
+		})
+	}
+	t.Run("no agent there", func(t *testing.T) {
+		p := w.execIn(t, w.Client, nightly, []string{"--agent", "10.1.0.1:9", "--service", "host-echo"}, "true")
+		if code := exitCode(t, p); code != 4 || !strings.Contains(p.Output(), "hint: check --agent") {
+			t.Errorf("ended with %d:\n%s", code, p.Output())
+		}
+	})
+	waits := []string{"sh", "-c", "trap 'exit 9' TERM; echo ready $$; while :; do sleep 0.1; done"}
+	begin := func() (p *lab.Process, child int) {
+		t.Helper()
+		p = run(nightly, waits...)
+		waitUntil(t, "the command", func() bool {
+			_, after, ok := strings.Cut(p.Output(), "ready ")
+			pid, _, whole := strings.Cut(after, "\n")
+			child, _ = strconv.Atoi(pid)
+			return ok && whole
+		})
+		if n := w.openPaths(t); n != 1 {
+			t.Fatalf("%d paths are open:\n%s", n, p.Output())
+		}
+		return p, child
+	}
+	gone := func(when string) {
+		t.Helper()
+		waitUntil(t, "the end of the path: "+when, func() bool { return w.openPaths(t) == 0 })
+	}
+	t.Run("signal", func(t *testing.T) {
+		p, _ := begin()
+		must(t, p.Signal(syscall.SIGTERM))
+		if code := exitCode(t, p); code != 9 {
+			t.Errorf("ended with %d:\n%s", code, p.Output())
+		}
+		gone("signal")
+	})
+	t.Run("killed", func(t *testing.T) {
+		p, child := begin()
+		must(t, p.Kill())
+		gone("killed")
+		waitUntil(t, "the end of the command", func() bool { return errors.Is(syscall.Kill(child, 0), syscall.ESRCH) })
+	})
+	t.Run("frozen", func(t *testing.T) {
+		p, _ := begin()
+		since := time.Now()
+		must(t, p.Signal(syscall.SIGSTOP))
+		gone("frozen")
+		if d := time.Since(since); d > 18*time.Second {
+			t.Errorf("after %s", d)
+		}
+		must(t, p.Signal(syscall.SIGCONT))
+		waitUntil(t, "the note", func() bool { return strings.Contains(p.Output(), "path on node-1 ended") })
+		must(t, p.Signal(syscall.SIGTERM))
+		exitCode(t, p)
+	})
+	t.Run("the agent restarts", func(t *testing.T) {
+		p, _ := begin()
+		w.agent.kill(t)
+		w.agent.start(t)
+		for until := time.Now().Add(17 * time.Second); time.Now().Before(until); time.Sleep(500 * time.Millisecond) {
+			if n := w.openPaths(t); n != 1 {
+				t.Fatalf("%d paths are open:\n%s", n, p.Output())
+			}
+		}
+		must(t, p.Signal(syscall.SIGTERM))
+		if code := exitCode(t, p); code != 9 || strings.Contains(p.Output(), "ended:") {
+			t.Errorf("ended with %d:\n%s", code, p.Output())
+		}
+		gone("given back")
+	})
+}
