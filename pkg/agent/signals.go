@@ -95,7 +95,10 @@ func (g *grants) heedActive(ctx context.Context, h *held, rules []policy.SignalR
 	if len(rules) > 0 {
 		wall := g.clock.wall()
 		said := slices.Concat(g.said(), signal.NearBudget(mostUsed(paths), rules, wall))
-		if err := g.lessen(ctx, h, signal.Fold(h.limits.Limits, h.facts(), rules, said, wall), wall, now); err != nil {
+		l := signal.Fold(h.limits.Limits, h.facts(), rules, said, wall)
+		if l.Revoked { // the end of the grant tells of it
+			h.limits.Limits = l
+		} else if err := g.lessen(ctx, h, l, wall, now); err != nil {
 			return false, err
 		}
 	}
@@ -108,12 +111,12 @@ func (g *grants) heedActive(ctx context.Context, h *held, rules []policy.SignalR
 
 // lessen records that a grant has less than before.
 func (g *grants) lessen(ctx context.Context, h *held, l signal.Limits, wall time.Time, now time.Duration) error {
-	if was := h.limits; l.Revoked == was.Revoked && l.End.Equal(was.End) && l.Budget == was.Budget && len(l.Reasons) == len(was.Reasons) {
+	if was := h.limits; l.End.Equal(was.End) && l.Budget == was.Budget && len(l.Reasons) == len(was.Reasons) {
 		return nil
 	}
 	before := h.limits
-	if h.limits.Limits = l; l.End.Before(h.row.Deadline) {
-		h.limits.Boot = now + l.End.Sub(wall)
+	if h.limits.Limits = l; l.End.Before(before.End) { // converted once: the wall clock may be set later
+		h.limits.Boot = min(now+l.End.Sub(wall), h.ends())
 	}
 	event := newEvent(stepSignalled, "agent", strings.Join(l.Reasons, "; "), g.clock)
 	describe(event, h)
@@ -122,13 +125,11 @@ func (g *grants) lessen(ctx context.Context, h *held, l signal.Limits, wall time
 		err = g.keepLimits(ctx, h, data)
 	}
 	if err != nil {
-		if !l.Revoked { // what takes all of it does not wait for its record
-			h.limits = before
-		}
+		h.limits = before
 		return fmt.Errorf("record signal: %w", err)
 	}
 	g.events.count(stepSignalled)
-	g.log.Warn("grant has less by signals", "grant", h.row.ID, "revoked", l.Revoked, "end", l.End, "budget", l.Budget, "why", l.Reasons)
+	g.log.Warn("grant has less by signals", "grant", h.row.ID, "end", l.End, "budget", l.Budget, "why", l.Reasons)
 	g.kick()
 	return nil
 }
