@@ -273,18 +273,19 @@ func (in *installed) testGrants() {
 	if len(paths.Paths) != 2 || paths.Paths[0].State != "active" || paths.Paths[0].Grant != g.Id || paths.Paths[0].Left.AsDuration() <= 0 {
 		t.Errorf("paths: %v", paths)
 	}
+	server := in.lab.Node.Addr(lab.IPv4).String()
 	for _, c := range []struct{ client, identity, verdict, reason string }{
 		{clientA.String(), "", "BYPASSED", "PATH_OPEN"},
 		{"10.1.0.77", "", "DENIED", "NO_LISTENER"}, // no proxy runs here
 		{"10.1.0.77", "spiffe://example.org/a", "DENIED", "NOT_AUTHORISED"},
 	} {
-		e, err := agent.Explain(ctx, &api.ExplainRequest{Client: c.client, Server: "10.2.0.2:5433", Identity: c.identity})
+		e, err := agent.Explain(ctx, &api.ExplainRequest{Client: c.client, Server: server + ":5433", Identity: c.identity})
 		must(t, err)
 		if e.Verdict != c.verdict || e.Reason != c.reason || e.Service != "postgres" || len(e.Lines) < 2 {
 			t.Errorf("explain %s %s: %v", c.client, c.identity, e)
 		}
 	}
-	if e, err := agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Server: "10.2.0.2:80"}); err != nil || e.Verdict != "NONE" {
+	if e, err := agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Server: server + ":80"}); err != nil || e.Verdict != "NONE" {
 		t.Errorf("explain an unprotected port: %v, %v", e, err)
 	}
 	_, err = agent.Explain(ctx, &api.ExplainRequest{Client: "10.1.0.2", Service: "postgers"})
