@@ -57,7 +57,7 @@ type execution struct {
 func (c *cli) exec() *cobra.Command {
 	var e execution
 	cmd := &cobra.Command{
-		Use:   "exec -- COMMAND [ARGUMENT...]",
+		Use:   "exec [flags] -- COMMAND [ARGUMENT...]",
 		Short: "Run a command with paths around the proxy that end with it",
 		Long: `Ask the agent of each node that serves a service for a path, with our own identity, run the
 command, and give the paths back when it ends, or when this process does. Signals go on to the command,
@@ -124,7 +124,7 @@ func (c *cli) execute(ctx context.Context, e *execution, command []string) error
 func (e *execution) request(command []string) (*api.PathRequest, error) {
 	switch {
 	case len(command) == 0:
-		return nil, withHint(usagef("run command: there is none"), "write it behind --: sallyport exec --service postgres --reason backup -- pg_dump shop")
+		return nil, withHint(usagef("run command: there is none"), "write it behind --: sallyport exec --agent HOST --service postgres --reason backup -- pg_dump shop")
 	case e.service == "":
 		return nil, withHint(usagef("ask for path: no service is named"), "name it with --service")
 	case len(e.agents) == 0:

@@ -24,6 +24,11 @@ func (c *cli) grants() *cobra.Command {
   sallyport grants --collector 10.9.0.1:9443 --follow`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if look.watch || look.used {
+				if err := nodeOnly(cmd, look); err != nil {
+					return err
+				}
+			}
 			if look.watch {
 				return c.watchGrants(cmd.Context())
 			}
@@ -51,6 +56,19 @@ func (c *cli) grants() *cobra.Command {
 	f.StringVar(&since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now (collector only)")
 	f.Uint32Var(&q.Limit, "limit", newestRecords, "the newest `N` events (collector only)")
 	return cmd
+}
+
+// nodeOnly refuses what would ask another place than this node's agent.
+func nodeOnly(cmd *cobra.Command, look looks) error {
+	if look.watch && look.used {
+		return withHint(usagef("--watch and --used are two views"), "give one of them")
+	}
+	for _, flag := range []string{"collector", "follow", "node", "grant", "since", "limit"} {
+		if cmd.Flags().Changed(flag) {
+			return withHint(usagef("--%s asks the collector; --watch and --used show the grants of this node", flag), "leave one of them out")
+		}
+	}
+	return nil
 }
 
 // nodeGrants shows the grants that the agent knows.

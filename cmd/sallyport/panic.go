@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -22,12 +24,17 @@ panic; grants that it ended stay ended.`,
   sallyport panic --lift --why "rotated, see OPS-17"`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
+			err := c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				if lift {
 					return c.liftPanic(ctx, a, why)
 				}
 				return c.callPanic(ctx, a, why)
 			})
+			if errors.Is(err, client.ErrUnreachable) && !lift {
+				return withHint(fmt.Errorf("it is not known whether paths were closed: %w", err),
+					"live paths run to their deadlines: `systemctl restart sallyport-agent` and call it again, or revoke them by hand as ARCHITECTURE.md shows")
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()

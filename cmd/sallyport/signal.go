@@ -17,21 +17,28 @@ func (c *cli) signal() *cobra.Command {
 	s := &api.SignalRequest{}
 	var lasts, endIn time.Duration
 	var maxBytes string
+	var all, well bool
 	cmd := &cobra.Command{
 		Use:   "signal",
 		Short: "Say something about grants that takes from them: end sooner, less budget, none at all",
 		Long: `Say something about the grants of this node, as one of the sources that their policies name: a
 posture check, an incident, a risk engine. What is said counts for a time (--for), about the grants
 that fit everything that is given, and takes the place of what the source said before about the same.
-It never gives anything: what it takes from an active grant stays taken when it lapses. Without
---revoke, --end-in and --max-bytes it says that all is well, which some policies require.`,
-		Example: `  sallyport signal --source posture --client 10.1.0.2 --for 5m
+It never gives anything: what it takes from an active grant stays taken when it lapses. With --ok it
+says that all is well, which some policies require.`,
+		Example: `  sallyport signal --source posture --client 10.1.0.2 --ok --for 5m
   sallyport signal --source incident --service postgres --end-in 10m --for 1h --reason "INC-7"
   sallyport signal --source risk --requester alice --revoke --for 24h --reason "account taken over"`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if s.Source == "" || lasts <= 0 {
 				return withHint(usagef("signal needs --source and --for"), "a signal counts for a time, like 5m, and is given again")
+			}
+			if takes := s.Revoke || maxBytes != "" || cmd.Flags().Changed("end-in"); takes == well {
+				return withHint(usagef("signal takes something, or says that all is well"), "give --revoke, --end-in or --max-bytes; or --ok, which takes the place of what the source said before")
+			}
+			if about := s.Grant + s.Requester + s.Service + s.Clients; (about == "") != all {
+				return withHint(usagef("signal is about something, or about every grant"), "give --grant, --requester, --service or --client; or --all")
 			}
 			s.Until = timestamppb.New(c.now().Add(lasts))
 			if cmd.Flags().Changed("end-in") {
@@ -50,9 +57,11 @@ It never gives anything: what it takes from an active grant stays taken when it 
 	f.StringVar(&s.Requester, "requester", "", "about the grants of this `NAME`")
 	f.StringVar(&s.Service, "service", "", "about grants for this `SERVICE`")
 	f.StringVar(&s.Clients, "client", "", "about grants with a client at this `ADDRESS`, or in this prefix")
+	f.BoolVar(&all, "all", false, "about every grant")
 	f.BoolVar(&s.Revoke, "revoke", false, "revoke them, and refuse others")
 	f.DurationVar(&endIn, "end-in", 0, "they end after this `DURATION` from now at the latest")
 	f.StringVar(&maxBytes, "max-bytes", "", "no path of them carries more than this `SIZE`")
+	f.BoolVar(&well, "ok", false, "all is well")
 	f.DurationVar(&lasts, "for", 0, "it counts for this `DURATION`")
 	f.StringVar(&s.Reason, "reason", "", "`TEXT` for those whose grants it touches, and for the record")
 	return cmd

@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
@@ -108,7 +109,7 @@ func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
 	if err != nil {
 		return err
 	}
-	if s.step == grant.StepWithdrawn {
+	if s.step == grant.StepWithdrawn && len(s.resources) == 0 {
 		s.by = either(s.by, about.requester)
 	}
 	t := newTable(c.stderr)
@@ -119,6 +120,9 @@ func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
 	signed, err := c.sign(ctx, s, grant.Statement{Grant: about.id, Digest: about.digest}, fmt.Sprintf("say that it is %s, for good?", s.step))
 	if err != nil {
 		return err
+	}
+	if s.step == grant.StepWithdrawn && s.by != about.requester {
+		return refused(withHint(fmt.Errorf("%s asked for it, and %s cannot withdraw it", about.requester, s.by), "`sallyport grant deny` is for those who could approve it"))
 	}
 	if s.out != "" {
 		return c.writeSigned(s.out, signed, "sallyport grant record "+s.out+" "+name)
@@ -254,6 +258,9 @@ func (c *cli) record(ctx context.Context, signed, envelope []byte) error {
 		}
 		return c.show(recorded{said.Step, said.By, said.Grant, g.GetState()}, func(t *table) {
 			t.row("recorded", fmt.Sprintf("%s by %s, for good", said.Step, said.By))
+			if said.Step == grant.StepVouched {
+				t.row("next", "grants that begin from now on: sallyport grant issue --not-before "+stamp(timestamppb.New(c.now()))+"; older ones are signed anew")
+			}
 			if said.Grant != "" {
 				t.row("grant", said.Grant)
 				t.row("state", either(g.GetState(), "never activated on this node"))

@@ -45,7 +45,7 @@ func healthy(s *api.StatusReply) error {
 	case problems > 0:
 		return refused(withHint(fmt.Errorf("the node has %s", plural(problems, "problem")), "each has a line PROBLEM with what to do"))
 	case s.GetPanic() != "":
-		return refused(withHint(errors.New("a panic stands"), "root lifts it with `sallyport panic --lift`"))
+		return refused(withHint(errors.New("a panic stands"), "root lifts it with `sallyport panic --lift --why TEXT`"))
 	}
 	return nil
 }
@@ -54,7 +54,7 @@ func statusTable(t *table, s *api.StatusReply) {
 	t.row("node", s.GetNode())
 	t.row("ready", readiness(s))
 	if s.GetPanic() != "" {
-		t.row("PANIC", s.GetPanic()+": every path is closed, and none is opened; root lifts it with `sallyport panic --lift`")
+		t.row("PANIC", s.GetPanic()+": every path is closed, and none is opened; root lifts it with `sallyport panic --lift --why TEXT`")
 	}
 	t.row("version", s.GetVersion())
 	t.row("started", stamp(s.GetStarted()))

@@ -95,7 +95,7 @@ func (r *reviews) remind() {
 }
 
 func (r *reviews) report(id string, review openReview) {
-	hint := "when it is over, have it reviewed: `sallyport grant review " + id + "`"
+	hint := "when it is over, have it reviewed: `sallyport grant review " + id + " --key KEY --why TEXT`"
 	r.problems.report(problemBreakGlass, id, &policy.Error{Msg: review.String(), Hint: hint})
 }
 
@@ -127,7 +127,7 @@ func (r *reviews) check(v grant.Verified) error {
 		for _, by := range v.Signers {
 			if slices.Contains(r.open[id].people, by.Person) {
 				return &policy.Error{Field: "signatures", Msg: fmt.Sprintf("%s has a part in the break-glass grant %s, which nobody has reviewed", by.Person, id),
-					Hint: "have that one reviewed first, by somebody else (`sallyport grant review " + id + "`), or have others ask and approve", Err: ErrReviewOpen}
+					Hint: "have that one reviewed first, by somebody else (`sallyport grant review " + id + " --key KEY --why TEXT`), or have others ask and approve", Err: ErrReviewOpen}
 			}
 		}
 	}

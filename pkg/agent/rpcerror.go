@@ -53,7 +53,7 @@ var known = []struct {
 	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
 }
 
-const hintVouch = "set the clock right, and if that does not end it, have somebody with a key of the use resources vouch for the node: `sallyport grant vouch`"
+const hintVouch = "set the clock right, and if that does not end it, have somebody with a key of the use resources vouch for the node: `sallyport grant vouch --key KEY --why TEXT`"
 
 // Describe tells an error of this package in lines: each problem, and after it "hint: " with its next step.
 func Describe(err error) string {
