@@ -134,7 +134,7 @@ func testOtherProfile(t *testing.T, profile datapath.Profile) {
 	}
 	var hooks []string
 	must(t, n.Node.Do(func() (err error) { hooks, err = datapath.Attached(n.Cgroup()); return err }))
-	if len(hooks) != 10 { // with those of the backstop
+	if len(hooks) != 11 { // with those at sockets
 		t.Errorf("hooks are %v, want each once", hooks)
 	}
 	for name, c := range map[string]net.Conn{"bypassed": conn, "proxied": through} {
