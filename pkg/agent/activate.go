@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -284,12 +285,22 @@ func (g *grants) noteSlots(ctx context.Context, a *activation) error {
 	return g.store.SetSlots(ctx, a.held.row.ID, a.held.row.Slots)
 }
 
+// maxWhy bounds what one refusal adds to the store, in bytes: who asks for what is wrong in a thousand ways is told all of them, once.
+const maxWhy = 1024
+
+func inShort(why string) string {
+	if len(why) <= maxWhy {
+		return why
+	}
+	return strings.ToValidUTF8(why[:maxWhy], "") + "…"
+}
+
 // abandon undoes a failed activation: what is recorded ends, what was refused is recorded as refused.
 func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 	// The caller may be gone; what is begun is ended all the same.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	why := oneLine(cause.Error())
+	why := inShort(oneLine(cause.Error()))
 	g.log.Warn("grant refused", "grant", a.verified.Payload.ID, "why", why, "actor", a.actor)
 	if a.recorded {
 		e := ending{grant: a.held.row.ID, actor: "agent"}

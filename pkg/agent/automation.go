@@ -37,11 +37,11 @@ const (
 	patience  = 10 * time.Second
 )
 
-// maxHolders bounds the connections of workloads, maxStreams what each may hold.
-const (
-	maxHolders = 16384
-	maxStreams = 1024
-)
+// maxHolders bounds the connections of workloads.
+const maxHolders = 16384
+
+// sayWithin bounds how long a stream may be silent before it asks for something.
+const sayWithin = 5 * time.Second
 
 // What a workload is refused for, beside policy.
 var (
@@ -159,7 +159,7 @@ func (a *automation) server() *grpc.Server {
 	tls := tlsconfig.MTLSServerConfig(a.source, a.source, tlsconfig.AuthorizeMemberOf(a.trustDomain))
 	tls.SessionTicketsDisabled = true
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(maxStreams), grpc.ConnectionTimeout(5*time.Second),
+		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: heartbeat}),
 		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10), // there may be thousands, and they say little
@@ -219,19 +219,39 @@ func (a *automation) Hold(stream grpc.BidiStreamingServer[api.HoldRequest, api.H
 	if err != nil {
 		return status.Errorf(codes.Unauthenticated, "prove identity: %v", err)
 	}
-	request, err := stream.Recv()
-	if err != nil {
-		return err
-	}
 	if err := a.limits.take(w.id, a.clock.boot()); err != nil {
 		return toStatus(err)
 	}
 	defer a.limits.give(w.id)
+	request, err := firstRequest(stream)
+	if err != nil {
+		return err
+	}
 	h, err := a.grip(ctx, w, request)
 	if err != nil {
 		return toStatus(err)
 	}
 	return a.hold(stream, w, h)
+}
+
+// firstRequest does not wait for whoever opens a stream and says nothing. The stream ends with the handler, and the wait with
+// the stream.
+func firstRequest(stream grpc.BidiStreamingServer[api.HoldRequest, api.HoldReply]) (*api.HoldRequest, error) {
+	type word struct {
+		request *api.HoldRequest
+		err     error
+	}
+	said := make(chan word, 1)
+	go func() {
+		request, err := stream.Recv()
+		said <- word{request, err}
+	}()
+	select {
+	case w := <-said:
+		return w.request, w.err
+	case <-time.After(sayWithin):
+		return nil, status.Errorf(codes.DeadlineExceeded, "nothing was asked for within %v", sayWithin)
+	}
 }
 
 func (a *automation) grip(ctx context.Context, w workload, r *api.HoldRequest) (*held, error) {

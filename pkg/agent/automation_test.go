@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -16,6 +17,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/store"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -512,4 +514,30 @@ func (a *automated) groupReaches(g *lab.Group, from *lab.Namespace, local, to ne
 		return err
 	})
 	return reached
+}
+
+// TestAskingCostsLittle: a stream that asks for nothing ends, and what a refusal adds to the store has a bound.
+func TestAskingCostsLittle(t *testing.T) {
+	a := automate(t, time.Hour, "")
+	agent := a.ready("run")
+	h := a.dial(backup, a.lab.Client, a.lab.Node.Addr(lab.IPv4))
+	silent, err := h.rpc.Hold(t.Context(), grpc.WaitForReady(true))
+	must(t, err)
+	if _, err := silent.Recv(); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("a silent stream ended with %v", err)
+	}
+	if _, err := h.ask(func(r *api.PathRequest) { r.Ports = make([]uint32, 1024) }); err == nil {
+		t.Error("a thousand wrong ports are no fault")
+	}
+	must(t, agent.Stop(10*time.Second))
+	kept, err := store.Open(storeFile(a.cfg))
+	must(t, err)
+	entries, err := kept.Entries(t.Context(), 0, 100)
+	must(t, errors.Join(err, kept.Close()))
+	for _, e := range entries {
+		if len(e.Data) > 2*maxWhy {
+			t.Errorf("entry %d holds %d bytes", e.Seq, len(e.Data))
+		}
+	}
+	a.uninstall()
 }
