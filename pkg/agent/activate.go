@@ -85,7 +85,7 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 }
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
-func (g *grants) authorise(_ context.Context, a *activation) error {
+func (g *grants) authorise(ctx context.Context, a *activation) error {
 	if err := g.refusePanic(); err != nil {
 		return err
 	}
@@ -111,7 +111,8 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if a.ask != nil {
 		a.held.holding = g.newHolding(p.Addresses[0])
 	}
-	if err := g.overlap(a.held); err != nil {
+	inTheWay, err := g.overlap(a.held)
+	if err != nil {
 		return err
 	}
 	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
@@ -123,7 +124,19 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if a.ask != nil {
 		return nil
 	}
+	if err := g.giveWay(ctx, inTheWay, p); err != nil {
+		return err
+	}
 	return g.challenges.use(answered)
+}
+
+// giveWay ends grants that workloads hold, for one that people have signed.
+func (g *grants) giveWay(ctx context.Context, held []*held, p grant.Payload) error {
+	var errs []error
+	for _, h := range held {
+		errs = append(errs, g.end(ctx, h, ending{grant: h.row.ID}.revoked("agent", "gives way to the grant "+p.ID+" of "+p.Requester)))
+	}
+	return errors.Join(errs...)
 }
 
 // answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking.
@@ -174,7 +187,8 @@ func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.A
 }
 
 // overlap refuses a grant that would share a client's sockets, service and port with one that is active: a path has one owner.
-func (g *grants) overlap(n *held) error {
+// Those that workloads hold are in the way of other workloads only: who breaks the glass does not wait for a job.
+func (g *grants) overlap(n *held) (inTheWay []*held, err error) {
 	for id, h := range g.active {
 		if id == n.payload.ID {
 			continue // the store knows it, and says so
@@ -184,13 +198,18 @@ func (g *grants) overlap(n *held) error {
 			continue
 		}
 		for _, a := range n.payload.Addresses {
-			if slices.Contains(h.payload.Addresses, a) && sharePort(n, h) {
-				return fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
-					h.row.Deadline.UTC().Format(time.RFC3339))
+			if !slices.Contains(h.payload.Addresses, a) || !sharePort(n, h) {
+				continue
 			}
+			if n.holding == nil && h.holding != nil {
+				inTheWay = append(inTheWay, h)
+				break
+			}
+			return nil, fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
+				h.row.Deadline.UTC().Format(time.RFC3339))
 		}
 	}
-	return nil
+	return inTheWay, nil
 }
 
 func sharePort(a, b *held) bool {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
@@ -539,5 +540,32 @@ func TestAskingCostsLittle(t *testing.T) {
 			t.Errorf("entry %d holds %d bytes", e.Seq, len(e.Data))
 		}
 	}
+	a.uninstall()
+}
+
+// TestPeopleComeFirst: a path that a workload holds is in nobody's way who has a signed grant, and its holder is told.
+func TestPeopleComeFirst(t *testing.T) {
+	a := automate(t, time.Hour, "")
+	agent := a.ready("run")
+	h := a.dial(backup, a.lab.Client, a.lab.Node.Addr(lab.IPv4))
+	g := h.open(nil)
+	signed := a.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{a.lab.Client.Addr(lab.IPv4)} })
+	reply, err := a.activate(t.Context(), a.agent(), signed)
+	must(t, err)
+	if why := a.endedWhy(g.Grant); !contains(why, reply.Grant.Id, "alice") {
+		t.Errorf("ended because %q", why)
+	}
+	if _, err := h.stream.Recv(); err == nil {
+		if _, err = h.stream.Recv(); err == nil {
+			t.Error("the holder was not told")
+		}
+	}
+	if _, err := a.dial(backup, a.lab.Client, a.lab.Node.Addr(lab.IPv4)).ask(nil); err == nil {
+		t.Error("the workload took the place of a person's grant")
+	}
+	if a.openPaths(reply.Grant.Id) != 1 {
+		t.Error("the person's path is not open")
+	}
+	must(t, agent.Stop(10*time.Second))
 	a.uninstall()
 }
