@@ -293,7 +293,11 @@ func TestBreakGlassIsNarrow(t *testing.T) {
 	} {
 		p := goodPayload()
 		narrow(&p)
-		p.Kind = grant.BreakGlass
+		id, err := grant.NewID(p.NotBefore)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.ID, p.Kind = id, grant.BreakGlass
 		change(&p)
 		if e := policy.Errors(p.Validate()); len(e) > 1 || len(e) == 0 && field != "" || len(e) == 1 && e[0].Field != field {
 			t.Errorf("%q: %v", field, p.Validate())
@@ -301,5 +305,11 @@ func TestBreakGlassIsNarrow(t *testing.T) {
 		if p.Kind = ""; p.Validate() != nil {
 			t.Errorf("%q: an ordinary grant: %v", field, p.Validate())
 		}
+	}
+	p := goodPayload() // made long before
+	narrow(&p)
+	p.Kind = grant.BreakGlass
+	if e := policy.Errors(p.Validate()); len(e) != 1 || e[0].Field != "notAfter" {
+		t.Errorf("kept for later: %v", p.Validate())
 	}
 }

@@ -130,6 +130,10 @@ func (v *validation) kind(p Payload) {
 	if p.NotAfter.Sub(p.NotBefore) > MaxBreakGlassWindow {
 		v.refuse("notAfter", "issue it when it is needed", "is more than %s after notBefore, the most for break-glass", policy.Duration{Duration: MaxBreakGlassWindow})
 	}
+	if made := p.Made(); p.NotAfter.Sub(made) > MaxBreakGlassWindow+time.Minute {
+		v.refuse("notAfter", "ask when it is needed: none is kept for later", "is more than %s after %s, when it was made by its id", policy.Duration{Duration: MaxBreakGlassWindow},
+			made.Format(time.RFC3339))
+	}
 	if p.Duration > policy.MaxBreakGlassDuration {
 		v.refuse("duration", "write a duration such as 15m", "%s is over the cap of %s for break-glass",
 			policy.Duration{Duration: p.Duration}, policy.Duration{Duration: policy.MaxBreakGlassDuration})
