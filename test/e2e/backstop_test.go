@@ -151,7 +151,7 @@ func TestBackstopIsPutBack(t *testing.T) {
 			backstops++
 		}
 	}
-	if backstops != 2 {
-		t.Errorf("status shows %d places of the backstop, want 2: %+v", backstops, w.status(t).Hooks)
+	if backstops != 3 {
+		t.Errorf("status shows %d places of the backstop, want 3: %+v", backstops, w.status(t).Hooks)
 	}
 }
