@@ -58,9 +58,9 @@ func (g *grants) recheck(ctx context.Context, e *enforced) error {
 	return errors.Join(errs...)
 }
 
-// envelopes are the grants as they were handed in, by their ids.
+// envelopes are the active grants as they were handed in, by their ids.
 func (g *grants) envelopes(ctx context.Context) (map[string][]byte, error) {
-	rows, err := g.store.Grants(ctx)
+	rows, err := g.store.ActiveGrants(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read grants: %w", err)
 	}

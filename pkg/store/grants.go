@@ -139,7 +139,16 @@ func (s *Store) Grant(ctx context.Context, id string) (GrantRow, error) {
 
 // Grants returns every grant that the node ever activated, oldest first.
 func (s *Store) Grants(ctx context.Context) ([]GrantRow, error) {
-	rows, err := s.db.QueryContext(ctx, selectGrants+` ORDER BY activated, id`)
+	return s.grants(ctx, selectGrants+` ORDER BY activated, id`)
+}
+
+// ActiveGrants returns those that have not ended, oldest first: few, however many there ever were.
+func (s *Store) ActiveGrants(ctx context.Context) ([]GrantRow, error) {
+	return s.grants(ctx, selectGrants+` WHERE state = '`+StateActive+`' ORDER BY activated, id`)
+}
+
+func (s *Store) grants(ctx context.Context, query string) ([]GrantRow, error) {
+	rows, err := s.db.QueryContext(ctx, query)
 	if err != nil {
 		return nil, fmt.Errorf("read grants: %w", classify(err))
 	}

@@ -152,6 +152,9 @@ func TestGrantLife(t *testing.T) {
 	if err := s.SetSlots(ctx, "g1", []uint32{9}); err != nil {
 		t.Fatal(err)
 	}
+	if active := must(s.ActiveGrants(ctx))(t); len(active) != 1 || active[0].ID != "g1" {
+		t.Errorf("active grants are %+v", active)
+	}
 	if err := s.EndGrant(ctx, "g1", StateRevoked, "by uid:0", []byte("revoked")); err != nil {
 		t.Fatal(err)
 	}
@@ -168,6 +171,9 @@ func TestGrantLife(t *testing.T) {
 	}
 	s.Close()
 	s = openTest(t, path)
+	if active := must(s.ActiveGrants(ctx))(t); len(active) != 0 {
+		t.Errorf("active grants are %+v", active)
+	}
 	want.State, want.Slots, want.EndedWhy = StateRevoked, []uint32{9}, "by uid:0"
 	if got := must(s.Grants(ctx))(t); !reflect.DeepEqual(got, []GrantRow{want}) {
 		t.Errorf("grants are %+v, want %+v", got, want)
