@@ -60,10 +60,10 @@ func (k *keeper) tick(ctx context.Context) error {
 		}
 	}
 	k.origin, k.last = origin, boot
-	k.grants.remember(ctx, boot-k.steady)
 	if err := k.datapath.Renew(k.lease); err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}
+	k.grants.remember(ctx, boot-k.steady) // after the lease, for it waits for the disk
 	return k.notify.alive()
 }
 

@@ -4,12 +4,16 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"time"
 )
 
 // notifier tells the service manager about the process (sd_notify(3)). With an empty socket it tells nobody.
 type notifier struct {
 	socket string // NOTIFY_SOCKET; "@name" is an abstract socket
 }
+
+// notifyWithin bounds the wait for a service manager that does not read: the lease is renewed by who notifies.
+const notifyWithin = 200 * time.Millisecond
 
 // send hands over assignments such as "READY=1".
 func (n notifier) send(assignments ...string) error {
@@ -21,6 +25,9 @@ func (n notifier) send(assignments ...string) error {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
 	defer conn.Close()
+	if err := conn.SetWriteDeadline(time.Now().Add(notifyWithin)); err != nil {
+		return fmt.Errorf("notify service manager: %w", err)
+	}
 	if _, err := conn.Write([]byte(strings.Join(assignments, "\n"))); err != nil {
 		return fmt.Errorf("notify service manager: %w", err)
 	}

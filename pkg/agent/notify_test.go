@@ -43,3 +43,19 @@ func TestNotify(t *testing.T) {
 		t.Error("an absent socket gives no error")
 	}
 }
+
+// TestNotifyWaitsForNobody: a service manager that does not read keeps nobody waiting.
+func TestNotifyWaitsForNobody(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for range 1 << 16 { // as many as the socket takes
+		if (notifier{socket: path}).alive() != nil {
+			return
+		}
+	}
+	t.Error("a socket that nobody reads takes everything")
+}
