@@ -68,7 +68,7 @@ func (d *differential) remember(c drawn, o outcome) {
 	}
 	f := datagramID{j.Tuple.Src.Addr(), j.Tuple.Dst.Addr(), j.Fragment}
 	switch j.Shape {
-	case reference.IPv4Length, reference.IPv6Length, reference.FragmentLength, reference.ChainCut, reference.TransportCut, reference.TransportRefused:
+	case reference.IPv4Length, reference.IPv6Length, reference.FragmentLength, reference.ChainCut, reference.TransportCut, reference.TransportRefused, reference.HopByHopLate:
 		f.id = unknown
 	default:
 		if !j.First {
