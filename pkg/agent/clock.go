@@ -26,12 +26,6 @@ func (c clock) origin() time.Time {
 // wallAt tells a boot time as wall-clock time, for people.
 func (c clock) wallAt(boot time.Duration) time.Time { return c.origin().Add(boot) }
 
-// toBoot converts a wall-clock deadline once. The result is never later than the wall-clock reading says.
-func (c clock) toBoot(deadline time.Time) time.Duration {
-	wall, boot := c.read()
-	return boot + deadline.Sub(wall)
-}
-
 // jumpLimit is how far wall minus boot time may move between two looks before every path ends.
 const jumpLimit = 5 * time.Second
 

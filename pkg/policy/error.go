@@ -69,20 +69,6 @@ func faultf(hint, format string, args ...any) error {
 	return &Error{Msg: fmt.Sprintf(format, args...), Hint: hint}
 }
 
-// At puts a problem with a value in its place: an *Error for that field. It keeps what err says,
-// its hint and its sentinel. A nil err gives nil.
-func At(field string, err error) error {
-	if err == nil {
-		return nil
-	}
-	e := Error{Msg: err.Error(), Err: err}
-	if known, ok := errors.AsType[*Error](err); ok {
-		e = *known
-	}
-	e.Field = field
-	return &e
-}
-
 // problems collects what one parse found.
 type problems struct {
 	list []*Error

@@ -143,13 +143,4 @@ func TestErrors(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
 		}
 	}
-	if at := policy.At("spec.x", fmt.Errorf("wrap: %w", plain)); at.Error() != "spec.x: wrap: plain" || !errors.Is(at, plain) {
-		t.Errorf("got %v", at)
-	}
-	if at := policy.At("spec.x", a); at.Error() != "spec.x: wrong" || a.Field != "a" {
-		t.Errorf("got %v, and %v before", at, a)
-	}
-	if policy.At("spec.x", nil) != nil {
-		t.Error("no error has a place")
-	}
 }

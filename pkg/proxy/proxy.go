@@ -129,13 +129,6 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return nil
 }
 
-// Live is the number of connections from accept to end.
-func (p *Proxy) Live() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.sessions)
-}
-
 // retryAccept is how long to wait when the process is out of descriptors or memory.
 const retryAccept = 50 * time.Millisecond
 
