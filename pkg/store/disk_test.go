@@ -19,11 +19,7 @@ type disk struct {
 
 func newDisk(t *testing.T, clean bool) *disk {
 	t.Helper()
-	d := &disk{t: t, dir: t.TempDir()}
-	if err := unix.Mount("tmpfs", d.dir, "tmpfs", 0, "size=1m,mode=0700"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Unmount(d.dir, unix.MNT_DETACH) })
+	d := &disk{t: t, dir: mountTmpfs(t, "1m")}
 	d.path = filepath.Join(d.dir, "node.db")
 	elsewhere := testPath(t)
 	s := openTest(t, elsewhere)
@@ -37,6 +33,16 @@ func newDisk(t *testing.T, clean bool) *disk {
 		t.Fatal(err)
 	}
 	return d
+}
+
+func mountTmpfs(t *testing.T, size string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
 }
 
 // fill leaves no room at all.

@@ -103,7 +103,7 @@ func (s *Store) Flow(ctx context.Context) (FlowState, error) {
 // ReserveFlow makes it durable that numbers up to upTo may be in use and that the collector has those
 // up to acked. Neither ever goes back.
 func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = max(h.flowReserved, upTo), 0
 		return setAcked(ctx, tx, h, acked)
 	})
@@ -116,7 +116,7 @@ func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
 // SaveFlow is for an orderly stop: produced is the last number in use, acked the last that the
 // collector has, and spool what it does not have. The next process finds all three.
 func (s *Store) SaveFlow(ctx context.Context, produced, acked uint64, spool []Entry) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = produced, 1
 		if err := setAcked(ctx, tx, h, acked); err != nil {
 			return err
@@ -166,7 +166,7 @@ func (s *Store) Unsettled(ctx context.Context) (n uint64, unsure bool, err error
 // Settle appends the entries that tell of what Unsettled reported, and forgets it, in one durable
 // transaction. queued is what Queued said then: what was queued since is not forgotten.
 func (s *Store) Settle(ctx context.Context, items []Item, queued uint64) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		for _, it := range items {
 			if err := appendEntry(ctx, tx, h, it); err != nil {
 				return err

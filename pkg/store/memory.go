@@ -45,6 +45,13 @@ func instant(ns int64) time.Time {
 	return time.Unix(0, ns).UTC()
 }
 
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
 // Memory returns what stands since the last write. It waits for nothing: no lock, and no disk.
 func (s *Store) Memory() Memory { return *s.memory.Load() }
 
@@ -81,7 +88,7 @@ func (h *head) see(now time.Time) error {
 // See makes it durable that the wall clock was seen to say now. A clock that is behind is ErrClockBehind; nothing is
 // written then.
 func (s *Store) See(ctx context.Context, now time.Time) error {
-	err := s.write(ctx, func(_ *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(_ *sql.Tx, h *head) error {
 		h.latest = max(h.latest, now.UnixNano())
 		return h.memory().CheckClock(now)
 	})
@@ -94,7 +101,7 @@ func (s *Store) See(ctx context.Context, now time.Time) error {
 // Vouch ends every doubt, in one durable transaction with the critical entry that tells of it: now is right, and this is
 // the node's store. Where it may have forgotten, or called a time its floor that is still to come, floor is the new one.
 func (s *Store) Vouch(ctx context.Context, o Owner, now, floor time.Time, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		if h.doubt != "" || h.floor > floor.UnixNano() {
 			h.floor = floor.UnixNano()
 		}

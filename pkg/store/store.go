@@ -35,6 +35,10 @@ import (
 var (
 	// ErrReplayed says that a grant with this id was activated on this node before.
 	ErrReplayed = errors.New("grant was used before")
+	// ErrOther says that the node knows another grant by this id.
+	ErrOther = errors.New("another grant has this id")
+	// ErrForgotten says that the grant is so old that the node may have forgotten that it was used.
+	ErrForgotten = errors.New("the node has forgotten grants of that age")
 	// ErrNoGrant says that the node never activated a grant with this id.
 	ErrNoGrant = errors.New("no such grant")
 	// ErrEnded says that the grant is no longer active.
@@ -66,6 +70,7 @@ type Store struct {
 	path     string
 	epoch    string
 	boot     string
+	pages    pages
 	db       *sql.DB
 	count    *countFile
 	memory   atomic.Pointer[Memory] // as of the last write
@@ -82,6 +87,10 @@ type Store struct {
 //
 // A store whose disk takes nothing is open all the same: it can be read, and each write tries anew.
 func Open(path string) (*Store, error) {
+	return openSized(path, pages{most: maxPages, kept: keptPages})
+}
+
+func openSized(path string, p pages) (*Store, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
@@ -90,7 +99,7 @@ func Open(path string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{path: abs, boot: boot}
+	s := &Store{path: abs, boot: boot, pages: p}
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(classify(err), s.closeFiles()))
 	}
@@ -125,7 +134,7 @@ func (s *Store) open() error {
 type connector struct{ s *Store }
 
 func (c connector) Connect(context.Context) (driver.Conn, error) {
-	name := dsn(c.s.path)
+	name := dsn(c.s.path, c.s.pages)
 	if c.s.readOnly.Load() {
 		name = readOnlyDSN(c.s.path)
 	}
@@ -137,10 +146,10 @@ func (c connector) Driver() driver.Driver { return &sqlite.Driver{} }
 // dsn has exclusive locking so that two agents can never number the same epoch, and caps the file so
 // that the store cannot fill the disk: refusing a grant is better than that. The journal's mode is set last, by a parameter of
 // its own: locked by then, SQLite keeps its index of the log in memory, and not in a file that a full disk would not take.
-func dsn(path string) string {
+func dsn(path string, p pages) string {
 	return fileURL(path, url.Values{"_txlock": {"immediate"}, "_journal_mode": {"WAL"}, "_pragma": {
 		"busy_timeout(2000)", "locking_mode(EXCLUSIVE)", "synchronous(FULL)",
-		"secure_delete(OFF)", fmt.Sprintf("max_page_count(%d)", maxPages),
+		"secure_delete(OFF)", fmt.Sprintf("max_page_count(%d)", p.most),
 	}})
 }
 
@@ -158,9 +167,6 @@ func fileURL(path string, q url.Values) string {
 	u := url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}
 	return u.String()
 }
-
-// Pages are 4 KiB: the store takes at most 1 GiB.
-const maxPages = 1 << 18
 
 // Close gives the files back. Nothing is lost by not calling it. After it only CountFlow and
 // CountQueued may be called.
@@ -219,7 +225,7 @@ func (s *Store) CatchUp(ctx context.Context) error {
 	if nothing {
 		return nil
 	}
-	err := s.write(ctx, func(*sql.Tx, *head) error { return nil })
+	err := s.write(ctx, urgent, func(*sql.Tx, *head) error { return nil })
 	if err == nil {
 		s.mu.Lock()
 		err = s.due.why
@@ -236,13 +242,13 @@ func Unwritable(err error) bool { return errors.Is(err, ErrFull) || errors.Is(er
 
 // write runs f in one durable transaction, with the head loaded before and saved after it. The count
 // file is told afterwards, so that it never knows of a write that is not durable.
-func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.reopen(); err != nil {
 		return err
 	}
-	h, err := s.update(ctx, f)
+	h, err := s.update(ctx, c, f)
 	if err != nil {
 		return err
 	}
@@ -317,7 +323,7 @@ func (s *Store) view(ctx context.Context, f func(tx *sql.Tx, h *head) error) err
 	return classify(err)
 }
 
-func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) (head, error) {
+func (s *Store) update(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) (head, error) {
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
 		return head{}, classify(err)
@@ -335,6 +341,9 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) (
 	}
 	h.writes++
 	if err := saveHead(ctx, tx, h); err != nil {
+		return head{}, classify(err)
+	}
+	if err := s.pages.check(ctx, tx, c); err != nil {
 		return head{}, classify(err)
 	}
 	if err := tx.Commit(); err != nil {
