@@ -169,10 +169,13 @@ func openType(envelope []byte, payloadType, hint string) (dsse.Envelope, []byte,
 	return env, body, nil
 }
 
-// decode64 takes the two base64 alphabets that DSSE allows.
+// decode64 takes the one spelling of every value that we write, so that no byte of an envelope can be changed.
 func decode64(s string) ([]byte, error) {
-	e := dsse.Envelope{Payload: s}
-	return e.DecodeB64Payload()
+	raw, err := base64.StdEncoding.Strict().DecodeString(s)
+	if err == nil && base64.StdEncoding.EncodeToString(raw) != s {
+		err = base64.CorruptInputError(0) // it reads past ends of lines
+	}
+	return raw, err
 }
 
 // verifySignatures gives the signers, or what is wrong with each signature if there are none.
