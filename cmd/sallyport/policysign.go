@@ -61,6 +61,8 @@ func diffTable(t *table, old, next *policy.Set, looser []policy.Loosening) {
 		t.row("signature", "not needed: nothing differs")
 	case len(looser) == 0:
 		t.row("signature", "not needed: nothing is looser")
+	case next.Name() != old.Name():
+		t.row("signature", fmt.Sprintf("no node takes it that has the other: it is the set %q, and not %q", next.Name(), old.Name()))
 	case next.Version() <= old.Version():
 		t.row("signature", fmt.Sprintf("needed, over a higher version than %d: the ResourceSet says %d", old.Version(), next.Version()))
 	default:
@@ -80,9 +82,9 @@ func (c *cli) policySign() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign DIR",
 		Short: "Sign a set of resources, for nodes that ask for it",
-		Long: `Sign the set of resources in DIR: the digest of all of it, and the version of its ResourceSet. The signature goes into
-` + policy.SignatureFile + ` in DIR, beside those of others for the same set. With --in-force it says first in what the set is looser than
-another.`,
+		Long: `Sign the set of resources in DIR: the digest of all of it, with the name and version of its ResourceSet. Nodes take it
+whose configuration says that name (policySet). The signature goes into ` + policy.SignatureFile + ` in DIR, beside those of others
+for the same set. With --in-force it says first in what the set is looser than another.`,
 		Example: `  sallyport policy sign /etc/sallyport/resources.d --key ~/.ssh/id_ed25519_sk --in-force /run/sallyport/policy.yaml`,
 		Args:    exactly(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return c.signPolicy(cmd.Context(), &s, args[0]) },
@@ -144,6 +146,7 @@ type signedPolicy struct {
 // saySet tells what is about to be signed.
 func (c *cli) saySet(inForce []string, set *policy.Set) error {
 	t := newTable(c.stderr)
+	t.row("set", set.Name())
 	t.row("version", set.Version())
 	t.row("digest", set.Digest())
 	if len(inForce) > 0 {
@@ -194,7 +197,7 @@ func (c *cli) verifyPolicy(dir string, inForce, pinned []string) error {
 		}
 		keys = old.Keyrings()
 	}
-	ring, err := pinnedRing(pinned)
+	nodes, err := pinnedKeys(pinned)
 	if err != nil {
 		return err
 	}
@@ -209,7 +212,7 @@ func (c *cli) verifyPolicy(dir string, inForce, pinned []string) error {
 	if len(inForce) > 0 {
 		wanted = old.Signers()
 	}
-	signers, err := grant.VerifyResources(envelope, set, append(keys, ring), wanted, c.now())
+	signers, err := grant.VerifyResources(envelope, set, keys, nodes, wanted, c.now())
 	if err != nil {
 		return explained("verify resources", err)
 	}
@@ -231,13 +234,13 @@ type verifiedPolicy struct {
 	Signers []policy.Signer `json:"signers"`
 }
 
-func pinnedRing(pinned []string) (ring policy.Keyring, err error) {
+func pinnedKeys(pinned []string) (keys []policy.PublicKey, err error) {
 	for _, text := range pinned {
 		key, err := policy.ParsePublicKey(text)
 		if err != nil {
-			return ring, explained("read --pinned", err)
+			return nil, explained("read --pinned", err)
 		}
-		ring.Spec.People = append(ring.Spec.People, policy.PinnedSigner(key))
+		keys = append(keys, key)
 	}
-	return ring, nil
+	return keys, nil
 }
