@@ -79,12 +79,14 @@ func next(path string, g signedGrant) nextStep {
 	return n
 }
 
-// policyFlags repeat --policy.
-func (s standing) policyFlags() (flags []string) {
-	for _, r := range s.resources {
-		flags = append(flags, "--policy", r)
+func (s standing) policyFlags() []string { return repeated("--policy", s.resources) }
+
+// repeated is a flag with each of its values.
+func repeated(flag string, values []string) (words []string) {
+	for _, v := range values {
+		words = append(words, flag, v)
 	}
-	return flags
+	return words
 }
 
 // missingRows say which approvals are missing.
