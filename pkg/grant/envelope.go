@@ -116,7 +116,7 @@ func Verify(envelope []byte, keys []policy.Keyring, now time.Time) (Verified, er
 	if err != nil {
 		return Verified{}, err
 	}
-	signers, err := verifySignatures(env.Signatures, dsse.PAE(PayloadType, body), keys, now)
+	signers, err := verifySignatures(env.Signatures, dsse.PAE(PayloadType, body), policy.KnownKeys(keys), now)
 	if err != nil {
 		return Verified{}, err
 	}
@@ -169,19 +169,21 @@ func openType(envelope []byte, payloadType, hint string) (dsse.Envelope, []byte,
 	return env, body, nil
 }
 
-// decode64 takes the two base64 alphabets that DSSE allows.
+// decode64 takes the one spelling of every value that we write, so that no byte of an envelope can be changed.
 func decode64(s string) ([]byte, error) {
-	e := dsse.Envelope{Payload: s}
-	return e.DecodeB64Payload()
+	raw, err := base64.StdEncoding.Strict().DecodeString(s)
+	if err == nil && base64.StdEncoding.EncodeToString(raw) != s {
+		err = base64.CorruptInputError(0) // it reads past ends of lines
+	}
+	return raw, err
 }
 
 // verifySignatures gives the signers, or what is wrong with each signature if there are none.
-func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyring, now time.Time) ([]policy.Signer, error) {
+func verifySignatures(sigs []dsse.Signature, message []byte, known map[string]policy.KnownKey, now time.Time) ([]policy.Signer, error) {
 	if len(sigs) == 0 || len(sigs) > maxSignatures {
 		return nil, refuse("signatures", ErrMalformed, "sign it once with `sallyport grant issue`",
 			"has %d signatures, want 1 to %d", len(sigs), maxSignatures)
 	}
-	known := policy.KnownKeys(keys)
 	seen := map[string]bool{}
 	var signers []policy.Signer
 	var uncounted []error
