@@ -233,7 +233,7 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: a.verified.People(), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
 		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
 	}
 	for _, s := range a.verified.Signers {
