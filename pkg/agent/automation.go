@@ -37,8 +37,8 @@ const (
 	patience  = 10 * time.Second
 )
 
-// maxHolders bounds the connections of workloads.
-const maxHolders = 16384
+// unusedFor is how long a connection may be without a stream: who asks for nothing does not stay.
+const unusedFor = 10 * time.Second
 
 // sayWithin bounds how long a stream may be silent before it asks for something.
 const sayWithin = 5 * time.Second
@@ -114,13 +114,13 @@ func (a *automation) serve(ctx context.Context) error {
 	}
 	server := a.server()
 	defer server.Stop()
-	failed := make(chan error, len(a.config.Listen))
+	failed, most := make(chan error, len(a.config.Listen)), askConnections()/len(a.config.Listen)
 	for _, address := range a.config.Listen {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
 			return fmt.Errorf("listen for workloads: %w", err)
 		}
-		go func() { failed <- server.Serve(netutil.LimitListener(l, maxHolders)) }()
+		go func() { failed <- server.Serve(netutil.LimitListener(l, most)) }()
 	}
 	a.problems.report(problemAsking, "", nil)
 	select {
@@ -159,8 +159,8 @@ func (a *automation) server() *grpc.Server {
 	tls := tlsconfig.MTLSServerConfig(a.source, a.source, tlsconfig.AuthorizeMemberOf(a.trustDomain))
 	tls.SessionTicketsDisabled = true
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience}),
+		grpc.Creds(askTransport{credentials.NewTLS(tls), a.limits, a.clock}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience, MaxConnectionIdle: unusedFor}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: heartbeat}),
 		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10), // there may be thousands, and they say little
 	)

@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -133,13 +134,14 @@ func (a *automated) dialBy(id spiffeid.ID, to netip.Addr, dial func(context.Cont
 		}))
 	must(a.t, err)
 	a.t.Cleanup(func() { conn.Close() })
-	h.rpc = api.NewAutomationClient(conn)
+	h.conn, h.rpc = conn, api.NewAutomationClient(conn)
 	return h
 }
 
 // asking is a workload that asks.
 type asking struct {
 	*automated
+	conn   *grpc.ClientConn
 	rpc    api.AutomationClient
 	raw    net.Conn
 	stream api.Automation_HoldClient
@@ -540,6 +542,50 @@ func TestAskingCostsLittle(t *testing.T) {
 			t.Errorf("entry %d holds %d bytes", e.Seq, len(e.Data))
 		}
 	}
+	a.uninstall()
+}
+
+// TestConnectionsThatAskForNothing: one identity has a bound on them and they do not stay; meanwhile others ask, and people do.
+func TestConnectionsThatAskForNothing(t *testing.T) {
+	a := automate(t, time.Hour, ", pathsPerIdentity: 2")
+	agent := a.ready("run")
+	node := a.lab.Node.Addr(lab.IPv4)
+	connect := func(id spiffeid.ID) *grpc.ClientConn {
+		h := a.dial(id, a.lab.Client, node)
+		h.conn.Connect()
+		return h.conn
+	}
+	becomes := func(c *grpc.ClientConn, want connectivity.State) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 3*unusedFor)
+		defer cancel()
+		for s := c.GetState(); s != want; s = c.GetState() {
+			if !c.WaitForStateChange(ctx, s) {
+				t.Fatalf("a connection is %v, want %v", s, want)
+			}
+		}
+	}
+	var idle []*grpc.ClientConn
+	for range 4 {
+		idle = append(idle, connect(intruder))
+	}
+	for _, c := range idle {
+		becomes(c, connectivity.Ready)
+	}
+	becomes(connect(intruder), connectivity.TransientFailure)
+	g := a.dial(backup, a.lab.Client, node).open(nil)
+	signed := a.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{netip.MustParseAddr("10.9.0.9")} })
+	if _, err := a.activate(t.Context(), a.agent(), signed); err != nil {
+		t.Errorf("a person is refused: %v", err)
+	}
+	for _, c := range idle {
+		becomes(c, connectivity.Idle)
+	}
+	becomes(connect(intruder), connectivity.Ready)
+	if a.openPaths(g.Grant) != 1 {
+		t.Error("a connection that holds a path was closed")
+	}
+	must(t, agent.Stop(10*time.Second))
 	a.uninstall()
 }
 
