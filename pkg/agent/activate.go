@@ -109,7 +109,7 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = g.newHolding(p.Addresses[0])
+		a.held.holding = newHolding(p)
 	}
 	inTheWay, err := g.overlap(a.held)
 	if err != nil {

@@ -73,6 +73,9 @@ func (p Payload) validateSigned() error {
 		err = errors.Join(err, refuse("binding", ErrInvalid, "have the workload ask for it itself: `sallyport exec`",
 			"a path that is bound to a %s is not signed for", p.Binding))
 	}
+	if p.Device != 0 {
+		err = errors.Join(err, refuse("device", ErrInvalid, "leave it out", "only a workload asks from a device"))
+	}
 	return err
 }
 
