@@ -109,7 +109,7 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = g.newHolding(p.Addresses[0])
+		a.held.holding = newHolding(p)
 	}
 	inTheWay, err := g.overlap(a.held)
 	if err != nil {
@@ -233,7 +233,7 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: a.verified.People(), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
 		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now), NotAfter: p.NotAfter, Keep: p.NotAfter.Add(keepPeoples),
 	}
 	if a.ask != nil { // nobody has it in writing, to hand it in again

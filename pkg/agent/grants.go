@@ -206,7 +206,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	g.reclaim(h)
+	if why := g.reclaim(h); why != "" {
+		return h, why
+	}
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))

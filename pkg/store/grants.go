@@ -32,7 +32,7 @@ type GrantRow struct {
 	BootID       string
 	Slots        []uint32
 	Signers      []string // ids of keys
-	People       []string // whose keys they are
+	People       []string // whose signatures are on it, also by keys that counted no more
 	EndedWhy     string
 	// NotAfter is until when somebody could hand it in again, by the wall clock. Zero: nobody can, as the node made it itself.
 	NotAfter time.Time
