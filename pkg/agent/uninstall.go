@@ -87,7 +87,7 @@ func (u *uninstall) run(ctx context.Context) error {
 func (u *uninstall) record(ctx context.Context) error {
 	event, err := encodeEvent(newEvent(stepUninstalled, u.actor, "uninstall", u.clock))
 	if err == nil {
-		_, err = u.store.Append(ctx, event)
+		err = u.store.KeepUrgent(ctx, nil, event)
 	}
 	if err != nil {
 		return fmt.Errorf("record uninstall: %w", err)
