@@ -112,7 +112,7 @@ func signedOnly(cfg policy.AgentConfig, c clock) *signedSets {
 	if cfg.Spec.PolicySignatures != policy.SignaturesRequired {
 		return nil
 	}
-	return &signedSets{dir: cfg.Spec.Resources, pinned: cfg.Spec.PolicyKeys, now: c.wall}
+	return &signedSets{dir: cfg.Spec.Resources, name: cfg.Spec.PolicySet, pinned: cfg.Spec.PolicyKeys, now: c.wall}
 }
 
 func lossFilePath(cfg policy.AgentConfig) string {

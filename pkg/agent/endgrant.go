@@ -43,7 +43,8 @@ type doomed struct {
 }
 
 // endMany ends grants: first each in the kernel, then it records the ends, several in one durable transaction. Whoever
-// activates waits for a turn of it at most. Those that are over already are recorded with the rest.
+// activates waits for a turn of it at most. Those that are over already are recorded with the rest. An error of store.Unwritable
+// says that all are closed.
 func (g *grants) endMany(ctx context.Context, all []doomed) error {
 	over := make([]*held, len(all))
 	for i, d := range all {
@@ -60,7 +61,11 @@ func (g *grants) endMany(ctx context.Context, all []doomed) error {
 		}
 		return g.closePaths(d.held, d.ending, paths)
 	})
-	return errors.Join(closed, g.recordOver(ctx, over))
+	recorded := g.recordOver(ctx, over)
+	if closed != nil {
+		return closed // the next tick tells of the rest
+	}
+	return recorded
 }
 
 // recordOver records the ends of those that are over in the kernel, and only there.
@@ -251,6 +256,7 @@ func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 	}
 	ends := make([]store.End, len(batch))
 	for i, h := range batch {
+		h.end(g.clock.wall())
 		event, err := g.endEvent(h, *h.over)
 		if err != nil {
 			return err

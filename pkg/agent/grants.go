@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -105,8 +106,10 @@ type grants struct {
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
 	history *history                 // guarded by mu
 
-	ports    *portUse      // what the records of flows tell
-	usesKept time.Duration // owned by KeepUses; CLOCK_BOOTTIME at which the uses were made durable
+	refused  map[string]*refused // guarded by mu; by who asked
+	ports    *portUse            // what the records of flows tell
+	usesKept time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
+	forgot   time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
@@ -114,12 +117,14 @@ type grants struct {
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
-// paths, and paths without their row. It must come before the lease is renewed.
+// paths, and paths without their row. It must come before the lease is renewed. An end that the disk does not take keeps
+// nobody from going on: its paths are closed, and a tick records it.
 func (g *grants) adopt(ctx context.Context) error {
 	if err := g.adoptRows(ctx); err != nil {
 		return err
 	}
-	_, err := g.reconcile(ctx)
+	_, late, err := g.reconcile(ctx)
+	g.problems.report(problemGrants, "", late)
 	return err
 }
 
@@ -127,6 +132,9 @@ func (g *grants) adoptRows(ctx context.Context) error {
 	over, err := g.recall(ctx)
 	if err == nil {
 		err = g.endMany(ctx, over)
+		if store.Unwritable(err) {
+			err = nil // a tick records it
+		}
 	}
 	if err == nil {
 		err = g.adoptReviews(ctx)
@@ -214,7 +222,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	g.reclaim(h)
+	if why := g.reclaim(h); why != "" {
+		return h, why
+	}
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -237,27 +247,33 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	err = g.keepPanic(ctx)
 	g.mu.Unlock()
 	err = errors.Join(err, g.recordOver(ctx, g.every()), g.endLost(ctx))
-	next, wrong := g.reconcile(ctx)
-	if err = errors.Join(err, wrong); err != nil {
+	next, late, wrong := g.reconcile(ctx)
+	if err = errors.Join(err, late, wrong); err != nil {
 		next = time.Second
 	}
 	return next, err
 }
 
 // reconcile carries out planPaths, oversees what is active, and tells when the next grant ends, or a second. Whoever
-// activates does not wait while thousands of paths are looked at: what has changed since is left to the next time.
-func (g *grants) reconcile(ctx context.Context) (next time.Duration, err error) {
+// activates does not wait while thousands of paths are looked at: what has changed since is left to the next time. late is
+// what was done, but the disk did not take the record of it.
+func (g *grants) reconcile(ctx context.Context) (next time.Duration, late, err error) {
 	all := g.every() // before the paths: each of these has its own by now
 	carried, err := g.allPaths()
 	if err != nil {
-		return time.Second, err
+		return time.Second, nil, err
 	}
 	now := g.clock.boot()
 	plan := planPaths(lives(all), carried, now)
 	orphans := inTurns(&g.mu, plan.orphans, g.endOrphan)
 	ended := g.endMany(ctx, g.doom(all, plan.end))
 	next, wrong := g.oversee(ctx, all, carried, now)
-	return next, errors.Join(orphans, ended, wrong, g.free(plan.idle, now))
+	errs := []error{orphans, ended, wrong, g.free(plan.idle, now)}
+	if i := slices.IndexFunc(errs, store.Unwritable); i >= 0 { // the next tick finds the others
+		late = errs[i]
+		errs = slices.DeleteFunc(errs, store.Unwritable)
+	}
+	return next, late, errors.Join(errs...)
 }
 
 // lives is what the agent believes of grants. What it reads of them does not change while they are active.

@@ -19,7 +19,8 @@ type leaver struct {
 	err  error // guarded by leavers.turn
 }
 
-// LetGo ends a grant that was held. It is over already where something else ended it.
+// LetGo ends a grant that was held. It is over already where something else ended it. On an error the paths may be open, and a
+// tick tries again.
 func (g *grants) LetGo(ctx context.Context, h *held, why string) error {
 	l := &leaver{doomed: doomed{h, ending{grant: h.row.ID}.revoked(h.payload.Requester, why)}}
 	g.leavers.mu.Lock()
@@ -44,6 +45,12 @@ func (g *grants) endLeavers(ctx context.Context) {
 	for i, l := range waiting {
 		all[i] = l.doomed
 	}
+	_ = inTurns(&g.mu, all, func(d doomed) error {
+		if d.holding != nil {
+			d.holding.let = d.why
+		}
+		return nil
+	})
 	err := g.endMany(ctx, all)
 	for _, l := range waiting {
 		l.done, l.err = true, err

@@ -3,17 +3,19 @@ package agent
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/signal"
 )
 
 // oversee looks at what every active grant has carried, and does what follows from it. carried are the kernel's paths, as of
 // now (CLOCK_BOOTTIME), by their grants. It tells when the next grant ends, or a second.
 func (g *grants) oversee(ctx context.Context, all []*held, carried map[string][]datapath.PathStatus, now time.Duration) (next time.Duration, err error) {
 	g.ports.keep(g.every)
-	rules := make(map[string]*overseen)
+	policies := g.overseers()
 	var over []doomed
 	var due []dueWarning
 	next = time.Second
@@ -24,14 +26,11 @@ func (g *grants) oversee(ctx context.Context, all []*held, carried map[string][]
 		}
 		next = min(next, max(h.ends()-now, time.Millisecond))
 		g.lookAt(h, paths, now)
-		if rules[h.policy] == nil {
-			rules[h.policy] = newOverseen(g.policyOf(h))
-		}
-		p := rules[h.policy]
+		p := policies(h)
 		e, ends := h.endIdle(p.Idle(h.payload.IdleTimeout), now)
 		if !ends {
 			var err error
-			if e, ends, err = g.heedActive(ctx, h, p.Spec.Signals, paths, now); err != nil {
+			if e, ends, err = g.heedActive(ctx, h, p, paths, now); err != nil {
 				return err
 			}
 		}
@@ -49,9 +48,29 @@ func (g *grants) oversee(ctx context.Context, all []*held, carried map[string][]
 type overseen struct {
 	policy.BypassPolicy
 	warnings []time.Duration
+	said     []signal.Signal // that it hears, in a fixed order
 }
 
-func newOverseen(p policy.BypassPolicy) *overseen { return &overseen{p, p.Warnings()} }
+// overseers gives the policy of each grant, which it reads once. g.mu is held when it does.
+func (g *grants) overseers() func(*held) *overseen {
+	said, policies := sync.OnceValue(g.said), make(map[string]*overseen)
+	return func(h *held) *overseen {
+		if policies[h.policy] == nil {
+			policies[h.policy] = newOverseen(g.policyOf(h), said())
+		}
+		return policies[h.policy]
+	}
+}
+
+func newOverseen(p policy.BypassPolicy, said []signal.Signal) *overseen {
+	o := &overseen{BypassPolicy: p, warnings: p.Warnings()}
+	for _, s := range said {
+		if p.Hears(s.Source, s.UID) {
+			o.said = append(o.said, s)
+		}
+	}
+	return o
+}
 
 // policyOf is the policy that allows an active grant, as it is in force now. Without one there is the zero policy, which
 // asks for nothing.
