@@ -189,27 +189,26 @@ func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.A
 // overlap refuses a grant that would share a client's sockets, service and port with one that is active: a path has one owner.
 // Those that workloads hold are in the way of other workloads only: who breaks the glass does not wait for a job.
 func (g *grants) overlap(n *held) (inTheWay []*held, err error) {
-	for id, h := range g.active {
-		if id == n.payload.ID {
-			continue // the store knows it, and says so
-		}
-		if h.over != nil || h.payload.Service != n.payload.Service ||
-			h.payload.ClientPort != n.payload.ClientPort || h.payload.Cgroup != n.payload.Cgroup {
-			continue
-		}
-		for _, a := range n.payload.Addresses {
-			if !slices.Contains(h.payload.Addresses, a) || !sharePort(n, h) {
-				continue
-			}
-			if n.holding == nil && h.holding != nil {
+	for _, c := range n.clients() {
+		for _, h := range g.serving[c] {
+			switch {
+			case !h.inTheWayOf(n):
+			case n.holding != nil || h.holding == nil:
+				return nil, fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, c.client, c.service, h.row.ID,
+					h.row.Deadline.UTC().Format(time.RFC3339))
+			case !slices.Contains(inTheWay, h):
 				inTheWay = append(inTheWay, h)
-				break
 			}
-			return nil, fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
-				h.row.Deadline.UTC().Format(time.RFC3339))
 		}
 	}
 	return inTheWay, nil
+}
+
+// inTheWayOf tells whether an active grant of the same client and service has the same sockets and a port in common. Of the
+// very grant the store knows that it was used, and says so.
+func (h *held) inTheWayOf(n *held) bool {
+	return h.row.ID != n.payload.ID && h.over == nil && h.payload.ClientPort == n.payload.ClientPort &&
+		h.payload.Cgroup == n.payload.Cgroup && sharePort(n, h)
 }
 
 func sharePort(a, b *held) bool {
@@ -262,7 +261,7 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 		return err
 	}
 	a.recorded = true
-	g.active[a.held.row.ID] = a.held
+	g.take(a.held)
 	g.reviews.note(a.held.row, a.held.payload, true)
 	g.history.note(a.held.payload, a.held.row.Activated)
 	return nil
@@ -285,18 +284,19 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 	return nil
 }
 
-// openPath takes a slot; when none is free, those that ended paths still hold for people to look at are given back first.
+// openPath takes a slot; when none is free, one that an ended path still holds for people to look at is given back first.
 func (g *grants) openPath(p datapath.Path) (uint32, error) {
 	slot, err := g.datapath.OpenPath(p)
-	if !errors.Is(err, datapath.ErrPathsFull) || len(g.ended) == 0 {
+	if !errors.Is(err, datapath.ErrPathsFull) {
 		return slot, err
 	}
 	for ended := range g.ended {
 		if err := g.freeSlot(ended); err != nil {
 			return 0, err
 		}
+		return g.datapath.OpenPath(p)
 	}
-	return g.datapath.OpenPath(p)
+	return slot, err
 }
 
 // noteSlots corrects what was recorded of the slots. Mostly it was right: nobody else opens paths.

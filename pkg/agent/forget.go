@@ -16,7 +16,7 @@ const (
 // between.
 const (
 	forgetEvery = time.Minute
-	forgetBatch = 512
+	forgetBatch = 32
 )
 
 // Forget lets go of grants that are over and were kept long enough, with what was noted about them, when it is time.

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -10,7 +9,6 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
-	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
 // holderGrace is how long a grant waits for its holder to come back after the agent was restarted.
@@ -54,18 +52,6 @@ func (g *grants) ActivateFor(ctx context.Context, want wanted) (*held, error) {
 	return g.activate(ctx, a)
 }
 
-// LetGo ends a grant that was held. It is over already where something else ended it. On an error the paths may be open, and a
-// tick tries again.
-func (g *grants) LetGo(ctx context.Context, h *held, why string) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.active[h.row.ID] != h {
-		return nil
-	}
-	h.holding.let = why
-	return g.end(ctx, h, ending{grant: h.row.ID}.revoked(h.payload.Requester, why))
-}
-
 // TakeUp gives an active grant back to its holder, after the agent was restarted. The error wraps ErrNoGrant if it is over,
 // somebody else's, or held; or if its pod is gone and another has the address.
 func (g *grants) TakeUp(id, requester string, client netip.Addr) (*held, error) {
@@ -97,21 +83,23 @@ func (g *grants) reclaim(h *held) (why string) {
 	return ""
 }
 
-// endLost ends the grants whose holders let go of them, did not come back in time, or whose pods are gone. g.mu is held.
+// endLost ends the grants whose holders let go of them, did not come back in time, or whose pods are gone.
 func (g *grants) endLost(ctx context.Context) error {
-	var errs []error
+	all := g.every() // before the devices: whoever comes has one of them
 	now, here := g.clock.boot(), g.hookedDevices()
-	for id, h := range g.active {
+	var lost []doomed
+	_ = inTurns(&g.mu, all, func(h *held) error {
 		if h.over != nil {
-			continue
+			return nil
 		}
 		if h.holding != nil && h.holding.let != "" {
-			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked(h.payload.Requester, h.holding.let)))
+			lost = append(lost, doomed{h, ending{grant: h.row.ID}.revoked(h.payload.Requester, h.holding.let)})
 		} else if why := h.holding.goneWhy(now, here); why != "" {
-			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", whyHolderGone+": "+why)))
+			lost = append(lost, doomed{h, ending{grant: h.row.ID}.revoked("agent", whyHolderGone+": "+why)})
 		}
-	}
-	return errors.Join(errs...)
+		return nil
+	})
+	return g.endMany(ctx, lost)
 }
 
 func (g *grants) hookedDevices() map[int]bool {
@@ -136,9 +124,9 @@ func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
 }
 
 // verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.
-func (h *held) verify(envelope []byte, keys []policy.Keyring, row store.GrantRow) (grant.Verified, error) {
+func (h *held) verify(envelope []byte, keys []policy.Keyring) (grant.Verified, error) {
 	if policy.IsWorkload(h.payload.Requester) {
-		return grant.Proven(h.payload, strings.Join(row.Signers, " ")), nil
+		return grant.Proven(h.payload, strings.Join(h.row.Signers, " ")), nil
 	}
-	return grant.Verify(envelope, keys, row.Activated)
+	return grant.Verify(envelope, keys, h.row.Activated)
 }

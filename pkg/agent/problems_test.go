@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"runtime"
 	"slices"
@@ -32,6 +31,8 @@ type stuckLog struct {
 	let chan struct{}
 }
 
+func (stuckLog) Enabled(context.Context, slog.Level) bool { return true }
+
 func (s stuckLog) Handle(context.Context, slog.Record) error {
 	<-s.let
 	return nil
@@ -41,7 +42,7 @@ func (s stuckLog) Handle(context.Context, slog.Record) error {
 // nothing.
 func TestAStuckLogKeepsNobodyElseWaiting(t *testing.T) {
 	let := make(chan struct{})
-	p := newProblems(slog.New(stuckLog{slog.NewTextHandler(io.Discard, nil), let}))
+	p := newProblems(slog.New(stuckLog{slog.DiscardHandler, let}))
 	var logging sync.WaitGroup
 	defer logging.Wait()
 	defer close(let)

@@ -89,9 +89,9 @@ func (h *held) activationNotes() ([]store.Note, error) {
 	return []store.Note{n}, err
 }
 
-// heedActive takes from an active grant what signals take by now, and ends it when nothing is left. The kernel keeps the
+// heedActive takes from an active grant what signals take by now, and gives its end when nothing is left. The kernel keeps the
 // deadline and the budget that its paths were opened with; what is less is kept by this agent. g.mu is held.
-func (g *grants) heedActive(ctx context.Context, h *held, p *overseen, paths []datapath.PathStatus, now time.Duration) (over bool, err error) {
+func (g *grants) heedActive(ctx context.Context, h *held, p *overseen, paths []datapath.PathStatus, now time.Duration) (e ending, over bool, err error) {
 	if rules := p.Spec.Signals; len(rules) > 0 {
 		wall := g.clock.wall()
 		said := slices.Concat(p.said, signal.NearBudget(mostUsed(paths), rules, wall))
@@ -99,14 +99,11 @@ func (g *grants) heedActive(ctx context.Context, h *held, p *overseen, paths []d
 		if l.Revoked { // the end of the grant tells of it
 			h.limits.Limits = l
 		} else if err := g.lessen(ctx, h, l, wall, now); err != nil {
-			return false, err
+			return ending{}, false, err
 		}
 	}
-	e, over := h.spentBySignals(paths, now)
-	if over {
-		err = g.endIn(ctx, h, e, paths)
-	}
-	return over, err
+	e, over = h.spentBySignals(paths, now)
+	return e, over, nil
 }
 
 // lessen records that a grant has less than before.
@@ -191,21 +188,29 @@ func (g *grants) said() []signal.Signal {
 // Signal takes what a user says for a source, in the place of what that user said for it before about the same. When it returns without error that is
 // durable, and what it takes is taken. It gives the active grants that it concerns.
 func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]string, error) {
+	if err := g.takeSignal(ctx, s, actor); err != nil {
+		return nil, err
+	}
+	return g.heedAll(ctx, s)
+}
+
+// takeSignal makes it durable. What is activated from then on heeds it.
+func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.checkSignal(s); err != nil {
-		return nil, err
+		return err
 	}
 	notes, err := g.signalNotes(s)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	event, err := encodeEvent(newEvent(stepSignalled, actor, inWordsOf(s), g.clock))
 	if err == nil {
 		err = g.store.Keep(ctx, notes, event)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("take signal: %w", err)
+		return fmt.Errorf("take signal: %w", err)
 	}
 	for _, n := range notes[1:] {
 		delete(g.signals, n.Name)
@@ -213,7 +218,7 @@ func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]s
 	g.signals[notes[0].Name] = s
 	g.events.count(stepSignalled)
 	g.kick()
-	return g.heedAll(ctx, s)
+	return nil
 }
 
 // signalNotes keep a signal, and forget those that have lapsed.
@@ -246,22 +251,28 @@ func (g *grants) signalNotes(s signal.Signal) ([]store.Note, error) {
 
 // heedAll has every active grant heed all signals now, and gives those that the signal concerns.
 func (g *grants) heedAll(ctx context.Context, s signal.Signal) (concerned []string, err error) {
-	paths, err := g.datapath.Paths()
+	all := g.every()
+	carried, err := g.allPaths()
 	if err != nil {
-		return nil, fmt.Errorf("read paths: %w", err)
+		return nil, err
 	}
-	carried, now, wall := byGrant(paths), g.clock.boot(), g.clock.wall()
+	now, wall := g.clock.boot(), g.clock.wall()
 	policies := g.overseers()
-	var errs []error
-	for id, h := range g.active {
-		if p := policies(h); h.over == nil && s.Concerns(h.facts(), wall) && p.Hears(s.Source, s.UID) {
-			concerned = append(concerned, id)
-			_, err := g.heedActive(ctx, h, p, carried[id], now)
-			errs = append(errs, err)
+	var over []doomed
+	err = inTurns(&g.mu, all, func(h *held) error {
+		p := policies(h)
+		if !g.holds(h) || h.over != nil || !s.Concerns(h.facts(), wall) || !p.Hears(s.Source, s.UID) {
+			return nil
 		}
-	}
+		concerned = append(concerned, h.row.ID)
+		e, ends, err := g.heedActive(ctx, h, p, carried[h.row.ID], now)
+		if ends {
+			over = append(over, doomed{h, e})
+		}
+		return err
+	})
 	slices.Sort(concerned)
-	return concerned, errors.Join(errs...)
+	return concerned, errors.Join(err, g.endMany(ctx, over))
 }
 
 // checkSignal refuses what nobody would heed.
