@@ -27,7 +27,7 @@ func (c *cli) grant() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantActivate(), c.grantRevoke(), c.grantShow())
+	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantJoin(), c.grantActivate(), c.grantRevoke(), c.grantShow())
 	cmd.AddCommand(c.grantChallenge(), c.grantAnswer(), c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch(), c.grantRecord())
 	return cmd
 }
@@ -168,6 +168,7 @@ func (c *cli) showVerified(envelope []byte, resources []string) error {
 		payloadTable(t, v.Payload)
 		t.row("signed by", people(v.Signers))
 		answerTable(t, set.Evaluate(v.Facts(nil, time.Time{})))
+		missingRows(t, set.MissingApprovals(v.Facts(nil, time.Time{}), c.now()))
 	}); err != nil {
 		return err
 	}

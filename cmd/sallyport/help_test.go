@@ -59,7 +59,7 @@ func TestHelpUsesTheWords(t *testing.T) {
 
 func TestEveryCommandRefusesTooManyArguments(t *testing.T) {
 	eachCommand(testRoot(), func(cmd *cobra.Command) {
-		if cmd.HasSubCommands() || strings.HasPrefix(cmd.CommandPath(), "sallyport policy ") {
+		if cmd.HasSubCommands() || strings.HasPrefix(cmd.CommandPath(), "sallyport policy ") || cmd.Name() == "join" {
 			return
 		}
 		r := command(t.Context(), nil, append(strings.Fields(cmd.CommandPath())[1:], "a", "b", "c")...)

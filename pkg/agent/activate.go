@@ -234,7 +234,10 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 	}
 	row := store.GrantRow{
 		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: a.verified.People(), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
-		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
+		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now), NotAfter: p.NotAfter, Keep: p.NotAfter.Add(keepPeoples),
+	}
+	if a.ask != nil { // nobody has it in writing, to hand it in again
+		row.NotAfter, row.Keep = time.Time{}, deadline.Add(keepWorkloads)
 	}
 	for _, s := range a.verified.Signers {
 		row.Signers = append(row.Signers, s.KeyID)
@@ -326,11 +329,7 @@ func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 		g.problems.report(problemGrants, "activation", g.end(ctx, a.held, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)))
 		return
 	}
-	event, err := refusedEvent(a, why, g.clock)
-	if err == nil {
-		_, err = g.store.Append(ctx, event)
-	}
 	g.events.count(stepRefused)
-	g.problems.report(problemGrants, "activation", err)
+	g.problems.report(problemGrants, "refusals", g.refuse(ctx, a, why))
 	g.recorded()
 }

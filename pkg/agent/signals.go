@@ -139,7 +139,7 @@ func (g *grants) keepLimits(ctx context.Context, h *held, event []byte) error {
 	if err != nil {
 		return err
 	}
-	return g.store.Keep(ctx, []store.Note{n}, event)
+	return g.store.KeepUrgent(ctx, []store.Note{n}, event)
 }
 
 // spentBySignals tells whether what signals left of a grant is over.
