@@ -139,7 +139,8 @@ func (c *cli) grantAnswer() *cobra.Command {
 		Short: "Sign that a grant begins, in answer to a node's challenge",
 		Long: `Sign that the grant in FILE begins now on the node that made the challenge, with a key of whoever asked
 for the grant. It needs no node and no network. FILE - is standard input.`,
-		Args: exactly(1),
+		Example: `  sallyport grant answer backup.grant --challenge node-1.challenge --key alice.key --out backup.answer`,
+		Args:    exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			signer, err := c.readKey(key)
 			if err != nil {

@@ -70,6 +70,8 @@ func (c *cli) grantShow() *cobra.Command {
 		Long: `Say what a grant allows: of a file (- for standard input) without asking anybody, or by its
 id of the node's agent. With --policy the file's signatures are verified, too, and the grant
 is checked as the node would.`,
+		Example: `  sallyport grant show backup.grant --policy /etc/sallyport/resources.d
+  sudo sallyport grant show 01J8ZQ4X5M3T9V0Y2B7C6D1E4F`,
 		Args:              exactly(1),
 		ValidArgsFunction: cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault),
 		RunE: func(cmd *cobra.Command, args []string) error {

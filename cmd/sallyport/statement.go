@@ -241,6 +241,8 @@ func (c *cli) grantRecord() *cobra.Command {
 		Short: "Have the node take a statement that was signed elsewhere",
 		Long: `Hand a statement to the node's agent: what "grant withdraw", "deny", "review" and "vouch" wrote with --out.
 GRANT is the file of the grant that it is about; where the node activated the grant, none is needed.`,
+		Example: `  sallyport grant deny backup.grant --key bob.key --by bob --why "not during the migration" --out backup.denied
+  sudo sallyport grant record backup.denied backup.grant`,
 		Args: between(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			signed, err := readSmall(args[0], grant.MaxEnvelope, "read statement", "`sallyport grant withdraw --out`, deny, review and vouch write such a file")

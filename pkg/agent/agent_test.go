@@ -90,7 +90,7 @@ func (in *installed) ready(command string) *lab.Process {
 	in.t.Helper()
 	p := in.start(command)
 	buf := make([]byte, 4096)
-	must(in.t, in.notify.SetReadDeadline(time.Now().Add(20*time.Second)))
+	must(in.t, in.notify.SetReadDeadline(time.Now().Add(time.Minute)))
 	for {
 		n, err := in.notify.Read(buf)
 		if err != nil {

@@ -281,12 +281,8 @@ const slotsKept = 256
 // want makes the payload of what the workload asks for: from its own address, no longer than it is proven.
 func (a *automation) want(w workload, r *api.PathRequest) (wanted, error) {
 	now := a.clock.wall().UTC()
-	id, err := grant.NewID(now)
-	if err != nil {
-		return wanted{}, err
-	}
 	p := grant.Payload{
-		ID: id, Requester: w.id.String(), Service: plain(r.GetService()), Binding: r.GetBinding(), Addresses: []netip.Addr{w.from.Addr()},
+		Requester: w.id.String(), Service: plain(r.GetService()), Binding: r.GetBinding(), Addresses: []netip.Addr{w.from.Addr()},
 		NotBefore: now, NotAfter: earlierOf(w.until.UTC(), now.Add(grant.MaxWindow)), Duration: r.GetDuration().AsDuration(),
 		Budget: budgetFrom(r.GetBudget()), Ingress: policy.Ingress(r.GetIngress()), Reason: r.GetReason(), Ticket: r.GetTicket(), Audience: a.node,
 		Device: uint32(a.device(w.from.Addr())),
@@ -297,7 +293,10 @@ func (a *automation) want(w workload, r *api.PathRequest) (wanted, error) {
 		}
 		p.Ports = append(p.Ports, uint16(port))
 	}
-	err = a.bind(w, r, &p)
+	if err := a.bind(w, r, &p); err != nil {
+		return wanted{}, err
+	}
+	p, err := p.Named(now)
 	return wanted{p, w.proof}, err
 }
 

@@ -104,9 +104,13 @@ func (b *testbed) asked(c crew, people string, change func(*grant.Payload)) []by
 	p := b.signer.payload(b.t, func(p *grant.Payload) {
 		p.Requester = names[0]
 		p.NotBefore, p.NotAfter = p.NotBefore.Add(b.truth), p.NotAfter.Add(b.truth)
-		p.ID, _ = grant.NewID(time.Now().Add(b.truth))
 		if change != nil {
 			change(p)
+		}
+		if p.ID == "" {
+			named, err := p.Named(time.Now().Add(b.truth))
+			must(b.t, err)
+			*p = named
 		}
 	})
 	envelope, err := grant.Sign(b.t.Context(), p, c[names[0]])

@@ -22,7 +22,8 @@ func newDisk(t *testing.T, clean bool) *disk {
 	d := &disk{t: t, dir: mountTmpfs(t, "1m")}
 	d.path = filepath.Join(d.dir, "node.db")
 	elsewhere := testPath(t)
-	s := openTest(t, elsewhere)
+	s := must(openSized(elsewhere, pages{most: maxPages, kept: keptPages}))(t)
+	t.Cleanup(func() { s.Close() })
 	if err := errors.Join(s.See(t.Context(), noon), s.Activate(t.Context(), at(noon), []byte("activated"))); err != nil {
 		t.Fatal(err)
 	}

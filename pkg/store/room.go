@@ -10,6 +10,7 @@ import (
 const (
 	maxPages  = 1 << 18
 	keptPages = 1 << 14
+	keptBytes = 4 << 20 // on the disk, where others may take the rest
 )
 
 // class is what a write is for.
@@ -22,8 +23,9 @@ const (
 
 // pages is how much of the store there is.
 type pages struct {
-	most int // of the file
-	kept int // of those, for urgent writes
+	most int   // of the file
+	kept int   // of those, for urgent writes
+	disk int64 // bytes that are kept on the disk for urgent writes
 }
 
 // check refuses a common write that would leave less than what is kept. Pages that were given back count as free.

@@ -68,3 +68,49 @@ func TestRoomForPeople(t *testing.T) {
 		t.Errorf("a record, when there is room again: %v", err)
 	}
 }
+
+// On a disk that others have filled people still begin, and ends are recorded, also after a restart; nothing else is written
+// until there is room again.
+func TestRoomOnAFullDisk(t *testing.T) {
+	d, ctx := newDisk(t, true), t.Context()
+	kept := pages{most: maxPages, kept: keptPages, disk: 256 << 10}
+	open := func() *Store {
+		t.Helper()
+		s := must(openSized(d.path, kept))(t)
+		t.Cleanup(func() { s.Close() })
+		return s
+	}
+	s := open()
+	if err := s.Claim(ctx, Owner{Node: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	d.fill()
+	check := func(when string, want error) {
+		t.Helper()
+		_, err := s.Append(ctx, make([]byte, 4000))
+		if caught := s.CatchUp(ctx); !errors.Is(err, want) || !errors.Is(caught, want) {
+			t.Errorf("%s: a record %v, catching up %v, want %v", when, err, caught, want)
+		}
+	}
+	if _, err := s.Append(ctx, make([]byte, 9000)); !errors.Is(err, ErrFull) {
+		t.Errorf("a record on a full disk: %v", err)
+	}
+	glass := testGrant("glass")
+	glass.Activated = noon
+	if err := errors.Join(s.Activate(ctx, glass, make([]byte, 9000)), s.EndGrant(ctx, at(noon).ID, StateRevoked, "", []byte("ended"))); err != nil {
+		t.Fatal(err)
+	}
+	check("when people have begun", ErrFull)
+	s.Close()
+	s = open()
+	check("after a restart", ErrFull)
+	if err := s.EndGrant(ctx, "glass", StateRevoked, "", make([]byte, 9000)); err != nil {
+		t.Error(err)
+	}
+	d.empty()
+	check("when there is room again", nil)
+	d.fill()
+	if err := s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 9000)}}); err != nil {
+		t.Errorf("once more: %v", err)
+	}
+}

@@ -78,6 +78,7 @@ type Store struct {
 
 	mu      sync.Mutex // held by one write at a time, so that the count file follows the database
 	due     due        // guarded by mu
+	ballast ballast    // guarded by mu
 	witness *countFile // nil until Claim; guarded by mu
 }
 
@@ -87,7 +88,7 @@ type Store struct {
 //
 // A store whose disk takes nothing is open all the same: it can be read, and each write tries anew.
 func Open(path string) (*Store, error) {
-	return openSized(path, pages{most: maxPages, kept: keptPages})
+	return openSized(path, pages{most: maxPages, kept: keptPages, disk: keptBytes})
 }
 
 func openSized(path string, p pages) (*Store, error) {
@@ -99,7 +100,7 @@ func openSized(path string, p pages) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{path: abs, boot: boot, pages: p}
+	s := &Store{path: abs, boot: boot, pages: p, ballast: ballast{path: abs + "-kept", size: p.disk}}
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(classify(err), s.closeFiles()))
 	}
@@ -127,6 +128,10 @@ func (s *Store) open() error {
 	}
 	s.epoch = h.epoch
 	s.remember(h)
+	if err := s.ballast.find(); err != nil {
+		return err
+	}
+	_ = s.ballast.take() // CatchUp tells of it
 	return s.adopt(ctx, h)
 }
 
@@ -217,15 +222,16 @@ func (s *Store) settle(ctx context.Context, tx *sql.Tx, h *head) error {
 	return nil
 }
 
-// CatchUp writes what the disk did not take when the store was opened or claimed. The error says why it still does not.
+// CatchUp writes what the disk did not take when the store was opened or claimed, and takes on again what is kept on it for
+// people. The error says why it still does not.
 func (s *Store) CatchUp(ctx context.Context) error {
 	s.mu.Lock()
-	nothing := s.due.nothing()
+	nothing, err := s.due.nothing(), s.ballast.take()
 	s.mu.Unlock()
-	if nothing {
-		return nil
+	if nothing || err != nil {
+		return err
 	}
-	err := s.write(ctx, urgent, func(*sql.Tx, *head) error { return nil })
+	err = s.write(ctx, urgent, func(*sql.Tx, *head) error { return nil })
 	if err == nil {
 		s.mu.Lock()
 		err = s.due.why
@@ -248,7 +254,15 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 	if err := s.reopen(); err != nil {
 		return err
 	}
+	if c == common {
+		if err := s.ballast.take(); err != nil {
+			return err
+		}
+	}
 	h, err := s.update(ctx, c, f)
+	if errors.Is(err, ErrFull) && c == urgent && s.ballast.throw() {
+		h, err = s.update(ctx, c, f)
+	}
 	if err != nil {
 		return err
 	}
