@@ -122,7 +122,11 @@ func (i *issue) payload(c *cli, set *policy.Set, key policy.PublicKey) (grant.Pa
 	if i.pin {
 		p.PolicyDigest = set.Digest()
 	}
-	return p, errors.Join(err, p.Validate())
+	named, unnamed := p.Named(c.now())
+	if unnamed == nil {
+		p = named
+	}
+	return p, errors.Join(err, unnamed, p.Validate())
 }
 
 // check asks the evaluator that the node asks, and tells apart what only others' approval is missing for. Without

@@ -89,10 +89,9 @@ func inFlags(what string, err error) error {
 	return err
 }
 
-// payload reads the flags as of now, with the owner of the key for a requester. Its error has what cannot be read; whether the rest is
-// valid is for the payload to say.
+// payload reads the flags as of now, with the owner of the key for a requester; it has no id yet. Its error has what cannot be
+// read; whether the rest is valid is for the payload to say.
 func (g *terms) payload(now time.Time, owner string) (grant.Payload, error) {
-	id, idErr := grant.NewID(now)
 	addresses, addressErr := g.addresses()
 	ports, portErr := g.portList()
 	begin, beginErr := g.begin(now)
@@ -103,9 +102,9 @@ func (g *terms) payload(now time.Time, owner string) (grant.Payload, error) {
 		kind = grant.BreakGlass
 	}
 	return grant.Payload{
-		ID: id, Kind: kind, Requester: either(g.requester, owner), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		Kind: kind, Requester: either(g.requester, owner), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
 		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
-	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
+	}, errors.Join(addressErr, portErr, beginErr, endErr, budgetErr)
 }
 
 // fill takes from the template what was not said.

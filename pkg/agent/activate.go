@@ -102,14 +102,14 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	answered, unanswered := g.answered(a, e)
-	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
+	if err := errors.Join(p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
 		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = g.newHolding(p.Addresses[0])
+		a.held.holding = newHolding(p)
 	}
 	inTheWay, err := g.overlap(a.held)
 	if err != nil {
@@ -233,8 +233,11 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
-		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: a.verified.People(), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now), NotAfter: p.NotAfter, Keep: p.NotAfter.Add(keepPeoples),
+	}
+	if a.ask != nil { // nobody has it in writing, to hand it in again
+		row.NotAfter, row.Keep = time.Time{}, deadline.Add(keepWorkloads)
 	}
 	for _, s := range a.verified.Signers {
 		row.Signers = append(row.Signers, s.KeyID)
@@ -326,11 +329,7 @@ func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 		g.problems.report(problemGrants, "activation", g.end(ctx, a.held, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)))
 		return
 	}
-	event, err := refusedEvent(a, why, g.clock)
-	if err == nil {
-		_, err = g.store.Append(ctx, event)
-	}
 	g.events.count(stepRefused)
-	g.problems.report(problemGrants, "activation", err)
+	g.problems.report(problemGrants, "refusals", g.refuse(ctx, a, why))
 	g.recorded()
 }

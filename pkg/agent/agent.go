@@ -141,6 +141,7 @@ func (n *node) openStore(context.Context) (err error) {
 	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
 		return errors.Join(err, n.store.Close())
 	}
+	n.problems.report(problemMemory, "store", n.store.CatchUp(context.Background()))
 	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
 	if err != nil {
 		return errors.Join(err, n.store.Close())

@@ -167,6 +167,7 @@ func (g *grants) recordEnd(ctx context.Context, h *held) error {
 func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 	ends := make([]store.End, len(batch))
 	for i, h := range batch {
+		h.end(g.clock.wall())
 		event, err := g.endEvent(h, *h.over)
 		if err != nil {
 			return err

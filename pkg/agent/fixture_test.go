@@ -98,14 +98,17 @@ spec:
 // payload is a grant that the resources allow; change alters it before it is signed.
 func (s signer) payload(t *testing.T, change func(*grant.Payload)) grant.Payload {
 	t.Helper()
-	now := time.Now().UTC().Truncate(time.Second)
-	id, err := grant.NewID(now)
-	must(t, err)
-	p := grant.Payload{ID: id, Requester: "alice", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
+	now := time.Now().UTC() // to the nanosecond: no two grants say the same
+	p := grant.Payload{Requester: "alice", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour), Duration: time.Minute, Reason: "backup", Audience: testNode}
 	if change != nil {
 		change(&p)
 	}
+	if p.ID != "" { // made at another time, or not its own
+		return p
+	}
+	p, err := p.Named(now)
+	must(t, err)
 	return p
 }
 

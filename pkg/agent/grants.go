@@ -102,20 +102,25 @@ type grants struct {
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
 	history *history                 // guarded by mu
 
-	ports    *portUse      // what the records of flows tell
-	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
+	refused  map[string]*refused // guarded by mu; by who asked
+	ports    *portUse            // what the records of flows tell
+	usesKept time.Duration       // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
+	forgot   time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
-// paths, and paths without their row. It must come before the lease is renewed.
+// paths, and paths without their row. It must come before the lease is renewed. An end that the disk does not take keeps
+// nobody from going on: its paths are closed, and a tick records it.
 func (g *grants) adopt(ctx context.Context) error {
 	if err := g.adoptRows(ctx); err != nil {
 		return err
 	}
-	return g.reconcile(ctx)
+	late, err := g.agree(ctx)
+	g.problems.report(problemGrants, "", late)
+	return err
 }
 
 func (g *grants) adoptRows(ctx context.Context) error {
@@ -158,7 +163,7 @@ func (g *grants) adoptRows(ctx context.Context) error {
 			continue
 		}
 		e := ending{grant: row.ID, actor: "agent"}
-		if err := g.end(ctx, h, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)); err != nil {
+		if err := g.end(ctx, h, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)); err != nil && !store.Unwritable(err) {
 			return fmt.Errorf("adopt grants: %w", err)
 		}
 	}
@@ -201,7 +206,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	g.reclaim(h)
+	if why := g.reclaim(h); why != "" {
+		return h, why
+	}
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -236,9 +243,15 @@ func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
 	return next, err
 }
 
-// reconcile carries out planPaths. Whoever activates does not wait while thousands of paths are looked at: what has changed
-// since is left to the next time.
+// reconcile is agree for those to whom every error is one.
 func (g *grants) reconcile(ctx context.Context) error {
+	late, err := g.agree(ctx)
+	return errors.Join(late, err)
+}
+
+// agree carries out planPaths. Whoever activates does not wait while thousands of paths are looked at: what has changed
+// since is left to the next time. late is what was done, but the disk did not take the record of it.
+func (g *grants) agree(ctx context.Context) (late, err error) {
 	g.mu.Lock()
 	active := make([]live, 0, len(g.active)) // before the paths: each of these has its own by now
 	for _, h := range g.active {
@@ -247,7 +260,7 @@ func (g *grants) reconcile(ctx context.Context) error {
 	g.mu.Unlock()
 	paths, err := g.datapath.Paths()
 	if err != nil {
-		return fmt.Errorf("read paths: %w", err)
+		return nil, fmt.Errorf("read paths: %w", err)
 	}
 	now := g.clock.boot()
 	plan := planPaths(active, paths, now)
@@ -265,7 +278,12 @@ func (g *grants) reconcile(ctx context.Context) error {
 		}
 	}
 	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
-	return errors.Join(errs...)
+	isLate := slices.IndexFunc(errs, store.Unwritable) // the next tick finds the others
+	if isLate >= 0 {
+		late = errs[isLate]
+		errs = slices.DeleteFunc(errs, store.Unwritable)
+	}
+	return late, errors.Join(errs...)
 }
 
 // endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced.

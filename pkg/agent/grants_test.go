@@ -393,3 +393,29 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 		t.Errorf("lease of %s left", left)
 	}
 }
+
+// TestLetGoIsTriedAgain: what could not be ended when its holder let go of it is not open until its deadline.
+func TestLetGoIsTriedAgain(t *testing.T) {
+	b := newTestbed(t, 16)
+	b.use(strings.Replace(b.signer.resources("15m"), "requesters: [alice]", `requesters: ["spiffe://example.org/*"]`, 1))
+	l := b.begin()
+	defer func() { l.kill() }()
+	p := b.signer.payload(t, func(p *grant.Payload) { p.Requester = backup.String() })
+	h, err := l.ActivateFor(t.Context(), wanted{p, "svid:0"})
+	must(t, err)
+	live := l.datapath
+	broken, err := datapath.Open(b.config)
+	must(t, err)
+	must(t, broken.Close())
+	l.datapath = broken
+	if err := l.LetGo(t.Context(), h, whyGivenBack); err == nil {
+		t.Error("ended by a datapath that is closed")
+	}
+	l.datapath = live
+	if _, open := l.states(); open[p.ID] != 1 {
+		t.Fatalf("open %v", open)
+	}
+	if state, why := l.look(p.ID); state != store.StateRevoked || why != whyGivenBack {
+		t.Errorf("after a tick it is %s, %s", state, why)
+	}
+}

@@ -109,9 +109,12 @@ func (s *sweeper) Run(ctx context.Context) error {
 }
 
 func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
+	s.problems.report(problemMemory, "store", s.grants.store.CatchUp(ctx))
 	next, err := s.grants.tick(ctx)
 	s.problems.report(problemGrants, "", err)
 	s.problems.report(problemGrants, "use", s.grants.KeepUses(ctx))
+	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx))
+	s.problems.report(problemGrants, "forget", s.grants.Forget(ctx))
 	s.problems.report(problemEvents, "sweep", s.flows())
 	s.problems.report(problemEvents, "losses", s.settle())
 	return next

@@ -75,7 +75,7 @@ func (g *grants) keepPanic(ctx context.Context) error {
 	}
 	event, err := encodeEvent(newEvent(stepPanic, p.By, p.Why, g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic, Data: data}}, event)
+		err = g.store.KeepUrgent(ctx, []store.Note{{Name: noteOfPanic, Data: data}}, event)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
@@ -138,7 +138,7 @@ func (g *grants) Lift(ctx context.Context, why, actor string) error {
 	}
 	event, err := encodeEvent(newEvent(stepLifted, actor, fmt.Sprintf("%s (panic %s)", why, p), g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic}}, event)
+		err = g.store.KeepUrgent(ctx, []store.Note{{Name: noteOfPanic}}, event)
 	}
 	if err != nil {
 		return fmt.Errorf("lift panic: %w", err)

@@ -25,7 +25,7 @@ func TestPanic(t *testing.T) {
 		Ports: []uint16{5432}, Deadline: datapath.BootTime() + time.Minute})
 	must(t, err)
 
-	holding := l.newHolding(netip.MustParseAddr("10.1.0.9")) // as if a workload held it
+	holding := newHolding(grant.Payload{}) // as if a workload held it
 	l.active[row.ID].holding = holding
 	ended, err := l.Panic(t.Context(), "leaked key", "uid:7")
 	must(t, err)

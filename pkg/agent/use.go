@@ -31,8 +31,9 @@ type use struct {
 	Busy    time.Duration        `json:"busy"` // of it, with traffic
 	Last    time.Duration        `json:"last"` // from activation to the last traffic
 	Clients map[netip.Addr]spent `json:"clients"`
-	Ports   []uint16             `json:"ports"`   // of the service, that flows were for
-	Granted []uint16             `json:"granted"` // those that they could have been for
+	Ports   []uint16             `json:"ports"`          // of the service, that flows were for
+	Granted []uint16             `json:"granted"`        // those that they could have been for
+	Ended   time.Time            `json:"ended,omitzero"` // wall clock; zero while it is active
 
 	looked  bool
 	changed bool          // since it was kept
@@ -145,6 +146,28 @@ func (g *grants) changedUses() (notes []store.Note, err error) {
 		notes = append(notes, n)
 	}
 	return notes, nil
+}
+
+// end notes when a grant ended: at its deadline at the latest, whoever noticed when. The first time stands.
+func (h *held) end(now time.Time) {
+	if h.use.Ended.IsZero() {
+		h.use.Ended = earlierOf(now, h.row.Deadline)
+	}
+}
+
+// endedAt is when a grant ended, by the node's clock; zero while it is active. Where nobody has noted it, at its deadline.
+func (g *grants) endedAt(ctx context.Context, row store.GrantRow) (time.Time, error) {
+	if row.State == store.StateActive {
+		return time.Time{}, nil
+	}
+	notes, err := g.store.Notes(ctx, noteOfUse+row.ID)
+	for _, n := range notes {
+		var u use
+		if json.Unmarshal(n.Data, &u) == nil && !u.Ended.IsZero() {
+			return u.Ended, err
+		}
+	}
+	return row.Deadline, err
 }
 
 // uses reads what the store has, by grant. One that cannot be read is left out.

@@ -71,7 +71,7 @@ func VerifyResources(envelope []byte, set *policy.Set, keys []policy.Keyring, pi
 	for _, k := range pinned {
 		known[k.ID()] = policy.PinnedKey(k)
 	}
-	signers, err := verifySignatures(env.Signatures, dsse.PAE(ResourcesType, body), known, now)
+	signers, _, err := verifySignatures(env.Signatures, dsse.PAE(ResourcesType, body), known, now)
 	if err != nil {
 		return nil, err
 	}
