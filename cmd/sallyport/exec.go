@@ -67,7 +67,7 @@ reset, and new ones go to the proxy.
 The command is run when every address has its path that it will connect to, and else it is said which has
 none, and why. For each --agent these are the address that the resolver puts first and that can be reached,
 and others of its family. What fails beside them is only told. An address where nobody answers at all
-takes as long as --timeout. and --ipv6 say which family the command connects by.`,
+takes as long as --timeout. With --ipv4 or --ipv6 the other family is left out.`,
 		Example: `  sallyport exec --agent db-1.example.org --service postgres --for 15m --reason "nightly backup" -- \
       pg_dump -h db-1.example.org -f backup.sql shop`,
 		Args: between(0, -1),
@@ -88,6 +88,7 @@ takes as long as --timeout. and --ipv6 say which family the command connects by.
 	f.BoolVarP(&e.by.only4, "ipv4", "4", false, "only the IPv4 addresses of --agent: the command connects by no others")
 	f.BoolVarP(&e.by.only6, "ipv6", "6", false, "only the IPv6 addresses of --agent: the command connects by no others")
 	cmd.MarkFlagsMutuallyExclusive("ipv4", "ipv6")
+	f.Lookup("port").DefValue = "" // else the help says: default []
 	fixed(cmd, "binding", []string{policy.BindingAddress, policy.BindingWorkload})
 	return cmd
 }
