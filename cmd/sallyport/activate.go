@@ -57,7 +57,10 @@ func (c *cli) activate(ctx context.Context, a activate, file string) error {
 		if err != nil {
 			return refusalHint(err)
 		}
-		return c.show(g, func(t *table) { grantTable(t, g) })
+		return c.show(g, func(t *table) {
+			grantTable(t, g)
+			t.row("to end it", commandLine("grant", "revoke", g.GetId(), "--why", "TEXT"))
+		})
 	})
 }
 

@@ -26,7 +26,7 @@ func (c *cli) grantApprove() *cobra.Command {
 		Short: "Add your signature to what somebody else asks for",
 		Long: `Add a signature to a grant that somebody else asked for. It says in the same plain words what the grant allows
 before anything is signed. With --policy it also says whose approval is still missing after yours. FILE - is standard input.`,
-		Example: `  sallyport grant approve backup.grant --key ~/.ssh/id_ed25519_sk --policy /etc/sallyport/resources.d --out approved.grant`,
+		Example: `  sallyport grant approve backup.grant --key ~/.ssh/id_ed25519_sk --policy /etc/sallyport/resources.d --out backup.2.grant`,
 		Args:    exactly(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return c.approve(cmd.Context(), &a, args[0]) },
 	}

@@ -16,6 +16,10 @@ const repository = "../.."
 
 // TestEveryCommandHasAnExample: and each is a command line that is in order.
 func TestEveryCommandHasAnExample(t *testing.T) {
+	for _, line := range commandLines(testRoot().Long) {
+		line, _, _ = strings.Cut(line, "  ") // what it is for
+		checkLine(t, "sallyport --help", line)
+	}
 	eachCommand(testRoot(), func(cmd *cobra.Command) {
 		if cmd.HasSubCommands() {
 			return

@@ -67,8 +67,8 @@ reset, and new ones go to the proxy.
 The command is run when every address has its path that it will connect to, and else it is said which has
 none, and why. For each --agent these are the address that the resolver puts first and that can be reached,
 and others of its family. What fails beside them is only told. An address where nobody answers at all
-takes as long as --timeout. and --ipv6 say which family the command connects by.`,
-		Example: `  sallyport exec --agent db-1.example.org --service postgres --for 1h --reason "nightly backup" -- \
+takes as long as --timeout. With --ipv4 or --ipv6 the other family is left out.`,
+		Example: `  sallyport exec --agent db-1.example.org --service postgres --for 15m --reason "nightly backup" -- \
       pg_dump -h db-1.example.org -f backup.sql shop`,
 		Args: between(0, -1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.execute(cmd.Context(), &e, args) },
@@ -88,6 +88,7 @@ takes as long as --timeout. and --ipv6 say which family the command connects by.
 	f.BoolVarP(&e.by.only4, "ipv4", "4", false, "only the IPv4 addresses of --agent: the command connects by no others")
 	f.BoolVarP(&e.by.only6, "ipv6", "6", false, "only the IPv6 addresses of --agent: the command connects by no others")
 	cmd.MarkFlagsMutuallyExclusive("ipv4", "ipv6")
+	f.Lookup("port").DefValue = "" // else the help says: default []
 	fixed(cmd, "binding", []string{policy.BindingAddress, policy.BindingWorkload})
 	return cmd
 }
@@ -201,7 +202,7 @@ func execHint(err error) error {
 	case hinted(err):
 		return err
 	case errors.Is(err, client.ErrUnreachable) && !errors.Is(err, client.ErrNotReached):
-		return withHint(err, "check --agent, or say --ipv4 or --ipv6 if the command connects by that family alone; and look at spec.automation in the agent's configuration; `sallyport status` on the node tells whether it takes requests")
+		return withHint(err, "look at spec.automation in the agent's configuration, and at `sallyport status` on the node; check --agent; with --ipv4 or --ipv6 the other family is left out")
 	case errors.Is(err, client.ErrUnreachable):
 		return withHint(err, "check --agent: nobody is there, or no way leads there from here")
 	}

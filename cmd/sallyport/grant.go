@@ -18,17 +18,29 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
+// Groups of commands in the help of grant.
+const (
+	groupAsk  = "ask"
+	groupNode = "node"
+	groupSay  = "say"
+)
+
 func (c *cli) grant() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "grant",
 		Short: "Issue, approve, activate, end and review one grant",
-		Args:  cobra.ArbitraryArgs,
-		RunE:  group,
+		Long: `A grant is issued by whoever asks for it, approved by others where policy wants that, and activated on its node, where it
+opens a path. It ends by itself, or is revoked. Each command says what comes next, and whose approval is missing.`,
+		Args: cobra.ArbitraryArgs,
+		RunE: group,
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantJoin(), c.grantActivate(), c.grantRevoke(), c.grantShow())
-	cmd.AddCommand(c.grantChallenge(), c.grantAnswer(), c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch(), c.grantRecord())
+	cmd.AddGroup(&cobra.Group{ID: groupAsk, Title: "With files, anywhere:"}, &cobra.Group{ID: groupNode, Title: "On the node:"},
+		&cobra.Group{ID: groupSay, Title: "Signed words, for good:"})
+	addGroup(cmd, groupAsk, c.grantIssue(), c.grantApprove(), c.grantJoin(), c.grantShow(), c.grantAnswer())
+	addGroup(cmd, groupNode, c.grantActivate(), c.grantRevoke(), c.grantChallenge(), c.grantRecord())
+	addGroup(cmd, groupSay, c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch())
 	return cmd
 }
 

@@ -26,8 +26,9 @@ type issue struct {
 func (c *cli) grantIssue() *cobra.Command {
 	var i issue
 	cmd := &cobra.Command{
-		Use:   "issue",
-		Short: "Sign a grant: who may go around the proxy, to what, for how long, and why",
+		Use:     "issue",
+		Aliases: []string{"request"},
+		Short:   "Sign a grant: who may go around the proxy, to what, for how long, and why",
 		Long: `Sign a grant with a key of a keyring. What it allows is said in plain words on standard error
 before anything is signed. With --policy the grant is checked first as the node would check it,
 and one that policy refuses is not signed. A grant does nothing until it is activated, and it

@@ -186,7 +186,7 @@ func TestExec(t *testing.T) {
 	}
 	t.Run("no agent there", func(t *testing.T) {
 		p := w.execIn(t, w.Client, nightly, []string{"--agent", "10.1.0.1:9", "--service", "host-echo"}, "true")
-		if code := exitCode(t, p); code != 4 || !strings.Contains(p.Output(), "hint: check --agent") {
+		if code := exitCode(t, p); code != 4 || !strings.Contains(p.Output(), "hint: look at spec.automation") {
 			t.Errorf("ended with %d:\n%s", code, p.Output())
 		}
 	})
