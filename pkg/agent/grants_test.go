@@ -212,7 +212,7 @@ func TestDeadlineIsCappedAndEnds(t *testing.T) {
 
 func TestNothingIsRevivedAfterReboot(t *testing.T) {
 	b := newTestbed(t, 16)
-	b.bootID = "another boot"
+	b.bootID = "another-boot"
 	l := b.begin()
 	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
 	must(t, err)

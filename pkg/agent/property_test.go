@@ -226,7 +226,7 @@ func (m *model) restart(why string) {
 // reboot takes the maps' paths with it, as a kernel does; their state here is ended by hand.
 func (m *model) reboot() {
 	m.endEverything()
-	m.testbed.bootID = fmt.Sprintf("boot %d", m.rng.Uint64())
+	m.testbed.bootID = fmt.Sprintf("boot-%d", m.rng.Uint64())
 	m.restart("reboot")
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"regexp"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -57,6 +58,11 @@ func (w *wireChallenge) read(v *validation) Challenge {
 // MarshalJSON gives the one form of a challenge.
 func (c Challenge) MarshalJSON() ([]byte, error) { return encode(c.wire()) }
 
+// bootPattern holds what /proc/sys/kernel/random/boot_id says, a UUID.
+var bootPattern = regexp.MustCompile(`^[0-9A-Za-z-]+$`)
+
+const maxBoot = 64
+
 const challengeHint = "take the challenge as `sallyport grant challenge` wrote it"
 
 // ParseChallenge reads the form of MarshalJSON, but for spaces, strictly.
@@ -83,7 +89,9 @@ func ParseChallenge(data []byte) (Challenge, error) {
 
 func (c Challenge) validate(v *validation) {
 	v.check("challenge.node", policy.CheckNodeName(c.Node))
-	v.check("challenge.boot", checkText(c.Boot, challengeHint))
+	if len(c.Boot) > maxBoot || !bootPattern.MatchString(c.Boot) {
+		v.refuse("challenge.boot", challengeHint, "%.80q is not the id of a boot", c.Boot)
+	}
 	if raw, err := hex.DecodeString(c.Nonce); err != nil || len(raw) != nonceSize || hex.EncodeToString(raw) != c.Nonce {
 		v.refuse("challenge.nonce", challengeHint, "%.80q is not %d bytes in hex", c.Nonce, nonceSize)
 	}

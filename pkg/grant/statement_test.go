@@ -204,6 +204,7 @@ func FuzzParseChallenge(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(good)
+	f.Add(bytes.Replace(good, []byte(`"0d8ccf0b`), []byte(`"&`), 1))
 	f.Add(bytes.Replace(good, []byte(`"node"`), []byte(`"Node"`), 1))
 	f.Add(bytes.Replace(good, []byte(`{`), []byte(`{"node":"x",`), 1))
 	f.Fuzz(func(t *testing.T, data []byte) {
