@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -181,6 +184,32 @@ func TestEveryPackageHasAHome(t *testing.T) {
 			if slices.Contains(homeless, part) {
 				t.Errorf("%s: %q says nothing about what is inside; name the thing", p.ImportPath, part)
 			}
+		}
+	}
+}
+
+// TestNoProgramIsCommitted: what git keeps is read by people, but for the programs that bpf2go compiled.
+func TestNoProgramIsCommitted(t *testing.T) {
+	out, err := exec.Command("git", "-C", "../..", "ls-files", "-z").Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		if strings.HasPrefix(name, "bpf/") {
+			continue
+		}
+		begin := make([]byte, 4)
+		f, err := os.Open(filepath.Join("../..", name))
+		if errors.Is(err, fs.ErrNotExist) { // taken out, but not yet of the index
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.ReadFull(f, begin)
+		_ = f.Close()
+		if bytes.Equal(begin, []byte("\x7fELF")) {
+			t.Errorf("%s is a program: take it out, make builds it", name)
 		}
 	}
 }
