@@ -75,7 +75,7 @@ func ipv6Shapes() []Shape {
 		{Name: "ipv6/chain of three", Family: 6, Frames: extended(hop, dest, dest)},
 		{Name: "ipv6/chain of eight", Family: 6, Frames: extended(options(8)...)},
 		{Name: "ipv6/chain of nine", Family: 6, Frames: extended(options(9)...)},
-		{Name: "ipv6/chain of thirty", Family: 6, Frames: extended(options(30)...)},
+		{Name: "ipv6/chain of thirty", Family: 6, Bounded: "Linux 7.3 follows nine, and not thirty", Frames: extended(options(30)...)},
 		{Name: "ipv6/large options", Family: 6, Frames: extended(packet.Extension{Type: packet.DestOptions, Body: packet.SkippedOption(256)})},
 		{Name: "ipv6/routing header, nothing left", Family: 6, Frames: route(0, 0)},
 		{Name: "ipv6/routing header of type 0", Family: 6, Frames: route(0, 1)},

@@ -17,6 +17,8 @@ type Shape struct {
 	// Refused says why Linux brings no part of it with the port to the input of its own stack; empty where
 	// it does, whatever TCP or UDP make of it then.
 	Refused string
+	// Bounded says why newer kernels bring no part of it there either, where older ones do.
+	Bounded string
 	// Frames gives it the packet p, a TCP segment or UDP datagram towards the port. They are sent in order.
 	Frames func(p packet.Packet) [][]byte
 }

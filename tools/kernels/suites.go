@@ -28,7 +28,7 @@ var suites = []suite{
 	{pkg: "pkg/px", limit: 5 * time.Minute},
 	// Left out: what holds a thousand connections to a second, and what packets are generated for by the
 	// hundred thousand, which does not depend on the kernel.
-	{pkg: "pkg/datapath", skip: "^(TestThousandIdleConnections|TestNothingPassesThatMustNot|TestTheProofFindsAHole|TestFilterDropsNothingFree)$", limit: 45 * time.Minute},
+	{pkg: "pkg/datapath", skip: "^(TestThousandIdleConnections|TestNothingPassesThatMustNot|TestTheProofFindsAHole|TestFilterDropsNothingFree)$", limit: 75 * time.Minute},
 	{pkg: "test/hostile", limit: 20 * time.Minute},
 	{pkg: "test/e2e", cut: "^(TestMatrix|TestReadiness|TestRestartAdopts|TestUninstall|TestPrivilegesSuffice|TestPrivilegesAreAskedFor)$", real: true, limit: 25 * time.Minute},
 }
