@@ -77,7 +77,7 @@ func (w *stateWorld) happen(event string) (err error) {
 		w.truth += 2 * time.Minute
 		_, err = w.tick(w.t.Context())
 	case "reboot":
-		w.testbed.bootID = "boot of " + w.id
+		w.testbed.bootID = "boot-of-" + w.id
 		fallthrough
 	case "restart":
 		must(w.t, w.store.Close())

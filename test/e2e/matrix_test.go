@@ -203,7 +203,7 @@ const afterKill = 12 * time.Second
 // agentKilled: a dead agent admits nothing new, and what it admitted dies on time; the proxy goes on.
 func (m *matrix) agentKilled(t *testing.T) {
 	for _, c := range m.cells {
-		c.open(t, m, c.from, afterKill.String())
+		c.open(t, m, c.from, bound(afterKill).String())
 	}
 	m.dialAll(t)
 	m.agent.kill(t)

@@ -30,7 +30,7 @@ var suites = []suite{
 	// hundred thousand, which does not depend on the kernel.
 	{pkg: "pkg/datapath", skip: "^(TestThousandIdleConnections|TestNothingPassesThatMustNot|TestTheProofFindsAHole|TestFilterDropsNothingFree)$", limit: 75 * time.Minute},
 	{pkg: "test/hostile", limit: 20 * time.Minute},
-	{pkg: "test/e2e", cut: "^(TestMatrix|TestReadiness|TestRestartAdopts|TestUninstall|TestPrivilegesSuffice|TestPrivilegesAreAskedFor)$", real: true, limit: 25 * time.Minute},
+	{pkg: "test/e2e", cut: "^(TestMatrix|TestReadiness|TestRestartAdopts|TestUninstall|TestPrivilegesSuffice|TestPrivilegesAreAskedFor)$", real: true, limit: 40 * time.Minute},
 }
 
 // Name is what the command line calls it.
