@@ -86,7 +86,8 @@ bench: ## run every benchmark, BENCHTIME=1s each
 image: build ## build a container image with the four binaries and nothing else
 	docker build -t $(IMAGE) .
 
-install: build ## install binaries and systemd units (PREFIX, DESTDIR); starts nothing
+install: ## install what `make build` built, and systemd units (PREFIX, DESTDIR); needs no Go, starts nothing
+	@for b in $(BINARIES); do test -f bin/$$b || { echo "bin/$$b is not built: run \`make build\` first, as yourself" >&2; exit 1; }; done
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BINARIES:%=bin/%)
 	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system deploy/systemd/*.service
 
