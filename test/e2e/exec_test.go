@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -161,6 +162,9 @@ func TestExec(t *testing.T) {
 	run := func(id spiffeid.ID, command ...string) *lab.Process {
 		return w.execIn(t, w.Client, id, flags, command...)
 	}
+	orphan, foreign := filepath.Join(w.Dir, "orphan"), filepath.Join(w.Dir, "foreign") // found, and not to be started
+	must(t, os.WriteFile(orphan, []byte("#!/no/such/interpreter\n"), 0o755))
+	must(t, os.WriteFile(foreign, []byte("\x7fELF of nobody"), 0o755))
 	for _, c := range []struct {
 		name    string
 		id      spiffeid.ID
@@ -171,7 +175,9 @@ func TestExec(t *testing.T) {
 		{"success", nightly, []string{"true"}, 0, "note: path to host-echo on node-1 for 10.1.0.2 until"},
 		{"its own code", nightly, []string{"sh", "-c", "exit 7"}, 7, ""},
 		{"ended by a signal", nightly, []string{"sh", "-c", "kill -KILL $$"}, 128 + 9, ""},
-		{"not there", nightly, []string{"no-such-program"}, 127, "hint: "},
+		{"not there", nightly, []string{"no-such-program"}, 127, "hint: nothing was asked for"},
+		{"without its interpreter", nightly, []string{orphan}, 127, "hint: its paths were given back"},
+		{"for another machine", nightly, []string{foreign}, 126, "hint: its paths were given back"},
 		{"not allowed", mallory, []string{"true"}, 3, "spiffe://example.org/app/mallory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
