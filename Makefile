@@ -76,9 +76,9 @@ bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS
 	go run ./tools/needs bench-datapath
 	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
 
-bench-grants: ## measure how long workloads wait for paths with PATHS=10000 active, and the agent's memory then (root)
+bench-grants: ## measure how long workloads wait for paths with PATHS=10000 active, and the agent's memory then (root); PUBLISH=docs writes it down
 	go run ./tools/needs test
-	BENCH_PATHS=$(or $(PATHS),10000) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
+	BENCH_PATHS=$(or $(PATHS),10000) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
