@@ -251,7 +251,7 @@ func Unwritable(err error) bool { return errors.Is(err, ErrFull) || errors.Is(er
 func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.reopen(); err != nil {
+	if err := s.reopen(ctx); err != nil {
 		return err
 	}
 	if c == common {
@@ -304,17 +304,21 @@ func ofFile(err error) error {
 	return err
 }
 
-// reopen goes over to writing, once a disk that was read-only allows it.
-func (s *Store) reopen() error {
+// reopen goes over to writing, once a disk that was read-only allows it. It waits for whoever reads: the only connection is
+// theirs until then, and must not be anybody's after.
+func (s *Store) reopen(ctx context.Context) error {
 	if !s.readOnly.Load() {
 		return nil
 	}
 	if err := makePrivate(s.path); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnwritable, err)
 	}
+	c, err := s.db.Conn(ctx)
+	if err != nil {
+		return classify(err)
+	}
 	s.readOnly.Store(false)
-	s.db.SetMaxIdleConns(-1) // lets go of the connection that cannot write
-	s.db.SetMaxIdleConns(1)
+	_ = c.Raw(func(any) error { return driver.ErrBadConn }) // has it closed, and the next one opened to write
 	return nil
 }
 
