@@ -37,7 +37,8 @@ func (b *ballast) throw() bool {
 	return true
 }
 
-// take takes it on, if the disk has twice the room. Where it never was, a disk without that room does without.
+// take takes it on, if the disk has twice the room. Where it never was, a disk without that room does without, as does one
+// whose file system reserves none.
 func (b *ballast) take() error {
 	if b.size == 0 {
 		return nil
@@ -63,13 +64,13 @@ func (b *ballast) allocate() error {
 	if free := int64(disk.Bavail) * disk.Bsize; free < 2*b.size {
 		return fmt.Errorf("%d bytes are free, it takes %d", free, 2*b.size)
 	}
-	f, err := os.OpenFile(b.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	beside := b.path + ".new" // a file that never was whole is none
+	f, err := os.OpenFile(beside, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, b.size); err != nil {
-		return errors.Join(err, f.Truncate(0))
+	if err := errors.Join(unix.Fallocate(int(f.Fd()), 0, 0, b.size), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(beside))
 	}
-	return nil
+	return os.Rename(beside, b.path)
 }

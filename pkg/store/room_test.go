@@ -3,8 +3,13 @@ package store
 import (
 	"errors"
 	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Workloads and records fill their part and no more: people still begin, and whatever ends is recorded.
@@ -112,5 +117,51 @@ func TestRoomOnAFullDisk(t *testing.T) {
 	d.fill()
 	if err := s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 9000)}}); err != nil {
 		t.Errorf("once more: %v", err)
+	}
+}
+
+// limitFiles has no file of the process grow beyond size bytes, until the returned function is called.
+func limitFiles(t *testing.T, size uint64) (lift func()) {
+	t.Helper()
+	var before unix.Rlimit
+	signal.Ignore(unix.SIGXFSZ)
+	if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: size, Max: before.Max}, nil); err != nil {
+		t.Fatal(err)
+	}
+	lift = func() {
+		if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, &before, nil); err != nil {
+			t.Error(err)
+		}
+		signal.Reset(unix.SIGXFSZ)
+	}
+	t.Cleanup(lift)
+	return lift
+}
+
+// A disk that never reserved the room is not taken for one whose reserve is in use, and has nothing of it left.
+func TestNoRoomIsReserved(t *testing.T) {
+	path, ctx := mountTmpfs(t, "8m")+"/node.db", t.Context()
+	lift := limitFiles(t, 1<<20)
+	start := func() []string {
+		t.Helper()
+		s := must(openSized(path, pages{most: maxPages, kept: keptPages, disk: 2 << 20}))(t)
+		defer s.Close()
+		if _, err := s.Append(ctx, []byte("record")); err != nil {
+			t.Error(err)
+		}
+		return must(filepath.Glob(path + "-kept*"))(t)
+	}
+	for range 2 {
+		if kept := start(); len(kept) != 0 {
+			t.Errorf("left over: %v", kept)
+		}
+	}
+	lift()
+	start()
+	if st, err := os.Stat(path + "-kept"); err != nil || st.Size() != 2<<20 {
+		t.Errorf("when it can be reserved: %v, %v", st, err)
 	}
 }
