@@ -10,12 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ballast is a file that does nothing but have room on the disk: urgent writes throw it off when others have filled the rest.
-// Until it is taken on again, nothing else is written.
+// ballast is a file that does nothing but have room on the disk: urgent writes throw it off, a part at a time, when others have
+// filled the rest, who may take what a write leaves of the part. Until it is whole again, nothing else is written.
 type ballast struct {
 	path   string
 	size   int64 // bytes; 0: there is to be none
-	thrown bool
+	thrown bool  // some of it
 }
 
 // find sees what an earlier process did with it.
@@ -24,13 +24,14 @@ func (b *ballast) find() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	b.thrown = err == nil && st.Size() == 0
+	b.thrown = err == nil && st.Size() < b.size
 	return err
 }
 
 // throw makes room, if there is any to make.
 func (b *ballast) throw() bool {
-	if b.size == 0 || b.thrown || os.Truncate(b.path, 0) != nil {
+	st, err := os.Stat(b.path)
+	if b.size == 0 || err != nil || st.Size() == 0 || os.Truncate(b.path, max(0, st.Size()-thrownBytes)) != nil {
 		return false
 	}
 	b.thrown = true

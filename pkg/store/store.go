@@ -260,7 +260,7 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 		}
 	}
 	h, err := s.update(ctx, c, f)
-	if errors.Is(err, ErrFull) && c == urgent && s.ballast.throw() {
+	for c == urgent && Unwritable(err) && s.ballast.throw() { // a quota, and a write that is put off, are refused in other words
 		h, err = s.update(ctx, c, f)
 	}
 	if err != nil {
