@@ -201,13 +201,14 @@ func (s *Store) BootID() string { return s.boot }
 // due is what an earlier process or machine left to be settled before anything else is written: done with the next write
 // that the disk takes.
 type due struct {
-	boot  bool   // what the boot before left unknown is to be noted
-	count bool   // the count file is to be made anew
-	claim *claim // somebody claimed the store
-	why   error  // the files beside the database could not follow it
+	boot    bool   // what the boot before left unknown is to be noted
+	count   bool   // the count file is to be made anew
+	claim   *claim // somebody claimed the store
+	witness string // file that is to follow it from here on
+	why     error  // the files beside the database could not follow it
 }
 
-func (d due) nothing() bool { return !d.boot && !d.count && d.claim == nil }
+func (d due) nothing() bool { return !d.boot && !d.count && d.claim == nil && d.witness == "" }
 
 // settle does in the head what is due.
 func (s *Store) settle(ctx context.Context, tx *sql.Tx, h *head) error {
@@ -277,16 +278,16 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 // settled has the files beside the database follow it. What their disks do not take now stays due.
 func (s *Store) settled(h head) {
 	var errs []error
-	s.due.boot = false
+	s.due.boot, s.due.claim = false, nil
 	if s.due.count {
 		err := s.count.settle(s.countPath())
 		s.due.count = err != nil
 		errs = append(errs, err)
 	}
-	if s.due.claim != nil {
-		err := s.testify(s.due.claim.owner.Witness, h)
+	if s.due.witness != "" {
+		err := s.testify(s.due.witness, h)
 		if err == nil {
-			s.due.claim = nil
+			s.due.witness = ""
 		}
 		errs = append(errs, err)
 	}
