@@ -255,13 +255,18 @@ func (n *node) loadResources(context.Context) error {
 	return n.resources.load()
 }
 
-// resourcesChanged ends what the new resources would refuse and probes anew.
-func (n *node) resourcesChanged(e *enforced) {
+// resourcesChanged ends what the new resources would refuse and probes anew. The error says what could not be ended.
+func (n *node) resourcesChanged(e *enforced) error {
 	n.log.Info("resources in force", "digest", e.set.Digest(), "services", len(e.services), "generation", e.generation)
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	n.problems.report(problemGrants, "resources", n.grants.recheck(ctx, e))
+	err := n.grants.recheck(ctx, e)
+	if errors.Is(err, errNotRecorded) {
+		err = nil // a tick records it, and tells why it cannot
+	}
+	n.problems.report(problemGrants, "resources", err)
 	n.readiness.poke()
+	return err
 }
 
 // hookDevices hooks every device that is there; the watch takes over from it.

@@ -235,7 +235,12 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 		return h, ""
 	}
 	h.service, _ = e.service(h.payload.Service)
-	h.policy, why = g.outdated(h, row.Envelope, e)
+	own, err := g.own(h.payload.Addresses)
+	if err != nil {
+		return h, "it cannot be held against the resources: " + oneLine(err.Error())
+	}
+	v, err := h.verify(row.Envelope, e.set.Keyrings())
+	h.policy, why = g.outdated(h, v, err, own, e)
 	h.forget()
 	return h, why
 }

@@ -123,6 +123,15 @@ func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
 	return ""
 }
 
+// recount gives what a grant says and who vouches for it by other keyrings than before. Its signatures were verified when it began, or when
+// this agent took it up.
+func (h *held) recount(known map[string]policy.KnownKey) (grant.Verified, error) {
+	if policy.IsWorkload(h.payload.Requester) {
+		return h.verify(nil, nil)
+	}
+	return grant.Recount(h.payload, h.row.Signers, known, h.row.Activated)
+}
+
 // verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.
 func (h *held) verify(envelope []byte, keys []policy.Keyring) (grant.Verified, error) {
 	if policy.IsWorkload(h.payload.Requester) {

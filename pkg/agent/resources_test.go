@@ -13,6 +13,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"golang.org/x/sys/unix"
 )
 
 // directory is a resources directory, with what came of it.
@@ -23,6 +24,8 @@ type directory struct {
 	changes int
 	ifindex int
 	refuse  error // of the kernel
+	// unchanged is why a change could not be carried through.
+	unchanged error
 }
 
 func newDirectory(t *testing.T, table ...datapath.Service) *directory {
@@ -44,7 +47,7 @@ func newDirectory(t *testing.T, table ...datapath.Service) *directory {
 			}
 			return place{device: d.ifindex}, nil
 		},
-		changed: func(*enforced) { d.changes++ },
+		changed: func(*enforced) error { d.changes++; return d.unchanged },
 	}
 	must(t, os.Mkdir(d.dir, 0o755))
 	return d
@@ -201,5 +204,72 @@ func TestPodThatIsNotThereYet(t *testing.T) {
 	d.reload()
 	if len(d.applied) != 2 || len(d.problems.lines()) != 0 {
 		t.Errorf("applied %+v, problems %v", d.applied, d.problems.lines())
+	}
+}
+
+// TestHungDiskKeepsNothingOpen: while the disk of the state directory hangs, what tightens is in force, with the proxy, and the grants
+// that it refuses are looked at.
+func TestHungDiskKeepsNothingOpen(t *testing.T) {
+	for _, signed := range []bool{false, true} {
+		o := newOffice(t)
+		d := newDirectory(t)
+		if signed {
+			d = o.node(t)
+		} else {
+			d.write("a.yaml", podAndHost)
+			must(t, d.load())
+		}
+		digest := d.current().set.Digest()
+		changed := make(chan string, 1)
+		d.changed = func(e *enforced) error {
+			proxys, err := os.ReadFile(d.proxy)
+			if set, parsed := policy.Parse(d.proxy, proxys); err != nil || parsed != nil || set.Digest() != e.set.Digest() {
+				t.Errorf("what the proxy has: %v, %v", err, parsed)
+			}
+			changed <- e.set.Digest()
+			return nil
+		}
+		must(t, os.Remove(d.verified))
+		must(t, unix.Mkfifo(d.verified, 0o600)) // whoever reads it waits
+		d.write("deny.yaml", "apiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: out}\nspec: {reason: left, people: [mallory]}\n")
+		done := make(chan struct{})
+		go func() { d.reload(); close(done) }()
+		select {
+		case now := <-changed:
+			if now == digest || d.current().set.Digest() != now {
+				t.Error("the old set is in force")
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("nobody was told of it")
+		}
+		back, err := os.OpenFile(d.verified, os.O_WRONLY, 0) // waits until somebody reads
+		must(t, err)
+		must(t, back.Close())
+		<-done
+		if lines := d.problems.lines(); len(lines) > 0 || d.restart().mustLast().Digest() != d.current().set.Digest() {
+			t.Errorf("when the disk is back: %v", lines)
+		}
+	}
+}
+
+func (d *directory) mustLast() *policy.Set {
+	d.t.Helper()
+	set, err := d.last()
+	must(d.t, err)
+	return set
+}
+
+// TestUnfinishedChangeIsTriedAgain: what could not be ended when the resources changed is ended with a later look, which finds no change.
+func TestUnfinishedChangeIsTriedAgain(t *testing.T) {
+	d := newDirectory(t)
+	d.write("a.yaml", podAndHost)
+	d.unchanged = errors.New("cannot be ended")
+	must(t, d.load())
+	d.reload()
+	d.unchanged = nil
+	d.reload()
+	d.reload()
+	if d.changes != 3 {
+		t.Errorf("told %d times, want 3", d.changes)
 	}
 }
