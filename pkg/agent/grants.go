@@ -327,25 +327,46 @@ func (g *grants) free(idle []uint32, now time.Duration) error {
 		since, known := g.ended[slot]
 		switch {
 		case !known:
-			g.ended[slot] = now
+			over, err := g.isOver(slot)
+			if over {
+				g.ended[slot] = now
+			}
+			return err
 		case now-since >= keepEnded:
-			return g.freeSlot(slot)
+			_, err := g.freeSlot(slot)
+			return err
 		}
 		return nil
 	})
 }
 
-// freeSlot gives back the slot of an ended path. What the kernel closed alone is in the index still. g.mu is held.
-func (g *grants) freeSlot(slot uint32) error {
-	err := g.datapath.EndPath(slot, datapath.PathRevoked)
-	if err == nil {
-		err = g.datapath.FreePath(slot)
-	}
+// isOver tells whether the slot has the path of a grant that has ended. Whoever looked at all paths before may have seen another
+// path in it. g.mu is held.
+func (g *grants) isOver(slot uint32) (bool, error) {
+	p, err := g.datapath.Path(slot)
 	if err != nil {
-		return fmt.Errorf("free slot %d: %w", slot, err)
+		return false, fmt.Errorf("read slot %d: %w", slot, err)
+	}
+	return p.State != datapath.PathFree && !isOpen(p) && g.active[p.Grant] == nil, nil
+}
+
+// freeSlot gives back the slot of an ended path, and tells if there was one. What the kernel closed alone is in the index still.
+// g.mu is held.
+func (g *grants) freeSlot(slot uint32) (freed bool, err error) {
+	if freed, err = g.isOver(slot); err != nil {
+		return false, err
+	}
+	if freed {
+		err = g.datapath.EndPath(slot, datapath.PathRevoked)
+		if err == nil {
+			err = g.datapath.FreePath(slot)
+		}
+		if err != nil {
+			return false, fmt.Errorf("free slot %d: %w", slot, err)
+		}
 	}
 	delete(g.ended, slot)
-	return nil
+	return freed, nil
 }
 
 // all lists every grant that the node ever activated, oldest first.
