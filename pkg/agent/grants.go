@@ -105,6 +105,7 @@ type grants struct {
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
 	history *history                 // guarded by mu
+	urged   map[string]time.Duration // guarded by mu; that were recorded in a full store, by the same names -> boot time
 
 	refused  map[string]*refused // guarded by mu; by who asked
 	ports    *portUse            // what the records of flows tell
