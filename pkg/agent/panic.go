@@ -109,7 +109,7 @@ func (g *grants) Lift(ctx context.Context, why, actor string) error {
 	if p == nil {
 		return fmt.Errorf("lift panic: %w", ErrNoPanic)
 	}
-	if err := g.panicMark.remove(); err != nil {
+	if err := g.keepPanic(ctx); err != nil { // it is on record before its end is, and no mark says that it stands
 		return fmt.Errorf("lift panic: %w", err)
 	}
 	event, err := encodeEvent(newEvent(stepLifted, actor, fmt.Sprintf("%s (panic %s)", why, p), g.clock))

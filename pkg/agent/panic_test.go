@@ -152,6 +152,35 @@ func TestPanicOutlivesAStuckDisk(t *testing.T) {
 	}
 }
 
+// TestLiftThatFailsLiftsNothing: a panic that is not on record yet, and whose lift the disk does not take either, stands also in the
+// next agent; and once it is lifted both are on record.
+func TestLiftThatFailsLiftsNothing(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	gone, leave := context.WithCancel(t.Context())
+	leave() // nothing can be recorded
+	if _, err := l.Panic(gone, "leaked key", "uid:7"); !errors.Is(err, errNotRecorded) {
+		t.Errorf("a panic that could not be recorded: %v", err)
+	}
+	if err := l.Lift(gone, "keys are new", "uid:0"); err == nil {
+		t.Error("lifted without a record")
+	}
+	l.closed("after a lift that failed")
+	l.kill()
+
+	l = b.begin()
+	defer l.kill()
+	must(t, l.adopt(t.Context()))
+	l.closed("in the next agent")
+	must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+	if got := slices.DeleteFunc(l.steps(), func(s string) bool { return s == stepRefused }); !slices.Equal(got, []string{stepPanic, stepLifted}) {
+		t.Errorf("on record: %v", got)
+	}
+	if p, err := b.panicMark().read(); p != nil || err != nil || l.standing() != "" {
+		t.Errorf("lifted, and the mark says %v, %v; stands %q", p, err, l.standing())
+	}
+}
+
 // TestHalfWrittenMarkIsAPanic: what a kill left of the mark is taken for one.
 func TestHalfWrittenMarkIsAPanic(t *testing.T) {
 	m := panicMark(filepath.Join(t.TempDir(), "panic"))
