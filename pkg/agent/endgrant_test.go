@@ -153,7 +153,7 @@ func TestKilledInAMassEnd(t *testing.T) {
 		name string
 		end  func(*life)
 	}{
-		{"in the kernel alone", func(l *life) { must(t, l.closeAll()) }},
+		{"in the kernel alone", func(l *life) { must(t, l.closeAll(ending{}.revoked("agent", "the clock moved"))) }},
 		{"after some records", func(l *life) {
 			var over []doomed
 			for _, h := range l.every() {

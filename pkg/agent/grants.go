@@ -47,6 +47,7 @@ type held struct {
 	warned  []warning        // that were given
 	limits  limits           // that signals left
 	over    *ending          // set once it is over in the kernel; then only its record is missing
+	fate    *ending          // of all that were active when every path was closed at once; guarded by grants.mu
 	holding *holding         // of a workload's grant; nil: of people's
 }
 
@@ -104,8 +105,8 @@ type grants struct {
 	leavers leavers
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
-	history *history                 // guarded by mu
 	urged   map[string]time.Duration // guarded by mu; that were recorded in a full store, by the same names -> boot time
+	history *history                 // guarded by mu
 
 	refused  map[string]*refused // guarded by mu; by who asked
 	ports    *portUse            // what the records of flows tell
@@ -115,6 +116,7 @@ type grants struct {
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
 	panicMark panicMark
+	shutFor   atomic.Pointer[ending] // why every path was closed at once, but for a panic; until each grant has its fate
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their

@@ -84,7 +84,7 @@ func (k *keeper) jumped() (jump string, err error) {
 	if jumped(k.origin, origin, boot-k.last) {
 		jump = fmt.Sprintf("the wall clock moved by %s against boot time", origin.Sub(k.origin).Round(time.Second))
 		k.steady = boot
-		if err := k.grants.closeAll(); err != nil {
+		if err := k.grants.closeAll(ending{}.revoked("agent", jump)); err != nil {
 			return jump, fmt.Errorf("end paths after a jump of the clock: %w", err)
 		}
 	}

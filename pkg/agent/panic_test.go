@@ -234,3 +234,57 @@ func TestPanicWithThousandsOfPaths(t *testing.T) {
 		t.Errorf("%d grants are left", len(l.active))
 	}
 }
+
+// TestEndOfAllIsItsCausers: a sweep that comes between the closing of every path and the records of it does not take it for somebody
+// who wrote the kernel's map; one that did so afterwards is told of.
+func TestEndOfAllIsItsCausers(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	panicked := &panicNote{By: "uid:7", Why: "leaked key"}
+	jumped := ending{}.revoked("agent", "the clock moved")
+	for i, c := range []struct {
+		name       string
+		end        func(*held)
+		actor, why string
+	}{
+		{"a panic", func(*held) {
+			_, err := l.shut(panicked)
+			must(t, err)
+		}, "uid:7", "panic: leaked key"},
+		{"a panic that is lifted at once", func(*held) {
+			_, err := l.shut(panicked)
+			must(t, err)
+			l.mu.Lock()
+			l.doomedByPanic()
+			l.mu.Unlock()
+			must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+		}, "uid:7", "panic: leaked key"},
+		{"a jump of the clock", func(*held) { must(t, l.closeAll(jumped)) }, "agent", "the clock moved"},
+		{"a jump of the clock, and others come", func(*held) {
+			must(t, l.closeAll(jumped))
+			l.doomAll(jumped)
+		}, "agent", "the clock moved"},
+		{"somebody, after all that", func(h *held) {
+			must(t, l.datapath.EndPath(h.row.Slots[0], datapath.PathRevoked))
+		}, actorKernel, "was set to revoked"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l.datapath.Reopen()
+			row, err := l.Activate(t.Context(), b.signer.envelope(t, clientNumber(i)), "uid:0")
+			must(t, err)
+			c.end(l.active[row.ID])
+			_, err = l.tick(t.Context())
+			must(t, err)
+			events := l.storedEvents()
+			last := events[len(events)-1]
+			if last.GetGrant() != row.ID || last.GetActor() != c.actor || !contains(last.GetWhy(), c.why) {
+				t.Errorf("recorded as of %s: %v", c.actor, last)
+			}
+			if l.standing() != "" {
+				must(t, l.Lift(t.Context(), "next", "uid:0"))
+			}
+			l.doomAll(jumped) // nothing is left: the next case begins anew
+		})
+	}
+}
