@@ -294,10 +294,13 @@ func (g *grants) openPath(p datapath.Path) (uint32, error) {
 		return slot, err
 	}
 	for ended := range g.ended {
-		if err := g.freeSlot(ended); err != nil {
+		freed, err := g.freeSlot(ended)
+		if err != nil {
 			return 0, err
 		}
-		return g.datapath.OpenPath(p)
+		if freed {
+			return g.datapath.OpenPath(p)
+		}
 	}
 	return slot, err
 }

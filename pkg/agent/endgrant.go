@@ -105,27 +105,62 @@ func (g *grants) recordSome(ctx context.Context, batch []*held) error {
 // endAll ends every active grant: nothing that was granted before counts from now on. The kernel holds none when others may
 // activate again; an activation that is under way is refused.
 func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
-	if err := g.closeAll(); err != nil {
+	e := ending{}.revoked(actor, why)
+	e.step = step
+	if err := g.closeAll(e); err != nil {
 		return err
 	}
-	var over []doomed
-	g.mu.Lock()
-	for id, h := range g.active {
-		e := ending{grant: id}.revoked(actor, why)
-		e.step = step
-		over = append(over, doomed{h, e})
-	}
-	if g.panicked.Load() == nil { // one that comes now shuts again, once it has the lock
-		g.datapath.Reopen()
-	}
-	g.mu.Unlock()
-	return g.endMany(ctx, over)
+	return g.endMany(ctx, g.doomAll(e))
 }
 
 // closeAll is what endAll does in the kernel. It waits for nobody, and nothing opens until endAll has gone on.
-func (g *grants) closeAll() error {
+func (g *grants) closeAll(e ending) error {
+	g.shutFor.Store(&e) // before: a sweep may find the paths closed at once
 	_, err := g.datapath.Shut()
 	return err
+}
+
+// doomAll gives the end of every grant that closeAll has closed, and lets others open.
+func (g *grants) doomAll(e ending) []doomed {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	over := g.doomActive(e)
+	g.shutFor.Store(nil)
+	if g.panicked.Load() == nil { // one that comes now shuts again, once it has the lock
+		g.datapath.Reopen()
+	}
+	return over
+}
+
+// doomActive gives every active grant the same end, now that its paths are closed. The first stands. g.mu is held.
+func (g *grants) doomActive(e ending) (over []doomed) {
+	for id, h := range g.active {
+		if h.fate == nil {
+			h.fate = &e
+		}
+		mine := *h.fate
+		mine.grant = id
+		over = append(over, doomed{h, mine})
+	}
+	return over
+}
+
+// causeOf is why a grant ends. Where every path was closed at once, nobody has closed this one. g.mu is held.
+func (g *grants) causeOf(h *held, e ending) ending {
+	all := h.fate
+	if p := g.panicked.Load(); all == nil && p != nil {
+		byPanic := p.ending()
+		all = &byPanic
+	}
+	if all == nil {
+		all = g.shutFor.Load()
+	}
+	if e.actor != actorKernel || all == nil {
+		return e
+	}
+	cause := *all
+	cause.grant = h.row.ID
+	return cause
 }
 
 // checkedAtOnce is how many grants are held against changed resources before those of them that may not go on are closed.
@@ -267,7 +302,7 @@ func (g *grants) closePaths(h *held, e ending, paths []datapath.PathStatus) erro
 		ended = append(ended, last)
 	}
 	g.lookAt(h, ended, g.clock.boot())
-	h.endBy(e)
+	h.endBy(g.causeOf(h, e))
 	return nil
 }
 

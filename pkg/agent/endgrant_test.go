@@ -156,7 +156,7 @@ func TestKilledInAMassEnd(t *testing.T) {
 		name string
 		end  func(*life)
 	}{
-		{"in the kernel alone", func(l *life) { must(t, l.closeAll()) }},
+		{"in the kernel alone", func(l *life) { must(t, l.closeAll(ending{}.revoked("agent", "the clock moved"))) }},
 		{"after some records", func(l *life) {
 			var over []doomed
 			for _, h := range l.every() {
@@ -282,4 +282,37 @@ func (l *life) denying(a netip.Addr) *enforced {
 		"---\napiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: out}\nspec: {reason: left, addresses: [%q]}\n", a)))
 	must(l.t, err)
 	return &enforced{set: set, services: l.enforced().services}
+}
+
+// TestSlotOfALivePathIsNoEndedOne: a slot that was seen with an ended path, and has a live one by the time it is noted, or by the time
+// it is to be given back, keeps it.
+func TestSlotOfALivePathIsNoEndedOne(t *testing.T) {
+	b := newTestbed(t, 4)
+	l := b.begin()
+	defer l.kill()
+	gone := l.fill(4)[0]
+	_, err := l.Revoke(t.Context(), gone.row.ID, "", "uid:0")
+	must(t, err)
+	_, err = l.tick(t.Context())
+	must(t, err)
+	slot := gone.row.Slots[0]
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	if !slices.Equal(row.Slots, []uint32{slot}) {
+		t.Fatalf("slots %v, want %d", row.Slots, slot)
+	}
+	now := l.grants.clock.boot()
+	for when, note := range map[string]func() error{
+		"noted":             func() error { return l.free([]uint32{slot}, now) },
+		"to be given back":  func() error { l.ended[slot] = now; return nil },
+		"given back by age": func() error { l.ended[slot] = now - keepEnded; return l.free([]uint32{slot}, now) },
+	} {
+		must(t, note())
+		if _, err := l.Activate(t.Context(), b.signer.envelope(t, clientNumber(99)), "uid:0"); !errors.Is(err, datapath.ErrPathsFull) {
+			t.Errorf("%s: activated where nothing is free: %v", when, err)
+		}
+		if _, open := l.states(); open[row.ID] != 1 {
+			t.Fatalf("%s: the live path was ended", when)
+		}
+	}
 }

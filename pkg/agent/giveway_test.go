@@ -12,6 +12,8 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // jobs let the nightly backup ask for every binding.
@@ -146,4 +148,28 @@ func TestRefusedGrantsCutNothing(t *testing.T) {
 	if states, open := l.states(); len(open) != 0 || states[job.row.ID] != store.StateRevoked || states[a.held.row.ID] != stateEnded {
 		t.Errorf("killed when the job had given way: %v, open %v", states, open)
 	}
+}
+
+// TestTakeUpSaysWhetherThePathIsOpen: nobody is told that a path is over which is held still, and so open.
+func TestTakeUpSaysWhetherThePathIsOpen(t *testing.T) {
+	b, c := crewed(t)
+	b.use(c.resources("15m") + jobs)
+	l := b.begin()
+	defer func() { l.kill() }()
+	h, err := l.ActivateFor(t.Context(), wanted{b.ofJob(policy.BindingAddress), "svid:1"})
+	must(t, err)
+	id, who := h.row.ID, h.payload.Requester
+	takeUp := func(who string, is error, code codes.Code) {
+		t.Helper()
+		if _, err := l.TakeUp(id, who, clientA); !errors.Is(err, is) || status.Code(toStatus(err)) != code {
+			t.Errorf("%v, want %v", err, is)
+		}
+	}
+	takeUp(who, ErrHeld, codes.Unavailable)
+	takeUp(intruder.String(), ErrNoGrant, codes.NotFound)
+	l = l.again()
+	takeUp(who, nil, codes.OK)
+	takeUp(who, ErrHeld, codes.Unavailable)
+	must(t, l.LetGo(t.Context(), l.active[id], whyHolderGone))
+	takeUp(who, ErrNoGrant, codes.NotFound)
 }

@@ -34,6 +34,7 @@ const (
 	noteOfLimits = "limits/" // where the store has what signals left of a grant, with its id behind it
 	maxSignals   = 1024      // of one user for one source that count at a time: whoever says much takes no room of others
 	longestTerm  = 30 * 24 * time.Hour
+	signalsTold  = time.Minute // in a full store: how often what is said about the same is recorded
 )
 
 // limits are what signals left of an active grant.
@@ -207,7 +208,7 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	}
 	event, err := encodeEvent(newEvent(stepSignalled, actor, inWordsOf(s), g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, notes, event)
+		err = g.keepSignal(ctx, s, notes, event)
 	}
 	if err != nil {
 		return fmt.Errorf("take signal: %w", err)
@@ -218,6 +219,28 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	g.signals[notes[0].Name] = s
 	g.events.count(stepSignalled)
 	g.kick()
+	return nil
+}
+
+// keepSignal makes a signal durable, with its record. In a full store one that takes something away has room all the same; what is
+// said about the same again at once takes its place without a record, so that it leaves that room to others. g.mu is held.
+func (g *grants) keepSignal(ctx context.Context, s signal.Signal, notes []store.Note, event []byte) error {
+	err := g.store.Keep(ctx, notes, event)
+	if !errors.Is(err, store.ErrFull) || s.Effect == (signal.Effect{}) {
+		return err
+	}
+	now := g.clock.boot()
+	maps.DeleteFunc(g.urged, func(_ string, at time.Duration) bool { return now-at >= signalsTold })
+	if _, lately := g.urged[notes[0].Name]; lately {
+		return g.store.KeepUrgent(ctx, notes)
+	}
+	if err := g.store.KeepUrgent(ctx, notes, event); err != nil {
+		return err
+	}
+	if g.urged == nil {
+		g.urged = make(map[string]time.Duration)
+	}
+	g.urged[notes[0].Name] = now
 	return nil
 }
 

@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
+	"golang.org/x/sys/unix"
 )
 
 // posture is a signal of the source of that name, for a minute.
@@ -233,5 +236,51 @@ func TestManySignals(t *testing.T) {
 	must(t, said("posture", 7, maxSignals, signal.Effect{}))
 	if len(l.signals) != 1 {
 		t.Errorf("%d signals are kept, of which one counts", len(l.signals))
+	}
+}
+
+// TestSignalsInAFullStore: one that revokes is heeded, kept over a restart and on record, once where it is said again and again; one that
+// takes nothing is refused.
+func TestSignalsInAFullStore(t *testing.T) {
+	b := newTestbed(t, 16)
+	dir := filepath.Join(b.lab.Dir, "state")
+	must(t, os.MkdirAll(dir, 0o700))
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m,mode=0700"))
+	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	b.set = withPolicy(t, b, "signals: ["+hearsPosture+"]")
+	l := b.begin()
+	must(t, l.adopt(t.Context()))
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	full, err := os.Create(filepath.Join(dir, "filler"))
+	must(t, err)
+	for page := make([]byte, 4096); err == nil; {
+		_, err = full.Write(page)
+	}
+	must(t, full.Close())
+	about := signal.About{Requester: "alice"}
+	if _, err := l.Signal(t.Context(), l.posture(signal.Effect{}, about), "uid:0"); !errors.Is(err, store.ErrFull) {
+		t.Errorf("one that takes nothing: %v", err)
+	}
+	for range 3 {
+		_, err := l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, about), "uid:0")
+		must(t, err)
+	}
+	if states, open := l.states(); states[row.ID] != store.StateRevoked || len(open) != 0 {
+		t.Errorf("revoked, and %v, open %v", states, open)
+	}
+	if got, want := l.steps(), []string{stepActivated, stepSignalled, stepRevoked}; !slices.Equal(got, want) {
+		t.Errorf("on record: %v, want %v", got, want)
+	}
+	l.later(signalsTold)
+	_, err = l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, about), "uid:0")
+	must(t, err)
+	if got := l.steps(); len(got) != 4 || got[3] != stepSignalled {
+		t.Errorf("on record a minute later: %v", got)
+	}
+	l = l.again()
+	defer func() { l.kill() }()
+	if len(l.signals) != 1 {
+		t.Errorf("after a restart: %v", l.signals)
 	}
 }

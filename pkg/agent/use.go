@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -117,32 +116,52 @@ func (u *use) note(id string) (store.Note, error) {
 // KeepUses makes the use of active grants durable, when it is time, some of them in each transaction: others want to write in
 // between. What could not be kept is kept the next time.
 func (g *grants) KeepUses(ctx context.Context) error {
-	if now := g.clock.boot(); now-g.usesKept >= keepUse {
-		g.usesKept = now
-	} else {
+	now := g.clock.boot()
+	if now-g.usesKept < keepUse {
 		return nil
 	}
-	notes, err := g.changedUses()
-	for batch := range slices.Chunk(notes, endBatch) {
-		err = errors.Join(err, g.store.Keep(ctx, batch))
+	g.usesKept = now
+	for batch := range slices.Chunk(g.changedUses(), endBatch) {
+		if err := g.keepSome(ctx, batch); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
-// changedUses are the uses that changed since they were kept.
-func (g *grants) changedUses() (notes []store.Note, err error) {
-	err = inTurns(&g.mu, g.every(), func(h *held) error {
-		if !g.holds(h) || !h.use.changed {
-			return nil
+// changedUses are the grants whose use changed since it was kept.
+func (g *grants) changedUses() (changed []*held) {
+	_ = inTurns(&g.mu, g.every(), func(h *held) error {
+		if h.use.changed {
+			changed = append(changed, h)
 		}
-		n, err := h.use.note(h.row.ID)
-		if err == nil {
-			h.use.changed = false
-			notes = append(notes, n)
-		}
-		return err
+		return nil
 	})
-	return notes, err
+	return changed
+}
+
+// keepSome keeps what the store has nothing later of: the use of a grant that has ended since is with its end.
+func (g *grants) keepSome(ctx context.Context, batch []*held) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	batch = slices.DeleteFunc(batch, func(h *held) bool { return !g.holds(h) })
+	if len(batch) == 0 {
+		return nil
+	}
+	notes := make([]store.Note, len(batch))
+	for i, h := range batch {
+		var err error
+		if notes[i], err = h.use.note(h.row.ID); err != nil {
+			return err
+		}
+	}
+	if err := g.store.Keep(ctx, notes); err != nil {
+		return fmt.Errorf("keep use: %w", err)
+	}
+	for _, h := range batch {
+		h.use.changed = false
+	}
+	return nil
 }
 
 // end notes when a grant ended: at its deadline at the latest, whoever noticed when. The first time stands.
