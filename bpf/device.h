@@ -12,6 +12,7 @@
 #include "udp.h"
 #include "fragment.h"
 #include "unreachable.h"
+#include "watch.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
@@ -207,22 +208,6 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
 	sp_remember_stray(key, SP_LEG_UP, sp_home_hook(hook), p->ifindex);
 	return sp_decide(sp_cuts(flow, reason, false) ? SP_ACT_CUT : SP_ACT_STEER, reason);
-}
-
-static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet *p)
-{
-	return (struct sp_flow_key){
-		.client = p->src, .server = p->dst,
-		.client_port = p->sport, .server_port = p->dport, .protocol = p->protocol,
-	};
-}
-
-static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
-{
-	return (struct sp_flow_key){
-		.client = p->dst, .server = p->src,
-		.client_port = p->dport, .server_port = p->sport, .protocol = p->protocol,
-	};
 }
 
 /*
@@ -428,7 +413,23 @@ struct sp_glance {
 	struct sp_head head;
 	enum sp_parse parsed;
 	bool to, from;		/* a flagged port */
+	__u8 watched;		/* the same, of services that are not enforced: SP_WATCHED_* */
 };
+
+/* What one of the two ports is flagged for. */
+static __always_inline void sp_glance_at(struct sp_glance *g, const struct sp_ports *word, __u16 port, bool to)
+{
+	__u32 bit = port & 63;
+
+	if (!word)
+		return;
+	if (to)
+		g->to = (word->bits >> bit) & 1;
+	else
+		g->from = (word->bits >> bit) & 1;
+	if ((word->watched >> bit) & 1)
+		g->watched |= to ? SP_WATCHED_TO : SP_WATCHED_FROM;
+}
 
 /* False: the packet is none of our business. This is all that unprotected traffic costs. */
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
@@ -448,9 +449,9 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 	}
 	if (!sp_ports_read(g->parsed))
 		return true;
-	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
-	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
-	return g->to || g->from || g->head.first;
+	sp_glance_at(g, sp_ports_with(g->head.protocol, g->head.dport), g->head.dport, true);
+	sp_glance_at(g, sp_ports_with(g->head.protocol, g->head.sport), g->head.sport, false);
+	return g->to || g->from || g->watched || g->head.first;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
@@ -527,14 +528,17 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 		d = sp_decide_icmp(skb, p, &scratch->quoted, hook, behind, &scratch->key);
 	else if (g.parsed == SP_PARSE_REST)
 		d = sp_decide_rest(skb, p, hook, &scratch->key);
-	else if (g.parsed == SP_PARSE_UDP || g.parsed == SP_PARSE_OTHER) /* a first fragment, none of ours */
+	else if (sp_ports_read(g.parsed) || g.parsed == SP_PARSE_OTHER) /* none of ours: a first fragment, or watched */
 		d = sp_decide(sp_parse_addresses(skb, p) ? SP_ACT_NEXT : SP_ACT_DROP, SP_REASON_NONE);
 	else
 		d = sp_decide_unparsed(skb, p, g.parsed);
 	if (p->first)
 		sp_keep_first(skb, p, &scratch->key, hook, d.reason);
-	if (d.reason == SP_REASON_NONE)
+	if (d.reason == SP_REASON_NONE) {
+		if (g.watched || !sp_ports_read(g.parsed))
+			sp_watch(skb, hook, behind, g.parsed, g.watched);
 		return TC_ACT_UNSPEC;
+	}
 	if (!p->segments)
 		sp_parse_volume(skb, p);
 	sp_count(d.reason, p->segments, p->bytes);

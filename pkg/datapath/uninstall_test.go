@@ -61,7 +61,7 @@ func newLeakFree(t *testing.T, profile datapath.Profile) *node {
 // mapIDs reads the ids of all pinned maps.
 func (n *node) mapIDs(t *testing.T) map[string]ebpf.MapID {
 	t.Helper()
-	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v3/maps"))
+	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v4/maps"))
 	must(t, err)
 	ids := map[string]ebpf.MapID{}
 	for _, p := range pins {
