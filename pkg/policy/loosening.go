@@ -55,6 +55,7 @@ func Loosenings(old, next *Set) []Loosening {
 		}
 	}
 	c.taken(old, next)
+	c.opened(old, next)
 	return c.found
 }
 
@@ -197,6 +198,7 @@ func raised(old, next uint64) bool { return old != 0 && (next == 0 || next > old
 func (c *comparison) service(old, next ProtectedServiceSpec) {
 	shrinks(c, "spec.ports", old.Ports, &next.Ports, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, equal)
+	settle(c, "spec.mode", old.Mode, &next.Mode, ProtectedService{Spec: old}.Enforced() && !ProtectedService{Spec: next}.Enforced())
 	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
 	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
 	was, is := identities(c, old.Access), identities(c, next.Access)
@@ -243,6 +245,28 @@ func (c *comparison) taken(old, next *Set) {
 				if news && slices.Contains(other.Spec.Ports, port) {
 					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
 					c.loosen("spec.ports", "%d is taken at a place that %s may have", port, other.Name)
+				}
+			}
+		}
+	}
+}
+
+// opened notes ports at which a TCP service refused UDP, and which a UDP service has now that is not enforced.
+func (c *comparison) opened(old, next *Set) {
+	for _, svc := range next.services {
+		was, had := old.Service(svc.Name)
+		if svc.Spec.Protocol != ProtocolUDP || svc.Enforced() {
+			continue
+		}
+		for _, other := range old.services {
+			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !other.Enforced() {
+				continue
+			}
+			for _, port := range svc.Spec.Ports {
+				before := had && !was.Enforced() && slices.Contains(was.Spec.Ports, port) && same(was.Spec.Addresses, svc.Spec.Addresses)
+				if slices.Contains(other.Spec.Ports, port) && !before {
+					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
+					c.loosen("spec.ports", "UDP to %d was refused by %s, and is not any more", port, other.Name)
 				}
 			}
 		}

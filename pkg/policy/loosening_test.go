@@ -52,6 +52,9 @@ func TestTightenings(t *testing.T) {
 		{"nothing", func(s string) string { return s }},
 		{"order and comments", func(s string) string { return "# a comment\n" + s }},
 		{"service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, ports: [22], access: [{identities: [\"spiffe://example.org/ops/*\"]}]}\n")},
+		{"service new, only watched", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, mode: Observe, ports: [22]}\n")},
+		{"service new, only watched, of UDP", loosen.Plus("ProtectedService\nmetadata: {name: ntp}\nspec: {target: Host, protocol: UDP, mode: Shadow, ports: [123]}\n")},
+		{"mode in other words", loosen.Swap("target: Host, ports: [5432, 5433]", "target: Host, mode: Enforce, ports: [5432, 5433]")},
 		{"port new", loosen.Swap("ports: [5432, 5433]", "ports: [5432, 5433, 5434]")},
 		{"address new", loosen.Swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2", "fd00:2::2", "10.2.0.3"]`)},
 		{"UDP denied in other words", loosen.Swap("udp: Deny, ", "")},
@@ -100,6 +103,22 @@ func TestTightenings(t *testing.T) {
 		}
 		if got := policy.Loosenings(old, mustParse(t, text)); len(got) != 0 {
 			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+}
+
+// TestModesLoosen: only who leaves Enforce loosens.
+func TestModesLoosen(t *testing.T) {
+	set := func(m policy.Mode) *policy.Set {
+		return mustParse(t, loosen.Swap("target: Host, protocol: UDP", "target: Host, mode: "+string(m)+", protocol: UDP")(loosen.InForce(carolKey)))
+	}
+	modes := []policy.Mode{policy.ModeObserve, policy.ModeShadow, policy.ModeEnforce}
+	for _, from := range modes {
+		for _, to := range modes {
+			looser := from == policy.ModeEnforce && to != policy.ModeEnforce
+			if got := policy.Loosenings(set(from), set(to)); (len(got) == 1) != looser || len(got) > 1 {
+				t.Errorf("%s to %s: %v", from, to, got)
+			}
 		}
 	}
 }
