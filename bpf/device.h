@@ -416,25 +416,12 @@ struct sp_glance {
 	__u8 watched;		/* the same, of services that are not enforced: SP_WATCHED_* */
 };
 
-/* What one of the two ports is flagged for. */
-static __always_inline void sp_glance_at(struct sp_glance *g, const struct sp_ports *word, __u16 port, bool to)
-{
-	__u32 bit = port & 63;
-
-	if (!word)
-		return;
-	if (to)
-		g->to = (word->bits >> bit) & 1;
-	else
-		g->from = (word->bits >> bit) & 1;
-	if ((word->watched >> bit) & 1)
-		g->watched |= to ? SP_WATCHED_TO : SP_WATCHED_FROM;
-}
-
 /* False: the packet is none of our business. This is all that unprotected traffic costs. */
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
 				      enum sp_behind behind, __u32 l3)
 {
+	struct sp_ports *to, *from;
+
 	/* On the way out the VLAN's own device had it before; but a pod may take tags off itself. */
 	if ((sp_hook_is_in(hook) || behind == SP_BEHIND_ANY) && sp_other_vlan(skb))
 		return false;
@@ -449,9 +436,16 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 	}
 	if (!sp_ports_read(g->parsed))
 		return true;
-	sp_glance_at(g, sp_ports_with(g->head.protocol, g->head.dport), g->head.dport, true);
-	sp_glance_at(g, sp_ports_with(g->head.protocol, g->head.sport), g->head.sport, false);
-	return g->to || g->from || g->watched || g->head.first;
+	to = sp_ports_with(g->head.protocol, g->head.dport);
+	from = sp_ports_with(g->head.protocol, g->head.sport);
+	if (!to || !from ||
+	    !((sp_any_of(to, g->head.dport) | sp_any_of(from, g->head.sport)) & 1))
+		return g->head.first;
+	g->to = (to->bits >> (g->head.dport & 63)) & 1;
+	g->from = (from->bits >> (g->head.sport & 63)) & 1;
+	g->watched = ((to->watched >> (g->head.dport & 63)) & 1 ? SP_WATCHED_TO : 0) |
+		     ((from->watched >> (g->head.sport & 63)) & 1 ? SP_WATCHED_FROM : 0);
+	return true;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */

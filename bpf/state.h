@@ -58,6 +58,12 @@ static __always_inline struct sp_ports *sp_ports_with(__u8 protocol, __u16 port)
 	return bpf_map_lookup_elem(&sp_ports, &word);
 }
 
+/* Bit 0: is the port flagged for anything? */
+static __always_inline __u64 sp_any_of(const struct sp_ports *p, __u16 port)
+{
+	return (p->bits | p->watched) >> (port & 63);
+}
+
 static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
 {
 	struct sp_ports *p = sp_ports_with(protocol, port);
