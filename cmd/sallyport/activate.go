@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -13,7 +14,10 @@ import (
 )
 
 // activate is one run of `grant activate`.
-type activate struct{ key, answer string }
+type activate struct {
+	key, answer string
+	yes         bool
+}
 
 func (c *cli) grantActivate() *cobra.Command {
 	var a activate
@@ -21,9 +25,10 @@ func (c *cli) grantActivate() *cobra.Command {
 		Use:   "activate FILE",
 		Short: "Open the path of a signed grant on this node",
 		Long: `Hand a signed grant (FILE, or - for standard input) to the node's agent. The node asks who asked for the
-grant to sign that it begins, here and now; --key does that in one go. Where the key is elsewhere,
-"grant challenge" on the node and "grant answer" beside the key make a file for --answer. When the
-command is done, the path is open, the grant is in the durable record, and its deadline runs.`,
+grant to sign that it begins, here and now; --key does that in one go, after it has said what opens
+and asked. Where the key is elsewhere, "grant challenge" on the node and "grant answer" beside the key
+make a file for --answer. When the command is done, the path is open, the grant is in the durable
+record, and its deadline runs.`,
 		Example: `  sallyport grant activate backup.grant --key alice.key
   sallyport grant activate backup.grant --answer backup.answer`,
 		Args: exactly(1),
@@ -33,6 +38,7 @@ command is done, the path is open, the grant is in the durable record, and its d
 	f.SortFlags = false
 	f.StringVar(&a.key, "key", "", "`FILE` of the requester's key, to answer the node's challenge with")
 	f.StringVar(&a.answer, "answer", "", "`FILE` that \"grant answer\" wrote")
+	f.BoolVarP(&a.yes, "yes", "y", false, "do not ask")
 	cmd.MarkFlagsMutuallyExclusive("key", "answer")
 	return cmd
 }
@@ -51,7 +57,10 @@ func (c *cli) activate(ctx context.Context, a activate, file string) error {
 		if err != nil {
 			return refusalHint(err)
 		}
-		return c.show(g, func(t *table) { grantTable(t, g) })
+		return c.show(g, func(t *table) {
+			grantTable(t, g)
+			t.row("to end it", commandLine("grant", "revoke", g.GetId(), "--why", "TEXT"))
+		})
 	})
 }
 
@@ -68,12 +77,30 @@ func (c *cli) answerFor(ctx context.Context, a activate, envelope []byte) ([]byt
 	if err != nil {
 		return nil, err
 	}
+	if err := c.agree(ctx, envelope, a.yes); err != nil {
+		return nil, err
+	}
 	challenge, err := c.challenge(ctx)
 	if err != nil {
 		return nil, err
 	}
 	answer, err := grant.Answer(ctx, envelope, challenge, key, c.now())
 	return answer, explained("activate grant", err)
+}
+
+// agree says what is about to begin, and asks.
+func (c *cli) agree(ctx context.Context, envelope []byte, yes bool) error {
+	p, err := grant.Peek(envelope)
+	if err != nil {
+		return explained("read grant", err)
+	}
+	t := newTable(c.stderr)
+	payloadTable(t, p)
+	t.row("opens", fmt.Sprintf("now, on %s, until %s", p.Audience, p.Deadline(c.now()).UTC().Format(time.RFC3339)))
+	if err := t.Flush(); err != nil || yes {
+		return err
+	}
+	return c.confirm(ctx, "begin this?")
 }
 
 func (c *cli) challenge(ctx context.Context) (challenge []byte, err error) {
@@ -100,7 +127,7 @@ within a quarter of an hour, and before the agent is restarted. It is no secret.
 			if err != nil {
 				return err
 			}
-			return c.writeSigned(out, challenge, "sallyport grant answer GRANT --challenge "+out+" --key KEY")
+			return c.writeSigned(out, challenge, commandLine("grant", "answer", "GRANT", "--challenge", out, "--key", othersKey))
 		},
 	}
 	cmd.Flags().StringVar(&out, "out", "", "new `FILE` for the challenge (default: standard output)")
@@ -115,7 +142,8 @@ func (c *cli) grantAnswer() *cobra.Command {
 		Short: "Sign that a grant begins, in answer to a node's challenge",
 		Long: `Sign that the grant in FILE begins now on the node that made the challenge, with a key of whoever asked
 for the grant. It needs no node and no network. FILE - is standard input.`,
-		Args: exactly(1),
+		Example: `  sallyport grant answer backup.grant --challenge node-1.challenge --key alice.key --out backup.answer`,
+		Args:    exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			signer, err := c.readKey(key)
 			if err != nil {
@@ -129,21 +157,14 @@ for the grant. It needs no node and no network. FILE - is standard input.`,
 			if err != nil {
 				return err
 			}
-			p, err := grant.Peek(envelope)
-			if err != nil {
-				return explained("read grant", err)
-			}
-			c.sayPayload(p)
-			if !yes {
-				if err := c.confirm(cmd.Context(), "begin this?"); err != nil {
-					return err
-				}
+			if err := c.agree(cmd.Context(), envelope, yes); err != nil {
+				return err
 			}
 			answer, err := grant.Answer(cmd.Context(), envelope, asked, signer, c.now())
 			if err != nil {
 				return explained("answer challenge", err)
 			}
-			return c.writeSigned(out, answer, "sallyport grant activate "+args[0]+" --answer "+out)
+			return c.writeSigned(out, answer, commandLine("grant", "activate", args[0], "--answer", out))
 		},
 	}
 	f := cmd.Flags()

@@ -60,6 +60,8 @@ embedded SPIFFE authority in SPIRE's place, and tell what happens: a plain clien
 client with an identity is served through the proxy, a signed grant lets the plain client go
 around it for five seconds, the agent is killed, and the kernel ends the path on time.
 It needs root, and removes everything it made, also on Ctrl-C.`,
+		Example: `  sudo bin/sallyport demo
+  sudo bin/sallyport demo -o json`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.runDemo(cmd.Context(), keep) },
 	}

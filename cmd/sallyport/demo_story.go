@@ -290,16 +290,16 @@ func (s *demoStory) grantOpens(ctx context.Context) (string, error) {
 
 func (s *demoStory) sign(ctx context.Context) ([]byte, error) {
 	now := time.Now()
-	id, err := grant.NewID(now)
+	p, err := grant.Payload{
+		Requester: "alice", Service: "demo", Binding: policy.BindingAddress,
+		Addresses: []netip.Addr{netip.MustParseAddr(demoClient)}, NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour),
+		Duration: demoGrant, Reason: "to show a path", Audience: demoName,
+	}.Named(now)
 	if err != nil {
 		return nil, err
 	}
-	s.grant = id
-	return grant.Sign(ctx, grant.Payload{
-		ID: id, Requester: "alice", Service: "demo", Binding: policy.BindingAddress,
-		Addresses: []netip.Addr{netip.MustParseAddr(demoClient)}, NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour),
-		Duration: demoGrant, Reason: "to show a path", Audience: demoName,
-	}, s.w.key)
+	s.grant = p.ID
+	return grant.Sign(ctx, p, s.w.key)
 }
 
 // path reads the grant's path from the pinned maps: it needs no agent.

@@ -12,10 +12,11 @@ import (
 // docs is for packagers: it writes what a distribution installs next to the program.
 func (c *cli) docs() *cobra.Command {
 	return &cobra.Command{
-		Use:    "docs DIR",
-		Short:  "Write man pages to DIR/man and shell completions to DIR/completions",
-		Hidden: true,
-		Args:   exactly(1),
+		Use:     "docs DIR",
+		Short:   "Write man pages to DIR/man and shell completions to DIR/completions",
+		Example: `  sallyport docs out`,
+		Hidden:  true,
+		Args:    exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := writeMan(cmd.Root(), filepath.Join(args[0], "man")); err != nil {
 				return fmt.Errorf("write man pages: %w", err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -52,6 +51,7 @@ type execution struct {
 	binding  string
 	ingress  string
 	maxBytes string
+	by       families
 }
 
 func (c *cli) exec() *cobra.Command {
@@ -62,8 +62,13 @@ func (c *cli) exec() *cobra.Command {
 		Long: `Ask the agent of each node that serves a service for a path, with our own identity, run the
 command, and give the paths back when it ends, or when this process does. Signals go on to the command,
 and its exit code is ours. A path ends at its time also while the command runs: its connections are
-reset, and new ones go to the proxy.`,
-		Example: `  sallyport exec --agent db-1.example.org --service postgres --for 1h --reason "nightly backup" -- \
+reset, and new ones go to the proxy.
+
+The command is run when every address has its path that it will connect to, and else it is said which has
+none, and why. For each --agent these are the address that the resolver puts first and that can be reached,
+and others of its family. What fails beside them is only told. An address where nobody answers at all
+takes as long as --timeout. With --ipv4 or --ipv6 the other family is left out.`,
+		Example: `  sallyport exec --agent db-1.example.org --service postgres --for 15m --reason "nightly backup" -- \
       pg_dump -h db-1.example.org -f backup.sql shop`,
 		Args: between(0, -1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.execute(cmd.Context(), &e, args) },
@@ -80,6 +85,10 @@ reset, and new ones go to the proxy.`,
 	f.StringVar(&e.binding, "binding", policy.BindingAddress, "what a path serves: our `address`, or, on the service's own node, the control group that we\nare in: workload")
 	f.StringVar(&e.ingress, "from", "", "only as a client behind this `KIND` of device: uplink, pod or local (default: any)")
 	f.StringVar(&e.maxBytes, "max-bytes", "", "no more than this `SIZE`, like 10GiB, for each path and both directions together")
+	f.BoolVarP(&e.by.only4, "ipv4", "4", false, "only the IPv4 addresses of --agent: the command connects by no others")
+	f.BoolVarP(&e.by.only6, "ipv6", "6", false, "only the IPv6 addresses of --agent: the command connects by no others")
+	cmd.MarkFlagsMutuallyExclusive("ipv4", "ipv6")
+	f.Lookup("port").DefValue = "" // else the help says: default []
 	fixed(cmd, "binding", []string{policy.BindingAddress, policy.BindingWorkload})
 	return cmd
 }
@@ -98,7 +107,7 @@ func (c *cli) execute(ctx context.Context, e *execution, command []string) error
 	if err != nil {
 		return notRun(err)
 	}
-	agents, err := resolveAgents(ctx, e.agents)
+	agents, err := resolveAgents(ctx, e.agents, e.by)
 	if err != nil {
 		return err
 	}
@@ -146,52 +155,34 @@ func (e *execution) request(command []string) (*api.PathRequest, error) {
 	return r, nil
 }
 
-// resolveAgents gives every address of every agent: a name may stand for all nodes of a service, and a node has an address of each
-// family, from which its service sees us with another one of ours.
-func resolveAgents(ctx context.Context, agents []string) ([]string, error) {
-	var all []string
-	for _, agent := range agents {
-		host, port := agent, agentPort
-		if h, p, err := net.SplitHostPort(agent); err == nil {
-			host, port = h, p
-		}
-		addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", strings.Trim(host, "[]"))
-		if err != nil {
-			return nil, withHint(&exitError{exitUnreachable, fmt.Errorf("find agent: %w", err)}, "write --agent db-1.example.org, 10.2.0.2:%s or [fd00:2::2]:%s", agentPort, agentPort)
-		}
-		for _, a := range addresses {
-			all = append(all, net.JoinHostPort(a.Unmap().String(), port))
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all), nil
-}
-
 // openHolds asks every agent at the same time. On an error it gives those that were opened all the same.
-func (c *cli) openHolds(ctx context.Context, me *self, agents []string, request *api.PathRequest) ([]*client.Hold, error) {
+func (c *cli) openHolds(ctx context.Context, me *self, agents []agentAddress, request *api.PathRequest) ([]*client.Hold, error) {
 	own, err := me.GetX509SVID()
 	if err != nil {
 		return nil, fmt.Errorf("read own identity: %w", err)
 	}
 	creds := grpccredentials.MTLSClientCredentials(me, me, anyAgent(own.ID.TrustDomain()))
-	asking, cancel := context.WithTimeout(ctx, c.timeout)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	holds := make([]*client.Hold, len(agents))
-	group, asking := errgroup.WithContext(asking)
-	for i, address := range agents {
+	answers := make([]asked, len(agents))
+	var group errgroup.Group
+	for i, agent := range agents {
 		group.Go(func() (err error) {
-			holds[i], err = client.OpenHold(asking, address, creds, request)
-			if err != nil {
-				return fmt.Errorf("%s: %w", address, err)
-			}
+			holds[i], err = client.OpenHold(ctx, agent.at.String(), creds, request)
+			answers[i] = asked{agent, err}
 			return nil
 		})
 	}
-	err = group.Wait()
+	_ = group.Wait() // the errors are in the answers
 	holds = slices.DeleteFunc(holds, func(h *client.Hold) bool { return h == nil })
 	for _, h := range holds {
 		o := h.Opened()
 		c.note("path to %s on %s for %s until %s, by grant %s", request.GetService(), o.GetNode(), o.GetClient(), o.GetDeadline().AsTime().Format(time.RFC3339), o.GetGrant())
+	}
+	notes, err := missingPaths(answers)
+	for _, n := range notes {
+		c.note("%s", n)
 	}
 	return holds, err
 }
@@ -210,8 +201,10 @@ func execHint(err error) error {
 	switch {
 	case hinted(err):
 		return err
+	case errors.Is(err, client.ErrUnreachable) && !errors.Is(err, client.ErrNotReached):
+		return withHint(err, "look at spec.automation in the agent's configuration, and at `sallyport status` on the node; check --agent; with --ipv4 or --ipv6 the other family is left out")
 	case errors.Is(err, client.ErrUnreachable):
-		return withHint(err, "check --agent, and spec.automation in the agent's configuration; `sallyport status` on the node tells whether it takes requests")
+		return withHint(err, "check --agent: nobody is there, or no way leads there from here")
 	}
 	return err
 }

@@ -18,17 +18,29 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
+// Groups of commands in the help of grant.
+const (
+	groupAsk  = "ask"
+	groupNode = "node"
+	groupSay  = "say"
+)
+
 func (c *cli) grant() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "grant",
 		Short: "Issue, approve, activate, end and review one grant",
-		Args:  cobra.ArbitraryArgs,
-		RunE:  group,
+		Long: `A grant is issued by whoever asks for it, approved by others where policy wants that, and activated on its node, where it
+opens a path. It ends by itself, or is revoked. Each command says what comes next, and whose approval is missing.`,
+		Args: cobra.ArbitraryArgs,
+		RunE: group,
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.grantIssue(), c.grantApprove(), c.grantActivate(), c.grantRevoke(), c.grantShow())
-	cmd.AddCommand(c.grantChallenge(), c.grantAnswer(), c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch(), c.grantRecord())
+	cmd.AddGroup(&cobra.Group{ID: groupAsk, Title: "With files, anywhere:"}, &cobra.Group{ID: groupNode, Title: "On the node:"},
+		&cobra.Group{ID: groupSay, Title: "Signed words, for good:"})
+	addGroup(cmd, groupAsk, c.grantIssue(), c.grantApprove(), c.grantJoin(), c.grantShow(), c.grantAnswer())
+	addGroup(cmd, groupNode, c.grantActivate(), c.grantRevoke(), c.grantChallenge(), c.grantRecord())
+	addGroup(cmd, groupSay, c.grantWithdraw(), c.grantDeny(), c.grantReview(), c.grantVouch())
 	return cmd
 }
 
@@ -70,6 +82,8 @@ func (c *cli) grantShow() *cobra.Command {
 		Long: `Say what a grant allows: of a file (- for standard input) without asking anybody, or by its
 id of the node's agent. With --policy the file's signatures are verified, too, and the grant
 is checked as the node would.`,
+		Example: `  sallyport grant show backup.grant --policy /etc/sallyport/resources.d
+  sudo sallyport grant show 01J8ZQ4X5M3T9V0Y2B7C6D1E4F`,
 		Args:              exactly(1),
 		ValidArgsFunction: cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -168,6 +182,7 @@ func (c *cli) showVerified(envelope []byte, resources []string) error {
 		payloadTable(t, v.Payload)
 		t.row("signed by", people(v.Signers))
 		answerTable(t, set.Evaluate(v.Facts(nil, time.Time{})))
+		missingRows(t, set.MissingApprovals(v.Facts(nil, time.Time{}), c.now()))
 	}); err != nil {
 		return err
 	}

@@ -48,8 +48,8 @@ func TestEveryCommandExplainsItself(t *testing.T) {
 // The words of DESIGN are fixed: no synonyms in what people read.
 func TestHelpUsesTheWords(t *testing.T) {
 	eachCommand(testRoot(), func(cmd *cobra.Command) {
-		text := strings.ToLower(cmd.Short + cmd.Long + cmd.Flags().FlagUsages())
-		for _, word := range []string{"exception", "whitelist", "allowlist", "lease", "ticketing", "backend", "session"} {
+		text := strings.ToLower(cmd.Short + cmd.Long + cmd.Example + cmd.Flags().FlagUsages())
+		for _, word := range []string{"exception", "whitelist", "allowlist", "lease", "ticketing", "backend", "session", "permission", "exemption", "waiver", "tunnel", "sidecar", "upstream"} {
 			if strings.Contains(text, word) {
 				t.Errorf("%s: help says %q", cmd.CommandPath(), word)
 			}
@@ -59,7 +59,7 @@ func TestHelpUsesTheWords(t *testing.T) {
 
 func TestEveryCommandRefusesTooManyArguments(t *testing.T) {
 	eachCommand(testRoot(), func(cmd *cobra.Command) {
-		if cmd.HasSubCommands() || strings.HasPrefix(cmd.CommandPath(), "sallyport policy ") {
+		if cmd.HasSubCommands() || strings.HasPrefix(cmd.CommandPath(), "sallyport policy ") || cmd.Name() == "join" {
 			return
 		}
 		r := command(t.Context(), nil, append(strings.Fields(cmd.CommandPath())[1:], "a", "b", "c")...)

@@ -26,8 +26,9 @@ type issue struct {
 func (c *cli) grantIssue() *cobra.Command {
 	var i issue
 	cmd := &cobra.Command{
-		Use:   "issue",
-		Short: "Sign a grant: who may go around the proxy, to what, for how long, and why",
+		Use:     "issue",
+		Aliases: []string{"request"},
+		Short:   "Sign a grant: who may go around the proxy, to what, for how long, and why",
 		Long: `Sign a grant with a key of a keyring. What it allows is said in plain words on standard error
 before anything is signed. With --policy the grant is checked first as the node would check it,
 and one that policy refuses is not signed. A grant does nothing until it is activated, and it
@@ -41,13 +42,16 @@ cannot be made longer: ask for another one.`,
 	f := cmd.Flags()
 	f.SortFlags = false
 	i.terms.add(f)
-	f.StringVar(&i.key, "key", "", "`FILE` of the key to sign with: of sallyport keygen, or of OpenSSH, its .pub file for one in an agent or a device")
+	f.StringVar(&i.key, "key", "", keyHelp)
 	f.StringSliceVar(&i.resources, "policy", nil, "check against the resources in these `FILES` or this directory")
 	f.BoolVar(&i.pin, "pin-policy", false, "make it valid only under the very resources of --policy")
 	f.StringVar(&i.out, "out", "", "new `FILE` for the signed grant (default: standard output)")
 	f.BoolVarP(&i.yes, "yes", "y", false, "do not ask")
 	return cmd
 }
+
+// keyHelp says what --key takes.
+const keyHelp = "`FILE` of the key to sign with: of sallyport keygen, or of OpenSSH, its .pub file for one in an agent or a device"
 
 // issue checks, says, asks, signs and writes, in this order.
 func (c *cli) issue(ctx context.Context, i *issue) error {
@@ -67,7 +71,9 @@ func (c *cli) issue(ctx context.Context, i *issue) error {
 	if err != nil {
 		return inFlags("check grant", err)
 	}
-	c.say(p, key.Public(), set, missing)
+	if err := c.say(p, key.Public(), set, missing); err != nil {
+		return err
+	}
 	if !i.yes {
 		if err := c.confirm(ctx, "sign this grant?"); err != nil {
 			return err
@@ -77,7 +83,7 @@ func (c *cli) issue(ctx context.Context, i *issue) error {
 	if err != nil {
 		return explained("sign grant", err)
 	}
-	return c.writeGrant(i.out, p.ID, envelope, i.key)
+	return c.write(i.out, signedGrant{p, envelope, i.key, standing{i.resources, missing}})
 }
 
 func (c *cli) readKey(file string) (grant.SigningKey, error) {
@@ -99,25 +105,34 @@ func (i *issue) readPolicy() (*policy.Set, error) {
 	return nil, nil
 }
 
-// payload takes the owner of the key for who asks, or the user where no keyring says whose it is.
+// payload takes the owner of the key for who asks: a login name is nobody in a keyring.
 func (i *issue) payload(c *cli, set *policy.Set, key policy.PublicKey) (grant.Payload, error) {
-	user := c.getenv("USER")
-	if owner, err := signerOf(set, key, c); set != nil && err == nil {
-		user = owner.Person
+	var owner string
+	switch signer, err := signerOf(set, key, c); {
+	case set == nil && i.terms.requester == "":
+		return grant.Payload{}, withHint(usagef("nobody knows whose key it is"), "name the resources with --policy, or the key's owner in the Keyring with --requester")
+	case set != nil && err != nil:
+		return grant.Payload{}, err
+	default:
+		owner = signer.Person
 	}
 	if err := i.terms.fill(set); err != nil {
 		return grant.Payload{}, err
 	}
-	p, err := i.terms.payload(c.now(), user)
+	p, err := i.terms.payload(c.now(), owner)
 	if i.pin {
 		p.PolicyDigest = set.Digest()
 	}
-	return p, errors.Join(err, p.Validate())
+	named, unnamed := p.Named(c.now())
+	if unnamed == nil {
+		p = named
+	}
+	return p, errors.Join(err, unnamed, p.Validate())
 }
 
 // check asks the evaluator that the node asks, and tells apart what only others' approval is missing for. Without
 // resources the node alone decides.
-func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (missing []*policy.Error, err error) {
+func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (missing []policy.MissingApproval, err error) {
 	if set == nil {
 		return nil, nil
 	}
@@ -126,7 +141,7 @@ func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (mis
 		return nil, err
 	}
 	v := grant.Verified{Payload: p, Signers: []policy.Signer{signer}}
-	missing, err = unapproved(checkVerified(set, v, c))
+	missing, err = c.unapproved(set, v)
 	answer := set.Evaluate(v.Facts(nil, time.Time{}))
 	if err != nil {
 		c.sayRefusal(answer)
@@ -137,14 +152,14 @@ func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (mis
 }
 
 // unapproved gives the approvals that are missing, if nothing else is wrong.
-func unapproved(err error) (missing []*policy.Error, other error) {
+func (c *cli) unapproved(set *policy.Set, v grant.Verified) ([]policy.MissingApproval, error) {
+	err := checkVerified(set, v, c)
 	for _, e := range policy.Errors(err) {
 		if !errors.Is(e, policy.ErrUnapproved) {
 			return nil, err
 		}
-		missing = append(missing, e)
 	}
-	return missing, nil
+	return set.MissingApprovals(v.Facts(nil, time.Time{}), c.now()), nil
 }
 
 // sayRefusal tells what each policy has against a grant, where there are several: the error is that of the nearest.
@@ -177,29 +192,6 @@ func signerOf(set *policy.Set, key policy.PublicKey, c *cli) (policy.Signer, err
 	return policy.Signer{Person: k.Person, KeyID: key.ID(), Uses: k.Uses}, nil
 }
 
-// issuedGrant is what was written, for machines.
-type issuedGrant struct {
-	Grant string `json:"grant"`
-	File  string `json:"file"`
-}
-
-// writeGrant writes it, and says how to go on with the requester's key.
-func (c *cli) writeGrant(path, id string, envelope []byte, key string) error {
-	envelope = append(envelope, '\n')
-	if path == "" {
-		_, err := c.stdout.Write(envelope)
-		return err
-	}
-	if err := writeNew(path, envelope); err != nil {
-		return withHint(fmt.Errorf("write grant: %w", err), "name a new file with --out")
-	}
-	return c.show(issuedGrant{Grant: id, File: path}, func(t *table) {
-		t.row("grant", id)
-		t.row("file", path)
-		t.row("next", "sallyport grant activate "+path+" --key "+key)
-	})
-}
-
 // writeNew writes a file that must not be there yet, and leaves none behind when it fails.
 func writeNew(path string, data []byte) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -216,17 +208,15 @@ func writeNew(path string, data []byte) (err error) {
 }
 
 // say tells in plain words what is about to be signed, and by whom.
-func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set, missing []*policy.Error) {
+func (c *cli) say(p grant.Payload, key policy.PublicKey, set *policy.Set, missing []policy.MissingApproval) error {
 	t := newTable(c.stderr)
 	payloadTable(t, p)
 	t.row("signed by", signedBy(set, key, c))
 	t.row("policy", choose(set == nil, "not checked here: the node checks at activation (--policy checks now)",
 		choose(len(missing) == 0, "allows this", "allows this, once it is approved")))
-	for _, e := range missing {
-		t.row("missing", e.Hint)
-	}
-	t.Flush()
-	fmt.Fprintln(c.stderr)
+	missingRows(t, missing)
+	t.line("")
+	return t.Flush()
 }
 
 func signedBy(set *policy.Set, key policy.PublicKey, c *cli) string {

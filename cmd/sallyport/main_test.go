@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 func TestMain(m *testing.M) {
@@ -93,6 +95,9 @@ func setUpStory(e *testscript.Env) error {
 	if err := os.WriteFile(filepath.Join(e.WorkDir, "quorum.yaml"), []byte(quorum), 0o644); err != nil {
 		return err
 	}
+	if err := os.WriteFile(filepath.Join(e.WorkDir, "team.yaml"), []byte(teamResources(t, text, e.WorkDir)), 0o644); err != nil {
+		return err
+	}
 	n := newNode(t, text)
 	n.record(someFlows()...)
 	e.Defer(n.serve(t, filepath.Join(runDir, "agent.sock")))
@@ -100,8 +105,24 @@ func setUpStory(e *testscript.Env) error {
 	e.Setenv("SALLYPORT_RUN_DIR", runDir)
 	e.Setenv("RUN", runDir)
 	e.Setenv("COLLECTOR", "unix:"+filepath.Join(runDir, "collector.sock"))
-	e.Setenv("USER", "alice")
+	e.Setenv("USER", "root") // nobody's name in a keyring
 	return nil
+}
+
+// teamResources want two approvals of a group, beside whose people there are others: with a key that has ended, was revoked or has no
+// such use, and somebody whom nobody asks. Their keys are in dir.
+func teamResources(t testing.TB, text, dir string) string {
+	var people, revoked strings.Builder
+	for _, p := range []struct{ name, more string }{{"bob", ""}, {"carol", ""}, {"dave", ""}, {"ended", ", notAfter: 2020-01-01T00:00:00Z"}, {"revoked", ""},
+		{"useless", ", uses: [request]"}, {"officer", ", uses: [resources]"}, {"stranger", ""}} {
+		key := storyKey(t, filepath.Join(dir, "team-"+p.name+".key"))
+		fmt.Fprintf(&people, "    - name: %s\n      keys: [{publicKey: %q%s}]\n", p.name, key, p.more)
+		if k, err := policy.ParsePublicKey(key); err == nil && p.name == "revoked" {
+			revoked.WriteString(k.ID())
+		}
+	}
+	return strings.NewReplacer("requesters: [alice]\n", "requesters: [alice]\n  approvals: [{from: [\"group:dba\"], min: 2}]\n",
+		"  people:\n", "  revokedKeys: ["+revoked.String()+"]\n  groups: [{name: dba, members: [bob, carol, dave, ended, revoked, useless]}]\n  people:\n"+people.String()).Replace(text)
 }
 
 // result is what one command in this process did.

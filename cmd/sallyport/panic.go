@@ -10,6 +10,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/client"
 )
 
+// endAllByHand is a line for a shell that ends every path with bpftool alone. ARCHITECTURE.md has it, too.
+const endAllByHand = `M=/sys/fs/bpf/sallyport/v3/maps/sp_path_state; bpftool map dump pinned $M | awk -v m=$M '/"key"/ {k = int($2)} /SP_PATH_ACTIVE/ {print "map update pinned", m, "key", k % 256, int(k / 256) % 256, int(k / 65536), 0, "value 3 0 0 0"}' | bpftool batch file -`
+
 func (c *cli) panic() *cobra.Command {
 	var why string
 	var lift bool
@@ -19,7 +22,13 @@ func (c *cli) panic() *cobra.Command {
 		Long: `End every path of this node at once: live connections are cut, and their clients are on the proxy
 again. Nothing is asked first, for nothing is lost but the ways around the proxy. It is recorded with
 who called it and why. No grant is activated on this node, also after a reboot, until root lifts the
-panic; grants that it ended stay ended.`,
+panic; grants that it ended stay ended.
+
+Where no agent runs, root ends every path with bpftool alone (M names the pins, if they are elsewhere):
+
+  ` + endAllByHand + `
+
+While no agent runs nothing new is opened; call panic when one does.`,
 		Example: `  sallyport panic --why "credentials of the backup leaked"
   sallyport panic --lift --why "rotated, see OPS-17"`,
 		Args: exactly(0),
@@ -32,7 +41,7 @@ panic; grants that it ended stay ended.`,
 			})
 			if errors.Is(err, client.ErrUnreachable) && !lift {
 				return withHint(fmt.Errorf("it is not known whether paths were closed: %w", err),
-					"live paths run to their deadlines: `systemctl restart sallyport-agent` and call it again, or revoke them by hand as ARCHITECTURE.md shows")
+					"live paths run to their deadlines: `systemctl restart sallyport-agent` and call it again, or end all of them by hand, as root: %s", endAllByHand)
 			}
 			return err
 		},

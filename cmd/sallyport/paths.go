@@ -16,7 +16,9 @@ func (c *cli) paths() *cobra.Command {
 	return &cobra.Command{
 		Use:   "paths",
 		Short: "The kernel's paths around the proxy, one per grant and client",
-		Args:  exactly(0),
+		Example: `  sudo sallyport paths
+  sudo sallyport paths -o json`,
+		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				reply, err := a.Paths(ctx)

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -17,10 +18,10 @@ import (
 func (c *cli) policyDiff() *cobra.Command {
 	return &cobra.Command{
 		Use:   "diff OLD NEW",
-		Short: "Say what a set of resources allows beyond another",
-		Long: `Compare two sets of resources, each a FILE or a DIR, and list everything in which NEW is looser than OLD. It is
-what a node compares that asks for signatures: with nothing on the list it takes NEW unsigned. The node's own set
-in force is /run/sallyport/policy.yaml.`,
+		Short: "Say in what a set of resources differs from another, and what it allows beyond it",
+		Long: `Compare two sets of resources, each a FILE or a DIR, and list every change: what makes NEW looser, what makes it
+tighter, and what does neither. It is what a node compares that asks for signatures: with nothing looser it takes NEW
+unsigned. The node's own set in force is /run/sallyport/policy.yaml.`,
 		Example: `  sallyport policy diff /run/sallyport/policy.yaml /etc/sallyport/resources.d`,
 		Args:    exactly(2),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -32,40 +33,52 @@ in force is /run/sallyport/policy.yaml.`,
 			if err != nil {
 				return err
 			}
-			looser := policy.Loosenings(old, next)
-			return c.show(newDiff(old, next, looser), func(t *table) { diffTable(t, old, next, looser) })
+			d := newDiff(old, next)
+			return c.show(d, d.table)
 		},
 	}
 }
 
-// policyChange is the outcome of a comparison for machines.
-type policyChange struct {
-	Same       bool               `json:"same"`
-	Looser     bool               `json:"looser"`
-	Loosenings []policy.Loosening `json:"loosenings"`
-	Version    uint64             `json:"version"`
-	Digest     string             `json:"digest"`
+// policyDiff is the outcome of a comparison, for people and machines.
+type policyDiff struct {
+	Same      bool            `json:"same"`
+	Looser    bool            `json:"looser"`
+	Changes   []policy.Change `json:"changes"`
+	Version   uint64          `json:"version"`
+	Digest    string          `json:"digest"`
+	Signature string          `json:"signature"` // whether a node asks for one, in words
+
+	refused bool // whether no signature would do
 }
 
-func newDiff(old, next *policy.Set, looser []policy.Loosening) policyChange {
-	return policyChange{Same: old.Digest() == next.Digest(), Looser: len(looser) > 0,
-		Loosenings: append([]policy.Loosening{}, looser...), Version: next.Version(), Digest: next.Digest()}
-}
-
-func diffTable(t *table, old, next *policy.Set, looser []policy.Loosening) {
-	for _, l := range looser {
-		t.row("looser", l)
-	}
+func newDiff(old, next *policy.Set) policyDiff {
+	d := policyDiff{Same: old.Digest() == next.Digest(), Changes: append([]policy.Change{}, policy.Changes(old, next)...),
+		Version: next.Version(), Digest: next.Digest()}
+	d.Looser = slices.ContainsFunc(d.Changes, func(c policy.Change) bool { return c.Effect == policy.Looser })
 	switch {
-	case old.Digest() == next.Digest():
-		t.row("signature", "not needed: nothing differs")
-	case len(looser) == 0:
-		t.row("signature", "not needed: nothing is looser")
+	case d.Same:
+		d.Signature = "not needed: nothing differs"
+	case !d.Looser:
+		d.Signature = "not needed: nothing is looser"
+	case next.Name() != old.Name():
+		d.Signature, d.refused = fmt.Sprintf("no node takes it that has the other: it is the set %q, and not %q", next.Name(), old.Name()), true
 	case next.Version() <= old.Version():
-		t.row("signature", fmt.Sprintf("needed, over a higher version than %d: the ResourceSet says %d", old.Version(), next.Version()))
+		d.Signature, d.refused = fmt.Sprintf("needed, over a higher version than %d: the ResourceSet says %d", old.Version(), next.Version()), true
 	default:
-		t.row("signature", fmt.Sprintf("needed, of %s", plural(old.Signers(), "person")))
+		d.Signature = fmt.Sprintf("needed, of %s", plural(old.Signers(), "person"))
 	}
+	return d
+}
+
+func (d policyDiff) table(t *table) {
+	for _, effect := range []policy.Effect{policy.Looser, policy.Tighter, policy.Neither} {
+		for _, change := range d.Changes {
+			if change.Effect == effect {
+				t.row(effect, change.Loosening)
+			}
+		}
+	}
+	t.row("signature", d.Signature)
 }
 
 // signing is one run of `policy sign`.
@@ -80,16 +93,16 @@ func (c *cli) policySign() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign DIR",
 		Short: "Sign a set of resources, for nodes that ask for it",
-		Long: `Sign the set of resources in DIR: the digest of all of it, and the version of its ResourceSet. The signature goes into
-` + policy.SignatureFile + ` in DIR, beside those of others for the same set. With --in-force it says first in what the set is looser than
-another.`,
+		Long: `Sign the set of resources in DIR: the digest of all of it, with the name and version of its ResourceSet. Nodes take it
+whose configuration says that name (policySet). The signature goes into ` + policy.SignatureFile + ` in DIR, beside those of others
+for the same set. With --in-force it says first in what the set is looser than another.`,
 		Example: `  sallyport policy sign /etc/sallyport/resources.d --key ~/.ssh/id_ed25519_sk --in-force /run/sallyport/policy.yaml`,
 		Args:    exactly(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return c.signPolicy(cmd.Context(), &s, args[0]) },
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVar(&s.key, "key", "", "`FILE` of the key to sign with: of sallyport keygen, or of OpenSSH, its .pub file for one in an agent or a device")
+	f.StringVar(&s.key, "key", "", keyHelp)
 	f.StringSliceVar(&s.inForce, "in-force", nil, "compare with the resources in these `FILES` or this directory")
 	f.BoolVarP(&s.yes, "yes", "y", false, "do not ask")
 	return cmd
@@ -108,7 +121,14 @@ func (c *cli) signPolicy(ctx context.Context, s *signing, dir string) error {
 	if set.Version() == 0 {
 		return withHint(errors.New("sign resources: no ResourceSet gives them a version"), "add one to the directory: kind: ResourceSet, spec: {version: 1}")
 	}
-	if err := c.saySet(s.inForce, set); err != nil {
+	old, err := c.resourcesAt(s.inForce)
+	if err != nil {
+		return err
+	}
+	if err := c.checkOfficer(old, key.Public()); err != nil {
+		return inFlags("check key", err)
+	}
+	if err := c.saySet(old, set); err != nil {
 		return err
 	}
 	if !s.yes {
@@ -130,7 +150,7 @@ func (c *cli) signPolicy(ctx context.Context, s *signing, dir string) error {
 	}
 	return c.show(signedPolicy{File: file, Version: set.Version(), Digest: set.Digest()}, func(t *table) {
 		t.row("file", file)
-		t.row("next", "sallyport policy verify "+dir)
+		t.row("next", commandLine("policy", "verify", dir, repeated("--in-force", s.inForce)))
 	})
 }
 
@@ -141,17 +161,29 @@ type signedPolicy struct {
 	Digest  string `json:"digest"`
 }
 
+// checkOfficer holds that the key may sign resources, by the set that is in force. One that no Keyring has may be of a node's
+// own configuration.
+func (c *cli) checkOfficer(inForce *policy.Set, key policy.PublicKey) error {
+	if inForce == nil {
+		c.note("nobody has checked whether this key counts for anything: --in-force names the resources that nodes have")
+		return nil
+	}
+	if _, known := policy.KnownKeys(inForce.Keyrings())[key.ID()]; !known {
+		c.note("no Keyring in force has the key %s: it counts only on nodes whose configuration has it (policyKeys)", key.ID())
+		return nil
+	}
+	_, err := c.signerFor(inForce, key, policy.UseResources)
+	return err
+}
+
 // saySet tells what is about to be signed.
-func (c *cli) saySet(inForce []string, set *policy.Set) error {
+func (c *cli) saySet(old, set *policy.Set) error {
 	t := newTable(c.stderr)
+	t.row("set", set.Name())
 	t.row("version", set.Version())
 	t.row("digest", set.Digest())
-	if len(inForce) > 0 {
-		old, err := loadPolicy(inForce)
-		if err != nil {
-			return err
-		}
-		diffTable(t, old, set, policy.Loosenings(old, set))
+	if old != nil {
+		newDiff(old, set).table(t)
 	}
 	return t.Flush()
 }
@@ -165,60 +197,86 @@ func replace(path string, data []byte) error {
 	return os.Rename(beside, path)
 }
 
+// verifying is one run of `policy verify`.
+type verifying struct{ inForce, pinned []string }
+
 func (c *cli) policyVerify() *cobra.Command {
-	var inForce, pinned []string
+	var v verifying
 	cmd := &cobra.Command{
 		Use:   "verify DIR",
 		Short: "Say who signed a set of resources, as a node would",
 		Long: `Verify the signatures of the set of resources in DIR. They count by the keyrings of --in-force and by the keys of
---pinned (policyKeys of a node's configuration). Without either, by the keyrings of DIR itself, which a node never takes
-anybody's word for.`,
+--pinned (policyKeys of a node's configuration). With --in-force it answers for a node that has that set and asks for signatures:
+every change is listed, and the exit code is 0 if the node takes DIR, signed or not, and 3 if it does not. Without either, they count
+by the keyrings of DIR itself, which a node never takes anybody's word for.`,
 		Example: `  sallyport policy verify /etc/sallyport/resources.d --in-force /run/sallyport/policy.yaml`,
 		Args:    exactly(1),
-		RunE:    func(_ *cobra.Command, args []string) error { return c.verifyPolicy(args[0], inForce, pinned) },
+		RunE:    func(_ *cobra.Command, args []string) error { return c.verifyPolicy(args[0], v) },
 	}
-	cmd.Flags().StringSliceVar(&inForce, "in-force", nil, "verify by the keyrings in these `FILES` or this directory")
-	cmd.Flags().StringSliceVar(&pinned, "pinned", nil, "verify by this public `KEY`, too; may be repeated")
+	cmd.Flags().StringSliceVar(&v.inForce, "in-force", nil, "verify by the keyrings in these `FILES` or this directory, as a node that has them")
+	cmd.Flags().StringSliceVar(&v.pinned, "pinned", nil, "verify by this public `KEY`, too; may be repeated")
 	return cmd
 }
 
-func (c *cli) verifyPolicy(dir string, inForce, pinned []string) error {
+func (c *cli) verifyPolicy(dir string, v verifying) error {
 	set, err := loadPolicy([]string{dir})
 	if err != nil {
 		return err
 	}
-	old, keys := set, set.Keyrings()
-	if len(inForce) > 0 {
-		if old, err = loadPolicy(inForce); err != nil {
-			return err
-		}
-		keys = old.Keyrings()
-	}
-	ring, err := pinnedRing(pinned)
+	old, err := c.resourcesAt(v.inForce)
 	if err != nil {
 		return err
 	}
-	if len(pinned) > 0 && len(inForce) == 0 {
+	pinned, err := pinnedKeys(v.pinned)
+	if err != nil {
+		return err
+	}
+	signers, unsigned := c.resourceSigners(dir, set, old, pinned)
+	if old == nil {
+		return c.showSigners(set, len(v.pinned) == 0, signers, unsigned)
+	}
+	d := newDiff(old, set)
+	takes := verifiedPolicy{Version: set.Version(), Digest: set.Digest(), Signers: append([]policy.Signer{}, signers...), Taken: !d.Looser || unsigned == nil && !d.refused, Changes: d.Changes}
+	if err := c.show(takes, func(t *table) {
+		d.table(t)
+		t.row("signed by", people(signers))
+		t.row("node", choose(takes.Taken, "takes it", "does not take it"))
+	}); err != nil || takes.Taken {
+		return err
+	}
+	if d.refused {
+		return withHint(refused(fmt.Errorf("verify resources: a signature is %s", d.Signature)), "raise the version of the ResourceSet, and have it signed with `sallyport policy sign`")
+	}
+	return refused(unsigned)
+}
+
+// resourceSigners are those whose signatures count: by the set in force, or else by the set itself, and by pinned keys.
+func (c *cli) resourceSigners(dir string, set, old *policy.Set, pinned []policy.PublicKey) ([]policy.Signer, error) {
+	keys, wanted := set.Keyrings(), 1
+	switch {
+	case old != nil:
+		keys, wanted = old.Keyrings(), old.Signers()
+	case len(pinned) > 0:
 		keys = nil
 	}
 	envelope, err := os.ReadFile(filepath.Join(dir, policy.SignatureFile))
 	if err != nil {
-		return withHint(fmt.Errorf("read signatures: %w", err), "`sallyport policy sign` makes them")
+		return nil, withHint(fmt.Errorf("read signatures: %w", err), "`sallyport policy sign` makes them")
 	}
-	wanted := 1
-	if len(inForce) > 0 {
-		wanted = old.Signers()
+	signers, err := grant.VerifyResources(envelope, set, keys, pinned, wanted, c.now())
+	return signers, explained("verify resources", err)
+}
+
+// showSigners tells who signed a set where nobody knows what is in force.
+func (c *cli) showSigners(set *policy.Set, itself bool, signers []policy.Signer, unsigned error) error {
+	if unsigned != nil {
+		return unsigned
 	}
-	signers, err := grant.VerifyResources(envelope, set, append(keys, ring), wanted, c.now())
-	if err != nil {
-		return explained("verify resources", err)
-	}
-	return c.show(verifiedPolicy{Version: set.Version(), Digest: set.Digest(), Signers: signers}, func(t *table) {
+	v := verifiedPolicy{Version: set.Version(), Digest: set.Digest(), Signers: signers}
+	return c.show(v, func(t *table) {
 		t.row("signed by", people(signers))
 		t.row("version", set.Version())
-		if len(inForce) > 0 {
-			diffTable(t, old, set, policy.Loosenings(old, set))
-		} else if len(pinned) == 0 {
+		if itself {
 			t.row("by", "the keyrings of these resources themselves; a node goes by those in force")
 		}
 	})
@@ -229,15 +287,17 @@ type verifiedPolicy struct {
 	Version uint64          `json:"version"`
 	Digest  string          `json:"digest"`
 	Signers []policy.Signer `json:"signers"`
+	Taken   bool            `json:"taken"`             // by a node that has the set in force; false where none is named
+	Changes []policy.Change `json:"changes,omitempty"` // from the set in force
 }
 
-func pinnedRing(pinned []string) (ring policy.Keyring, err error) {
+func pinnedKeys(pinned []string) (keys []policy.PublicKey, err error) {
 	for _, text := range pinned {
 		key, err := policy.ParsePublicKey(text)
 		if err != nil {
-			return ring, explained("read --pinned", err)
+			return nil, explained("read --pinned", err)
 		}
-		ring.Spec.People = append(ring.Spec.People, policy.PinnedSigner(key))
+		keys = append(keys, key)
 	}
-	return ring, nil
+	return keys, nil
 }

@@ -67,6 +67,14 @@ const rootHelp = `Sallyport makes an identity-aware proxy unskippable on a node,
 a narrow, signed path that the kernel itself closes on time. This command looks at a node,
 signs and activates grants, runs commands with paths of their own, and carries plain clients to protected services.
 
+When something is wrong on a node:
+  sallyport status                      is it enforcing, and what does it complain about
+  sallyport explain CLIENT SERVICE      what would happen to a new connection, and why
+  sallyport flows --verdict denied      what was refused, and why
+  sallyport grants                      what goes around the proxy now
+  sallyport grant revoke ID --why TEXT  end one grant
+  sallyport panic --why TEXT            end every path of the node
+
 ` + exitCodesHelp
 
 func (c *cli) globalFlags(root *cobra.Command) {

@@ -14,9 +14,10 @@ import (
 
 func (c *cli) services() *cobra.Command {
 	return &cobra.Command{
-		Use:   "services",
-		Short: "The protected services of the node, and who may come through the proxy",
-		Args:  exactly(0),
+		Use:     "services",
+		Short:   "The protected services of the node, and who may come through the proxy",
+		Example: `  sudo sallyport services`,
+		Args:    exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				reply, err := a.Services(ctx)

@@ -23,7 +23,8 @@ func (c *cli) signal() *cobra.Command {
 		Short: "Say something about grants that takes from them: end sooner, less budget, none at all",
 		Long: `Say something about the grants of this node, as one of the sources that their policies name: a
 posture check, an incident, a risk engine. What is said counts for a time (--for), about the grants
-that fit everything that is given, and takes the place of what the source said before about the same.
+that fit everything that is given, and takes the place of what the same user said for the source before
+about the same.
 It never gives anything: what it takes from an active grant stays taken when it lapses. With --ok it
 says that all is well, which some policies require.`,
 		Example: `  sallyport signal --source posture --client 10.1.0.2 --ok --for 5m
@@ -35,7 +36,7 @@ says that all is well, which some policies require.`,
 				return withHint(usagef("signal needs --source and --for"), "a signal counts for a time, like 5m, and is given again")
 			}
 			if takes := s.Revoke || maxBytes != "" || cmd.Flags().Changed("end-in"); takes == well {
-				return withHint(usagef("signal takes something, or says that all is well"), "give --revoke, --end-in or --max-bytes; or --ok, which takes the place of what the source said before")
+				return withHint(usagef("signal takes something, or says that all is well"), "give --revoke, --end-in or --max-bytes; or --ok, which takes the place of what was said before")
 			}
 			if about := s.Grant + s.Requester + s.Service + s.Clients; (about == "") != all {
 				return withHint(usagef("signal is about something, or about every grant"), "give --grant, --requester, --service or --client; or --all")

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -11,6 +12,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 // statement is one run of a command that has somebody say something.
@@ -27,9 +29,9 @@ type statement struct {
 
 func (s *statement) add(f *pflag.FlagSet) {
 	f.SortFlags = false
-	f.StringVar(&s.key, "key", "", "`FILE` of the key to sign with: of sallyport keygen, or of OpenSSH, its .pub file for one in an agent or a device")
+	f.StringVar(&s.key, "key", "", keyHelp)
 	f.StringVar(&s.why, "why", "", "`TEXT` for the record")
-	f.StringVar(&s.by, "by", "", "`NAME` of who says so (default: the owner of the key by --policy, else the user, by USER)")
+	f.StringVar(&s.by, "by", "", "`NAME` of the key's owner in the Keyring (default: what --policy says)")
 	f.StringSliceVar(&s.resources, "policy", nil, "look up the owner of the key in these `FILES` or this directory")
 	f.StringVar(&s.out, "out", "", "only write the statement to this new `FILE`, for \"grant record\" on a node")
 	f.BoolVarP(&s.yes, "yes", "y", false, "do not ask")
@@ -79,6 +81,7 @@ func (c *cli) about(step grant.Step, cmd *cobra.Command) *cobra.Command {
 type target struct {
 	id, digest, requester string
 	envelope              []byte // nil where only the node has it
+	facts                 policy.GrantFacts
 	tell                  func(*table)
 }
 
@@ -87,7 +90,7 @@ func (c *cli) find(ctx context.Context, name string) (t target, err error) {
 	if isGrantID(name) {
 		err = c.withAgent(ctx, func(ctx context.Context, a *client.Agent) error {
 			g, err := a.Grant(ctx, name)
-			t = target{id: g.GetId(), digest: g.GetDigest(), requester: g.GetRequester(), tell: func(t *table) { grantTable(t, g) }}
+			t = target{id: g.GetId(), digest: g.GetDigest(), requester: g.GetRequester(), facts: factsOf(g), tell: func(t *table) { grantTable(t, g) }}
 			return err
 		})
 		return t, err
@@ -101,7 +104,17 @@ func (c *cli) find(ctx context.Context, name string) (t target, err error) {
 		return t, explained("read grant", err)
 	}
 	digest, err := grant.Digest(envelope)
-	return target{p.ID, digest, p.Requester, envelope, func(t *table) { payloadTable(t, p) }}, explained("read grant", err)
+	facts := grant.Verified{Payload: p}.Facts(nil, time.Time{})
+	return target{p.ID, digest, p.Requester, envelope, facts, func(t *table) { payloadTable(t, p) }}, explained("read grant", err)
+}
+
+// factsOf is what the node says of a grant that it activated.
+func factsOf(g *api.Grant) policy.GrantFacts {
+	facts := policy.GrantFacts{ID: g.GetId(), Service: g.GetService(), Requester: g.GetRequester(), BreakGlass: g.GetKind() == string(grant.BreakGlass)}
+	for _, name := range g.GetPeople() {
+		facts.Signers = append(facts.Signers, policy.Signer{Person: name})
+	}
+	return facts
 }
 
 func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
@@ -117,7 +130,7 @@ func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	signed, err := c.sign(ctx, s, grant.Statement{Grant: about.id, Digest: about.digest}, fmt.Sprintf("say that it is %s, for good?", s.step))
+	signed, err := c.sign(ctx, s, about.facts, grant.Statement{Grant: about.id, Digest: about.digest}, fmt.Sprintf("say that it is %s, for good?", s.step))
 	if err != nil {
 		return err
 	}
@@ -125,33 +138,25 @@ func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
 		return refused(withHint(fmt.Errorf("%s asked for it, and %s cannot withdraw it", about.requester, s.by), "`sallyport grant deny` is for those who could approve it"))
 	}
 	if s.out != "" {
-		return c.writeSigned(s.out, signed, "sallyport grant record "+s.out+" "+name)
+		return c.writeSigned(s.out, signed, commandLine("grant", "record", s.out, name))
 	}
 	return c.record(ctx, signed, about.envelope)
 }
 
-// sign asks, and makes the statement.
-func (c *cli) sign(ctx context.Context, s *statement, said grant.Statement, question string) ([]byte, error) {
+// sign checks that it counts, asks, and makes the statement.
+func (c *cli) sign(ctx context.Context, s *statement, facts policy.GrantFacts, said grant.Statement, question string) ([]byte, error) {
 	key, err := c.readKey(s.key)
 	if err != nil {
 		return nil, err
 	}
-	set, err := c.approverIn(s.resources, key.Public())
-	if err != nil {
+	if err := c.speaker(s, key.Public(), facts); err != nil {
 		return nil, err
-	}
-	if set != nil && s.by == "" {
-		owner, err := signerOf(set, key.Public(), c)
-		if err != nil {
-			return nil, inFlags("check key", err)
-		}
-		s.by = owner.Person
 	}
 	id, err := grant.NewID(c.now())
 	if err != nil {
 		return nil, err
 	}
-	said.ID, said.Step, said.By, said.Why, said.At = id, s.step, either(s.by, c.getenv("USER")), s.why, c.now()
+	said.ID, said.Step, said.By, said.Why, said.At = id, s.step, s.by, s.why, c.now()
 	if err := said.Validate(); err != nil {
 		return nil, inFlags("make statement", err)
 	}
@@ -162,6 +167,28 @@ func (c *cli) sign(ctx context.Context, s *statement, said grant.Statement, ques
 	}
 	signed, err := grant.SignStatement(ctx, said, key)
 	return signed, explained("sign statement", err)
+}
+
+// speaker finds who says so, by the key. Where no resources are at hand, it has to be said, and the node alone checks.
+func (c *cli) speaker(s *statement, key policy.PublicKey, facts policy.GrantFacts) error {
+	set, err := c.resourcesAt(s.resources)
+	switch {
+	case err != nil:
+		return err
+	case set == nil && s.by == "":
+		return withHint(usagef("make statement: nobody knows whose key it is"), "name the resources with --policy, or the key's owner in the Keyring with --by")
+	case set == nil && s.out != "":
+		c.note(notChecked)
+		return nil
+	case set == nil:
+		return nil // the node says so at once
+	}
+	owner, err := c.signerOfStep(set, key, s.step, facts)
+	if err == nil && s.by != "" && s.by != owner.Person {
+		err = &policy.Error{Field: "by", Msg: fmt.Sprintf("the key %s is of %s, not of %s", key.ID(), owner.Person, s.by), Hint: "leave --by out"}
+	}
+	s.by = owner.Person
+	return inFlags("check key", err)
 }
 
 func (c *cli) grantVouch() *cobra.Command {
@@ -191,12 +218,12 @@ func (c *cli) vouch(ctx context.Context, s *statement) error {
 	if err != nil {
 		return explained("read challenge", err)
 	}
-	signed, err := c.sign(ctx, s, grant.Statement{Challenge: challenge}, fmt.Sprintf("vouch for the clock and the records of %s?", challenge.Node))
+	signed, err := c.sign(ctx, s, policy.GrantFacts{}, grant.Statement{Challenge: challenge}, fmt.Sprintf("vouch for the clock and the records of %s?", challenge.Node))
 	if err != nil {
 		return err
 	}
 	if s.out != "" {
-		return c.writeSigned(s.out, signed, "sallyport grant record "+s.out)
+		return c.writeSigned(s.out, signed, commandLine("grant", "record", s.out))
 	}
 	return c.record(ctx, signed, nil)
 }
@@ -214,6 +241,8 @@ func (c *cli) grantRecord() *cobra.Command {
 		Short: "Have the node take a statement that was signed elsewhere",
 		Long: `Hand a statement to the node's agent: what "grant withdraw", "deny", "review" and "vouch" wrote with --out.
 GRANT is the file of the grant that it is about; where the node activated the grant, none is needed.`,
+		Example: `  sallyport grant deny backup.grant --key bob.key --by bob --why "not during the migration" --out backup.denied
+  sudo sallyport grant record backup.denied backup.grant`,
 		Args: between(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			signed, err := readSmall(args[0], grant.MaxEnvelope, "read statement", "`sallyport grant withdraw --out`, deny, review and vouch write such a file")

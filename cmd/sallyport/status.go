@@ -19,7 +19,9 @@ func (c *cli) status() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "How the node's agent and its enforcement are",
-		Args:  exactly(0),
+		Example: `  sudo sallyport status
+  sudo sallyport status --check   # for scripts: exit code 3 unless all is well`,
+		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				s, err := a.Status(ctx)

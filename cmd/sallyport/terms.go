@@ -56,7 +56,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.template, "template", "", "ask by this GrantTemplate of --policy: `NAME`; what is not said is what it says")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
-	f.StringVar(&g.requester, "requester", "", "`NAME` of who asks for it (default: the owner of the key by\n--policy, else the user, by USER)")
+	f.StringVar(&g.requester, "requester", "", "`NAME` of the key's owner in the Keyring, who asks for it\n(default: what --policy says)")
 	f.StringVar(&g.notBefore, "not-before", "", "no activation before this `TIME`, RFC 3339 (default: a minute before now)")
 	f.StringVar(&g.notAfter, "not-after", "", "no activation and no open path after this `TIME`: RFC 3339, or a duration from\nnot-before (default: an hour longer than --for)")
 }
@@ -89,10 +89,9 @@ func inFlags(what string, err error) error {
 	return err
 }
 
-// payload reads the flags as of now, with user in the place of a requester. Its error has what cannot be read; whether the rest is
-// valid is for the payload to say.
-func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
-	id, idErr := grant.NewID(now)
+// payload reads the flags as of now, with the owner of the key for a requester; it has no id yet. Its error has what cannot be
+// read; whether the rest is valid is for the payload to say.
+func (g *terms) payload(now time.Time, owner string) (grant.Payload, error) {
 	addresses, addressErr := g.addresses()
 	ports, portErr := g.portList()
 	begin, beginErr := g.begin(now)
@@ -103,9 +102,9 @@ func (g *terms) payload(now time.Time, user string) (grant.Payload, error) {
 		kind = grant.BreakGlass
 	}
 	return grant.Payload{
-		ID: id, Kind: kind, Requester: either(g.requester, user), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		Kind: kind, Requester: either(g.requester, owner), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
 		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
-	}, errors.Join(idErr, addressErr, portErr, beginErr, endErr, budgetErr)
+	}, errors.Join(addressErr, portErr, beginErr, endErr, budgetErr)
 }
 
 // fill takes from the template what was not said.

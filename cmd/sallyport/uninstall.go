@@ -20,7 +20,7 @@ func (c *cli) uninstall() *cobra.Command {
 		Long: `Take Sallyport off this node. From then on its protected services can be reached without the
 proxy. The agent's program next to this one does it, records it, and proves that nothing is
 left attached.`,
-		Example: `  sallyport uninstall --config /etc/sallyport/agent.yaml`,
+		Example: `  sudo sallyport uninstall --config /etc/sallyport/agent.yaml`,
 		Args:    exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !yes {

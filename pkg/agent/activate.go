@@ -102,14 +102,14 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	answered, unanswered := g.answered(a, e)
-	if err := errors.Join(p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
+	if err := errors.Join(p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
 		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}
 	service, _ := e.service(p.Service)
 	a.held = &held{payload: p, service: service, policy: allowance.Policy}
 	if a.ask != nil {
-		a.held.holding = g.newHolding(p.Addresses[0])
+		a.held.holding = newHolding(p)
 	}
 	inTheWay, err := g.overlap(a.held)
 	if err != nil {
@@ -189,27 +189,26 @@ func (g *grants) allowed(v grant.Verified, e *enforced, now time.Time) (policy.A
 // overlap refuses a grant that would share a client's sockets, service and port with one that is active: a path has one owner.
 // Those that workloads hold are in the way of other workloads only: who breaks the glass does not wait for a job.
 func (g *grants) overlap(n *held) (inTheWay []*held, err error) {
-	for id, h := range g.active {
-		if id == n.payload.ID {
-			continue // the store knows it, and says so
-		}
-		if h.over != nil || h.payload.Service != n.payload.Service ||
-			h.payload.ClientPort != n.payload.ClientPort || h.payload.Cgroup != n.payload.Cgroup {
-			continue
-		}
-		for _, a := range n.payload.Addresses {
-			if !slices.Contains(h.payload.Addresses, a) || !sharePort(n, h) {
-				continue
-			}
-			if n.holding == nil && h.holding != nil {
+	for _, c := range n.clients() {
+		for _, h := range g.serving[c] {
+			switch {
+			case !h.inTheWayOf(n):
+			case n.holding != nil || h.holding == nil:
+				return nil, fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, c.client, c.service, h.row.ID,
+					h.row.Deadline.UTC().Format(time.RFC3339))
+			case !slices.Contains(inTheWay, h):
 				inTheWay = append(inTheWay, h)
-				break
 			}
-			return nil, fmt.Errorf("%w: %s to %s, by grant %s until %s", ErrOverlap, a, n.payload.Service, id,
-				h.row.Deadline.UTC().Format(time.RFC3339))
 		}
 	}
 	return inTheWay, nil
+}
+
+// inTheWayOf tells whether an active grant of the same client and service has the same sockets and a port in common. Of the
+// very grant the store knows that it was used, and says so.
+func (h *held) inTheWayOf(n *held) bool {
+	return h.row.ID != n.payload.ID && h.over == nil && h.payload.ClientPort == n.payload.ClientPort &&
+		h.payload.Cgroup == n.payload.Cgroup && sharePort(n, h)
 }
 
 func sharePort(a, b *held) bool {
@@ -233,8 +232,11 @@ func (g *grants) newRow(a *activation, may policy.Allowance, now time.Time, boot
 		deadline = may.Until
 	}
 	row := store.GrantRow{
-		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: peopleOf(a.verified.Signers), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
-		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now),
+		ID: p.ID, State: store.StateActive, Kind: string(p.Kind), Digest: digest, People: a.verified.People(), Envelope: a.envelope, Payload: payload, BootID: g.bootID,
+		Activated: now, Deadline: deadline, DeadlineBoot: boot + deadline.Sub(now), NotAfter: p.NotAfter, Keep: p.NotAfter.Add(keepPeoples),
+	}
+	if a.ask != nil { // nobody has it in writing, to hand it in again
+		row.NotAfter, row.Keep = time.Time{}, deadline.Add(keepWorkloads)
 	}
 	for _, s := range a.verified.Signers {
 		row.Signers = append(row.Signers, s.KeyID)
@@ -259,7 +261,7 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 		return err
 	}
 	a.recorded = true
-	g.active[a.held.row.ID] = a.held
+	g.take(a.held)
 	g.reviews.note(a.held.row, a.held.payload, true)
 	g.history.note(a.held.payload, a.held.row.Activated)
 	return nil
@@ -282,18 +284,19 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 	return nil
 }
 
-// openPath takes a slot; when none is free, those that ended paths still hold for people to look at are given back first.
+// openPath takes a slot; when none is free, one that an ended path still holds for people to look at is given back first.
 func (g *grants) openPath(p datapath.Path) (uint32, error) {
 	slot, err := g.datapath.OpenPath(p)
-	if !errors.Is(err, datapath.ErrPathsFull) || len(g.ended) == 0 {
+	if !errors.Is(err, datapath.ErrPathsFull) {
 		return slot, err
 	}
 	for ended := range g.ended {
 		if err := g.freeSlot(ended); err != nil {
 			return 0, err
 		}
+		return g.datapath.OpenPath(p)
 	}
-	return g.datapath.OpenPath(p)
+	return slot, err
 }
 
 // noteSlots corrects what was recorded of the slots. Mostly it was right: nobody else opens paths.
@@ -326,11 +329,7 @@ func (g *grants) abandon(ctx context.Context, a *activation, cause error) {
 		g.problems.report(problemGrants, "activation", g.end(ctx, a.held, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)))
 		return
 	}
-	event, err := refusedEvent(a, why, g.clock)
-	if err == nil {
-		_, err = g.store.Append(ctx, event)
-	}
 	g.events.count(stepRefused)
-	g.problems.report(problemGrants, "activation", err)
+	g.problems.report(problemGrants, "refusals", g.refuse(ctx, a, why))
 	g.recorded()
 }

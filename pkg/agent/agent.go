@@ -141,6 +141,7 @@ func (n *node) openStore(context.Context) (err error) {
 	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
 		return errors.Join(err, n.store.Close())
 	}
+	n.problems.report(problemMemory, "store", n.store.CatchUp(context.Background()))
 	n.losses, err = openLossLedger(lossFilePath(n.cfg), n.store.BootID())
 	if err != nil {
 		return errors.Join(err, n.store.Close())
@@ -248,8 +249,8 @@ func (n *node) loadResources(context.Context) error {
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
 		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
 		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
-		recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
-		active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		panicMark: panicFile(n.cfg), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
+		active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
 }

@@ -90,7 +90,7 @@ func (in *installed) ready(command string) *lab.Process {
 	in.t.Helper()
 	p := in.start(command)
 	buf := make([]byte, 4096)
-	must(in.t, in.notify.SetReadDeadline(time.Now().Add(20*time.Second)))
+	must(in.t, in.notify.SetReadDeadline(time.Now().Add(time.Minute)))
 	for {
 		n, err := in.notify.Read(buf)
 		if err != nil {
@@ -388,7 +388,7 @@ func (in *installed) churn(ctx context.Context, told *toldLedger) {
 		envelope := in.signer.envelope(in.t, func(p *grant.Payload) {
 			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, a, b}), netip.AddrFrom4([4]byte{10, 2, a, b})}
 		})
-		said := alice.says(in.t, "alice", grant.StepWithdrawn, envelope)
+		said := alice.says(in.t, "alice", grant.StepWithdrawn, envelope, time.Now())
 		if i%4 == 3 { // before it begins
 			if reply, err := agent.State(ctx, &api.StateRequest{Statement: said, Envelope: envelope}); err != nil || reply.Grant != nil {
 				return

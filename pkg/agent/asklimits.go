@@ -17,10 +17,11 @@ const (
 	maxAskers = 4096
 )
 
-// asker is one identity: how often it may ask, and how much it holds.
+// asker is one identity: how often it may ask, how much it holds, and how many connections it has.
 type asker struct {
-	bucket *rate.Limiter
-	holds  uint32
+	bucket      *rate.Limiter
+	holds       uint32
+	connections uint32
 }
 
 // askLimits bounds what each identity may ask for. Safe for concurrent use.
@@ -61,7 +62,30 @@ func (l *askLimits) give(id spiffeid.ID) {
 	l.askers[id].holds--
 }
 
-// find remembers an identity. Those that hold nothing and whose bucket is full again are as if they had never asked. l.mu
+// connect counts a connection of an identity, at a boot time. The error wraps ErrTooMany; it is not counted then. There is room
+// for a connection for each path, and for those that the holders of these make anew before the old ones are seen to be gone.
+func (l *askLimits) connect(id spiffeid.ID, boot time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	a, err := l.find(id, time.Unix(0, int64(boot)))
+	if err != nil {
+		return err
+	}
+	if most := 2 * l.paths; a.connections >= most {
+		return fmt.Errorf("%w: %s may have %d connections at a time", ErrTooMany, id, most)
+	}
+	a.connections++
+	return nil
+}
+
+// disconnect counts a connection less.
+func (l *askLimits) disconnect(id spiffeid.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.askers[id].connections--
+}
+
+// find remembers an identity. Those that hold nothing, have no connection and whose bucket is full again are as if they had never asked. l.mu
 // is held.
 func (l *askLimits) find(id spiffeid.ID, now time.Time) (*asker, error) {
 	if a, ok := l.askers[id]; ok {
@@ -69,7 +93,7 @@ func (l *askLimits) find(id spiffeid.ID, now time.Time) (*asker, error) {
 	}
 	if len(l.askers) >= maxAskers {
 		for other, a := range l.askers {
-			if a.holds == 0 && a.bucket.TokensAt(now) >= askBurst {
+			if a.holds == 0 && a.connections == 0 && a.bucket.TokensAt(now) >= askBurst {
 				delete(l.askers, other)
 			}
 		}

@@ -64,3 +64,29 @@ func TestAskLimits(t *testing.T) {
 		t.Errorf("%d are remembered after a minute", len(l.askers))
 	}
 }
+
+// TestConnectionLimits: an identity has so many connections and no more, takes none of others', and is remembered while it has one.
+func TestConnectionLimits(t *testing.T) {
+	l := newAskLimits(policy.AutomationConfig{RequestsPerMinute: 60, PathsPerIdentity: 3})
+	at := time.Hour
+	for range 6 {
+		must(t, l.connect(backup, at))
+	}
+	if err := l.connect(backup, at); !errors.Is(err, ErrTooMany) {
+		t.Errorf("a seventh connection: %v", err)
+	}
+	must(t, l.connect(intruder, at))
+	l.disconnect(backup)
+	must(t, l.connect(backup, at))
+	for i := range maxAskers {
+		if id := spiffeid.RequireFromPath(testDomain, fmt.Sprintf("/n/%d", i)); l.connect(id, at) == nil {
+			l.disconnect(id)
+		}
+	}
+	if l.askers[backup] == nil || l.connect(backup, at) == nil {
+		t.Error("its connections were forgotten")
+	}
+	for range 6 {
+		l.disconnect(backup)
+	}
+}

@@ -37,8 +37,8 @@ const (
 	patience  = 10 * time.Second
 )
 
-// maxHolders bounds the connections of workloads.
-const maxHolders = 16384
+// unusedFor is how long a connection may be without a stream: who asks for nothing does not stay.
+const unusedFor = 10 * time.Second
 
 // sayWithin bounds how long a stream may be silent before it asks for something.
 const sayWithin = 5 * time.Second
@@ -61,6 +61,7 @@ type automation struct {
 	source      *identity.Source
 	grants      *grants
 	shared      func(netip.Addr) (what string, err error) // whose the address is, beside a workload
+	device      func(netip.Addr) int                      // of the pod that has the address; 0: none
 	free        func() int                                // slots
 	clock       clock
 	limits      *askLimits
@@ -77,7 +78,7 @@ func (n *node) makeAutomation(context.Context) error {
 	cfg := *n.cfg.Spec.Automation
 	n.automation = &automation{
 		config: cfg, node: n.cfg.Name, trustDomain: n.cfg.AgentID().TrustDomain(), source: n.identity, grants: n.grants,
-		shared: addressOwners{listed: cfg.SharedAddresses}.of, free: n.datapath.FreePaths, clock: n.clock,
+		shared: addressOwners{listed: cfg.SharedAddresses}.of, device: func(a netip.Addr) int { return podDevice(a, n.datapath.Devices()) }, free: n.datapath.FreePaths, clock: n.clock,
 		limits: newAskLimits(cfg), problems: n.problems, stopping: n.stopping, turn: make(chan struct{}, 1),
 	}
 	return nil
@@ -114,13 +115,13 @@ func (a *automation) serve(ctx context.Context) error {
 	}
 	server := a.server()
 	defer server.Stop()
-	failed := make(chan error, len(a.config.Listen))
+	failed, most := make(chan error, len(a.config.Listen)), askConnections()/len(a.config.Listen)
 	for _, address := range a.config.Listen {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
 			return fmt.Errorf("listen for workloads: %w", err)
 		}
-		go func() { failed <- server.Serve(netutil.LimitListener(l, maxHolders)) }()
+		go func() { failed <- server.Serve(netutil.LimitListener(l, most)) }()
 	}
 	a.problems.report(problemAsking, "", nil)
 	select {
@@ -159,8 +160,8 @@ func (a *automation) server() *grpc.Server {
 	tls := tlsconfig.MTLSServerConfig(a.source, a.source, tlsconfig.AuthorizeMemberOf(a.trustDomain))
 	tls.SessionTicketsDisabled = true
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience}),
+		grpc.Creds(askTransport{credentials.NewTLS(tls), a.limits, a.clock}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience, MaxConnectionIdle: unusedFor}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: heartbeat}),
 		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10), // there may be thousands, and they say little
 	)
@@ -280,14 +281,11 @@ const slotsKept = 256
 // want makes the payload of what the workload asks for: from its own address, no longer than it is proven.
 func (a *automation) want(w workload, r *api.PathRequest) (wanted, error) {
 	now := a.clock.wall().UTC()
-	id, err := grant.NewID(now)
-	if err != nil {
-		return wanted{}, err
-	}
 	p := grant.Payload{
-		ID: id, Requester: w.id.String(), Service: plain(r.GetService()), Binding: r.GetBinding(), Addresses: []netip.Addr{w.from.Addr()},
+		Requester: w.id.String(), Service: plain(r.GetService()), Binding: r.GetBinding(), Addresses: []netip.Addr{w.from.Addr()},
 		NotBefore: now, NotAfter: earlierOf(w.until.UTC(), now.Add(grant.MaxWindow)), Duration: r.GetDuration().AsDuration(),
 		Budget: budgetFrom(r.GetBudget()), Ingress: policy.Ingress(r.GetIngress()), Reason: r.GetReason(), Ticket: r.GetTicket(), Audience: a.node,
+		Device: uint32(a.device(w.from.Addr())),
 	}
 	for _, port := range r.GetPorts() {
 		if port > 65535 {
@@ -295,7 +293,10 @@ func (a *automation) want(w workload, r *api.PathRequest) (wanted, error) {
 		}
 		p.Ports = append(p.Ports, uint16(port))
 	}
-	err = a.bind(w, r, &p)
+	if err := a.bind(w, r, &p); err != nil {
+		return wanted{}, err
+	}
+	p, err := p.Named(now)
 	return wanted{p, w.proof}, err
 }
 
@@ -307,8 +308,9 @@ func (a *automation) bind(w workload, r *api.PathRequest, p *grant.Payload) (err
 		return a.bindAddress(w)
 	case policy.BindingAddress:
 		return a.bindAddress(w)
-	case policy.BindingTuple:
+	case policy.BindingTuple: // behind a shared address the port is not the client's own
 		p.ClientPort, p.Budget.Connections = uint16(min(r.GetClientPort(), 65536)), 1 // what is no port becomes none
+		return a.bindAddress(w)
 	case policy.BindingWorkload:
 		p.Cgroup, err = a.cgroup(w, p.Service)
 	}
@@ -360,22 +362,25 @@ func (a *automation) hold(stream grpc.BidiStreamingServer[api.HoldRequest, api.H
 	for err == nil {
 		changed := a.source.Changed()
 		if _, _, wrong := x509svid.Verify(w.chain, a.source); wrong != nil && a.clock.wall().Before(w.until) {
-			a.letGo(stream.Context(), h, "its holder's identity no longer holds: "+oneLine(wrong.Error()))
+			if err = a.letGo(stream.Context(), h, "its holder's identity no longer holds: "+oneLine(wrong.Error())); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-a.stopping:
-			return status.Error(codes.Unavailable, "agent stops; the path stays for a while: ask for its grant again")
+			return errStopping
 		case <-h.holding.ended:
 			return stream.Send(&api.HoldReply{Is: &api.HoldReply_Ended{Ended: &api.PathEnded{Why: h.over.why}}})
 		case why := <-closed:
-			a.letGo(stream.Context(), h, why)
-			return nil
+			return a.letGo(stream.Context(), h, why)
 		case <-changed:
 		}
 	}
-	a.letGo(stream.Context(), h, whyHolderGone)
-	return err
+	return errors.Join(err, a.letGo(stream.Context(), h, whyHolderGone))
 }
+
+// errStopping tells a holder that it can take its path up again.
+var errStopping = status.Error(codes.Unavailable, "agent stops; the path stays for a while: ask for its grant again")
 
 // untilClosed waits for the end of what the holder has to say.
 func untilClosed(stream grpc.BidiStreamingServer[api.HoldRequest, api.HoldReply]) (why string) {
@@ -389,14 +394,20 @@ func untilClosed(stream grpc.BidiStreamingServer[api.HoldRequest, api.HoldReply]
 	}
 }
 
-// letGo ends what nobody holds any more. The stream's own context is over by then.
-func (a *automation) letGo(ctx context.Context, h *held, why string) {
+// letGo ends what nobody holds any more. The stream's own context is over by then. Without an error the path is closed; the grants
+// try again what went wrong.
+func (a *automation) letGo(ctx context.Context, h *held, why string) error {
 	if a.stops() {
-		return
+		return errStopping
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	a.problems.report(problemGrants, "holder", a.grants.LetGo(ctx, h, why))
+	err := a.grants.LetGo(ctx, h, why)
+	a.problems.report(problemGrants, "holder", err)
+	if errors.Is(err, errNotRecorded) {
+		return nil // it is closed
+	}
+	return toStatus(err)
 }
 
 // stops tells whether streams end because the agent does.

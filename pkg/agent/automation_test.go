@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -133,13 +134,14 @@ func (a *automated) dialBy(id spiffeid.ID, to netip.Addr, dial func(context.Cont
 		}))
 	must(a.t, err)
 	a.t.Cleanup(func() { conn.Close() })
-	h.rpc = api.NewAutomationClient(conn)
+	h.conn, h.rpc = conn, api.NewAutomationClient(conn)
 	return h
 }
 
 // asking is a workload that asks.
 type asking struct {
 	*automated
+	conn   *grpc.ClientConn
 	rpc    api.AutomationClient
 	raw    net.Conn
 	stream api.Automation_HoldClient
@@ -267,6 +269,9 @@ func TestRefusedWorkloads(t *testing.T) {
 	a := automate(t, time.Hour, `, sharedAddresses: ["10.2.0.2"], requestsPerMinute: 600`)
 	agent := a.ready("run")
 	to := a.lab.Node.Addr(lab.IPv4)
+	tuple := func(r *api.PathRequest) {
+		r.Binding, r.ClientPort, r.Ports = policy.BindingTuple, 40321, []uint32{5432}
+	}
 	for _, c := range []struct {
 		name   string
 		id     spiffeid.ID
@@ -283,6 +288,8 @@ func TestRefusedWorkloads(t *testing.T) {
 		{"unknown binding", backup, a.lab.Client, func(r *api.PathRequest) { r.Binding = "host" }, []string{"binding"}},
 		{"the node itself", backup, a.lab.Node, nil, []string{"an address of the node", "--binding workload"}},
 		{"shared address", backup, a.lab.Pod, nil, []string{"10.2.0.2", "address of many hosts"}},
+		{"a port of the node itself", backup, a.lab.Node, tuple, []string{"an address of the node", "--binding workload"}},
+		{"a port of a shared address", backup, a.lab.Pod, tuple, []string{"10.2.0.2", "address of many hosts"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := a.dial(c.id, c.from, to)
@@ -412,21 +419,21 @@ func TestWorkloadsPath(t *testing.T) {
 				t.Errorf("%s, %v: another process reached it", where, f)
 			}
 			must(t, h.raw.Close())
-			if why := a.endedWhy(g.Grant); why != whyHolderGone || a.groupReaches(group, ns, netip.AddrPort{}, to) {
-				t.Errorf("%s, %v: its holder is dead (%q), and the workload reaches it", where, f, why)
+			if why := a.endedWhy(g.Grant); why != whyHolderGone || a.groupReaches(group, ns, netip.AddrPort{}, to) || a.reaches(ns, netip.AddrPort{}, to) {
+				t.Errorf("%s, %v: its holder is dead (%q), and somebody reaches it", where, f, why)
 			}
 		}
 
-		h := a.dial(backup, a.lab.Node, a.lab.Node.Addr(f))
+		h := a.dial(backup, a.lab.Client, a.lab.Node.Addr(f))
 		const port = 40321
-		local := netip.AddrPortFrom(a.lab.Node.Addr(f), port)
+		local := netip.AddrPortFrom(a.lab.Client.Addr(f), port)
 		g := h.open(func(r *api.PathRequest) {
 			r.Binding, r.ClientPort, r.Ports = policy.BindingTuple, port, []uint32{5432}
 		})
-		if a.reaches(a.lab.Node, netip.AddrPort{}, to) {
+		if a.reaches(a.lab.Client, netip.AddrPort{}, to) {
 			t.Errorf("tuple, %v: another port reached it", f)
 		}
-		if !a.reaches(a.lab.Node, local, to) {
+		if !a.reaches(a.lab.Client, local, to) {
 			t.Errorf("tuple, %v: its port did not reach it", f)
 		}
 		must(t, h.stream.CloseSend())
@@ -441,6 +448,56 @@ func TestWorkloadsPath(t *testing.T) {
 	a.uninstall()
 }
 
+// inheritance is a pod whose workload holds a path, and the pod that gets its address.
+type inheritance struct {
+	*automated
+	group *lab.Group
+	f     lab.Family
+	to    netip.AddrPort // the service
+	shows *lab.Process   // the pod's namespace
+	pod   *lab.Namespace
+	held  *asking
+	grant string
+}
+
+const inherited = 5 // number of the pods
+
+// bequeath starts the first pod, whose workload opens a path.
+func (i *inheritance) bequeath(binding string) {
+	i.t.Helper()
+	var err error
+	i.pod = i.startPod()
+	i.shows, err = i.pod.Start(exec.Command("sleep", "1h"))
+	must(i.t, err)
+	i.held = i.dialIn(backup, i.group, i.pod, i.lab.Node.Addr(i.f))
+	i.grant = i.held.open(func(r *api.PathRequest) { r.Binding = binding }).Grant
+	if !i.groupReaches(i.group, i.pod, netip.AddrPort{}, i.to) {
+		i.t.Errorf("%v, %s: the pod does not reach it", i.f, binding)
+	}
+}
+
+// die ends the pod without a word of its holder.
+func (i *inheritance) die() {
+	i.t.Helper()
+	must(i.t, i.shows.Kill())
+	must(i.t, i.pod.End())
+}
+
+func (a *automated) startPod() *lab.Namespace {
+	a.t.Helper()
+	pod, err := a.lab.StartPod(inherited, nil)
+	must(a.t, err)
+	a.awaitPodHooks()
+	return pod
+}
+
+func (a *automated) awaitPodHooks() {
+	a.t.Helper()
+	a.eventually("the pod's hooks", func() bool {
+		return contains(strings.Join(hookedDevices(a.status()), " "), lab.StartedDevice(inherited))
+	})
+}
+
 // TestInheritedAddress: a pod that gets the address of one whose workload held a path does not get the path, though the
 // holder never said that it is gone.
 func TestInheritedAddress(t *testing.T) {
@@ -448,36 +505,68 @@ func TestInheritedAddress(t *testing.T) {
 	agent := a.ready("run")
 	group, err := a.lab.NewGroup("nightly")
 	must(t, err)
-	to := a.postgres(lab.IPv4)
-	const number = 5
-	for _, binding := range []string{policy.BindingAddress, policy.BindingWorkload} {
-		pod, err := a.lab.StartPod(number, nil)
-		must(t, err)
-		shows, err := pod.Start(exec.Command("sleep", "1h"))
-		must(t, err)
-		a.eventually("the pod's hooks", func() bool {
-			return contains(strings.Join(hookedDevices(a.status()), " "), lab.StartedDevice(number))
-		})
-		h := a.dialIn(backup, group, pod, a.lab.Node.Addr(lab.IPv4))
-		g := h.open(func(r *api.PathRequest) { r.Binding = binding })
-		if !a.groupReaches(group, pod, netip.AddrPort{}, to) {
-			t.Errorf("%s: the pod does not reach it", binding)
+	for _, f := range lab.Families() {
+		to := a.postgres(f)
+		for _, binding := range []string{policy.BindingAddress, policy.BindingWorkload} {
+			i := inheritance{automated: a, group: group, f: f, to: to}
+			i.bequeath(binding)
+			i.die()
+			heir, err := a.lab.StartPod(inherited, nil)
+			must(t, err)
+			if why := a.endedWhy(i.grant); !contains(why, whyHolderGone) { // by the device, but where the machine is so slow that its silence is seen first
+				t.Errorf("%v, %s: ended because %q", f, binding, why)
+			}
+			a.awaitPodHooks()
+			if a.reaches(heir, netip.AddrPort{}, to) {
+				t.Errorf("%v, %s: the heir of the address reached it", f, binding)
+			}
+			must(t, heir.End())
+			must(t, i.held.raw.Close())
 		}
-		must(t, shows.Kill())
-		must(t, pod.End())
-		heir, err := a.lab.StartPod(number, nil)
-		must(t, err)
-		if why := a.endedWhy(g.Grant); !contains(why, whyHolderGone) { // by the device, but where the machine is so slow that its silence is seen first
-			t.Errorf("%s: ended because %q", binding, why)
+	}
+	must(t, agent.Stop(10*time.Second))
+	a.uninstall()
+}
+
+// TestInheritedWhileAway: nor does it when all of that happens while no agent runs. The one that comes then knows whose the path was.
+func TestInheritedWhileAway(t *testing.T) {
+	a := automate(t, time.Hour, "")
+	agent := a.ready("run")
+	group, err := a.lab.NewGroup("nightly")
+	must(t, err)
+	for _, f := range lab.Families() {
+		to := a.postgres(f)
+		for _, c := range []struct{ binding, why string }{
+			{policy.BindingAddress, "its address is another pod's"},
+			{policy.BindingWorkload, "its address is another pod's"},
+			{policy.BindingAddress, "its pod's device is not there any more"},
+		} {
+			i := inheritance{automated: a, group: group, f: f, to: to}
+			i.bequeath(c.binding)
+			must(t, agent.Kill())
+			i.die()
+			var heir *lab.Namespace
+			if c.why == "its address is another pod's" {
+				heir, err = a.lab.StartPod(inherited, nil)
+				must(t, err)
+			}
+			if c.binding == policy.BindingWorkload && a.reaches(heir, netip.AddrPort{}, to) {
+				t.Errorf("%v: another pod reached what is bound to a workload", f)
+			}
+			agent = a.ready("run")
+			since := time.Now()
+			if why := a.endedWhy(i.grant); !contains(why, whyHolderGone, c.why) || time.Since(since) > holderGrace/2 {
+				t.Errorf("%v, %s: ended after %s because %q, want %q", f, c.binding, time.Since(since), why, c.why)
+			}
+			if heir != nil {
+				a.awaitPodHooks()
+				if a.reaches(heir, netip.AddrPort{}, to) {
+					t.Errorf("%v, %s: the heir of the address reached it", f, c.binding)
+				}
+				must(t, heir.End())
+			}
+			_ = i.held.raw.Close() // the agent that it was with is dead
 		}
-		a.eventually("the heir's hooks", func() bool {
-			return contains(strings.Join(hookedDevices(a.status()), " "), lab.StartedDevice(number))
-		})
-		if a.reaches(heir, netip.AddrPort{}, to) {
-			t.Errorf("%s: the heir of the address reached it", binding)
-		}
-		must(t, heir.End())
-		must(t, h.raw.Close())
 	}
 	must(t, agent.Stop(10*time.Second))
 	a.uninstall()
@@ -522,9 +611,11 @@ func TestAskingCostsLittle(t *testing.T) {
 	a := automate(t, time.Hour, "")
 	agent := a.ready("run")
 	h := a.dial(backup, a.lab.Client, a.lab.Node.Addr(lab.IPv4))
-	silent, err := h.rpc.Hold(t.Context(), grpc.WaitForReady(true))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	silent, err := h.rpc.Hold(ctx, grpc.WaitForReady(true))
 	must(t, err)
-	if _, err := silent.Recv(); status.Code(err) != codes.DeadlineExceeded {
+	if _, err := silent.Recv(); status.Code(err) != codes.DeadlineExceeded || !contains(err.Error(), "nothing was asked for") {
 		t.Errorf("a silent stream ended with %v", err)
 	}
 	if _, err := h.ask(func(r *api.PathRequest) { r.Ports = make([]uint32, 1024) }); err == nil {
@@ -540,6 +631,50 @@ func TestAskingCostsLittle(t *testing.T) {
 			t.Errorf("entry %d holds %d bytes", e.Seq, len(e.Data))
 		}
 	}
+	a.uninstall()
+}
+
+// TestConnectionsThatAskForNothing: one identity has a bound on them and they do not stay; meanwhile others ask, and people do.
+func TestConnectionsThatAskForNothing(t *testing.T) {
+	a := automate(t, time.Hour, ", pathsPerIdentity: 2")
+	agent := a.ready("run")
+	node := a.lab.Node.Addr(lab.IPv4)
+	connect := func(id spiffeid.ID) *grpc.ClientConn {
+		h := a.dial(id, a.lab.Client, node)
+		h.conn.Connect()
+		return h.conn
+	}
+	becomes := func(c *grpc.ClientConn, want connectivity.State) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 3*unusedFor)
+		defer cancel()
+		for s := c.GetState(); s != want; s = c.GetState() {
+			if !c.WaitForStateChange(ctx, s) {
+				t.Fatalf("a connection is %v, want %v", s, want)
+			}
+		}
+	}
+	var idle []*grpc.ClientConn
+	for range 4 {
+		idle = append(idle, connect(intruder))
+	}
+	for _, c := range idle {
+		becomes(c, connectivity.Ready)
+	}
+	becomes(connect(intruder), connectivity.TransientFailure)
+	g := a.dial(backup, a.lab.Client, node).open(nil)
+	signed := a.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{netip.MustParseAddr("10.9.0.9")} })
+	if _, err := a.activate(t.Context(), a.agent(), signed); err != nil {
+		t.Errorf("a person is refused: %v", err)
+	}
+	for _, c := range idle {
+		becomes(c, connectivity.Idle)
+	}
+	becomes(connect(intruder), connectivity.Ready)
+	if a.openPaths(g.Grant) != 1 {
+		t.Error("a connection that holds a path was closed")
+	}
+	must(t, agent.Stop(10*time.Second))
 	a.uninstall()
 }
 

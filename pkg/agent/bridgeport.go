@@ -38,6 +38,19 @@ func (b bridgePorts) find(bridge int, a netip.Addr) (port int, err error) {
 	return port, nil
 }
 
+// bridgePort is the port of a bridge behind which an address is that has just spoken; 0: the kernel does not know.
+func bridgePort(bridge int, a netip.Addr) int {
+	mac, err := neighbour(bridge, a)
+	if err != nil || mac == nil {
+		return 0
+	}
+	port, err := portOf(bridge, mac)
+	if err != nil {
+		return 0
+	}
+	return port
+}
+
 // neighbour is the link-layer address that the kernel knows for an address; nil if it knows none.
 func neighbour(ifindex int, a netip.Addr) (net.HardwareAddr, error) {
 	all, err := netlink.NeighList(ifindex, family(a))

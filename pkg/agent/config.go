@@ -93,6 +93,11 @@ func witnessFile(cfg policy.AgentConfig) string {
 	return filepath.Join(cfg.Spec.RunDir, "store.witness")
 }
 
+// panicFile says that a panic stands, until the store does.
+func panicFile(cfg policy.AgentConfig) panicMark {
+	return panicMark(filepath.Join(cfg.Spec.RunDir, "panic"))
+}
+
 // verifiedFile is one file for sets that were signed and another for those that were not: who goes over to signatures begins
 // with a signed set, and who comes back to them goes on from the last.
 func verifiedFile(cfg policy.AgentConfig) string {
@@ -107,7 +112,7 @@ func signedOnly(cfg policy.AgentConfig, c clock) *signedSets {
 	if cfg.Spec.PolicySignatures != policy.SignaturesRequired {
 		return nil
 	}
-	return &signedSets{dir: cfg.Spec.Resources, pinned: cfg.Spec.PolicyKeys, now: c.wall}
+	return &signedSets{dir: cfg.Spec.Resources, name: cfg.Spec.PolicySet, pinned: cfg.Spec.PolicyKeys, now: c.wall}
 }
 
 func lossFilePath(cfg policy.AgentConfig) string {

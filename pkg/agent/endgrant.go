@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -31,65 +33,137 @@ func (g *grants) Revoke(ctx context.Context, id, why, actor string) (store.Grant
 	return row, errors.Join(err, encoded)
 }
 
-// endAll ends every active grant: nothing that was granted before counts from now on.
-func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
+// endBatch is how many records of ends, warnings or uses go into one durable transaction: others want to write in between.
+const endBatch = 16
+
+// doomed is an active grant with the end that it comes to.
+type doomed struct {
+	*held
+	ending
+}
+
+// endMany ends grants: first each in the kernel, then it records the ends, several in one durable transaction. Whoever
+// activates waits for a turn of it at most. Those that are over already are recorded with the rest. An error of store.Unwritable
+// says that all are closed.
+func (g *grants) endMany(ctx context.Context, all []doomed) error {
+	over := make([]*held, len(all))
+	for i, d := range all {
+		over[i] = d.held
+	}
+	allPaths := sync.OnceValues(g.allPaths)
+	closed := inTurns(&g.mu, all, func(d doomed) error {
+		if !g.holds(d.held) || d.over != nil {
+			return nil
+		}
+		paths, err := g.pathsOf(d.held, allPaths)
+		if err != nil {
+			return err
+		}
+		return g.closePaths(d.held, d.ending, paths)
+	})
+	recorded := g.recordOver(ctx, over)
+	if closed != nil {
+		return closed // the next tick tells of the rest
+	}
+	return recorded
+}
+
+// recordOver records the ends of those that are over in the kernel, and only there.
+func (g *grants) recordOver(ctx context.Context, all []*held) error {
+	var over []*held
+	_ = inTurns(&g.mu, all, func(h *held) error {
+		if g.holds(h) && h.over != nil {
+			over = append(over, h)
+		}
+		return nil
+	})
+	for batch := range slices.Chunk(over, endBatch) {
+		if err := g.recordSome(ctx, batch); err != nil {
+			return err // the next tick goes on
+		}
+	}
+	return nil
+}
+
+func (g *grants) recordSome(ctx context.Context, batch []*held) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	var errs []error
+	return g.recordEnds(ctx, slices.DeleteFunc(batch, func(h *held) bool { return !g.holds(h) }))
+}
+
+// endAll ends every active grant: nothing that was granted before counts from now on. The kernel holds none when others may
+// activate again; an activation that is under way is refused.
+func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
+	if err := g.closeAll(); err != nil {
+		return err
+	}
+	var over []doomed
+	g.mu.Lock()
 	for id, h := range g.active {
 		e := ending{grant: id}.revoked(actor, why)
 		e.step = step
-		errs = append(errs, g.end(ctx, h, e))
+		over = append(over, doomed{h, e})
 	}
-	return errors.Join(errs...)
+	if g.panicked.Load() == nil { // one that comes now shuts again, once it has the lock
+		g.datapath.Reopen()
+	}
+	g.mu.Unlock()
+	return g.endMany(ctx, over)
 }
 
-// recheck ends the grants that the resources now in force would refuse.
+// closeAll is what endAll does in the kernel. It waits for nobody, and nothing opens until endAll has gone on.
+func (g *grants) closeAll() error {
+	_, err := g.datapath.Shut()
+	return err
+}
+
+// recheck ends the grants that the resources now in force would refuse. What is activated meanwhile was held against them.
 func (g *grants) recheck(ctx context.Context, e *enforced) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	envelopes, err := g.envelopes(ctx) // what cannot be read again is refused
-	errs := []error{err}
-	for id, h := range g.active {
-		if why := g.outdated(h, envelopes[id], e); why != "" {
-			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", why)))
+	var over []doomed
+	for _, h := range g.every() {
+		under, why := g.outdated(h, g.envelope(ctx, h), e)
+		if why != "" {
+			over = append(over, doomed{h, ending{grant: h.row.ID}.revoked("agent", why)})
+			continue
 		}
+		g.mu.Lock()
+		h.policy = under
+		g.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return g.endMany(ctx, over)
 }
 
-// envelopes are the active grants as they were handed in, by their ids.
-func (g *grants) envelopes(ctx context.Context) (map[string][]byte, error) {
-	rows, err := g.store.ActiveGrants(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("read grants: %w", err)
+// envelope is a grant of people as it was handed in. One that cannot be read again is refused.
+func (g *grants) envelope(ctx context.Context, h *held) []byte {
+	if policy.IsWorkload(h.payload.Requester) {
+		return nil // there is none
 	}
-	all := make(map[string][]byte, len(rows))
-	for _, row := range rows {
-		all[row.ID] = row.Envelope
+	row, err := g.store.Grant(ctx, h.row.ID)
+	if err != nil && !errors.Is(err, store.ErrNoGrant) {
+		g.log.Error("grant cannot be read again", "grant", h.row.ID, "error", err)
 	}
-	return all, nil
+	return row.Envelope
 }
 
-// outdated tells why a grant may not go on under the resources: they refuse it, or its service is another instance now.
-func (g *grants) outdated(h *held, envelope []byte, e *enforced) string {
+// outdated tells why a grant may not go on under the resources: they refuse it, or its service is another instance now. Else
+// it gives the policy that allows it. What it reads of the grant does not change while it is active.
+func (g *grants) outdated(h *held, envelope []byte, e *enforced) (under, why string) {
 	service, ok := e.service(h.payload.Service)
 	if !ok || !sameInstance(service, h.service) {
-		return fmt.Sprintf("service %s is not what it was", h.payload.Service)
+		return "", fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
-	v, err := h.verify(envelope, e.set.Keyrings(), h.row)
+	v, err := h.verify(envelope, e.set.Keyrings())
 	var may policy.Allowance
 	if err == nil {
 		may, err = g.allowed(v, e, g.clock.wall())
-		h.policy = may.Policy
 	}
 	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
 		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))
 	}
 	if err != nil {
-		return "resources changed: " + oneLine(err.Error())
+		return "", "resources changed: " + oneLine(err.Error())
 	}
-	return ""
+	return may.Policy, ""
 }
 
 // sameInstance tells whether a path to one row is a path to the other: a new port does not matter, for a path names its own, nor
@@ -102,30 +176,47 @@ func sameInstance(a, b datapath.Service) bool {
 
 // end closes a grant's paths and then records it: in the reverse order of activation. g.mu is held.
 func (g *grants) end(ctx context.Context, h *held, e ending) error {
-	paths, err := g.pathsOf(h)
+	paths, err := g.pathsOf(h, g.allPaths)
 	if err != nil {
-		return fmt.Errorf("read paths: %w", err)
+		return err
 	}
-	return g.endIn(ctx, h, e, paths)
+	if err := g.closePaths(h, e, paths); err != nil {
+		return err
+	}
+	return g.recordEnds(ctx, []*held{h})
 }
 
-// pathsOf reads the paths of a grant: in the slots that it has, as far as these are known.
-func (g *grants) pathsOf(h *held) (paths []datapath.PathStatus, err error) {
-	if len(h.row.Slots) < len(h.payload.Addresses) || len(h.row.Slots) == 0 {
-		return g.datapath.Paths() // activation was cut off
-	}
+// pathsOf reads the paths of a grant: in the slots that it has, or among all where it does not have these, because its
+// activation was cut off or its record is from elsewhere.
+func (g *grants) pathsOf(h *held, all func() (map[string][]datapath.PathStatus, error)) (paths []datapath.PathStatus, err error) {
 	for _, slot := range h.row.Slots {
 		p, err := g.datapath.Path(slot)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("read paths: %w", err)
 		}
-		paths = append(paths, p)
+		if p.Grant == h.row.ID {
+			paths = append(paths, p)
+		}
 	}
-	return paths, nil
+	if len(paths) > 0 && len(paths) >= len(h.payload.Addresses) {
+		return paths, nil
+	}
+	carried, err := all()
+	return carried[h.row.ID], err
 }
 
-// endIn is end with the paths at hand. A grant whose record could not be written stays, closed, until a tick records it.
-func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.PathStatus) error {
+// allPaths reads all paths, by their grants.
+func (g *grants) allPaths() (map[string][]datapath.PathStatus, error) {
+	paths, err := g.datapath.Paths()
+	if err != nil {
+		return nil, fmt.Errorf("read paths: %w", err)
+	}
+	return byGrant(paths), nil
+}
+
+// closePaths is what end does in the kernel. A grant whose record could not be written stays, closed, until a tick records it.
+// g.mu is held.
+func (g *grants) closePaths(h *held, e ending, paths []datapath.PathStatus) error {
 	var ended []datapath.PathStatus // with their last counters
 	for _, p := range paths {
 		if p.Grant != h.row.ID || p.State == datapath.PathFree {
@@ -146,7 +237,7 @@ func (g *grants) endIn(ctx context.Context, h *held, e ending, paths []datapath.
 	}
 	g.lookAt(h, ended, g.clock.boot())
 	h.endBy(e)
-	return g.recordEnd(ctx, h)
+	return nil
 }
 
 // endBy notes that a grant is over in the kernel, and lets its holder know. The first cause stands.
@@ -160,15 +251,14 @@ func (h *held) endBy(e ending) {
 	}
 }
 
-// recordEnd makes the end durable and lets go of the grant. The first cause stands.
-func (g *grants) recordEnd(ctx context.Context, h *held) error {
-	return g.recordEnds(ctx, []*held{h})
-}
-
-// recordEnds is recordEnd for several grants in one durable transaction.
+// recordEnds makes ends durable in one transaction, and lets go of the grants. The first cause stands. g.mu is held.
 func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
+	if len(batch) == 0 {
+		return nil
+	}
 	ends := make([]store.End, len(batch))
 	for i, h := range batch {
+		h.end(g.clock.wall())
 		event, err := g.endEvent(h, *h.over)
 		if err != nil {
 			return err
@@ -191,7 +281,7 @@ func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 // letGo forgets an active grant whose end is recorded.
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
-	delete(g.active, h.row.ID)
+	g.drop(h)
 	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)

@@ -98,14 +98,17 @@ spec:
 // payload is a grant that the resources allow; change alters it before it is signed.
 func (s signer) payload(t *testing.T, change func(*grant.Payload)) grant.Payload {
 	t.Helper()
-	now := time.Now().UTC().Truncate(time.Second)
-	id, err := grant.NewID(now)
-	must(t, err)
-	p := grant.Payload{ID: id, Requester: "alice", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
+	now := time.Now().UTC() // to the nanosecond: no two grants say the same
+	p := grant.Payload{Requester: "alice", Service: "postgres", Binding: policy.BindingAddress, Addresses: []netip.Addr{clientA},
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour), Duration: time.Minute, Reason: "backup", Audience: testNode}
 	if change != nil {
 		change(&p)
 	}
+	if p.ID != "" { // made at another time, or not its own
+		return p
+	}
+	p, err := p.Named(now)
+	must(t, err)
 	return p
 }
 
@@ -199,7 +202,7 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 		challenges: &challenges{node: testNode, boot: bootID, clock: b.clock.clock()},
 		reviews:    &reviews{clock: b.clock.clock(), problems: problems, alarm: func(name alarmName, _ string) { b.alarms = append(b.alarms, name) }},
 		own:        func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil }, history: newHistory(),
-		events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), ended: make(map[uint32]time.Duration),
+		panicMark: b.panicMark(), events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}
@@ -209,6 +212,8 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 	l.enforced = func() *enforced { return &enforced{set: b.set, services: services, generation: generation} }
 	return l
 }
+
+func (b *testbed) panicMark() panicMark { return panicMark(filepath.Join(b.lab.Dir, "panic")) }
 
 // answer is alice's to a new challenge of the node.
 func (l *life) answer(envelope []byte) []byte {
@@ -283,6 +288,20 @@ func (l *life) steps() (steps []string) {
 		steps = append(steps, e.GetStep())
 	}
 	return steps
+}
+
+// eventually waits for what others do.
+func (b *testbed) eventually(what string, ok func() bool) {
+	b.t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(30 * time.Second); !ok(); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			b.t.Fatalf("not in time: %s", what)
+		}
+	}
 }
 
 func contains(s string, parts ...string) bool {

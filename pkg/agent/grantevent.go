@@ -27,14 +27,14 @@ func activatedEvent(a *activation, c clock) ([]byte, error) {
 }
 
 // refusedEvent tells of an envelope that was not accepted. Only what a signature vouches for is told of its content.
-func refusedEvent(a *activation, why string, c clock) ([]byte, error) {
+func refusedEvent(a *activation, why string, c clock) *api.GrantEvent {
 	e := newEvent(stepRefused, a.actor, why, c)
 	p := a.verified.Payload
 	e.Grant, e.Kind, e.Requester, e.Service, e.Clients = p.ID, string(p.Kind), p.Requester, p.Service, texts(p.Addresses)
 	for _, s := range a.verified.Signers {
 		e.Signers = append(e.Signers, s.KeyID)
 	}
-	return encodeEvent(e)
+	return e
 }
 
 func (g *grants) endEvent(h *held, end ending) ([]byte, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -95,53 +96,80 @@ type grants struct {
 	recorded   func() // there is something new for the sender of records
 	kick       func() // and a grant has ended
 
-	mu     sync.Mutex
-	active map[string]*held         // guarded by mu
-	ended  map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+	mu      sync.Mutex
+	active  map[string]*held         // guarded by mu
+	serving map[clientOf][]*held     // guarded by mu; the active ones by whom they let in
+	ended   map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
+
+	leavers leavers
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
 	history *history                 // guarded by mu
 
-	ports    *portUse      // what the records of flows tell
-	usesKept time.Duration // guarded by mu; CLOCK_BOOTTIME at which the uses were made durable
+	refused  map[string]*refused // guarded by mu; by who asked
+	ports    *portUse            // what the records of flows tell
+	usesKept time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
+	forgot   time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
+	panicMark panicMark
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
-// paths, and paths without their row. It must come before the lease is renewed.
+// paths, and paths without their row. It must come before the lease is renewed. An end that the disk does not take keeps
+// nobody from going on: its paths are closed, and a tick records it.
 func (g *grants) adopt(ctx context.Context) error {
 	if err := g.adoptRows(ctx); err != nil {
 		return err
 	}
-	return g.reconcile(ctx)
+	_, late, err := g.reconcile(ctx)
+	g.problems.report(problemGrants, "", late)
+	return err
 }
 
 func (g *grants) adoptRows(ctx context.Context) error {
+	over, err := g.recall(ctx)
+	if err == nil {
+		err = g.endMany(ctx, over)
+		if store.Unwritable(err) {
+			err = nil // a tick records it
+		}
+	}
+	if err == nil {
+		err = g.adoptReviews(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("adopt grants: %w", err)
+	}
+	return nil
+}
+
+// recall takes up the active rows, and gives those that may not go on.
+func (g *grants) recall(ctx context.Context) (over []doomed, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.recallPanic(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	rows, err := g.store.Grants(ctx)
 	if err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
+		return nil, err
 	}
 	if err := g.recallSignals(ctx, rows); err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
+		return nil, err
 	}
 	uses, err := g.uses(ctx)
 	if err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
+		return nil, err
 	}
 	left, err := g.left(ctx)
 	if err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
+		return nil, err
 	}
 	against, err := g.final(ctx)
 	if err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
+		return nil, err
 	}
 	for _, row := range rows {
 		if row.State != store.StateActive {
@@ -153,19 +181,12 @@ func (g *grants) adoptRows(ctx context.Context) error {
 		}
 		g.recallUse(h, uses)
 		h.recallLimits(left)
-		g.active[row.ID] = h
-		if why == "" {
-			continue
-		}
-		e := ending{grant: row.ID, actor: "agent"}
-		if err := g.end(ctx, h, e.as(stateEnded, stepRevoked, datapath.PathRevoked, why)); err != nil {
-			return fmt.Errorf("adopt grants: %w", err)
+		g.take(h)
+		if why != "" {
+			over = append(over, doomed{h, ending{grant: row.ID, actor: "agent"}.as(stateEnded, stepRevoked, datapath.PathRevoked, why)})
 		}
 	}
-	if err := g.adoptReviews(ctx); err != nil {
-		return fmt.Errorf("adopt grants: %w", err)
-	}
-	return nil
+	return append(over, g.doomedByPanic()...), nil
 }
 
 // adoptReviews goes on with the alarms of an earlier agent.
@@ -201,7 +222,9 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 	if err := json.Unmarshal(row.Payload, &h.payload); err != nil {
 		return h, "its record cannot be read: " + err.Error()
 	}
-	g.reclaim(h)
+	if why := g.reclaim(h); why != "" {
+		return h, why
+	}
 	then, now := row.Deadline.Add(-row.DeadlineBoot), g.clock.origin()
 	if jumped(then, now, g.clock.wall().Sub(row.Activated)) {
 		return h, fmt.Sprintf("the wall clock moved by %s against boot time", now.Sub(then).Round(time.Second))
@@ -212,64 +235,75 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 		return h, ""
 	}
 	h.service, _ = e.service(h.payload.Service)
-	why = g.outdated(h, row.Envelope, e)
+	h.policy, why = g.outdated(h, row.Envelope, e)
 	h.forget()
 	return h, why
 }
 
 // tick makes grants and kernel agree, and tells when to look again at the latest.
 func (g *grants) tick(ctx context.Context) (next time.Duration, err error) {
-	g.mu.Lock()
-	err = errors.Join(g.keepPanic(ctx), g.endLost(ctx))
-	g.mu.Unlock()
-	err = errors.Join(err, g.reconcile(ctx))
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.reviews.remind()
-	next = time.Second
-	for _, h := range g.active {
-		next = min(next, max(h.ends()-g.clock.boot(), time.Millisecond))
-	}
-	if err != nil {
+	g.mu.Lock()
+	err = g.keepPanic(ctx)
+	g.mu.Unlock()
+	err = errors.Join(err, g.recordOver(ctx, g.every()), g.endLost(ctx))
+	next, late, wrong := g.reconcile(ctx)
+	if err = errors.Join(err, late, wrong); err != nil {
 		next = time.Second
 	}
 	return next, err
 }
 
-// reconcile carries out planPaths. Whoever activates does not wait while thousands of paths are looked at: what has changed
-// since is left to the next time.
-func (g *grants) reconcile(ctx context.Context) error {
-	g.mu.Lock()
-	active := make([]live, 0, len(g.active)) // before the paths: each of these has its own by now
-	for _, h := range g.active {
-		active = append(active, h.live())
-	}
-	g.mu.Unlock()
-	paths, err := g.datapath.Paths()
+// reconcile carries out planPaths, oversees what is active, and tells when the next grant ends, or a second. Whoever
+// activates does not wait while thousands of paths are looked at: what has changed since is left to the next time. late is
+// what was done, but the disk did not take the record of it.
+func (g *grants) reconcile(ctx context.Context) (next time.Duration, late, err error) {
+	all := g.every() // before the paths: each of these has its own by now
+	carried, err := g.allPaths()
 	if err != nil {
-		return fmt.Errorf("read paths: %w", err)
+		return time.Second, nil, err
 	}
 	now := g.clock.boot()
-	plan := planPaths(active, paths, now)
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	var errs []error
-	for _, p := range plan.orphans {
-		if _, known := g.active[p.Grant]; !known {
-			errs = append(errs, g.endOrphan(p))
-		}
+	plan := planPaths(lives(all), carried, now)
+	orphans := inTurns(&g.mu, plan.orphans, g.endOrphan)
+	ended := g.endMany(ctx, g.doom(all, plan.end))
+	next, wrong := g.oversee(ctx, all, carried, now)
+	errs := []error{orphans, ended, wrong, g.free(plan.idle, now)}
+	if i := slices.IndexFunc(errs, store.Unwritable); i >= 0 { // the next tick finds the others
+		late = errs[i]
+		errs = slices.DeleteFunc(errs, store.Unwritable)
 	}
-	for _, e := range plan.end {
-		if h, still := g.active[e.grant]; still {
-			errs = append(errs, g.endIn(ctx, h, e, paths))
-		}
-	}
-	errs = append(errs, g.oversee(ctx, paths, now), g.free(plan.idle, now))
-	return errors.Join(errs...)
+	return next, late, errors.Join(errs...)
 }
 
-// endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced.
+// lives is what the agent believes of grants. What it reads of them does not change while they are active.
+func lives(all []*held) []live {
+	out := make([]live, 0, len(all))
+	for _, h := range all {
+		out = append(out, h.live())
+	}
+	return out
+}
+
+// doom finds the grants that end.
+func (g *grants) doom(all []*held, ends []ending) (over []doomed) {
+	by := make(map[string]ending, len(ends))
+	for _, e := range ends {
+		by[e.grant] = e
+	}
+	for _, h := range all {
+		if e, ok := by[h.row.ID]; ok {
+			over = append(over, doomed{h, e})
+		}
+	}
+	return over
+}
+
+// endOrphan closes a path that no record explains. Somebody wrote the map, or the store was replaced. g.mu is held.
 func (g *grants) endOrphan(p datapath.PathStatus) error {
+	if g.active[p.Grant] != nil {
+		return nil // it came since
+	}
 	if at, err := g.datapath.Path(p.Slot); err == nil && (at.Grant != p.Grant || !isOpen(at)) {
 		return nil // it has ended since
 	}
@@ -282,26 +316,32 @@ func (g *grants) endOrphan(p datapath.PathStatus) error {
 
 // free gives back the slots of ended grants once people had time to look.
 func (g *grants) free(idle []uint32, now time.Duration) error {
-	var errs []error
-	for slot := range g.ended {
-		if !slices.Contains(idle, slot) {
-			delete(g.ended, slot)
-		}
-	}
+	is := make(map[uint32]bool, len(idle))
 	for _, slot := range idle {
+		is[slot] = true
+	}
+	g.mu.Lock()
+	maps.DeleteFunc(g.ended, func(slot uint32, _ time.Duration) bool { return !is[slot] })
+	g.mu.Unlock()
+	return inTurns(&g.mu, idle, func(slot uint32) error {
 		since, known := g.ended[slot]
 		switch {
 		case !known:
 			g.ended[slot] = now
 		case now-since >= keepEnded:
-			errs = append(errs, g.freeSlot(slot))
+			return g.freeSlot(slot)
 		}
-	}
-	return errors.Join(errs...)
+		return nil
+	})
 }
 
+// freeSlot gives back the slot of an ended path. What the kernel closed alone is in the index still. g.mu is held.
 func (g *grants) freeSlot(slot uint32) error {
-	if err := g.datapath.FreePath(slot); err != nil {
+	err := g.datapath.EndPath(slot, datapath.PathRevoked)
+	if err == nil {
+		err = g.datapath.FreePath(slot)
+	}
+	if err != nil {
 		return fmt.Errorf("free slot %d: %w", slot, err)
 	}
 	delete(g.ended, slot)

@@ -372,13 +372,20 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	var alarms []alarmName
 	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
 		alarm: func(name alarmName, _ string) { alarms = append(alarms, name) }}
+	beat := func() {
+		k.tick()
+		k.settle(t.Context(), k.takeLeft())
+		if wrong := l.problems.lines(); len(wrong) > 0 {
+			t.Error(wrong)
+		}
+	}
 	k.begin()
-	must(t, k.tick(t.Context()))
+	beat()
 	if _, open := l.states(); open[row.ID] != 1 {
 		t.Fatalf("ended without a jump: %v", open)
 	}
 	b.clock.wall = 6 * time.Second
-	must(t, k.tick(t.Context()))
+	beat()
 	rows, err := l.all(t.Context())
 	must(t, err)
 	if _, open := l.states(); len(open) != 0 || rows[0].State != store.StateRevoked || !contains(rows[0].EndedWhy, "clock moved") {
@@ -391,5 +398,31 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	must(t, err)
 	if left < 9*time.Second {
 		t.Errorf("lease of %s left", left)
+	}
+}
+
+// TestLetGoIsTriedAgain: what could not be ended when its holder let go of it is not open until its deadline.
+func TestLetGoIsTriedAgain(t *testing.T) {
+	b := newTestbed(t, 16)
+	b.use(strings.Replace(b.signer.resources("15m"), "requesters: [alice]", `requesters: ["spiffe://example.org/*"]`, 1))
+	l := b.begin()
+	defer func() { l.kill() }()
+	p := b.signer.payload(t, func(p *grant.Payload) { p.Requester = backup.String() })
+	h, err := l.ActivateFor(t.Context(), wanted{p, "svid:0"})
+	must(t, err)
+	live := l.datapath
+	broken, err := datapath.Open(b.config)
+	must(t, err)
+	must(t, broken.Close())
+	l.datapath = broken
+	if err := l.LetGo(t.Context(), h, whyGivenBack); err == nil {
+		t.Error("ended by a datapath that is closed")
+	}
+	l.datapath = live
+	if _, open := l.states(); open[p.ID] != 1 {
+		t.Fatalf("open %v", open)
+	}
+	if state, why := l.look(p.ID); state != store.StateRevoked || why != whyGivenBack {
+		t.Errorf("after a tick it is %s, %s", state, why)
 	}
 }

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -10,7 +9,6 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
-	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
 // holderGrace is how long a grant waits for its holder to come back after the agent was restarted.
@@ -27,11 +25,12 @@ type holding struct {
 	ended chan struct{} // closed when the grant is over; then its ending can be read
 	// device is that of the pod that asked; 0: it asked from elsewhere. Whoever has its address once the device is gone is another.
 	device int
+	let    string        // why its holder let go of it; empty: nobody has. Guarded by grants.mu
 	lost   time.Duration // boot time since which nobody holds it, as the agent was restarted; 0: somebody does. Guarded by grants.mu
 }
 
-func (g *grants) newHolding(client netip.Addr) *holding {
-	return &holding{ended: make(chan struct{}), device: podDevice(client, g.datapath.Devices())}
+func newHolding(p grant.Payload) *holding {
+	return &holding{ended: make(chan struct{}), device: int(p.Device)}
 }
 
 // wanted is a payload that a workload asks for, and what proves who it is.
@@ -53,47 +52,54 @@ func (g *grants) ActivateFor(ctx context.Context, want wanted) (*held, error) {
 	return g.activate(ctx, a)
 }
 
-// LetGo ends a grant that was held. It is over already where something else ended it.
-func (g *grants) LetGo(ctx context.Context, h *held, why string) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.active[h.row.ID] != h {
-		return nil
-	}
-	return g.end(ctx, h, ending{grant: h.row.ID}.revoked(h.payload.Requester, why))
-}
-
 // TakeUp gives an active grant back to its holder, after the agent was restarted. The error wraps ErrNoGrant if it is over,
-// somebody else's, or held.
+// somebody else's, or held; or if its pod is gone and another has the address.
 func (g *grants) TakeUp(id, requester string, client netip.Addr) (*held, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	h, ok := g.active[id]
-	if !ok || h.over != nil || h.holding == nil || h.holding.lost == 0 || h.payload.Requester != requester || h.payload.Addresses[0] != client {
+	if !ok || h.over != nil || h.holding == nil || h.holding.lost == 0 || h.payload.Requester != requester || h.payload.Addresses[0] != client ||
+		h.holding.device != 0 && podDevice(client, g.datapath.Devices()) != h.holding.device {
 		return nil, fmt.Errorf("take up grant %q: %w", plain(id), ErrNoGrant)
 	}
 	h.holding.lost = 0
 	return h, nil
 }
 
-// reclaim makes an adopted grant wait for its holder, if it had one.
-func (g *grants) reclaim(h *held) {
-	if policy.IsWorkload(h.payload.Requester) {
-		h.holding = g.newHolding(h.payload.Addresses[0])
-		h.holding.lost = g.clock.boot()
+// reclaim makes an adopted grant wait for its holder, if it had one. Not if its pod was replaced while no agent ran: then it tells why
+// the grant cannot go on.
+func (g *grants) reclaim(h *held) (why string) {
+	if !policy.IsWorkload(h.payload.Requester) {
+		return ""
 	}
+	h.holding = newHolding(h.payload)
+	h.holding.lost = g.clock.boot()
+	if h.holding.device == 0 {
+		return ""
+	}
+	if now := podDevice(h.payload.Addresses[0], g.datapath.Devices()); now != 0 && now != h.holding.device {
+		return whyHolderGone + ": its address is another pod's"
+	}
+	return ""
 }
 
-// endLost ends the grants whose holders did not come back in time, or whose pods are gone. g.mu is held.
+// endLost ends the grants whose holders let go of them, did not come back in time, or whose pods are gone.
 func (g *grants) endLost(ctx context.Context) error {
-	var errs []error
+	all := g.every() // before the devices: whoever comes has one of them
 	now, here := g.clock.boot(), g.hookedDevices()
-	for id, h := range g.active {
-		if why := h.holding.goneWhy(now, here); why != "" {
-			errs = append(errs, g.end(ctx, h, ending{grant: id}.revoked("agent", whyHolderGone+": "+why)))
+	var lost []doomed
+	_ = inTurns(&g.mu, all, func(h *held) error {
+		if h.over != nil {
+			return nil
 		}
-	}
-	return errors.Join(errs...)
+		if h.holding != nil && h.holding.let != "" {
+			lost = append(lost, doomed{h, ending{grant: h.row.ID}.revoked(h.payload.Requester, h.holding.let)})
+		} else if why := h.holding.goneWhy(now, here); why != "" {
+			lost = append(lost, doomed{h, ending{grant: h.row.ID}.revoked("agent", whyHolderGone+": "+why)})
+		}
+		return nil
+	})
+	return g.endMany(ctx, lost)
 }
 
 func (g *grants) hookedDevices() map[int]bool {
@@ -118,9 +124,9 @@ func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
 }
 
 // verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.
-func (h *held) verify(envelope []byte, keys []policy.Keyring, row store.GrantRow) (grant.Verified, error) {
+func (h *held) verify(envelope []byte, keys []policy.Keyring) (grant.Verified, error) {
 	if policy.IsWorkload(h.payload.Requester) {
-		return grant.Proven(h.payload, strings.Join(row.Signers, " ")), nil
+		return grant.Proven(h.payload, strings.Join(h.row.Signers, " ")), nil
 	}
-	return grant.Verify(envelope, keys, row.Activated)
+	return grant.Verify(envelope, keys, h.row.Activated)
 }

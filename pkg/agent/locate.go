@@ -160,10 +160,21 @@ func podDevice(a netip.Addr, devices []datapath.Device) int {
 	if err != nil || len(routes) == 0 || routes[0].Type == unix.RTN_LOCAL {
 		return 0
 	}
-	for _, d := range devices {
-		if d.Ifindex == routes[0].LinkIndex && d.Role == datapath.RolePod {
-			return d.Ifindex
-		}
+	device, role := routes[0].LinkIndex, roleOf(routes[0].LinkIndex, devices)
+	if role == datapath.RoleBridge {
+		device = bridgePort(device, a)
+		role = roleOf(device, devices)
 	}
-	return 0
+	if role != datapath.RolePod && role != datapath.RolePodPort {
+		return 0
+	}
+	return device
+}
+
+func roleOf(ifindex int, devices []datapath.Device) datapath.Role {
+	i := slices.IndexFunc(devices, func(d datapath.Device) bool { return d.Ifindex == ifindex && d.Role != datapath.RolePx1 })
+	if i < 0 {
+		return ""
+	}
+	return devices[i].Role
 }

@@ -1,12 +1,18 @@
 package agent
 
 import (
+	"errors"
+	"net"
+	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/test/lab"
 )
@@ -31,4 +37,63 @@ func TestPlaceOfPod(t *testing.T) {
 		}
 		return err
 	}))
+}
+
+// TestDeviceOfPod: the device of the pod that has an address, behind a bridge too; nothing else is taken for one.
+func TestDeviceOfPod(t *testing.T) {
+	l := lab.New(t, lab.Options{Pods: 1})
+	ns, err := netns.GetFromPath(l.Pod.Path())
+	must(t, err)
+	defer ns.Close()
+	must(t, l.Node.Netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	bridge, err := l.Node.Netlink.LinkByName("br0")
+	must(t, err)
+	must(t, l.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vethport", MasterIndex: bridge.Attrs().Index}, PeerName: "net1", PeerNamespace: netlink.NsFd(int(ns))}))
+	port, err := l.Node.Netlink.LinkByName("vethport")
+	must(t, err)
+	inside, err := l.Pod.Netlink.LinkByName("net1")
+	must(t, err)
+	must(t, l.Node.Netlink.LinkSetUp(port))
+	address := func(h *netlink.Handle, to netlink.Link, text string) {
+		a, err := netlink.ParseAddr(text)
+		must(t, err)
+		a.Flags = unix.IFA_F_NODAD
+		must(t, h.AddrAdd(to, a))
+		must(t, h.LinkSetUp(to))
+	}
+	for _, host := range []string{"10.50.0.%/24", "fd00:50::%/64"} {
+		address(l.Node.Netlink, bridge, strings.Replace(host, "%", "1", 1))
+		address(l.Pod.Netlink, inside, strings.Replace(host, "%", "2", 1))
+	}
+	direct, err := l.Node.Ifindex(lab.PodDevice(0))
+	must(t, err)
+	uplink, err := l.Node.Ifindex(lab.Uplink)
+	must(t, err)
+	devices := []datapath.Device{{Ifindex: bridge.Attrs().Index, Role: datapath.RoleBridge}, {Ifindex: port.Attrs().Index, Role: datapath.RolePodPort},
+		{Ifindex: direct, Role: datapath.RolePod}, {Ifindex: uplink, Role: datapath.RoleUplink}}
+	on := func(a netip.Addr) (device int) {
+		must(t, l.Node.Do(func() error { device = podDevice(a, devices); return nil }))
+		return device
+	}
+	for _, f := range lab.Families() {
+		here, there := netip.MustParseAddr("10.50.0.1"), netip.MustParseAddr("10.50.0.2")
+		if f == lab.IPv6 {
+			here, there = netip.MustParseAddr("fd00:50::1"), netip.MustParseAddr("fd00:50::2")
+		}
+		// The pod connects, as it does before it asks.
+		var served net.Listener
+		must(t, l.Node.Do(func() (err error) { served, err = net.Listen("tcp", netip.AddrPortFrom(here, 0).String()); return err }))
+		at := served.Addr().(*net.TCPAddr).AddrPort()
+		c, err := l.Pod.Dial(t.Context(), netip.AddrPort{}, at)
+		must(t, err)
+		if got := on(there); got != port.Attrs().Index {
+			t.Errorf("%v: the pod behind the bridge has the device %d, want %d", f, got, port.Attrs().Index)
+		}
+		must(t, errors.Join(c.Close(), served.Close()))
+		for what, want := range map[netip.Addr]int{l.Pod.Addr(f): direct, l.Client.Addr(f): 0, l.Node.Addr(f): 0, here: 0} {
+			if got := on(what); got != want {
+				t.Errorf("%v: %s has the device %d, want %d", f, what, got, want)
+			}
+		}
+	}
 }

@@ -6,37 +6,26 @@ import (
 	"testing"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
-	"github.com/sallyport-dev/sallyport/pkg/policy"
-	"github.com/sallyport-dev/sallyport/pkg/px"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
-// offline reads the rows and the open paths of a node on which no agent lives.
+// offline reads the rows and the open paths of a node on which no agent lives, as its operator would: no program is loaded. It
+// acknowledges what the agents recorded, in the collector's place: each start reads what is there.
 func (in *installed) offline() (rows map[string]string, open map[string]int) {
 	in.t.Helper()
 	s, err := store.Open(storeFile(in.cfg))
 	must(in.t, err)
 	defer s.Close()
-	var px0 int
-	must(in.t, in.lab.Node.Do(func() error {
-		ns, err := px.Open(in.cfg.PxPath())
-		if err != nil {
-			return err
-		}
-		px0 = ns.Px0()
-		return ns.Close()
-	}))
-	d, err := datapath.Open(datapath.Config{Dir: in.cfg.PinDir(), PxNetns: in.cfg.PxPath(), Px0: px0,
-		ListenPort: in.cfg.Spec.Proxy.ListenPort, MaxTTL: policy.MaxGrantDuration})
-	must(in.t, err)
-	defer d.Close()
 	rows, open = make(map[string]string), make(map[string]int)
 	all, err := s.Grants(in.t.Context())
 	must(in.t, err)
 	for _, row := range all {
 		rows[row.ID] = row.State
 	}
-	paths, err := d.Paths()
+	last, _, err := s.Seqs(in.t.Context())
+	must(in.t, err)
+	must(in.t, s.Ack(in.t.Context(), last))
+	paths, err := datapath.ReadPaths(in.cfg.PinDir())
 	must(in.t, err)
 	for _, p := range paths {
 		if isOpen(p) {

@@ -5,10 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
-	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
@@ -24,9 +24,6 @@ var (
 
 // noteOfPanic is where the store has the panic that stands.
 const noteOfPanic = "panic"
-
-// endBatch is how many ends are recorded in one durable transaction: others want to write in between.
-const endBatch = 512
 
 // panicNote is a panic: who called it, why, and when by the wall clock. It stands until it is lifted, also over a restart
 // and a reboot.
@@ -52,22 +49,27 @@ func (g *grants) Panic(ctx context.Context, why, actor string) (ended int, err e
 	ended, shut := g.shut(p)
 	g.log.Error("panic: every path ends", "paths", ended, "actor", actor, "why", why)
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	late, again := g.shut(p) // a lift may have come between
-	return ended + late, errors.Join(shut, again, g.keepPanic(ctx), g.endForPanic(ctx))
+	kept, over := g.keepPanic(ctx), g.doomedByPanic()
+	g.mu.Unlock()
+	return ended + late, errors.Join(shut, again, kept, g.endMany(ctx, over))
 }
 
-// shut is the part of a panic that waits for nobody.
+// shut is the part of a panic that waits for nobody. An agent that is killed before the store has the panic finds the mark.
 func (g *grants) shut(p *panicNote) (ended int, err error) {
 	g.panicked.CompareAndSwap(nil, p)
-	return g.datapath.Shut()
+	ended, err = g.datapath.Shut()
+	return ended, errors.Join(err, g.panicMark.put(p))
 }
 
 // keepPanic makes the panic that stands durable, if it is not yet. g.mu is held.
 func (g *grants) keepPanic(ctx context.Context) error {
 	p := g.panicked.Load()
-	if p == g.panicKept {
+	if p == nil {
 		return nil
+	}
+	if p == g.panicKept {
+		return g.panicMark.remove()
 	}
 	data, err := json.Marshal(p)
 	if err != nil {
@@ -75,7 +77,7 @@ func (g *grants) keepPanic(ctx context.Context) error {
 	}
 	event, err := encodeEvent(newEvent(stepPanic, p.By, p.Why, g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic, Data: data}}, event)
+		err = g.store.KeepUrgent(ctx, []store.Note{{Name: noteOfPanic, Data: data}}, event)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotRecorded, err)
@@ -83,48 +85,19 @@ func (g *grants) keepPanic(ctx context.Context) error {
 	g.panicKept = p
 	g.events.count(stepPanic)
 	g.kick()
-	return nil
+	return g.panicMark.remove()
 }
 
-// endForPanic gives every grant its end, whose paths are closed already. What could not be recorded is recorded by a tick.
-func (g *grants) endForPanic(ctx context.Context) error {
-	carried, err := g.endSlots()
-	if err != nil {
-		return err
-	}
+// doomedByPanic gives every grant its end while a panic stands: its paths are closed already. g.mu is held.
+func (g *grants) doomedByPanic() (over []doomed) {
 	p := g.panicked.Load()
-	var batch []*held
-	for _, h := range g.active {
-		if h.over == nil {
-			h.endBy(ending{grant: h.row.ID}.revoked(p.By, "panic: "+p.Why))
-			g.lookAt(h, carried[h.row.ID], g.clock.boot())
-		}
-		if batch = append(batch, h); len(batch) == endBatch {
-			if err := g.recordEnds(ctx, batch); err != nil {
-				return err
-			}
-			batch = batch[:0]
-		}
+	if p == nil {
+		return nil
 	}
-	return g.recordEnds(ctx, batch)
-}
-
-// endSlots takes the ended paths out of the index, and gives them by their grants. It closes nothing that was open.
-func (g *grants) endSlots() (map[string][]datapath.PathStatus, error) {
-	paths, err := g.datapath.Paths()
-	if err != nil {
-		return nil, fmt.Errorf("read paths: %w", err)
+	for id, h := range g.active {
+		over = append(over, doomed{h, ending{grant: id}.revoked(p.By, "panic: "+p.Why)})
 	}
-	for _, p := range paths {
-		state := p.State
-		if isOpen(p) {
-			state = datapath.PathRevoked
-		}
-		if err := g.datapath.EndPath(p.Slot, state); err != nil {
-			return nil, fmt.Errorf("end path in slot %d: %w", p.Slot, err)
-		}
-	}
-	return byGrant(paths), nil
+	return over
 }
 
 // Lift lets grants be activated again. Nothing that the panic ended comes back. It is durable before it takes effect. The
@@ -136,9 +109,12 @@ func (g *grants) Lift(ctx context.Context, why, actor string) error {
 	if p == nil {
 		return fmt.Errorf("lift panic: %w", ErrNoPanic)
 	}
+	if err := g.panicMark.remove(); err != nil {
+		return fmt.Errorf("lift panic: %w", err)
+	}
 	event, err := encodeEvent(newEvent(stepLifted, actor, fmt.Sprintf("%s (panic %s)", why, p), g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, []store.Note{{Name: noteOfPanic}}, event)
+		err = g.store.KeepUrgent(ctx, []store.Note{{Name: noteOfPanic}}, event)
 	}
 	if err != nil {
 		return fmt.Errorf("lift panic: %w", err)
@@ -152,22 +128,70 @@ func (g *grants) Lift(ctx context.Context, why, actor string) error {
 	return nil
 }
 
-// recallPanic goes on with a panic of an earlier agent. One that cannot be read is one all the same. g.mu is held.
+// recallPanic goes on with a panic of an earlier agent, which may have been killed before it was durable. One that cannot be
+// read is one all the same. g.mu is held.
 func (g *grants) recallPanic(ctx context.Context) error {
 	notes, err := g.store.Notes(ctx, noteOfPanic)
 	if err != nil {
 		return fmt.Errorf("recall panic: %w", err)
 	}
-	if len(notes) == 0 {
+	p, err := g.panicMark.read()
+	if err != nil {
+		return fmt.Errorf("recall panic: %w", err)
+	}
+	if len(notes) > 0 {
+		p = readPanic(notes[0].Data)
+		g.panicKept = p
+	}
+	if p == nil {
 		return nil
 	}
+	g.panicked.Store(p)
+	_, err = g.datapath.Shut()
+	g.problems.report(problemGrants, "panic", g.keepPanic(ctx)) // else a tick does
+	return err
+}
+
+func readPanic(data []byte) *panicNote {
 	p := &panicNote{}
-	if err := json.Unmarshal(notes[0].Data, p); err != nil {
+	if err := json.Unmarshal(data, p); err != nil {
 		p.By, p.Why = "unknown", "its record cannot be read: "+err.Error()
 	}
-	g.panicKept = p
-	_, err = g.shut(p)
-	return err
+	return p
+}
+
+// panicMark is a file of the run directory that says that a panic stands, until the store does: its disk may be stuck, and a
+// memory is not. The empty one is none.
+type panicMark string
+
+func (m panicMark) put(p *panicNote) error {
+	if m == "" {
+		return nil
+	}
+	data, err := json.Marshal(p)
+	if err == nil {
+		err = os.WriteFile(string(m), data, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("mark panic: %w", err)
+	}
+	return nil
+}
+
+// read gives nil where there is no mark.
+func (m panicMark) read() (*panicNote, error) {
+	data, err := os.ReadFile(string(m))
+	if m == "" || errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return readPanic(data), err
+}
+
+func (m panicMark) remove() error {
+	if err := os.Remove(string(m)); m != "" && err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove mark of panic: %w", err)
+	}
+	return nil
 }
 
 // standing is the panic that stands, in words, or nothing.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -25,7 +27,7 @@ func TestPanic(t *testing.T) {
 		Ports: []uint16{5432}, Deadline: datapath.BootTime() + time.Minute})
 	must(t, err)
 
-	holding := l.newHolding(netip.MustParseAddr("10.1.0.9")) // as if a workload held it
+	holding := newHolding(grant.Payload{}) // as if a workload held it
 	l.active[row.ID].holding = holding
 	ended, err := l.Panic(t.Context(), "leaked key", "uid:7")
 	must(t, err)
@@ -105,6 +107,63 @@ func TestPanicWithoutRecord(t *testing.T) {
 		t.Errorf("not recorded later: %v, %v", states, l.steps())
 	}
 	l.kill()
+}
+
+// TestPanicOutlivesAStuckDisk: a panic whose disk does not answer closes all paths, and stands also in the agent that comes
+// after a kill; that one ends every grant with its reason, and has it on record.
+func TestPanicOutlivesAStuckDisk(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, two), "uid:0")
+	must(t, err)
+	stuck := l.grants
+	stuck.mu.Lock() // as who writes to that disk, which never answers
+	go func() { _, _ = stuck.Panic(t.Context(), "leaked key", "uid:7") }()
+	b.eventually("the mark", func() bool {
+		p, err := b.panicMark().read()
+		return err == nil && p != nil && p.By == "uid:7"
+	})
+	if _, open := l.states(); len(open) != 0 {
+		t.Errorf("open while the disk is stuck: %v", open)
+	}
+	l.kill()
+
+	l = b.begin()
+	defer func() { l.kill() }()
+	must(t, l.adopt(t.Context()))
+	l.closed("after the kill")
+	rows, err := l.all(t.Context())
+	must(t, err)
+	if rows[0].ID != row.ID || rows[0].State != store.StateRevoked || !contains(rows[0].EndedWhy, "panic: leaked key") {
+		t.Errorf("%+v", rows[0])
+	}
+	if got, want := l.steps(), []string{stepActivated, stepPanic, stepRevoked}; !slices.Equal(got[:min(len(got), 3)], want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if p, err := b.panicMark().read(); p != nil || err != nil {
+		t.Errorf("the mark stays when the store has the panic: %v, %v", p, err)
+	}
+	must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+	l.kill()
+	l = b.begin()
+	must(t, l.adopt(t.Context()))
+	if l.standing() != "" {
+		t.Errorf("stands after it was lifted: %s", l.standing())
+	}
+}
+
+// TestHalfWrittenMarkIsAPanic: what a kill left of the mark is taken for one.
+func TestHalfWrittenMarkIsAPanic(t *testing.T) {
+	m := panicMark(filepath.Join(t.TempDir(), "panic"))
+	if p, err := m.read(); p != nil || err != nil {
+		t.Errorf("without a mark: %v, %v", p, err)
+	}
+	must(t, os.WriteFile(string(m), nil, 0o600))
+	if p, err := m.read(); err != nil || !contains(p.String(), "unknown", "cannot be read") {
+		t.Errorf("an empty one: %v, %v", p, err)
+	}
+	must(t, m.remove())
+	must(t, m.remove())
 }
 
 // TestPanicIsLiftedByRoot: an operator may call it, and root alone gives back what it took away.

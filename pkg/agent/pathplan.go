@@ -64,24 +64,33 @@ type pathPlan struct {
 	idle    []uint32              // ended slots of grants that have ended
 }
 
-// planPaths compares the kernel's paths with the active grants. The kernel is never made to hold more than before: a grant
-// whose paths are not all there, and as recorded, ends.
-func planPaths(active []live, paths []datapath.PathStatus, now time.Duration) pathPlan {
-	byGrant := make(map[string][]datapath.PathStatus)
+// byGrant are paths by the grants that they have.
+func byGrant(paths []datapath.PathStatus) map[string][]datapath.PathStatus {
+	out := make(map[string][]datapath.PathStatus, len(paths))
 	for _, p := range paths {
 		if p.State != datapath.PathFree {
-			byGrant[p.Grant] = append(byGrant[p.Grant], p)
+			out[p.Grant] = append(out[p.Grant], p)
 		}
 	}
+	return out
+}
+
+// planPaths compares the kernel's paths with the active grants. The kernel is never made to hold more than before: a grant
+// whose paths are not all there, and as recorded, ends.
+func planPaths(active []live, paths map[string][]datapath.PathStatus, now time.Duration) pathPlan {
 	var plan pathPlan
+	known := make(map[string]bool, len(active))
 	for _, l := range active {
-		if e, over := endOf(l, byGrant[l.grant], now); over {
+		known[l.grant] = true
+		if e, over := endOf(l, paths[l.grant], now); over {
 			plan.end = append(plan.end, e)
 		}
-		delete(byGrant, l.grant)
 	}
-	for _, left := range byGrant {
+	for id, left := range paths {
 		for _, p := range left {
+			if known[id] {
+				continue
+			}
 			if isOpen(p) {
 				plan.orphans = append(plan.orphans, p)
 			} else {

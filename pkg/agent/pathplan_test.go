@@ -57,7 +57,7 @@ func TestPlanPathsOfOneGrant(t *testing.T) {
 		{"binding changed by hand", []datapath.PathStatus{a(datapath.PathActive), withCgroup(b(datapath.PathActive), 7)}, 0, stateEnded, stepRevoked, "other sockets"},
 		{"one client twice", []datapath.PathStatus{a(datapath.PathActive), a(datapath.PathActive)}, 0, stateEnded, stepRevoked, "does not name"},
 	} {
-		plan := planPaths([]live{{grant: "g", clients: []netip.Addr{clientA, clientB}, deadline: end}}, c.paths, c.now)
+		plan := planPaths([]live{{grant: "g", clients: []netip.Addr{clientA, clientB}, deadline: end}}, byGrant(c.paths), c.now)
 		if len(plan.orphans)+len(plan.idle) != 0 {
 			t.Errorf("%s: slots of an active grant given away: %+v", c.name, plan)
 		}
@@ -81,7 +81,7 @@ func TestPlanPathsWithoutGrant(t *testing.T) {
 		slot(3, datapath.PathExpired, "old", clientA, time.Second),
 		slot(4, datapath.PathRevoked, "old", clientB, time.Second),
 	}
-	plan := planPaths(nil, paths, 0)
+	plan := planPaths(nil, byGrant(paths), 0)
 	if len(plan.end) != 0 || len(plan.orphans) != 2 || len(plan.idle) != 2 || plan.idle[0] != 3 || plan.idle[1] != 4 {
 		t.Errorf("%+v", plan)
 	}

@@ -50,7 +50,8 @@ type problemKey struct {
 	subject string
 }
 
-// problems are what is wrong now, by class and subject. Each change is logged once. Safe for concurrent use.
+// problems are what is wrong now, by class and subject. Each change is logged once, by who found it and without the lock: a log
+// that takes nothing keeps nobody else waiting. Safe for concurrent use.
 type problems struct {
 	log *slog.Logger
 	mu  sync.Mutex
@@ -63,18 +64,26 @@ func newProblems(log *slog.Logger) *problems {
 
 // report notes err as the state of the subject; nil says that it is well again.
 func (p *problems) report(class problemClass, subject string, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	key := problemKey{class, subject}
-	before, was := p.now[key]
-	switch {
-	case err == nil && was:
-		delete(p.now, key)
+	switch changed := p.change(problemKey{class, subject}, err); {
+	case changed && err == nil:
 		p.log.Info("problem is over", "class", class, "subject", subject)
-	case err != nil && (!was || before != inWords(err)):
-		p.now[key] = inWords(err)
+	case changed:
 		p.log.Error("problem", "class", class, "subject", subject, "error", err)
 	}
+}
+
+// change notes the state of a subject, and tells whether it is another than before.
+func (p *problems) change(key problemKey, err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, was := p.now[key]
+	if err == nil {
+		delete(p.now, key)
+		return was
+	}
+	words := inWords(err)
+	p.now[key] = words
+	return !was || before != words
 }
 
 // inWords is a line for each cause, with the next step where it has one.

@@ -1,11 +1,15 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"slices"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
@@ -18,6 +22,43 @@ func TestProblemLines(t *testing.T) {
 	want := []string{"resources: a.yaml:1: one", "resources: a.yaml:2: two", "service redis: no route"}
 	if got := p.lines(); !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// stuckLog takes nothing until it is let go.
+type stuckLog struct {
+	slog.Handler
+	let chan struct{}
+}
+
+func (stuckLog) Enabled(context.Context, slog.Level) bool { return true }
+
+func (s stuckLog) Handle(context.Context, slog.Record) error {
+	<-s.let
+	return nil
+}
+
+// TestAStuckLogKeepsNobodyElseWaiting: who reads or reports what is wrong does not wait for who writes to a log that takes
+// nothing.
+func TestAStuckLogKeepsNobodyElseWaiting(t *testing.T) {
+	let := make(chan struct{})
+	p := newProblems(slog.New(stuckLog{slog.DiscardHandler, let}))
+	var logging sync.WaitGroup
+	defer logging.Wait()
+	defer close(let)
+	logging.Go(func() { p.report(problemPins, "", errors.New("gone")) })
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		for len(p.lines()) == 0 {
+			runtime.Gosched()
+		}
+		p.report(problemLease, "", nil)
+	}()
+	select {
+	case <-read:
+	case <-time.After(10 * time.Second):
+		t.Error("they wait for the log")
 	}
 }
 

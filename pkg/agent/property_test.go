@@ -164,7 +164,7 @@ func (m *model) say() {
 	if m.rng.IntN(3) == 0 {
 		who = []string{"alice", "bob", "carol", "erin", "mallory"}[m.rng.IntN(5)]
 	}
-	_, err = m.State(m.t.Context(), m.crew.says(m.t, who, step, g.envelope), g.envelope, "uid:0")
+	_, err = m.State(m.t.Context(), m.says(m.crew, who, step, g.envelope), g.envelope, "uid:0")
 	m.note("%s says that %s is %s: %v", who, p.ID, step, err)
 	if err == nil && step != grant.StepReviewed {
 		g.final, g.over = true, true

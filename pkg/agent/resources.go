@@ -71,13 +71,29 @@ func (r *resources) load() error {
 	r.problems.report(problemResources, "", err)
 	switch {
 	case err == nil:
-		return r.put(set)
+		return r.begin(set, last)
 	case lastErr != nil:
 		return errors.Join(fmt.Errorf("load resources: %w", err), fmt.Errorf("load last verified resources: %w", lastErr))
 	case last == nil:
 		return fmt.Errorf("load resources: %w", err)
 	}
-	return r.put(last)
+	return r.begin(last, nil)
+}
+
+// begin puts a set to work at the start, and the last one in the place of one that must be kept first and cannot be. What
+// the disk does not take is a problem, and tried again with the next look: the kernel has the set by then.
+func (r *resources) begin(set, last *policy.Set) error {
+	err := r.put(set)
+	if r.current() == nil && last != nil {
+		err = errors.Join(err, r.put(last))
+	}
+	if r.current() == nil {
+		return err
+	}
+	if err != nil {
+		r.problems.report(problemResources, "", err)
+	}
+	return nil
 }
 
 // last is the last verified set; nil if there never was one.
@@ -151,13 +167,14 @@ func (r *resources) swap(set *policy.Set) (now *enforced, changed bool, err erro
 	} else if r.now.set.Digest() != set.Digest() {
 		r.now, changed = &enforced{set: set, services: services, generation: r.now.generation}, true
 	}
-	if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
-		return r.now, changed, fmt.Errorf("keep verified resources: %w", err)
+	if err = keepFile(r.verified, set.YAML(), 0o600); err != nil {
+		err = fmt.Errorf("keep verified resources: %w", err)
 	}
-	if err := keepFile(r.proxy, set.YAML(), 0o644); err != nil {
-		return r.now, changed, fmt.Errorf("hand resources to the proxy: %w", err)
+	handed := keepFile(r.proxy, set.YAML(), 0o644)
+	if handed != nil {
+		handed = fmt.Errorf("hand resources to the proxy: %w", handed)
 	}
-	return r.now, changed, nil
+	return r.now, changed, errors.Join(err, handed)
 }
 
 // compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.

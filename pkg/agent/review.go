@@ -133,13 +133,3 @@ func (r *reviews) check(v grant.Verified) error {
 	}
 	return nil
 }
-
-// peopleOf are those who signed, each once.
-func peopleOf(signers []policy.Signer) (people []string) {
-	for _, s := range signers {
-		if !slices.Contains(people, s.Person) {
-			people = append(people, s.Person)
-		}
-	}
-	return people
-}

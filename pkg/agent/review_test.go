@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -79,7 +80,7 @@ func TestBreakGlass(t *testing.T) {
 	_, err = l.Revoke(t.Context(), daily.ID, "", "uid:0")
 	must(t, err)
 
-	_, err = l.State(t.Context(), c.says(t, "erin", grant.StepReviewed, envelope), nil, "uid:0")
+	_, err = l.State(t.Context(), b.says(c, "erin", grant.StepReviewed, envelope), nil, "uid:0")
 	must(t, err)
 	for range 2 {
 		if live, over := l.reviews.counts(); live+over != 0 || len(l.problems.lines()) != 0 {
@@ -95,6 +96,111 @@ func TestBreakGlass(t *testing.T) {
 	for _, e := range l.storedEvents() {
 		if e.Grant == row.ID && e.Kind != string(grant.BreakGlass) {
 			t.Errorf("event %s does not say what it is about", e.Step)
+		}
+	}
+}
+
+// TestReviewsOfOneself: whoever has a signature on a grant had a part in it, whatever the key was worth then or is worth now.
+func TestReviewsOfOneself(t *testing.T) {
+	b, c := crewed(t)
+	ended, unknown := newSigner(t).key, newSigner(t).key
+	keys := func(who string, more grant.PrivateKey, says string) {
+		yaml := c.resources("15m")
+		was := fmt.Sprintf("{publicKey: %q", c[who].Public().String())
+		b.use(strings.Replace(yaml, was, fmt.Sprintf("{publicKey: %q%s}, %s", more.Public().String(), says, was), 1))
+	}
+	keys("bob", ended, ", notAfter: 2020-01-01T00:00:00Z")
+	l := b.begin()
+	envelope := b.asked(c, "alice carol dave", breakGlass)
+	for _, key := range []grant.PrivateKey{ended, unknown} {
+		var err error
+		envelope, err = grant.Approve(t.Context(), envelope, key)
+		must(t, err)
+	}
+	row, err := l.Activate(t.Context(), envelope, "uid:0")
+	must(t, err)
+	_, err = l.Revoke(t.Context(), row.ID, "mended", "uid:0")
+	must(t, err)
+	refused := func(who, why string) {
+		t.Helper()
+		if _, err := l.State(t.Context(), b.says(c, who, grant.StepReviewed, envelope), nil, "uid:0"); !errors.Is(err, ErrNotYours) {
+			t.Errorf("reviewed by %s, who %s: %v", who, why, err)
+		}
+	}
+	refused("alice", "asked for it")
+	refused("bob", "signed with a key that had ended")
+	l.kill()
+	b.use(c.resources("15m")) // which knows bob's old key no more
+	l = b.begin()
+	refused("bob", "signed with a key that is not known any more")
+	l.kill()
+	keys("erin", unknown, "")
+	l = b.begin()
+	defer func() { l.kill() }()
+	refused("erin", "signed with a key that nobody knew then")
+	b.use(c.resources("15m"))
+	l.kill()
+	l = b.begin()
+	_, err = l.State(t.Context(), b.says(c, "erin", grant.StepReviewed, envelope), nil, "uid:0")
+	must(t, err) // nothing says that the key is hers
+}
+
+// TestReviewsKeptReady: a review counts if it was signed after the end, by the clock of the node, also over a restart. One that
+// was signed before is no look at what was done.
+func TestReviewsKeptReady(t *testing.T) {
+	b, c := crewed(t)
+	l := b.begin()
+	defer func() { l.kill() }()
+	say := func(at time.Time, envelope []byte) error {
+		_, err := l.State(t.Context(), c.says(t, "erin", grant.StepReviewed, envelope, at), nil, "uid:0")
+		return err
+	}
+	step := func(d time.Duration) time.Time {
+		b.clock.wall, b.clock.boot, b.truth = b.clock.wall+d, b.clock.boot+d, b.truth+d
+		return time.Now().Add(b.truth)
+	}
+	for _, over := range []string{"revoked", "expired", "reboot"} {
+		envelope := b.asked(c, "alice carol dave", breakGlass)
+		before := time.Now().Add(b.truth)
+		step(time.Second)
+		row, err := l.Activate(t.Context(), envelope, "uid:0")
+		must(t, err)
+		during := step(10 * time.Second)
+		if err := say(during, envelope); !errors.Is(err, ErrNotEnded) {
+			t.Errorf("%s: reviewed while it was active: %v", over, err)
+		}
+		step(10 * time.Second)
+		switch over {
+		case "revoked":
+			_, err = l.Revoke(t.Context(), row.ID, "mended", "uid:0")
+		case "expired":
+			step(2 * time.Minute) // nobody looks for a minute
+			_, err = l.tick(t.Context())
+		case "reboot":
+			l.kill()
+			b.bootID = "another"
+			l = b.begin()
+			err = l.adopt(t.Context())
+		}
+		must(t, err)
+		end := time.Now().Add(b.truth)
+		if over == "expired" {
+			end = row.Deadline
+		}
+		step(10 * time.Second)
+		l.kill()
+		l = b.begin()
+		must(t, l.adopt(t.Context()))
+		for name, at := range map[string]time.Time{"before it began": before, "while it was active": during, "just before its end": end.Add(-3 * time.Second)} {
+			if err := say(at, envelope); !errors.Is(err, ErrNotEnded) || !contains(toStatus(err).Error(), "hint: ") {
+				t.Errorf("%s: reviewed %s: %v", over, name, err)
+			}
+		}
+		if err := say(step(0).Add(vouchSkew+time.Second), envelope); !errors.Is(err, ErrClockWrong) {
+			t.Errorf("%s: reviewed in the time to come: %v", over, err)
+		}
+		if err := say(end.Add(time.Second), envelope); err != nil {
+			t.Errorf("%s: reviewed after its end: %v", over, err)
 		}
 	}
 }

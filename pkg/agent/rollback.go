@@ -32,7 +32,7 @@ func Rollback(ctx context.Context, o Options, actor string) (hooks int, err erro
 	defer func() { err = errors.Join(err, s.Close()) }()
 	event, err := encodeEvent(newEvent(stepRolledBack, actor, "rollback of the programs", bootClock()))
 	if err == nil {
-		_, err = s.Append(ctx, event)
+		err = s.KeepUrgent(ctx, nil, event)
 	}
 	if err != nil {
 		return 0, fmt.Errorf("record rollback: %w", err)

@@ -20,6 +20,8 @@ var known = []struct {
 	hint string
 }{
 	{store.ErrReplayed, codes.AlreadyExists, "a grant is used once: issue a new one"},
+	{store.ErrOther, codes.AlreadyExists, "`sallyport grants` shows that one: issue a new one, which gets an id of its own"},
+	{store.ErrForgotten, codes.FailedPrecondition, "issue a new one"},
 	{store.ErrFinal, codes.FailedPrecondition, "that is final: ask for a new grant, if it is still needed"},
 	{store.ErrStated, codes.AlreadyExists, "nothing is left to do"},
 	{store.ErrClockBehind, codes.FailedPrecondition, hintVouch},
@@ -40,6 +42,7 @@ var known = []struct {
 	{datapath.ErrPathExists, codes.AlreadyExists, "revoke the grant that serves this client first"},
 	{datapath.ErrDeadline, codes.FailedPrecondition, "issue a grant that ends later, and within the node's cap"},
 	{store.ErrFull, codes.ResourceExhausted, "make room on the disk of stateDir, or bring the collector back"},
+	{store.ErrUnwritable, codes.FailedPrecondition, "see why the disk of stateDir takes nothing (dmesg, mount), and mend that; the agent goes on by itself"},
 	{store.ErrDamaged, codes.Internal, "stop the agent, keep stateDir for examination, and start with an empty one"},
 	{datapath.ErrBPFFS, codes.FailedPrecondition, "mount bpffs where the host sees it (mount -t bpf bpf /sys/fs/bpf); in a container, mount the host's"},
 	{datapath.ErrCgroup, codes.FailedPrecondition, "mount it (mount -t cgroup2 none /sys/fs/cgroup/unified) or boot with systemd.unified_cgroup_hierarchy=1; in a container, share the host's cgroup namespace and mount its /sys/fs/cgroup"},

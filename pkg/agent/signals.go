@@ -25,14 +25,14 @@ var (
 	ErrSignalled = errors.New("signals forbid this grant")
 	// ErrNotBelieved says that no policy lets the caller speak for the source.
 	ErrNotBelieved = errors.New("no policy believes this user for this source")
-	// ErrManySignals says that there is no room for one more.
-	ErrManySignals = errors.New("too many signals count at a time")
+	// ErrManySignals says that there is no room for one more of this user for this source.
+	ErrManySignals = errors.New("too many signals of one user for one source count at a time")
 )
 
 const (
-	noteOfSignal = "signal/" // where the store has a signal, with its source and what it is about behind it
+	noteOfSignal = "signal/" // where the store has a signal, with its source, who spoke for it and what it is about behind it
 	noteOfLimits = "limits/" // where the store has what signals left of a grant, with its id behind it
-	maxSignals   = 4096      // that count at a time
+	maxSignals   = 1024      // of one user for one source that count at a time: whoever says much takes no room of others
 	longestTerm  = 30 * 24 * time.Hour
 )
 
@@ -89,24 +89,21 @@ func (h *held) activationNotes() ([]store.Note, error) {
 	return []store.Note{n}, err
 }
 
-// heedActive takes from an active grant what signals take by now, and ends it when nothing is left. The kernel keeps the
+// heedActive takes from an active grant what signals take by now, and gives its end when nothing is left. The kernel keeps the
 // deadline and the budget that its paths were opened with; what is less is kept by this agent. g.mu is held.
-func (g *grants) heedActive(ctx context.Context, h *held, rules []policy.SignalRule, paths []datapath.PathStatus, now time.Duration) (over bool, err error) {
-	if len(rules) > 0 {
+func (g *grants) heedActive(ctx context.Context, h *held, p *overseen, paths []datapath.PathStatus, now time.Duration) (e ending, over bool, err error) {
+	if rules := p.Spec.Signals; len(rules) > 0 {
 		wall := g.clock.wall()
-		said := slices.Concat(g.said(), signal.NearBudget(mostUsed(paths), rules, wall))
+		said := slices.Concat(p.said, signal.NearBudget(mostUsed(paths), rules, wall))
 		l := signal.Fold(h.limits.Limits, h.facts(), rules, said, wall)
 		if l.Revoked { // the end of the grant tells of it
 			h.limits.Limits = l
 		} else if err := g.lessen(ctx, h, l, wall, now); err != nil {
-			return false, err
+			return ending{}, false, err
 		}
 	}
-	e, over := h.spentBySignals(paths, now)
-	if over {
-		err = g.endIn(ctx, h, e, paths)
-	}
-	return over, err
+	e, over = h.spentBySignals(paths, now)
+	return e, over, nil
 }
 
 // lessen records that a grant has less than before.
@@ -139,7 +136,7 @@ func (g *grants) keepLimits(ctx context.Context, h *held, event []byte) error {
 	if err != nil {
 		return err
 	}
-	return g.store.Keep(ctx, []store.Note{n}, event)
+	return g.store.KeepUrgent(ctx, []store.Note{n}, event)
 }
 
 // spentBySignals tells whether what signals left of a grant is over.
@@ -188,24 +185,32 @@ func (g *grants) said() []signal.Signal {
 	return out
 }
 
-// Signal takes what a source says, in the place of what it said before about the same. When it returns without error that is
+// Signal takes what a user says for a source, in the place of what that user said for it before about the same. When it returns without error that is
 // durable, and what it takes is taken. It gives the active grants that it concerns.
 func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]string, error) {
+	if err := g.takeSignal(ctx, s, actor); err != nil {
+		return nil, err
+	}
+	return g.heedAll(ctx, s)
+}
+
+// takeSignal makes it durable. What is activated from then on heeds it.
+func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.checkSignal(s); err != nil {
-		return nil, err
+		return err
 	}
 	notes, err := g.signalNotes(s)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	event, err := encodeEvent(newEvent(stepSignalled, actor, inWordsOf(s), g.clock))
 	if err == nil {
 		err = g.store.Keep(ctx, notes, event)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("take signal: %w", err)
+		return fmt.Errorf("take signal: %w", err)
 	}
 	for _, n := range notes[1:] {
 		delete(g.signals, n.Name)
@@ -213,7 +218,7 @@ func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]s
 	g.signals[notes[0].Name] = s
 	g.events.count(stepSignalled)
 	g.kick()
-	return g.heedAll(ctx, s)
+	return nil
 }
 
 // signalNotes keep a signal, and forget those that have lapsed.
@@ -227,14 +232,18 @@ func (g *grants) signalNotes(s signal.Signal) ([]store.Note, error) {
 		return nil, fmt.Errorf("take signal: %w", err)
 	}
 	sum := sha256.Sum256(about)
-	notes := []store.Note{{Name: noteOfSignal + s.Source + "/" + hex.EncodeToString(sum[:16]), Data: data}}
-	now := g.clock.wall()
+	notes := []store.Note{{Name: fmt.Sprintf("%s%s/%d/%s", noteOfSignal, s.Source, s.UID, hex.EncodeToString(sum[:16])), Data: data}}
+	now, live := g.clock.wall(), 0
 	for name, old := range g.signals {
-		if !now.Before(old.Until) && name != notes[0].Name {
+		switch {
+		case name == notes[0].Name: // it takes that place
+		case !now.Before(old.Until):
 			notes = append(notes, store.Note{Name: name})
+		case old.Source == s.Source && old.UID == s.UID:
+			live++
 		}
 	}
-	if len(g.signals)-len(notes)+1 >= maxSignals {
+	if live >= maxSignals {
 		return nil, ErrManySignals
 	}
 	return notes, nil
@@ -242,21 +251,28 @@ func (g *grants) signalNotes(s signal.Signal) ([]store.Note, error) {
 
 // heedAll has every active grant heed all signals now, and gives those that the signal concerns.
 func (g *grants) heedAll(ctx context.Context, s signal.Signal) (concerned []string, err error) {
-	paths, err := g.datapath.Paths()
+	all := g.every()
+	carried, err := g.allPaths()
 	if err != nil {
-		return nil, fmt.Errorf("read paths: %w", err)
+		return nil, err
 	}
-	carried, now, wall := byGrant(paths), g.clock.boot(), g.clock.wall()
-	var errs []error
-	for id, h := range g.active {
-		if p := g.policyOf(h); h.over == nil && s.Concerns(h.facts(), wall) && p.Hears(s.Source, s.UID) {
-			concerned = append(concerned, id)
-			_, err := g.heedActive(ctx, h, p.Spec.Signals, carried[id], now)
-			errs = append(errs, err)
+	now, wall := g.clock.boot(), g.clock.wall()
+	policies := g.overseers()
+	var over []doomed
+	err = inTurns(&g.mu, all, func(h *held) error {
+		p := policies(h)
+		if !g.holds(h) || h.over != nil || !s.Concerns(h.facts(), wall) || !p.Hears(s.Source, s.UID) {
+			return nil
 		}
-	}
+		concerned = append(concerned, h.row.ID)
+		e, ends, err := g.heedActive(ctx, h, p, carried[h.row.ID], now)
+		if ends {
+			over = append(over, doomed{h, e})
+		}
+		return err
+	})
 	slices.Sort(concerned)
-	return concerned, errors.Join(errs...)
+	return concerned, errors.Join(err, g.endMany(ctx, over))
 }
 
 // checkSignal refuses what nobody would heed.
@@ -272,11 +288,34 @@ func (g *grants) checkSignal(s signal.Signal) error {
 		return &policy.Error{Field: "until", Msg: fmt.Sprintf("%s is not within the next 30 days", s.Until.UTC().Format(time.RFC3339)),
 			Hint: "a signal counts for a while, and is given again"}
 	}
+	if err := checkAbout(s.About); err != nil {
+		return err
+	}
 	if s.Effect != (signal.Effect{}) && s.Reason == "" {
 		return &policy.Error{Field: "reason", Msg: "is missing", Hint: "say why, for those whose grant it touches"}
 	}
 	return nil
 }
+
+// checkAbout holds what a signal is about to what grants can have: it is kept, and written into the record.
+func checkAbout(a signal.About) error {
+	var errs []error
+	for _, f := range []struct {
+		field, value string
+		most         int // bytes
+	}{{"grant", a.Grant, maxGrantID}, {"requester", a.Requester, maxText}, {"service", a.Service, maxText}} {
+		switch {
+		case len(f.value) > f.most:
+			errs = append(errs, &policy.Error{Field: f.field, Msg: fmt.Sprintf("has %d bytes, the most is %d", len(f.value), f.most), Hint: "name it as `sallyport grants` shows it"})
+		case plain(f.value) != f.value:
+			errs = append(errs, &policy.Error{Field: f.field, Msg: "has characters that cannot be shown", Hint: "name it as `sallyport grants` shows it"})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// maxGrantID is the length of a ULID, in bytes.
+const maxGrantID = 26
 
 // inWordsOf says for the record what a signal says.
 func inWordsOf(s signal.Signal) string {

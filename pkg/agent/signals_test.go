@@ -177,6 +177,9 @@ func TestSignalsThatNobodyHeeds(t *testing.T) {
 		"lapsed":          func(s *signal.Signal) { s.Until = s.Until.Add(-time.Hour) },
 		"for ever":        func(s *signal.Signal) { s.Until = s.Until.Add(31 * 24 * time.Hour) },
 		"without reason":  func(s *signal.Signal) { s.Reason = "" },
+		"a long grant":    func(s *signal.Signal) { s.About.Grant = strings.Repeat("0", 27) },
+		"a long service":  func(s *signal.Signal) { s.About.Service = strings.Repeat("a", 4<<20) },
+		"a false line":    func(s *signal.Signal) { s.About.Requester = "alice\nbob" },
 	} {
 		s := good
 		change(&s)
@@ -187,5 +190,48 @@ func TestSignalsThatNobodyHeeds(t *testing.T) {
 	}
 	if len(l.storedEvents()) != 0 || len(l.signals) != 0 {
 		t.Errorf("kept %v, recorded %v", l.signals, l.steps())
+	}
+}
+
+// TestManySignals: each user has room for so many of each source. Who says much takes none of others, can say something else
+// about what it spoke of, and has room again when some have lapsed.
+func TestManySignals(t *testing.T) {
+	l := heeding(t, `{source: posture, uids: [7, 8], may: [Revoke]}, {source: incident, uids: [7], may: [Revoke]}`)
+	defer func() { l.kill() }()
+	said := func(source string, uid uint32, client int, e signal.Effect) error {
+		s := l.posture(e, signal.About{Clients: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 9, byte(client >> 8), byte(client)}), 32)})
+		s.Source, s.UID = source, uid
+		_, err := l.Signal(t.Context(), s, "uid:7")
+		return err
+	}
+	for i := range maxSignals { // as if they had been said: each is a durable write
+		s := l.posture(signal.Effect{}, signal.About{Clients: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), 32)})
+		s.UID = 7
+		notes, err := l.signalNotes(s)
+		must(t, err)
+		l.signals[notes[0].Name] = s
+	}
+	if err := said("posture", 7, maxSignals, signal.Effect{}); !errors.Is(err, ErrManySignals) || !contains(toStatus(err).Error(), "hint: ") {
+		t.Errorf("one more: %v", err)
+	}
+	before := len(l.signals)
+	must(t, said("posture", 7, 0, signal.Effect{Revoke: true})) // about what it had spoken of
+	if len(l.signals) != before {
+		t.Errorf("%d signals, want %d", len(l.signals), before)
+	}
+	must(t, said("incident", 7, maxSignals, signal.Effect{Revoke: true}))
+	must(t, said("posture", 8, 0, signal.Effect{}))
+	envelope := func(client byte) []byte {
+		return l.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 9, 0, client})} })
+	}
+	if _, err := l.Activate(t.Context(), envelope(0), "uid:0"); !errors.Is(err, ErrSignalled) {
+		t.Errorf("another user has lifted it: %v", err)
+	}
+	_, err := l.Activate(t.Context(), envelope(1), "uid:0")
+	must(t, err)
+	l.later(2 * time.Minute)
+	must(t, said("posture", 7, maxSignals, signal.Effect{}))
+	if len(l.signals) != 1 {
+		t.Errorf("%d signals are kept, of which one counts", len(l.signals))
 	}
 }

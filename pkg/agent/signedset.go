@@ -22,12 +22,13 @@ const maxTold = 10
 // key can only tighten.
 type signedSets struct {
 	dir    string             // where the signatures are
+	name   string             // of the ResourceSet that the node's own configuration names: sets for other nodes have others
 	pinned []policy.PublicKey // of the node's own configuration; they sign the first set, and any later one
 	now    func() time.Time   // wall clock
 }
 
-// admit gives nil for a set that is nowhere looser than the last one, and for one that is signed, with a higher version, by as
-// many people as the last one asks for, with keys that the last one knows. last is nil for the first set of the node.
+// admit gives nil for a set that is nowhere looser than the last one, and for one of the node's name that is signed, with a
+// higher version, by as many people as the last one asks for, with keys that the last one knows. last is nil for the first set of the node.
 func (s *signedSets) admit(last, next *policy.Set) error {
 	looser := policy.Loosenings(last, next)
 	if len(looser) == 0 {
@@ -44,6 +45,10 @@ func (s *signedSets) signed(last, next *policy.Set) error {
 	refuse := func(hint, format string, args ...any) error {
 		return &policy.Error{File: file, Msg: "these resources are kept out: " + fmt.Sprintf(format, args...), Hint: hint, Err: ErrLooser}
 	}
+	if next.Name() != s.name {
+		return refuse("sign the set that is meant for this node with `sallyport policy sign`, or write the name into its configuration as policySet",
+			"they are the set %q, this node takes %q, and they are looser than what is in force", next.Name(), s.name)
+	}
 	if next.Version() <= last.Version() {
 		return refuse("raise the version of the ResourceSet, and sign it with `sallyport policy sign`",
 			"the version %d is not higher than %d, and they are looser than what is in force", next.Version(), last.Version())
@@ -52,20 +57,10 @@ func (s *signedSets) signed(last, next *policy.Set) error {
 	if err != nil {
 		return refuse("sign them with `sallyport policy sign`", "they are looser than what is in force, and not signed: %s", oneLine(err.Error()))
 	}
-	keys := append(last.Keyrings(), s.pinnedKeys())
-	if _, err := grant.VerifyResources(envelope, next, keys, last.Signers(), s.now()); err != nil {
+	if _, err := grant.VerifyResources(envelope, next, last.Keyrings(), s.pinned, last.Signers(), s.now()); err != nil {
 		return refuse("sign them with `sallyport policy sign`", "they are looser than what is in force, and %s", oneLine(err.Error()))
 	}
 	return nil
-}
-
-// pinnedKeys are those of the configuration, each as somebody of its own.
-func (s *signedSets) pinnedKeys() policy.Keyring {
-	ring := policy.Keyring{}
-	for _, k := range s.pinned {
-		ring.Spec.People = append(ring.Spec.People, policy.PinnedSigner(k))
-	}
-	return ring
 }
 
 func told(looser []policy.Loosening) (errs []error) {

@@ -25,7 +25,7 @@ func newOffice(t *testing.T) office {
 func (o office) node(t *testing.T) *directory {
 	t.Helper()
 	d := newDirectory(t)
-	d.signed = &signedSets{dir: d.dir, pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
+	d.signed = &signedSets{dir: d.dir, name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
 	d.write("a.yaml", loosen.InForce(o.carol.key.Public().String()))
 	d.sign(o.pinned)
 	must(t, d.load())
@@ -81,8 +81,8 @@ func TestNoKeyNoLoosening(t *testing.T) {
 			must(t, os.Remove(filepath.Join(d.dir, policy.SignatureFile)))
 			d.keeps(digest, "looser than what is in force", kind.Says, "sallyport policy sign")
 			newer := strings.Replace(text, "version: 4", "version: 5", 1)
-			if !strings.Contains(newer, "version: 5") {
-				return // no version that could be higher: nobody can sign it
+			if !strings.Contains(newer, "version: 5") || strings.Contains(newer, "{name: other}") {
+				return // no version that could be higher, or not this node's: nobody can sign it
 			}
 			d.write("a.yaml", newer)
 			d.sign(o.stranger)
@@ -133,7 +133,7 @@ func TestSignedSetsDoNotComeBack(t *testing.T) {
 func TestFirstSignedSet(t *testing.T) {
 	o := newOffice(t)
 	d := newDirectory(t)
-	d.signed = &signedSets{dir: d.dir, pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
+	d.signed = &signedSets{dir: d.dir, name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
 	text := loosen.InForce(o.carol.key.Public().String())
 	d.write("a.yaml", text)
 	for name, by := range map[string][]signer{"nobody": nil, "its own keyring": {o.carol}, "a stranger": {o.stranger}} {
@@ -159,24 +159,83 @@ func TestFirstSignedSet(t *testing.T) {
 	}
 }
 
-// TestRevokedKeysSignNothing: a key that a keyring revokes counts no more, also one of the configuration; nor does one that ended.
-func TestRevokedKeysSignNothing(t *testing.T) {
+// TestSetsOfOtherNodes: what was signed for other nodes, by the same people and with a higher version, is no set of this one: not
+// in the place of its own, and not as its first. Nodes whose configurations say the same name share a set.
+func TestSetsOfOtherNodes(t *testing.T) {
 	o := newOffice(t)
-	for name, change := range map[string]func(string) string{
-		"revoked": loosen.Swap(`revokedKeys: [`, fmt.Sprintf("revokedKeys: [%q, ", o.pinned.key.Public().ID())),
-		"ended":   loosen.Swap("uses: [resources]", "uses: [resources], notAfter: 2020-01-01T00:00:00Z"),
+	first := loosen.InForce(o.carol.key.Public().String())
+	looser := strings.NewReplacer("version: 4", "version: 9", "maxDuration: 15m", "maxDuration: 4h").Replace(first)
+	theirs := strings.Replace(looser, "{name: all}", "{name: lab}", 1)
+	const says = `they are the set "lab", this node takes "all"`
+
+	d := o.node(t)
+	digest := d.current().set.Digest()
+	d.write("a.yaml", theirs)
+	d.sign(o.carol, o.pinned)
+	d.keeps(digest, says, "policySet")
+	d.write("a.yaml", strings.Replace(looser, "{name: all}", "{}", 1))
+	d.reload()
+	if d.current().set.Digest() != digest {
+		t.Error("a set without a name is in force")
+	}
+
+	fresh := newDirectory(t)
+	fresh.signed = &signedSets{dir: fresh.dir, name: "all", pinned: d.signed.pinned, now: time.Now}
+	fresh.write("a.yaml", theirs)
+	fresh.sign(o.pinned)
+	if err := fresh.load(); err == nil || fresh.current() != nil || !contains(err.Error(), says) {
+		t.Errorf("the first set is that of other nodes: %v", err)
+	}
+
+	// Moved to the others by its configuration, it takes their set, and keeps its own until that is there.
+	d.write("a.yaml", first)
+	moved := d.restart()
+	moved.signed = &signedSets{dir: d.dir, name: "lab", pinned: d.signed.pinned, now: time.Now}
+	must(t, moved.load())
+	if lines := moved.problems.lines(); moved.current().set.Digest() != digest || len(lines) > 0 {
+		t.Errorf("before the move: %v", lines)
+	}
+	moved.write("a.yaml", theirs)
+	moved.sign(o.carol, o.pinned)
+	moved.reload()
+	if lines := moved.problems.lines(); moved.current().set.Name() != "lab" || len(lines) > 0 {
+		t.Errorf("moved: %v", lines)
+	}
+}
+
+// TestWhichKeysSignNothing: a key of the keyrings that one of them revokes, or that ended, counts no more. Keys of the
+// configuration count whatever the keyrings say: whoever holds no key can revoke, and would lock out everybody.
+func TestWhichKeysSignNothing(t *testing.T) {
+	o := newOffice(t)
+	revoke := func(s signer) func(string) string {
+		return loosen.Swap(`revokedKeys: [`, fmt.Sprintf("revokedKeys: [%q, ", s.key.Public().ID()))
+	}
+	for _, c := range []struct {
+		name   string
+		change func(string) string
+		taken  bool
+	}{
+		{"revoked", revoke(o.carol), false},
+		{"ended", loosen.Swap("uses: [resources]", "uses: [resources], notAfter: 2020-01-01T00:00:00Z"), false},
+		{"pinned, revoked", revoke(o.pinned), true},
 	} {
-		d := o.node(t)
-		text := change(loosen.InForce(o.carol.key.Public().String()))
-		d.write("a.yaml", text) // tighter
-		d.reload()
-		digest := d.current().set.Digest()
-		d.write("a.yaml", strings.NewReplacer("version: 4", "version: 5", "maxDuration: 15m", "maxDuration: 16m").Replace(text))
-		d.sign(o.carol, o.pinned)
-		d.keeps(digest, "1 of the 2 people")
-		if name == "" || len(d.problems.lines()) == 0 {
-			t.Errorf("%s: no problem", name)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			d := o.node(t)
+			text := c.change(loosen.InForce(o.carol.key.Public().String()))
+			d.write("a.yaml", text) // tighter
+			d.reload()
+			digest := d.current().set.Digest()
+			d.write("a.yaml", strings.NewReplacer("version: 4", "version: 5", "maxDuration: 15m", "maxDuration: 16m").Replace(text))
+			d.sign(o.carol, o.pinned)
+			if !c.taken {
+				d.keeps(digest, "1 of the 2 people")
+				return
+			}
+			d.reload()
+			if lines := d.problems.lines(); d.current().set.Version() != 5 || len(lines) > 0 {
+				t.Errorf("kept out: %v", lines)
+			}
+		})
 	}
 }
 
@@ -186,7 +245,7 @@ func TestCheckAsksForSignatures(t *testing.T) {
 	d := o.node(t)
 	cfg := policy.DefaultAgentConfig()
 	cfg.Spec.StateDir, cfg.Spec.Resources = filepath.Dir(d.verified), d.dir
-	cfg.Spec.PolicySignatures, cfg.Spec.PolicyKeys = policy.SignaturesRequired, d.signed.pinned
+	cfg.Spec.PolicySignatures, cfg.Spec.PolicyKeys, cfg.Spec.PolicySet = policy.SignaturesRequired, d.signed.pinned, d.signed.name
 	must(t, os.Rename(d.verified, verifiedFile(cfg)))
 	check := func() error {
 		set, err := policy.LoadDir(d.dir)

@@ -70,8 +70,9 @@ func (s said) refuse(format string, args ...any) error {
 // subject is the grant that a statement is about.
 type subject struct {
 	payload grant.Payload
-	people  []string        // who signed it, where the node activated it
+	people  []string        // whose signatures are on it, also those that counted for nothing, where the node activated it
 	row     *store.GrantRow // nil where it did not
+	ended   time.Time       // wall clock; zero while it is active
 }
 
 func (s subject) facts() policy.GrantFacts {
@@ -100,7 +101,7 @@ func (g *grants) State(ctx context.Context, statement, envelope []byte, actor st
 	if err != nil {
 		return nil, err
 	}
-	if err := entitled(s, about, e.set); err != nil {
+	if err := g.entitled(s, about, e.set); err != nil {
 		return nil, err
 	}
 	if err := g.recordStatement(ctx, s, about, actor); err != nil {
@@ -121,7 +122,11 @@ func (g *grants) subject(ctx context.Context, s said, envelope []byte) (subject,
 	row, err := g.store.Grant(ctx, s.Grant)
 	if err == nil && row.Digest == s.Digest {
 		about := subject{people: row.People, row: &row}
-		return about, json.Unmarshal(row.Payload, &about.payload)
+		if e := g.enforced(); e != nil { // a key may have come to the keyrings since
+			about.people = append(about.people, grant.SignedBy(row.Envelope, e.set.Keyrings())...)
+		}
+		about.ended, err = g.endedAt(ctx, row)
+		return about, errors.Join(err, json.Unmarshal(row.Payload, &about.payload))
 	}
 	if err != nil && !errors.Is(err, store.ErrNoGrant) {
 		return subject{}, err
@@ -140,7 +145,7 @@ func (g *grants) subject(ctx context.Context, s said, envelope []byte) (subject,
 }
 
 // entitled tells whether the person may say this of the grant.
-func entitled(s said, about subject, set *policy.Set) error {
+func (g *grants) entitled(s said, about subject, set *policy.Set) error {
 	facts := about.facts()
 	switch s.Step {
 	case grant.StepWithdrawn:
@@ -154,7 +159,7 @@ func entitled(s said, about subject, set *policy.Set) error {
 		}
 		return s.with(facts.UseOf(policy.UseApprove))
 	case grant.StepReviewed:
-		return entitledToReview(s, about, facts, set)
+		return errors.Join(entitledToReview(s, about, facts, set), g.reviewedInTime(s, about))
 	}
 	return &policy.Error{Field: "step", Msg: fmt.Sprintf("a statement that something is %s is no word about a grant alone", s.Step),
 		Hint: "hand it in with `sallyport grant activate` or `sallyport grant vouch`", Err: ErrOtherGrant}
@@ -172,6 +177,25 @@ func entitledToReview(s said, about subject, facts policy.GrantFacts, set *polic
 	}
 	return s.with(policy.UseApprove)
 }
+
+// reviewedInTime refuses a review that was signed before there was an end to look at, or with a clock that is ahead: one that
+// was kept ready would be no look at what was done.
+func (g *grants) reviewedInTime(s said, about subject) error {
+	now := g.clock.wall()
+	switch {
+	case about.ended.IsZero(): // it is refused for that
+		return nil
+	case s.At.Before(about.ended):
+		return &policy.Error{Field: "at", Msg: fmt.Sprintf("%s signed it at %s, and by this node's clock the grant ended at %s", s.By, exactly(s.At), exactly(about.ended)),
+			Hint: "look at what was done and sign anew; if you did, the clock where you sign is behind", Err: ErrNotEnded}
+	case s.At.Sub(now) > vouchSkew:
+		return &policy.Error{Field: "at", Msg: fmt.Sprintf("%s signed it at %s, and this node's clock says %s", s.By, exactly(s.At), exactly(now)),
+			Hint: "set the clock where you sign right, and sign anew", Err: ErrClockWrong}
+	}
+	return nil
+}
+
+func exactly(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
 func (s said) row() store.StatementRow {
 	return store.StatementRow{Digest: s.Digest, Step: string(s.Step), Grant: s.Grant, By: s.By, At: s.At, Why: s.Why, Envelope: s.envelope}

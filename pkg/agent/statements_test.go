@@ -104,9 +104,13 @@ func (b *testbed) asked(c crew, people string, change func(*grant.Payload)) []by
 	p := b.signer.payload(b.t, func(p *grant.Payload) {
 		p.Requester = names[0]
 		p.NotBefore, p.NotAfter = p.NotBefore.Add(b.truth), p.NotAfter.Add(b.truth)
-		p.ID, _ = grant.NewID(time.Now().Add(b.truth))
 		if change != nil {
 			change(p)
+		}
+		if p.ID == "" {
+			named, err := p.Named(time.Now().Add(b.truth))
+			must(b.t, err)
+			*p = named
 		}
 	})
 	envelope, err := grant.Sign(b.t.Context(), p, c[names[0]])
@@ -120,16 +124,21 @@ func (b *testbed) asked(c crew, people string, change func(*grant.Payload)) []by
 
 func breakGlass(p *grant.Payload) { p.Kind = grant.BreakGlass }
 
-// says is a statement about an envelope.
-func (c crew) says(t *testing.T, who string, step grant.Step, envelope []byte) []byte {
+// says is a statement about an envelope, signed now by the clocks of people.
+func (b *testbed) says(c crew, who string, step grant.Step, envelope []byte) []byte {
+	b.t.Helper()
+	return c.says(b.t, who, step, envelope, time.Now().Add(b.truth))
+}
+
+func (c crew) says(t *testing.T, who string, step grant.Step, envelope []byte, at time.Time) []byte {
 	t.Helper()
 	p, err := grant.Peek(envelope)
 	must(t, err)
 	digest, err := grant.Digest(envelope)
 	must(t, err)
-	id, err := grant.NewID(time.Now())
+	id, err := grant.NewID(at)
 	must(t, err)
-	signed, err := grant.SignStatement(t.Context(), grant.Statement{ID: id, Step: step, Grant: p.ID, Digest: digest, By: who, At: time.Now(), Why: "as agreed"}, c[who])
+	signed, err := grant.SignStatement(t.Context(), grant.Statement{ID: id, Step: step, Grant: p.ID, Digest: digest, By: who, At: at, Why: "as agreed"}, c[who])
 	must(t, err)
 	return signed
 }
@@ -165,14 +174,14 @@ func TestWhoMaySayWhat(t *testing.T) {
 					row, err := l.Activate(t.Context(), envelope, "uid:0")
 					must(t, err)
 					if id = row.ID; s.step == grant.StepReviewed {
-						if _, err := l.State(t.Context(), c.says(t, who, s.step, envelope), nil, "uid:0"); err == nil {
+						if _, err := l.State(t.Context(), b.says(c, who, s.step, envelope), nil, "uid:0"); err == nil {
 							t.Errorf("%s: before its end", name)
 						}
 						_, err = l.Revoke(t.Context(), id, "", "uid:0")
 						must(t, err)
 					}
 				}
-				row, err := l.State(t.Context(), c.says(t, who, s.step, envelope), envelope, "uid:0")
+				row, err := l.State(t.Context(), b.says(c, who, s.step, envelope), envelope, "uid:0")
 				may := slices.Contains(strings.Fields(s.may[kind]), who)
 				if (err == nil) != may || err != nil && !contains(toStatus(err).Error(), "hint: ") {
 					t.Errorf("%s: %v, want allowed %v", name, err, may)
@@ -204,16 +213,16 @@ func TestStatementsAreFinal(t *testing.T) {
 	b, c := crewed(t)
 	l := b.begin()
 	waiting := b.asked(c, "alice bob", nil)
-	_, err := l.State(t.Context(), c.says(t, "carol", grant.StepDenied, waiting), waiting, "uid:0")
+	_, err := l.State(t.Context(), b.says(c, "carol", grant.StepDenied, waiting), waiting, "uid:0")
 	must(t, err)
-	if _, err := l.State(t.Context(), c.says(t, "bob", grant.StepDenied, waiting), waiting, "uid:0"); !errors.Is(err, store.ErrStated) {
+	if _, err := l.State(t.Context(), b.says(c, "bob", grant.StepDenied, waiting), waiting, "uid:0"); !errors.Is(err, store.ErrStated) {
 		t.Errorf("denied twice: %v", err)
 	}
 	live := b.asked(c, "alice bob", nil)
 	row, err := l.Activate(t.Context(), live, "uid:0")
 	must(t, err)
 	// The statement is durable, and then the agent dies: the path is still open.
-	s, err := l.hear(c.says(t, "alice", grant.StepWithdrawn, live), l.enforced())
+	s, err := l.hear(b.says(c, "alice", grant.StepWithdrawn, live), l.enforced())
 	must(t, err)
 	about, err := l.subject(t.Context(), s, nil)
 	must(t, err)
@@ -246,7 +255,7 @@ func TestStatementsAboutOthers(t *testing.T) {
 	l := b.begin()
 	defer l.kill()
 	one, other := b.asked(c, "alice bob", nil), b.asked(c, "alice bob", func(p *grant.Payload) { p.Duration = time.Second })
-	denied := c.says(t, "carol", grant.StepDenied, one)
+	denied := b.says(c, "carol", grant.StepDenied, one)
 	for _, x := range []struct {
 		name                string
 		statement, envelope []byte
@@ -293,7 +302,7 @@ func TestStatementsAboutOthers(t *testing.T) {
 	// Whoever is on a deny list is not heard at all.
 	b.use(c.resources("15m") + "---\napiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: left}\nspec: {reason: left the company, people: [carol]}\n")
 	third := b.asked(c, "alice bob", nil)
-	if _, err := l.State(t.Context(), c.says(t, "carol", grant.StepDenied, third), third, "uid:0"); !errors.Is(err, ErrNotYours) || !contains(err.Error(), "left the company") {
+	if _, err := l.State(t.Context(), b.says(c, "carol", grant.StepDenied, third), third, "uid:0"); !errors.Is(err, ErrNotYours) || !contains(err.Error(), "left the company") {
 		t.Errorf("denied by somebody who is denied: %v", err)
 	}
 }

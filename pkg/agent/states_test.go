@@ -90,7 +90,7 @@ func (w *stateWorld) happen(event string) (err error) {
 }
 
 func (w *stateWorld) say(who string, step grant.Step) error {
-	_, err := w.State(w.t.Context(), w.crew.says(w.t, who, step, w.envelope), w.envelope, "uid:0")
+	_, err := w.State(w.t.Context(), w.says(w.crew, who, step, w.envelope), w.envelope, "uid:0")
 	return err
 }
 

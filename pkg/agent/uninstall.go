@@ -87,7 +87,7 @@ func (u *uninstall) run(ctx context.Context) error {
 func (u *uninstall) record(ctx context.Context) error {
 	event, err := encodeEvent(newEvent(stepUninstalled, u.actor, "uninstall", u.clock))
 	if err == nil {
-		_, err = u.store.Append(ctx, event)
+		err = u.store.KeepUrgent(ctx, nil, event)
 	}
 	if err != nil {
 		return fmt.Errorf("record uninstall: %w", err)
@@ -122,7 +122,7 @@ func (u *uninstall) endGrants(ctx context.Context) error {
 
 func (u *uninstall) removeFiles() error {
 	var errs []error
-	for _, path := range []string{u.cfg.AgentSocket(), u.cfg.ProxySocket(), u.cfg.PolicyFile(), u.cfg.LockFile(), u.cfg.GuardFile(), witnessFile(u.cfg)} {
+	for _, path := range []string{u.cfg.AgentSocket(), u.cfg.ProxySocket(), u.cfg.PolicyFile(), u.cfg.LockFile(), u.cfg.GuardFile(), witnessFile(u.cfg), string(panicFile(u.cfg))} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove file: %w", err))
 		}

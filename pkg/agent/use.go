@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -31,8 +32,9 @@ type use struct {
 	Busy    time.Duration        `json:"busy"` // of it, with traffic
 	Last    time.Duration        `json:"last"` // from activation to the last traffic
 	Clients map[netip.Addr]spent `json:"clients"`
-	Ports   []uint16             `json:"ports"`   // of the service, that flows were for
-	Granted []uint16             `json:"granted"` // those that they could have been for
+	Ports   []uint16             `json:"ports"`          // of the service, that flows were for
+	Granted []uint16             `json:"granted"`        // those that they could have been for
+	Ended   time.Time            `json:"ended,omitzero"` // wall clock; zero while it is active
 
 	looked  bool
 	changed bool          // since it was kept
@@ -115,36 +117,54 @@ func (u *use) note(id string) (store.Note, error) {
 // KeepUses makes the use of active grants durable, when it is time, some of them in each transaction: others want to write in
 // between. What could not be kept is kept the next time.
 func (g *grants) KeepUses(ctx context.Context) error {
+	if now := g.clock.boot(); now-g.usesKept >= keepUse {
+		g.usesKept = now
+	} else {
+		return nil
+	}
 	notes, err := g.changedUses()
-	for err == nil && len(notes) > 0 {
-		n := min(len(notes), endBatch)
-		err = g.store.Keep(ctx, notes[:n])
-		notes = notes[n:]
+	for batch := range slices.Chunk(notes, endBatch) {
+		err = errors.Join(err, g.store.Keep(ctx, batch))
 	}
 	return err
 }
 
-// changedUses are the uses that changed since they were kept, if it is time.
+// changedUses are the uses that changed since they were kept.
 func (g *grants) changedUses() (notes []store.Note, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if now := g.clock.boot(); now-g.usesKept >= keepUse {
-		g.usesKept = now
-	} else {
-		return nil, nil
-	}
-	for id, h := range g.active {
-		if !h.use.changed {
-			continue
+	err = inTurns(&g.mu, g.every(), func(h *held) error {
+		if !g.holds(h) || !h.use.changed {
+			return nil
 		}
-		n, err := h.use.note(id)
-		if err != nil {
-			return nil, err
+		n, err := h.use.note(h.row.ID)
+		if err == nil {
+			h.use.changed = false
+			notes = append(notes, n)
 		}
-		h.use.changed = false
-		notes = append(notes, n)
+		return err
+	})
+	return notes, err
+}
+
+// end notes when a grant ended: at its deadline at the latest, whoever noticed when. The first time stands.
+func (h *held) end(now time.Time) {
+	if h.use.Ended.IsZero() {
+		h.use.Ended = earlierOf(now, h.row.Deadline)
 	}
-	return notes, nil
+}
+
+// endedAt is when a grant ended, by the node's clock; zero while it is active. Where nobody has noted it, at its deadline.
+func (g *grants) endedAt(ctx context.Context, row store.GrantRow) (time.Time, error) {
+	if row.State == store.StateActive {
+		return time.Time{}, nil
+	}
+	notes, err := g.store.Notes(ctx, noteOfUse+row.ID)
+	for _, n := range notes {
+		var u use
+		if json.Unmarshal(n.Data, &u) == nil && !u.Ended.IsZero() {
+			return u.Ended, err
+		}
+	}
+	return row.Deadline, err
 }
 
 // uses reads what the store has, by grant. One that cannot be read is left out.
@@ -205,12 +225,20 @@ func (p *portUse) of(grant string) []uint16 {
 	return slices.Sorted(maps.Keys(p.by[grant]))
 }
 
-// keep forgets the grants that are over.
-func (p *portUse) keep(active map[string]*held) {
+// keep forgets the grants that are over. Who they are is asked after what is known: a grant that comes in between is kept.
+func (p *portUse) keep(active func() []*held) {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
+	over := maps.Clone(p.by)
+	p.mu.Unlock()
+	for _, h := range active() {
+		delete(over, h.row.ID)
+	}
+	p.mu.Lock()
 	defer p.mu.Unlock()
-	maps.DeleteFunc(p.by, func(grant string, _ map[uint16]bool) bool { return active[grant] == nil })
+	for grant := range over {
+		delete(p.by, grant)
+	}
 }

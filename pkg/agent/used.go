@@ -128,13 +128,12 @@ func (g *grants) used(ctx context.Context) ([]store.GrantRow, map[string]*use, e
 	if err != nil {
 		return nil, nil, err
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for id, h := range g.active {
+	err = inTurns(&g.mu, g.every(), func(h *held) error {
 		now := h.use.copied()
-		uses[id] = &now
-	}
-	return rows, uses, nil
+		uses[h.row.ID] = &now
+		return nil
+	})
+	return rows, uses, err
 }
 
 func (o *operators) usedGrant(row store.GrantRow, u *use) *api.UsedGrant {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
 // nearBudget is the part of a budget, in per cent, whose use is warned of.
@@ -74,34 +75,58 @@ func percent(used, most uint64) uint64 {
 	return used * 100 / most
 }
 
-// warn gives the warnings that are due: to the record, the log, the metrics, and to whoever watches. g.mu is held.
-func (g *grants) warn(ctx context.Context, h *held, before []time.Duration, paths []datapath.PathStatus, now time.Duration) error {
+// dueWarning is a warning that is to be given of a grant.
+type dueWarning struct {
+	*held
+	warning
+}
+
+// due are the warnings that were not given yet. g.mu is held.
+func (h *held) due(before []time.Duration, paths []datapath.PathStatus, now time.Duration) (due []dueWarning) {
 	left, life := h.ends()-now, h.row.Deadline.Sub(h.row.Activated)
 	for _, w := range warnings(left, life, before, paths) {
-		if slices.ContainsFunc(h.warned, func(old warning) bool { return old.key == w.key }) {
-			continue
+		if !slices.ContainsFunc(h.warned, func(old warning) bool { return old.key == w.key }) {
+			due = append(due, dueWarning{h, w})
 		}
-		if err := g.giveWarning(ctx, h, w); err != nil {
-			return err
+	}
+	return due
+}
+
+// warn gives warnings: to the record, many in one transaction, to the log, the metrics, and to whoever watches.
+func (g *grants) warn(ctx context.Context, due []dueWarning) error {
+	for batch := range slices.Chunk(due, endBatch) {
+		if err := g.warnSome(ctx, batch); err != nil {
+			return fmt.Errorf("record warning: %w", err)
 		}
 	}
 	return nil
 }
 
-func (g *grants) giveWarning(ctx context.Context, h *held, w warning) error {
-	event := newEvent(stepWarned, "agent", w.text, g.clock)
-	describe(event, h)
-	data, err := encodeEvent(event)
-	if err == nil {
-		_, err = g.store.Append(ctx, data)
+func (g *grants) warnSome(ctx context.Context, batch []dueWarning) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	batch = slices.DeleteFunc(batch, func(d dueWarning) bool { return !g.holds(d.held) || d.over != nil })
+	if len(batch) == 0 {
+		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("record warning: %w", err)
+	items := make([]store.Item, len(batch))
+	for i, d := range batch {
+		event := newEvent(stepWarned, "agent", d.text, g.clock)
+		describe(event, d.held)
+		batch[i].at = event.GetTime().AsTime()
+		var err error
+		if items[i].Data, err = encodeEvent(event); err != nil {
+			return err
+		}
 	}
-	w.at = event.GetTime().AsTime()
-	h.warned = append(h.warned, w)
-	g.events.count(stepWarned)
-	g.log.Warn("grant", "grant", h.row.ID, "service", h.payload.Service, "warning", w.text)
+	if _, err := g.store.AppendAll(ctx, items); err != nil {
+		return err
+	}
+	for _, d := range batch {
+		d.warned = append(d.warned, d.warning)
+		g.events.count(stepWarned)
+		g.log.Warn("grant", "grant", d.row.ID, "service", d.payload.Service, "warning", d.text)
+	}
 	g.kick()
 	return nil
 }

@@ -35,16 +35,14 @@ type watched struct {
 }
 
 // watched are the active grants, by their deadline.
-func (g *grants) watched() []watched {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	var out []watched
-	for _, h := range g.active {
-		if h.over == nil {
+func (g *grants) watched() (out []watched) {
+	_ = inTurns(&g.mu, g.every(), func(h *held) error {
+		if g.holds(h) && h.over == nil {
 			out = append(out, watched{row: h.row, limits: h.limits, ends: h.ends(), payload: h.payload, moved: h.use.moved, idle: g.policyOf(h).Idle(h.payload.IdleTimeout),
 				warned: slices.Clone(h.warned)})
 		}
-	}
+		return nil
+	})
 	slices.SortFunc(out, func(a, b watched) int { return a.row.Deadline.Compare(b.row.Deadline) })
 	return out
 }
@@ -86,10 +84,11 @@ func (o *operators) frame(ctx context.Context, before *api.WatchFrame) (*api.Wat
 	for _, f := range flows {
 		peers[f.Grant] = append(peers[f.Grant], f.Client.String())
 	}
+	carried := byGrant(paths)
 	wall, boot := o.clock.read()
 	frame := &api.WatchFrame{Time: timestamppb.New(wall), Panic: o.grants.standing()}
 	for _, w := range o.grants.watched() {
-		frame.Active = append(frame.Active, o.watched(w, paths, peers[w.row.ID], boot))
+		frame.Active = append(frame.Active, o.watched(w, carried[w.row.ID], peers[w.row.ID], boot))
 	}
 	frame.Ended, err = o.endedSince(ctx, before, frame)
 	return frame, err
@@ -102,9 +101,7 @@ func (o *operators) watched(w watched, paths []datapath.PathStatus, peers []stri
 	out.Grant.IdleTimeout = span(w.idle)
 	showLimits(out.Grant, w.limits)
 	for _, p := range paths {
-		if p.Grant == w.row.ID {
-			out.Paths = append(out.Paths, describePath(p, o.clock))
-		}
+		out.Paths = append(out.Paths, describePath(p, o.clock))
 	}
 	for _, one := range w.warned {
 		out.Warnings = append(out.Warnings, &api.Warning{Time: timestamppb.New(one.at), Text: one.text})

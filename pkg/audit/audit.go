@@ -102,12 +102,15 @@ type Streamer struct {
 	state    connState
 	queue    queue
 
+	unsettled unsettled // owned by whoever writes the queue
+
 	wakeSend    chan struct{} // capacity 1: there may be something to send
 	wakeReserve chan struct{} // capacity 1: numbers are running low
 	wakeWrite   chan struct{} // capacity 1: the queue is not empty
 }
 
-// New takes over where the process before ended, and reports durably what it took with it.
+// New takes over where the process before ended, and reports durably what it took with it: before anything else, once the
+// disk takes it.
 func New(cfg Config) (*Streamer, error) {
 	if cfg.Store == nil || cfg.Node == "" {
 		return nil, errors.New("create audit stream: store and node are needed")
@@ -135,16 +138,26 @@ func New(cfg Config) (*Streamer, error) {
 }
 
 func (s *Streamer) takeOver(ctx context.Context) error {
-	if err := settleQueue(ctx, s.cfg.Store); err != nil {
+	var err error
+	if s.unsettled, err = readUnsettled(ctx, s.cfg.Store); err != nil {
 		return err
 	}
-	s.queue = queue{taken: s.cfg.Store.Queued(), room: make(chan struct{})}
+	s.queue = queue{taken: s.unsettled.queued, room: make(chan struct{})}
 	st, err := s.cfg.Store.Flow(ctx)
 	if err != nil {
 		return err
 	}
 	s.buf, s.block = restore(st, s.cfg.FlowBuffer, time.Now()), minBlock
-	return s.reserve(ctx)
+	for _, err := range []error{s.settleQueue(ctx), s.reserve(ctx)} {
+		switch {
+		case store.Unwritable(err): // it is tried again
+			wake(s.wakeWrite)
+			wake(s.wakeReserve)
+		case err != nil:
+			return err
+		}
+	}
+	return nil
 }
 
 // Flow takes a record in and never blocks. Opens of bypassed flows go to the critical class while

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -51,6 +52,9 @@ func (s *Streamer) runQueue(ctx context.Context) {
 
 // writeQueue makes durable what waits. On an error all of it waits again.
 func (s *Streamer) writeQueue(ctx context.Context) error {
+	if err := s.settleQueue(ctx); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	batch := s.queue.waiting
 	s.queue.waiting, s.queue.writing = nil, len(batch)
@@ -87,32 +91,43 @@ func (s *Streamer) appendFlows(ctx context.Context, batch []flow.Record) error {
 	return err
 }
 
-// settleQueue reports what the process before had taken in and not made durable.
-func settleQueue(ctx context.Context, st *store.Store) error {
+// unsettled is what the process before had taken in and not made durable, to be told before anything else is.
+type unsettled struct {
+	items  []store.Item
+	queued uint64 // ever, when it was read
+}
+
+func readUnsettled(ctx context.Context, st *store.Store) (unsettled, error) {
+	u := unsettled{queued: st.Queued()}
 	n, unsure, err := st.Unsettled(ctx)
 	if err != nil {
-		return err
+		return u, err
 	}
-	var items []store.Item
 	add := func(n uint64, atMost bool) error {
 		data, err := proto.Marshal(&api.Entry{Record: &api.Entry_Loss{Loss: &api.LossRecord{
 			Stage: StageAgentMemory, Cause: CauseAgentRestart, Count: n, To: timestamp(time.Now()), AtMost: atMost,
 		}}})
-		items = append(items, store.Item{Data: data, Numbers: n})
+		u.items = append(u.items, store.Item{Data: data, Numbers: n})
 		return err
 	}
 	if n > 0 {
-		if err := add(n, false); err != nil {
-			return err
-		}
+		err = add(n, false)
 	}
 	if unsure {
-		if err := add(queueLimit, true); err != nil {
-			return err
-		}
+		err = errors.Join(err, add(queueLimit, true))
 	}
-	if len(items) == 0 {
+	return u, err
+}
+
+// settleQueue makes durable what the process before took with it. It is called by one goroutine at a time.
+func (s *Streamer) settleQueue(ctx context.Context) error {
+	if len(s.unsettled.items) == 0 {
 		return nil
 	}
-	return st.Settle(ctx, items)
+	err := s.cfg.Store.Settle(ctx, s.unsettled.items, s.unsettled.queued)
+	s.noteStore(ctx, err)
+	if err == nil {
+		s.unsettled.items = nil
+	}
+	return err
 }

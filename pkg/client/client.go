@@ -10,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"syscall"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -24,8 +25,9 @@ type connection struct {
 	*grpc.ClientConn
 	address string
 
-	mu     sync.Mutex
-	failed error // of the latest dial, or nil
+	mu      sync.Mutex
+	failed  error // of the latest dial, or nil
+	reached bool  // a dial succeeded, or was refused: somebody is there
 }
 
 // connect prepares a connection to address, which is host:port or unix:PATH. Nothing is dialled
@@ -53,8 +55,15 @@ func (c *connection) dial(ctx context.Context, address string) (net.Conn, error)
 	conn, err := d.DialContext(ctx, network, address)
 	c.mu.Lock()
 	c.failed = err
+	c.reached = c.reached || err == nil || errors.Is(err, syscall.ECONNREFUSED)
 	c.mu.Unlock()
 	return conn, err
+}
+
+func (c *connection) isReached() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reached
 }
 
 func (c *connection) dialError() error {

@@ -14,6 +14,9 @@ import (
 var (
 	// ErrUnreachable says that the other side gave no answer.
 	ErrUnreachable = errors.New("no answer")
+	// ErrNotReached says, beside ErrUnreachable, that no connection came about and nobody refused one: there is no way to
+	// that address from here, or nobody has it.
+	ErrNotReached = errors.New("not reached")
 	// ErrForbidden says that the other side does not serve this caller.
 	ErrForbidden = errors.New("caller is not allowed")
 	// ErrRefused says that the other side understood the request and said no.
@@ -30,7 +33,7 @@ type CallError struct {
 	Op string
 	// Address is who was asked: host:port or unix:PATH.
 	Address string
-	// Kind is one of the sentinels of this package, or nil.
+	// Kind wraps one of the sentinels of this package or two, or is nil.
 	Kind error
 	// Message is the other side's own words, one problem per line; not yet safe for a terminal.
 	Message string
@@ -60,6 +63,9 @@ func (e *CallError) Unwrap() []error {
 func (c *connection) translate(op string, err error) error {
 	s := status.Convert(err)
 	e := &CallError{Op: op, Address: c.address, Kind: kind(s.Code()), Message: s.Message()}
+	if errors.Is(e.Kind, ErrUnreachable) && !c.isReached() {
+		e.Kind = errors.Join(ErrUnreachable, ErrNotReached)
+	}
 	if s.Code() != codes.Unavailable {
 		return e
 	}

@@ -34,6 +34,7 @@ type Hold struct {
 	stream api.Automation_HoldClient // guarded by mu
 	given  bool                      // guarded by mu; we gave it back
 	why    string                    // read after done is closed
+	lost   error                     // read after done is closed; nobody said that the path is closed
 }
 
 // OpenHold asks the agent at address, host:port, for a path, with the credentials of our SPIFFE identity. When it returns
@@ -70,7 +71,8 @@ func (h *Hold) Done() <-chan struct{} { return h.done }
 // Why tells, after Done, how the path ended, in the agent's words.
 func (h *Hold) Why() string { <-h.done; return h.why }
 
-// Close gives the path back. It is closed when Close returns without error. A path that has ended is no error.
+// Close gives the path back. It is closed when Close returns without error. A path that has ended is no error; that the agent could
+// not be asked, or could not close it, is one.
 func (h *Hold) Close(ctx context.Context) error {
 	h.mu.Lock()
 	h.given = true
@@ -83,6 +85,9 @@ func (h *Hold) Close(ctx context.Context) error {
 	}
 	h.cancel()
 	<-h.done
+	if err == nil {
+		err = h.lost
+	}
 	return errors.Join(err, h.conn.Close())
 }
 
@@ -116,10 +121,16 @@ func (h *Hold) follow(ctx context.Context) {
 		}
 		if h.isGiven() || ctx.Err() != nil {
 			h.why = "given back"
+			if !errors.Is(err, io.EOF) {
+				h.lost = h.conn.translate("give path back", err)
+			}
 			return
 		}
 		if err := h.takeUp(ctx); err != nil {
-			h.why = h.conn.translate("hold path", err).Error()
+			lost := h.conn.translate("hold path", err)
+			if h.why = lost.Error(); status.Code(err) != codes.NotFound { // else the agent says that it is over
+				h.lost = lost
+			}
 			return
 		}
 	}

@@ -75,7 +75,11 @@ type Datapath struct {
 	gen      uint32
 	free     []uint32 // free path slots, last used first
 	live     map[uint32]Path
-	shut     bool // OpenPath refuses
+
+	// opening is held by who opens a path, which writes maps and does nothing else, and is taken after mu. Shut takes it
+	// alone: mu may be held by somebody who waits for a device.
+	opening sync.Mutex
+	shut    bool // guarded by opening; OpenPath refuses
 }
 
 // objects are the programs and maps, without the variables that only keep types in the BTF.

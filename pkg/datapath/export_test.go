@@ -54,6 +54,12 @@ func (d *Datapath) LinkIDs() (map[string]uint32, error) {
 	return ids, nil
 }
 
+// Occupy holds the datapath's lock, as who waits for a device does, until release.
+func (d *Datapath) Occupy() (release func()) {
+	d.mu.Lock()
+	return d.mu.Unlock
+}
+
 // DetachBackstop takes a part of the backstop off its place, as others could.
 func DetachBackstop(d *Datapath, program string) error {
 	d.mu.Lock()

@@ -25,6 +25,8 @@ func isMissing(err error) bool { return errors.Is(err, ebpf.ErrKeyNotExist) }
 func (d *Datapath) OpenPath(p Path) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.opening.Lock()
+	defer d.opening.Unlock()
 	if d.shut {
 		return 0, fmt.Errorf("open path: %w", ErrShut)
 	}

@@ -14,10 +14,11 @@ var ErrShut = errors.New("paths are shut")
 
 // Shut ends every open path, whoever opened it, and has OpenPath refuse until Reopen. When it returns without error no path
 // is open, and its flows have ended. The states of all of them go into the kernel in one call; a path that cannot be ended
-// with the others is tried by itself, and the error tells of each that is still open.
+// with the others is tried by itself, and the error tells of each that is still open. It waits for nobody but an OpenPath
+// that has begun.
 func (d *Datapath) Shut() (ended int, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.opening.Lock()
+	defer d.opening.Unlock()
 	d.shut = true
 	slots, err := d.openSlots()
 	if err != nil || len(slots) == 0 {
@@ -42,8 +43,8 @@ func (d *Datapath) Shut() (ended int, err error) {
 
 // Reopen lets OpenPath open paths again. Nothing that Shut ended comes back.
 func (d *Datapath) Reopen() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.opening.Lock()
+	defer d.opening.Unlock()
 	d.shut = false
 }
 

@@ -24,6 +24,7 @@ type wire struct {
 	Addresses    []string `json:"addresses"`
 	ClientPort   uint16   `json:"clientPort,omitempty"`
 	Cgroup       uint64   `json:"cgroup,omitempty"`
+	Device       uint32   `json:"device,omitempty"`
 	Ports        []uint16 `json:"ports,omitempty"`
 	NotBefore    string   `json:"notBefore"`
 	NotAfter     string   `json:"notAfter"`
@@ -83,7 +84,7 @@ func (p *Payload) UnmarshalJSON(data []byte) error {
 // payload reads the text forms, and gives every one that is wrong.
 func (w wire) payload() (Payload, error) {
 	p := Payload{
-		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
+		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Device: w.Device, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Template: w.Template,
 		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
 	}
@@ -124,7 +125,7 @@ func (v *validation) parseTime(field, s string) time.Time {
 func (p Payload) canonical() ([]byte, error) {
 	w := wire{
 		ID: p.ID, Kind: p.Kind, Requester: p.Requester, Service: p.Service, Binding: p.Binding,
-		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Ports: p.Ports,
+		Addresses: make([]string, 0, len(p.Addresses)), ClientPort: p.ClientPort, Cgroup: p.Cgroup, Device: p.Device, Ports: p.Ports,
 		NotBefore: p.NotBefore.UTC().Format(time.RFC3339Nano),
 		NotAfter:  p.NotAfter.UTC().Format(time.RFC3339Nano),
 		Duration:  policy.Duration{Duration: p.Duration}.String(),

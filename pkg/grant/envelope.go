@@ -27,6 +27,18 @@ const (
 type Verified struct {
 	Payload Payload
 	Signers []policy.Signer
+	// Besides are people who signed it with a key that counts no more: they approve nothing, but had a part in it.
+	Besides []string
+}
+
+// People are all who had a part in it, each once.
+func (v Verified) People() (people []string) {
+	for _, s := range v.Signers {
+		people = append(people, s.Person)
+	}
+	people = append(people, v.Besides...)
+	slices.Sort(people)
+	return slices.Compact(people)
 }
 
 // Facts are what policy looks at. nodeAddresses are the node's own, now is the time of activation, or zero where nobody
@@ -60,6 +72,9 @@ func (p Payload) validateSigned() error {
 	if p.Binding != policy.BindingAddress && policy.CheckBinding(p.Binding) == nil {
 		err = errors.Join(err, refuse("binding", ErrInvalid, "have the workload ask for it itself: `sallyport exec`",
 			"a path that is bound to a %s is not signed for", p.Binding))
+	}
+	if p.Device != 0 {
+		err = errors.Join(err, refuse("device", ErrInvalid, "leave it out", "only a workload asks from a device"))
 	}
 	return err
 }
@@ -116,7 +131,7 @@ func Verify(envelope []byte, keys []policy.Keyring, now time.Time) (Verified, er
 	if err != nil {
 		return Verified{}, err
 	}
-	signers, err := verifySignatures(env.Signatures, dsse.PAE(PayloadType, body), keys, now)
+	signers, besides, err := verifySignatures(env.Signatures, dsse.PAE(PayloadType, body), policy.KnownKeys(keys), now)
 	if err != nil {
 		return Verified{}, err
 	}
@@ -124,7 +139,7 @@ func Verify(envelope []byte, keys []policy.Keyring, now time.Time) (Verified, er
 	if err != nil {
 		return Verified{}, err
 	}
-	return Verified{Payload: p, Signers: signers}, nil
+	return Verified{Payload: p, Signers: signers, Besides: besides}, nil
 }
 
 // Peek reads the payload of an envelope without looking at its signatures. It is for showing what a
@@ -135,6 +150,23 @@ func Peek(envelope []byte) (Payload, error) {
 		return Payload{}, err
 	}
 	return parsePayload(body)
+}
+
+// SignedBy gives everybody whose signature is on an envelope, by the keys that the keyrings have, whether these count or not.
+// It is for telling who had a part in it; nothing is allowed by it.
+func SignedBy(envelope []byte, keys []policy.Keyring) (people []string) {
+	env, body, err := open(envelope)
+	if err != nil {
+		return nil
+	}
+	known, message := policy.KnownKeys(keys), dsse.PAE(PayloadType, body)
+	for _, s := range env.Signatures {
+		key, ok := known[s.KeyID]
+		if sig, err := decode64(s.Sig); ok && err == nil && key.PublicKey.Verify(message, sig) {
+			people = append(people, key.Person)
+		}
+	}
+	return people
 }
 
 // open takes an envelope apart. Its JSON must be what we would write, but for spaces: a key given
@@ -169,44 +201,49 @@ func openType(envelope []byte, payloadType, hint string) (dsse.Envelope, []byte,
 	return env, body, nil
 }
 
-// decode64 takes the two base64 alphabets that DSSE allows.
+// decode64 takes the one spelling of every value that we write, so that no byte of an envelope can be changed.
 func decode64(s string) ([]byte, error) {
-	e := dsse.Envelope{Payload: s}
-	return e.DecodeB64Payload()
+	raw, err := base64.StdEncoding.Strict().DecodeString(s)
+	if err == nil && base64.StdEncoding.EncodeToString(raw) != s {
+		err = base64.CorruptInputError(0) // it reads past ends of lines
+	}
+	return raw, err
 }
 
-// verifySignatures gives the signers, or what is wrong with each signature if there are none.
-func verifySignatures(sigs []dsse.Signature, message []byte, keys []policy.Keyring, now time.Time) ([]policy.Signer, error) {
+// verifySignatures gives the signers, and beside them people whose keys count no more; or what is wrong with each signature if
+// there are no signers.
+func verifySignatures(sigs []dsse.Signature, message []byte, known map[string]policy.KnownKey, now time.Time) (signers []policy.Signer, besides []string, err error) {
 	if len(sigs) == 0 || len(sigs) > maxSignatures {
-		return nil, refuse("signatures", ErrMalformed, "sign it once with `sallyport grant issue`",
+		return nil, nil, refuse("signatures", ErrMalformed, "sign it once with `sallyport grant issue`",
 			"has %d signatures, want 1 to %d", len(sigs), maxSignatures)
 	}
-	known := policy.KnownKeys(keys)
 	seen := map[string]bool{}
-	var signers []policy.Signer
 	var uncounted []error
 	for i, s := range sigs {
 		field := fmt.Sprintf("signatures[%d]", i)
 		if seen[s.KeyID] {
-			return nil, refuse(field+".keyid", ErrMalformed, "remove one of them", "the key %q has signed twice", s.KeyID)
+			return nil, nil, refuse(field+".keyid", ErrMalformed, "remove one of them", "the key %q has signed twice", s.KeyID)
 		}
 		seen[s.KeyID] = true
 		signer, err := verifyOne(field, s, message, known, now)
 		switch {
-		case errors.Is(err, ErrUnknownKey) || errors.Is(err, ErrKeyExpired) || errors.Is(err, ErrKeyRevoked):
+		case errors.Is(err, ErrUnknownKey):
 			uncounted = append(uncounted, err)
+		case errors.Is(err, ErrKeyExpired) || errors.Is(err, ErrKeyRevoked):
+			uncounted, besides = append(uncounted, err), append(besides, signer.Person)
 		case err != nil:
-			return nil, err
+			return nil, nil, err
 		default:
 			signers = append(signers, signer)
 		}
 	}
 	if len(signers) == 0 {
-		return nil, errors.Join(uncounted...)
+		return nil, nil, errors.Join(uncounted...)
 	}
-	return signers, nil
+	return signers, besides, nil
 }
 
+// verifyOne gives whose signature it is; with ErrKeyExpired and ErrKeyRevoked, too.
 func verifyOne(field string, s dsse.Signature, message []byte, known map[string]policy.KnownKey, now time.Time) (policy.Signer, error) {
 	key, ok := known[s.KeyID]
 	if !ok {
@@ -218,12 +255,13 @@ func verifyOne(field string, s dsse.Signature, message []byte, known map[string]
 		return policy.Signer{}, refuse(field+".sig", ErrSignature, "issue the grant again: it was changed after it was signed",
 			"does not verify under the key %s of %s", s.KeyID, key.Person)
 	}
+	by := policy.Signer{Person: key.Person, KeyID: s.KeyID, Uses: key.Uses}
 	switch {
 	case key.Revoked:
-		return policy.Signer{}, refuse(field+".keyid", ErrKeyRevoked, "sign with another key", "the key %s of %s is revoked", s.KeyID, key.Person)
+		return by, refuse(field+".keyid", ErrKeyRevoked, "sign with another key", "the key %s of %s is revoked", s.KeyID, key.Person)
 	case key.Ended(now):
-		return policy.Signer{}, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
+		return by, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
 			"the key %s of %s ended at %s", s.KeyID, key.Person, stamp(key.Until))
 	}
-	return policy.Signer{Person: key.Person, KeyID: s.KeyID, Uses: key.Uses}, nil
+	return by, nil
 }

@@ -138,6 +138,9 @@ func TestFacts(t *testing.T) {
 func TestVerifySignatures(t *testing.T) {
 	good, other := newForger(t), newForger(t)
 	body := mustJSON(t, goodPayload())
+	for !strings.ContainsAny(good.signature(body).Sig, "+/") {
+		good = newForger(t) // one in ten has no letter that the alphabets differ in
+	}
 	tampered := bytes.Replace(body, []byte("10.1.0.2"), []byte("10.1.0.3"), 1)
 	bad := good.signature(tampered)
 	noise := dsse.Signature{KeyID: "sp:ffffffffffffffff", Sig: "AAAA"}
@@ -145,6 +148,8 @@ func TestVerifySignatures(t *testing.T) {
 	wrongName.KeyID = good.public.ID()
 	urlSafe := good.signature(body)
 	urlSafe.Sig = strings.NewReplacer("+", "-", "/", "_").Replace(urlSafe.Sig)
+	twoLines := good.signature(body)
+	twoLines.Sig = twoLines.Sig[:40] + "\n" + twoLines.Sig[40:]
 	odd := good.signature(body)
 	odd.Sig = "not base64"
 	for _, c := range []struct {
@@ -155,7 +160,8 @@ func TestVerifySignatures(t *testing.T) {
 		field    string
 	}{
 		{"good", body, []dsse.Signature{good.signature(body)}, nil, ""},
-		{"base64 for URLs", body, []dsse.Signature{urlSafe}, nil, ""},
+		{"base64 for URLs", body, []dsse.Signature{urlSafe}, grant.ErrSignature, "signatures[0].sig"},
+		{"base64 in two lines", body, []dsse.Signature{twoLines}, grant.ErrSignature, "signatures[0].sig"},
 		{"unknown key beside a good one", body, []dsse.Signature{noise, good.signature(body)}, nil, ""},
 		{"tampered payload", tampered, []dsse.Signature{good.signature(body)}, grant.ErrSignature, "signatures[0].sig"},
 		{"signature of another payload", body, []dsse.Signature{bad}, grant.ErrSignature, "signatures[0].sig"},
@@ -307,16 +313,14 @@ func TestVerifyEnvelope(t *testing.T) {
 func TestEveryChangedByteIsRefused(t *testing.T) {
 	f := newForger(t)
 	good := f.envelope(mustJSON(t, goodPayload()))
-	want, err := grant.Verify(good, f.keyring(), now)
-	if err != nil {
+	if _, err := grant.Verify(good, f.keyring(), now); err != nil {
 		t.Fatal(err)
 	}
 	for i := range good {
 		for bit := range 8 {
 			changed := slices.Clone(good)
 			changed[i] ^= 1 << bit
-			// A base64 letter of the other alphabet, or spare bits, say the same.
-			if v, err := grant.Verify(changed, f.keyring(), now); err == nil && !reflect.DeepEqual(v, want) {
+			if v, err := grant.Verify(changed, f.keyring(), now); err == nil {
 				t.Fatalf("bit %d of byte %d changed, and the grant says %+v", bit, i, v)
 			}
 		}

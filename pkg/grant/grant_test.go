@@ -259,6 +259,13 @@ func TestBindingsToSockets(t *testing.T) {
 			t.Errorf("%s: read back %+v, %v", c.name, again, err)
 		}
 	}
+	p := goodPayload()
+	p.Device = 7 // that of the pod that asked: nobody who signs asks from one
+	_, err := grant.Sign(t.Context(), p, newKey(t))
+	checkError(t, err, grant.ErrInvalid, "device")
+	forge := newForger(t)
+	_, err = grant.Verify(forge.envelope(mustJSON(t, p)), forge.keyring(), now)
+	checkError(t, err, grant.ErrInvalid, "device")
 }
 
 func TestValidateGivesAllErrors(t *testing.T) {

@@ -55,6 +55,9 @@ type Payload struct {
 	// Cgroup is the kernel's number of the control group whose sockets a workload's path serves; else 0. It means
 	// something on one node until that reboots.
 	Cgroup uint64
+	// Device is the kernel's number of the device of the pod that a workload asked from; 0: it asked from elsewhere. It means
+	// something on one node until that reboots.
+	Device uint32
 	Ports  []uint16 // of the service; empty: all of them
 	// NotBefore and NotAfter bound its activation, and no path lives past NotAfter.
 	NotBefore, NotAfter time.Time

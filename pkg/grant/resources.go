@@ -53,9 +53,9 @@ func SignResources(ctx context.Context, set *policy.Set, envelope []byte, k Sign
 	return addSignature(ctx, env, body, k)
 }
 
-// VerifyResources gives those who signed the set with a key that may sign resources, as the keyrings have it at now. At
-// least as many people as are wanted, or the error wraps ErrUnsigned.
-func VerifyResources(envelope []byte, set *policy.Set, keys []policy.Keyring, wanted int, now time.Time) ([]policy.Signer, error) {
+// VerifyResources gives those who signed the set with a key that may sign resources: as the keyrings have it at now, or one
+// that is pinned, of which no keyring says anything. At least as many people as are wanted, or the error wraps ErrUnsigned.
+func VerifyResources(envelope []byte, set *policy.Set, keys []policy.Keyring, pinned []policy.PublicKey, wanted int, now time.Time) ([]policy.Signer, error) {
 	env, body, err := openType(envelope, ResourcesType, resourcesHint)
 	if err != nil {
 		return nil, err
@@ -67,7 +67,11 @@ func VerifyResources(envelope []byte, set *policy.Set, keys []policy.Keyring, wa
 	if !bytes.Equal(body, want) {
 		return nil, refuse("payload", ErrUnsigned, resourcesHint, "the signatures are for other resources than these: %.200s, not %s", body, want)
 	}
-	signers, err := verifySignatures(env.Signatures, dsse.PAE(ResourcesType, body), keys, now)
+	known := policy.KnownKeys(keys)
+	for _, k := range pinned {
+		known[k.ID()] = policy.PinnedKey(k)
+	}
+	signers, _, err := verifySignatures(env.Signatures, dsse.PAE(ResourcesType, body), known, now)
 	if err != nil {
 		return nil, err
 	}

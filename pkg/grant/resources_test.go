@@ -84,7 +84,7 @@ func TestSignedResources(t *testing.T) {
 		{"changed", bytes.Replace(sign(set, "alice"), []byte(`"sig":"`), []byte(`"sig":"AAAA`), 1), 1, grant.ErrSignature},
 		{"huge", bytes.Repeat([]byte(" "), grant.MaxEnvelope+1), 1, grant.ErrMalformed},
 	} {
-		signers, err := grant.VerifyResources(c.envelope, set, set.Keyrings(), c.wanted, now)
+		signers, err := grant.VerifyResources(c.envelope, set, set.Keyrings(), nil, c.wanted, now)
 		if !errors.Is(err, c.err) || (err == nil) != (c.err == nil) || (err == nil) != (len(signers) >= c.wanted) {
 			t.Errorf("%s: %v by %v, want %v", c.name, err, signers, c.err)
 		}
@@ -135,7 +135,7 @@ spec: {version: 1, people: [{name: alice, keys: [{publicKey: "%s", uses: [resour
 	f.Add(bytes.Replace(good, []byte(`"sig":"`), []byte(`"sig":"\u0041`), 1))
 	f.Add(append(bytes.Clone(good), good...))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		signers, err := grant.VerifyResources(data, set, set.Keyrings(), 1, time.Unix(0, 0))
+		signers, err := grant.VerifyResources(data, set, set.Keyrings(), nil, 1, time.Unix(0, 0))
 		if err == nil {
 			var compact bytes.Buffer
 			if len(signers) != 1 || json.Compact(&compact, data) != nil || !bytes.Contains(compact.Bytes(), []byte(key.Public().ID())) {

@@ -150,7 +150,7 @@ func VerifyStatement(envelope []byte, keys []policy.Keyring, now time.Time) (Sta
 	if err != nil {
 		return Statement{}, nil, err
 	}
-	signers, err := verifySignatures(env.Signatures, dsse.PAE(StatementType, body), keys, now)
+	signers, _, err := verifySignatures(env.Signatures, dsse.PAE(StatementType, body), policy.KnownKeys(keys), now)
 	if err != nil {
 		return Statement{}, nil, err
 	}

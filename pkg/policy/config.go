@@ -24,8 +24,11 @@ type AgentConfigSpec struct {
 	Resources string `json:"resources" yaml:"resources"`
 	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required.
 	PolicySignatures string `json:"policySignatures" yaml:"policySignatures"`
-	// PolicyKeys are public keys that may sign resources whatever the keyrings say, and so the first set of a node. None; where
-	// signatures are required, at least one.
+	// PolicySet is the name of the ResourceSet that this node takes when it is signed, and takes no other: sets for other nodes
+	// have other names. None; where signatures are required, it has to be written.
+	PolicySet string `json:"policySet,omitempty" yaml:"policySet,omitempty"`
+	// PolicyKeys are public keys that may sign resources whatever the keyrings say, and so the first set of a node. No keyring
+	// revokes them. None; where signatures are required, at least one.
 	PolicyKeys []PublicKey `json:"policyKeys,omitempty" yaml:"policyKeys,omitempty"`
 	// Candidate is a directory of another set of resources, which is computed beside the one in force and decides nothing. Left
 	// out: none.

@@ -64,11 +64,17 @@ func (c *AgentConfig) validateSignatures(d *document) {
 	switch c.Spec.PolicySignatures {
 	case SignaturesOff:
 	case SignaturesRequired:
+		if c.Spec.PolicySet == "" {
+			d.report("spec.policySet", faultf("write the name of the ResourceSet that is signed for this node", "is missing, and policySignatures is required"))
+		}
 		if len(c.Spec.PolicyKeys) == 0 {
 			d.report("spec.policyKeys", faultf("list the public keys that may sign the first resources of the node", "is empty, and policySignatures is required"))
 		}
 	default:
 		d.report("spec.policySignatures", faultf("write off or required", "%q says not whether resources need signatures", c.Spec.PolicySignatures))
+	}
+	if c.Spec.PolicySet != "" {
+		d.report("spec.policySet", CheckName(c.Spec.PolicySet))
 	}
 	for i, k := range c.Spec.PolicyKeys {
 		if k.IsZero() {

@@ -28,11 +28,37 @@ func (l Loosening) String() string {
 	return l.Resource + ": " + l.Field + ": " + l.What
 }
 
+// Effect is what a change does to what a set allows.
+type Effect string
+
+// Effects of a change. Neither: it lets nobody do more or less.
+const (
+	Looser  Effect = "looser"
+	Tighter Effect = "tighter"
+	Neither Effect = "neither"
+)
+
+// Change is one thing in which two sets differ, in the words of a loosening.
+type Change struct {
+	Effect Effect `json:"effect"`
+	Loosening
+}
+
 // Loosenings lists what is looser in next than in old. A change that is not known to be tighter counts, and so does a
 // resource that is gone, whatever it was. Nil for old is a node that has none yet: everything is looser than nothing.
-func Loosenings(old, next *Set) []Loosening {
+func Loosenings(old, next *Set) (looser []Loosening) {
+	for _, c := range Changes(old, next) {
+		if c.Effect == Looser {
+			looser = append(looser, c.Loosening)
+		}
+	}
+	return looser
+}
+
+// Changes lists everything in which next differs from old, with what is looser as Loosenings has it.
+func Changes(old, next *Set) []Change {
 	if old == nil {
-		return []Loosening{{Resource: "the set", What: "is the first one of this node"}}
+		return []Change{{Looser, Loosening{Resource: "the set", What: "is the first one of this node"}}}
 	}
 	c := &comparison{}
 	before := map[string]resource{}
@@ -42,7 +68,11 @@ func Loosenings(old, next *Set) []Loosening {
 	for _, r := range next.resources() {
 		c.at = r.String()
 		if was, ok := before[r.String()]; ok {
+			told := len(c.found)
 			c.compare(was.value, r.value)
+			if len(c.found) == told && !same(was.value, r.value) {
+				c.note(Neither, "", "says the same in other words")
+			}
 		} else {
 			c.added(r.value)
 		}
@@ -62,17 +92,24 @@ func Loosenings(old, next *Set) []Loosening {
 // comparison is one of two sets on its way.
 type comparison struct {
 	at    string // the resource that is being looked at
-	found []Loosening
+	found []Change
 }
 
 func (c *comparison) loosen(field, format string, args ...any) {
-	c.found = append(c.found, Loosening{Resource: c.at, Field: field, What: fmt.Sprintf(format, args...)})
+	c.note(Looser, field, format, args...)
+}
+
+func (c *comparison) note(effect Effect, field, format string, args ...any) {
+	c.found = append(c.found, Change{effect, Loosening{Resource: c.at, Field: field, What: fmt.Sprintf(format, args...)}})
 }
 
 // added judges a resource that was not there. What only refuses is no loosening.
 func (c *comparison) added(r any) {
-	switch r.(type) {
-	case ProtectedService, DenyList, GrantTemplate:
+	switch r := r.(type) {
+	case ProtectedService:
+		c.note(ofModes(ProtectedService{Spec: ProtectedServiceSpec{Mode: ModeObserve}}, r), "", "is new")
+	case DenyList, GrantTemplate:
+		c.note(Tighter, "", "is new")
 	default:
 		c.loosen("", "is new")
 	}
@@ -95,10 +132,18 @@ func (c *comparison) compare(old, next any) {
 	}
 }
 
-// settle notes a change of a field if it is looser, and takes the field out of what rest looks at.
+// settle notes a change of a field, which is looser or tighter, and takes the field out of what rest looks at.
 func settle[T any](c *comparison, field string, old T, next *T, looser bool) {
 	if looser {
-		c.loosen(field, "%v became %v", shown(old), shown(*next))
+		became(c, Looser, field, old, next)
+	}
+	became(c, Tighter, field, old, next)
+}
+
+// became notes a change of a field, and settles it.
+func became[T any](c *comparison, effect Effect, field string, old T, next *T) {
+	if !same(old, *next) {
+		c.note(effect, field, "%v became %v", shown(old), shown(*next))
 	}
 	*next = old
 }
@@ -121,6 +166,9 @@ func written(v any) []byte { return encode([]resource{{value: v}}) }
 
 // shown is a value in one line.
 func shown(v any) string {
+	if p := reflect.ValueOf(v); p.Kind() == reflect.Pointer && p.IsNil() {
+		return "none"
+	}
 	switch v := v.(type) {
 	case time.Time:
 		if v.IsZero() {
@@ -150,27 +198,37 @@ func beyond[T any](old, next []T, covers func(a, b T) bool) (more []T) {
 	return more
 }
 
-// grows notes each entry of a list that no entry had covered, and settles the list.
+// grows notes each entry of a list that no entry had covered, and settles the list. What goes makes it tighter.
 func grows[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
-	for _, n := range beyond(old, *next, covers) {
-		c.loosen(field, "%v was added", shown(n))
-	}
+	moved(c, field, "was added", Looser, old, *next, covers)
+	moved(c, field, "was removed", Tighter, *next, old, covers)
 	*next = old
 }
 
-// shrinks notes each entry that no entry covers any more, and settles the list.
+// shrinks notes each entry that no entry covers any more, and settles the list. What comes makes it tighter.
 func shrinks[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
-	for _, o := range beyond(*next, old, covers) {
-		c.loosen(field, "%v was removed", shown(o))
-	}
+	moved(c, field, "was removed", Looser, *next, old, covers)
+	moved(c, field, "was added", Tighter, old, *next, covers)
 	*next = old
+}
+
+// moved notes what the list with has and the list without has not. What an entry of without covers has no effect.
+func moved[T any](c *comparison, field, how string, effect Effect, without, with []T, covers func(a, b T) bool) {
+	isSame := func(a, b T) bool { return same(a, b) }
+	for _, m := range beyond(without, with, isSame) {
+		if len(beyond(without, []T{m}, covers)) > 0 {
+			c.note(effect, field, "%v %s", shown(m), how)
+		} else {
+			c.note(Neither, field, "%v %s", shown(m), how)
+		}
+	}
 }
 
 // oneOf compares lists of which one has to hold, and of which an empty one asks for nothing.
 func oneOf[T any](c *comparison, field string, old []T, next *[]T, covers func(a, b T) bool) {
 	switch {
 	case len(old) == 0:
-		*next = old
+		settle(c, field, old, next, false)
 	case len(*next) == 0:
 		settle(c, field, old, next, true)
 	default:
@@ -198,13 +256,24 @@ func raised(old, next uint64) bool { return old != 0 && (next == 0 || next > old
 func (c *comparison) service(old, next ProtectedServiceSpec) {
 	shrinks(c, "spec.ports", old.Ports, &next.Ports, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, equal)
-	settle(c, "spec.mode", old.Mode, &next.Mode, ProtectedService{Spec: old}.Enforced() && !ProtectedService{Spec: next}.Enforced())
+	became(c, ofModes(ProtectedService{Spec: old}, ProtectedService{Spec: next}), "spec.mode", old.Mode, &next.Mode)
 	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
 	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
 	was, is := identities(c, old.Access), identities(c, next.Access)
 	grows(c, "spec.access", was, &is, coversPattern)
 	next.Access = old.Access
 	rest(c, "spec", old, next)
+}
+
+// ofModes is the effect of going over from one mode to another.
+func ofModes(old, next ProtectedService) Effect {
+	switch {
+	case old.Enforced() == next.Enforced():
+		return Neither
+	case next.Enforced():
+		return Tighter
+	}
+	return Looser
 }
 
 // identities are those of all rules: it does not matter which of them lets somebody in.
@@ -290,6 +359,9 @@ func (c *comparison) policy(old, next BypassPolicySpec) {
 	c.oversight(old, &next)
 	c.approvals(old.Approvals, &next.Approvals)
 	c.budget(old.MaxBudget, &next.MaxBudget)
+	if !same(old.Tests, next.Tests) {
+		c.note(Neither, "spec.tests", "are not what they were")
+	}
 	next.Tests = old.Tests // nothing follows from them on a node
 	rest(c, "spec", old, next)
 }
@@ -314,7 +386,11 @@ func (c *comparison) approvals(old []Approval, next *[]Approval) {
 			c.loosen("spec.approvals", "%s is not asked for any more", shown(o))
 			continue
 		}
+		became(c, Tighter, "spec.approvals", o, &left[i])
 		left = slices.Delete(left, i, i+1)
+	}
+	for _, n := range left {
+		c.note(Tighter, "spec.approvals", "%s is asked for now", shown(n))
 	}
 	*next = old
 }
@@ -322,8 +398,11 @@ func (c *comparison) approvals(old []Approval, next *[]Approval) {
 func (c *comparison) budget(old Budget, next *Budget) {
 	now := next.limits()
 	for i, was := range old.limits() {
-		if raised(was.value, now[i].value) {
-			c.loosen("spec.maxBudget."+was.field, "%s became %s", was.text(was.value), limitText(now[i]))
+		switch field := "spec.maxBudget." + was.field; {
+		case raised(was.value, now[i].value):
+			c.loosen(field, "%s became %s", was.text(was.value), limitText(now[i]))
+		case was.value != now[i].value:
+			c.note(Tighter, field, "%s became %s", limitText(was), limitText(now[i]))
 		}
 	}
 	*next = old
@@ -337,11 +416,17 @@ func limitText(l budgetLimit) string {
 }
 
 func (c *comparison) keyring(old, next KeyringSpec) {
-	settle(c, "spec.version", old.Version, &next.Version, next.Version < old.Version)
+	if next.Version < old.Version {
+		became(c, Looser, "spec.version", old.Version, &next.Version)
+	}
+	became(c, Neither, "spec.version", old.Version, &next.Version)
 	settle(c, "spec.notAfter", old.NotAfter, &next.NotAfter, laterEnd(old.NotAfter, next.NotAfter))
 	shrinks(c, "spec.revokedKeys", old.RevokedKeys, &next.RevokedKeys, equal)
 	for _, person := range next.People {
 		c.person(old.People, person)
+	}
+	for _, p := range beyond(next.People, old.People, func(a, b Person) bool { return a.Name == b.Name }) {
+		c.note(Tighter, "spec.people", "%s was removed", p.Name)
 	}
 	next.People = old.People
 	for _, g := range next.Groups {
@@ -352,6 +437,9 @@ func (c *comparison) keyring(old, next KeyringSpec) {
 		}
 		grows(c, "spec.groups."+g.Name, old.Groups[i].Members, &g.Members, equal)
 		rest(c, "spec.groups."+g.Name, old.Groups[i], g)
+	}
+	for _, g := range beyond(next.Groups, old.Groups, func(a, b Group) bool { return a.Name == b.Name }) {
+		c.note(Tighter, "spec.groups", "%s was removed", g.Name)
 	}
 	next.Groups = old.Groups
 	rest(c, "spec", old, next)
@@ -367,6 +455,9 @@ func (c *comparison) person(old []Person, next Person) {
 	field := "spec.people." + next.Name
 	for _, k := range next.Keys {
 		c.key(field, old[i].Keys, k)
+	}
+	for _, k := range beyond(next.Keys, old[i].Keys, func(a, b Key) bool { return a.PublicKey == b.PublicKey }) {
+		c.note(Tighter, field, "the key %s was removed", k.PublicKey.ID())
 	}
 	next.Keys = old[i].Keys
 	rest(c, field, old[i], next)
@@ -394,7 +485,7 @@ func (c *comparison) denyList(old, next DenyListSpec) {
 	shrinks(c, "spec.services", old.Services, &next.Services, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, AddressRange.covers)
 	shrinks(c, "spec.grants", old.Grants, &next.Grants, equal)
-	next.Reason = old.Reason
+	became(c, Neither, "spec.reason", old.Reason, &next.Reason)
 	rest(c, "spec", old, next)
 }
 

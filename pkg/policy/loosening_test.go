@@ -35,9 +35,56 @@ func TestLoosenings(t *testing.T) {
 		if !strings.Contains(strings.Join(said, "\n"), c.Says) {
 			t.Errorf("%s: %q, want %q", c.Name, said, c.Says)
 		}
+		wantEveryChange(t, c.Name, old, next)
 	}
 	if got := policy.Loosenings(nil, old); len(got) != 1 || !strings.Contains(got[0].String(), "first one of this node") {
 		t.Errorf("the first: %v", got)
+	}
+}
+
+// wantEveryChange holds that two sets that differ have a change to tell, in both directions.
+func wantEveryChange(t *testing.T, name string, old, next *policy.Set) {
+	t.Helper()
+	there, back := policy.Changes(old, next), policy.Changes(next, old)
+	if differ := old.Digest() != next.Digest(); differ != (len(there) > 0) || differ != (len(back) > 0) {
+		t.Errorf("%s: changes %v, and back %v", name, there, back)
+	}
+}
+
+// TestChanges: each change is told once, with what it does to what is allowed.
+func TestChanges(t *testing.T) {
+	inForce := loosen.InForce(carolKey)
+	old := mustParse(t, inForce)
+	for _, c := range []struct {
+		name   string
+		change func(string) string
+		want   string
+	}{
+		{"shorter", loosen.Swap("maxDuration: 15m", "maxDuration: 14m"), "tighter spec.maxDuration: 15m became 14m"},
+		{"longer", loosen.Swap("maxDuration: 15m", "maxDuration: 16m"), "looser spec.maxDuration: 15m became 16m"},
+		{"shut out", loosen.Swap(`"spiffe://example.org/app/web", `, ""), "tighter spec.access: spiffe://example.org/app/web was removed"},
+		{"pattern narrower", loosen.Swap(`"spiffe://example.org/ops/*"`, `"spiffe://example.org/ops/a"`),
+			"neither spec.access: spiffe://example.org/ops/a was added; tighter spec.access: spiffe://example.org/ops/* was removed"},
+		{"another", loosen.Swap(`"spiffe://example.org/app/web", `, `"spiffe://example.org/app/api", `),
+			"looser spec.access: spiffe://example.org/app/api was added; tighter spec.access: spiffe://example.org/app/web was removed"},
+		{"more approvals", loosen.Swap("{from: [bob], min: 1}", "{from: [bob], min: 1}, {from: [carol], min: 1}"), "tighter spec.approvals: from: - carol min: 1 is asked for now"},
+		{"tests", loosen.Swap("  notAfter: 2030-01-01T00:00:00Z\n---", "  notAfter: 2030-01-01T00:00:00Z\n  tests: [{name: n, expect: Refuse, service: postgres, requester: alice, addresses: [10.1.0.2], duration: 1m}]\n---"),
+			"neither spec.tests: are not what they were"},
+		{"mode left", loosen.Swap("target: Host, ports: [5432", "target: Host, mode: Shadow, ports: [5432"), "looser spec.mode: Enforce became Shadow"},
+		{"watched service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, mode: Observe, ports: [22]}\n"), "neither : is new"},
+		{"service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, ports: [22]}\n"), "tighter : is new"},
+		{"budget", loosen.Swap("bytes: 10GiB", "bytes: 9GiB"), "tighter spec.maxBudget.bytes: 10GiB became 9GiB"},
+		{"keyring newer", loosen.Swap("version: 3", "version: 4"), "neither spec.version: 3 became 4"},
+		{"member gone", loosen.Swap("members: [alice, bob]", "members: [bob]"), "tighter spec.groups.dba: alice was removed"},
+		{"deny list new", loosen.Plus("DenyList\nmetadata: {name: more}\nspec: {reason: r, people: [alice]}\n"), "tighter : is new"},
+	} {
+		var said []string
+		for _, change := range policy.Changes(old, mustParse(t, c.change(inForce))) {
+			said = append(said, fmt.Sprintf("%s %s: %s", change.Effect, change.Field, change.What))
+		}
+		if got := strings.Join(said, "; "); got != c.want {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
 	}
 }
 
@@ -101,9 +148,11 @@ func TestTightenings(t *testing.T) {
 		if text == inForce && c.name != "nothing" {
 			t.Errorf("%s: nothing was changed", c.name)
 		}
-		if got := policy.Loosenings(old, mustParse(t, text)); len(got) != 0 {
+		next := mustParse(t, text)
+		if got := policy.Loosenings(old, next); len(got) != 0 {
 			t.Errorf("%s: %v", c.name, got)
 		}
+		wantEveryChange(t, c.name, old, next)
 	}
 }
 
@@ -118,6 +167,10 @@ func TestModesLoosen(t *testing.T) {
 			looser := from == policy.ModeEnforce && to != policy.ModeEnforce
 			if got := policy.Loosenings(set(from), set(to)); (len(got) == 1) != looser || len(got) > 1 {
 				t.Errorf("%s to %s: %v", from, to, got)
+			}
+			effect := map[bool]policy.Effect{true: policy.Tighter, false: policy.Neither}[to == policy.ModeEnforce && !looser]
+			if got := policy.Changes(set(from), set(to)); !looser && from != to && (len(got) != 1 || got[0].Effect != effect) {
+				t.Errorf("%s to %s: %v, want %s", from, to, got, effect)
 			}
 		}
 	}

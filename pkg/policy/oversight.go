@@ -69,6 +69,6 @@ func (s *Set) BypassPolicy(name string) (BypassPolicy, error) {
 // oversight compares how two policies have active grants looked after. Warnings keep nobody out.
 func (c *comparison) oversight(old BypassPolicySpec, next *BypassPolicySpec) {
 	settle(c, "spec.idleTimeout", old.IdleTimeout, &next.IdleTimeout, raised(uint64(old.IdleTimeout.Duration), uint64(next.IdleTimeout.Duration)))
-	settle(c, "spec.warnBefore", old.WarnBefore, &next.WarnBefore, false)
+	became(c, Neither, "spec.warnBefore", old.WarnBefore, &next.WarnBefore)
 	shrinks(c, "spec.signals", old.Signals, &next.Signals, func(a, b SignalRule) bool { return same(a, b) })
 }

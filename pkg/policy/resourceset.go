@@ -3,7 +3,8 @@ package policy
 // SignatureFile is the file in a directory of resources that holds the signatures of their set.
 const SignatureFile = "resources.dsse"
 
-// ResourceSet speaks of the set that it is in. A set has at most one.
+// ResourceSet speaks of the set that it is in. A set has at most one. Its name tells sets for different nodes apart: where
+// signatures are required, a node takes what is signed for that name alone (AgentConfigSpec.PolicySet).
 type ResourceSet struct {
 	TypeMeta `yaml:",inline"`
 	Metadata `json:"metadata" yaml:"metadata"`
@@ -43,6 +44,14 @@ func (p *parser) checkOneSet() {
 	}
 }
 
+// Name is that of the ResourceSet; empty for a set without one.
+func (s *Set) Name() string {
+	if s == nil || len(s.sets) == 0 {
+		return ""
+	}
+	return s.sets[0].Name
+}
+
 // Version is that of the ResourceSet; 0 for a set without one.
 func (s *Set) Version() uint64 {
 	if s == nil || len(s.sets) == 0 {
@@ -59,7 +68,8 @@ func (s *Set) Signers() int {
 	return max(int(s.sets[0].Spec.Signers), 1)
 }
 
-// PinnedSigner is whoever holds a key that a node's configuration names: somebody of its own, who may sign resources.
-func PinnedSigner(k PublicKey) Person {
-	return Person{Name: "pinned " + k.ID(), Keys: []Key{{PublicKey: k, Uses: []Use{UseResources}}}}
+// PinnedKey is a key that a node's configuration names: of somebody of its own, who may sign resources. No keyring says
+// anything of it: it neither ends nor is revoked but by the configuration.
+func PinnedKey(k PublicKey) KnownKey {
+	return KnownKey{Key: Key{PublicKey: k, Uses: []Use{UseResources}}, Person: "pinned " + k.ID()}
 }

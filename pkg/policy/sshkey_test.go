@@ -133,7 +133,7 @@ func (k securityKey) Sign(m []byte) []byte {
 	return (&sshsig.Signature{Version: 1, PublicKey: k.PublicKey, Namespace: policy.SSHNamespace, HashAlgorithm: sshsig.HashSHA512, Signature: &sig}).Marshal()
 }
 
-func ed25519Device(t *testing.T) securityKey {
+func ed25519Device(t testing.TB) securityKey {
 	t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -148,7 +148,7 @@ func ed25519Device(t *testing.T) securityKey {
 	})
 }
 
-func ecdsaDevice(t *testing.T) securityKey {
+func ecdsaDevice(t testing.TB) securityKey {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -175,7 +175,7 @@ func ecdsaDevice(t *testing.T) securityKey {
 	})
 }
 
-func device(t *testing.T, wire []byte, sign func([]byte) ssh.Signature) securityKey {
+func device(t testing.TB, wire []byte, sign func([]byte) ssh.Signature) securityKey {
 	t.Helper()
 	public, err := ssh.ParsePublicKey(wire)
 	if err != nil {
@@ -198,4 +198,29 @@ func TestSecurityKeys(t *testing.T) {
 			t.Errorf("%s: a signature that nobody touched for verifies", d.Type())
 		}
 	}
+}
+
+// FuzzOpenSSH: whatever is given as a key has one spelling, and no signature but that of the message verifies under one.
+func FuzzOpenSSH(f *testing.F) {
+	for _, d := range []securityKey{ed25519Device(f), ecdsaDevice(f)} {
+		f.Add(wireText(d.Type(), d.Marshal()), d.Sign(message))
+		f.Add(wireText(d.Type(), d.Marshal()), d.Sign([]byte("let me in"))[:50])
+	}
+	f.Add("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFzHoGJjVDbS3ovA/TvKdUiaRQ2cmrnsXgAudf5t++Q/", []byte("SSHSIG\x00\x00\x00\x01"))
+	f.Add("ecdsa-sha2-nistp521 AAAA", []byte{})
+	f.Fuzz(func(t *testing.T, text string, sig []byte) {
+		key, err := policy.ParsePublicKey(text)
+		if err != nil {
+			if !key.IsZero() || key.Verify(message, sig) || strings.ContainsAny(err.Error(), "\r\n\x1b") {
+				t.Fatalf("%q: key %v, %q", text, key, err)
+			}
+			return
+		}
+		if key.String() != text {
+			t.Fatalf("%q is spelled %q", text, key)
+		}
+		if key.Verify([]byte("let me in"), sig) && key.Verify(message, sig) {
+			t.Fatalf("%x signs two messages under %s", sig, text)
+		}
+	})
 }

@@ -37,7 +37,7 @@ func (s *Store) Append(ctx context.Context, data []byte) (uint64, error) {
 // AppendAll adds critical entries in one durable transaction, all or none, and returns the sequence
 // number of the last.
 func (s *Store) AppendAll(ctx context.Context, items []Item) (last uint64, err error) {
-	err = s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err = s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		for _, it := range items {
 			if err := appendEntry(ctx, tx, h, it); err != nil {
 				return err
@@ -98,7 +98,7 @@ func (s *Store) Seqs(ctx context.Context) (last, acked uint64, err error) {
 // Ack removes the entries up to seq, which the collector has durably. The chain goes on from the
 // hash of the last one removed. ErrAhead if the store never gave out seq.
 func (s *Store) Ack(ctx context.Context, seq uint64) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		if seq > h.seq {
 			return fmt.Errorf("%w: %d of %d", ErrAhead, seq, h.seq)
 		}

@@ -13,10 +13,12 @@ import (
 )
 
 // countFile is one page, mapped shared: what is written to it is there for the next process, however
-// this one ends. The page is written whole when it is made, so that a full disk cannot take it away.
+// this one ends. The page is written whole when it is made, so that a full disk cannot take it away. While a disk does not
+// take the file, the page is in memory, and a kill loses it.
 type countFile struct {
-	mu   sync.Mutex
-	page []byte // nil after close
+	mu     sync.Mutex
+	page   []byte // nil after close
+	mapped bool
 }
 
 const (
@@ -56,13 +58,34 @@ func countHeader(epoch, boot string) []byte {
 	return page
 }
 
-// createCount puts a new count file in place of what is there.
-func createCount(path, boot string, h head) error {
+// countPage is what the counters are as far as the store knows.
+func countPage(boot string, h head) []byte {
 	page := countHeader(h.epoch, boot)
 	binary.NativeEndian.PutUint64(page[offWrites:], h.writes)
 	binary.NativeEndian.PutUint64(page[offFlow:], h.flowReserved)
 	binary.NativeEndian.PutUint64(page[offQueued:], h.queued)
-	return replaceFile(path, page)
+	return page
+}
+
+// settle puts the page where the next process finds it, in place of what is there.
+func (c *countFile) settle(path string) error {
+	c.mu.Lock()
+	page := bytes.Clone(c.page)
+	c.mu.Unlock()
+	if err := replaceFile(path, page); err != nil {
+		return err
+	}
+	file, err := mapCount(path)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, off := range []int{offWrites, offFlow, offQueued} { // it was counted on
+		file.raise(off, binary.NativeEndian.Uint64(c.page[off:]))
+	}
+	c.page, c.mapped = file.page, true
+	return nil
 }
 
 func mapCount(path string) (*countFile, error) {
@@ -75,7 +98,7 @@ func mapCount(path string) (*countFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", path, err)
 	}
-	return &countFile{page: page}, nil
+	return &countFile{page: page, mapped: true}, nil
 }
 
 // replaceFile writes beside the file and renames, so that a kill leaves the old file or the new one.
@@ -122,7 +145,10 @@ func (c *countFile) close() error {
 	if c.page == nil {
 		return nil
 	}
-	err := errors.Join(unix.Msync(c.page, unix.MS_SYNC), unix.Munmap(c.page))
+	var err error
+	if c.mapped {
+		err = errors.Join(unix.Msync(c.page, unix.MS_SYNC), unix.Munmap(c.page))
+	}
 	c.page = nil
 	return err
 }

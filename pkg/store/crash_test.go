@@ -47,7 +47,7 @@ func work(path string, seed uint64) error {
 	}
 	for i := 0; ; i++ {
 		id := fmt.Sprintf("%d-%d", seed, i)
-		switch rng.IntN(7) {
+		switch rng.IntN(8) {
 		case 0, 1:
 			seq, err := s.Append(ctx, []byte("entry "+id))
 			if err != nil {
@@ -56,11 +56,12 @@ func work(path string, seed uint64) error {
 			fmt.Println("entry", seq, id)
 		case 2:
 			row := testGrant(id)
-			row.Activated = latest(s)
+			row.Kind, row.Activated = "", latest(s)
+			row.NotAfter, row.Keep = row.Activated.Add(time.Second), row.Activated.Add(4*time.Second)
 			if err := s.Activate(ctx, row, []byte("activated "+id)); err != nil {
 				return err
 			}
-			fmt.Println("active", id)
+			fmt.Println("active", id, row.NotAfter.UnixNano())
 			if rng.IntN(2) == 0 {
 				break
 			}
@@ -99,6 +100,20 @@ func work(path string, seed uint64) error {
 				return err
 			}
 			fmt.Println("seen", at.UnixNano())
+		case 7:
+			active, err := s.ActiveGrants(ctx)
+			if err != nil {
+				return err
+			}
+			for _, g := range active { // those who still are keep all later ones from being forgotten
+				if err := s.EndGrant(ctx, g.ID, StateRevoked, "", []byte("revoked "+g.ID)); err != nil {
+					return err
+				}
+				fmt.Println("ended", g.ID)
+			}
+			if _, err := s.Prune(ctx, 3); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -172,16 +187,18 @@ func (c *child) kill(t *testing.T) []string {
 // ledger is what the children were told is durable.
 type ledger struct {
 	entries map[uint64]string
-	active  map[string]bool
+	active  map[string]time.Time // until when they could be handed in
 	ended   map[string]bool
 	said    map[string]bool // withdrawn; false: perhaps
 	seen    int64           // wall clock, Unix ns
 	tried   uint64          // acknowledgements may have removed entries up to here
 	flow    uint64
+
+	forgotten int // of active, at the last check
 }
 
 func newLedger() *ledger {
-	return &ledger{entries: map[uint64]string{}, active: map[string]bool{}, ended: map[string]bool{}, said: map[string]bool{}}
+	return &ledger{entries: map[uint64]string{}, active: map[string]time.Time{}, ended: map[string]bool{}, said: map[string]bool{}}
 }
 
 func (l *ledger) note(t *testing.T, line string) {
@@ -191,7 +208,7 @@ func (l *ledger) note(t *testing.T, line string) {
 	case "entry":
 		l.entries[must(strconv.ParseUint(f[1], 10, 64))(t)] = "entry " + f[2]
 	case "active":
-		l.active[f[1]] = true
+		l.active[f[1]] = time.Unix(0, must(strconv.ParseInt(f[2], 10, 64))(t))
 	case "ended":
 		l.ended[f[1]] = true
 	case "try-said":
@@ -227,12 +244,16 @@ func (l *ledger) check(t *testing.T, path string) {
 	for _, g := range must(s.Grants(ctx))(t) {
 		grants[g.ID] = g
 	}
-	for id := range l.active {
+	l.forgotten = 0
+	for id, notAfter := range l.active {
+		row, want := testGrant(id), ErrReplayed
 		if _, ok := grants[id]; !ok {
-			t.Errorf("acknowledged grant %s is gone", id)
+			want = ErrForgotten
+			l.forgotten++
 		}
-		if err := s.Activate(ctx, testGrant(id), nil); !errors.Is(err, ErrReplayed) {
-			t.Errorf("grant %s can be used again: %v", id, err)
+		row.NotAfter = notAfter
+		if err := s.Activate(ctx, row, nil); !errors.Is(err, want) {
+			t.Errorf("grant %s can be used again: %v, want %v", id, err, want)
 		}
 	}
 	for id, sure := range l.said {
@@ -252,8 +273,8 @@ func (l *ledger) check(t *testing.T, path string) {
 		t.Errorf("the latest time is %s, the child had said %d", got, l.seen)
 	}
 	for id := range l.ended {
-		if grants[id].State != StateRevoked {
-			t.Errorf("ended grant %s is %s", id, grants[id].State)
+		if g, ok := grants[id]; ok && g.State != StateRevoked { // or it is forgotten
+			t.Errorf("ended grant %s is %s", id, g.State)
 		}
 	}
 	if flow := must(s.Flow(ctx))(t); flow.Produced < l.flow || flow.Produced > l.flow+1 {
@@ -294,5 +315,5 @@ func TestKilled(t *testing.T) {
 			t.Fatalf("in round %d", round)
 		}
 	}
-	t.Logf("%d rounds; in the last store %d entries, %d grants, %d statements, %d flow numbers", rounds, len(l.entries), len(l.active), len(l.said), l.flow)
+	t.Logf("%d rounds; in the last store %d entries, %d grants (%d forgotten), %d statements, %d flow numbers", rounds, len(l.entries), len(l.active), l.forgotten, len(l.said), l.flow)
 }

@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // FlowState is where the numbers of the flow class stand.
@@ -23,44 +27,55 @@ type FlowState struct {
 // adopt compares the store with the count file of the process before. In a new boot it notes durably
 // what the boot before left unknown, and only then replaces the file: a kill in between repeats it.
 func (s *Store) adopt(ctx context.Context, h head) (err error) {
-	path := s.path + "-count"
-	last, exact, err := readCount(path, h.epoch, s.boot)
+	last, exact, err := readCount(s.countPath(), h.epoch, s.boot)
 	if err != nil {
 		return fmt.Errorf("read count file: %w", err)
 	}
 	if last > h.writes {
 		return fmt.Errorf("%w: %d writes were acknowledged, the store has %d", ErrDamaged, last, h.writes)
 	}
-	if !exact {
-		if h, err = s.settleBoot(ctx); err != nil {
+	if exact {
+		if s.count, err = mapCount(s.countPath()); err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EROFS) {
 			return err
 		}
-		if err := createCount(path, s.boot, h); err != nil {
-			return fmt.Errorf("create count file: %w", err)
-		}
 	}
-	s.count, err = mapCount(path)
-	return err
+	s.due.boot, s.due.count = !exact, true
+	if s.count, err = s.countInMemory(h, exact); err != nil {
+		return err
+	}
+	if err := s.CatchUp(ctx); err != nil && !Unwritable(err) {
+		return err
+	}
+	return nil
 }
 
-func (s *Store) settleBoot(ctx context.Context) (settled head, err error) {
-	writes, err := s.update(ctx, func(tx *sql.Tx, h *head) error {
-		if h.clean == 0 {
-			h.flowUnsure = h.flowReserved
-			used, err := grantsInBoot(ctx, tx, h.boot)
-			if err != nil {
-				return err
-			}
-			if used {
-				h.queueUnsure = 1
-			}
+func (s *Store) countPath() string { return s.path + "-count" }
+
+// countInMemory counts for as long as the disk takes no count file.
+func (s *Store) countInMemory(h head, exact bool) (*countFile, error) {
+	if !exact {
+		return &countFile{page: countPage(s.boot, h)}, nil
+	}
+	page, err := os.ReadFile(s.countPath())
+	return &countFile{page: page}, err
+}
+
+func (s *Store) settleBoot(ctx context.Context, tx *sql.Tx, h *head) error {
+	if h.clean == 0 {
+		h.flowUnsure = h.flowReserved
+		used, err := grantsInBoot(ctx, tx, h.boot)
+		if err != nil {
+			return err
 		}
-		h.boot, h.clean = s.boot, 1
-		settled = *h
-		return nil
-	})
-	settled.writes = writes
-	return settled, err
+		if used {
+			h.queueUnsure = 1
+		}
+	}
+	h.boot, h.clean = s.boot, 1
+	return nil
 }
 
 // grantsInBoot says whether a bypassed flow was possible in that boot.
@@ -73,7 +88,7 @@ func grantsInBoot(ctx context.Context, tx *sql.Tx, boot string) (bool, error) {
 // Flow returns where the flow class stands.
 func (s *Store) Flow(ctx context.Context) (FlowState, error) {
 	var st FlowState
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.view(ctx, func(tx *sql.Tx, h *head) error {
 		st = FlowState{Acked: h.flowAcked, Produced: max(s.count.load(offFlow), h.flowAcked), Unsure: h.flowUnsure}
 		var err error
 		st.Spool, err = readSpool(ctx, tx, h.flowAcked)
@@ -88,7 +103,7 @@ func (s *Store) Flow(ctx context.Context) (FlowState, error) {
 // ReserveFlow makes it durable that numbers up to upTo may be in use and that the collector has those
 // up to acked. Neither ever goes back.
 func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = max(h.flowReserved, upTo), 0
 		return setAcked(ctx, tx, h, acked)
 	})
@@ -101,7 +116,7 @@ func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
 // SaveFlow is for an orderly stop: produced is the last number in use, acked the last that the
 // collector has, and spool what it does not have. The next process finds all three.
 func (s *Store) SaveFlow(ctx context.Context, produced, acked uint64, spool []Entry) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = produced, 1
 		if err := setAcked(ctx, tx, h, acked); err != nil {
 			return err
@@ -135,7 +150,7 @@ func setAcked(ctx context.Context, tx *sql.Tx, h *head, acked uint64) error {
 // Unsettled says how many entries were taken into the queue for AppendAll and are gone with the
 // process before. With unsure, a power loss may have taken some, and nobody knows how many.
 func (s *Store) Unsettled(ctx context.Context) (n uint64, unsure bool, err error) {
-	err = s.write(ctx, func(_ *sql.Tx, h *head) error {
+	err = s.view(ctx, func(_ *sql.Tx, h *head) error {
 		if q := s.count.load(offQueued); q > h.queued {
 			n = q - h.queued
 		}
@@ -149,15 +164,15 @@ func (s *Store) Unsettled(ctx context.Context) (n uint64, unsure bool, err error
 }
 
 // Settle appends the entries that tell of what Unsettled reported, and forgets it, in one durable
-// transaction.
-func (s *Store) Settle(ctx context.Context, items []Item) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+// transaction. queued is what Queued said then: what was queued since is not forgotten.
+func (s *Store) Settle(ctx context.Context, items []Item, queued uint64) error {
+	err := s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		for _, it := range items {
 			if err := appendEntry(ctx, tx, h, it); err != nil {
 				return err
 			}
 		}
-		h.queued, h.queueUnsure = max(h.queued, s.count.load(offQueued)), 0
+		h.queued, h.queueUnsure = max(h.queued, queued), 0
 		return nil
 	})
 	if err != nil {

@@ -96,7 +96,7 @@ func TestQueueAccounts(t *testing.T) {
 	if n, unsure, err := s.Unsettled(ctx); n != 7 || unsure || err != nil {
 		t.Errorf("after a kill: %d, %v, %v; want 7 lost", n, unsure, err)
 	}
-	if err := s.Settle(ctx, []Item{{Data: []byte("seven lost"), Numbers: 7}}); err != nil {
+	if err := s.Settle(ctx, []Item{{Data: []byte("seven lost"), Numbers: 7}}, s.Queued()); err != nil {
 		t.Fatal(err)
 	}
 	if n, unsure, err := s.Unsettled(ctx); n != 0 || unsure || err != nil {

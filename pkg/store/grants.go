@@ -32,35 +32,33 @@ type GrantRow struct {
 	BootID       string
 	Slots        []uint32
 	Signers      []string // ids of keys
-	People       []string // whose keys they are
+	People       []string // whose signatures are on it, also by keys that counted no more
 	EndedWhy     string
+	// NotAfter is until when somebody could hand it in again, by the wall clock. Zero: nobody can, as the node made it itself.
+	NotAfter time.Time
+	// Keep is until when it is kept after its end, by the wall clock; zero: for good.
+	Keep time.Time
 }
 
 // Activate records in one durable transaction that the grant is used up, the grant itself, and the
 // critical entry that tells of it, with notes that are about it. The caller may then, and only then, open the path. Nothing is written with
-// ErrReplayed, if a grant with this id was ever activated here; ErrFinal, if it was withdrawn or denied; ErrClockBehind
-// and ErrDoubt, if the store cannot tell.
+// ErrReplayed, if this grant was ever activated here; ErrOther, if another one has its id; ErrForgotten, if the store may have
+// forgotten it; ErrFinal, if it was withdrawn or denied; ErrClockBehind and ErrDoubt, if the store cannot tell.
+//
+// What the node made itself finds no room in the part that is kept for people.
 func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte, notes ...Note) error {
 	row.State = StateActive
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
-		var n int
-		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM replay WHERE id = ?`, row.ID).Scan(&n); err != nil {
+	class := urgent
+	if row.NotAfter.IsZero() {
+		class = common
+	}
+	err := s.write(ctx, class, func(tx *sql.Tx, h *head) error {
+		if err := h.admit(ctx, tx, row); err != nil {
 			return err
 		}
-		if n > 0 {
-			return ErrReplayed
-		}
-		if err := checkFinal(ctx, tx, row.Digest); err != nil {
+		if err := h.useUp(ctx, tx, row); err != nil {
 			return err
 		}
-		if err := h.see(row.Activated); err != nil {
-			return err
-		}
-		hash := replayHash(h.replayHash, row.ID)
-		if _, err := tx.ExecContext(ctx, `INSERT INTO replay (id, hash) VALUES (?, ?)`, row.ID, hash); err != nil {
-			return err
-		}
-		h.replayHash = hash
 		if err := putGrant(ctx, tx, row); err != nil {
 			return err
 		}
@@ -77,10 +75,42 @@ func (s *Store) Activate(ctx context.Context, row GrantRow, event []byte, notes 
 	return nil
 }
 
+// admit says what speaks against the activation.
+func (h *head) admit(ctx context.Context, tx *sql.Tx, row GrantRow) error {
+	known, err := getGrant(ctx, tx, row.ID)
+	if err == nil && known.Digest == row.Digest {
+		return ErrReplayed
+	}
+	if err == nil {
+		return fmt.Errorf("%w: it was activated at %s until %s, and its payload's digest is %s", ErrOther,
+			known.Activated.Format(time.RFC3339), known.Deadline.Format(time.RFC3339), known.Digest)
+	}
+	if !errors.Is(err, ErrNoGrant) {
+		return err
+	}
+	if !row.NotAfter.IsZero() && row.NotAfter.UnixNano() <= h.forgotten {
+		return fmt.Errorf("%w: those that were to end by %s", ErrForgotten, instant(h.forgotten).Format(time.RFC3339))
+	}
+	if err := checkFinal(ctx, tx, row.Digest); err != nil {
+		return err
+	}
+	return h.see(row.Activated)
+}
+
+// useUp notes the id for as long as the grant could be handed in again.
+func (h *head) useUp(ctx context.Context, tx *sql.Tx, row GrantRow) error {
+	if row.NotAfter.IsZero() {
+		return nil
+	}
+	h.replayHash = replayHash(h.replayHash, row.ID, row.Digest)
+	_, err := tx.ExecContext(ctx, `INSERT INTO replay (id, digest, hash) VALUES (?, ?, ?)`, row.ID, row.Digest, h.replayHash)
+	return err
+}
+
 // EndGrant records the end of an active grant and the critical entry that tells of it, in one durable
 // transaction. ErrNoGrant and ErrEnded say that there was nothing to end; nothing is written then.
 func (s *Store) EndGrant(ctx context.Context, id, state, why string, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		return endGrant(ctx, tx, h, End{ID: id, State: state, Why: why, Event: event})
 	})
 	if err != nil {
@@ -111,7 +141,7 @@ func endGrant(ctx context.Context, tx *sql.Tx, h *head, e End) error {
 
 // SetSlots notes the path slots that an active grant has.
 func (s *Store) SetSlots(ctx context.Context, id string, slots []uint32) error {
-	err := s.write(ctx, func(tx *sql.Tx, _ *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, _ *head) error {
 		row, err := getGrant(ctx, tx, id)
 		if err != nil {
 			return err
@@ -167,7 +197,7 @@ func (s *Store) grants(ctx context.Context, query string) ([]GrantRow, error) {
 	return out, nil
 }
 
-const selectGrants = `SELECT id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, sum FROM grants`
+const selectGrants = `SELECT id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, not_after, keep, sum FROM grants`
 
 func getGrant(ctx context.Context, tx *sql.Tx, id string) (GrantRow, error) {
 	g, err := scanGrant(tx.QueryRowContext(ctx, selectGrants+` WHERE id = ?`, id))
@@ -185,11 +215,12 @@ type grantCells struct {
 	deadlineBoot                   int64 // ns
 	bootID, slots, signers, people string
 	endedWhy                       string
+	notAfter, keep                 int64 // Unix ns; 0: none
 }
 
 func (c grantCells) sum() []byte {
 	return digest([]byte("sallyport grant"), []byte(c.id), []byte(c.state), []byte(c.kind), []byte(c.digest), c.envelope, c.payload, num(uint64(c.activated)), num(uint64(c.deadline)),
-		num(uint64(c.deadlineBoot)), []byte(c.bootID), []byte(c.slots), []byte(c.signers), []byte(c.people), []byte(c.endedWhy))
+		num(uint64(c.deadlineBoot)), []byte(c.bootID), []byte(c.slots), []byte(c.signers), []byte(c.people), []byte(c.endedWhy), num(uint64(c.notAfter)), num(uint64(c.keep)))
 }
 
 func putGrant(ctx context.Context, tx *sql.Tx, g GrantRow) error {
@@ -206,10 +237,10 @@ func putGrant(ctx context.Context, tx *sql.Tx, g GrantRow) error {
 		return err
 	}
 	c := grantCells{g.ID, g.State, g.Kind, g.Digest, notNil(g.Envelope), notNil(g.Payload), g.Activated.UnixNano(), g.Deadline.UnixNano(),
-		int64(g.DeadlineBoot), g.BootID, string(slots), string(signers), string(people), g.EndedWhy}
-	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO grants (id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, sum)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		c.id, c.state, c.kind, c.digest, c.envelope, c.payload, c.activated, c.deadline, c.deadlineBoot, c.bootID, c.slots, c.signers, c.people, c.endedWhy, c.sum())
+		int64(g.DeadlineBoot), g.BootID, string(slots), string(signers), string(people), g.EndedWhy, nanos(g.NotAfter), nanos(g.Keep)}
+	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO grants (id, state, kind, digest, envelope, payload, activated, deadline, deadline_boot, boot_id, slots, signers, people, ended_why, not_after, keep, sum)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		c.id, c.state, c.kind, c.digest, c.envelope, c.payload, c.activated, c.deadline, c.deadlineBoot, c.bootID, c.slots, c.signers, c.people, c.endedWhy, c.notAfter, c.keep, c.sum())
 	return err
 }
 
@@ -217,37 +248,38 @@ func scanGrant(row interface{ Scan(...any) error }) (GrantRow, error) {
 	var c grantCells
 	var sum []byte
 	if err := row.Scan(&c.id, &c.state, &c.kind, &c.digest, &c.envelope, &c.payload, &c.activated, &c.deadline, &c.deadlineBoot,
-		&c.bootID, &c.slots, &c.signers, &c.people, &c.endedWhy, &sum); err != nil {
+		&c.bootID, &c.slots, &c.signers, &c.people, &c.endedWhy, &c.notAfter, &c.keep, &sum); err != nil {
 		return GrantRow{}, err
 	}
 	if !bytes.Equal(sum, c.sum()) {
 		return GrantRow{}, fmt.Errorf("%w: checksum of grant %q does not fit", ErrDamaged, c.id)
 	}
 	g := GrantRow{ID: c.id, State: c.state, Kind: c.kind, Digest: c.digest, Envelope: c.envelope, Payload: c.payload, Activated: time.Unix(0, c.activated).UTC(),
-		Deadline: time.Unix(0, c.deadline).UTC(), DeadlineBoot: time.Duration(c.deadlineBoot), BootID: c.bootID, EndedWhy: c.endedWhy}
+		Deadline: time.Unix(0, c.deadline).UTC(), DeadlineBoot: time.Duration(c.deadlineBoot), BootID: c.bootID, EndedWhy: c.endedWhy,
+		NotAfter: instant(c.notAfter), Keep: instant(c.keep)}
 	return g, errors.Join(json.Unmarshal([]byte(c.slots), &g.Slots), json.Unmarshal([]byte(c.signers), &g.Signers),
 		json.Unmarshal([]byte(c.people), &g.People))
 }
 
-func replayHash(prev []byte, id string) []byte {
-	return digest([]byte("sallyport replay"), prev, []byte(id))
+func replayHash(prev []byte, id, of string) []byte {
+	return digest([]byte("sallyport replay"), prev, []byte(id), []byte(of))
 }
 
 // verifyReplay holds the chain of used ids: one that was taken out would let its grant in again.
 func verifyReplay(ctx context.Context, tx *sql.Tx, h head) error {
-	rows, err := tx.QueryContext(ctx, `SELECT id, hash FROM replay ORDER BY n`)
+	rows, err := tx.QueryContext(ctx, `SELECT id, digest, hash FROM replay ORDER BY n`)
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	prev := digest([]byte("sallyport epoch"), []byte(h.epoch))
+	prev := h.replayBase
 	for rows.Next() {
-		var id string
+		var id, of string
 		var hash []byte
-		if err := rows.Scan(&id, &hash); err != nil {
+		if err := rows.Scan(&id, &of, &hash); err != nil {
 			return err
 		}
-		if !bytes.Equal(hash, replayHash(prev, id)) {
+		if !bytes.Equal(hash, replayHash(prev, id, of)) {
 			return fmt.Errorf("%w: chain of used grants breaks at %q", ErrDamaged, id)
 		}
 		prev = hash
@@ -261,15 +293,15 @@ func verifyReplay(ctx context.Context, tx *sql.Tx, h head) error {
 	return nil
 }
 
-// verifyGrants reads every grant, and finds a used id without its grant.
+// verifyGrants reads every grant, and finds a used one without its row, which is what Activate looks at.
 func verifyGrants(ctx context.Context, tx *sql.Tx, _ head) error {
 	var missing int
-	if err := tx.QueryRowContext(ctx, `SELECT (SELECT count(*) FROM replay WHERE id NOT IN (SELECT id FROM grants)) +
-		(SELECT count(*) FROM grants WHERE id NOT IN (SELECT id FROM replay))`).Scan(&missing); err != nil {
+	if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM replay WHERE NOT EXISTS
+		(SELECT 1 FROM grants WHERE grants.id = replay.id AND grants.digest = replay.digest AND not_after <> 0)`).Scan(&missing); err != nil {
 		return err
 	}
 	if missing > 0 {
-		return fmt.Errorf("%w: %d grants without their used id, or used ids without their grant", ErrDamaged, missing)
+		return fmt.Errorf("%w: %d used ids without their grant", ErrDamaged, missing)
 	}
 	rows, err := tx.QueryContext(ctx, selectGrants)
 	if err != nil {

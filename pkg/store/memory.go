@@ -45,11 +45,19 @@ func instant(ns int64) time.Time {
 	return time.Unix(0, ns).UTC()
 }
 
-// Memory returns what stands since the last write. It does no I/O.
-func (s *Store) Memory() Memory {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+// Memory returns what stands since the last write. It waits for nothing: no lock, and no disk.
+func (s *Store) Memory() Memory { return *s.memory.Load() }
+
+func (s *Store) remember(h head) {
+	m := h.memory()
+	s.memory.Store(&m)
 }
 
 // CheckClock tells whether now is not far behind what was seen: ErrClockBehind if it is.
@@ -80,7 +88,7 @@ func (h *head) see(now time.Time) error {
 // See makes it durable that the wall clock was seen to say now. A clock that is behind is ErrClockBehind; nothing is
 // written then.
 func (s *Store) See(ctx context.Context, now time.Time) error {
-	err := s.write(ctx, func(_ *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(_ *sql.Tx, h *head) error {
 		h.latest = max(h.latest, now.UnixNano())
 		return h.memory().CheckClock(now)
 	})
@@ -93,7 +101,7 @@ func (s *Store) See(ctx context.Context, now time.Time) error {
 // Vouch ends every doubt, in one durable transaction with the critical entry that tells of it: now is right, and this is
 // the node's store. Where it may have forgotten, or called a time its floor that is still to come, floor is the new one.
 func (s *Store) Vouch(ctx context.Context, o Owner, now, floor time.Time, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		if h.doubt != "" || h.floor > floor.UnixNano() {
 			h.floor = floor.UnixNano()
 		}
@@ -107,39 +115,44 @@ func (s *Store) Vouch(ctx context.Context, o Owner, now, floor time.Time, event 
 }
 
 // Claim says who opens the store. One that another node or machine kept, and one that is older than what this boot has
-// seen, is in doubt until somebody vouches for it: that is durable, and no error.
+// seen, is in doubt until somebody vouches for it: that is durable, and no error. A disk that takes nothing now is no error
+// either: the doubt is there at once, and durable before anything else is.
 func (s *Store) Claim(ctx context.Context, o Owner) error {
-	if err := s.claim(ctx, o); err != nil {
+	w, err := readWitness(o.Witness, s.boot)
+	if err != nil {
+		return fmt.Errorf("claim store: %w", err)
+	}
+	s.mu.Lock()
+	s.due.claim = &claim{owner: o, seen: w}
+	s.mu.Unlock()
+	if err := s.view(ctx, func(_ *sql.Tx, h *head) error { s.remember(*h); return nil }); err != nil {
+		return fmt.Errorf("claim store: %w", err)
+	}
+	if err := s.CatchUp(ctx); err != nil && !Unwritable(err) {
 		return fmt.Errorf("claim store: %w", err)
 	}
 	return nil
 }
 
-func (s *Store) claim(ctx context.Context, o Owner) error {
-	w, err := readWitness(o.Witness, s.boot)
-	if err != nil {
-		return err
+// claim is an owner's, and what speaks for it or against it.
+type claim struct {
+	owner Owner
+	seen  witness
+}
+
+func (c *claim) settle(h *head) {
+	if h.doubt == "" {
+		h.doubt = c.seen.against(*h) // a doubt that there was stays
 	}
-	var claimed head
-	if err := s.write(ctx, func(_ *sql.Tx, h *head) error {
-		if h.doubt == "" {
-			h.doubt = w.against(*h) // a doubt that there was stays
-		}
-		if h.doubt == "" {
-			h.doubt = o.against(*h)
-		}
-		if h.node == "" {
-			h.node = o.Node
-		}
-		if h.machine == "" {
-			h.machine = o.Machine
-		}
-		claimed = *h
-		return nil
-	}); err != nil || o.Witness == "" {
-		return err
+	if h.doubt == "" {
+		h.doubt = c.owner.against(*h)
 	}
-	return s.testify(o.Witness, claimed)
+	if h.node == "" {
+		h.node = c.owner.Node
+	}
+	if h.machine == "" {
+		h.machine = c.owner.Machine
+	}
 }
 
 // against says what speaks against the store being the owner's own. What is not known speaks against nothing.
@@ -190,18 +203,17 @@ func readWitness(path, boot string) (witness, error) {
 	return witness{page[:offBoot], binary.NativeEndian.Uint64(page[offWrites:])}, nil
 }
 
-// testify has the witness follow the store from here on.
+// testify has the witness follow the store from here on. s.mu is held.
 func (s *Store) testify(path string, h head) error {
-	h.writes++
-	if err := createCount(path, s.boot, h); err != nil {
+	if path == "" {
+		return nil
+	}
+	if err := replaceFile(path, countPage(s.boot, h)); err != nil {
 		return err
 	}
 	page, err := mapCount(path)
-	if err != nil {
-		return err
+	if err == nil {
+		s.witness = page
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.witness = page
-	return nil
+	return err
 }

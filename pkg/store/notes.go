@@ -17,7 +17,16 @@ type Note struct {
 // Keep keeps notes under their names, each in the place of what was there, and forgets those without data. The critical
 // entries that tell of it are appended in the same durable transaction.
 func (s *Store) Keep(ctx context.Context, notes []Note, events ...[]byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	return s.keep(ctx, common, notes, events)
+}
+
+// KeepUrgent is Keep for what takes away, or people ask for: it finds room where Keep does not.
+func (s *Store) KeepUrgent(ctx context.Context, notes []Note, events ...[]byte) error {
+	return s.keep(ctx, urgent, notes, events)
+}
+
+func (s *Store) keep(ctx context.Context, c class, notes []Note, events [][]byte) error {
+	err := s.write(ctx, c, func(tx *sql.Tx, h *head) error {
 		for _, n := range notes {
 			if err := putNote(ctx, tx, n); err != nil {
 				return err
@@ -95,7 +104,7 @@ type End struct {
 // EndGrants is EndGrant for several grants in one durable transaction, all or none. Those that have ended already are left
 // as they are.
 func (s *Store) EndGrants(ctx context.Context, ends []End) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		for _, e := range ends {
 			if err := endGrant(ctx, tx, h, e); err != nil && !errors.Is(err, ErrEnded) {
 				return err

@@ -11,7 +11,7 @@ import (
 )
 
 // layout is the version of the tables, kept in user_version. A change of a table is a new number.
-const layout = 3
+const layout = 4
 
 // applicationID marks the file as ours: "SPLY".
 const applicationID = 0x53504c59
@@ -24,7 +24,7 @@ CREATE TABLE head (
 	writes INTEGER NOT NULL,
 	seq INTEGER NOT NULL, hash BLOB NOT NULL,
 	base_seq INTEGER NOT NULL, base_hash BLOB NOT NULL,
-	replay_hash BLOB NOT NULL, statement_hash BLOB NOT NULL,
+	replay_hash BLOB NOT NULL, replay_base BLOB NOT NULL, forgotten INTEGER NOT NULL, statement_hash BLOB NOT NULL,
 	node TEXT NOT NULL, machine TEXT NOT NULL,
 	latest INTEGER NOT NULL, floor INTEGER NOT NULL, doubt TEXT NOT NULL,
 	queued INTEGER NOT NULL, queue_unsure INTEGER NOT NULL,
@@ -40,6 +40,7 @@ CREATE TABLE entries (
 CREATE TABLE replay (
 	n INTEGER PRIMARY KEY,
 	id TEXT NOT NULL UNIQUE,
+	digest TEXT NOT NULL,
 	hash BLOB NOT NULL
 ) STRICT;
 CREATE TABLE statements (
@@ -65,8 +66,12 @@ CREATE TABLE grants (
 	signers TEXT NOT NULL,
 	people TEXT NOT NULL,
 	ended_why TEXT NOT NULL,
+	not_after INTEGER NOT NULL,
+	keep INTEGER NOT NULL,
 	sum BLOB NOT NULL
 ) STRICT;
+CREATE INDEX grants_active ON grants (activated) WHERE state = 'active';
+CREATE INDEX grants_over ON grants (keep) WHERE state <> 'active';
 CREATE TABLE notes (
 	name TEXT PRIMARY KEY,
 	data BLOB NOT NULL,
@@ -89,6 +94,8 @@ type head struct {
 	seq, baseSeq   uint64 // last entry, and last entry that was acknowledged and removed
 	hash, baseHash []byte
 	replayHash     []byte
+	replayBase     []byte // of the last used id that was forgotten
+	forgotten      int64  // wall clock in Unix ns; a grant that was to end by then may have been forgotten
 	statementHash  []byte
 	node, machine  string // that keep the store; empty: not known
 	latest         int64  // wall clock in Unix ns, the latest that was ever seen
@@ -105,20 +112,20 @@ type head struct {
 func newHead(boot string) head {
 	epoch := ulid.Make().String()
 	start := digest([]byte("sallyport epoch"), []byte(epoch))
-	return head{epoch: epoch, boot: boot, hash: start, baseHash: start, replayHash: start, statementHash: start, clean: 1}
+	return head{epoch: epoch, boot: boot, hash: start, baseHash: start, replayHash: start, replayBase: start, statementHash: start, clean: 1}
 }
 
 func (h head) sum() []byte {
 	return digest([]byte("sallyport head"), []byte(h.epoch), []byte(h.boot), num(h.writes), num(h.seq), h.hash, num(h.baseSeq), h.baseHash,
-		h.replayHash, h.statementHash, []byte(h.node), []byte(h.machine), num(uint64(h.latest)), num(uint64(h.floor)), []byte(h.doubt), num(h.queued), num(h.queueUnsure), num(h.flowAcked), num(h.flowReserved), num(h.flowUnsure), num(h.clean))
+		h.replayHash, h.replayBase, num(uint64(h.forgotten)), h.statementHash, []byte(h.node), []byte(h.machine), num(uint64(h.latest)), num(uint64(h.floor)), []byte(h.doubt), num(h.queued), num(h.queueUnsure), num(h.flowAcked), num(h.flowReserved), num(h.flowUnsure), num(h.clean))
 }
 
 func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 	var h head
 	var sum []byte
-	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, statement_hash,
+	err := tx.QueryRowContext(ctx, `SELECT epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, replay_base, forgotten, statement_hash,
 		node, machine, latest, floor, doubt, queued, queue_unsure, flow_acked, flow_reserved, flow_unsure, clean, sum FROM head`).Scan(&h.epoch, &h.boot, &h.writes, &h.seq, &h.hash, &h.baseSeq, &h.baseHash,
-		&h.replayHash, &h.statementHash, &h.node, &h.machine, &h.latest, &h.floor, &h.doubt, &h.queued, &h.queueUnsure, &h.flowAcked, &h.flowReserved, &h.flowUnsure, &h.clean, &sum)
+		&h.replayHash, &h.replayBase, &h.forgotten, &h.statementHash, &h.node, &h.machine, &h.latest, &h.floor, &h.doubt, &h.queued, &h.queueUnsure, &h.flowAcked, &h.flowReserved, &h.flowUnsure, &h.clean, &sum)
 	if err != nil {
 		return head{}, fmt.Errorf("read head: %w", err)
 	}
@@ -129,10 +136,10 @@ func loadHead(ctx context.Context, tx *sql.Tx) (head, error) {
 }
 
 func saveHead(ctx context.Context, tx *sql.Tx, h head) error {
-	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, statement_hash,
+	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO head (one, epoch, boot, writes, seq, hash, base_seq, base_hash, replay_hash, replay_base, forgotten, statement_hash,
 		node, machine, latest, floor, doubt, queued, queue_unsure, flow_acked, flow_reserved, flow_unsure, clean, sum)
-		VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		h.epoch, h.boot, h.writes, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.statementHash,
+		VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		h.epoch, h.boot, h.writes, h.seq, h.hash, h.baseSeq, h.baseHash, h.replayHash, h.replayBase, h.forgotten, h.statementHash,
 		h.node, h.machine, h.latest, h.floor, h.doubt, h.queued, h.queueUnsure,
 		h.flowAcked, h.flowReserved, h.flowUnsure, h.clean, h.sum())
 	if err != nil {

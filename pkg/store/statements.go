@@ -31,7 +31,7 @@ type StatementRow struct {
 // State records in one durable transaction what somebody said of a grant, and the critical entry that tells of it. From
 // then on a withdrawn or denied grant is ErrFinal. ErrStated: somebody said so before; nothing is written then.
 func (s *Store) State(ctx context.Context, row StatementRow, event []byte) error {
-	err := s.write(ctx, func(tx *sql.Tx, h *head) error {
+	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		var n int
 		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM statements WHERE digest = ? AND step = ?`, row.Digest, row.Step).Scan(&n); err != nil {
 			return err

@@ -16,13 +16,17 @@ package store
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
+	"golang.org/x/sys/unix"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 )
@@ -31,6 +35,10 @@ import (
 var (
 	// ErrReplayed says that a grant with this id was activated on this node before.
 	ErrReplayed = errors.New("grant was used before")
+	// ErrOther says that the node knows another grant by this id.
+	ErrOther = errors.New("another grant has this id")
+	// ErrForgotten says that the grant is so old that the node may have forgotten that it was used.
+	ErrForgotten = errors.New("the node has forgotten grants of that age")
 	// ErrNoGrant says that the node never activated a grant with this id.
 	ErrNoGrant = errors.New("no such grant")
 	// ErrEnded says that the grant is no longer active.
@@ -47,6 +55,8 @@ var (
 	ErrDamaged = errors.New("store is damaged")
 	// ErrFull says that the store or its disk has no room; nothing of the call was written.
 	ErrFull = errors.New("store is full")
+	// ErrUnwritable says that the disk takes nothing, for another reason; nothing of the call was written.
+	ErrUnwritable = errors.New("store cannot be written")
 	// ErrInUse says that another process holds the store.
 	ErrInUse = errors.New("store is in use by another process")
 	// ErrVersion says that the file is of a layout that this program does not know.
@@ -57,22 +67,31 @@ var (
 
 // Store is the durable state of one node. Its methods may be called from any goroutine.
 type Store struct {
-	path  string
-	epoch string
-	boot  string
-	db    *sql.DB
-	count *countFile
+	path     string
+	epoch    string
+	boot     string
+	pages    pages
+	db       *sql.DB
+	count    *countFile
+	memory   atomic.Pointer[Memory] // as of the last write
+	readOnly atomic.Bool            // the disk was, when the file was opened
 
+	mu      sync.Mutex // held by one write at a time, so that the count file follows the database
+	due     due        // guarded by mu
+	ballast ballast    // guarded by mu
 	witness *countFile // nil until Claim; guarded by mu
-	memory  Memory     // as of the last write; guarded by mu
-
-	mu sync.Mutex // held by one write at a time, so that the count file follows the database
 }
 
 // Open opens the store in the file at path, and creates file and directory (modes 0600 and 0700)
 // where they are missing. A directory that others may write to is refused. The whole content is
 // checked; ErrDamaged names what does not fit. Only one process at a time has a store open.
+//
+// A store whose disk takes nothing is open all the same: it can be read, and each write tries anew.
 func Open(path string) (*Store, error) {
+	return openSized(path, pages{most: maxPages, kept: keptPages, disk: keptBytes})
+}
+
+func openSized(path string, p pages) (*Store, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
@@ -81,7 +100,7 @@ func Open(path string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{path: abs, boot: boot}
+	s := &Store{path: abs, boot: boot, pages: p, ballast: ballast{path: abs + "-kept", size: p.disk}}
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(classify(err), s.closeFiles()))
 	}
@@ -89,40 +108,70 @@ func Open(path string) (*Store, error) {
 }
 
 func (s *Store) open() error {
-	if err := makePrivate(s.path); err != nil {
+	err := makePrivate(s.path)
+	if errors.Is(err, unix.EROFS) {
+		s.readOnly.Store(true)
+	} else if err != nil {
 		return err
 	}
-	db, err := sql.Open("sqlite", dsn(s.path))
-	if err != nil {
-		return err
-	}
-	db.SetMaxOpenConns(1)
-	s.db = db
+	s.db = sql.OpenDB(connector{s})
+	s.db.SetMaxOpenConns(1)
 	ctx := context.Background()
-	if err := s.migrate(ctx); err != nil {
-		return err
+	if !s.readOnly.Load() {
+		if err := s.migrate(ctx); err != nil {
+			return err
+		}
 	}
 	h, err := s.verify(ctx)
 	if err != nil {
 		return err
 	}
-	s.epoch, s.memory = h.epoch, h.memory()
+	s.epoch = h.epoch
+	s.remember(h)
+	if err := s.ballast.find(); err != nil {
+		return err
+	}
+	_ = s.ballast.take() // CatchUp tells of it
 	return s.adopt(ctx, h)
 }
 
+// connector opens the file as its disk allows it.
+type connector struct{ s *Store }
+
+func (c connector) Connect(context.Context) (driver.Conn, error) {
+	name := dsn(c.s.path, c.s.pages)
+	if c.s.readOnly.Load() {
+		name = readOnlyDSN(c.s.path)
+	}
+	return c.Driver().Open(name)
+}
+
+func (c connector) Driver() driver.Driver { return &sqlite.Driver{} }
+
 // dsn has exclusive locking so that two agents can never number the same epoch, and caps the file so
-// that the store cannot fill the disk: refusing a grant is better than that.
-func dsn(path string) string {
-	q := url.Values{"_txlock": {"immediate"}, "_pragma": {
-		"busy_timeout(2000)", "locking_mode(EXCLUSIVE)", "journal_mode(WAL)", "synchronous(FULL)",
-		"secure_delete(OFF)", fmt.Sprintf("max_page_count(%d)", maxPages),
-	}}
+// that the store cannot fill the disk: refusing a grant is better than that. The journal's mode is set last, by a parameter of
+// its own: locked by then, SQLite keeps its index of the log in memory, and not in a file that a full disk would not take.
+func dsn(path string, p pages) string {
+	return fileURL(path, url.Values{"_txlock": {"immediate"}, "_journal_mode": {"WAL"}, "_pragma": {
+		"busy_timeout(2000)", "locking_mode(EXCLUSIVE)", "synchronous(FULL)",
+		"secure_delete(OFF)", fmt.Sprintf("max_page_count(%d)", p.most),
+	}})
+}
+
+// readOnlyDSN can lock nothing, as a lock of this kind is a write. Without a log SQLite could not make one: then there is
+// nothing in it.
+func readOnlyDSN(path string) string {
+	q := url.Values{"mode": {"ro"}, "vfs": {"unix-none"}, "_pragma": {"locking_mode(EXCLUSIVE)"}}
+	if _, err := os.Stat(path + "-wal"); errors.Is(err, fs.ErrNotExist) {
+		q.Set("immutable", "1")
+	}
+	return fileURL(path, q)
+}
+
+func fileURL(path string, q url.Values) string {
 	u := url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}
 	return u.String()
 }
-
-// Pages are 4 KiB: the store takes at most 1 GiB.
-const maxPages = 1 << 18
 
 // Close gives the files back. Nothing is lost by not calling it. After it only CountFlow and
 // CountQueued may be called.
@@ -149,41 +198,173 @@ func (s *Store) Epoch() string { return s.epoch }
 // BootID is the kernel's id of the running boot.
 func (s *Store) BootID() string { return s.boot }
 
+// due is what an earlier process or machine left to be settled before anything else is written: done with the next write
+// that the disk takes.
+type due struct {
+	boot  bool   // what the boot before left unknown is to be noted
+	count bool   // the count file is to be made anew
+	claim *claim // somebody claimed the store
+	why   error  // the files beside the database could not follow it
+}
+
+func (d due) nothing() bool { return !d.boot && !d.count && d.claim == nil }
+
+// settle does in the head what is due.
+func (s *Store) settle(ctx context.Context, tx *sql.Tx, h *head) error {
+	if s.due.boot {
+		if err := s.settleBoot(ctx, tx, h); err != nil {
+			return err
+		}
+	}
+	if s.due.claim != nil {
+		s.due.claim.settle(h)
+	}
+	return nil
+}
+
+// CatchUp writes what the disk did not take when the store was opened or claimed, and takes on again what is kept on it for
+// people. The error says why it still does not.
+func (s *Store) CatchUp(ctx context.Context) error {
+	s.mu.Lock()
+	nothing, err := s.due.nothing(), s.ballast.take()
+	s.mu.Unlock()
+	if nothing || err != nil {
+		return err
+	}
+	err = s.write(ctx, urgent, func(*sql.Tx, *head) error { return nil })
+	if err == nil {
+		s.mu.Lock()
+		err = s.due.why
+		s.mu.Unlock()
+	}
+	if err != nil {
+		return fmt.Errorf("take over the store: %w", err)
+	}
+	return nil
+}
+
+// Unwritable tells whether the disk, or the store's size, is why nothing was written: it may be later.
+func Unwritable(err error) bool { return errors.Is(err, ErrFull) || errors.Is(err, ErrUnwritable) }
+
 // write runs f in one durable transaction, with the head loaded before and saved after it. The count
 // file is told afterwards, so that it never knows of a write that is not durable.
-func (s *Store) write(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	writes, err := s.update(ctx, f)
-	if err == nil {
-		s.count.raise(offWrites, writes)
-		s.witness.raise(offWrites, writes)
+	if err := s.reopen(); err != nil {
+		return err
+	}
+	if c == common {
+		if err := s.ballast.take(); err != nil {
+			return err
+		}
+	}
+	h, err := s.update(ctx, c, f)
+	if errors.Is(err, ErrFull) && c == urgent && s.ballast.throw() {
+		h, err = s.update(ctx, c, f)
+	}
+	if err != nil {
+		return err
+	}
+	if !s.due.nothing() {
+		s.settled(h)
+	}
+	s.count.raise(offWrites, h.writes)
+	s.witness.raise(offWrites, h.writes)
+	return nil
+}
+
+// settled has the files beside the database follow it. What their disks do not take now stays due.
+func (s *Store) settled(h head) {
+	var errs []error
+	s.due.boot = false
+	if s.due.count {
+		err := s.count.settle(s.countPath())
+		s.due.count = err != nil
+		errs = append(errs, err)
+	}
+	if s.due.claim != nil {
+		err := s.testify(s.due.claim.owner.Witness, h)
+		if err == nil {
+			s.due.claim = nil
+		}
+		errs = append(errs, err)
+	}
+	s.due.why = ofFile(errors.Join(errs...))
+}
+
+// ofFile gives an error of a file the sentinel that its cause has in the database.
+func ofFile(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: %w", ErrUnwritable, err)
 	}
 	return err
 }
 
-func (s *Store) update(ctx context.Context, f func(tx *sql.Tx, h *head) error) (writes uint64, err error) {
+// reopen goes over to writing, once a disk that was read-only allows it.
+func (s *Store) reopen() error {
+	if !s.readOnly.Load() {
+		return nil
+	}
+	if err := makePrivate(s.path); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnwritable, err)
+	}
+	s.readOnly.Store(false)
+	s.db.SetMaxIdleConns(-1) // lets go of the connection that cannot write
+	s.db.SetMaxIdleConns(1)
+	return nil
+}
+
+// view runs f on what the head would be, had all that is due been written. It writes nothing.
+func (s *Store) view(ctx context.Context, f func(tx *sql.Tx, h *head) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
-		return 0, classify(err)
+		return classify(err)
+	}
+	defer tx.Rollback()
+	h, err := loadHead(ctx, tx)
+	if err == nil {
+		err = s.settle(ctx, tx, &h)
+	}
+	if err == nil {
+		err = f(tx, &h)
+	}
+	return classify(err)
+}
+
+func (s *Store) update(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) (head, error) {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return head{}, classify(err)
 	}
 	defer tx.Rollback()
 	h, err := loadHead(ctx, tx)
 	if err != nil {
-		return 0, classify(err)
+		return head{}, classify(err)
+	}
+	if err := s.settle(ctx, tx, &h); err != nil {
+		return head{}, classify(err)
 	}
 	if err := f(tx, &h); err != nil {
-		return 0, classify(err)
+		return head{}, classify(err)
 	}
 	h.writes++
 	if err := saveHead(ctx, tx, h); err != nil {
-		return 0, classify(err)
+		return head{}, classify(err)
+	}
+	if err := s.pages.check(ctx, tx, c); err != nil {
+		return head{}, classify(err)
 	}
 	if err := tx.Commit(); err != nil {
-		return 0, classify(err)
+		return head{}, classify(err)
 	}
-	s.memory = h.memory()
-	return h.writes, nil
+	s.remember(h)
+	return h, nil
 }
 
 // classify puts the sentinel for a SQLite result code in front of the error.
@@ -199,6 +380,12 @@ func classify(err error) error {
 		return fmt.Errorf("%w: %w", ErrInUse, err)
 	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN:
+		return fmt.Errorf("%w: %w", ErrUnwritable, err)
+	}
+	switch e.Code() {
+	case sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC, sqlite3.SQLITE_IOERR_TRUNCATE:
+		return fmt.Errorf("%w: %w", ErrUnwritable, err)
 	}
 	return err
 }

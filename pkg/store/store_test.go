@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -134,6 +135,7 @@ func testGrant(id string) GrantRow {
 	return GrantRow{
 		ID: id, State: StateActive, Envelope: []byte(`{"payload":""}`), Payload: []byte(`{"id":"x"}`),
 		Activated: time.Unix(1700000000, 5).UTC(), Deadline: time.Unix(1700000300, 7).UTC(), DeadlineBoot: 12345 * time.Second,
+		NotAfter: time.Unix(1700003600, 0).UTC(), Keep: time.Unix(1800000000, 0).UTC(),
 		BootID: "boot", Slots: []uint32{1, 7}, Signers: []string{"sp:1"}, People: []string{"alice"}, Kind: "breakGlass", Digest: "of " + id,
 	}
 }
@@ -148,6 +150,11 @@ func TestGrantLife(t *testing.T) {
 	}
 	if err := s.Activate(ctx, want, []byte("again")); !errors.Is(err, ErrReplayed) {
 		t.Fatalf("second activation: %v", err)
+	}
+	other := want
+	other.Digest = "of another"
+	if err := s.Activate(ctx, other, []byte("another")); !errors.Is(err, ErrOther) || !strings.Contains(err.Error(), want.Digest) {
+		t.Fatalf("activation of another by its id: %v", err)
 	}
 	if err := s.SetSlots(ctx, "g1", []uint32{9}); err != nil {
 		t.Fatal(err)
@@ -293,6 +300,9 @@ func TestEdited(t *testing.T) {
 		"used id removed":     `DELETE FROM replay WHERE id = 'g2'`,
 		"last used id":        `DELETE FROM replay WHERE n = (SELECT max(n) FROM replay)`,
 		"grant removed":       `DELETE FROM grants WHERE id = 'g2'`,
+		"kept for shorter":    `UPDATE grants SET keep = 1 WHERE id = 'g2'`,
+		"made by the node":    `UPDATE grants SET not_after = 0 WHERE id = 'g2'`,
+		"floor taken away":    `UPDATE head SET forgotten = 1`,
 		"deadline moved":      `UPDATE grants SET deadline_boot = deadline_boot + 1 WHERE id = 'g2'`,
 		"state set back":      `UPDATE grants SET state = 'active' WHERE id = 'g0'`,
 		"kind changed":        `UPDATE grants SET kind = '' WHERE id = 'g2'`,

@@ -242,16 +242,16 @@ func (rig *agentRig) revoke(ctx context.Context, r *results) error {
 }
 
 func (rig *agentRig) sign(ctx context.Context, a netip.Addr) ([]byte, error) {
-	now := time.Now().UTC().Truncate(time.Second)
-	id, err := grant.NewID(now)
+	now := time.Now().UTC()
+	p, err := grant.Payload{
+		Requester: "alice", Service: "measured", Binding: policy.BindingAddress, Addresses: []netip.Addr{a},
+		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(2 * time.Hour), Duration: 50 * time.Minute,
+		Reason: "benchmark", Audience: agentNode,
+	}.Named(now)
 	if err != nil {
 		return nil, err
 	}
-	return grant.Sign(ctx, grant.Payload{
-		ID: id, Requester: "alice", Service: "measured", Binding: policy.BindingAddress, Addresses: []netip.Addr{a},
-		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(2 * time.Hour), Duration: 50 * time.Minute,
-		Reason: "benchmark", Audience: agentNode,
-	}, rig.key)
+	return grant.Sign(ctx, p, rig.key)
 }
 
 var residentLine = regexp.MustCompile(`(?m)^VmRSS:\s+(\d+) kB$`)

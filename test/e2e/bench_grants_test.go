@@ -1,7 +1,9 @@
 package e2e_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -36,18 +38,20 @@ const (
 	benchAim = 10 * time.Millisecond
 	// benchRequests are measured one after the other.
 	benchRequests = 1000
+	// benchRest is how long nobody asks.
+	benchRest = 5 * time.Second
 )
 
 // TestBenchGrants measures how long a workload waits for its path while others hold many, each by a connection of its own,
 // and what that costs the agent. It prints Markdown.
 func TestBenchGrants(t *testing.T) {
 	leak.Check(t)
-	paths, requests := benchShort, benchShort
+	paths, requests, rest := benchShort, benchShort, time.Second
 	if v := os.Getenv("BENCH_PATHS"); v != "" {
 		var err error
 		paths, err = strconv.Atoi(v)
 		must(t, err)
-		requests = benchRequests
+		requests, rest = benchRequests, benchRest
 	}
 	w := newWorld(t, options{plain: true, resource: automationPolicy("host-echo"), identities: []spiffeid.ID{nightly},
 		config: "  automation: {listen: [\"[::]:9470\"], requestsPerMinute: 1000000, pathsPerIdentity: 65536}\n"})
@@ -79,6 +83,10 @@ func TestBenchGrants(t *testing.T) {
 	one, err := b.member(t.Context(), paths)
 	must(t, err)
 	var opens, closes []time.Duration
+	idle := cpuTime(t, w.agent.proc.Pid())
+	time.Sleep(rest)
+	idle = (cpuTime(t, w.agent.proc.Pid()) - idle) / time.Duration(rest/time.Second)
+	written := storeWrites(t, w.files.run)
 	for range requests {
 		start := time.Now()
 		stream, err := one.open(t.Context())
@@ -88,6 +96,7 @@ func TestBenchGrants(t *testing.T) {
 		must(t, one.close(stream))
 		closes = append(closes, time.Since(start))
 	}
+	written = storeWrites(t, w.files.run) - written
 	floor := syncFloor(t, w.files.state, requests)
 	var load [3]string
 	text, _ := os.ReadFile("/proc/loadavg")
@@ -107,11 +116,13 @@ Taken by `+"`make bench-grants`"+` on %d cores, load %s; %d paths active, each h
 | what | figure |
 | --- | --- |
 | aimed at for a request, p99 | %s: %s |
+| durable transactions for a request and its end, all that the agent wrote meanwhile | %.2f |
+| the agent's CPU time in a second in which nobody asks, signs of life of all holders included | %s |
 | opening the %d paths, handshakes included, 32 at a time | %s |
 | the agent's resident memory before them | %.0f MiB |
 | the agent's resident memory with them | %.0f MiB, %.1f KiB for each |
 `, runtime.NumCPU(), strings.Join(load[:], " "), paths, row(opens), row(closes), row(floor),
-		benchAim, verdictOn(quantile(opens, 99) <= benchAim), paths, filled.Round(time.Millisecond),
+		benchAim, verdictOn(quantile(opens, 99) <= benchAim), float64(written)/float64(requests), idle.Round(time.Millisecond), paths, filled.Round(time.Millisecond),
 		float64(before)/1024, float64(after)/1024, float64(after-before)/float64(paths))
 }
 
@@ -202,6 +213,30 @@ func residentKiB(t *testing.T, pid int) int {
 	}
 	t.Fatal("no VmRSS")
 	return 0
+}
+
+// cpuTime is what a process has used of the CPUs.
+func cpuTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	must(t, err)
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')'):])) // from the third on
+	var ticks int
+	for _, f := range fields[12:14] {
+		n, err := strconv.Atoi(f)
+		must(t, err)
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / 100 // USER_HZ
+}
+
+// storeWrites is how many transactions the agent's store has made, as its witness knows.
+func storeWrites(t *testing.T, run string) uint64 {
+	t.Helper()
+	const offset = 128
+	page, err := os.ReadFile(filepath.Join(run, "store.witness"))
+	must(t, err)
+	return binary.NativeEndian.Uint64(page[offset:])
 }
 
 // syncFloor times what no durable record can do without.

@@ -87,7 +87,7 @@ func TestBreakGlassNight(t *testing.T) {
 		return envelope + "." + who
 	}
 	one := approve(ask("night"), "eli")
-	wantTold(t, w.try("grant", "activate", one, "--key", key("dana")), "signatures", "another approval")
+	wantTold(t, w.try("grant", "activate", one, "--key", key("dana"), "--yes"), "signatures", "another approval")
 	both := approve(one, "fay")
 	w.cli(t, "grant", "challenge", "--out", file("challenge"))
 	w.cli(t, "grant", "answer", both, "--challenge", file("challenge"), "--key", key("dana"), "--out", file("answer"), "--yes")
@@ -112,7 +112,7 @@ func TestBreakGlassNight(t *testing.T) {
 		t.Errorf("nobody hears of it:\n%s", w.cli(t, "status"))
 	}
 	again := approve(approve(ask("again"), "eli"), "fay")
-	wantTold(t, w.try("grant", "activate", again, "--key", key("dana")), "nobody has reviewed", g.ID)
+	wantTold(t, w.try("grant", "activate", again, "--key", key("dana"), "--yes"), "nobody has reviewed", g.ID)
 	w.agent.kill(t)
 	w.agent.start(t)
 	if !loud() {
@@ -123,7 +123,7 @@ func TestBreakGlassNight(t *testing.T) {
 	if loud() || strings.Contains(w.cli(t, "status"), "PROBLEM  break_glass") {
 		t.Errorf("reviewed, and yet:\n%s", w.cli(t, "status"))
 	}
-	read[activated](t, w, "grant", "activate", again, "--key", key("dana"))
+	read[activated](t, w, "grant", "activate", again, "--key", key("dana"), "--yes")
 	w.proxy.stop(t)
 	w.agent.stop(t)
 }

@@ -122,7 +122,7 @@ func (w *world) issue(t *testing.T, g wanted, more ...string) string {
 // open issues and activates, as alice does on the node.
 func (w *world) open(t *testing.T, g wanted) activated {
 	t.Helper()
-	return read[activated](t, w, "grant", "activate", w.issue(t, g), "--key", w.key)
+	return read[activated](t, w, "grant", "activate", w.issue(t, g), "--key", w.key, "--yes")
 }
 
 func (w *world) revoke(t *testing.T, g activated) {

@@ -85,7 +85,7 @@ func TestBudgetSpent(t *testing.T) {
 				must(t, err)
 				defer s.Close()
 				file := w.issue(t, wanted{service, way.from, "15m"}, "--max-bytes", "8MiB", "--max-connections", "5")
-				g := read[activated](t, w, "grant", "activate", file, "--key", w.key)
+				g := read[activated](t, w, "grant", "activate", file, "--key", w.key, "--yes")
 				conn, err := way.dial(within(t, patience))
 				must(t, err)
 				defer conn.Close()

@@ -104,6 +104,52 @@ func TestExecPostgres(t *testing.T) {
 	w.agent.stop(t)
 }
 
+// TestExecByEitherFamily: by a name with addresses of both families a command is run when what it connects to has its path, and else
+// it is said which has none, and why.
+func TestExecByEitherFamily(t *testing.T) {
+	leak.Check(t)
+	onlyV4 := strings.NewReplacer(`sources: ["10.0.0.0/8", "fd00::/16", "127.0.0.0/8", "::1"]`, `sources: ["10.0.0.0/8"]`).Replace(automationPolicy("host-echo"))
+	w := newWorld(t, options{resource: onlyV4, config: automationConfig, identities: []spiffeid.ID{nightly}})
+	for _, d := range []*daemon{w.collector, w.agent, w.guard} {
+		d.start(t)
+	}
+	v4, v6 := w.Node.Addr(lab.IPv4).String(), w.Node.Addr(lab.IPv6).String()
+	hosts := filepath.Join(w.Dir, "hosts")
+	write(t, hosts, fmt.Sprintf("%s both\n%s both\n%s far\n2001:db8:ffff::1 far\n2001:db8:ffff::1 gone\n", v4, v6, v4))
+	for _, c := range []struct {
+		name  string
+		flags []string
+		code  int
+		says  []string
+	}{
+		{"the other family is refused", []string{"--agent", "both"}, 0, []string{"for 10.1.0.2 until", "note: no path by both at [" + v6 + "]:9470: ", "does not list fd00"}},
+		{"the one family", []string{"--agent", "both", "-4"}, 0, []string{"for 10.1.0.2 until"}},
+		{"the family that is refused", []string{"--agent", "both", "--ipv6"}, 3, []string{"sallyport: both at [" + v6 + "]:9470: ", "does not list fd00", "hint: "}},
+		{"no way to an address", []string{"--agent", "far"}, 0, []string{"for 10.1.0.2 until", "note: no path by far at [2001:db8:ffff::1]:9470: "}},
+		{"no way to any", []string{"--agent", "gone"}, 4, []string{"sallyport: gone at [2001:db8:ffff::1]:9470: ", "hint: check --agent: nobody is there"}},
+		{"two names", []string{"--agent", "both", "--agent", "gone"}, 4, []string{"for 10.1.0.2 until", "sallyport: gone at "}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			args := append([]string{"--mount", "--propagation", "private", "sh", "-c", `mount --bind "$0" /etc/hosts && exec "$@"`, hosts,
+				filepath.Join(w.bin, "sallyport"), "exec", "--workload-api", "unix://" + w.socket(nightly), "--reason", "test", "--service", "host-echo", "--for", "1m"}, c.flags...)
+			p, err := w.Client.Start(exec.Command("unshare", append(args, "--", "echo", "it runs")...))
+			must(t, err)
+			code := exitCode(t, p)
+			if code != c.code || strings.Contains(p.Output(), "it runs") != (code == 0) {
+				t.Errorf("ended with %d, want %d:\n%s", code, c.code, p.Output())
+			}
+			for _, words := range c.says {
+				if !strings.Contains(p.Output(), words) {
+					t.Errorf("does not say %q:\n%s", words, p.Output())
+				}
+			}
+			if n := w.openPaths(t); n != 0 {
+				t.Errorf("%d paths are left", n)
+			}
+		})
+	}
+}
+
 // TestExec: the command's exit code and signals are its own, and nothing is left of a path when exec dies, whichever way.
 func TestExec(t *testing.T) {
 	leak.Check(t)
@@ -140,7 +186,7 @@ func TestExec(t *testing.T) {
 	}
 	t.Run("no agent there", func(t *testing.T) {
 		p := w.execIn(t, w.Client, nightly, []string{"--agent", "10.1.0.1:9", "--service", "host-echo"}, "true")
-		if code := exitCode(t, p); code != 4 || !strings.Contains(p.Output(), "hint: check --agent") {
+		if code := exitCode(t, p); code != 4 || !strings.Contains(p.Output(), "hint: look at spec.automation") {
 			t.Errorf("ended with %d:\n%s", code, p.Output())
 		}
 	})

@@ -45,7 +45,7 @@ func TestPanic(t *testing.T) {
 	}
 	file := w.issue(t, wanted{ways[0].service, ways[0].from, "5m"})
 	for _, when := range []string{"at once", "after a restart"} {
-		if s := w.try("grant", "activate", file, "--key", w.key); s.err == nil || !strings.Contains(s.stderr, "a key leaked") || !strings.Contains(s.stderr, "sallyport panic --lift") {
+		if s := w.try("grant", "activate", file, "--key", w.key, "--yes"); s.err == nil || !strings.Contains(s.stderr, "a key leaked") || !strings.Contains(s.stderr, "sallyport panic --lift") {
 			t.Errorf("activation %s: %s", when, s)
 		}
 		if s := read[struct{ Panic string }](t, w, "status"); !strings.Contains(s.Panic, "by uid:0: a key leaked") {

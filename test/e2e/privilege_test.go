@@ -190,7 +190,7 @@ func (w *world) dutyPath() error {
 		if s.err != nil {
 			return fmt.Errorf("issue: %s", s)
 		}
-		if s = w.try("grant", "activate", file, "--key", w.key, "-o", "json"); s.err != nil {
+		if s = w.try("grant", "activate", file, "--key", w.key, "--yes", "-o", "json"); s.err != nil {
 			return fmt.Errorf("activate: %s", s)
 		}
 		var g activated

@@ -76,16 +76,16 @@ func twoOfThree(t *testing.T, f lab.Family) {
 	file := filepath.Join(w.Dir, "backup.grant")
 	w.cli(t, "grant", "issue", "--service", way.service, "--client", way.from.String(), "--for", "20m", "--node", nodeName, "--max-bytes", "4MiB",
 		"--reason", "nightly backup", "--ticket", "OPS-1207", "--key", key("dana"), "--policy", w.files.resources, "--out", file, "--yes")
-	wantTold(t, w.try("grant", "activate", file, "--key", key("dana")), "approval")
+	wantTold(t, w.try("grant", "activate", file, "--key", key("dana"), "--yes"), "approval")
 	approve := func(file, who string) string {
 		w.cli(t, "grant", "approve", file, "--key", key(who), "--policy", w.files.resources, "--out", file+"."+who, "--yes")
 		return file + "." + who
 	}
 	one := approve(file, "fay")
-	wantTold(t, w.try("grant", "activate", one, "--key", key("dana")), "approval")
+	wantTold(t, w.try("grant", "activate", one, "--key", key("dana"), "--yes"), "approval")
 	two := approve(one, "gil")
-	wantTold(t, w.try("grant", "activate", two, "--key", key("eli")), "dana") // another's key begins nothing
-	g := read[activated](t, w, "grant", "activate", two, "--key", key("dana"))
+	wantTold(t, w.try("grant", "activate", two, "--key", key("eli"), "--yes"), "dana") // another's key begins nothing
+	g := read[activated](t, w, "grant", "activate", two, "--key", key("dana"), "--yes")
 
 	conn, err := way.dial(within(t, patience))
 	must(t, err)
@@ -101,7 +101,7 @@ func twoOfThree(t *testing.T, f lab.Family) {
 	if n := <-got; n != 6<<20 {
 		t.Errorf("service got %d bytes through the proxy, want %d", n, 6<<20)
 	}
-	wantTold(t, w.try("grant", "activate", two, "--key", key("dana")), g.ID)
+	wantTold(t, w.try("grant", "activate", two, "--key", key("dana"), "--yes"), g.ID)
 	wantTold(t, w.try("grant", "review", g.ID, "--key", key("gil"), "--by", "gil", "--why", "fine", "--yes"), "gil may not review it")
 	w.cli(t, "grant", "review", g.ID, "--key", key("eli"), "--by", "eli", "--why", "6 MiB in place of 4", "--yes")
 	if out := w.cli(t, "grant", "show", g.ID); !strings.Contains(out, "6 MiB in place of 4") {

@@ -154,7 +154,7 @@ func TestWrongGrants(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			file := filepath.Join(w.Dir, c.name+".grant")
 			write(t, file, w.cli(t, w.terms(c.terms)...))
-			w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key), c.words...) })
+			w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key, "--yes"), c.words...) })
 		})
 	}
 	t.Run("duration_0", func(t *testing.T) {
@@ -169,19 +169,19 @@ func TestWrongGrants(t *testing.T) {
 	t.Run("tampered", func(t *testing.T) {
 		file := filepath.Join(w.Dir, "tampered.grant")
 		write(t, file, tampered(t, w.cli(t, w.terms(nil)...)))
-		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key), "signatures") })
+		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key, "--yes"), "signatures") })
 	})
 	t.Run("used_twice", func(t *testing.T) {
 		file := w.issue(t, wanted{"pod-echo", w.Client.Addr(lab.IPv4), "1m"})
-		g := read[activated](t, w, "grant", "activate", file, "--key", w.key)
-		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key), g.ID) })
+		g := read[activated](t, w, "grant", "activate", file, "--key", w.key, "--yes")
+		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key, "--yes"), g.ID) })
 		w.revoke(t, g)
-		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key), "used") })
+		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key, "--yes"), "used") })
 	})
 	t.Run("no_envelope", func(t *testing.T) {
 		file := filepath.Join(w.Dir, "none.grant")
 		write(t, file, "{}")
-		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key), "payload") })
+		w.unchanged(t, func() { wantTold(t, w.try("grant", "activate", file, "--key", w.key, "--yes"), "payload") })
 	})
 }
 

@@ -1,0 +1,73 @@
+package agent
+
+import (
+	"errors"
+	"net"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/credentials"
+)
+
+// maxAskConnections bounds the connections of workloads in all.
+const maxAskConnections = 16384
+
+// askConnections is how many there may be at a time: half of what the process may have open, so that the store and the people on
+// the agent's own socket always find a descriptor.
+func askConnections() int {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return maxAskConnections / 16
+	}
+	return int(min(files.Cur/2, maxAskConnections))
+}
+
+// askTransport takes no more connections of one identity than it may have, once they have proven whose they are.
+type askTransport struct {
+	credentials.TransportCredentials
+	limits *askLimits
+	clock  clock
+}
+
+// ServerHandshake proves who connects, and counts the connection until it is closed.
+func (t askTransport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	id, err := provenID(info)
+	if err == nil {
+		err = t.limits.connect(id, t.clock.boot())
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, conn.Close())
+	}
+	return &countedConn{conn, sync.OnceFunc(func() { t.limits.disconnect(id) })}, info, nil
+}
+
+// Clone gives one that counts together with this one.
+func (t askTransport) Clone() credentials.TransportCredentials {
+	return askTransport{t.TransportCredentials.Clone(), t.limits, t.clock}
+}
+
+func provenID(info credentials.AuthInfo) (spiffeid.ID, error) {
+	tls, ok := info.(credentials.TLSInfo)
+	if !ok || len(tls.State.PeerCertificates) == 0 {
+		return spiffeid.ID{}, errors.New("no certificate was shown")
+	}
+	return x509svid.IDFromCert(tls.State.PeerCertificates[0])
+}
+
+// countedConn is a connection that counts until it is closed.
+type countedConn struct {
+	net.Conn
+	gone func()
+}
+
+// Close closes it, and counts it no more.
+func (c *countedConn) Close() error {
+	defer c.gone()
+	return c.Conn.Close()
+}
