@@ -38,11 +38,16 @@ func (n *node) newly(t *testing.T, c cell, f func()) datapath.Watched {
 	return after
 }
 
-// quiet fails if a packet was decided about.
+// quiet fails if a packet was decided about, or is counted for the comparison of hooks with sockets.
 func (n *node) quiet(t *testing.T) {
 	t.Helper()
 	if c := n.counters(t); c != "" {
 		t.Errorf("something was decided:%s", c)
+	}
+	traffic, err := n.d.Traffic()
+	must(t, err)
+	if len(traffic) != 0 {
+		t.Errorf("hooks and sockets are compared: %+v", traffic)
 	}
 }
 
