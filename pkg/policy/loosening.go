@@ -320,7 +320,8 @@ func (c *comparison) taken(old, next *Set) {
 	}
 }
 
-// opened notes ports at which a TCP service refused UDP, and which a UDP service has now that is not enforced.
+// opened notes ports at which a TCP service refused UDP, and which a UDP service has now that is not enforced. Of two services in
+// pods nobody knows here whether it is the same pod.
 func (c *comparison) opened(old, next *Set) {
 	for _, svc := range next.services {
 		was, had := old.Service(svc.Name)
@@ -328,7 +329,7 @@ func (c *comparison) opened(old, next *Set) {
 			continue
 		}
 		for _, other := range old.services {
-			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !other.Enforced() {
+			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !other.Enforced() || other.Spec.Target != svc.Spec.Target {
 				continue
 			}
 			for _, port := range svc.Spec.Ports {

@@ -101,6 +101,7 @@ func TestTightenings(t *testing.T) {
 		{"service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, ports: [22], access: [{identities: [\"spiffe://example.org/ops/*\"]}]}\n")},
 		{"service new, only watched", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, mode: Observe, ports: [22]}\n")},
 		{"service new, only watched, of UDP", loosen.Plus("ProtectedService\nmetadata: {name: ntp}\nspec: {target: Host, protocol: UDP, mode: Shadow, ports: [123]}\n")},
+		{"service new, only watched, of UDP in a pod", loosen.Plus("ProtectedService\nmetadata: {name: quic}\nspec: {target: Pod, addresses: [10.2.0.9], protocol: UDP, mode: Shadow, ports: [5432]}\n")},
 		{"mode in other words", loosen.Swap("target: Host, ports: [5432, 5433]", "target: Host, mode: Enforce, ports: [5432, 5433]")},
 		{"port new", loosen.Swap("ports: [5432, 5433]", "ports: [5432, 5433, 5434]")},
 		{"address new", loosen.Swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2", "fd00:2::2", "10.2.0.3"]`)},
