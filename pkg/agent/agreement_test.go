@@ -138,18 +138,19 @@ func (a *agreement) resources() string {
 	}
 	pod := a.pod // a pod is closed at all of its addresses
 	names := []string{"host-tcp"}
-	add("ProtectedService", "host-tcp", "target: Host, udp: %s, ports: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)))
+	mode := func() string { return choice(r, "Enforce", "Enforce", "Enforce", "Shadow", "Observe") }
+	add("ProtectedService", "host-tcp", "target: Host, mode: %s, udp: %s, ports: [%s]", mode(), choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)))
 	if r.IntN(2) == 0 {
 		names = append(names, "host-udp")
-		add("ProtectedService", "host-udp", "target: Host, protocol: UDP, ports: [%s]", portList(some(r, portsUDP)))
+		add("ProtectedService", "host-udp", "target: Host, mode: %s, protocol: UDP, ports: [%s]", mode(), portList(some(r, portsUDP)))
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-tcp")
-		add("ProtectedService", "pod-tcp", "target: Pod, udp: %s, ports: [%s], addresses: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)), listed(pod))
+		add("ProtectedService", "pod-tcp", "target: Pod, mode: %s, udp: %s, ports: [%s], addresses: [%s]", mode(), choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)), listed(pod))
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-udp")
-		add("ProtectedService", "pod-udp", "target: Pod, protocol: UDP, ports: [%s], addresses: [%s]", portList(some(r, portsUDP)), listed(pod))
+		add("ProtectedService", "pod-udp", "target: Pod, mode: %s, protocol: UDP, ports: [%s], addresses: [%s]", mode(), portList(some(r, portsUDP)), listed(pod))
 	}
 	for i := range 1 + r.IntN(3) {
 		add("BypassPolicy", fmt.Sprintf("p%d", i), "services: [%s], bindings: [address], sources: [%s], maxDuration: %s, requesters: [alice], maxReach: %d",
@@ -279,12 +280,12 @@ func (a *agreement) byPolicy(d drawn) fate {
 	service, ok := a.at(protocol, d.server)
 	if !ok {
 		tcp, beside := a.at(policy.ProtocolTCP, d.server)
-		if d.udp && beside && tcp.Spec.UDP != policy.UDPAllow {
+		if d.udp && beside && tcp.Enforced() && tcp.Spec.UDP != policy.UDPAllow {
 			return unpassed
 		}
 		return passes
 	}
-	if slices.Contains(a.live[pathKey{d.client.Addr(), service.Name}], d.server.Port()) {
+	if !service.Enforced() || slices.Contains(a.live[pathKey{d.client.Addr(), service.Name}], d.server.Port()) {
 		return passes
 	}
 	return otherwise

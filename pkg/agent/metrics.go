@@ -25,7 +25,7 @@ type metrics struct {
 	node *node
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
-	panic, failed *prometheus.Desc
+	modes, seenOpens, seenPackets, seenBytes, panic, failed *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -52,15 +52,21 @@ func newMetrics(n *node) *metrics {
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
 		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
-		panic:      desc("panic", "1 while a panic stands: every path ended, and none is opened."),
-		failed:     desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+		modes:      desc("services", "Services by mode: only enforced ones are closed.", "mode"),
+		seenOpens:  desc("watched_opens_total", "SYNs to services that are not enforced, by what Enforce would make of them; of observed ones NONE.", "service", "would"),
+		seenPackets: desc("watched_packets_total", "Packets to services that are not enforced, by what Enforce would make of them; of observed ones NONE.",
+			"service", "would"),
+		seenBytes: desc("watched_bytes_total", "IP bytes to services that are not enforced, by what Enforce would make of them; of observed ones NONE.", "service", "would"),
+		panic:     desc("panic", "1 while a panic stands: every path ended, and none is opened."),
+		failed:    desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed, m.panic, m.failed} {
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed,
+		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed} {
 		ch <- d
 	}
 }
@@ -68,7 +74,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector. Figures that cannot be read are left out, and scrape_failed says so.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	m.own(ch)
-	err := errors.Join(m.kernel(ch), m.counters(ch), m.backstop(ch), m.auditing(ch))
+	err := errors.Join(m.kernel(ch), m.counters(ch), m.backstop(ch), m.watched(ch), m.auditing(ch))
 	gauge(ch, m.failed, truth(err != nil))
 }
 

@@ -22,7 +22,7 @@ import (
 )
 
 // schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
-const schema = 3
+const schema = 4
 
 // ErrLayout says that what is pinned has a layout that this version cannot read.
 var ErrLayout = errors.New("unknown map layout")

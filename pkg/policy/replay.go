@@ -58,6 +58,8 @@ func (s *Set) would(f Seen) (passes, known bool, why string) {
 	switch {
 	case !ok:
 		return true, true, "no protected service is there"
+	case !svc.Enforced():
+		return true, true, svc.Open()
 	case f.Bypassed && f.Grant == nil:
 		return false, false, "what its grant says is not at hand"
 	case f.Bypassed:

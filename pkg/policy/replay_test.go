@@ -19,6 +19,10 @@ func TestReplay(t *testing.T) {
 	db, cache := netip.MustParseAddrPort("10.1.0.1:5432"), netip.MustParseAddrPort("10.2.0.2:6380")
 	long, short := goodFacts(), goodFacts()
 	short.Duration /= 3
+	shadowed := mustParse(t, strings.Replace(good, "protocol: TCP", "mode: Shadow", 1))
+	if got, why := shadowed.Replay(policy.Seen{Protocol: "tcp", Server: cache}); got != policy.FatePasses || !strings.Contains(why, "cache is not enforced (mode: Shadow)") {
+		t.Errorf("a service that is let go: %s, because %s", got, why)
+	}
 	for _, c := range []struct {
 		name string
 		seen policy.Seen

@@ -1,0 +1,205 @@
+package datapath_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/test/lab"
+)
+
+// mode puts every service into a mode.
+func (n *node) mode(t *testing.T, m datapath.Mode) {
+	t.Helper()
+	services := n.d.Services()
+	for i := range services {
+		services[i].Mode = m
+	}
+	_, err := n.d.SetServices(services)
+	must(t, err)
+}
+
+// newly gives what was seen of the cell's service while f ran.
+func (n *node) newly(t *testing.T, c cell, f func()) datapath.Watched {
+	t.Helper()
+	look := func() datapath.Watched {
+		all, err := n.d.Watched()
+		must(t, err)
+		return all[c.serviceID]
+	}
+	before := look()
+	f()
+	after := look()
+	for _, pair := range [][2]*datapath.Seen{{&after.Seen, &before.Seen}, {&after.Proxied, &before.Proxied}, {&after.Bypassed, &before.Bypassed}, {&after.Denied, &before.Denied}} {
+		pair[0].Opens -= pair[1].Opens
+		pair[0].Packets -= pair[1].Packets
+		pair[0].Bytes -= pair[1].Bytes
+	}
+	return after
+}
+
+// quiet fails if a packet was decided about, or is counted for the comparison of hooks with sockets.
+func (n *node) quiet(t *testing.T) {
+	t.Helper()
+	if c := n.counters(t); c != "" {
+		t.Errorf("something was decided:%s", c)
+	}
+	traffic, err := n.d.Traffic()
+	must(t, err)
+	if len(traffic) != 0 {
+		t.Errorf("hooks and sockets are compared: %+v", traffic)
+	}
+}
+
+// TestWatchedTraffic asks every service in every way while it is not enforced: the service itself answers, with no proxy there,
+// and each connection is seen once, by what Enforce would make of it.
+func TestWatchedTraffic(t *testing.T) { eachProfile(t, testWatchedTraffic) }
+
+func testWatchedTraffic(t *testing.T, profile datapath.Profile) {
+	t.Parallel()
+	n := newNode(t, profile)
+	for _, m := range []datapath.Mode{datapath.Observe, datapath.Shadow} {
+		n.mode(t, m)
+		for _, c := range n.cells() {
+			t.Run(c.name, func(t *testing.T) {
+				ask := func() {
+					t.Helper()
+					if got, err := c.ask(within(t)); got != "service" {
+						t.Errorf("answered by %s (%v)", got, err)
+					}
+				}
+				shadowed := m == datapath.Shadow
+				if w := n.newly(t, c, ask); w.Seen.Opens != 1 || (w.Proxied == w.Seen) != shadowed || w.Seen.Packets < 3 {
+					t.Errorf("mode %d: saw %+v", m, w)
+				}
+				slot := c.path(n, t, time.Minute)
+				if w := n.newly(t, c, ask); w.Seen.Opens != 1 || (w.Bypassed == w.Seen) != shadowed {
+					t.Errorf("mode %d: saw %+v under a path", m, w)
+				}
+				if p, err := n.d.Path(slot); err != nil || p.Flows != 0 || p.PacketsToServer != 0 {
+					t.Errorf("the path carried something: %+v, %v", p, err)
+				}
+				must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			})
+		}
+	}
+	n.quiet(t)
+}
+
+// TestWatchedDatagrams does so with UDP services, and with UDP to ports of TCP.
+func TestWatchedDatagrams(t *testing.T) {
+	t.Parallel()
+	n := newUDPNode(t, 30*time.Second)
+	for _, m := range []datapath.Mode{datapath.Observe, datapath.Shadow} {
+		n.mode(t, m)
+		for _, tcp := range n.cells() {
+			t.Run(tcp.name, func(t *testing.T) {
+				c := tcp.udp()
+				shadowed := m == datapath.Shadow
+				if w := n.newly(t, c, func() { wantAnswer(t, n, c.dialUDP(t)) }); w.Seen.Packets != 1 || (w.Denied == w.Seen) != shadowed {
+					t.Errorf("mode %d: saw %+v", m, w)
+				}
+				if w := n.newly(t, tcp, func() { wantAnswer(t, n, tcp.dialUDP(t)) }); w.Seen.Packets != 1 || (w.Denied == w.Seen) != shadowed {
+					t.Errorf("mode %d: saw %+v at a port of TCP", m, w)
+				}
+				slot := c.path(n, t, time.Minute)
+				if w := n.newly(t, c, func() { wantAnswer(t, n, c.dialUDP(t)) }); w.Seen.Packets != 1 || (w.Bypassed == w.Seen) != shadowed {
+					t.Errorf("mode %d: saw %+v under a path", m, w)
+				}
+				must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			})
+		}
+	}
+	n.quiet(t)
+}
+
+// TestShadowKnowsWorkloads: a path that is bound to a control group would take its SYNs, and nobody else's.
+func TestShadowKnowsWorkloads(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.mode(t, datapath.Shadow)
+	alice, number := groupOf(t, n.Lab, "alice")
+	bob, _ := groupOf(t, n.Lab, "bob")
+	for _, c := range n.cells() {
+		if c.client == n.Client {
+			continue // another machine's sockets are not known
+		}
+		t.Run(c.name, func(t *testing.T) {
+			opens := func(g *lab.Group) (bypassed, proxied uint64) {
+				w := n.newly(t, c, func() {
+					if got, err := c.asWorkload(within(t), g, 0); got != "service" {
+						t.Errorf("answered by %s (%v)", got, err)
+					}
+				})
+				return w.Bypassed.Opens, w.Proxied.Opens
+			}
+			slot := c.bind(t, n, func(p *datapath.Path) { p.Cgroup = number })
+			if b, p := opens(alice); b != 1 || p != 0 {
+				t.Errorf("the workload: %d would be bypassed, %d proxied", b, p)
+			}
+			if b, p := opens(bob); b != 0 || p != 1 {
+				t.Errorf("another one: %d would be bypassed, %d proxied", b, p)
+			}
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+		})
+	}
+}
+
+// TestEnteringEnforceCuts: a connection from before is reset at its next packet, and the next one lands on the proxy, or on
+// the service where a path is live. TestLeavingEnforce is the way back.
+func TestEnteringEnforceCuts(t *testing.T) { eachProfile(t, testEnteringEnforceCuts) }
+
+func testEnteringEnforceCuts(t *testing.T, profile datapath.Profile) {
+	t.Parallel()
+	n := newNode(t, profile)
+	n.copyProxy(t)
+	for i, c := range n.cells() {
+		t.Run(c.name, func(t *testing.T) {
+			want := "proxy"
+			if i%2 == 1 {
+				want = "service"
+				slot := c.path(n, t, time.Minute)
+				defer func() { must(t, n.d.EndPath(slot, datapath.PathRevoked)) }()
+			}
+			n.mode(t, []datapath.Mode{datapath.Observe, datapath.Shadow}[i%2])
+			conn := c.dialDirect(t)
+			n.mode(t, datapath.Enforce)
+			wantReset(t, conn)
+			if got, err := c.ask(within(t)); got != want {
+				t.Errorf("answered by %s (%v), want %s; counters:%s", got, err, want, n.counters(t))
+			}
+		})
+	}
+}
+
+// TestLeavingEnforce: a proxied connection is reset by the service, which knows nothing of it, and the next one is direct. A
+// bypassed connection goes on, also when the service is enforced again.
+func TestLeavingEnforce(t *testing.T) { eachProfile(t, testLeavingEnforce) }
+
+func testLeavingEnforce(t *testing.T, profile datapath.Profile) {
+	t.Parallel()
+	n := newNode(t, profile)
+	n.copyProxy(t)
+	for i, c := range n.cells() {
+		t.Run(c.name, func(t *testing.T) {
+			proxied := c.dial(t)
+			_, err := lab.Ask(proxied)
+			must(t, err)
+			slot := c.path(n, t, time.Minute)
+			bypassed := c.dialDirect(t)
+			n.mode(t, []datapath.Mode{datapath.Observe, datapath.Shadow}[i%2])
+			wantReset(t, proxied)
+			if got, err := c.ask(within(t)); got != "service" {
+				t.Errorf("answered by %s (%v), want the service", got, err)
+			}
+			for _, m := range []datapath.Mode{datapath.Shadow, datapath.Enforce} {
+				n.mode(t, m)
+				if _, err := lab.Ask(bypassed); err != nil {
+					t.Errorf("the bypassed connection in mode %d: %v", m, err)
+				}
+			}
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			wantReset(t, bypassed)
+		})
+	}
+}
