@@ -97,15 +97,12 @@ func (u *uninstall) record(ctx context.Context) error {
 
 // endGrants records the end of grants whose paths went with the maps.
 func (u *uninstall) endGrants(ctx context.Context) error {
-	rows, err := u.store.Grants(ctx)
+	rows, err := u.store.ActiveGrants(ctx)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, row := range rows {
-		if row.State != store.StateActive {
-			continue
-		}
 		e := newEvent(stepRevoked, u.actor, "uninstall", u.clock)
 		e.Grant, e.Deadline, e.Slots, e.Signers = row.ID, timestamp(row.Deadline), row.Slots, row.Signers
 		event, err := encodeEvent(e)

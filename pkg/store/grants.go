@@ -167,7 +167,7 @@ func (s *Store) Grant(ctx context.Context, id string) (GrantRow, error) {
 	return g, nil
 }
 
-// Grants returns every grant that the node ever activated, oldest first.
+// Grants returns every grant that the node activated and has not forgotten, oldest first.
 func (s *Store) Grants(ctx context.Context) ([]GrantRow, error) {
 	return s.grants(ctx, selectGrants+` ORDER BY activated, id`)
 }
