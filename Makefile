@@ -76,9 +76,9 @@ bench-datapath: build ## compare the datapath with iptables and nftables, ROUNDS
 	go run ./tools/needs bench-datapath
 	go run ./test/bench -rounds $(or $(ROUNDS),9) $(if $(PUBLISH),-publish $(PUBLISH))
 
-bench-grants: ## measure how long workloads wait for paths with PATHS=10000 active, and the agent's memory then (root)
+bench-grants: ## measure how long workloads wait for paths with PATHS=10000 active, and the agent's memory then (root); PUBLISH=docs writes it down
 	go run ./tools/needs test
-	BENCH_PATHS=$(or $(PATHS),10000) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
+	BENCH_PATHS=$(or $(PATHS),10000) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
@@ -86,7 +86,8 @@ bench: ## run every benchmark, BENCHTIME=1s each
 image: build ## build a container image with the four binaries and nothing else
 	docker build -t $(IMAGE) .
 
-install: build ## install binaries and systemd units (PREFIX, DESTDIR); starts nothing
+install: ## install what `make build` built, and systemd units (PREFIX, DESTDIR); needs no Go, starts nothing
+	@for b in $(BINARIES); do test -f bin/$$b || { echo "bin/$$b is not built: run \`make build\` first, as yourself" >&2; exit 1; }; done
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BINARIES:%=bin/%)
 	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system deploy/systemd/*.service
 

@@ -105,7 +105,7 @@ func (c *cli) execute(ctx context.Context, e *execution, command []string) error
 	}
 	path, err := exec.LookPath(command[0])
 	if err != nil {
-		return notRun(err)
+		return withHint(notRun(err), "nothing was asked for; name a program that is there")
 	}
 	agents, err := resolveAgents(ctx, e.agents, e.by)
 	if err != nil {
@@ -125,6 +125,10 @@ func (c *cli) execute(ctx context.Context, e *execution, command []string) error
 	stop()
 	if err := c.closeHolds(ctx, holds); err != nil {
 		c.note("%v", err) // what became of the command is what counts
+		return ended
+	}
+	if _, never := errors.AsType[*exitError](ended); never {
+		return withHint(ended, "its paths were given back; see whether the program's interpreter is there, and for which machine it was built")
 	}
 	return ended
 }
@@ -312,10 +316,11 @@ func commandEnd(err error) error {
 	return &commandError{exit.ExitCode()}
 }
 
+// notRun says that a command never began.
 func notRun(err error) error {
 	code := exitNotRun
 	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
 		code = exitNotFound
 	}
-	return withHint(&exitError{code, fmt.Errorf("run command: %w", err)}, "nothing was asked for; name a program that is there")
+	return &exitError{code, fmt.Errorf("run command: %w", err)}
 }

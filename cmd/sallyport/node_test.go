@@ -237,6 +237,12 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 	if slices.ContainsFunc(n.grants, func(o *api.Grant) bool { return o.Id == g.Id }) {
 		return nil, status.Errorf(codes.AlreadyExists, "grant %s was activated before", g.Id)
 	}
+	for _, o := range n.grants {
+		if o.State == "active" && o.Service == g.Service && o.Clients[0] == g.Clients[0] {
+			return nil, status.Errorf(codes.AlreadyExists, "another grant serves this client: %s to %s, by grant %s until %s\nhint: wait for its end, or revoke it first",
+				g.Clients[0], g.Service, o.Id, o.Deadline.AsTime().UTC().Format(time.RFC3339))
+		}
+	}
 	n.grants = append(n.grants, g)
 	return &api.ActivateReply{Grant: g}, nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -16,12 +18,14 @@ import (
 )
 
 func (c *cli) policyDiff() *cobra.Command {
-	return &cobra.Command{
+	var name string
+	cmd := &cobra.Command{
 		Use:   "diff OLD NEW",
 		Short: "Say in what a set of resources differs from another, and what it allows beyond it",
 		Long: `Compare two sets of resources, each a FILE or a DIR, and list every change: what makes NEW looser, what makes it
 tighter, and what does neither. It is what a node compares that asks for signatures: with nothing looser it takes NEW
-unsigned. The node's own set in force is /run/sallyport/policy.yaml.`,
+unsigned. The node's own set in force is /run/sallyport/policy.yaml. A signed set counts on nodes of its name alone: of a node that
+moves to another set, --set says the name that its configuration has by then.`,
 		Example: `  sallyport policy diff /run/sallyport/policy.yaml /etc/sallyport/resources.d`,
 		Args:    exactly(2),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -33,10 +37,33 @@ unsigned. The node's own set in force is /run/sallyport/policy.yaml.`,
 			if err != nil {
 				return err
 			}
-			d := newDiff(old, next)
+			d := newDiff(old, next, name)
 			return c.show(d, d.table)
 		},
 	}
+	setFlag(cmd, &name, "OLD")
+	return cmd
+}
+
+// setFlag takes the name of the set that a node's configuration says, which is what the node goes by, and not the name in force.
+func setFlag(cmd *cobra.Command, name *string, inForce string) {
+	cmd.Flags().StringVar(name, "set", "", "for a node whose configuration has this `NAME` as policySet (default: that of "+inForce+")")
+}
+
+// setInForce reads what nodes have; nil where nobody says it.
+func (c *cli) setInForce(files []string, name string) (*policy.Set, error) {
+	if len(files) == 0 && name != "" {
+		return nil, withHint(usagef("compare resources: --set says of which node, and nobody says what it has"), "name that with --in-force, too")
+	}
+	return c.resourcesAt(files)
+}
+
+// setWords are the flag as it is typed; none for none.
+func setWords(name string) []string {
+	if name == "" {
+		return nil
+	}
+	return []string{"--set", name}
 }
 
 // policyDiff is the outcome of a comparison, for people and machines.
@@ -48,10 +75,12 @@ type policyDiff struct {
 	Digest    string          `json:"digest"`
 	Signature string          `json:"signature"` // whether a node asks for one, in words
 
-	refused bool // whether no signature would do
+	refused error // why no signature would do; nil where one would
 }
 
-func newDiff(old, next *policy.Set) policyDiff {
+// newDiff compares for a node that has the old set and takes those of a name; none is the old set's.
+func newDiff(old, next *policy.Set, name string) policyDiff {
+	name = cmp.Or(name, old.Name())
 	d := policyDiff{Same: old.Digest() == next.Digest(), Changes: append([]policy.Change{}, policy.Changes(old, next)...),
 		Version: next.Version(), Digest: next.Digest()}
 	d.Looser = slices.ContainsFunc(d.Changes, func(c policy.Change) bool { return c.Effect == policy.Looser })
@@ -60,10 +89,13 @@ func newDiff(old, next *policy.Set) policyDiff {
 		d.Signature = "not needed: nothing differs"
 	case !d.Looser:
 		d.Signature = "not needed: nothing is looser"
-	case next.Name() != old.Name():
-		d.Signature, d.refused = fmt.Sprintf("no node takes it that has the other: it is the set %q, and not %q", next.Name(), old.Name()), true
+	case next.Name() != name:
+		d.Signature = fmt.Sprintf("no use: this is the set %q, and the node's is %q", next.Name(), name)
+		d.refused = withHint(fmt.Errorf("this is the set %q, and the node's is %q: no signature makes the node take it", next.Name(), name),
+			"take the set that is meant for the node; of a node whose configuration says policySet: %s ask with %s", next.Name(), strings.Join(setWords(next.Name()), " "))
 	case next.Version() <= old.Version():
-		d.Signature, d.refused = fmt.Sprintf("needed, over a higher version than %d: the ResourceSet says %d", old.Version(), next.Version()), true
+		d.Signature = fmt.Sprintf("needed, over a higher version than %d: the ResourceSet says %d", old.Version(), next.Version())
+		d.refused = withHint(fmt.Errorf("a signature is %s", d.Signature), "raise the version of the ResourceSet, and have it signed with `sallyport policy sign`")
 	default:
 		d.Signature = fmt.Sprintf("needed, of %s", plural(old.Signers(), "person"))
 	}
@@ -85,6 +117,7 @@ func (d policyDiff) table(t *table) {
 type signing struct {
 	key     string
 	inForce []string
+	name    string // of the node's set; none is the one in force
 	yes     bool
 }
 
@@ -104,6 +137,7 @@ for the same set. With --in-force it says first in what the set is looser than a
 	f.SortFlags = false
 	f.StringVar(&s.key, "key", "", keyHelp)
 	f.StringSliceVar(&s.inForce, "in-force", nil, "compare with the resources in these `FILES` or this directory")
+	setFlag(cmd, &s.name, "--in-force")
 	f.BoolVarP(&s.yes, "yes", "y", false, "do not ask")
 	return cmd
 }
@@ -121,14 +155,14 @@ func (c *cli) signPolicy(ctx context.Context, s *signing, dir string) error {
 	if set.Version() == 0 {
 		return withHint(errors.New("sign resources: no ResourceSet gives them a version"), "add one to the directory: kind: ResourceSet, spec: {version: 1}")
 	}
-	old, err := c.resourcesAt(s.inForce)
+	old, err := c.setInForce(s.inForce, s.name)
 	if err != nil {
 		return err
 	}
 	if err := c.checkOfficer(old, key.Public()); err != nil {
 		return inFlags("check key", err)
 	}
-	if err := c.saySet(old, set); err != nil {
+	if err := c.saySet(old, set, s.name); err != nil {
 		return err
 	}
 	if !s.yes {
@@ -150,7 +184,7 @@ func (c *cli) signPolicy(ctx context.Context, s *signing, dir string) error {
 	}
 	return c.show(signedPolicy{File: file, Version: set.Version(), Digest: set.Digest()}, func(t *table) {
 		t.row("file", file)
-		t.row("next", commandLine("policy", "verify", dir, repeated("--in-force", s.inForce)))
+		t.row("next", commandLine("policy", "verify", dir, repeated("--in-force", s.inForce), setWords(s.name)))
 	})
 }
 
@@ -177,13 +211,13 @@ func (c *cli) checkOfficer(inForce *policy.Set, key policy.PublicKey) error {
 }
 
 // saySet tells what is about to be signed.
-func (c *cli) saySet(old, set *policy.Set) error {
+func (c *cli) saySet(old, set *policy.Set, name string) error {
 	t := newTable(c.stderr)
 	t.row("set", set.Name())
 	t.row("version", set.Version())
 	t.row("digest", set.Digest())
 	if old != nil {
-		newDiff(old, set).table(t)
+		newDiff(old, set, name).table(t)
 	}
 	return t.Flush()
 }
@@ -198,7 +232,10 @@ func replace(path string, data []byte) error {
 }
 
 // verifying is one run of `policy verify`.
-type verifying struct{ inForce, pinned []string }
+type verifying struct {
+	inForce, pinned []string
+	name            string // of the node's set; none is the one in force
+}
 
 func (c *cli) policyVerify() *cobra.Command {
 	var v verifying
@@ -207,14 +244,16 @@ func (c *cli) policyVerify() *cobra.Command {
 		Short: "Say who signed a set of resources, as a node would",
 		Long: `Verify the signatures of the set of resources in DIR. They count by the keyrings of --in-force and by the keys of
 --pinned (policyKeys of a node's configuration). With --in-force it answers for a node that has that set and asks for signatures:
-every change is listed, and the exit code is 0 if the node takes DIR, signed or not, and 3 if it does not. Without either, they count
-by the keyrings of DIR itself, which a node never takes anybody's word for.`,
+every change is listed, and the exit code is 0 if the node takes DIR, signed or not, and 3 if it does not. A node takes signed sets of
+the name that its configuration says (policySet): of one that moves to another set, --set says the new name. Without --in-force and
+--pinned, signatures count by the keyrings of DIR itself, which a node never takes anybody's word for.`,
 		Example: `  sallyport policy verify /etc/sallyport/resources.d --in-force /run/sallyport/policy.yaml`,
 		Args:    exactly(1),
 		RunE:    func(_ *cobra.Command, args []string) error { return c.verifyPolicy(args[0], v) },
 	}
 	cmd.Flags().StringSliceVar(&v.inForce, "in-force", nil, "verify by the keyrings in these `FILES` or this directory, as a node that has them")
 	cmd.Flags().StringSliceVar(&v.pinned, "pinned", nil, "verify by this public `KEY`, too; may be repeated")
+	setFlag(cmd, &v.name, "--in-force")
 	return cmd
 }
 
@@ -223,7 +262,7 @@ func (c *cli) verifyPolicy(dir string, v verifying) error {
 	if err != nil {
 		return err
 	}
-	old, err := c.resourcesAt(v.inForce)
+	old, err := c.setInForce(v.inForce, v.name)
 	if err != nil {
 		return err
 	}
@@ -235,8 +274,8 @@ func (c *cli) verifyPolicy(dir string, v verifying) error {
 	if old == nil {
 		return c.showSigners(set, len(v.pinned) == 0, signers, unsigned)
 	}
-	d := newDiff(old, set)
-	takes := verifiedPolicy{Version: set.Version(), Digest: set.Digest(), Signers: append([]policy.Signer{}, signers...), Taken: !d.Looser || unsigned == nil && !d.refused, Changes: d.Changes}
+	d := newDiff(old, set, v.name)
+	takes := verifiedPolicy{Version: set.Version(), Digest: set.Digest(), Signers: append([]policy.Signer{}, signers...), Taken: !d.Looser || unsigned == nil && d.refused == nil, Changes: d.Changes}
 	if err := c.show(takes, func(t *table) {
 		d.table(t)
 		t.row("signed by", people(signers))
@@ -244,8 +283,8 @@ func (c *cli) verifyPolicy(dir string, v verifying) error {
 	}); err != nil || takes.Taken {
 		return err
 	}
-	if d.refused {
-		return withHint(refused(fmt.Errorf("verify resources: a signature is %s", d.Signature)), "raise the version of the ResourceSet, and have it signed with `sallyport policy sign`")
+	if d.refused != nil {
+		return refused(fmt.Errorf("verify resources: %w", d.refused))
 	}
 	return refused(unsigned)
 }

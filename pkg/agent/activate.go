@@ -23,6 +23,7 @@ type activation struct {
 	actor    string
 	verified grant.Verified
 	held     *held
+	inTheWay []*held // of workloads
 	recorded bool
 	planned  []uint32 // slots, as they were recorded
 }
@@ -46,6 +47,7 @@ func (g *grants) activationSteps() []activationStep {
 	return []activationStep{
 		{"authorise", g.authorise},
 		{"record", g.record},
+		{"give way", g.giveWay},
 		{"map", g.openPaths},
 		{"note slots", g.noteSlots},
 	}
@@ -85,7 +87,7 @@ func (g *grants) activate(ctx context.Context, a *activation) (*held, error) {
 }
 
 // authorise decides whether the grant may be activated here and now, and fixes its deadline on both clocks.
-func (g *grants) authorise(ctx context.Context, a *activation) error {
+func (g *grants) authorise(_ context.Context, a *activation) error {
 	if err := g.refusePanic(); err != nil {
 		return err
 	}
@@ -111,8 +113,7 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	if a.ask != nil {
 		a.held.holding = newHolding(p)
 	}
-	inTheWay, err := g.overlap(a.held)
-	if err != nil {
+	if a.inTheWay, err = g.overlap(a.held); err != nil {
 		return err
 	}
 	if a.held.row, err = g.newRow(a, allowance, now, boot); err != nil {
@@ -124,17 +125,19 @@ func (g *grants) authorise(ctx context.Context, a *activation) error {
 	if a.ask != nil {
 		return nil
 	}
-	if err := g.giveWay(ctx, inTheWay, p); err != nil {
-		return err
-	}
 	return g.challenges.use(answered)
 }
 
-// giveWay ends grants that workloads hold, for one that people have signed.
-func (g *grants) giveWay(ctx context.Context, held []*held, p grant.Payload) error {
+// giveWay ends grants that workloads hold, for one that people have signed: nothing can refuse that any more. A tick records an
+// end that the disk does not take.
+func (g *grants) giveWay(ctx context.Context, a *activation) error {
+	p := a.held.payload
 	var errs []error
-	for _, h := range held {
-		errs = append(errs, g.end(ctx, h, ending{grant: h.row.ID}.revoked("agent", "gives way to the grant "+p.ID+" of "+p.Requester)))
+	for _, h := range a.inTheWay {
+		err := g.end(ctx, h, ending{grant: h.row.ID}.revoked("agent", "gives way to the grant "+p.ID+" of "+p.Requester))
+		if err != nil && !errors.Is(err, errNotRecorded) {
+			errs = append(errs, fmt.Errorf("end grant %s, which is in the way: %w", h.row.ID, err))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -291,10 +294,13 @@ func (g *grants) openPath(p datapath.Path) (uint32, error) {
 		return slot, err
 	}
 	for ended := range g.ended {
-		if err := g.freeSlot(ended); err != nil {
+		freed, err := g.freeSlot(ended)
+		if err != nil {
 			return 0, err
 		}
-		return g.datapath.OpenPath(p)
+		if freed {
+			return g.datapath.OpenPath(p)
+		}
 	}
 	return slot, err
 }

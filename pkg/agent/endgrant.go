@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
@@ -46,12 +48,26 @@ type doomed struct {
 // activates waits for a turn of it at most. Those that are over already are recorded with the rest. An error of store.Unwritable
 // says that all are closed.
 func (g *grants) endMany(ctx context.Context, all []doomed) error {
+	closed := g.closeMany(all)
+	recorded := g.recordOver(ctx, heldOf(all))
+	if closed != nil {
+		return closed // the next tick tells of the rest
+	}
+	return recorded
+}
+
+func heldOf(all []doomed) []*held {
 	over := make([]*held, len(all))
 	for i, d := range all {
 		over[i] = d.held
 	}
+	return over
+}
+
+// closeMany is what endMany does in the kernel. It waits for no disk.
+func (g *grants) closeMany(all []doomed) error {
 	allPaths := sync.OnceValues(g.allPaths)
-	closed := inTurns(&g.mu, all, func(d doomed) error {
+	return inTurns(&g.mu, all, func(d doomed) error {
 		if !g.holds(d.held) || d.over != nil {
 			return nil
 		}
@@ -61,11 +77,6 @@ func (g *grants) endMany(ctx context.Context, all []doomed) error {
 		}
 		return g.closePaths(d.held, d.ending, paths)
 	})
-	recorded := g.recordOver(ctx, over)
-	if closed != nil {
-		return closed // the next tick tells of the rest
-	}
-	return recorded
 }
 
 // recordOver records the ends of those that are over in the kernel, and only there.
@@ -94,68 +105,125 @@ func (g *grants) recordSome(ctx context.Context, batch []*held) error {
 // endAll ends every active grant: nothing that was granted before counts from now on. The kernel holds none when others may
 // activate again; an activation that is under way is refused.
 func (g *grants) endAll(ctx context.Context, step, why, actor string) error {
-	if err := g.closeAll(); err != nil {
+	e := ending{}.revoked(actor, why)
+	e.step = step
+	if err := g.closeAll(e); err != nil {
 		return err
 	}
-	var over []doomed
-	g.mu.Lock()
-	for id, h := range g.active {
-		e := ending{grant: id}.revoked(actor, why)
-		e.step = step
-		over = append(over, doomed{h, e})
-	}
-	if g.panicked.Load() == nil { // one that comes now shuts again, once it has the lock
-		g.datapath.Reopen()
-	}
-	g.mu.Unlock()
-	return g.endMany(ctx, over)
+	return g.endMany(ctx, g.doomAll(e))
 }
 
 // closeAll is what endAll does in the kernel. It waits for nobody, and nothing opens until endAll has gone on.
-func (g *grants) closeAll() error {
+func (g *grants) closeAll(e ending) error {
+	g.shutFor.Store(&e) // before: a sweep may find the paths closed at once
 	_, err := g.datapath.Shut()
 	return err
 }
 
-// recheck ends the grants that the resources now in force would refuse. What is activated meanwhile was held against them.
+// doomAll gives the end of every grant that closeAll has closed, and lets others open.
+func (g *grants) doomAll(e ending) []doomed {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	over := g.doomActive(e)
+	g.shutFor.Store(nil)
+	if g.panicked.Load() == nil { // one that comes now shuts again, once it has the lock
+		g.datapath.Reopen()
+	}
+	return over
+}
+
+// doomActive gives every active grant the same end, now that its paths are closed. The first stands. g.mu is held.
+func (g *grants) doomActive(e ending) (over []doomed) {
+	for id, h := range g.active {
+		if h.fate == nil {
+			h.fate = &e
+		}
+		mine := *h.fate
+		mine.grant = id
+		over = append(over, doomed{h, mine})
+	}
+	return over
+}
+
+// causeOf is why a grant ends. Where every path was closed at once, nobody has closed this one. g.mu is held.
+func (g *grants) causeOf(h *held, e ending) ending {
+	all := h.fate
+	if p := g.panicked.Load(); all == nil && p != nil {
+		byPanic := p.ending()
+		all = &byPanic
+	}
+	if all == nil {
+		all = g.shutFor.Load()
+	}
+	if e.actor != actorKernel || all == nil {
+		return e
+	}
+	cause := *all
+	cause.grant = h.row.ID
+	return cause
+}
+
+// checkedAtOnce is how many grants are held against changed resources before those of them that may not go on are closed.
+const checkedAtOnce = 256
+
+// recheck ends the grants that the resources now in force would refuse: it closes them as it finds them, and waits for the disk
+// when all are closed. What is activated meanwhile was held against them. The error says what could not be looked at or
+// closed, or else recorded (errNotRecorded: a tick does it); only what the resources refuse is a reason to end a grant.
 func (g *grants) recheck(ctx context.Context, e *enforced) error {
+	known := policy.KnownKeys(e.set.Keyrings())
 	var over []doomed
-	for _, h := range g.every() {
-		under, why := g.outdated(h, g.envelope(ctx, h), e)
+	var wrong error // the first: the others are mostly the same
+	for some := range slices.Chunk(g.every(), checkedAtOnce) {
+		refused, err := g.recheckSome(some, known, e)
+		over = append(over, refused...)
+		if err = errors.Join(err, g.closeMany(refused)); wrong == nil {
+			wrong = err
+		}
+	}
+	recorded := g.recordOver(ctx, heldOf(over))
+	if wrong != nil {
+		return wrong
+	}
+	return recorded
+}
+
+// recheckSome gives those that the resources refuse. Where the node's addresses cannot be read, the rest is held against them all the same.
+func (g *grants) recheckSome(some []*held, known map[string]policy.KnownKey, e *enforced) (over []doomed, err error) {
+	var clients []netip.Addr
+	for _, h := range some {
+		clients = append(clients, h.payload.Addresses...)
+	}
+	own, err := g.own(clients)
+	under := make(map[*held]string, len(some))
+	for _, h := range some {
+		v, uncounted := h.recount(known)
+		by, why := g.outdated(h, v, uncounted, own, e)
 		if why != "" {
 			over = append(over, doomed{h, ending{grant: h.row.ID}.revoked("agent", why)})
 			continue
 		}
-		g.mu.Lock()
-		h.policy = under
-		g.mu.Unlock()
+		under[h] = by
 	}
-	return g.endMany(ctx, over)
-}
-
-// envelope is a grant of people as it was handed in. One that cannot be read again is refused.
-func (g *grants) envelope(ctx context.Context, h *held) []byte {
-	if policy.IsWorkload(h.payload.Requester) {
-		return nil // there is none
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for h, by := range under {
+		h.policy = by
 	}
-	row, err := g.store.Grant(ctx, h.row.ID)
-	if err != nil && !errors.Is(err, store.ErrNoGrant) {
-		g.log.Error("grant cannot be read again", "grant", h.row.ID, "error", err)
-	}
-	return row.Envelope
+	return over, err
 }
 
 // outdated tells why a grant may not go on under the resources: they refuse it, or its service is another instance now. Else
-// it gives the policy that allows it. What it reads of the grant does not change while it is active.
-func (g *grants) outdated(h *held, envelope []byte, e *enforced) (under, why string) {
+// it gives the policy that allows it. v is what its signers say by their keyrings, or uncounted why none of these counts. What it
+// reads of the grant does not change while it is active.
+func (g *grants) outdated(h *held, v grant.Verified, uncounted error, own []netip.Addr, e *enforced) (under, why string) {
 	service, ok := e.service(h.payload.Service)
 	if !ok || !sameInstance(service, h.service) {
 		return "", fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}
-	v, err := h.verify(envelope, e.set.Keyrings())
 	var may policy.Allowance
+	err := uncounted
 	if err == nil {
-		may, err = g.allowed(v, e, g.clock.wall())
+		may, err = e.set.CheckGrant(v.Facts(own, g.clock.wall()))
 	}
 	if err == nil && !may.Until.IsZero() && may.Until.Before(h.row.Deadline) {
 		err = fmt.Errorf("policy %q ends it sooner, at %s", may.Policy, may.Until.Format(time.RFC3339))
@@ -234,7 +302,7 @@ func (g *grants) closePaths(h *held, e ending, paths []datapath.PathStatus) erro
 		ended = append(ended, last)
 	}
 	g.lookAt(h, ended, g.clock.boot())
-	h.endBy(e)
+	h.endBy(g.causeOf(h, e))
 	return nil
 }
 
@@ -280,6 +348,9 @@ func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	g.drop(h)
+	for _, slot := range h.row.Slots { // from now on who needs one may have it
+		g.ended[slot] = g.clock.boot()
+	}
 	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)

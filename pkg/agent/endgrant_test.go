@@ -3,8 +3,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 	"golang.org/x/sync/errgroup"
 )
@@ -31,7 +34,7 @@ func TestInTurns(t *testing.T) {
 		}
 		if !got.Load() {
 			seen++
-			time.Sleep(turn)
+			time.Sleep(2 * time.Millisecond) // a look that takes longer than a turn
 		}
 		return nil
 	})
@@ -153,7 +156,7 @@ func TestKilledInAMassEnd(t *testing.T) {
 		name string
 		end  func(*life)
 	}{
-		{"in the kernel alone", func(l *life) { must(t, l.closeAll()) }},
+		{"in the kernel alone", func(l *life) { must(t, l.closeAll(ending{}.revoked("agent", "the clock moved"))) }},
 		{"after some records", func(l *life) {
 			var over []doomed
 			for _, h := range l.every() {
@@ -212,5 +215,104 @@ func TestFullTableGivesBackOneSlot(t *testing.T) {
 	shown := slices.DeleteFunc(paths, func(p datapath.PathStatus) bool { return p.State != datapath.PathRevoked })
 	if len(shown) != 15 {
 		t.Errorf("%d ended paths are left to look at", len(shown))
+	}
+}
+
+// TestRecheckNeedsNoDisk: when the disk gives and takes nothing, changed resources end what they refuse, and nothing else; the record
+// follows.
+func TestRecheckNeedsNoDisk(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	refused, stays := l.twoGrants()
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if err := l.recheck(gone, l.denying(clientA)); !errors.Is(err, errNotRecorded) {
+		t.Errorf("recorded on a disk that takes nothing: %v", err)
+	}
+	if _, open := l.states(); open[refused] != 0 || open[stays] != 1 {
+		t.Errorf("open: %v", open)
+	}
+	_, err := l.tick(t.Context())
+	must(t, err)
+	if states, _ := l.states(); states[refused] != store.StateRevoked || states[stays] != store.StateActive {
+		t.Errorf("recorded: %v", states)
+	}
+	revoked, err := policy.Parse("test.yaml", []byte(strings.Replace(b.signer.resources("15m"), "spec:\n  version: 1\n",
+		fmt.Sprintf("spec:\n  version: 2\n  revokedKeys: [%q]\n", b.signer.key.Public().ID()), 1)))
+	must(t, err)
+	must(t, l.recheck(t.Context(), &enforced{set: revoked, services: l.enforced().services}))
+	row, err := l.store.Grant(t.Context(), stays)
+	must(t, err)
+	if _, open := l.states(); open[stays] != 0 || !contains(row.EndedWhy, "resources changed", "is revoked") {
+		t.Errorf("signed by a key that is revoked now: %s, open %v", row.EndedWhy, open)
+	}
+}
+
+// TestRecheckWithoutNodeAddresses: where the node's addresses cannot be read, what the resources refuse all the same ends, the rest goes on,
+// and whoever asked is told to ask again. They are read once for many grants.
+func TestRecheckWithoutNodeAddresses(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	refused, stays := l.twoGrants()
+	unread, reads := errors.New("netlink is out of order"), 0
+	l.grants.own = func([]netip.Addr) ([]netip.Addr, error) { reads++; return nil, unread }
+	if err := l.recheck(t.Context(), l.denying(clientA)); !errors.Is(err, unread) || reads != 1 {
+		t.Errorf("read %d times: %v", reads, err)
+	}
+	if _, open := l.states(); open[refused] != 0 || open[stays] != 1 {
+		t.Errorf("open: %v", open)
+	}
+}
+
+func (l *life) twoGrants() (a, b string) {
+	l.t.Helper()
+	first, err := l.Activate(l.t.Context(), l.signer.envelope(l.t, nil), "uid:0")
+	must(l.t, err)
+	second, err := l.Activate(l.t.Context(), l.signer.envelope(l.t, func(p *grant.Payload) { p.Addresses = []netip.Addr{clientB} }), "uid:0")
+	must(l.t, err)
+	return first.ID, second.ID
+}
+
+// denying is what is in force, with a deny list of one address.
+func (l *life) denying(a netip.Addr) *enforced {
+	l.t.Helper()
+	set, err := policy.Parse("test.yaml", []byte(l.signer.resources("15m")+fmt.Sprintf(
+		"---\napiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: out}\nspec: {reason: left, addresses: [%q]}\n", a)))
+	must(l.t, err)
+	return &enforced{set: set, services: l.enforced().services}
+}
+
+// TestSlotOfALivePathIsNoEndedOne: a slot that was seen with an ended path, and has a live one by the time it is noted, or by the time
+// it is to be given back, keeps it.
+func TestSlotOfALivePathIsNoEndedOne(t *testing.T) {
+	b := newTestbed(t, 4)
+	l := b.begin()
+	defer l.kill()
+	gone := l.fill(4)[0]
+	_, err := l.Revoke(t.Context(), gone.row.ID, "", "uid:0")
+	must(t, err)
+	_, err = l.tick(t.Context())
+	must(t, err)
+	slot := gone.row.Slots[0]
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	if !slices.Equal(row.Slots, []uint32{slot}) {
+		t.Fatalf("slots %v, want %d", row.Slots, slot)
+	}
+	now := l.grants.clock.boot()
+	for when, note := range map[string]func() error{
+		"noted":             func() error { return l.free([]uint32{slot}, now) },
+		"to be given back":  func() error { l.ended[slot] = now; return nil },
+		"given back by age": func() error { l.ended[slot] = now - keepEnded; return l.free([]uint32{slot}, now) },
+	} {
+		must(t, note())
+		if _, err := l.Activate(t.Context(), b.signer.envelope(t, clientNumber(99)), "uid:0"); !errors.Is(err, datapath.ErrPathsFull) {
+			t.Errorf("%s: activated where nothing is free: %v", when, err)
+		}
+		if _, open := l.states(); open[row.ID] != 1 {
+			t.Fatalf("%s: the live path was ended", when)
+		}
 	}
 }

@@ -25,7 +25,7 @@ func TestForget(t *testing.T) {
 	known := func(after time.Duration) int {
 		t.Helper()
 		b.clock.wall, b.clock.boot = after, b.clock.boot+forgetEvery
-		l.remember(t.Context(), time.Hour)
+		l.remember(t.Context(), l.grants.clock.wall(), time.Hour)
 		must(t, l.Forget(t.Context()))
 		rows, err := l.all(t.Context())
 		must(t, err)

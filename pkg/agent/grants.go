@@ -47,6 +47,7 @@ type held struct {
 	warned  []warning        // that were given
 	limits  limits           // that signals left
 	over    *ending          // set once it is over in the kernel; then only its record is missing
+	fate    *ending          // of all that were active when every path was closed at once; guarded by grants.mu
 	holding *holding         // of a workload's grant; nil: of people's
 }
 
@@ -104,16 +105,18 @@ type grants struct {
 	leavers leavers
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
+	urged   []urgedSignal            // guarded by mu; the latest
 	history *history                 // guarded by mu
 
-	refused  map[string]*refused // guarded by mu; by who asked
-	ports    *portUse            // what the records of flows tell
-	usesKept time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
-	forgot   time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
+	refused  map[refusedWhat]*refused // guarded by mu
+	ports    *portUse                 // what the records of flows tell
+	usesKept time.Duration            // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
+	forgot   time.Duration            // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
 	panicMark panicMark
+	shutFor   atomic.Pointer[ending] // why every path was closed at once, but for a panic; until each grant has its fate
 }
 
 // adopt takes over what an earlier agent of this boot left, and ends the rest: rows of another boot, rows without their
@@ -235,7 +238,12 @@ func (g *grants) revive(row store.GrantRow) (h *held, why string) {
 		return h, ""
 	}
 	h.service, _ = e.service(h.payload.Service)
-	h.policy, why = g.outdated(h, row.Envelope, e)
+	own, err := g.own(h.payload.Addresses)
+	if err != nil {
+		return h, "it cannot be held against the resources: " + oneLine(err.Error())
+	}
+	v, err := h.verify(row.Envelope, e.set.Keyrings())
+	h.policy, why = g.outdated(h, v, err, own, e)
 	h.forget()
 	return h, why
 }
@@ -327,25 +335,53 @@ func (g *grants) free(idle []uint32, now time.Duration) error {
 		since, known := g.ended[slot]
 		switch {
 		case !known:
-			g.ended[slot] = now
+			over, err := g.isOver(slot)
+			if over {
+				g.ended[slot] = now
+			}
+			return err
 		case now-since >= keepEnded:
-			return g.freeSlot(slot)
+			_, err := g.freeSlot(slot)
+			return err
 		}
 		return nil
 	})
 }
 
-// freeSlot gives back the slot of an ended path. What the kernel closed alone is in the index still. g.mu is held.
-func (g *grants) freeSlot(slot uint32) error {
-	err := g.datapath.EndPath(slot, datapath.PathRevoked)
-	if err == nil {
-		err = g.datapath.FreePath(slot)
-	}
+// freeSlots is how many paths can be opened: an ended path gives its slot back to who needs it.
+func (g *grants) freeSlots() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.datapath.FreePaths() + len(g.ended)
+}
+
+// isOver tells whether the slot has the path of a grant that has ended. Whoever looked at all paths before may have seen another
+// path in it. g.mu is held.
+func (g *grants) isOver(slot uint32) (bool, error) {
+	p, err := g.datapath.Path(slot)
 	if err != nil {
-		return fmt.Errorf("free slot %d: %w", slot, err)
+		return false, fmt.Errorf("read slot %d: %w", slot, err)
+	}
+	return p.State != datapath.PathFree && !isOpen(p) && g.active[p.Grant] == nil, nil
+}
+
+// freeSlot gives back the slot of an ended path, and tells if there was one. What the kernel closed alone is in the index still.
+// g.mu is held.
+func (g *grants) freeSlot(slot uint32) (freed bool, err error) {
+	if freed, err = g.isOver(slot); err != nil {
+		return false, err
+	}
+	if freed {
+		err = g.datapath.EndPath(slot, datapath.PathRevoked)
+		if err == nil {
+			err = g.datapath.FreePath(slot)
+		}
+		if err != nil {
+			return false, fmt.Errorf("free slot %d: %w", slot, err)
+		}
 	}
 	delete(g.ended, slot)
-	return nil
+	return freed, nil
 }
 
 // all lists every grant that the node ever activated, oldest first.

@@ -35,7 +35,7 @@ func two(p *grant.Payload) { p.Addresses = []netip.Addr{clientA, clientB} }
 // the next agent either goes on with all of the grant or ends all of it.
 func TestKillBetweenSteps(t *testing.T) {
 	b := newTestbed(t, 16)
-	for done := range 5 {
+	for done := range 6 {
 		l := b.begin()
 		a := l.activation(b.signer.envelope(t, two))
 		for _, step := range l.activationSteps()[:done] {
@@ -52,7 +52,7 @@ func TestKillBetweenSteps(t *testing.T) {
 		if done > 0 {
 			id = a.verified.Payload.ID
 		}
-		want, paths := map[int]string{2: stateEnded, 3: store.StateActive, 4: store.StateActive}[done], 0
+		want, paths := map[int]string{2: stateEnded, 3: stateEnded, 4: store.StateActive, 5: store.StateActive}[done], 0
 		if want == store.StateActive {
 			paths = 2
 		}

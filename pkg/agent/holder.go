@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -13,6 +14,9 @@ import (
 
 // holderGrace is how long a grant waits for its holder to come back after the agent was restarted.
 const holderGrace = 15 * time.Second
+
+// ErrHeld says that a grant has a holder still, and is open.
+var ErrHeld = errors.New("grant is held")
 
 // Whys of a grant that its holder let go of.
 const (
@@ -52,15 +56,19 @@ func (g *grants) ActivateFor(ctx context.Context, want wanted) (*held, error) {
 	return g.activate(ctx, a)
 }
 
-// TakeUp gives an active grant back to its holder, after the agent was restarted. The error wraps ErrNoGrant if it is over,
-// somebody else's, or held; or if its pod is gone and another has the address.
+// TakeUp gives an active grant back to its holder, after the agent was restarted. The error wraps ErrNoGrant if it is over or
+// somebody else's, or if its pod is gone and another has the address; and ErrHeld if its paths are open, for one whose stream may be
+// broken without our knowing yet.
 func (g *grants) TakeUp(id, requester string, client netip.Addr) (*held, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	h, ok := g.active[id]
-	if !ok || h.over != nil || h.holding == nil || h.holding.lost == 0 || h.payload.Requester != requester || h.payload.Addresses[0] != client ||
+	if !ok || h.over != nil || h.holding == nil || h.payload.Requester != requester || h.payload.Addresses[0] != client ||
 		h.holding.device != 0 && podDevice(client, g.datapath.Devices()) != h.holding.device {
 		return nil, fmt.Errorf("take up grant %q: %w", plain(id), ErrNoGrant)
+	}
+	if h.holding.lost == 0 {
+		return nil, fmt.Errorf("take up grant %q: %w", id, ErrHeld)
 	}
 	h.holding.lost = 0
 	return h, nil
@@ -121,6 +129,15 @@ func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
 		return "its pod's device is not there any more"
 	}
 	return ""
+}
+
+// recount gives what a grant says and who vouches for it by other keyrings than before. Its signatures were verified when it began, or when
+// this agent took it up.
+func (h *held) recount(known map[string]policy.KnownKey) (grant.Verified, error) {
+	if policy.IsWorkload(h.payload.Requester) {
+		return h.verify(nil, nil)
+	}
+	return grant.Recount(h.payload, h.row.Signers, known, h.row.Activated)
 }
 
 // verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.

@@ -38,7 +38,8 @@ type keeper struct {
 type beat struct {
 	jump   string        // why every path ends; empty: none does
 	wrong  error         // of the last tick
-	steady time.Duration // since the last jump of the clock
+	seen   time.Time     // wall clock, as of the tick
+	steady time.Duration // since the last jump of the clock, at the tick
 }
 
 // Run ticks until ctx ends. What a tick could not do is a problem and is tried again: the lease lapses by itself.
@@ -74,7 +75,7 @@ func (k *keeper) tick() {
 	if err == nil {
 		err = k.datapath.Renew(k.lease)
 	}
-	k.leave(beat{jump: jump, wrong: errors.Join(err, k.notify.alive()), steady: k.last - k.steady})
+	k.leave(beat{jump: jump, wrong: errors.Join(err, k.notify.alive()), seen: k.origin.Add(k.last), steady: k.last - k.steady})
 }
 
 // jumped closes every path after a jump of the clock, and tells of it. One that could not be carried out is found again.
@@ -83,7 +84,7 @@ func (k *keeper) jumped() (jump string, err error) {
 	if jumped(k.origin, origin, boot-k.last) {
 		jump = fmt.Sprintf("the wall clock moved by %s against boot time", origin.Sub(k.origin).Round(time.Second))
 		k.steady = boot
-		if err := k.grants.closeAll(); err != nil {
+		if err := k.grants.closeAll(ending{}.revoked("agent", jump)); err != nil {
 			return jump, fmt.Errorf("end paths after a jump of the clock: %w", err)
 		}
 	}
@@ -137,7 +138,7 @@ func (k *keeper) settle(ctx context.Context, b beat) {
 		}
 	}
 	k.problems.report(problemLease, "", b.wrong)
-	k.grants.remember(ctx, b.steady)
+	k.grants.remember(ctx, b.seen, b.steady)
 }
 
 // sweeper brings kernel and records together: grants that are over end, flows that are over are told of with their final
@@ -186,7 +187,7 @@ func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
 	s.problems.report(problemGrants, "", err)
 	s.problems.report(problemMemory, "store", s.grants.store.CatchUp(ctx))
 	s.problems.report(problemGrants, "use", s.grants.KeepUses(ctx))
-	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx))
+	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx, refusalsTold))
 	s.problems.report(problemGrants, "forget", s.grants.Forget(ctx))
 	s.problems.report(problemEvents, "sweep", s.flows())
 	s.problems.report(problemEvents, "losses", s.settle())

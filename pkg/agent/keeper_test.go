@@ -51,3 +51,28 @@ func TestLeaseWaitsForNobody(t *testing.T) {
 	_, err = l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
 	must(t, err)
 }
+
+// TestTimeIsRememberedAsItWasSeen: what waited for the disk while the clock was set ahead has the time of before: the node does not take
+// the right time for one that went back.
+func TestTimeIsRememberedAsItWasSeen(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
+		alarm: func(alarmName, string) {}}
+	k.begin()
+	k.steady -= time.Hour
+	k.tick()
+	waited := k.takeLeft()
+	b.clock.wall = 10 * 365 * 24 * time.Hour
+	k.settle(t.Context(), waited)
+	if got := l.store.Memory().Latest; time.Since(got).Abs() > time.Minute {
+		t.Errorf("remembers %s", got)
+	}
+	k.tick()
+	k.settle(t.Context(), k.takeLeft())
+	b.clock.wall = 0
+	if err := l.store.Memory().Check(time.Now()); err != nil {
+		t.Errorf("set back: %v", err)
+	}
+}

@@ -94,11 +94,11 @@ func (g *grants) doomedByPanic() (over []doomed) {
 	if p == nil {
 		return nil
 	}
-	for id, h := range g.active {
-		over = append(over, doomed{h, ending{grant: id}.revoked(p.By, "panic: "+p.Why)})
-	}
-	return over
+	return g.doomActive(p.ending())
 }
+
+// ending is what a panic does to every grant.
+func (p *panicNote) ending() ending { return ending{}.revoked(p.By, "panic: "+p.Why) }
 
 // Lift lets grants be activated again. Nothing that the panic ended comes back. It is durable before it takes effect. The
 // error wraps ErrNoPanic if there is nothing to lift.
@@ -109,7 +109,7 @@ func (g *grants) Lift(ctx context.Context, why, actor string) error {
 	if p == nil {
 		return fmt.Errorf("lift panic: %w", ErrNoPanic)
 	}
-	if err := g.panicMark.remove(); err != nil {
+	if err := g.keepPanic(ctx); err != nil { // it is on record before its end is, and no mark says that it stands
 		return fmt.Errorf("lift panic: %w", err)
 	}
 	event, err := encodeEvent(newEvent(stepLifted, actor, fmt.Sprintf("%s (panic %s)", why, p), g.clock))

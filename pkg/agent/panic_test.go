@@ -152,6 +152,35 @@ func TestPanicOutlivesAStuckDisk(t *testing.T) {
 	}
 }
 
+// TestLiftThatFailsLiftsNothing: a panic that is not on record yet, and whose lift the disk does not take either, stands also in the
+// next agent; and once it is lifted both are on record.
+func TestLiftThatFailsLiftsNothing(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	gone, leave := context.WithCancel(t.Context())
+	leave() // nothing can be recorded
+	if _, err := l.Panic(gone, "leaked key", "uid:7"); !errors.Is(err, errNotRecorded) {
+		t.Errorf("a panic that could not be recorded: %v", err)
+	}
+	if err := l.Lift(gone, "keys are new", "uid:0"); err == nil {
+		t.Error("lifted without a record")
+	}
+	l.closed("after a lift that failed")
+	l.kill()
+
+	l = b.begin()
+	defer l.kill()
+	must(t, l.adopt(t.Context()))
+	l.closed("in the next agent")
+	must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+	if got := slices.DeleteFunc(l.steps(), func(s string) bool { return s == stepRefused }); !slices.Equal(got, []string{stepPanic, stepLifted}) {
+		t.Errorf("on record: %v", got)
+	}
+	if p, err := b.panicMark().read(); p != nil || err != nil || l.standing() != "" {
+		t.Errorf("lifted, and the mark says %v, %v; stands %q", p, err, l.standing())
+	}
+}
+
 // TestHalfWrittenMarkIsAPanic: what a kill left of the mark is taken for one.
 func TestHalfWrittenMarkIsAPanic(t *testing.T) {
 	m := panicMark(filepath.Join(t.TempDir(), "panic"))
@@ -203,5 +232,59 @@ func TestPanicWithThousandsOfPaths(t *testing.T) {
 	t.Logf("%d paths of %d grants: closed in %v, recorded in %v", each*many, many, closed, time.Since(began))
 	if states, _ := l.states(); len(l.active) != 0 || slices.Contains(slices.Collect(maps.Values(states)), store.StateActive) {
 		t.Errorf("%d grants are left", len(l.active))
+	}
+}
+
+// TestEndOfAllIsItsCausers: a sweep that comes between the closing of every path and the records of it does not take it for somebody
+// who wrote the kernel's map; one that did so afterwards is told of.
+func TestEndOfAllIsItsCausers(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	panicked := &panicNote{By: "uid:7", Why: "leaked key"}
+	jumped := ending{}.revoked("agent", "the clock moved")
+	for i, c := range []struct {
+		name       string
+		end        func(*held)
+		actor, why string
+	}{
+		{"a panic", func(*held) {
+			_, err := l.shut(panicked)
+			must(t, err)
+		}, "uid:7", "panic: leaked key"},
+		{"a panic that is lifted at once", func(*held) {
+			_, err := l.shut(panicked)
+			must(t, err)
+			l.mu.Lock()
+			l.doomedByPanic()
+			l.mu.Unlock()
+			must(t, l.Lift(t.Context(), "keys are new", "uid:0"))
+		}, "uid:7", "panic: leaked key"},
+		{"a jump of the clock", func(*held) { must(t, l.closeAll(jumped)) }, "agent", "the clock moved"},
+		{"a jump of the clock, and others come", func(*held) {
+			must(t, l.closeAll(jumped))
+			l.doomAll(jumped)
+		}, "agent", "the clock moved"},
+		{"somebody, after all that", func(h *held) {
+			must(t, l.datapath.EndPath(h.row.Slots[0], datapath.PathRevoked))
+		}, actorKernel, "was set to revoked"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l.datapath.Reopen()
+			row, err := l.Activate(t.Context(), b.signer.envelope(t, clientNumber(i)), "uid:0")
+			must(t, err)
+			c.end(l.active[row.ID])
+			_, err = l.tick(t.Context())
+			must(t, err)
+			events := l.storedEvents()
+			last := events[len(events)-1]
+			if last.GetGrant() != row.ID || last.GetActor() != c.actor || !contains(last.GetWhy(), c.why) {
+				t.Errorf("recorded as of %s: %v", c.actor, last)
+			}
+			if l.standing() != "" {
+				must(t, l.Lift(t.Context(), "next", "uid:0"))
+			}
+			l.doomAll(jumped) // nothing is left: the next case begins anew
+		})
 	}
 }

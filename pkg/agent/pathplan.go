@@ -36,6 +36,9 @@ const (
 	stateEnded   = "ended" // it ended with the node's boot, or was never whole
 )
 
+// actorKernel is who ended a grant whose path was found closed: whoever wrote the kernel's map did it.
+const actorKernel = "kernel"
+
 // ending is how a grant comes to its end.
 type ending struct {
 	grant string
@@ -113,7 +116,7 @@ func endOf(l live, paths []datapath.PathStatus, now time.Duration) (ending, bool
 	for _, p := range paths {
 		switch p.State {
 		case datapath.PathRevoked:
-			return e.revoked("kernel", fmt.Sprintf("state of slot %d was set to revoked", p.Slot)), true
+			return e.revoked(actorKernel, fmt.Sprintf("state of slot %d was set to revoked", p.Slot)), true
 		case datapath.PathSpent:
 			return e.as(stateSpent, stepSpent, datapath.PathSpent, "budget is used up"), true
 		case datapath.PathExpired:

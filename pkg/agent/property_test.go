@@ -258,7 +258,7 @@ func (m *model) setClock(by time.Duration) {
 		must(m.t, m.endAll(m.t.Context(), stepRevoked, "the clock moved", "agent")) // what the keeper does at its tick: TestClockJumpEndsAllPaths
 		m.endEverything()
 	}
-	m.remember(m.t.Context(), time.Hour)
+	m.remember(m.t.Context(), m.grants.clock.wall(), time.Hour)
 }
 
 func (m *model) pass() {

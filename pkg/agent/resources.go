@@ -45,7 +45,8 @@ type resources struct {
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
 	problems *problems
-	changed  func(*enforced) // called after a change has been put to work
+	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
+	owed     bool                  // it has failed; owned by whoever puts sets to work
 
 	kick chan struct{}
 	mu   sync.Mutex
@@ -83,9 +84,9 @@ func (r *resources) load() error {
 // begin puts a set to work at the start, and the last one in the place of one that must be kept first and cannot be. What
 // the disk does not take is a problem, and tried again with the next look: the kernel has the set by then.
 func (r *resources) begin(set, last *policy.Set) error {
-	err := r.put(set)
+	err := r.put(set, last)
 	if r.current() == nil && last != nil {
-		err = errors.Join(err, r.put(last))
+		err = errors.Join(err, r.put(last, last))
 	}
 	if r.current() == nil {
 		return err
@@ -114,13 +115,16 @@ func (r *resources) reload() {
 	var last *policy.Set
 	if before != nil {
 		last = before.set
+		if r.owed { // whatever becomes of what the directory has
+			r.owed = r.changed(before) != nil
+		}
 	}
 	set, err := r.read(last)
 	if err == nil {
-		err = r.put(set)
+		err = r.put(set, last)
 	} else if before != nil {
 		// Devices may have come: the table is made anew of the set that stays.
-		err = errors.Join(err, r.put(before.set))
+		err = errors.Join(err, r.put(before.set, before.set))
 	}
 	r.problems.report(problemResources, "", err)
 }
@@ -131,50 +135,84 @@ func (r *resources) read(last *policy.Set) (*policy.Set, error) {
 		return nil, err
 	}
 	set, err := policy.LoadDir(r.dir)
-	if err == nil && r.signed != nil {
+	switch {
+	case err != nil:
+	case r.signed != nil:
 		err = r.signed.admit(last, set)
+	default:
+		err = olderKeyrings(last, set)
 	}
 	return set, err
 }
 
-// put makes the kernel, the next start and the proxy follow the set, and tells of a change.
-func (r *resources) put(set *policy.Set) error {
-	now, changed, err := r.swap(set)
-	if changed {
-		r.changed(now)
+// olderKeyrings refuses a keyring with a lower version than the one of its name in force: where nothing is signed, this is what tells
+// a file that was restored from one that was changed.
+func olderKeyrings(last, next *policy.Set) error {
+	had := make(map[string]uint64)
+	for _, k := range last.Keyrings() {
+		had[k.Name] = k.Spec.Version
 	}
-	return err
+	var errs []error
+	for _, k := range next.Keyrings() {
+		if v := k.Spec.Version; v < had[k.Name] {
+			errs = append(errs, &policy.Error{File: k.Source.File, Line: k.Source.Line, Field: "spec.version",
+				Msg:  fmt.Sprintf("Keyring %s has version %d, and version %d is in force", k.Name, v, had[k.Name]),
+				Hint: "bring the newer one back, or, if this one is meant, give it a higher version"})
+		}
+	}
+	return errors.Join(errs...)
 }
 
-// swap is put's work, in this order: a set that the kernel refuses is not kept, and the proxy learns last, for it admits
-// where the kernel only steers.
-func (r *resources) swap(set *policy.Set) (now *enforced, changed bool, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.signed != nil && (r.now == nil || set.Version() > r.now.set.Version()) {
+// put makes the kernel, the proxy, the active grants and the next start follow the set, in this order: a set that the kernel
+// refuses goes no further, the proxy admits where the kernel only steers, and the disk, which may hang, keeps nobody from ending
+// what the set refuses. last is the set whose place it takes.
+func (r *resources) put(set, last *policy.Set) error {
+	if r.signed != nil && len(policy.Loosenings(last, set)) > 0 {
 		// What was signed is remembered before it counts, or an older signed set could be put in its place after a restart.
-		if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
-			return r.now, false, fmt.Errorf("keep verified resources: %w", err)
+		if err := r.keep(set); err != nil {
+			return err
 		}
 	}
-	services := r.compile(set)
-	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
-		generation, err := r.apply(services)
-		if err != nil {
-			return nil, false, fmt.Errorf("write services table: %w", err)
-		}
-		r.now, changed = &enforced{set: set, services: services, generation: generation}, true
-	} else if r.now.set.Digest() != set.Digest() {
-		r.now, changed = &enforced{set: set, services: services, generation: r.now.generation}, true
-	}
-	if err = keepFile(r.verified, set.YAML(), 0o600); err != nil {
-		err = fmt.Errorf("keep verified resources: %w", err)
+	changed, err := r.enforce(set)
+	if err != nil {
+		return err
 	}
 	handed := keepFile(r.proxy, set.YAML(), 0o644)
 	if handed != nil {
 		handed = fmt.Errorf("hand resources to the proxy: %w", handed)
 	}
-	return r.now, changed, errors.Join(err, handed)
+	if changed {
+		r.owed = r.changed(r.current()) != nil
+	}
+	return errors.Join(handed, r.keep(set))
+}
+
+// enforce makes the kernel's table follow the set, and tells whether anything changed.
+func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	services := r.compile(set)
+	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
+		generation, err := r.apply(services)
+		if err != nil {
+			return false, fmt.Errorf("write services table: %w", err)
+		}
+		r.now = &enforced{set: set, services: services, generation: generation}
+		return true, nil
+	}
+	if r.now.set.Digest() == set.Digest() {
+		return false, nil
+	}
+	r.now = &enforced{set: set, services: services, generation: r.now.generation}
+	return true, nil
+}
+
+// keep makes the set durable, for the next start.
+func (r *resources) keep(set *policy.Set) error {
+	if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
+		return fmt.Errorf("keep verified resources: %w", err)
+	}
+	return nil
 }
 
 // compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"golang.org/x/sys/unix"
 )
 
 // directory is a resources directory, with what came of it.
@@ -23,6 +24,8 @@ type directory struct {
 	changes int
 	ifindex int
 	refuse  error // of the kernel
+	// unchanged is why a change could not be carried through.
+	unchanged error
 }
 
 func newDirectory(t *testing.T, table ...datapath.Service) *directory {
@@ -44,7 +47,7 @@ func newDirectory(t *testing.T, table ...datapath.Service) *directory {
 			}
 			return place{device: d.ifindex}, nil
 		},
-		changed: func(*enforced) { d.changes++ },
+		changed: func(*enforced) error { d.changes++; return d.unchanged },
 	}
 	must(t, os.Mkdir(d.dir, 0o755))
 	return d
@@ -202,4 +205,110 @@ func TestPodThatIsNotThereYet(t *testing.T) {
 	if len(d.applied) != 2 || len(d.problems.lines()) != 0 {
 		t.Errorf("applied %+v, problems %v", d.applied, d.problems.lines())
 	}
+}
+
+// TestHungDiskKeepsNothingOpen: while the disk of the state directory hangs, what tightens is in force, with the proxy, and the grants
+// that it refuses are looked at.
+func TestHungDiskKeepsNothingOpen(t *testing.T) {
+	for _, signed := range []bool{false, true} {
+		o := newOffice(t)
+		d := newDirectory(t)
+		if signed {
+			d = o.node(t)
+		} else {
+			d.write("a.yaml", podAndHost)
+			must(t, d.load())
+		}
+		digest := d.current().set.Digest()
+		changed := make(chan string, 1)
+		d.changed = func(e *enforced) error {
+			proxys, err := os.ReadFile(d.proxy)
+			if set, parsed := policy.Parse(d.proxy, proxys); err != nil || parsed != nil || set.Digest() != e.set.Digest() {
+				t.Errorf("what the proxy has: %v, %v", err, parsed)
+			}
+			changed <- e.set.Digest()
+			return nil
+		}
+		must(t, os.Remove(d.verified))
+		must(t, unix.Mkfifo(d.verified, 0o600)) // whoever reads it waits
+		d.write("deny.yaml", "apiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: out}\nspec: {reason: left, people: [mallory]}\n")
+		done := make(chan struct{})
+		go func() { d.reload(); close(done) }()
+		select {
+		case now := <-changed:
+			if now == digest || d.current().set.Digest() != now {
+				t.Error("the old set is in force")
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("nobody was told of it")
+		}
+		back, err := os.OpenFile(d.verified, os.O_WRONLY, 0) // waits until somebody reads
+		must(t, err)
+		must(t, back.Close())
+		<-done
+		if lines := d.problems.lines(); len(lines) > 0 || d.restart().mustLast().Digest() != d.current().set.Digest() {
+			t.Errorf("when the disk is back: %v", lines)
+		}
+	}
+}
+
+func (d *directory) mustLast() *policy.Set {
+	d.t.Helper()
+	set, err := d.last()
+	must(d.t, err)
+	return set
+}
+
+// TestUnfinishedChangeIsTriedAgain: what could not be ended when the resources changed is ended with a later look, which finds no change.
+func TestUnfinishedChangeIsTriedAgain(t *testing.T) {
+	d := newDirectory(t)
+	d.write("a.yaml", podAndHost)
+	d.unchanged = errors.New("cannot be ended")
+	must(t, d.load())
+	d.reload()
+	d.unchanged = nil
+	d.reload()
+	d.reload()
+	if d.changes != 3 {
+		t.Errorf("told %d times, want 3", d.changes)
+	}
+}
+
+// TestOlderKeyring: without signatures a keyring of a lower version changes nothing, also over a restart; the same version and a
+// higher one are taken.
+func TestOlderKeyring(t *testing.T) {
+	d := newDirectory(t)
+	keyring := func(version int, people ...string) {
+		t.Helper()
+		yaml := fmt.Sprintf("apiVersion: sallyport.dev/v1alpha1\nkind: Keyring\nmetadata: {name: people}\nspec:\n  version: %d\n  people:\n", version)
+		for _, name := range people {
+			yaml += fmt.Sprintf("  - {name: %s, keys: [{publicKey: %q}]}\n", name, newSigner(t).key.Public())
+		}
+		d.write("keyring.yaml", yaml)
+	}
+	check := func(d *directory, people int, refused bool) {
+		t.Helper()
+		if n := len(d.current().set.Keyrings()[0].Spec.People); n != people {
+			t.Errorf("%d people are in force, want %d", n, people)
+		}
+		told := strings.Join(d.problems.lines(), "\n")
+		if contains(told, "version 1, and version 2 is in force") != refused {
+			t.Errorf("problems: %q", told)
+		}
+	}
+	d.write("services.yaml", podAndHost)
+	keyring(2, "alice")
+	must(t, d.load())
+	keyring(1, "alice", "mallory")
+	d.reload()
+	check(d, 1, true)
+	next := d.restart()
+	must(t, next.load())
+	check(next, 1, true)
+	keyring(2, "alice", "bob")
+	d.reload()
+	check(d, 2, false)
+	keyring(3, "alice", "bob", "carol")
+	d.reload()
+	check(d, 3, false)
 }

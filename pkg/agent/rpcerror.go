@@ -28,6 +28,7 @@ var known = []struct {
 	{store.ErrDoubt, codes.FailedPrecondition, hintVouch},
 	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
 	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
+	{ErrHeld, codes.Unavailable, "ask again: a stream that broke is noticed within 15 s, and its path is closed then"},
 	{ErrTooMany, codes.ResourceExhausted, "ask less often, give back what is not needed, or have spec.automation raised in the agent's configuration"},
 	{ErrKept, codes.ResourceExhausted, "give back paths that are not needed"},
 	{ErrNoService, codes.NotFound, "`sallyport services` lists the services of this node"},

@@ -34,6 +34,8 @@ const (
 	noteOfLimits = "limits/" // where the store has what signals left of a grant, with its id behind it
 	maxSignals   = 1024      // of one user for one source that count at a time: whoever says much takes no room of others
 	longestTerm  = 30 * 24 * time.Hour
+	signalsTold  = time.Minute // in a full store: how often the same is recorded
+	maxUrged     = 16          // of one user for one source that are recorded there meanwhile
 )
 
 // limits are what signals left of an active grant.
@@ -207,7 +209,7 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	}
 	event, err := encodeEvent(newEvent(stepSignalled, actor, inWordsOf(s), g.clock))
 	if err == nil {
-		err = g.store.Keep(ctx, notes, event)
+		err = g.keepSignal(ctx, s, notes, event)
 	}
 	if err != nil {
 		return fmt.Errorf("take signal: %w", err)
@@ -219,6 +221,42 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	g.events.count(stepSignalled)
 	g.kick()
 	return nil
+}
+
+// keepSignal makes a signal durable, with its record. In a full store one that takes something away has room all the same, if its source
+// has not taken too much of it just now; what only says the same for longer takes its place without a record. g.mu is held.
+func (g *grants) keepSignal(ctx context.Context, s signal.Signal, notes []store.Note, event []byte) error {
+	err := g.store.Keep(ctx, notes, event)
+	if !errors.Is(err, store.ErrFull) || s.Effect == (signal.Effect{}) {
+		return err
+	}
+	name, now := notes[0].Name, g.clock.boot()
+	g.urged = slices.DeleteFunc(g.urged, func(u urgedSignal) bool { return now-u.at >= signalsTold })
+	before := g.signals[name]
+	if before.Effect == s.Effect && before.Reason == s.Reason && slices.ContainsFunc(g.urged, func(u urgedSignal) bool { return u.name == name }) {
+		return g.store.KeepUrgent(ctx, notes)
+	}
+	lately := 0
+	for _, u := range g.urged {
+		if u.source == s.Source && u.uid == s.UID {
+			lately++
+		}
+	}
+	if lately >= maxUrged {
+		return err
+	}
+	if err := g.store.KeepUrgent(ctx, notes, event); err != nil {
+		return err
+	}
+	g.urged = append(g.urged, urgedSignal{name: name, source: s.Source, uid: s.UID, at: now})
+	return nil
+}
+
+// urgedSignal is a signal that was recorded where only what takes away has room.
+type urgedSignal struct {
+	name, source string
+	uid          uint32
+	at           time.Duration // boot time
 }
 
 // signalNotes keep a signal, and forget those that have lapsed.

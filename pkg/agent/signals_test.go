@@ -2,7 +2,10 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
+	"golang.org/x/sys/unix"
 )
 
 // posture is a signal of the source of that name, for a minute.
@@ -233,5 +237,67 @@ func TestManySignals(t *testing.T) {
 	must(t, said("posture", 7, maxSignals, signal.Effect{}))
 	if len(l.signals) != 1 {
 		t.Errorf("%d signals are kept, of which one counts", len(l.signals))
+	}
+}
+
+// TestSignalsInAFullStore: one that revokes is heeded, kept over a restart and on record, once where it is said again and again; one that
+// takes nothing is refused.
+func TestSignalsInAFullStore(t *testing.T) {
+	b := newTestbed(t, 16)
+	dir := filepath.Join(b.lab.Dir, "state")
+	must(t, os.MkdirAll(dir, 0o700))
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m,mode=0700"))
+	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	b.set = withPolicy(t, b, "signals: ["+hearsPosture+"]")
+	l := b.begin()
+	must(t, l.adopt(t.Context()))
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	full, err := os.Create(filepath.Join(dir, "filler"))
+	must(t, err)
+	for page := make([]byte, 4096); err == nil; {
+		_, err = full.Write(page)
+	}
+	must(t, full.Close())
+	about := signal.About{Requester: "alice"}
+	if _, err := l.Signal(t.Context(), l.posture(signal.Effect{}, about), "uid:0"); !errors.Is(err, store.ErrFull) {
+		t.Errorf("one that takes nothing: %v", err)
+	}
+	for range 3 {
+		_, err := l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, about), "uid:0")
+		must(t, err)
+	}
+	if states, open := l.states(); states[row.ID] != store.StateRevoked || len(open) != 0 {
+		t.Errorf("revoked, and %v, open %v", states, open)
+	}
+	if got, want := l.steps(), []string{stepActivated, stepSignalled, stepRevoked}; !slices.Equal(got, want) {
+		t.Errorf("on record: %v, want %v", got, want)
+	}
+	l.later(signalsTold)
+	other := l.posture(signal.Effect{Revoke: true}, about)
+	_, err = l.Signal(t.Context(), other, "uid:0")
+	must(t, err)
+	other.Reason = "another one"
+	_, err = l.Signal(t.Context(), other, "uid:0")
+	must(t, err)
+	if got := l.steps(); len(got) != 5 || got[3] != stepSignalled || got[4] != stepSignalled {
+		t.Errorf("on record a minute later, and for another reason: %v", got)
+	}
+	said := 0
+	for i := range 2 * maxUrged {
+		_, err := l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, signal.About{Requester: fmt.Sprint("somebody", i)}), "uid:0")
+		if err == nil {
+			said++
+		} else if !errors.Is(err, store.ErrFull) {
+			t.Fatal(err)
+		}
+	}
+	if said != maxUrged-2 {
+		t.Errorf("one source has %d places, want %d", said, maxUrged-2)
+	}
+	l = l.again()
+	defer func() { l.kill() }()
+	if len(l.signals) != 1+said {
+		t.Errorf("after a restart: %v", l.signals)
 	}
 }

@@ -370,7 +370,7 @@ func TestOnAnotherNode(t *testing.T) {
 			t.Errorf("the grant of another node: %v", err)
 		}
 	}
-	l.remember(t.Context(), time.Hour)
+	l.remember(t.Context(), l.grants.clock.wall(), time.Hour)
 	if got := strings.Join(l.problems.lines(), "\n"); !contains(got, "memory: no grant is activated", `by the node "node-1"`, "sallyport grant vouch") {
 		t.Errorf("problems: %s", got)
 	}

@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -117,32 +116,59 @@ func (u *use) note(id string) (store.Note, error) {
 // KeepUses makes the use of active grants durable, when it is time, some of them in each transaction: others want to write in
 // between. What could not be kept is kept the next time.
 func (g *grants) KeepUses(ctx context.Context) error {
-	if now := g.clock.boot(); now-g.usesKept >= keepUse {
-		g.usesKept = now
-	} else {
+	now := g.clock.boot()
+	if now-g.usesKept < keepUse {
 		return nil
 	}
-	notes, err := g.changedUses()
-	for batch := range slices.Chunk(notes, endBatch) {
-		err = errors.Join(err, g.store.Keep(ctx, batch))
+	g.usesKept = now
+	for batch := range slices.Chunk(g.changedUses(), endBatch) {
+		if err := g.keepSome(ctx, batch); err != nil {
+			return fmt.Errorf("keep use: %w", err)
+		}
+	}
+	return nil
+}
+
+// changedUses are the grants whose use changed since it was kept.
+func (g *grants) changedUses() (changed []*held) {
+	_ = inTurns(&g.mu, g.every(), func(h *held) error {
+		if h.use.changed {
+			changed = append(changed, h)
+		}
+		return nil
+	})
+	return changed
+}
+
+// keepSome lets nobody wait for the disk. Of a grant that ends meanwhile the store keeps what was noted with its end.
+func (g *grants) keepSome(ctx context.Context, batch []*held) error {
+	notes, err := g.notesOf(batch)
+	if err == nil {
+		err = g.store.KeepOfActive(ctx, notes)
+	}
+	if err != nil {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		for _, h := range batch {
+			h.use.changed = true
+		}
 	}
 	return err
 }
 
-// changedUses are the uses that changed since they were kept.
-func (g *grants) changedUses() (notes []store.Note, err error) {
-	err = inTurns(&g.mu, g.every(), func(h *held) error {
-		if !g.holds(h) || !h.use.changed {
-			return nil
-		}
+// notesOf gives the uses as they are now, which are kept then.
+func (g *grants) notesOf(batch []*held) (map[string]store.Note, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	notes := make(map[string]store.Note, len(batch))
+	for _, h := range batch {
 		n, err := h.use.note(h.row.ID)
-		if err == nil {
-			h.use.changed = false
-			notes = append(notes, n)
+		if err != nil {
+			return nil, err
 		}
-		return err
-	})
-	return notes, err
+		notes[h.row.ID], h.use.changed = n, false
+	}
+	return notes, nil
 }
 
 // end notes when a grant ended: at its deadline at the latest, whoever noticed when. The first time stands.

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"context"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -120,5 +122,81 @@ func TestUsedBesideGranted(t *testing.T) {
 	}
 	if want := []string{"duration", "budget.bytes", "budget.connections", "addresses", "ports"}; !slices.Equal(fields, want) {
 		t.Errorf("suggestions for %v, want %v", fields, want)
+	}
+}
+
+// TestKeptUseIsNoOlderThanTheEnd: of a grant that ends while uses are being kept the store has the end; and what could not be
+// kept is kept the next time.
+func TestKeptUseIsNoOlderThanTheEnd(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	stays := l.fill(1)[0]
+	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
+	must(t, err)
+	for _, h := range l.active {
+		h.use.Last, h.use.changed = time.Second, true
+	}
+	kept := func(id string) bool {
+		uses, err := l.uses(t.Context())
+		must(t, err)
+		return uses[id] != nil
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if err := l.keepSome(gone, l.changedUses()); err == nil || kept(stays.row.ID) {
+		t.Errorf("kept by somebody who has left: %v", err)
+	}
+	changed := l.changedUses()
+	_, err = l.Revoke(t.Context(), row.ID, "done", "uid:0")
+	must(t, err)
+	ended := func() time.Time {
+		row, err := l.store.Grant(t.Context(), row.ID)
+		must(t, err)
+		at, err := l.endedAt(t.Context(), row)
+		must(t, err)
+		return at
+	}
+	before := ended()
+	must(t, l.keepSome(t.Context(), changed))
+	if now := ended(); !now.Equal(before) || now.Equal(row.Deadline) {
+		t.Errorf("ended at %s, and later at %s", before, now)
+	}
+	if !kept(stays.row.ID) || len(l.changedUses()) != 0 {
+		t.Error("what could not be kept before is not kept")
+	}
+}
+
+// atDisk is a context that tells when somebody begins to wait with it, as the store does.
+type atDisk struct {
+	context.Context
+	once  *sync.Once
+	waits func()
+}
+
+func (c atDisk) Done() <-chan struct{} {
+	c.once.Do(c.waits)
+	return c.Context.Done()
+}
+
+// TestKeepingUseKeepsNobodyWaiting: while the disk takes its time, whoever ends a grant or looks at it has the lock.
+func TestKeepingUseKeepsNobodyWaiting(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	h := l.fill(1)[0]
+	h.use.changed = true
+	asked := false
+	err := l.keepSome(atDisk{t.Context(), new(sync.Once), func() {
+		if asked = true; !l.mu.TryLock() {
+			t.Error("the lock is held")
+			return
+		}
+		h.use.changed = true // there was traffic
+		l.mu.Unlock()
+	}}, []*held{h})
+	must(t, err)
+	if !asked || len(l.changedUses()) != 1 {
+		t.Errorf("at the disk: %v; what changed meanwhile: %d", asked, len(l.changedUses()))
 	}
 }

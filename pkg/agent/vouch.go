@@ -94,14 +94,14 @@ func (g *grants) entitledToVouch(s said) error {
 	return g.challenges.check(s.Challenge)
 }
 
-// remember makes the time durable each minute, and tells what the node's memory lacks. steady is how long the clock has
-// gone on without a jump: a time that was set by mistake, and set back at once, is not worth remembering.
-func (g *grants) remember(ctx context.Context, steady time.Duration) {
-	now := g.clock.wall()
+// remember makes the time durable each minute, and tells what the node's memory lacks. seen is the wall clock's time at a look,
+// and steady how long it had gone on then without a jump: a time that was set by mistake, and set back at once, is not worth
+// remembering.
+func (g *grants) remember(ctx context.Context, seen time.Time, steady time.Duration) {
 	memory := g.store.Memory()
-	err := memory.Check(now)
-	if err == nil && steady >= rememberEvery && now.Sub(memory.Latest) >= rememberEvery {
-		err = g.store.See(ctx, now)
+	err := memory.Check(g.clock.wall())
+	if err == nil && steady >= rememberEvery && seen.Sub(memory.Latest) >= rememberEvery {
+		err = g.store.See(ctx, seen)
 	}
 	if err != nil {
 		err = fmt.Errorf("no grant is activated: %w", err)

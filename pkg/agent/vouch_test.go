@@ -28,16 +28,16 @@ func TestClockBehind(t *testing.T) {
 	b, c := crewed(t)
 	l := b.begin()
 	now := b.clock.clock()
-	l.remember(t.Context(), 0)
+	l.remember(t.Context(), l.grants.clock.wall(), 0)
 	if !l.store.Memory().Latest.IsZero() {
 		t.Error("a time is remembered that nobody knows to be steady")
 	}
-	l.remember(t.Context(), rememberEvery)
+	l.remember(t.Context(), l.grants.clock.wall(), rememberEvery)
 	if got := l.store.Memory().Latest; now.wall().Sub(got) > time.Minute {
 		t.Errorf("remembers %s", got)
 	}
 	b.clock.wall, b.truth = -2*time.Minute, -2*time.Minute
-	l.remember(t.Context(), time.Hour)
+	l.remember(t.Context(), l.grants.clock.wall(), time.Hour)
 	for range 2 {
 		envelope := b.asked(c, "alice bob", nil)
 		if _, err := l.Activate(t.Context(), envelope, "uid:0"); !errors.Is(err, store.ErrClockBehind) || !contains(toStatus(err).Error(), "hint: ", "grant vouch") {
@@ -46,7 +46,7 @@ func TestClockBehind(t *testing.T) {
 		l.kill()
 		l = b.begin()
 		must(t, l.adopt(t.Context()))
-		l.remember(t.Context(), 0)
+		l.remember(t.Context(), l.grants.clock.wall(), 0)
 		if got := strings.Join(l.problems.lines(), "\n"); !contains(got, "memory: no grant is activated", "clock is behind", "sallyport grant vouch") {
 			t.Errorf("problems: %s", got)
 		}
@@ -72,7 +72,7 @@ func TestClockBehind(t *testing.T) {
 	if err := l.Vouch(t.Context(), word, "uid:0"); !errors.Is(err, grant.ErrChallenge) {
 		t.Errorf("vouched twice with one word: %v", err)
 	}
-	l.remember(t.Context(), time.Hour)
+	l.remember(t.Context(), l.grants.clock.wall(), time.Hour)
 	if got := l.problems.lines(); len(got) != 0 {
 		t.Errorf("problems: %v", got)
 	}

@@ -17,9 +17,9 @@ import (
 )
 
 const (
-	// takeUpFor is how long a path without its stream is tried to be taken up again: an agent that was restarted gives
-	// its holder as long.
-	takeUpFor   = 15 * time.Second
+	// takeUpFor is how long a path without its stream is tried to be taken up again. An agent that was restarted, or has not
+	// noticed that the stream is broken, closes the path within 15 s, and says so then.
+	takeUpFor   = 20 * time.Second
 	takeUpEvery = 250 * time.Millisecond
 )
 
@@ -144,7 +144,8 @@ func (h *Hold) takeUp(ctx context.Context) error {
 			h.swap(stream)
 			return nil
 		}
-		if status.Code(err) != codes.Unavailable || h.isGiven() || time.Now().After(end) {
+		passes := status.Code(err) == codes.Unavailable || status.Code(err) == codes.ResourceExhausted // others ask again, too
+		if !passes || h.isGiven() || time.Now().After(end) {
 			return err
 		}
 		select {

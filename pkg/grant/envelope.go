@@ -247,21 +247,58 @@ func verifySignatures(sigs []dsse.Signature, message []byte, known map[string]po
 func verifyOne(field string, s dsse.Signature, message []byte, known map[string]policy.KnownKey, now time.Time) (policy.Signer, error) {
 	key, ok := known[s.KeyID]
 	if !ok {
-		return policy.Signer{}, refuse(field+".keyid", ErrUnknownKey, "add the public key to a Keyring, or sign with a key that is in one",
-			"no Keyring has the key %.80q", s.KeyID)
+		return policy.Signer{}, unknownKey(field, s.KeyID)
 	}
 	sig, err := decode64(s.Sig)
 	if err != nil || !key.PublicKey.Verify(message, sig) {
 		return policy.Signer{}, refuse(field+".sig", ErrSignature, "issue the grant again: it was changed after it was signed",
 			"does not verify under the key %s of %s", s.KeyID, key.Person)
 	}
-	by := policy.Signer{Person: key.Person, KeyID: s.KeyID, Uses: key.Uses}
+	return countOne(field, s.KeyID, key, now)
+}
+
+// countOne gives whose signature it is that verifies; with ErrKeyExpired and ErrKeyRevoked, too.
+func countOne(field, id string, key policy.KnownKey, now time.Time) (policy.Signer, error) {
+	by := policy.Signer{Person: key.Person, KeyID: id, Uses: key.Uses}
 	switch {
 	case key.Revoked:
-		return by, refuse(field+".keyid", ErrKeyRevoked, "sign with another key", "the key %s of %s is revoked", s.KeyID, key.Person)
+		return by, refuse(field+".keyid", ErrKeyRevoked, "sign with another key", "the key %s of %s is revoked", id, key.Person)
 	case key.Ended(now):
 		return by, refuse(field+".keyid", ErrKeyExpired, "sign with a key that is still valid",
-			"the key %s of %s ended at %s", s.KeyID, key.Person, stamp(key.Until))
+			"the key %s of %s ended at %s", id, key.Person, stamp(key.Until))
 	}
 	return by, nil
+}
+
+// Recount is Verify for a payload whose signatures were verified before, now that the keyrings are others: signed are the ids of the
+// keys that signed it, known those of the keyrings by their ids. What a key has signed stays signed; whose it is, and whether
+// it counts at now, is asked anew. The errors are those of Verify for keys that do not count.
+func Recount(p Payload, signed []string, known map[string]policy.KnownKey, now time.Time) (Verified, error) {
+	v := Verified{Payload: p}
+	var uncounted []error
+	for i, id := range signed {
+		field := fmt.Sprintf("signatures[%d]", i)
+		key, ok := known[id]
+		if !ok {
+			uncounted = append(uncounted, unknownKey(field, id))
+			continue
+		}
+		signer, err := countOne(field, id, key, now)
+		if err != nil {
+			uncounted, v.Besides = append(uncounted, err), append(v.Besides, signer.Person)
+			continue
+		}
+		v.Signers = append(v.Signers, signer)
+	}
+	switch {
+	case len(signed) == 0:
+		return Verified{}, refuse("signatures", ErrMalformed, grantHint, "has no signature")
+	case len(v.Signers) == 0:
+		return Verified{}, errors.Join(uncounted...)
+	}
+	return v, nil
+}
+
+func unknownKey(field, id string) error {
+	return refuse(field+".keyid", ErrUnknownKey, "add the public key to a Keyring, or sign with a key that is in one", "no Keyring has the key %.80q", id)
 }

@@ -457,3 +457,34 @@ func ExampleSign() {
 	fmt.Println(json.Valid(envelope), err)
 	// Output: true <nil>
 }
+
+// TestRecount: by any later keyrings, what was verified before counts as Verify says of the envelope anew.
+func TestRecount(t *testing.T) {
+	f, g := newForger(t), newForger(t)
+	body := mustJSON(t, goodPayload())
+	envelope := marshal(dsse.Envelope{PayloadType: grant.PayloadType, Payload: base64.StdEncoding.EncodeToString(body),
+		Signatures: []dsse.Signature{f.signature(body), g.signature(body)}})
+	now := time.Now()
+	key := func(f forger, until time.Time) policy.Key { return policy.Key{PublicKey: f.public, NotAfter: until} }
+	for name, people := range map[string][]policy.Person{
+		"both":        {{Name: "alice", Keys: []policy.Key{key(f, time.Time{})}}, {Name: "bob", Keys: []policy.Key{key(g, time.Time{})}}},
+		"renamed":     {{Name: "mallory", Keys: []policy.Key{key(g, time.Time{}), key(f, time.Time{})}}},
+		"one is gone": {{Name: "alice", Keys: []policy.Key{key(f, time.Time{})}}},
+		"one is over": {{Name: "alice", Keys: []policy.Key{key(f, now)}}, {Name: "bob", Keys: []policy.Key{key(g, now.Add(time.Second))}}},
+		"both over":   {{Name: "alice", Keys: []policy.Key{key(f, now)}}, {Name: "bob", Keys: []policy.Key{key(g, now)}}},
+		"strangers":   {{Name: "alice", Keys: []policy.Key{key(newForger(t), time.Time{})}}},
+	} {
+		for _, revoked := range [][]string{nil, {f.public.ID()}, {f.public.ID(), g.public.ID()}} {
+			rings := keyring(people...)
+			rings[0].Spec.RevokedKeys = revoked
+			want, wrong := grant.Verify(envelope, rings, now)
+			got, err := grant.Recount(goodPayload(), []string{f.public.ID(), g.public.ID()}, policy.KnownKeys(rings), now)
+			if !reflect.DeepEqual(got, want) || (err == nil) != (wrong == nil) || err != nil && err.Error() != wrong.Error() {
+				t.Errorf("%s, revoked %v: %+v, %v; want %+v, %v", name, revoked, got, err, want, wrong)
+			}
+		}
+	}
+	if _, err := grant.Recount(goodPayload(), nil, nil, now); err == nil {
+		t.Error("nobody signed it")
+	}
+}

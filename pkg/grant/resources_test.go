@@ -89,6 +89,15 @@ func TestSignedResources(t *testing.T) {
 			t.Errorf("%s: %v by %v, want %v", c.name, err, signers, c.err)
 		}
 	}
+	// Nobody knows whose a pinned key is: with one of a keyring it counts as two people, and by itself as one.
+	mallory := []policy.PublicKey{keys["mallory"].Public()}
+	if signers, err := grant.VerifyResources(sign(set, "alice", "mallory"), set, set.Keyrings(), mallory, 2, now); err != nil {
+		t.Errorf("a pinned key and one of a keyring: %v by %v", err, signers)
+	}
+	alice := []policy.PublicKey{keys["alice"].Public()}
+	if signers, err := grant.VerifyResources(sign(set, "alice"), set, set.Keyrings(), alice, 2, now); !errors.Is(err, grant.ErrUnsigned) {
+		t.Errorf("one key, in a keyring and pinned: %v by %v", err, signers)
+	}
 	if _, err := grant.SignResources(t.Context(), set, sign(set, "alice"), keys["alice"]); err == nil || !strings.Contains(err.Error(), "signed it already") {
 		t.Errorf("twice by one key: %v", err)
 	}

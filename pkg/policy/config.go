@@ -28,7 +28,8 @@ type AgentConfigSpec struct {
 	// have other names. None; where signatures are required, it has to be written.
 	PolicySet string `json:"policySet,omitempty" yaml:"policySet,omitempty"`
 	// PolicyKeys are public keys that may sign resources whatever the keyrings say, and so the first set of a node. No keyring
-	// revokes them. None; where signatures are required, at least one.
+	// revokes them, and nobody knows whose they are: each counts as a person, beside the person's other keys. None; where signatures
+	// are required, at least one.
 	PolicyKeys []PublicKey `json:"policyKeys,omitempty" yaml:"policyKeys,omitempty"`
 	// Candidate is a directory of another set of resources, which is computed beside the one in force and decides nothing. Left
 	// out: none.

@@ -69,7 +69,7 @@ func (s *Set) Signers() int {
 }
 
 // PinnedKey is a key that a node's configuration names: of somebody of its own, who may sign resources. No keyring says
-// anything of it: it neither ends nor is revoked but by the configuration.
+// anything of it: it neither ends nor is revoked but by the configuration, and who also has a key of a keyring counts twice.
 func PinnedKey(k PublicKey) KnownKey {
 	return KnownKey{Key: Key{PublicKey: k, Uses: []Use{UseResources}}, Person: "pinned " + k.ID()}
 }

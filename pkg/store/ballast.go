@@ -10,12 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ballast is a file that does nothing but have room on the disk: urgent writes throw it off when others have filled the rest.
-// Until it is taken on again, nothing else is written.
+// ballast is a file that does nothing but have room on the disk: urgent writes throw it off, a part at a time, when others have
+// filled the rest, who may take what a write leaves of the part. Until it is whole again, nothing else is written.
 type ballast struct {
 	path   string
 	size   int64 // bytes; 0: there is to be none
-	thrown bool
+	thrown bool  // some of it
 }
 
 // find sees what an earlier process did with it.
@@ -24,20 +24,22 @@ func (b *ballast) find() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	b.thrown = err == nil && st.Size() == 0
+	b.thrown = err == nil && st.Size() < b.size
 	return err
 }
 
 // throw makes room, if there is any to make.
 func (b *ballast) throw() bool {
-	if b.size == 0 || b.thrown || os.Truncate(b.path, 0) != nil {
+	st, err := os.Stat(b.path)
+	if b.size == 0 || err != nil || st.Size() == 0 || os.Truncate(b.path, max(0, st.Size()-thrownBytes)) != nil {
 		return false
 	}
 	b.thrown = true
 	return true
 }
 
-// take takes it on, if the disk has twice the room. Where it never was, a disk without that room does without.
+// take takes it on, if the disk has twice the room. Where it never was, a disk without that room does without, as does one
+// whose file system reserves none.
 func (b *ballast) take() error {
 	if b.size == 0 {
 		return nil
@@ -53,23 +55,27 @@ func (b *ballast) take() error {
 }
 
 func (b *ballast) allocate() error {
-	if st, err := os.Stat(b.path); err == nil && st.Size() >= b.size {
+	var has int64
+	if st, err := os.Stat(b.path); err == nil {
+		has = st.Size()
+	}
+	if has >= b.size {
 		return nil
 	}
 	var disk unix.Statfs_t
 	if err := unix.Statfs(filepath.Dir(b.path), &disk); err != nil {
 		return err
 	}
-	if free := int64(disk.Bavail) * disk.Bsize; free < 2*b.size {
-		return fmt.Errorf("%d bytes are free, it takes %d", free, 2*b.size)
+	if free, takes := int64(disk.Bavail)*disk.Bsize, max(2*b.size-has, b.size); free < takes {
+		return fmt.Errorf("%d bytes are free, it takes %d", free, takes)
 	}
-	f, err := os.OpenFile(b.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	beside := b.path + ".new" // a file that never was whole is none
+	f, err := os.OpenFile(beside, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, b.size); err != nil {
-		return errors.Join(err, f.Truncate(0))
+	if err := errors.Join(unix.Fallocate(int(f.Fd()), 0, 0, b.size), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(beside))
 	}
-	return nil
+	return os.Rename(beside, b.path)
 }

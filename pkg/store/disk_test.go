@@ -134,6 +134,33 @@ func TestDiskThatTakesNothing(t *testing.T) {
 	}
 }
 
+// Whoever reads while the disk is read-only holds nobody to that: what is written when it is back waits for them, and is.
+func TestReaderWhenTheDiskIsBack(t *testing.T) {
+	d, ctx := newDisk(t, true), t.Context()
+	d.remount(unix.MS_RDONLY)
+	s := openTest(t, d.path)
+	reading := must(s.db.QueryContext(ctx, `SELECT 1 UNION ALL SELECT 2`))(t)
+	defer reading.Close()
+	if !reading.Next() {
+		t.Fatal(reading.Err())
+	}
+	d.remount(0)
+	written := make(chan error, 1)
+	go func() { written <- s.See(ctx, noon.Add(time.Hour)) }()
+	for deadline := time.After(10 * time.Second); s.db.Stats().WaitCount == 0; {
+		select {
+		case err := <-written:
+			t.Fatalf("written beside the reader: %v", err)
+		case <-deadline:
+			t.Fatal("nobody waits")
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if err := errors.Join(reading.Close(), <-written, s.See(ctx, noon.Add(2*time.Hour))); err != nil {
+		t.Error(err)
+	}
+}
+
 // A doubt that the disk does not take is one all the same, and stays when it does.
 func TestDoubtOnAFullDisk(t *testing.T) {
 	d, ctx := newDisk(t, true), t.Context()

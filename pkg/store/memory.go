@@ -123,7 +123,7 @@ func (s *Store) Claim(ctx context.Context, o Owner) error {
 		return fmt.Errorf("claim store: %w", err)
 	}
 	s.mu.Lock()
-	s.due.claim = &claim{owner: o, seen: w}
+	s.due.claim, s.due.witness = &claim{owner: o, seen: w}, o.Witness
 	s.mu.Unlock()
 	if err := s.view(ctx, func(_ *sql.Tx, h *head) error { s.remember(*h); return nil }); err != nil {
 		return fmt.Errorf("claim store: %w", err)
@@ -205,9 +205,6 @@ func readWitness(path, boot string) (witness, error) {
 
 // testify has the witness follow the store from here on. s.mu is held.
 func (s *Store) testify(path string, h head) error {
-	if path == "" {
-		return nil
-	}
 	if err := replaceFile(path, countPage(s.boot, h)); err != nil {
 		return err
 	}

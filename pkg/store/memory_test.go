@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
@@ -130,6 +132,42 @@ func TestDoubt(t *testing.T) {
 				t.Errorf("after somebody vouched: %+v, want %+v", got, want)
 			}
 		})
+	}
+}
+
+// Who vouches is believed from then on, also while the witness cannot follow.
+func TestVouchWithoutAWitness(t *testing.T) {
+	path, ctx := testPath(t), t.Context()
+	run := &disk{t: t, dir: mountTmpfs(t, "1m")}
+	home := Owner{Node: "a", Witness: run.dir + "/witness"}
+	s := openTest(t, path)
+	if err := errors.Join(s.Claim(ctx, home), s.Close(), os.RemoveAll(filepath.Dir(path))); err != nil {
+		t.Fatal(err)
+	}
+	run.remount(unix.MS_RDONLY)
+	s = openTest(t, path)
+	if err := s.Claim(ctx, home); err != nil || s.Memory().Doubt == "" {
+		t.Fatalf("another store in its place: %v, doubt %q", err, s.Memory().Doubt)
+	}
+	if err := s.Vouch(ctx, home, noon, noon, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Activate(ctx, at(noon.Add(time.Second)), nil); err != nil || s.Memory().Doubt != "" {
+		t.Errorf("after somebody vouched: %v, doubt %q", err, s.Memory().Doubt)
+	}
+	if err := s.CatchUp(ctx); !errors.Is(err, ErrUnwritable) {
+		t.Errorf("nobody is told of the witness: %v", err)
+	}
+	run.remount(0)
+	if err := errors.Join(s.CatchUp(ctx), s.Activate(ctx, at(noon.Add(2*time.Second)), nil), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if w := must(readWitness(home.Witness, s.BootID()))(t); w.against(head{epoch: s.Epoch()}) == "" {
+		t.Error("the witness does not follow") // it knows of more than none
+	}
+	s = openTest(t, path)
+	if err := s.Claim(ctx, home); err != nil || s.Memory().Doubt != "" {
+		t.Errorf("at the next start: %v, doubt %q", err, s.Memory().Doubt)
 	}
 }
 

@@ -11,6 +11,8 @@ const (
 	maxPages  = 1 << 18
 	keptPages = 1 << 14
 	keptBytes = 4 << 20 // on the disk, where others may take the rest
+
+	thrownBytes = 256 << 10 // of those, at a time: more than one write of a person takes
 )
 
 // class is what a write is for.

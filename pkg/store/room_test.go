@@ -3,8 +3,13 @@ package store
 import (
 	"errors"
 	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Workloads and records fill their part and no more: people still begin, and whatever ends is recorded.
@@ -112,5 +117,96 @@ func TestRoomOnAFullDisk(t *testing.T) {
 	d.fill()
 	if err := s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 9000)}}); err != nil {
 		t.Errorf("once more: %v", err)
+	}
+}
+
+// limitFiles has no file of the process grow beyond size bytes, until the returned function is called.
+func limitFiles(t *testing.T, size uint64) (lift func()) {
+	t.Helper()
+	var before unix.Rlimit
+	signal.Ignore(unix.SIGXFSZ)
+	if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: size, Max: before.Max}, nil); err != nil {
+		t.Fatal(err)
+	}
+	lift = func() {
+		if err := unix.Prlimit(0, unix.RLIMIT_FSIZE, &before, nil); err != nil {
+			t.Error(err)
+		}
+		signal.Reset(unix.SIGXFSZ)
+	}
+	t.Cleanup(lift)
+	return lift
+}
+
+// A disk that never reserved the room is not taken for one whose reserve is in use, and has nothing of it left.
+func TestNoRoomIsReserved(t *testing.T) {
+	path, ctx := mountTmpfs(t, "8m")+"/node.db", t.Context()
+	lift := limitFiles(t, 1<<20)
+	start := func() []string {
+		t.Helper()
+		s := must(openSized(path, pages{most: maxPages, kept: keptPages, disk: 2 << 20}))(t)
+		defer s.Close()
+		if _, err := s.Append(ctx, []byte("record")); err != nil {
+			t.Error(err)
+		}
+		return must(filepath.Glob(path + "-kept*"))(t)
+	}
+	for range 2 {
+		if kept := start(); len(kept) != 0 {
+			t.Errorf("left over: %v", kept)
+		}
+	}
+	lift()
+	start()
+	if st, err := os.Stat(path + "-kept"); err != nil || st.Size() != 2<<20 {
+		t.Errorf("when it can be reserved: %v, %v", st, err)
+	}
+}
+
+// What is kept goes in parts: whoever takes what a write leaves of one does not have the next.
+func TestRoomIsGivenInParts(t *testing.T) {
+	d, ctx := &disk{t: t, dir: mountTmpfs(t, "4m")}, t.Context()
+	s := must(openSized(d.dir+"/node.db", pages{most: maxPages, kept: keptPages, disk: 4 * thrownBytes}))(t)
+	t.Cleanup(func() { s.Close() })
+	written, event := 0, make([]byte, 100<<10)
+	for err := error(nil); err == nil; written++ {
+		d.fill()
+		err = s.KeepUrgent(ctx, []Note{{"panic", event}}, event)
+		if err != nil && !errors.Is(err, ErrFull) {
+			t.Fatal(err)
+		}
+	}
+	if written <= 4 {
+		t.Errorf("%d writes found room in 4 parts", written-1)
+	}
+	d.empty()
+	if _, err := s.Append(ctx, event); err != nil {
+		t.Error(err)
+	}
+	if st := must(os.Stat(d.dir + "/node.db-kept"))(t); st.Size() != 4*thrownBytes {
+		t.Errorf("%d bytes are kept when there is room again", st.Size())
+	}
+	d.fill()
+	if err := s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 2*thrownBytes)}}); err != nil {
+		t.Errorf("what takes several parts: %v", err)
+	}
+}
+
+// A quota refuses in other words than a full disk does, as this limit does: what is kept is tried all the same.
+func TestRoomIsGivenToAQuota(t *testing.T) {
+	path, ctx := mountTmpfs(t, "4m")+"/node.db", t.Context()
+	s := must(openSized(path, pages{most: maxPages, kept: keptPages, disk: thrownBytes}))(t)
+	t.Cleanup(func() { s.Close() })
+	kept := func() int64 { t.Helper(); return must(os.Stat(path + "-kept"))(t).Size() }
+	lift := limitFiles(t, 64<<10)
+	if err := s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 100<<10)}}); !errors.Is(err, ErrUnwritable) || kept() != 0 {
+		t.Errorf("%v, and %d bytes are kept", err, kept())
+	}
+	lift()
+	if err := errors.Join(s.CatchUp(ctx), s.KeepUrgent(ctx, []Note{{"panic", make([]byte, 100<<10)}})); err != nil || kept() != thrownBytes {
+		t.Errorf("without the limit: %v, and %d bytes are kept", err, kept())
 	}
 }

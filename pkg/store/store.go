@@ -201,13 +201,14 @@ func (s *Store) BootID() string { return s.boot }
 // due is what an earlier process or machine left to be settled before anything else is written: done with the next write
 // that the disk takes.
 type due struct {
-	boot  bool   // what the boot before left unknown is to be noted
-	count bool   // the count file is to be made anew
-	claim *claim // somebody claimed the store
-	why   error  // the files beside the database could not follow it
+	boot    bool   // what the boot before left unknown is to be noted
+	count   bool   // the count file is to be made anew
+	claim   *claim // somebody claimed the store
+	witness string // file that is to follow it from here on
+	why     error  // the files beside the database could not follow it
 }
 
-func (d due) nothing() bool { return !d.boot && !d.count && d.claim == nil }
+func (d due) nothing() bool { return !d.boot && !d.count && d.claim == nil && d.witness == "" }
 
 // settle does in the head what is due.
 func (s *Store) settle(ctx context.Context, tx *sql.Tx, h *head) error {
@@ -251,7 +252,7 @@ func Unwritable(err error) bool { return errors.Is(err, ErrFull) || errors.Is(er
 func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.reopen(); err != nil {
+	if err := s.reopen(ctx); err != nil {
 		return err
 	}
 	if c == common {
@@ -260,7 +261,7 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 		}
 	}
 	h, err := s.update(ctx, c, f)
-	if errors.Is(err, ErrFull) && c == urgent && s.ballast.throw() {
+	for c == urgent && Unwritable(err) && s.ballast.throw() { // a quota, and a write that is put off, are refused in other words
 		h, err = s.update(ctx, c, f)
 	}
 	if err != nil {
@@ -277,16 +278,16 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 // settled has the files beside the database follow it. What their disks do not take now stays due.
 func (s *Store) settled(h head) {
 	var errs []error
-	s.due.boot = false
+	s.due.boot, s.due.claim = false, nil
 	if s.due.count {
 		err := s.count.settle(s.countPath())
 		s.due.count = err != nil
 		errs = append(errs, err)
 	}
-	if s.due.claim != nil {
-		err := s.testify(s.due.claim.owner.Witness, h)
+	if s.due.witness != "" {
+		err := s.testify(s.due.witness, h)
 		if err == nil {
-			s.due.claim = nil
+			s.due.witness = ""
 		}
 		errs = append(errs, err)
 	}
@@ -304,17 +305,21 @@ func ofFile(err error) error {
 	return err
 }
 
-// reopen goes over to writing, once a disk that was read-only allows it.
-func (s *Store) reopen() error {
+// reopen goes over to writing, once a disk that was read-only allows it. It waits for whoever reads: the only connection is
+// theirs until then, and must not be anybody's after.
+func (s *Store) reopen(ctx context.Context) error {
 	if !s.readOnly.Load() {
 		return nil
 	}
 	if err := makePrivate(s.path); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnwritable, err)
 	}
+	c, err := s.db.Conn(ctx)
+	if err != nil {
+		return classify(err)
+	}
 	s.readOnly.Store(false)
-	s.db.SetMaxIdleConns(-1) // lets go of the connection that cannot write
-	s.db.SetMaxIdleConns(1)
+	_ = c.Raw(func(any) error { return driver.ErrBadConn }) // has it closed, and the next one opened to write
 	return nil
 }
 

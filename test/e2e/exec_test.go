@@ -3,6 +3,8 @@ package e2e_test
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -66,22 +68,32 @@ func TestExecPostgres(t *testing.T) {
 	leak.Check(t)
 	w := newWorld(t, options{resource: postgresResources(t) + automationPolicy("pg-host, pg-pod"), config: automationConfig, identities: []spiffeid.ID{nightly}})
 	bin := postgresBin(t)
-	w.startPostgres(t, w.Node)
-	local := filepath.Join(w.Dir, "pg-"+w.Node.Name)
-	_, err := w.Node.Run(within(t, patience), filepath.Join(bin, "psql"), "-X", "-h", local, "-U", "postgres", "-c",
-		"CREATE TABLE books AS SELECT n, 'title ' || n AS title FROM generate_series(1, 20000) n")
-	must(t, err)
+	for _, where := range []*lab.Namespace{w.Node, w.Pod} {
+		w.startPostgres(t, where)
+		local := filepath.Join(w.Dir, "pg-"+where.Name)
+		_, err := where.Run(within(t, patience), filepath.Join(bin, "psql"), "-X", "-h", local, "-U", "postgres", "-c",
+			"CREATE TABLE books AS SELECT n, 'title ' || n || ' of "+where.Name+"' AS title FROM generate_series(1, 20000) n")
+		must(t, err)
+	}
 	for _, d := range []*daemon{w.collector, w.agent, w.guard} {
 		d.start(t)
 	}
 	for _, c := range []struct {
-		name    string
-		ns      *lab.Namespace
-		binding string
-	}{{"from elsewhere", w.Client, "address"}, {"from a pod", w.Pods[1], "address"}, {"on the node", w.Node, "workload"}} {
+		name, service string
+		ns, at        *lab.Namespace
+		agent         func(lab.Family) netip.Addr
+		binding       string
+	}{
+		{"from elsewhere", "pg-host", w.Client, w.Node, w.Node.Addr, "address"},
+		{"from a pod", "pg-host", w.Pods[1], w.Node, w.Node.Addr, "address"},
+		{"on the node", "pg-host", w.Node, w.Node, w.Node.Addr, "workload"},
+		{"from elsewhere to a pod", "pg-pod", w.Client, w.Pod, w.Node.Addr, "address"},
+		{"from a pod to a pod", "pg-pod", w.Pods[1], w.Pod, w.Node.Addr, "address"},
+		{"on the node to a pod", "pg-pod", w.Node, w.Pod, w.Node.Other, "workload"}, // asked from the address that it sends to the pod from
+	} {
 		for _, f := range lab.Families() {
 			t.Run(fmt.Sprintf("%s/%s", c.name, f), func(t *testing.T) {
-				at := w.Node.Addr(f).String()
+				at := c.at.Addr(f).String()
 				dump := []string{filepath.Join(bin, "pg_dump"), "-w", "-d", fmt.Sprintf("host=%s port=%d user=postgres dbname=postgres connect_timeout=3", at, postgresPort)}
 				alone := func(when string) {
 					t.Helper()
@@ -90,8 +102,8 @@ func TestExecPostgres(t *testing.T) {
 					}
 				}
 				alone("before")
-				p := w.execIn(t, c.ns, nightly, []string{"--agent", at, "--service", "pg-host", "--for", "5m", "--binding", c.binding}, dump...)
-				if code := exitCode(t, p); code != 0 || !strings.Contains(p.Output(), "20000\ttitle 20000") || !strings.Contains(p.Output(), "note: path to pg-host on node-1") {
+				p := w.execIn(t, c.ns, nightly, []string{"--agent", c.agent(f).String(), "--service", c.service, "--for", "5m", "--binding", c.binding}, dump...)
+				if code := exitCode(t, p); code != 0 || !strings.Contains(p.Output(), "20000\ttitle 20000 of "+c.at.Name) || !strings.Contains(p.Output(), "note: path to "+c.service+" on node-1") {
 					t.Errorf("pg_dump ended with %d:\n%.2000s", code, p.Output())
 				}
 				if n := w.openPaths(t); n != 0 {
@@ -161,6 +173,9 @@ func TestExec(t *testing.T) {
 	run := func(id spiffeid.ID, command ...string) *lab.Process {
 		return w.execIn(t, w.Client, id, flags, command...)
 	}
+	orphan, foreign := filepath.Join(w.Dir, "orphan"), filepath.Join(w.Dir, "foreign") // found, and not to be started
+	must(t, os.WriteFile(orphan, []byte("#!/no/such/interpreter\n"), 0o755))
+	must(t, os.WriteFile(foreign, []byte("\x7fELF of nobody"), 0o755))
 	for _, c := range []struct {
 		name    string
 		id      spiffeid.ID
@@ -171,7 +186,9 @@ func TestExec(t *testing.T) {
 		{"success", nightly, []string{"true"}, 0, "note: path to host-echo on node-1 for 10.1.0.2 until"},
 		{"its own code", nightly, []string{"sh", "-c", "exit 7"}, 7, ""},
 		{"ended by a signal", nightly, []string{"sh", "-c", "kill -KILL $$"}, 128 + 9, ""},
-		{"not there", nightly, []string{"no-such-program"}, 127, "hint: "},
+		{"not there", nightly, []string{"no-such-program"}, 127, "hint: nothing was asked for"},
+		{"without its interpreter", nightly, []string{orphan}, 127, "hint: its paths were given back"},
+		{"for another machine", nightly, []string{foreign}, 126, "hint: its paths were given back"},
 		{"not allowed", mallory, []string{"true"}, 3, "spiffe://example.org/app/mallory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
