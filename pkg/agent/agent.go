@@ -109,7 +109,7 @@ func (n *node) parts() []part {
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
 		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
-		{name: "grants", start: n.adoptGrants},
+		{name: "grants", start: n.adoptGrants, stop: n.tellRefusals},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
@@ -364,6 +364,16 @@ func (n *node) runMetrics(ctx context.Context) error {
 		return nil
 	}
 	return n.metrics.Run(ctx)
+}
+
+// tellRefusals records at an orderly stop what was refused and only counted so far. A full disk makes the stop no less orderly.
+func (n *node) tellRefusals() error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopGrace)
+	defer cancel()
+	if err := n.grants.tellRefusals(ctx, 0); err != nil {
+		n.log.Error("refusals were counted and are not recorded", "err", err)
+	}
+	return nil
 }
 
 // beginStop is the first step of an orderly stop: it tells the service manager and lets followers leave.

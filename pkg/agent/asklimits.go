@@ -17,11 +17,11 @@ const (
 	maxAskers = 4096
 )
 
-// asker is one identity: how often it may ask, how much it holds, and how many connections it has.
+// asker is one identity: how often it may ask for a path, and for one again, how much it holds, and how many streams and connections
+// it has.
 type asker struct {
-	bucket      *rate.Limiter
-	holds       uint32
-	connections uint32
+	bucket, again               *rate.Limiter
+	holds, streams, connections uint32
 }
 
 // askLimits bounds what each identity may ask for. Safe for concurrent use.
@@ -55,11 +55,51 @@ func (l *askLimits) take(id spiffeid.ID, boot time.Duration) error {
 	return nil
 }
 
+// takeUp counts a path that is taken up, which is no more than was granted: each may be asked for again once a second, and all at once
+// when the agent was restarted. The path is counted beside the one of the broken stream, until that is seen to be gone.
+func (l *askLimits) takeUp(id spiffeid.ID, boot time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Unix(0, int64(boot))
+	a, err := l.find(id, now)
+	if err != nil {
+		return err
+	}
+	if !a.again.AllowN(now, 1) {
+		return fmt.Errorf("%w: %s may take up a path %d times a second", ErrTooMany, id, l.paths)
+	}
+	a.holds++
+	return nil
+}
+
 // give counts a path less.
 func (l *askLimits) give(id spiffeid.ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.askers[id].holds--
+}
+
+// hear counts a stream, at a boot time: one for each path, and as many again for each of those that are broken, and that say nothing
+// yet. The error wraps ErrTooMany; it is not counted then.
+func (l *askLimits) hear(id spiffeid.ID, boot time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	a, err := l.find(id, time.Unix(0, int64(boot)))
+	if err != nil {
+		return err
+	}
+	if most := 3 * l.paths; a.streams >= most {
+		return fmt.Errorf("%w: %s may have %d streams at a time", ErrTooMany, id, most)
+	}
+	a.streams++
+	return nil
+}
+
+// heard counts a stream less.
+func (l *askLimits) heard(id spiffeid.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.askers[id].streams--
 }
 
 // connect counts a connection of an identity, at a boot time. The error wraps ErrTooMany; it is not counted then. There is room
@@ -93,7 +133,7 @@ func (l *askLimits) find(id spiffeid.ID, now time.Time) (*asker, error) {
 	}
 	if len(l.askers) >= maxAskers {
 		for other, a := range l.askers {
-			if a.holds == 0 && a.connections == 0 && a.bucket.TokensAt(now) >= askBurst {
+			if a.holds == 0 && a.streams == 0 && a.connections == 0 && a.bucket.TokensAt(now) >= askBurst {
 				delete(l.askers, other)
 			}
 		}
@@ -101,7 +141,7 @@ func (l *askLimits) find(id spiffeid.ID, now time.Time) (*asker, error) {
 	if len(l.askers) >= maxAskers {
 		return nil, fmt.Errorf("%w: %d identities ask at a time", ErrTooMany, maxAskers)
 	}
-	a := &asker{bucket: rate.NewLimiter(rate.Limit(l.perMinute)/60, askBurst)}
+	a := &asker{bucket: rate.NewLimiter(rate.Limit(l.perMinute)/60, askBurst), again: rate.NewLimiter(rate.Limit(l.paths), 2*int(l.paths))}
 	l.askers[id] = a
 	return a, nil
 }

@@ -65,6 +65,40 @@ func TestAskLimits(t *testing.T) {
 	}
 }
 
+// TestTakingUpLimits: all paths of an identity can be taken up again at once, and no rate of new ones is used up by it; nor does it
+// have more streams than it can need.
+func TestTakingUpLimits(t *testing.T) {
+	const paths = 30 // more than an identity may ask for at a time
+	l := newAskLimits(policy.AutomationConfig{RequestsPerMinute: 60, PathsPerIdentity: paths})
+	at := time.Hour
+	for range paths {
+		must(t, l.hear(backup, at))
+		must(t, l.takeUp(backup, at))
+	}
+	for range paths {
+		l.give(backup)
+	}
+	must(t, l.take(backup, at))
+	l.give(backup)
+	for range paths {
+		must(t, l.takeUp(backup, at))
+		l.give(backup)
+	}
+	if err := l.takeUp(backup, at); !errors.Is(err, ErrTooMany) {
+		t.Errorf("asked for all again, and once more: %v", err)
+	}
+	at += time.Second
+	must(t, l.takeUp(backup, at))
+	l.give(backup)
+	for range 2 * paths {
+		must(t, l.hear(backup, at))
+	}
+	if err := l.hear(backup, at); !errors.Is(err, ErrTooMany) {
+		t.Errorf("one stream too many: %v", err)
+	}
+	must(t, l.hear(intruder, at))
+}
+
 // TestConnectionLimits: an identity has so many connections and no more, takes none of others', and is remembered while it has one.
 func TestConnectionLimits(t *testing.T) {
 	l := newAskLimits(policy.AutomationConfig{RequestsPerMinute: 60, PathsPerIdentity: 3})

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"net"
 	"sync"
@@ -8,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/credentials"
 )
 
@@ -22,6 +24,37 @@ func askConnections() int {
 		return maxAskConnections / 16
 	}
 	return int(min(files.Cur/2, maxAskConnections))
+}
+
+// handshakesPerSecond bounds what those cost who have not proven anything yet: a quarter of a core, about. As many may come at once as
+// there may be: the holders of all paths, when the agent was restarted.
+const handshakesPerSecond = 500
+
+// pacedListener hands connections on at a bounded rate; the others wait in the kernel's queue.
+type pacedListener struct {
+	net.Listener
+	pace   *rate.Limiter
+	open   context.Context
+	closed context.CancelFunc
+}
+
+func paced(l net.Listener, pace *rate.Limiter) *pacedListener {
+	open, closed := context.WithCancel(context.Background())
+	return &pacedListener{l, pace, open, closed}
+}
+
+// Accept waits for its turn, and then for a connection.
+func (l *pacedListener) Accept() (net.Conn, error) {
+	if err := l.pace.Wait(l.open); err != nil {
+		return nil, net.ErrClosed
+	}
+	return l.Listener.Accept()
+}
+
+// Close ends both waits.
+func (l *pacedListener) Close() error {
+	l.closed()
+	return l.Listener.Close()
 }
 
 // askTransport takes no more connections of one identity than it may have, once they have proven whose they are.

@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/net/netutil"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -62,7 +63,7 @@ type automation struct {
 	grants      *grants
 	shared      func(netip.Addr) (what string, err error) // whose the address is, beside a workload
 	device      func(netip.Addr) int                      // of the pod that has the address; 0: none
-	free        func() int                                // slots
+	free        func() int                                // slots, those of ended paths included
 	clock       clock
 	limits      *askLimits
 	problems    *problems
@@ -78,7 +79,7 @@ func (n *node) makeAutomation(context.Context) error {
 	cfg := *n.cfg.Spec.Automation
 	n.automation = &automation{
 		config: cfg, node: n.cfg.Name, trustDomain: n.cfg.AgentID().TrustDomain(), source: n.identity, grants: n.grants,
-		shared: addressOwners{listed: cfg.SharedAddresses}.of, device: func(a netip.Addr) int { return podDevice(a, n.datapath.Devices()) }, free: n.datapath.FreePaths, clock: n.clock,
+		shared: addressOwners{listed: cfg.SharedAddresses}.of, device: func(a netip.Addr) int { return podDevice(a, n.datapath.Devices()) }, free: n.grants.freeSlots, clock: n.clock,
 		limits: newAskLimits(cfg), problems: n.problems, stopping: n.stopping, turn: make(chan struct{}, 1),
 	}
 	return nil
@@ -115,13 +116,14 @@ func (a *automation) serve(ctx context.Context) error {
 	}
 	server := a.server()
 	defer server.Stop()
-	failed, most := make(chan error, len(a.config.Listen)), askConnections()/len(a.config.Listen)
+	failed, all := make(chan error, len(a.config.Listen)), askConnections()
+	pace, most := rate.NewLimiter(handshakesPerSecond, all), all/len(a.config.Listen)
 	for _, address := range a.config.Listen {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
 			return fmt.Errorf("listen for workloads: %w", err)
 		}
-		go func() { failed <- server.Serve(netutil.LimitListener(l, most)) }()
+		go func() { failed <- server.Serve(netutil.LimitListener(paced(l, pace), most)) }()
 	}
 	a.problems.report(problemAsking, "", nil)
 	select {
@@ -220,14 +222,22 @@ func (a *automation) Hold(stream grpc.BidiStreamingServer[api.HoldRequest, api.H
 	if err != nil {
 		return status.Errorf(codes.Unauthenticated, "prove identity: %v", err)
 	}
-	if err := a.limits.take(w.id, a.clock.boot()); err != nil {
+	if err := a.limits.hear(w.id, a.clock.boot()); err != nil {
 		return toStatus(err)
 	}
-	defer a.limits.give(w.id)
+	defer a.limits.heard(w.id)
 	request, err := firstRequest(stream)
 	if err != nil {
 		return err
 	}
+	count := a.limits.take
+	if request.GetGrant() != "" {
+		count = a.limits.takeUp
+	}
+	if err := count(w.id, a.clock.boot()); err != nil {
+		return toStatus(err)
+	}
+	defer a.limits.give(w.id)
 	h, err := a.grip(ctx, w, request)
 	if err != nil {
 		return toStatus(err)

@@ -350,6 +350,9 @@ func (g *grants) recordEnds(ctx context.Context, batch []*held) error {
 func (g *grants) letGo(h *held) {
 	h.row.State, h.row.EndedWhy = h.over.state, h.over.why
 	g.drop(h)
+	for _, slot := range h.row.Slots { // from now on who needs one may have it
+		g.ended[slot] = g.clock.boot()
+	}
 	g.reviews.note(h.row, h.payload, false)
 	g.events.count(h.over.step)
 	g.log.Info("grant ended", "grant", h.row.ID, "state", h.over.state, "why", h.over.why, "actor", h.over.actor)

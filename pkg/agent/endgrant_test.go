@@ -34,7 +34,7 @@ func TestInTurns(t *testing.T) {
 		}
 		if !got.Load() {
 			seen++
-			time.Sleep(turn)
+			time.Sleep(2 * time.Millisecond) // a look that takes longer than a turn
 		}
 		return nil
 	})

@@ -105,13 +105,13 @@ type grants struct {
 	leavers leavers
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
-	urged   map[string]time.Duration // guarded by mu; that were recorded in a full store, by the same names -> boot time
+	urged   []urgedSignal            // guarded by mu; the latest
 	history *history                 // guarded by mu
 
-	refused  map[string]*refused // guarded by mu; by who asked
-	ports    *portUse            // what the records of flows tell
-	usesKept time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
-	forgot   time.Duration       // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
+	refused  map[refusedWhat]*refused // guarded by mu
+	ports    *portUse                 // what the records of flows tell
+	usesKept time.Duration            // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable
+	forgot   time.Duration            // owned by the sweeper; CLOCK_BOOTTIME at which all was forgotten that could be
 
 	panicked  atomic.Pointer[panicNote] // that stands; read without a lock, so that nothing waits to tell of it
 	panicKept *panicNote                // guarded by mu; the one that the store has
@@ -346,6 +346,13 @@ func (g *grants) free(idle []uint32, now time.Duration) error {
 		}
 		return nil
 	})
+}
+
+// freeSlots is how many paths can be opened: an ended path gives its slot back to who needs it.
+func (g *grants) freeSlots() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.datapath.FreePaths() + len(g.ended)
 }
 
 // isOver tells whether the slot has the path of a grant that has ended. Whoever looked at all paths before may have seen another

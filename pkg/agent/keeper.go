@@ -187,7 +187,7 @@ func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
 	s.problems.report(problemGrants, "", err)
 	s.problems.report(problemMemory, "store", s.grants.store.CatchUp(ctx))
 	s.problems.report(problemGrants, "use", s.grants.KeepUses(ctx))
-	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx))
+	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx, refusalsTold))
 	s.problems.report(problemGrants, "forget", s.grants.Forget(ctx))
 	s.problems.report(problemEvents, "sweep", s.flows())
 	s.problems.report(problemEvents, "losses", s.settle())

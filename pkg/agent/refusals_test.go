@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,7 +29,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	}
 	check := func(when string, want ...string) {
 		t.Helper()
-		must(t, l.tellRefusals(t.Context()))
+		must(t, l.tellRefusals(t.Context(), refusalsTold))
 		var got []string
 		for _, e := range l.storedEvents() {
 			if why := e.GetWhy(); contains(why, " more within 1m, the last: ") {
@@ -50,5 +53,46 @@ func TestRefusalsAreCounted(t *testing.T) {
 	check("again", "uid:1000", "uid:0", "uid:1000: 29", "uid:1000")
 	if n := len(l.refused); n != 1 {
 		t.Errorf("%d identities are remembered", n)
+	}
+}
+
+// TestRefusalsApart: a grant that breaks the glass is counted for itself, others for their service, and what was only counted is
+// recorded at an orderly stop.
+func TestRefusalsApart(t *testing.T) {
+	b, c := crewed(t)
+	l := b.begin()
+	defer l.kill()
+	tooLong := func(change func(*grant.Payload)) []byte {
+		return b.asked(c, "alice bob carol", func(p *grant.Payload) {
+			p.Duration = time.Hour
+			change(p)
+		})
+	}
+	first, second := tooLong(breakGlass), tooLong(breakGlass)
+	envelopes := [][]byte{first, second, first, second}
+	for _, service := range []string{"postgres", "unheard", "of"} {
+		envelopes = append(envelopes, tooLong(func(p *grant.Payload) { p.Service = service }))
+	}
+	envelopes = append(envelopes, second)
+	for _, envelope := range envelopes {
+		if _, err := l.Activate(t.Context(), envelope, "uid:0"); err == nil {
+			t.Fatal("activated")
+		}
+	}
+	must(t, l.tellRefusals(t.Context(), 0))
+	have := make(map[string]int)
+	for _, e := range l.storedEvents() {
+		what, more, _ := strings.Cut(e.GetWhy(), " more within")
+		if more == "" {
+			what = "at once"
+		}
+		have[fmt.Sprint(cmp.Or(e.GetKind(), "grant"), " of ", e.GetService(), ": ", what)]++
+	}
+	want := map[string]int{
+		"breakGlass of postgres: at once": 2, "breakGlass of postgres: 1": 1, "breakGlass of postgres: 2": 1,
+		"grant of postgres: at once": 1, "grant of unheard: at once": 1, "grant of of: 1": 1,
+	}
+	if !maps.Equal(have, want) {
+		t.Errorf("recorded %v, want %v", have, want)
 	}
 }

@@ -115,6 +115,9 @@ func (r *resources) reload() {
 	var last *policy.Set
 	if before != nil {
 		last = before.set
+		if r.owed { // whatever becomes of what the directory has
+			r.owed = r.changed(before) != nil
+		}
 	}
 	set, err := r.read(last)
 	if err == nil {
@@ -132,10 +135,32 @@ func (r *resources) read(last *policy.Set) (*policy.Set, error) {
 		return nil, err
 	}
 	set, err := policy.LoadDir(r.dir)
-	if err == nil && r.signed != nil {
+	switch {
+	case err != nil:
+	case r.signed != nil:
 		err = r.signed.admit(last, set)
+	default:
+		err = olderKeyrings(last, set)
 	}
 	return set, err
+}
+
+// olderKeyrings refuses a keyring with a lower version than the one of its name in force: where nothing is signed, this is what tells
+// a file that was restored from one that was changed.
+func olderKeyrings(last, next *policy.Set) error {
+	had := make(map[string]uint64)
+	for _, k := range last.Keyrings() {
+		had[k.Name] = k.Spec.Version
+	}
+	var errs []error
+	for _, k := range next.Keyrings() {
+		if v := k.Spec.Version; v < had[k.Name] {
+			errs = append(errs, &policy.Error{File: k.Source.File, Line: k.Source.Line, Field: "spec.version",
+				Msg:  fmt.Sprintf("Keyring %s has version %d, and version %d is in force", k.Name, v, had[k.Name]),
+				Hint: "bring the newer one back, or, if this one is meant, give it a higher version"})
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // put makes the kernel, the proxy, the active grants and the next start follow the set, in this order: a set that the kernel
@@ -156,7 +181,7 @@ func (r *resources) put(set, last *policy.Set) error {
 	if handed != nil {
 		handed = fmt.Errorf("hand resources to the proxy: %w", handed)
 	}
-	if changed || r.owed {
+	if changed {
 		r.owed = r.changed(r.current()) != nil
 	}
 	return errors.Join(handed, r.keep(set))

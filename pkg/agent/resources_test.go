@@ -273,3 +273,42 @@ func TestUnfinishedChangeIsTriedAgain(t *testing.T) {
 		t.Errorf("told %d times, want 3", d.changes)
 	}
 }
+
+// TestOlderKeyring: without signatures a keyring of a lower version changes nothing, also over a restart; the same version and a
+// higher one are taken.
+func TestOlderKeyring(t *testing.T) {
+	d := newDirectory(t)
+	keyring := func(version int, people ...string) {
+		t.Helper()
+		yaml := fmt.Sprintf("apiVersion: sallyport.dev/v1alpha1\nkind: Keyring\nmetadata: {name: people}\nspec:\n  version: %d\n  people:\n", version)
+		for _, name := range people {
+			yaml += fmt.Sprintf("  - {name: %s, keys: [{publicKey: %q}]}\n", name, newSigner(t).key.Public())
+		}
+		d.write("keyring.yaml", yaml)
+	}
+	check := func(d *directory, people int, refused bool) {
+		t.Helper()
+		if n := len(d.current().set.Keyrings()[0].Spec.People); n != people {
+			t.Errorf("%d people are in force, want %d", n, people)
+		}
+		told := strings.Join(d.problems.lines(), "\n")
+		if contains(told, "version 1, and version 2 is in force") != refused {
+			t.Errorf("problems: %q", told)
+		}
+	}
+	d.write("services.yaml", podAndHost)
+	keyring(2, "alice")
+	must(t, d.load())
+	keyring(1, "alice", "mallory")
+	d.reload()
+	check(d, 1, true)
+	next := d.restart()
+	must(t, next.load())
+	check(next, 1, true)
+	keyring(2, "alice", "bob")
+	d.reload()
+	check(d, 2, false)
+	keyring(3, "alice", "bob", "carol")
+	d.reload()
+	check(d, 3, false)
+}

@@ -34,7 +34,8 @@ const (
 	noteOfLimits = "limits/" // where the store has what signals left of a grant, with its id behind it
 	maxSignals   = 1024      // of one user for one source that count at a time: whoever says much takes no room of others
 	longestTerm  = 30 * 24 * time.Hour
-	signalsTold  = time.Minute // in a full store: how often what is said about the same is recorded
+	signalsTold  = time.Minute // in a full store: how often the same is recorded
+	maxUrged     = 16          // of one user for one source that are recorded there meanwhile
 )
 
 // limits are what signals left of an active grant.
@@ -222,26 +223,40 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	return nil
 }
 
-// keepSignal makes a signal durable, with its record. In a full store one that takes something away has room all the same; what is
-// said about the same again at once takes its place without a record, so that it leaves that room to others. g.mu is held.
+// keepSignal makes a signal durable, with its record. In a full store one that takes something away has room all the same, if its source
+// has not taken too much of it just now; what only says the same for longer takes its place without a record. g.mu is held.
 func (g *grants) keepSignal(ctx context.Context, s signal.Signal, notes []store.Note, event []byte) error {
 	err := g.store.Keep(ctx, notes, event)
 	if !errors.Is(err, store.ErrFull) || s.Effect == (signal.Effect{}) {
 		return err
 	}
-	now := g.clock.boot()
-	maps.DeleteFunc(g.urged, func(_ string, at time.Duration) bool { return now-at >= signalsTold })
-	if _, lately := g.urged[notes[0].Name]; lately {
+	name, now := notes[0].Name, g.clock.boot()
+	g.urged = slices.DeleteFunc(g.urged, func(u urgedSignal) bool { return now-u.at >= signalsTold })
+	before := g.signals[name]
+	if before.Effect == s.Effect && before.Reason == s.Reason && slices.ContainsFunc(g.urged, func(u urgedSignal) bool { return u.name == name }) {
 		return g.store.KeepUrgent(ctx, notes)
+	}
+	lately := 0
+	for _, u := range g.urged {
+		if u.source == s.Source && u.uid == s.UID {
+			lately++
+		}
+	}
+	if lately >= maxUrged {
+		return err
 	}
 	if err := g.store.KeepUrgent(ctx, notes, event); err != nil {
 		return err
 	}
-	if g.urged == nil {
-		g.urged = make(map[string]time.Duration)
-	}
-	g.urged[notes[0].Name] = now
+	g.urged = append(g.urged, urgedSignal{name: name, source: s.Source, uid: s.UID, at: now})
 	return nil
+}
+
+// urgedSignal is a signal that was recorded where only what takes away has room.
+type urgedSignal struct {
+	name, source string
+	uid          uint32
+	at           time.Duration // boot time
 }
 
 // signalNotes keep a signal, and forget those that have lapsed.

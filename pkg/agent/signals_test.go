@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -273,14 +274,30 @@ func TestSignalsInAFullStore(t *testing.T) {
 		t.Errorf("on record: %v, want %v", got, want)
 	}
 	l.later(signalsTold)
-	_, err = l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, about), "uid:0")
+	other := l.posture(signal.Effect{Revoke: true}, about)
+	_, err = l.Signal(t.Context(), other, "uid:0")
 	must(t, err)
-	if got := l.steps(); len(got) != 4 || got[3] != stepSignalled {
-		t.Errorf("on record a minute later: %v", got)
+	other.Reason = "another one"
+	_, err = l.Signal(t.Context(), other, "uid:0")
+	must(t, err)
+	if got := l.steps(); len(got) != 5 || got[3] != stepSignalled || got[4] != stepSignalled {
+		t.Errorf("on record a minute later, and for another reason: %v", got)
+	}
+	said := 0
+	for i := range 2 * maxUrged {
+		_, err := l.Signal(t.Context(), l.posture(signal.Effect{Revoke: true}, signal.About{Requester: fmt.Sprint("somebody", i)}), "uid:0")
+		if err == nil {
+			said++
+		} else if !errors.Is(err, store.ErrFull) {
+			t.Fatal(err)
+		}
+	}
+	if said != maxUrged-2 {
+		t.Errorf("one source has %d places, want %d", said, maxUrged-2)
 	}
 	l = l.again()
 	defer func() { l.kill() }()
-	if len(l.signals) != 1 {
+	if len(l.signals) != 1+said {
 		t.Errorf("after a restart: %v", l.signals)
 	}
 }

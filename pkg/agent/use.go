@@ -123,7 +123,7 @@ func (g *grants) KeepUses(ctx context.Context) error {
 	g.usesKept = now
 	for batch := range slices.Chunk(g.changedUses(), endBatch) {
 		if err := g.keepSome(ctx, batch); err != nil {
-			return err
+			return fmt.Errorf("keep use: %w", err)
 		}
 	}
 	return nil
@@ -140,28 +140,35 @@ func (g *grants) changedUses() (changed []*held) {
 	return changed
 }
 
-// keepSome keeps what the store has nothing later of: the use of a grant that has ended since is with its end.
+// keepSome lets nobody wait for the disk. Of a grant that ends meanwhile the store keeps what was noted with its end.
 func (g *grants) keepSome(ctx context.Context, batch []*held) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	batch = slices.DeleteFunc(batch, func(h *held) bool { return !g.holds(h) })
-	if len(batch) == 0 {
-		return nil
+	notes, err := g.notesOf(batch)
+	if err == nil {
+		err = g.store.KeepOfActive(ctx, notes)
 	}
-	notes := make([]store.Note, len(batch))
-	for i, h := range batch {
-		var err error
-		if notes[i], err = h.use.note(h.row.ID); err != nil {
-			return err
+	if err != nil {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		for _, h := range batch {
+			h.use.changed = true
 		}
 	}
-	if err := g.store.Keep(ctx, notes); err != nil {
-		return fmt.Errorf("keep use: %w", err)
-	}
+	return err
+}
+
+// notesOf gives the uses as they are now, which are kept then.
+func (g *grants) notesOf(batch []*held) (map[string]store.Note, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	notes := make(map[string]store.Note, len(batch))
 	for _, h := range batch {
-		h.use.changed = false
+		n, err := h.use.note(h.row.ID)
+		if err != nil {
+			return nil, err
+		}
+		notes[h.row.ID], h.use.changed = n, false
 	}
-	return nil
+	return notes, nil
 }
 
 // end notes when a grant ended: at its deadline at the latest, whoever noticed when. The first time stands.

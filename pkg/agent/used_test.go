@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -163,5 +164,39 @@ func TestKeptUseIsNoOlderThanTheEnd(t *testing.T) {
 	}
 	if !kept(stays.row.ID) || len(l.changedUses()) != 0 {
 		t.Error("what could not be kept before is not kept")
+	}
+}
+
+// atDisk is a context that tells when somebody begins to wait with it, as the store does.
+type atDisk struct {
+	context.Context
+	once  *sync.Once
+	waits func()
+}
+
+func (c atDisk) Done() <-chan struct{} {
+	c.once.Do(c.waits)
+	return c.Context.Done()
+}
+
+// TestKeepingUseKeepsNobodyWaiting: while the disk takes its time, whoever ends a grant or looks at it has the lock.
+func TestKeepingUseKeepsNobodyWaiting(t *testing.T) {
+	b := newTestbed(t, 16)
+	l := b.begin()
+	defer l.kill()
+	h := l.fill(1)[0]
+	h.use.changed = true
+	asked := false
+	err := l.keepSome(atDisk{t.Context(), new(sync.Once), func() {
+		if asked = true; !l.mu.TryLock() {
+			t.Error("the lock is held")
+			return
+		}
+		h.use.changed = true // there was traffic
+		l.mu.Unlock()
+	}}, []*held{h})
+	must(t, err)
+	if !asked || len(l.changedUses()) != 1 {
+		t.Errorf("at the disk: %v; what changed meanwhile: %d", asked, len(l.changedUses()))
 	}
 }

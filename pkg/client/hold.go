@@ -144,7 +144,8 @@ func (h *Hold) takeUp(ctx context.Context) error {
 			h.swap(stream)
 			return nil
 		}
-		if status.Code(err) != codes.Unavailable || h.isGiven() || time.Now().After(end) {
+		passes := status.Code(err) == codes.Unavailable || status.Code(err) == codes.ResourceExhausted // others ask again, too
+		if !passes || h.isGiven() || time.Now().After(end) {
 			return err
 		}
 		select {

@@ -16,7 +16,8 @@ type Keyring struct {
 
 // KeyringSpec is what a Keyring says.
 type KeyringSpec struct {
-	// Version counts up with each change: a node takes none that is lower than one it has had. At least 1.
+	// Version counts up with each change: a node takes none that is lower than the one it has, but where as many people have signed
+	// that as a looser set asks for. At least 1.
 	Version uint64 `json:"version" yaml:"version"`
 	// NotAfter ends every key of it, by the wall clock. Zero: it does not end.
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`

@@ -55,15 +55,19 @@ func (b *ballast) take() error {
 }
 
 func (b *ballast) allocate() error {
-	if st, err := os.Stat(b.path); err == nil && st.Size() >= b.size {
+	var has int64
+	if st, err := os.Stat(b.path); err == nil {
+		has = st.Size()
+	}
+	if has >= b.size {
 		return nil
 	}
 	var disk unix.Statfs_t
 	if err := unix.Statfs(filepath.Dir(b.path), &disk); err != nil {
 		return err
 	}
-	if free := int64(disk.Bavail) * disk.Bsize; free < 2*b.size {
-		return fmt.Errorf("%d bytes are free, it takes %d", free, 2*b.size)
+	if free, takes := int64(disk.Bavail)*disk.Bsize, max(2*b.size-has, b.size); free < takes {
+		return fmt.Errorf("%d bytes are free, it takes %d", free, takes)
 	}
 	beside := b.path + ".new" // a file that never was whole is none
 	f, err := os.OpenFile(beside, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)

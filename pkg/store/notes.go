@@ -25,6 +25,26 @@ func (s *Store) KeepUrgent(ctx context.Context, notes []Note, events ...[]byte) 
 	return s.keep(ctx, urgent, notes, events)
 }
 
+// KeepOfActive keeps a note of each grant, by the grant's id, unless it has ended by then: what was noted with its end stands.
+func (s *Store) KeepOfActive(ctx context.Context, notes map[string]Note) error {
+	err := s.write(ctx, common, func(tx *sql.Tx, _ *head) error {
+		for id, n := range notes {
+			row, err := getGrant(ctx, tx, id)
+			if err == nil && row.State == StateActive {
+				err = putNote(ctx, tx, n)
+			}
+			if err != nil && !errors.Is(err, ErrNoGrant) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("keep notes of active grants: %w", err)
+	}
+	return nil
+}
+
 func (s *Store) keep(ctx context.Context, c class, notes []Note, events [][]byte) error {
 	err := s.write(ctx, c, func(tx *sql.Tx, h *head) error {
 		for _, n := range notes {

@@ -80,3 +80,27 @@ func TestEndGrants(t *testing.T) {
 		t.Errorf("%d entries, %v; want 3 activations and 3 ends", last, err)
 	}
 }
+
+// TestNotesOfActiveGrants: a note of a grant that has ended, or is forgotten, is not kept; the others are.
+func TestNotesOfActiveGrants(t *testing.T) {
+	s := openTest(t, testPath(t))
+	defer s.Close()
+	ctx := t.Context()
+	for _, id := range []string{"a", "b"} {
+		if err := s.Activate(ctx, testGrant(id), []byte("activated "+id)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	end := End{ID: "b", State: StateRevoked, Event: []byte("end of b"), Note: Note{"use/b", []byte("last")}}
+	if err := s.EndGrants(ctx, []End{end}); err != nil {
+		t.Fatal(err)
+	}
+	late := map[string]Note{"a": {"use/a", []byte("some")}, "b": {"use/b", []byte("earlier")}, "c": {"use/c", []byte("none")}}
+	if err := s.KeepOfActive(ctx, late); err != nil {
+		t.Fatal(err)
+	}
+	want := []Note{{"use/a", []byte("some")}, {"use/b", []byte("last")}}
+	if got := must(s.Notes(ctx, "use/"))(t); !reflect.DeepEqual(got, want) {
+		t.Errorf("notes are %q, want %q", got, want)
+	}
+}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -16,20 +17,21 @@ const (
 	overExceptions = ", over exceptions"
 )
 
-// measureScale has more and more services, and then more and more exceptions, in ours and in each peer.
-func measureScale(ctx context.Context, p plan, r *results) (err error) {
+// measureScale has more and more services, and then more and more exceptions, in ours and in each peer. Each begins in namespaces of its
+// own: where a proxy with the client's address has just closed a connection, TPROXY's rules hand it what comes next from that port, for
+// as long as TIME_WAIT lasts, and an exception would be measured by that.
+func measureScale(ctx context.Context, p plan, r *results) error {
+	return errors.Join(overScales(ctx, p, r, (*terrain).scaleServices), overScales(ctx, p, r, (*terrain).scaleExceptions))
+}
+
+func overScales(ctx context.Context, p plan, r *results, measure func(*terrain, context.Context, plan, *results, int) error) (err error) {
 	t, err := newTerrain(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = joinClose(err, t.close) }()
 	for _, n := range scales(p) {
-		if err := t.scaleServices(ctx, p, r, n); err != nil {
-			return err
-		}
-	}
-	for _, n := range scales(p) {
-		if err := t.scaleExceptions(ctx, p, r, n); err != nil {
+		if err := measure(t, ctx, p, r, n); err != nil {
 			return err
 		}
 	}
