@@ -26,7 +26,7 @@ func askConnections() int {
 	return int(min(files.Cur/2, maxAskConnections))
 }
 
-// handshakesPerSecond bounds what those cost who have not proven anything yet: a quarter of a core, about. As many may come at once as
+// handshakesPerSecond bounds what those cost who have not proven anything yet. As many may come at once as
 // there may be: the holders of all paths, when the agent was restarted.
 const handshakesPerSecond = 500
 

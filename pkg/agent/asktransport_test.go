@@ -42,13 +42,13 @@ func TestConnectionsHaveARate(t *testing.T) {
 		}
 		done <- err
 	}()
-	for pace.Tokens() > -0.5 { // it waits for its turn
-		runtime.Gosched()
-	}
-	select {
-	case err := <-done:
-		t.Error(err)
-	default:
+	for pace.Tokens() > -0.5 { // until it waits for its turn
+		select {
+		case err := <-done:
+			t.Fatal(err)
+		default:
+			runtime.Gosched()
+		}
 	}
 	must(t, b.Close())
 	if err := <-done; !errors.Is(err, net.ErrClosed) {

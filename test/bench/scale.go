@@ -18,8 +18,8 @@ const (
 )
 
 // measureScale has more and more services, and then more and more exceptions, in ours and in each peer. Each begins in namespaces of its
-// own: where a proxy with the client's address has just closed a connection, TPROXY's rules hand it what comes next from that port, for
-// as long as TIME_WAIT lasts, and an exception would be measured by that.
+// own: what is left there of proxied connections with the client's address was in the way of the peers' direct ones, and an exception would be
+// measured by that.
 func measureScale(ctx context.Context, p plan, r *results) error {
 	return errors.Join(overScales(ctx, p, r, (*terrain).scaleServices), overScales(ctx, p, r, (*terrain).scaleExceptions))
 }
