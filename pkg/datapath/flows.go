@@ -67,7 +67,7 @@ func (d *Datapath) Sweep() ([]flow.Record, error) {
 	out, err := d.sweepFlows(full)
 	denied, derr := sweepDenies(d.objs.SpDenies, d.fromDeny)
 	seen, serr := sweepDenies(d.objs.SpSightings, d.fromSighting)
-	return slices.Concat(out, denied, seen), errors.Join(err, derr, serr, d.sweepLegs(), d.endFull(full))
+	return slices.Concat(d.takeEnded(), out, denied, seen), errors.Join(err, derr, serr, d.sweepLegs(), d.endFull(full))
 }
 
 // fullPaths are the slots of live paths that took all connections of their budget.

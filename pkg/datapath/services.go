@@ -39,7 +39,7 @@ func rowsOf(services []Service, gen uint32) []row {
 		}
 		for _, r := range s.rows(UDP, gen) {
 			if !taken[watched(r.key, false)] && !taken[watched(r.key, true)] {
-				rows = append(rows, r)
+				add(r)
 			}
 		}
 	}
@@ -118,9 +118,9 @@ func (s *Service) devices() []int {
 // bits and the owners are set before the swap and cleared after it, so that at every moment they cover the table
 // in force. On an error before the swap the old table stands.
 //
-// Connections to a service that is enforced from then on are strays, unless a live path has their flow: they are reset at
-// their next packet. So are proxied connections of a service that is enforced no more, by its own end, which knows
-// nothing of them.
+// Connections to a service that is enforced from then on are strays: they are reset at their next packet. So are proxied
+// connections of a service that is enforced no more, by its own end, which knows nothing of them. Its bypassed ones go on, and
+// their flows end here: a later Sweep tells of them.
 func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -143,7 +143,11 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.addOwners(enforcedOf(rows)); err != nil {
 		return 0, err
 	}
-	if err := errors.Join(d.addTraffic(enforced), d.addWatched(others)); err != nil {
+	if err := d.addTraffic(enforced); err != nil {
+		return 0, err
+	}
+	_, open := ofMode(d.services)
+	if err := d.endWatchedFlows(open); err != nil { // one that a process before left would let through what came meanwhile
 		return 0, err
 	}
 	if err := d.objs.SpServices.Put(uint32(0), inner); err != nil {
@@ -153,7 +157,8 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.writePorts(want); err != nil {
 		return gen, err
 	}
-	return gen, errors.Join(d.dropOwners(enforcedOf(rows)), d.dropTraffic(enforced), d.dropWatched(others))
+	return gen, errors.Join(d.endWatchedFlows(others), d.dropOwners(enforcedOf(rows)), d.dropTraffic(enforced), d.dropWatched(others),
+		d.addWatched(others))
 }
 
 func (d *Datapath) newTable(rows []row) (*ebpf.Map, error) {

@@ -1,10 +1,16 @@
 package datapath_test
 
 import (
+	"net"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/test/lab"
 )
 
@@ -184,7 +190,7 @@ func testEnteringEnforceCuts(t *testing.T, profile datapath.Profile) {
 }
 
 // TestLeavingEnforce: a proxied connection is reset by the service, which knows nothing of it, and the next one is direct. A
-// bypassed connection goes on, also when the service is enforced again.
+// bypassed connection goes on until the service is enforced again: its flow has ended, so nobody can take it up meanwhile.
 func TestLeavingEnforce(t *testing.T) { eachProfile(t, testLeavingEnforce) }
 
 func testLeavingEnforce(t *testing.T, profile datapath.Profile) {
@@ -198,19 +204,96 @@ func testLeavingEnforce(t *testing.T, profile datapath.Profile) {
 			must(t, err)
 			slot := c.path(n, t, time.Minute)
 			bypassed := c.dialDirect(t)
+			n.swept(t)
 			n.mode(t, []datapath.Mode{datapath.Observe, datapath.Shadow}[i%2])
 			wantReset(t, proxied)
 			if got, err := c.ask(within(t)); got != "service" {
 				t.Errorf("answered by %s (%v), want the service", got, err)
 			}
-			for _, m := range []datapath.Mode{datapath.Shadow, datapath.Enforce} {
-				n.mode(t, m)
-				if _, err := lab.Ask(bypassed); err != nil {
-					t.Errorf("the bypassed connection in mode %d: %v", m, err)
-				}
+			if all := n.swept(t); len(all) != 1 || all[0].Event != flow.EventClose || all[0].Reason != flow.ReasonPolicyChanged ||
+				all[0].Client != bypassed.LocalAddr().(*net.TCPAddr).AddrPort() || all[0].PacketsToServer == 0 || all[0].BytesToClient == 0 {
+				t.Errorf("told of the flow: %+v", all)
 			}
+			n.mode(t, datapath.Shadow)
 			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+			n.swept(t)
+			if _, err := lab.Ask(bypassed); err != nil {
+				t.Errorf("the bypassed connection, whose path has ended too: %v", err)
+			}
+			slot = c.path(n, t, time.Minute)
+			n.mode(t, datapath.Enforce)
 			wantReset(t, bypassed)
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
 		})
 	}
+}
+
+// TestFlowLeftBehind: a flow of a service that is not enforced, as an agent leaves it that is killed between the two steps, serves
+// nobody when the service is enforced.
+func TestFlowLeftBehind(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.copyProxy(t)
+	for _, c := range n.cells() {
+		t.Run(c.name, func(t *testing.T) {
+			c.path(n, t, time.Minute)
+			conn := c.dialDirect(t)
+			flows, err := ebpf.LoadPinnedMap(n.pin("sp_flows"), nil)
+			must(t, err)
+			defer flows.Close()
+			left := all[bpf.FlowKey, bpf.Flow](t, flows)
+			n.mode(t, datapath.Observe)
+			for key, value := range left {
+				must(t, flows.Put(&key, &value))
+			}
+			n.mode(t, datapath.Enforce)
+			wantReset(t, conn)
+		})
+	}
+}
+
+// TestWatchedPodBesideTheNode: connections of a pod's service that is enforced no more go on, though the node's own service at that
+// port is enforced.
+func TestWatchedPodBesideTheNode(t *testing.T) { eachProfile(t, testWatchedPodBesideTheNode) }
+
+func testWatchedPodBesideTheNode(t *testing.T, profile datapath.Profile) {
+	t.Parallel()
+	n := newNode(t, profile)
+	both := append(n.d.Services(), datapath.Service{ID: 9, Name: "host-too", Target: datapath.TargetHost, Ports: []uint16{podPort}})
+	for _, c := range n.cells() {
+		if c.serviceID != podID {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			_, err := n.d.SetServices(both)
+			must(t, err)
+			slot := c.path(n, t, time.Minute)
+			bypassed := c.dialDirect(t)
+			open := slices.Clone(both)
+			for i := range open {
+				if open[i].ID == podID {
+					open[i].Mode = datapath.Observe
+				}
+			}
+			_, err = n.d.SetServices(open)
+			must(t, err)
+			if _, err := lab.Ask(bypassed); err != nil {
+				t.Errorf("the bypassed connection: %v", err)
+			}
+			if got, err := c.ask(within(t)); got != "service" {
+				t.Errorf("answered by %s (%v), want the service", got, err)
+			}
+			must(t, n.d.EndPath(slot, datapath.PathRevoked))
+		})
+	}
+}
+
+// swept gives what a sweep tells.
+func (n *node) swept(t *testing.T) (all []flow.Record) {
+	t.Helper()
+	must(t, n.Node.Do(func() (err error) {
+		all, err = n.d.Sweep()
+		return err
+	}))
+	return slices.DeleteFunc(all, func(r flow.Record) bool { return r.Event != flow.EventClose })
 }

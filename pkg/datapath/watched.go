@@ -1,6 +1,12 @@
 package datapath
 
-import "github.com/sallyport-dev/sallyport/bpf"
+import (
+	"fmt"
+	"slices"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+)
 
 // Seen is traffic of a service that is not enforced, as on the wire.
 type Seen struct {
@@ -44,4 +50,42 @@ func (d *Datapath) addWatched(services []Service) error {
 
 func (d *Datapath) dropWatched(services []Service) error {
 	return dropRows[bpf.Watched](d.objs.SpWatched, services)
+}
+
+// endWatchedFlows ends the flows of services that are not enforced, for nothing looks at them there: a connection that somebody
+// else makes meanwhile from the same port would have the flow once the service is enforced again. The connections go on.
+func (d *Datapath) endWatchedFlows(services []Service) error {
+	if len(services) == 0 {
+		return nil
+	}
+	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
+	if err != nil {
+		return err
+	}
+	for i := range keys {
+		if !slices.ContainsFunc(services, func(s Service) bool { return s.ID == flows[i].ServiceId }) {
+			continue
+		}
+		var last bpf.Flow
+		if err := d.objs.SpFlows.LookupAndDelete(&keys[i], &last); isMissing(err) {
+			continue
+		} else if err != nil {
+			return fmt.Errorf("take flow: %w", err)
+		}
+		path, _, err := d.pathOf(&last)
+		if err != nil {
+			return err
+		}
+		d.ended = append(d.ended, fromFlow(&keys[i], &last, &path, flow.EventClose, flow.ReasonPolicyChanged))
+	}
+	return nil
+}
+
+// takeEnded gives what endWatchedFlows ended since it was asked last.
+func (d *Datapath) takeEnded() []flow.Record {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ended := d.ended
+	d.ended = nil
+	return ended
 }
