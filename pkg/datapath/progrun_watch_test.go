@@ -132,6 +132,9 @@ func TestShadowSaysWhatEnforceDoes(t *testing.T) {
 				return
 			}
 			got := c.watch(t, r, s)
+			if len(c.want.counts) == 0 && slices.ContainsFunc(got, func(g sighting) bool { return g.verdict == flow.VerdictDenied }) {
+				t.Errorf("told %v of what Enforce has nothing to do with", got)
+			}
 			for reason := range c.want.counts {
 				if !c.told() || len(c.want.counts) > 1 || !slices.Contains(stateless, reason) {
 					continue
