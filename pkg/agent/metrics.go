@@ -46,7 +46,7 @@ func newMetrics(n *node) *metrics {
 		bytes:      desc("bytes_total", "IP bytes towards and from protected services, by reason.", "reason"),
 		refused:    desc("backstop_refused_packets_total", "Packets that came around the hooks and were refused at a socket, by device of the node; those of other namespaces are one.", "device"),
 		volume:     desc("service_payload_bytes_total", "Payload towards a service that hooks let through and that sockets got, by what explains it.", "service", "by", "at"),
-		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell.", "source", "event", "verdict", "reason"),
+		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell; WATCHED ones have the verdict NONE.", "source", "event", "verdict", "reason"),
 		grants:     desc("grant_events_total", "Grant events of this process, by step.", "step"),
 		glass:      desc("break_glass_grants", "Break-glass grants that are live, and those that are over and that nobody has reviewed.", "state"),
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),

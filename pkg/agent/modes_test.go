@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -114,6 +115,19 @@ func (in *installed) explains(agent api.AgentClient, verdict string, phrases ...
 	must(in.t, err)
 	if e.Verdict != verdict || !contains(strings.Join(e.Lines, "\n"), phrases...) {
 		in.t.Errorf("explain: %v, want %s and %q", e, verdict, phrases)
+	}
+}
+
+// TestWatchedIsNotCountedAsDecided: the verdict of a record that is only watched is no label of those that were decided.
+func TestWatchedIsNotCountedAsDecided(t *testing.T) {
+	c := newFlowCounter()
+	c.count(sourceKernel, flow.Record{Event: flow.EventWatched, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Count: 3})
+	c.count(sourceKernel, flow.Record{Event: flow.EventOpen, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen})
+	got := map[flowLabels]uint64{}
+	c.each(func(l flowLabels, n uint64) { got[l] = n })
+	want := map[flowLabels]uint64{{sourceKernel, "WATCHED", "NONE", "PATH_OPEN"}: 3, {sourceKernel, "OPEN", "BYPASSED", "PATH_OPEN"}: 1}
+	if !maps.Equal(got, want) {
+		t.Errorf("counted %v", got)
 	}
 }
 
