@@ -22,7 +22,8 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // metrics collects at the time of the scrape what the parts count.
 type metrics struct {
-	node *node
+	node     *node
+	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
 	modes, seenOpens, seenPackets, seenBytes, panic, failed *prometheus.Desc
@@ -31,6 +32,7 @@ type metrics struct {
 func newMetrics(n *node) *metrics {
 	return &metrics{
 		node:       n,
+		unjudged:   unjudged{told: map[uint32]unjudgedOf{}},
 		build:      desc("build_info", "Version of the agent; always 1.", "version"),
 		ready:      desc("ready", "1 if probes crossed the hooks."),
 		proxy:      desc("proxy_listening", "1 if the proxy listens in px."),
@@ -53,12 +55,14 @@ func newMetrics(n *node) *metrics {
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
 		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
 		modes:      desc("services", "Services by mode: only enforced ones are closed.", "mode"),
-		seenOpens:  desc("watched_opens_total", "SYNs to services that are not enforced, by what Enforce would make of them; of observed ones NONE.", "service", "would"),
-		seenPackets: desc("watched_packets_total", "Packets to services that are not enforced, by what Enforce would make of them; of observed ones NONE.",
+		seenOpens: desc("watched_opens_total", "SYNs of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
 			"service", "would"),
-		seenBytes: desc("watched_bytes_total", "IP bytes to services that are not enforced, by what Enforce would make of them; of observed ones NONE.", "service", "would"),
-		panic:     desc("panic", "1 while a panic stands: every path ended, and none is opened."),
-		failed:    desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+		seenPackets: desc("watched_packets_total", "Packets of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
+			"service", "would"),
+		seenBytes: desc("watched_bytes_total", "IP bytes of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
+			"service", "would"),
+		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
+		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
 
