@@ -47,7 +47,8 @@ func servicesTable(t *table, services []*api.Service) {
 	watchedTable(t, services)
 }
 
-// watchedTable tells what was seen of services that are not enforced, and of shadowed ones what Enforce would have made of it.
+// watchedTable tells what was seen of services that are not enforced, and of what came while they were shadowed what Enforce would have
+// made of it.
 func watchedTable(t *table, services []*api.Service) {
 	begun := false
 	for _, s := range services {
@@ -61,7 +62,8 @@ func watchedTable(t *table, services []*api.Service) {
 			begun = true
 		}
 		would := []string{"-", "-", "-"}
-		if s.GetMode() == string(policy.ModeShadow) {
+		judged := w.GetProxied().GetPackets()+w.GetBypassed().GetPackets()+w.GetDenied().GetPackets() > 0
+		if s.GetMode() == string(policy.ModeShadow) || judged {
 			would = []string{seenText(w.GetProxied()), seenText(w.GetBypassed()), seenText(w.GetDenied())}
 		}
 		t.row(s.GetName(), s.GetMode(), seenText(w.GetSeen()), would[0], would[1], would[2])

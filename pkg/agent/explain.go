@@ -226,10 +226,7 @@ func say(r *api.ExplainReply, line string) *api.ExplainReply {
 // addresses only.
 func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedService, port uint16, ok bool) {
 	if q.service == "" {
-		s, ok = serviceAt(set, q.server)
-		if s.Spec.Target == policy.TargetHost && !isOwn(q.server.Addr(), own) {
-			return policy.ProtectedService{}, 0, false
-		}
+		s, ok = serviceAt(set, q.server, isOwn(q.server.Addr(), own))
 		return s, q.server.Port(), ok
 	}
 	s, ok = set.Service(q.service)
@@ -242,17 +239,21 @@ func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedServ
 	return s, s.Spec.Ports[0], true
 }
 
-// serviceAt takes TCP for what is asked where both protocols are protected.
 func isOwn(a netip.Addr, own []netip.Addr) bool {
 	a = a.Unmap().WithZone("")
 	return a.IsLoopback() || slices.Contains(own, a)
 }
 
-func serviceAt(set *policy.Set, dst netip.AddrPort) (policy.ProtectedService, bool) {
-	if s, ok := set.ServiceAt(policy.ProtocolTCP, dst); ok {
+// serviceAt takes TCP for what is asked where both protocols are protected. own says that the address is the node's.
+func serviceAt(set *policy.Set, dst netip.AddrPort, own bool) (policy.ProtectedService, bool) {
+	at := set.PodServiceAt
+	if own {
+		at = set.ServiceAt
+	}
+	if s, ok := at(policy.ProtocolTCP, dst); ok {
 		return s, true
 	}
-	return set.ServiceAt(policy.ProtocolUDP, dst)
+	return at(policy.ProtocolUDP, dst)
 }
 
 func parseQuestion(req *api.ExplainRequest) (q question, err error) {

@@ -2,7 +2,9 @@ package agent
 
 import (
 	"fmt"
+	"maps"
 	"slices"
+	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -47,8 +49,7 @@ func describeWatched(w datapath.Watched, m datapath.Mode) *api.Watched {
 	return &api.Watched{Seen: seen(w.Seen), Proxied: seen(w.Proxied), Bypassed: seen(w.Bypassed), Denied: seen(w.Denied)}
 }
 
-// watched tells how many services have which mode, and what was seen of those that are not enforced: of an observed one as NONE,
-// of a shadowed one by the verdict that Enforce would have given.
+// watched tells how many services have which mode, and what was seen of those that are not enforced.
 func (m *metrics) watched(ch chan<- prometheus.Metric) error {
 	modes := map[policy.Mode]int{policy.ModeEnforce: 0, policy.ModeShadow: 0, policy.ModeObserve: 0}
 	e := m.node.resources.current()
@@ -65,19 +66,54 @@ func (m *metrics) watched(ch chan<- prometheus.Metric) error {
 	if err != nil {
 		return err
 	}
+	m.unjudged.keep(seen)
 	for _, s := range e.services {
-		w, ok := seen[s.ID]
-		would := map[flow.Verdict]datapath.Seen{flow.VerdictProxied: w.Proxied, flow.VerdictBypassed: w.Bypassed, flow.VerdictDenied: w.Denied}
-		if s.Mode == datapath.Observe {
-			would = map[flow.Verdict]datapath.Seen{flow.VerdictNone: w.Seen}
-		}
-		for verdict, v := range would {
-			if ok && s.Mode != datapath.Enforce {
-				counter(ch, m.seenOpens, v.Opens, s.Name, verdict.String())
-				counter(ch, m.seenPackets, v.Packets, s.Name, verdict.String())
-				counter(ch, m.seenBytes, v.Bytes, s.Name, verdict.String())
-			}
+		if w, ok := seen[s.ID]; ok && s.Mode != datapath.Enforce {
+			m.seen(ch, s.Name, w, m.unjudged.of(s.ID, w))
 		}
 	}
 	return nil
+}
+
+// seen tells of each packet once: by what Enforce would have made of it while the service was shadowed, and as NONE while it was
+// observed.
+func (m *metrics) seen(ch chan<- prometheus.Metric, service string, w datapath.Watched, none datapath.Seen) {
+	for verdict, v := range map[flow.Verdict]datapath.Seen{
+		flow.VerdictNone: none, flow.VerdictProxied: w.Proxied, flow.VerdictBypassed: w.Bypassed, flow.VerdictDenied: w.Denied,
+	} {
+		counter(ch, m.seenOpens, v.Opens, service, verdict.String())
+		counter(ch, m.seenPackets, v.Packets, service, verdict.String())
+		counter(ch, m.seenBytes, v.Bytes, service, verdict.String())
+	}
+}
+
+// unjudged is what was seen without a verdict, by the id of the service. The kernel counts all and each verdict, and is read while it
+// counts: the difference may go back by a packet, which a counter must not, so the highest is kept. Safe for concurrent use.
+type unjudged struct {
+	mu   sync.Mutex
+	told map[uint32]unjudgedOf // guarded by mu
+}
+
+type unjudgedOf struct{ seen, none datapath.Seen }
+
+// keep forgets services that are not watched any more, or are again: they begin anew.
+func (u *unjudged) keep(seen map[uint32]datapath.Watched) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	maps.DeleteFunc(u.told, func(id uint32, told unjudgedOf) bool { return seen[id].Seen.Packets < told.seen.Packets })
+}
+
+func (u *unjudged) of(id uint32, w datapath.Watched) datapath.Seen {
+	rest := func(all, a, b, c uint64) uint64 { return all - min(all, a+b+c) }
+	none := datapath.Seen{
+		Opens:   rest(w.Seen.Opens, w.Proxied.Opens, w.Bypassed.Opens, w.Denied.Opens),
+		Packets: rest(w.Seen.Packets, w.Proxied.Packets, w.Bypassed.Packets, w.Denied.Packets),
+		Bytes:   rest(w.Seen.Bytes, w.Proxied.Bytes, w.Bypassed.Bytes, w.Denied.Bytes),
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	before := u.told[id].none
+	none = datapath.Seen{Opens: max(none.Opens, before.Opens), Packets: max(none.Packets, before.Packets), Bytes: max(none.Bytes, before.Bytes)}
+	u.told[id] = unjudgedOf{w.Seen, none}
+	return none
 }

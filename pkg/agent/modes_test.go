@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -46,6 +47,14 @@ func TestModesOfAnAgent(t *testing.T) {
 		`sallyport_watched_packets_total{service="postgres",would="DENIED"} 0`, `sallyport_watched_bytes_total{service="postgres",would="PROXIED"} `,
 		"sallyport_scrape_failed 0") {
 		t.Errorf("metrics:\n%s", body)
+	}
+
+	in.resources(in.signer.in(policy.ModeObserve))
+	in.eventually("the service is observed", func() bool { return strings.Join(in.status().NotEnforced, " ") == "postgres (Observe)" })
+	in.answersFrom(lab.IPv4)
+	if body := in.scrape(); !contains(body, `sallyport_watched_opens_total{service="postgres",would="NONE"} 1`,
+		`sallyport_watched_opens_total{service="postgres",would="PROXIED"} 2`, `sallyport_watched_opens_total{service="postgres",would="BYPASSED"} 2`) {
+		t.Errorf("metrics of a service that is observed after it was shadowed:\n%s", body)
 	}
 
 	conn, err := in.lab.Client.Dial(t.Context(), netip.AddrPortFrom(clientA, 0), netip.AddrPortFrom(in.lab.Node.Addr(lab.IPv4), 5432))
@@ -114,6 +123,46 @@ func (in *installed) explains(agent api.AgentClient, verdict string, phrases ...
 	must(in.t, err)
 	if e.Verdict != verdict || !contains(strings.Join(e.Lines, "\n"), phrases...) {
 		in.t.Errorf("explain: %v, want %s and %q", e, verdict, phrases)
+	}
+}
+
+// TestUnjudged: what was seen and not judged is told beside the verdicts, each packet once, and goes back only when the row began anew.
+func TestUnjudged(t *testing.T) {
+	seen := func(n uint64) datapath.Seen { return datapath.Seen{Opens: n, Packets: 10 * n, Bytes: 100 * n} }
+	u := unjudged{told: map[uint32]unjudgedOf{}}
+	for _, c := range []struct {
+		name string
+		w    datapath.Watched
+		want uint64
+	}{
+		{"observed", datapath.Watched{Seen: seen(5)}, 5},
+		{"and shadowed", datapath.Watched{Seen: seen(11), Proxied: seen(3), Bypassed: seen(2), Denied: seen(1)}, 5},
+		{"read while the kernel counts", datapath.Watched{Seen: seen(11), Proxied: seen(4), Bypassed: seen(2), Denied: seen(1)}, 5},
+		{"observed again", datapath.Watched{Seen: seen(14), Proxied: seen(4), Bypassed: seen(2), Denied: seen(1)}, 7},
+		{"anew", datapath.Watched{Seen: seen(2), Proxied: seen(1)}, 1},
+		{"anew, read while the kernel counts", datapath.Watched{Seen: seen(1), Proxied: seen(2)}, 0},
+	} {
+		u.keep(map[uint32]datapath.Watched{7: c.w})
+		if got := u.of(7, c.w); got != seen(c.want) {
+			t.Errorf("%s: %+v, want %+v", c.name, got, seen(c.want))
+		}
+	}
+	u.keep(nil)
+	if len(u.told) != 0 {
+		t.Errorf("kept: %v", u.told)
+	}
+}
+
+// TestWatchedIsNotCountedAsDecided: the verdict of a record that is only watched is no label of those that were decided.
+func TestWatchedIsNotCountedAsDecided(t *testing.T) {
+	c := newFlowCounter()
+	c.count(sourceKernel, flow.Record{Event: flow.EventWatched, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Count: 3})
+	c.count(sourceKernel, flow.Record{Event: flow.EventOpen, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen})
+	got := map[flowLabels]uint64{}
+	c.each(func(l flowLabels, n uint64) { got[l] = n })
+	want := map[flowLabels]uint64{{sourceKernel, "WATCHED", "NONE", "PATH_OPEN"}: 3, {sourceKernel, "OPEN", "BYPASSED", "PATH_OPEN"}: 1}
+	if !maps.Equal(got, want) {
+		t.Errorf("counted %v", got)
 	}
 }
 

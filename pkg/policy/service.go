@@ -34,6 +34,9 @@ const (
 	ModeObserve Mode = "Observe"
 )
 
+// IsZero leaves Enforce out of what is encoded: it is the default, and whoever knows of no modes reads the rest.
+func (m Mode) IsZero() bool { return m == "" || m == ModeEnforce }
+
 // Protocols of a protected service.
 const (
 	// ProtocolTCP goes through the proxy, or around it under a path.
@@ -71,7 +74,7 @@ type ProtectedServiceSpec struct {
 	// Target is Host or Pod.
 	Target Target `json:"target" yaml:"target"`
 	// Mode is Enforce, also when it is not written, Shadow or Observe.
-	Mode Mode `json:"mode,omitempty" yaml:"mode,omitempty"`
+	Mode Mode `json:"mode,omitzero" yaml:"mode,omitempty"`
 	// Protocol is TCP, also when it is not written, or UDP.
 	Protocol string `json:"protocol,omitempty" yaml:"protocol,omitempty"`
 	// UDP says what becomes of UDP at the ports of a TCP service: Deny, also when it is not written, so that
@@ -97,7 +100,7 @@ type AccessRule struct {
 
 // Enforced says whether anything of the service is closed. One whose mode is not written is.
 func (s ProtectedService) Enforced() bool {
-	return s.Spec.Mode == "" || s.Spec.Mode == ModeEnforce
+	return s.Spec.Mode.IsZero()
 }
 
 // Open says in words that nothing of the service is closed; empty: it is enforced.
