@@ -134,19 +134,19 @@ static __always_inline void sp_account_flow(struct sp_flow *flow, struct sp_path
 /* How many denials the record to write now stands for; 0: one was written within a second;
  * SP_DENIAL_LOST: there is no room to keep count.
  */
-static __noinline __s64 sp_denials_due(const struct sp_deny_key *key)
+static __noinline __s64 sp_denials_due(void *denies, const struct sp_deny_key *key)
 {
 	struct sp_deny fresh = {}, *d;
 	__u64 now = bpf_ktime_get_boot_ns();
 
 	if (!key)
 		return 0;
-	d = bpf_map_lookup_elem(&sp_denies, key);
+	d = bpf_map_lookup_elem(denies, key);
 	if (!d) {
 		fresh.reported_ns = now;
-		if (!bpf_map_update_elem(&sp_denies, key, &fresh, BPF_NOEXIST))
+		if (!bpf_map_update_elem(denies, key, &fresh, BPF_NOEXIST))
 			return 1;
-		d = bpf_map_lookup_elem(&sp_denies, key); /* another CPU may have been first */
+		d = bpf_map_lookup_elem(denies, key); /* another CPU may have been first */
 		if (!d)
 			return SP_DENIAL_LOST;
 	}
@@ -159,11 +159,12 @@ static __noinline __s64 sp_denials_due(const struct sp_deny_key *key)
 }
 
 /*
- * Begins a record in the best-effort ring, at most one a second for client, server and reason. NULL: none is
- * due, or it is lost and counted.
+ * Begins a record in the best-effort ring, at most one a second for client, server and reason, which `denies`
+ * keeps. NULL: none is due, or it is lost and counted.
  */
-static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq, const struct sp_flow_key *key,
-							__u32 reason, __u8 kind)
+static __always_inline struct sp_event *sp_begin_summary(void *denies, struct sp_sequence *seq,
+							 const struct sp_flow_key *key, __u32 reason,
+							 __u8 kind, __u32 verdict)
 {
 	struct sp_deny_key deny = { .reason = reason };
 	struct sp_event *e = NULL;
@@ -173,7 +174,7 @@ static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq,
 	deny.server = key->server;
 	deny.server_port = key->server_port;
 	deny.protocol = key->protocol;
-	count = sp_denials_due(&deny);
+	count = sp_denials_due(denies, &deny);
 	if (!count)
 		return NULL;
 	seq->produced++;
@@ -183,10 +184,16 @@ static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq,
 		seq->best_effort_lost++;
 		return NULL;
 	}
-	sp_event_init(e, seq->produced, kind, SP_VERDICT_DENIED, reason);
+	sp_event_init(e, seq->produced, kind, verdict, reason);
 	sp_event_tuple(e, key);
 	e->count = count;
 	return e;
+}
+
+static __always_inline struct sp_event *sp_begin_denial(struct sp_sequence *seq, const struct sp_flow_key *key,
+							__u32 reason, __u8 kind)
+{
+	return sp_begin_summary(&sp_denies, seq, key, reason, kind, SP_VERDICT_DENIED);
 }
 
 /* What a device's program denies. */

@@ -346,12 +346,14 @@ static __always_inline int sp_note_speaker(struct __sk_buff *skb)
 	volatile struct bpf_sock *sk = skb->sk;
 	struct sp_speaker speaker = {};
 	struct sp_flow_key key = {};
+	struct sp_ports *ports;
 
 	if (!sk || sk->state != SP_TCP_SYN_SENT)
 		return SP_CG_PASS;
 	key.protocol = IPPROTO_TCP;
 	key.server_port = bpf_ntohs((__u16)sk->dst_port);
-	if (!sp_port_flagged(IPPROTO_TCP, key.server_port))
+	ports = sp_ports_with(IPPROTO_TCP, key.server_port);
+	if (!ports || !(sp_any_of(ports, key.server_port) & 1))
 		return SP_CG_PASS;
 	key.client_port = sk->src_port;
 	sp_socket_addr(&key.client, sk->family, sk->src_ip4, sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3]);

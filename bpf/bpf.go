@@ -2,7 +2,7 @@
 // Only pkg/datapath reads it.
 package bpf
 
-//go:generate go tool bpf2go -go-package bpf -output-stem sallyport -target bpfel -cc clang-16 -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -fms-extensions -Wno-microsoft-anon-tag -I/usr/include/x86_64-linux-gnu -ffile-prefix-map=.=." -type sp_event -type sp_volume -type sp_state -type sp_target -type sp_hook -type sp_flags -type sp_leg_side -type sp_fragment_kind -type sp_verdict -type sp_reason -type sp_event_kind -type sp_ingress -type sp_fact Sallyport sallyport.c
+//go:generate go tool bpf2go -go-package bpf -output-stem sallyport -target bpfel -cc clang-16 -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -fms-extensions -Wno-microsoft-anon-tag -I/usr/include/x86_64-linux-gnu -ffile-prefix-map=.=." -type sp_event -type sp_volume -type sp_state -type sp_target -type sp_hook -type sp_flags -type sp_leg_side -type sp_fragment_kind -type sp_verdict -type sp_reason -type sp_event_kind -type sp_ingress -type sp_fact -type sp_mode -type sp_seen Sallyport sallyport.c
 
 // Names of the kernel's types as Go knows them, from the BTF of the programs.
 type (
@@ -35,6 +35,7 @@ type (
 	Ports       = SallyportSpPorts
 	Prefix      = SallyportSpPrefix
 	SYNLimits   = SallyportSpSynLimits
+	Seen        = SallyportSpSeen
 	Sequence    = SallyportSpSequence
 	Service     = SallyportSpService
 	ServiceKey  = SallyportSpServiceKey
@@ -43,4 +44,5 @@ type (
 	Tokens      = SallyportSpTokens
 	Traffic     = SallyportSpTraffic
 	Volume      = SallyportSpVolume
+	Watched     = SallyportSpWatched
 )

@@ -12,6 +12,7 @@
 #include "udp.h"
 #include "fragment.h"
 #include "unreachable.h"
+#include "watch.h"
 
 enum sp_action {
 	SP_ACT_NEXT = 0,	/* not ours, or bypassed: on down the chain */
@@ -207,22 +208,6 @@ sp_decide_from(struct __sk_buff *skb, const struct sp_config *cfg, const struct 
 		return sp_decide(SP_ACT_DROP, SP_REASON_REVERSE_OPEN);
 	sp_remember_stray(key, SP_LEG_UP, sp_home_hook(hook), p->ifindex);
 	return sp_decide(sp_cuts(flow, reason, false) ? SP_ACT_CUT : SP_ACT_STEER, reason);
-}
-
-static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet *p)
-{
-	return (struct sp_flow_key){
-		.client = p->src, .server = p->dst,
-		.client_port = p->sport, .server_port = p->dport, .protocol = p->protocol,
-	};
-}
-
-static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
-{
-	return (struct sp_flow_key){
-		.client = p->dst, .server = p->src,
-		.client_port = p->dport, .server_port = p->sport, .protocol = p->protocol,
-	};
 }
 
 /*
@@ -428,12 +413,15 @@ struct sp_glance {
 	struct sp_head head;
 	enum sp_parse parsed;
 	bool to, from;		/* a flagged port */
+	__u8 watched;		/* the same, of services that are not enforced: SP_WATCHED_* */
 };
 
 /* False: the packet is none of our business. This is all that unprotected traffic costs. */
 static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g, enum sp_hook hook,
 				      enum sp_behind behind, __u32 l3)
 {
+	struct sp_ports *to, *from;
+
 	/* On the way out the VLAN's own device had it before; but a pod may take tags off itself. */
 	if ((sp_hook_is_in(hook) || behind == SP_BEHIND_ANY) && sp_other_vlan(skb))
 		return false;
@@ -448,9 +436,16 @@ static __always_inline bool sp_glance(struct __sk_buff *skb, struct sp_glance *g
 	}
 	if (!sp_ports_read(g->parsed))
 		return true;
-	g->to = sp_port_flagged(g->head.protocol, g->head.dport);
-	g->from = sp_port_flagged(g->head.protocol, g->head.sport);
-	return g->to || g->from || g->head.first;
+	to = sp_ports_with(g->head.protocol, g->head.dport);
+	from = sp_ports_with(g->head.protocol, g->head.sport);
+	if (!to || !from ||
+	    !((sp_any_of(to, g->head.dport) | sp_any_of(from, g->head.sport)) & 1))
+		return g->head.first;
+	g->to = (to->bits >> (g->head.dport & 63)) & 1;
+	g->from = (from->bits >> (g->head.sport & 63)) & 1;
+	g->watched = ((to->watched >> (g->head.dport & 63)) & 1 ? SP_WATCHED_TO : 0) |
+		     ((from->watched >> (g->head.sport & 63)) & 1 ? SP_WATCHED_FROM : 0);
+	return true;
 }
 
 /* Sends the packet to the proxy, stamped so that px1 knows it is from here. */
@@ -527,14 +522,17 @@ static __always_inline int sp_device(struct __sk_buff *skb, enum sp_hook hook, e
 		d = sp_decide_icmp(skb, p, &scratch->quoted, hook, behind, &scratch->key);
 	else if (g.parsed == SP_PARSE_REST)
 		d = sp_decide_rest(skb, p, hook, &scratch->key);
-	else if (g.parsed == SP_PARSE_UDP || g.parsed == SP_PARSE_OTHER) /* a first fragment, none of ours */
+	else if (sp_ports_read(g.parsed) || g.parsed == SP_PARSE_OTHER) /* none of ours: a first fragment, or watched */
 		d = sp_decide(sp_parse_addresses(skb, p) ? SP_ACT_NEXT : SP_ACT_DROP, SP_REASON_NONE);
 	else
 		d = sp_decide_unparsed(skb, p, g.parsed);
 	if (p->first)
 		sp_keep_first(skb, p, &scratch->key, hook, d.reason);
-	if (d.reason == SP_REASON_NONE)
+	if (d.reason == SP_REASON_NONE) {
+		if (g.watched || !sp_ports_read(g.parsed))
+			sp_watch(skb, hook, behind, g.parsed, g.watched);
 		return TC_ACT_UNSPEC;
+	}
 	if (!p->segments)
 		sp_parse_volume(skb, p);
 	sp_count(d.reason, p->segments, p->bytes);

@@ -26,8 +26,8 @@ struct {
 
 /* The fast exit: read before anything else. The agent sets bits before it swaps the services in
  * and clears them after, so it always covers the table. Port 0 of TCP says whether there is any
- * service at all. 8 KiB for TCP and as much for UDP: it stays in
- * the cache.
+ * service at all. 16 KiB for TCP and as much for UDP. The words of services that are not enforced lie beside
+ * those of services that are: a packet still costs one element for each of its ports.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -47,8 +47,8 @@ struct {
 	__type(value, struct sp_owner);
 } sp_owners SEC(".maps");
 
-/* Protected services: slot 0 holds the whole table, replaced in one step. Empty: nothing is
- * protected, which only uninstall and the first start show.
+/* Protected services: slot 0 holds the whole table, replaced in one step: also for a service that is enforced from
+ * then on, or no more. Empty: nothing is protected, which only uninstall and the first start show.
  */
 struct sp_service_table {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -227,6 +227,24 @@ struct {
 	__type(value, struct sp_deny);
 } sp_denies SEC(".maps");
 
+/* By service id: those that are not enforced. The agent makes the rows; a service without one is not counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct sp_watched);
+} sp_watched SEC(".maps");
+
+/* As sp_denies, of what was seen of services that are not enforced: it takes no room from denials. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct sp_deny_key);
+	__type(value, struct sp_deny);
+} sp_sightings SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -256,7 +274,7 @@ struct {
 	__uint(max_entries, 2 * 1024 * 1024);
 } sp_must_deliver SEC(".maps");
 
-/* DENY. No room: counted as lost. */
+/* DENY, BACKSTOP, WATCHED. No room: counted as lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4 * 1024 * 1024);

@@ -220,34 +220,43 @@ static __always_inline bool sp_path_is_for(const struct sp_path *path, const str
 }
 
 /*
- * A SYN: finds its path and opens a flow. Any failure is a reason to go to the proxy. The slot and the
- * epoch come from the index, read once; the slot itself says whether it is live, and whose it is.
+ * Which path a SYN goes under: PATH_LIVE and its slot, or a reason to go to the proxy. The slot and the epoch
+ * come from the index, read once; the slot itself says whether it is live, and whose it is.
  */
-static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
-				   __u32 service_id, __u32 hook_and_ifindex)
+static __always_inline enum sp_reason sp_choose_path(const struct sp_flow_key *key, const struct sp_packet *p,
+						     __u32 service_id, __u32 hook, struct sp_slot *ref)
 {
 	__u64 now = bpf_ktime_get_boot_ns(), cgroup = 0;
 	struct sp_config *cfg = sp_get_config();
-	struct sp_slot ref = {};
 	struct sp_path *path;
 	enum sp_reason reason;
 
 	if (!cfg || !key)
 		return SP_REASON_NO_PATH;
-	reason = sp_find_path(key, service_id, &ref, &cgroup);
+	reason = sp_find_path(key, service_id, ref, &cgroup);
 	if (reason != SP_REASON_PATH_LIVE)
 		return reason;
-	reason = sp_path_check(cfg, ref.slot, ref.epoch, now, &path);
+	reason = sp_path_check(cfg, ref->slot, ref->epoch, now, &path);
 	if (reason != SP_REASON_PATH_LIVE || !path)
 		return reason;
 	if (!sp_path_is_for(path, key, service_id, cgroup))
 		return SP_REASON_PATH_STALE;
-	if (path->ingress && p && path->ingress != sp_ingress_of(p, hook_and_ifindex >> 24))
+	if (path->ingress && p && path->ingress != sp_ingress_of(p, hook))
 		return SP_REASON_PATH_INGRESS;
 	if (!sp_lease_holds(now))
 		return SP_REASON_LEASE_LAPSED;
-	if (sp_find_leg(key, SP_LEG_UP, 0))
-		return SP_REASON_TUPLE_HELD;
+	return sp_find_leg(key, SP_LEG_UP, 0) ? SP_REASON_TUPLE_HELD : SP_REASON_PATH_LIVE;
+}
+
+/* A SYN: finds its path and opens a flow. Any failure is a reason to go to the proxy. */
+static __noinline int sp_open_flow(const struct sp_flow_key *key, const struct sp_packet *p,
+				   __u32 service_id, __u32 hook_and_ifindex)
+{
+	struct sp_slot ref = {};
+	enum sp_reason reason = sp_choose_path(key, p, service_id, hook_and_ifindex >> 24, &ref);
+
+	if (reason != SP_REASON_PATH_LIVE)
+		return reason;
 	return sp_admit_flow(key, p, ref, service_id, hook_and_ifindex);
 }
 

@@ -126,6 +126,7 @@ enum sp_event_kind {
 	SP_EVENT_END = 3,	/* its path ended while the flow was alive */
 	SP_EVENT_DENY = 4,	/* refused; count says how often since the last record */
 	SP_EVENT_UPDATE = 5,	/* a flow goes on; counters so far */
+	SP_EVENT_WATCHED = 6,	/* seen, and nothing done: the service is not enforced. The verdict is what Enforce would have said, NONE where nobody asks */
 	SP_EVENT_BACKSTOP = 8,	/* traffic came around the hooks; count says how much of it */
 };
 

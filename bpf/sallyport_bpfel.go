@@ -126,6 +126,7 @@ const (
 	SallyportSpEventKindSP_EVENT_END      SallyportSpEventKind = 3
 	SallyportSpEventKindSP_EVENT_DENY     SallyportSpEventKind = 4
 	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
+	SallyportSpEventKindSP_EVENT_WATCHED  SallyportSpEventKind = 6
 	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
 )
 
@@ -262,6 +263,14 @@ const (
 	SallyportSpLegSideSP_LEG_UP   SallyportSpLegSide = 2
 )
 
+type SallyportSpMode uint32
+
+const (
+	SallyportSpModeSP_MODE_ENFORCE SallyportSpMode = 0
+	SallyportSpModeSP_MODE_OBSERVE SallyportSpMode = 1
+	SallyportSpModeSP_MODE_SHADOW  SallyportSpMode = 2
+)
+
 type SallyportSpOrigin struct {
 	_       structs.HostLayout
 	Hook    SallyportSpHook
@@ -349,8 +358,9 @@ type SallyportSpPathStatus struct {
 }
 
 type SallyportSpPorts struct {
-	_    structs.HostLayout
-	Bits uint64
+	_       structs.HostLayout
+	Bits    uint64
+	Watched uint64
 }
 
 type SallyportSpPrefix struct {
@@ -442,6 +452,13 @@ const (
 	SallyportSpReasonSP_REASON_POLICY_CHANGED    SallyportSpReason = 112
 )
 
+type SallyportSpSeen struct {
+	_       structs.HostLayout
+	Opens   uint64
+	Packets uint64
+	Bytes   uint64
+}
+
 type SallyportSpSequence struct {
 	_                  structs.HostLayout
 	Produced           uint64
@@ -458,6 +475,7 @@ type SallyportSpService struct {
 	Ifindex    uint32
 	Generation uint32
 	UdpIdleS   uint32
+	Mode       SallyportSpMode
 	Name       [32]int8
 }
 
@@ -465,7 +483,8 @@ type SallyportSpServiceKey struct {
 	_        structs.HostLayout
 	Address  SallyportSpAddr
 	Port     uint16
-	Protocol uint16
+	Protocol uint8
+	Watched  uint8
 	Device   uint32
 }
 
@@ -538,6 +557,14 @@ type SallyportSpVolume struct {
 	Bytes   uint64
 }
 
+type SallyportSpWatched struct {
+	_        structs.HostLayout
+	Seen     SallyportSpSeen
+	Proxied  SallyportSpSeen
+	Bypassed SallyportSpSeen
+	Denied   SallyportSpSeen
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -563,6 +590,7 @@ const (
 	SallyportMapSpScratch     = "sp_scratch"
 	SallyportMapSpSequence    = "sp_sequence"
 	SallyportMapSpServices    = "sp_services"
+	SallyportMapSpSightings   = "sp_sightings"
 	SallyportMapSpSources     = "sp_sources"
 	SallyportMapSpSpeakers    = "sp_speakers"
 	SallyportMapSpStrays      = "sp_strays"
@@ -572,6 +600,7 @@ const (
 	SallyportMapSpTable       = "sp_table"
 	SallyportMapSpTokens      = "sp_tokens"
 	SallyportMapSpTraffic     = "sp_traffic"
+	SallyportMapSpWatched     = "sp_watched"
 	SallyportProgSpBridgeIn   = "sp_bridge_in"
 	SallyportProgSpBridgeOut  = "sp_bridge_out"
 	SallyportProgSpCgIn       = "sp_cg_in"
@@ -685,6 +714,7 @@ type SallyportMapSpecs struct {
 	SpScratch     *ebpf.MapSpec `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.MapSpec `ebpf:"sp_sequence"`
 	SpServices    *ebpf.MapSpec `ebpf:"sp_services"`
+	SpSightings   *ebpf.MapSpec `ebpf:"sp_sightings"`
 	SpSources     *ebpf.MapSpec `ebpf:"sp_sources"`
 	SpSpeakers    *ebpf.MapSpec `ebpf:"sp_speakers"`
 	SpStrays      *ebpf.MapSpec `ebpf:"sp_strays"`
@@ -694,6 +724,7 @@ type SallyportMapSpecs struct {
 	SpTable       *ebpf.MapSpec `ebpf:"sp_table"`
 	SpTokens      *ebpf.MapSpec `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.MapSpec `ebpf:"sp_traffic"`
+	SpWatched     *ebpf.MapSpec `ebpf:"sp_watched"`
 }
 
 // SallyportVariableSpecs contains global variables before they are loaded into the kernel.
@@ -745,6 +776,7 @@ type SallyportMaps struct {
 	SpScratch     *ebpf.Map `ebpf:"sp_scratch"`
 	SpSequence    *ebpf.Map `ebpf:"sp_sequence"`
 	SpServices    *ebpf.Map `ebpf:"sp_services"`
+	SpSightings   *ebpf.Map `ebpf:"sp_sightings"`
 	SpSources     *ebpf.Map `ebpf:"sp_sources"`
 	SpSpeakers    *ebpf.Map `ebpf:"sp_speakers"`
 	SpStrays      *ebpf.Map `ebpf:"sp_strays"`
@@ -754,6 +786,7 @@ type SallyportMaps struct {
 	SpTable       *ebpf.Map `ebpf:"sp_table"`
 	SpTokens      *ebpf.Map `ebpf:"sp_tokens"`
 	SpTraffic     *ebpf.Map `ebpf:"sp_traffic"`
+	SpWatched     *ebpf.Map `ebpf:"sp_watched"`
 }
 
 func (m *SallyportMaps) Close() error {
@@ -779,6 +812,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpScratch,
 		m.SpSequence,
 		m.SpServices,
+		m.SpSightings,
 		m.SpSources,
 		m.SpSpeakers,
 		m.SpStrays,
@@ -788,6 +822,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpTable,
 		m.SpTokens,
 		m.SpTraffic,
+		m.SpWatched,
 	)
 }
 

@@ -51,10 +51,22 @@ static __always_inline struct sp_scratch *sp_get_scratch(void)
 	return bpf_map_lookup_elem(&sp_scratch, &zero);
 }
 
-static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
+static __always_inline struct sp_ports *sp_ports_with(__u8 protocol, __u16 port)
 {
 	__u32 word = (protocol == IPPROTO_UDP ? SP_PORT_WORDS : 0) + (port >> 6);
-	struct sp_ports *p = bpf_map_lookup_elem(&sp_ports, &word);
+
+	return bpf_map_lookup_elem(&sp_ports, &word);
+}
+
+/* Bit 0: is the port flagged for anything? */
+static __always_inline __u64 sp_any_of(const struct sp_ports *p, __u16 port)
+{
+	return (p->bits | p->watched) >> (port & 63);
+}
+
+static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
+{
+	struct sp_ports *p = sp_ports_with(protocol, port);
 
 	return p && (p->bits >> (port & 63)) & 1;
 }
@@ -76,10 +88,10 @@ static __always_inline struct sp_config *sp_get_config(void)
 /* The exact address first (pods), then "every local address" (host services): for these the caller
  * checks that the address is local.
  */
-static __always_inline struct sp_service *sp_find_service(const struct sp_addr *address, __u16 port,
-							    __u8 protocol)
+static __always_inline struct sp_service *sp_find_row(const struct sp_addr *address, __u16 port,
+							__u8 protocol, bool watched)
 {
-	struct sp_service_key key = { .address = *address, .port = port, .protocol = protocol };
+	struct sp_service_key key = { .address = *address, .port = port, .protocol = protocol, .watched = watched };
 	struct sp_service *svc;
 	__u32 zero = 0;
 	void *table;
@@ -92,6 +104,12 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 		return svc;
 	__builtin_memset(&key.address, 0, sizeof(key.address));
 	return bpf_map_lookup_elem(table, &key);
+}
+
+static __always_inline struct sp_service *sp_find_service(const struct sp_addr *address, __u16 port,
+							    __u8 protocol)
+{
+	return sp_find_row(address, port, protocol, false);
 }
 
 /* Has the pod behind a device a service at this port? It may have it at addresses that no policy lists. */
@@ -226,6 +244,22 @@ static __noinline struct sp_leg *sp_find_leg(const struct sp_flow_key *key, enum
 	at = sp_leg_key(&key->client, key->client_port, &key->server, key->server_port, side);
 	leg = bpf_map_lookup_elem(&sp_legs, &at);
 	return leg && leg->opened_ns > after_ns ? leg : NULL;
+}
+
+static __always_inline struct sp_flow_key sp_key_towards(const struct sp_packet *p)
+{
+	return (struct sp_flow_key){
+		.client = p->src, .server = p->dst,
+		.client_port = p->sport, .server_port = p->dport, .protocol = p->protocol,
+	};
+}
+
+static __always_inline struct sp_flow_key sp_key_from(const struct sp_packet *p)
+{
+	return (struct sp_flow_key){
+		.client = p->dst, .server = p->src,
+		.client_port = p->dport, .server_port = p->sport, .protocol = p->protocol,
+	};
 }
 
 /* Bits that a packet adds to the state of its connection. A SYN-ACK is no proof of a client: anybody

@@ -16,7 +16,7 @@
 
 #include "reason.h"
 
-#define SP_SCHEMA 3
+#define SP_SCHEMA 4
 #define SP_LABEL 32
 
 struct sp_addr {
@@ -57,6 +57,13 @@ enum sp_fact {
 
 struct sp_device {
 	enum sp_fact facts;
+};
+
+/* How far a service is protected. Those that are not enforced stand in the table under keys of their own (`watched`). */
+enum sp_mode {
+	SP_MODE_ENFORCE = 0,
+	SP_MODE_OBSERVE = 1,	/* passes; counted */
+	SP_MODE_SHADOW = 2,	/* passes; counted by what Enforce would make of it */
 };
 
 enum sp_state {
@@ -112,6 +119,7 @@ struct sp_lease {
  */
 struct sp_ports {
 	__u64 bits;
+	__u64 watched;		/* the same for services that are not enforced */
 };
 
 /* Who owns a protected port, for packets that cannot be parsed: an address, or the pod behind a device. */
@@ -128,7 +136,8 @@ struct sp_owner {
 struct sp_service_key {
 	struct sp_addr address;	/* all zero: every local address (host services) */
 	__u16 port;
-	__u16 protocol;
+	__u8 protocol;
+	__u8 watched;		/* 1: of a service that is not enforced: nothing that decides looks for it */
 	__u32 device;		/* 0; or, with no address, the device behind which a pod has this service */
 };
 
@@ -138,6 +147,7 @@ struct sp_service {
 	__u32 ifindex;		/* of the pod's host-side device; 0: not known yet */
 	__u32 generation;	/* of the table this row belongs to */
 	__u32 udp_idle_s;	/* UDP: a flow ends after so much silence; 0: a port of TCP alone, no path opens it */
+	enum sp_mode mode;
 	char name[SP_LABEL];
 };
 
@@ -349,6 +359,22 @@ struct sp_traffic {
 	struct sp_volume socket_leg;
 	struct sp_volume socket_path;
 	struct sp_volume socket_loopback;	/* from the pod itself */
+};
+
+struct sp_seen {
+	__u64 opens;		/* SYNs */
+	__u64 packets;		/* as on the wire, SYNs included; datagrams */
+	__u64 bytes;		/* IP bytes */
+};
+
+/* Packets of a service that is not enforced: all that were seen, and of a shadowed one what Enforce would have made
+ * of each, if its flow had begun with it.
+ */
+struct sp_watched {
+	struct sp_seen seen;
+	struct sp_seen proxied;
+	struct sp_seen bypassed;
+	struct sp_seen denied;
 };
 
 /* A datagram in fragments, on one way: the hook, and the device where it goes to a pod's. */

@@ -72,12 +72,16 @@ func (c *collector) Losses(_ *api.LossQuery, stream grpc.ServerStreamingServer[a
 	return nil
 }
 
-// someFlows are one denied, one proxied and one bypassed flow.
+// someFlows are one denied, one proxied and one bypassed flow, and one to a service that is not enforced.
 func someFlows() []*api.FlowRecord {
 	return []*api.FlowRecord{
 		{
 			Event: "DENY", Time: timestamppb.New(began), Cpu: -1, Seq: 1, FlowId: "f1", Verdict: "DENIED", Reason: "NO_TLS", Protocol: "tcp",
 			Client: "10.1.0.2:40000", Server: "10.2.0.2:5432", Service: "postgres", Count: 3, Detail: "first byte \x1b[31m0x00",
+		},
+		{
+			Event: "WATCHED", Time: timestamppb.New(began.Add(time.Second / 2)), Cpu: -1, Seq: 1, Verdict: "BYPASSED", Reason: "PATH_OPEN", Protocol: "tcp",
+			Client: "10.1.0.9:0", Server: "10.2.0.9:22", Service: "ssh", Count: 6,
 		},
 		{
 			Event: "OPEN", Time: timestamppb.New(began.Add(time.Second)), Cpu: -1, Seq: 2, FlowId: "f2", Verdict: "PROXIED", Reason: "IDENTITY", Protocol: "tcp",

@@ -142,8 +142,11 @@ func (c *cli) check(set *policy.Set, p grant.Payload, key policy.PublicKey) (mis
 	}
 	v := grant.Verified{Payload: p, Signers: []policy.Signer{signer}}
 	missing, err = c.unapproved(set, v)
+	answer := set.Evaluate(v.Facts(nil, time.Time{}))
 	if err != nil {
-		c.sayRefusal(set.Evaluate(v.Facts(nil, time.Time{})))
+		c.sayRefusal(answer)
+	} else if answer.Open != "" {
+		fmt.Fprintln(c.stderr, "note: "+answer.Open)
 	}
 	return missing, err
 }

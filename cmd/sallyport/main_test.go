@@ -45,7 +45,7 @@ spec:
 apiVersion: sallyport.dev/v1alpha1
 kind: ProtectedService
 metadata: {name: ssh}
-spec: {target: Host, ports: [22]}
+spec: {target: Host, mode: Shadow, ports: [22]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: BypassPolicy

@@ -107,14 +107,17 @@ func (n *node) Status(context.Context, *api.StatusRequest) (*api.StatusReply, er
 		Hooks:     []*api.HookStatus{{Device: "eth0", Ifindex: 2, Role: "uplink", Programs: []string{"sp_up_in", "sp_up_out"}, Xdp: "native: the driver takes it"}},
 		Reasons:   map[string]uint64{"NO_PATH": 12, "PATH_LIVE": 3},
 		Problems:  []string{"resources.d/new.yaml:3: spec.ports[0]: \x1b[2Jmust be 1 to 65535"},
-		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1, Panic: n.panicked,
+		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1, Panic: n.panicked, NotEnforced: []string{"ssh (Shadow)"},
 	}, nil
 }
 
 func (n *node) Services(context.Context, *api.ServicesRequest) (*api.ServicesReply, error) {
 	reply := &api.ServicesReply{}
 	for i, s := range n.policy.Services() {
-		service := &api.Service{Name: s.Name, Id: uint32(i + 1), Target: string(s.Spec.Target), Protocol: "TCP", Device: s.Spec.Device, Source: s.Source.String()}
+		service := &api.Service{Name: s.Name, Id: uint32(i + 1), Target: string(s.Spec.Target), Protocol: "TCP", Device: s.Spec.Device, Source: s.Source.String(), Mode: string(s.Spec.Mode)}
+		if !s.Enforced() {
+			service.Watched = &api.Watched{Seen: &api.Seen{Opens: 3, Packets: 30, Bytes: 4000}, Proxied: &api.Seen{Opens: 2, Packets: 29, Bytes: 3960}, Denied: &api.Seen{Opens: 1, Packets: 1, Bytes: 40}}
+		}
 		for _, p := range s.Spec.Ports {
 			service.Ports = append(service.Ports, uint32(p))
 		}

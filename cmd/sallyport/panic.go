@@ -11,7 +11,7 @@ import (
 )
 
 // endAllByHand is a line for a shell that ends every path with bpftool alone. ARCHITECTURE.md has it, too.
-const endAllByHand = `M=/sys/fs/bpf/sallyport/v3/maps/sp_path_state; bpftool map dump pinned $M | awk -v m=$M '/"key"/ {k = int($2)} /SP_PATH_ACTIVE/ {print "map update pinned", m, "key", k % 256, int(k / 256) % 256, int(k / 65536), 0, "value 3 0 0 0"}' | bpftool batch file -`
+const endAllByHand = `M=/sys/fs/bpf/sallyport/v4/maps/sp_path_state; bpftool map dump pinned $M | awk -v m=$M '/"key"/ {k = int($2)} /SP_PATH_ACTIVE/ {print "map update pinned", m, "key", k % 256, int(k / 256) % 256, int(k / 65536), 0, "value 3 0 0 0"}' | bpftool batch file -`
 
 func (c *cli) panic() *cobra.Command {
 	var why string

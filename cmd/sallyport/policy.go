@@ -93,7 +93,11 @@ func loadPolicy(paths []string) (*policy.Set, error) {
 func checkTable(t *table, set *policy.Set) {
 	t.row("KIND", "NAME", "SOURCE", "WHAT IT SAYS")
 	for _, s := range set.Services() {
-		t.row(policy.KindProtectedService, s.Name, s.Source, fmt.Sprintf("%s, ports %s", s.Spec.Target, ports(s.Spec.Ports)))
+		says := fmt.Sprintf("%s, ports %s", s.Spec.Target, ports(s.Spec.Ports))
+		if open := s.Open(); open != "" {
+			says += "; " + open
+		}
+		t.row(policy.KindProtectedService, s.Name, s.Source, says)
 	}
 	for _, b := range set.BypassPolicies() {
 		t.row(policy.KindBypassPolicy, b.Name, b.Source, fmt.Sprintf("around %s, %s", strings.Join(b.Spec.Services, ","), b.Terms()))

@@ -33,7 +33,8 @@ func (c *cli) policyReplay() *cobra.Command {
 		Short: "Say what recorded flows would meet under other resources",
 		Long: `Ask a candidate set of resources about flows that were recorded: how many would pass that were refused, how many would break
 that passed, and why. The flows are those in the agent's memory, or a FILE of --flows as ` + "`sallyport flows -o json`" + ` writes it (from
-the collector, say); - is standard input. What a flow's grant says is asked of the agent, or read from --grants as
+the collector, say); - is standard input. What came to a service that is not enforced (WATCHED) counts as passed, from
+somebody without an identity, and so often as it was seen: each SYN and datagram. What a flow's grant says is asked of the agent, or read from --grants as
 ` + "`sallyport grants -o json`" + ` writes it. Nothing is changed.`,
 		Example: `  sallyport policy replay candidate.d
   sallyport flows --collector 10.9.0.1:9443 --since 24h --limit 1000000 -o json | sallyport policy replay candidate.d --flows -`,
@@ -58,9 +59,9 @@ the collector, say); - is standard input. What a flow's grant says is asked of t
 // seenFlow is what a replay reads of a flow's record.
 type seenFlow struct {
 	Flow struct {
-		Event, Verdict, Reason, Protocol, Server, Identity, Grant string
-		Time                                                      time.Time
-		Count                                                     uint64
+		Event, Verdict, Reason, Protocol, Server, Service, Identity, Grant string
+		Time                                                               time.Time
+		Count                                                              uint64
 	}
 }
 
@@ -185,7 +186,7 @@ type replayReport struct {
 	Changes []change               `json:"changes"`
 }
 
-// replayed asks the set about every flow that was begun or refused.
+// replayed asks the set about every flow that was begun, refused or only watched.
 func replayed(set *policy.Set, r recording) replayReport {
 	out := replayReport{Flows: map[policy.Fate]uint64{policy.FateSame: 0, policy.FatePasses: 0, policy.FateBreaks: 0, policy.FateUnknown: 0}, Changes: []change{}}
 	keys := policy.KnownKeys(set.Keyrings())
@@ -216,13 +217,17 @@ func replayed(set *policy.Set, r recording) replayReport {
 func (r recording) seen(f seenFlow, keys map[string]policy.KnownKey) (s policy.Seen, ok bool) {
 	rec := f.Flow
 	server, err := netip.ParseAddrPort(rec.Server)
-	decides := rec.Event == flow.EventOpen.String() || rec.Event == flow.EventDeny.String()
+	watched := rec.Event == flow.EventWatched.String()
+	decides := rec.Event == flow.EventOpen.String() || rec.Event == flow.EventDeny.String() || watched
 	if err != nil || !decides {
 		return s, false
 	}
-	s = policy.Seen{Protocol: rec.Protocol, Server: server, At: rec.Time,
+	s = policy.Seen{Protocol: rec.Protocol, Server: server, Service: rec.Service, At: rec.Time,
 		Passed: rec.Verdict != flow.VerdictDenied.String(), Bypassed: rec.Verdict == flow.VerdictBypassed.String(),
 		Unauthorised: rec.Reason == flow.ReasonNotAuthorised.String()}
+	if watched && !s.Passed {
+		s.Passed, s.Refusal = true, rec.Reason // it went on: the verdict is what Enforce would have said
+	}
 	if rec.Identity != "" {
 		s.Identity, _ = spiffeid.FromString(rec.Identity) // one that is none proves nothing
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 func (c *cli) services() *cobra.Command {
@@ -30,7 +31,7 @@ func (c *cli) services() *cobra.Command {
 }
 
 func servicesTable(t *table, services []*api.Service) {
-	t.row("NAME", "ID", "TARGET", "PROTOCOL", "PORTS", "ADDRESSES", "DEVICE", "ALLOW", "SOURCE")
+	t.row("NAME", "ID", "MODE", "TARGET", "PROTOCOL", "PORTS", "ADDRESSES", "DEVICE", "ALLOW", "SOURCE")
 	for _, s := range services {
 		addresses := s.GetAddresses()
 		if len(addresses) == 0 {
@@ -40,9 +41,37 @@ func servicesTable(t *table, services []*api.Service) {
 		if len(allow) == 0 {
 			allow = []string{"nobody"}
 		}
-		t.row(s.GetName(), s.GetId(), s.GetTarget(), s.GetProtocol(), ports(s.GetPorts()),
+		t.row(s.GetName(), s.GetId(), s.GetMode(), s.GetTarget(), s.GetProtocol(), ports(s.GetPorts()),
 			strings.Join(addresses, ","), s.GetDevice(), strings.Join(allow, ","), s.GetSource())
 	}
+	watchedTable(t, services)
+}
+
+// watchedTable tells what was seen of services that are not enforced, and of what came while they were shadowed what Enforce would have
+// made of it.
+func watchedTable(t *table, services []*api.Service) {
+	begun := false
+	for _, s := range services {
+		w := s.GetWatched()
+		if w == nil {
+			continue
+		}
+		if !begun {
+			t.line("")
+			t.row("NOT ENFORCED", "MODE", "SEEN", "WOULD BE PROXIED", "BYPASSED", "DENIED")
+			begun = true
+		}
+		would := []string{"-", "-", "-"}
+		judged := w.GetProxied().GetPackets()+w.GetBypassed().GetPackets()+w.GetDenied().GetPackets() > 0
+		if s.GetMode() == string(policy.ModeShadow) || judged {
+			would = []string{seenText(w.GetProxied()), seenText(w.GetBypassed()), seenText(w.GetDenied())}
+		}
+		t.row(s.GetName(), s.GetMode(), seenText(w.GetSeen()), would[0], would[1], would[2])
+	}
+}
+
+func seenText(s *api.Seen) string {
+	return fmt.Sprintf("%s, %s, %s", plural(s.GetOpens(), "SYN"), plural(s.GetPackets(), "packet"), plural(s.GetBytes(), "byte"))
 }
 
 func ports[T ~uint32 | ~uint16](all []T) string {

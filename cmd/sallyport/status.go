@@ -65,6 +65,9 @@ func statusTable(t *table, s *api.StatusReply) {
 	t.row("collector", s.GetCollector())
 	t.row("lease left", span(s.GetLeaseLeft()))
 	t.row("services", s.GetServices())
+	if open := s.GetNotEnforced(); len(open) > 0 {
+		t.row("NOT ENFORCED", strings.Join(open, ", ")+": everybody reaches what is there")
+	}
 	t.row("live paths", s.GetLivePaths())
 	t.row("live flows", s.GetLiveFlows())
 	t.row("generation", s.GetGeneration())

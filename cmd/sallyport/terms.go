@@ -259,6 +259,9 @@ func answerTable(t *table, a policy.Answer) {
 	for _, e := range a.Denied {
 		t.row("denied", e.Msg)
 	}
+	if a.Open != "" {
+		t.row("NOTE", a.Open)
+	}
 	if a.Allowed {
 		return
 	}

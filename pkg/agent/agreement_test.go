@@ -34,7 +34,7 @@ const (
 )
 
 // round is how many cases one set of resources gets.
-const round = 5000
+const round = 500
 
 // agreement is a node on which one case after another is asked of policy, of explain and of the kernel.
 type agreement struct {
@@ -50,6 +50,7 @@ type agreement struct {
 	live     map[pathKey][]uint16      // ports of the paths that policy allowed
 	asked    map[fate]int              // by policy
 	explain  int                       // cases in which explain could be asked
+	overlaps int                       // cases steered to the node's service where a pod that is only watched has the port, too
 	services []policy.ProtectedService // of the set
 }
 
@@ -138,18 +139,29 @@ func (a *agreement) resources() string {
 	}
 	pod := a.pod // a pod is closed at all of its addresses
 	names := []string{"host-tcp"}
-	add("ProtectedService", "host-tcp", "target: Host, udp: %s, ports: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)))
+	mode := func() string { return choice(r, "Enforce", "Enforce", "Enforce", "Shadow", "Observe") }
+	// in a pod that is only watched: its addresses may be the node's, where a service of the node comes first if it is enforced
+	inPod := func() (string, string) {
+		m := mode()
+		if m != "Enforce" && r.IntN(2) == 0 {
+			return m, listed(slices.Concat(pod, some(r, a.own)))
+		}
+		return m, listed(pod)
+	}
+	add("ProtectedService", "host-tcp", "target: Host, mode: %s, udp: %s, ports: [%s]", mode(), choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)))
 	if r.IntN(2) == 0 {
 		names = append(names, "host-udp")
-		add("ProtectedService", "host-udp", "target: Host, protocol: UDP, ports: [%s]", portList(some(r, portsUDP)))
+		add("ProtectedService", "host-udp", "target: Host, mode: %s, protocol: UDP, ports: [%s]", mode(), portList(some(r, portsUDP)))
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-tcp")
-		add("ProtectedService", "pod-tcp", "target: Pod, udp: %s, ports: [%s], addresses: [%s]", choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)), listed(pod))
+		m, at := inPod()
+		add("ProtectedService", "pod-tcp", "target: Pod, mode: %s, udp: %s, ports: [%s], addresses: [%s]", m, choice(r, "Allow", "Deny", `""`), portList(some(r, portsTCP)), at)
 	}
 	if r.IntN(2) == 0 {
 		names = append(names, "pod-udp")
-		add("ProtectedService", "pod-udp", "target: Pod, protocol: UDP, ports: [%s], addresses: [%s]", portList(some(r, portsUDP)), listed(pod))
+		m, at := inPod()
+		add("ProtectedService", "pod-udp", "target: Pod, mode: %s, protocol: UDP, ports: [%s], addresses: [%s]", m, portList(some(r, portsUDP)), at)
 	}
 	for i := range 1 + r.IntN(3) {
 		add("BypassPolicy", fmt.Sprintf("p%d", i), "services: [%s], bindings: [address], sources: [%s], maxDuration: %s, requesters: [alice], maxReach: %d",
@@ -260,39 +272,42 @@ func (a *agreement) draw() drawn {
 }
 
 // at is the service of that protocol at a place: a pod's by its addresses, the node's at its own.
-func (a *agreement) at(protocol string, server netip.AddrPort) (policy.ProtectedService, bool) {
+func (a *agreement) at(target policy.Target, protocol string, server netip.AddrPort) (policy.ProtectedService, bool) {
 	for _, s := range a.services {
-		here := slices.Contains(s.Spec.Addresses, server.Addr()) || s.Spec.Target == policy.TargetHost && slices.Contains(a.own, server.Addr())
-		if here && s.Spec.Protocol == protocol && slices.Contains(s.Spec.Ports, server.Port()) {
+		here := slices.Contains(s.Spec.Addresses, server.Addr()) || target == policy.TargetHost && slices.Contains(a.own, server.Addr())
+		if here && s.Spec.Target == target && s.Spec.Protocol == protocol && slices.Contains(s.Spec.Ports, server.Port()) {
 			return s, true
 		}
 	}
 	return policy.ProtectedService{}, false
 }
 
-// byPolicy is what the resources and the grants that policy test allows say of the case, in so many words.
-func (a *agreement) byPolicy(d drawn) fate {
+// byPolicy is what the resources and the grants that policy test allows say of the case, in so many words, and which service
+// decides it.
+func (a *agreement) byPolicy(d drawn) (f fate, service string) {
 	protocol, otherwise := policy.ProtocolTCP, atProxy
 	if d.udp {
 		protocol, otherwise = policy.ProtocolUDP, unpassed
 	}
-	service, ok := a.at(protocol, d.server)
-	if !ok {
-		tcp, beside := a.at(policy.ProtocolTCP, d.server)
-		if d.udp && beside && tcp.Spec.UDP != policy.UDPAllow {
-			return unpassed
+	for _, target := range []policy.Target{policy.TargetPod, policy.TargetHost} {
+		service, ok := a.at(target, protocol, d.server)
+		tcp, beside := a.at(target, policy.ProtocolTCP, d.server)
+		switch {
+		case !ok && d.udp && beside && tcp.Enforced() && tcp.Spec.UDP != policy.UDPAllow:
+			return unpassed, tcp.Name
+		case !ok || !service.Enforced():
+		case slices.Contains(a.live[pathKey{d.client.Addr(), service.Name}], d.server.Port()):
+			return passes, service.Name
+		default:
+			return otherwise, service.Name
 		}
-		return passes
 	}
-	if slices.Contains(a.live[pathKey{d.client.Addr(), service.Name}], d.server.Port()) {
-		return passes
-	}
-	return otherwise
+	return passes, ""
 }
 
 // byExplain asks explain, which knows of one service at each place; asked is false where that is one of another protocol.
 func (a *agreement) byExplain(d drawn, e *enforced, paths []datapath.PathStatus) (f fate, asked bool) {
-	service, ok := serviceAt(e.set, d.server)
+	service, ok := serviceAt(e.set, d.server, isOwn(d.server.Addr(), a.own))
 	if ok && (service.Spec.Protocol == policy.ProtocolUDP) != d.udp {
 		return "", false
 	}
@@ -358,7 +373,10 @@ func TestPolicyExplainAndKernelAgree(t *testing.T) {
 		}
 		return nil
 	}))
-	t.Logf("%d cases, explain asked in %d: %v", cases, a.explain, a.asked)
+	t.Logf("%d cases, explain asked in %d, %d at two services: %v", cases, a.explain, a.overlaps, a.asked)
+	if a.overlaps == 0 {
+		t.Error("nothing was steered where a watched service has the port, too")
+	}
 	for _, f := range []fate{passes, atProxy, unpassed} {
 		if a.asked[f] < cases/50 {
 			t.Errorf("only %d cases %s: that shows little", a.asked[f], f)
@@ -369,7 +387,15 @@ func TestPolicyExplainAndKernelAgree(t *testing.T) {
 // agree asks all three about one case.
 func (a *agreement) agree(e *enforced, paths []datapath.PathStatus, index int) error {
 	d := a.draw()
-	want := a.byPolicy(d)
+	want, by := a.byPolicy(d)
+	if at, _ := e.set.ServiceAt(policy.ProtocolTCP, d.server); want == atProxy {
+		if at.Name != by {
+			return fmt.Errorf("case %d: what is steered to %v is for %s, and the proxy takes it for %s\n%s", index, d.server, by, at.Name, a.text)
+		}
+		if _, watched := a.at(policy.TargetPod, policy.ProtocolTCP, d.server); watched && slices.Contains(a.own, d.server.Addr()) {
+			a.overlaps++
+		}
+	}
 	a.asked[want]++
 	said, asked := a.byExplain(d, e, paths)
 	if asked {

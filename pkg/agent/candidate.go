@@ -98,14 +98,27 @@ func (c *candidate) current() *policy.Set {
 	return c.set
 }
 
-// take counts what would become of a flow that was begun or refused.
+// seenOf is the record of a flow that was begun, refused or only watched, in the evaluator's words; ok is false for what decides nothing.
+// What is watched passed, whatever its verdict says of Enforce, and of a path that would take it no grant is known.
+func seenOf(rec flow.Record) (seen policy.Seen, ok bool) {
+	seen = policy.Seen{Protocol: rec.Protocol, Server: rec.Server, Service: rec.Service, Passed: rec.Verdict != flow.VerdictDenied,
+		Bypassed: rec.Verdict == flow.VerdictBypassed, Unauthorised: rec.Reason == flow.ReasonNotAuthorised, At: rec.Time}
+	if rec.Event == flow.EventWatched {
+		if !seen.Passed {
+			seen.Refusal = rec.Reason.String()
+		}
+		seen.Passed = true
+	}
+	return seen, rec.Event == flow.EventOpen || rec.Event == flow.EventDeny || rec.Event == flow.EventWatched
+}
+
+// take counts what would become of a flow. A record that stands for several of what was refused or watched counts as so many.
 func (c *candidate) take(rec flow.Record) {
 	set := c.current()
-	if set == nil || rec.Event != flow.EventOpen && rec.Event != flow.EventDeny {
+	seen, ok := seenOf(rec)
+	if set == nil || !ok {
 		return
 	}
-	seen := policy.Seen{Protocol: rec.Protocol, Server: rec.Server, Passed: rec.Verdict != flow.VerdictDenied,
-		Bypassed: rec.Verdict == flow.VerdictBypassed, Unauthorised: rec.Reason == flow.ReasonNotAuthorised, At: rec.Time}
 	if id, err := spiffeid.FromString(rec.Identity); err == nil {
 		seen.Identity = id
 	}
@@ -139,7 +152,7 @@ func (g *grants) factsOf(id string, keys map[string]policy.KnownKey) (policy.Gra
 }
 
 func (c *candidate) desc() *prometheus.Desc {
-	return desc("candidate_flows_total", "Flows by what the candidate resources would make of them, since they were last changed.", "service", "fate")
+	return desc("candidate_flows_total", "Flows by what the candidate resources would make of them, since they were last changed; of what was refused or watched each SYN or datagram.", "service", "fate")
 }
 
 // Describe implements prometheus.Collector.

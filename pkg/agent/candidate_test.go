@@ -59,6 +59,11 @@ func TestCandidate(t *testing.T) {
 		{Event: flow.EventOpen, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Server: at(5432), Grant: short.ID},
 		{Event: flow.EventOpen, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Server: at(5432), Grant: long.ID},
 		{Event: flow.EventOpen, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Server: at(5432), Grant: "another"},
+		{Event: flow.EventWatched, Verdict: flow.VerdictProxied, Reason: flow.ReasonNoPath, Server: at(5432), Count: 4},
+		{Event: flow.EventWatched, Verdict: flow.VerdictDenied, Reason: flow.ReasonBadFlags, Server: at(5432), Count: 8},
+		{Event: flow.EventWatched, Verdict: flow.VerdictNone, Server: at(5432), Count: 16},
+		{Event: flow.EventWatched, Verdict: flow.VerdictBypassed, Reason: flow.ReasonPathOpen, Server: at(5432), Count: 32},
+		{Event: flow.EventWatched, Verdict: flow.VerdictNone, Server: at(5433), Count: 64},
 	} {
 		rec.Protocol = "tcp"
 		c.recent.add(rec)
@@ -68,8 +73,8 @@ func TestCandidate(t *testing.T) {
 		defer c.mu.Unlock()
 		return maps.Clone(c.counts)
 	}
-	want := map[candidateLabels]float64{{"postgres", policy.FateSame}: 2, {"postgres", policy.FatePasses}: 3, {"postgres", policy.FateBreaks}: 2,
-		{"postgres", policy.FateUnknown}: 1, {"", policy.FatePasses}: 1}
+	want := map[candidateLabels]float64{{"postgres", policy.FateSame}: 2, {"postgres", policy.FatePasses}: 3, {"postgres", policy.FateBreaks}: 2 + 4 + 8 + 16,
+		{"postgres", policy.FateUnknown}: 1 + 32, {"", policy.FatePasses}: 1, {"", policy.FateSame}: 64}
 	until("counts", func() bool { return maps.Equal(counted(), want) })
 	registry := prometheus.NewPedanticRegistry()
 	must(t, registry.Register(c))

@@ -234,9 +234,11 @@ func (g *grants) outdated(h *held, v grant.Verified, uncounted error, own []neti
 	return may.Policy, ""
 }
 
-// sameInstance tells whether a path to one row is a path to the other: a new port does not matter, for a path names its own.
+// sameInstance tells whether a path to one row is a path to the other: a new port does not matter, for a path names its own, nor
+// does another mode.
 func sameInstance(a, b datapath.Service) bool {
 	a.Ports, b.Ports = nil, nil
+	a.Mode, b.Mode = datapath.Enforce, datapath.Enforce
 	return sameService(a, b)
 }
 

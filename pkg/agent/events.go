@@ -82,6 +82,9 @@ func newFlowCounter() *flowCounter { return &flowCounter{n: make(map[flowLabels]
 func (c *flowCounter) count(source string, rec flow.Record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if rec.Event == flow.EventWatched {
+		rec.Verdict = flow.VerdictNone // its own is what Enforce would have said
+	}
 	c.n[flowLabels{source, bounded(rec.Event), bounded(rec.Verdict), bounded(rec.Reason)}] += max(rec.Count, 1)
 }
 

@@ -71,7 +71,7 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 	if ownErr != nil {
 		say(r, "not known: which addresses are the node's: "+oneLine(ownErr.Error()))
 	}
-	if service, port, ok := find(q, e.set, own); ok && r.Verdict != flow.VerdictBypassed.String() {
+	if service, port, ok := find(q, e.set, own); ok && service.Enforced() && r.Verdict != flow.VerdictBypassed.String() {
 		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
 			NodeAddresses: own, Now: o.clock.wall()})
 	}
@@ -88,7 +88,21 @@ func decide(q question, e *enforced, own []netip.Addr, paths []datapath.PathStat
 	r.Service = service.Name
 	say(r, fmt.Sprintf("protected service %s (%s), from %s", service.Name, service.Spec.Target, service.Source))
 	row, _ := e.service(service.Name)
-	return overPath(r, q, service, e.set, latest(paths, q.client, row.ID, port))
+	p := latest(paths, q.client, row.ID, port)
+	if !service.Enforced() {
+		return open(r, service, overPath(&api.ExplainReply{}, q, service, e.set, p))
+	}
+	return overPath(r, q, service, e.set, p)
+}
+
+// open says that a service is not enforced, and what Enforce would do.
+func open(r *api.ExplainReply, service policy.ProtectedService, enforced *api.ExplainReply) *api.ExplainReply {
+	r.Grant = enforced.Grant
+	say(r, service.Open()+"; the packet goes on untouched")
+	for _, line := range enforced.Lines {
+		say(r, "if it were enforced: "+line)
+	}
+	return r
 }
 
 // around says which policies a way around the proxy can be asked for under, and what the others have against it.
@@ -212,10 +226,7 @@ func say(r *api.ExplainReply, line string) *api.ExplainReply {
 // addresses only.
 func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedService, port uint16, ok bool) {
 	if q.service == "" {
-		s, ok = serviceAt(set, q.server)
-		if s.Spec.Target == policy.TargetHost && !isOwn(q.server.Addr(), own) {
-			return policy.ProtectedService{}, 0, false
-		}
+		s, ok = serviceAt(set, q.server, isOwn(q.server.Addr(), own))
 		return s, q.server.Port(), ok
 	}
 	s, ok = set.Service(q.service)
@@ -228,17 +239,21 @@ func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedServ
 	return s, s.Spec.Ports[0], true
 }
 
-// serviceAt takes TCP for what is asked where both protocols are protected.
 func isOwn(a netip.Addr, own []netip.Addr) bool {
 	a = a.Unmap().WithZone("")
 	return a.IsLoopback() || slices.Contains(own, a)
 }
 
-func serviceAt(set *policy.Set, dst netip.AddrPort) (policy.ProtectedService, bool) {
-	if s, ok := set.ServiceAt(policy.ProtocolTCP, dst); ok {
+// serviceAt takes TCP for what is asked where both protocols are protected. own says that the address is the node's.
+func serviceAt(set *policy.Set, dst netip.AddrPort, own bool) (policy.ProtectedService, bool) {
+	at := set.PodServiceAt
+	if own {
+		at = set.ServiceAt
+	}
+	if s, ok := at(policy.ProtocolTCP, dst); ok {
 		return s, true
 	}
-	return set.ServiceAt(policy.ProtocolUDP, dst)
+	return at(policy.ProtocolUDP, dst)
 }
 
 func parseQuestion(req *api.ExplainRequest) (q question, err error) {

@@ -22,15 +22,17 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // metrics collects at the time of the scrape what the parts count.
 type metrics struct {
-	node *node
+	node     *node
+	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
-	panic, failed *prometheus.Desc
+	modes, seenOpens, seenPackets, seenBytes, panic, failed *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
 	return &metrics{
 		node:       n,
+		unjudged:   unjudged{told: map[uint32]unjudgedOf{}},
 		build:      desc("build_info", "Version of the agent; always 1.", "version"),
 		ready:      desc("ready", "1 if probes crossed the hooks."),
 		proxy:      desc("proxy_listening", "1 if the proxy listens in px."),
@@ -46,21 +48,29 @@ func newMetrics(n *node) *metrics {
 		bytes:      desc("bytes_total", "IP bytes towards and from protected services, by reason.", "reason"),
 		refused:    desc("backstop_refused_packets_total", "Packets that came around the hooks and were refused at a socket, by device of the node; those of other namespaces are one.", "device"),
 		volume:     desc("service_payload_bytes_total", "Payload towards a service that hooks let through and that sockets got, by what explains it.", "service", "by", "at"),
-		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell.", "source", "event", "verdict", "reason"),
+		records:    desc("flow_records_total", "Flow records, by where they come from and what they tell; WATCHED ones have the verdict NONE.", "source", "event", "verdict", "reason"),
 		grants:     desc("grant_events_total", "Grant events of this process, by step.", "step"),
 		glass:      desc("break_glass_grants", "Break-glass grants that are live, and those that are over and that nobody has reviewed.", "state"),
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
 		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
-		panic:      desc("panic", "1 while a panic stands: every path ended, and none is opened."),
-		failed:     desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+		modes:      desc("services", "Services by mode: only enforced ones are closed.", "mode"),
+		seenOpens: desc("watched_opens_total", "SYNs of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
+			"service", "would"),
+		seenPackets: desc("watched_packets_total", "Packets of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
+			"service", "would"),
+		seenBytes: desc("watched_bytes_total", "IP bytes of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
+			"service", "would"),
+		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
+		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed, m.panic, m.failed} {
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed,
+		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed} {
 		ch <- d
 	}
 }
@@ -68,7 +78,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector. Figures that cannot be read are left out, and scrape_failed says so.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	m.own(ch)
-	err := errors.Join(m.kernel(ch), m.counters(ch), m.backstop(ch), m.auditing(ch))
+	err := errors.Join(m.kernel(ch), m.counters(ch), m.backstop(ch), m.watched(ch), m.auditing(ch))
 	gauge(ch, m.failed, truth(err != nil))
 }
 

@@ -63,7 +63,7 @@ func (r *readiness) Run(ctx context.Context) error {
 }
 
 func (r *readiness) check(ctx context.Context) error {
-	err := r.probe.all(ctx, probeTargets(r.enforced().services))
+	err := r.probe.all(ctx, probeTargets(inForce(r.enforced().services)))
 	r.problems.report(problemProbe, "", err)
 	r.mu.Lock()
 	was := r.why

@@ -231,7 +231,7 @@ func (r *resources) compile(set *policy.Set) []datapath.Service {
 
 func (r *resources) row(s policy.ProtectedService) datapath.Service {
 	row := datapath.Service{Name: s.Name, Target: datapath.TargetHost, Ports: s.Spec.Ports, Protocol: datapath.TCP,
-		DenyUDP: s.Spec.UDP != policy.UDPAllow}
+		Mode: modeOf(s), DenyUDP: s.Spec.UDP != policy.UDPAllow}
 	if s.Spec.Protocol == policy.ProtocolUDP {
 		row.Protocol, row.Idle, row.DenyUDP = datapath.UDP, s.Spec.Idle.Duration, false
 	}
@@ -246,7 +246,7 @@ func (r *resources) row(s policy.ProtectedService) datapath.Service {
 
 func sameService(a, b datapath.Service) bool {
 	return a.ID == b.ID && a.Name == b.Name && a.Target == b.Target && a.Ifindex == b.Ifindex &&
-		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP &&
+		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP && a.Mode == b.Mode &&
 		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
 }
 

@@ -38,7 +38,7 @@ func (o *operators) Status(ctx context.Context, _ *api.StatusRequest) (*api.Stat
 	return o.status(ctx), nil
 }
 
-// Services lists what is enforced.
+// Services lists what is protected, and what was seen of those services that are not enforced.
 func (o *operators) Services(context.Context, *api.ServicesRequest) (*api.ServicesReply, error) {
 	e := o.enforced()
 	if e == nil {
@@ -51,16 +51,22 @@ func (o *operators) Services(context.Context, *api.ServicesRequest) (*api.Servic
 			devices[d.Ifindex] = d.Name
 		}
 	}
+	seen, err := o.datapath.Watched()
+	if err != nil {
+		return nil, toStatus(fmt.Errorf("read what was seen of services: %w", err))
+	}
 	for _, s := range e.set.Services() {
 		row, _ := e.service(s.Name)
-		reply.Services = append(reply.Services, describeService(s, row, devices[row.Ifindex]))
+		described := describeService(s, row, devices[row.Ifindex])
+		described.Watched = describeWatched(seen[row.ID], row.Mode)
+		reply.Services = append(reply.Services, described)
 	}
 	return reply, nil
 }
 
 func describeService(s policy.ProtectedService, row datapath.Service, device string) *api.Service {
 	out := &api.Service{Name: s.Name, Id: row.ID, Target: string(s.Spec.Target), Addresses: texts(s.Spec.Addresses),
-		Protocol: s.Spec.Protocol, Device: device, Source: s.Source.String()}
+		Protocol: s.Spec.Protocol, Device: device, Source: s.Source.String(), Mode: string(s.Spec.Mode)}
 	for _, p := range s.Spec.Ports {
 		out.Ports = append(out.Ports, uint32(p))
 	}

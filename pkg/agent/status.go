@@ -22,7 +22,7 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 		reply.Ready, reply.NotReadyWhy = false, oneLine(why.Error())
 	}
 	if e := n.resources.current(); e != nil {
-		reply.Services, reply.Generation = uint32(len(e.services)), e.generation
+		reply.Services, reply.Generation, reply.NotEnforced = uint32(len(e.services)), e.generation, notEnforced(e.set)
 	}
 	for _, a := range n.alarms.list() {
 		reply.Problems = append(reply.Problems, "alarm "+a.String())

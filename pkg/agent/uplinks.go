@@ -187,7 +187,7 @@ func ownSources(c classifier, services []datapath.Service) ([]netip.Prefix, erro
 	if err != nil {
 		return nil, err
 	}
-	for _, s := range services {
+	for _, s := range inForce(services) {
 		if s.Target == datapath.TargetPod && s.Ifindex != 0 { // without a device it may be on another node
 			addresses = append(addresses, s.Addresses...)
 		}

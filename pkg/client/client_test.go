@@ -226,6 +226,25 @@ func TestMatchFlow(t *testing.T) {
 	}
 }
 
+// TestMatchWatched: a verdict asks for what was decided, unless it is asked of what was only watched.
+func TestMatchWatched(t *testing.T) {
+	watched := &api.FlowRecord{Event: "WATCHED", Verdict: "BYPASSED"}
+	for _, c := range []struct {
+		q    *api.FlowQuery
+		want bool
+	}{
+		{&api.FlowQuery{}, true},
+		{&api.FlowQuery{Verdict: "BYPASSED"}, false},
+		{&api.FlowQuery{Event: "WATCHED"}, true},
+		{&api.FlowQuery{Event: "WATCHED", Verdict: "BYPASSED"}, true},
+		{&api.FlowQuery{Event: "WATCHED", Verdict: "DENIED"}, false},
+	} {
+		if got := client.MatchFlow(c.q, watched); got != c.want {
+			t.Errorf("%v: got %v", c.q, got)
+		}
+	}
+}
+
 func TestNetworkCollectorNeedsAnIdentity(t *testing.T) {
 	if _, err := client.NewAudit("10.9.0.1:9443", nil); err == nil {
 		t.Error("a collector on the network was taken without an identity")

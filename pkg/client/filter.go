@@ -4,21 +4,28 @@ import (
 	"net/netip"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
 // MatchFlow tells whether a record answers the query, by the rules of the collector: empty
 // fields match everything, Since is inclusive and Until is not, Client is an address without
-// port. The record does not name its node, so Node is not looked at; Limit and Follow are no
+// port. A verdict without an event leaves out what was only watched, whose verdict is what Enforce
+// would say. The record does not name its node, so Node is not looked at; Limit and Follow are no
 // matter of one record.
 func MatchFlow(q *api.FlowQuery, r *api.FlowRecord) bool {
 	return equal(q.GetService(), r.GetService()) &&
 		equal(q.GetIdentity(), r.GetIdentity()) &&
 		equal(q.GetGrant(), r.GetGrant()) &&
-		equal(q.GetVerdict(), r.GetVerdict()) &&
+		equal(q.GetVerdict(), r.GetVerdict()) && !hypothetical(q, r) &&
 		equal(q.GetReason(), r.GetReason()) &&
 		equal(q.GetEvent(), r.GetEvent()) &&
 		matchClient(q.GetClient(), r.GetClient()) &&
 		matchTime(q, r)
+}
+
+// hypothetical tells of a verdict that nobody asked for: a record that is only watched was let go.
+func hypothetical(q *api.FlowQuery, r *api.FlowRecord) bool {
+	return q.GetVerdict() != "" && q.GetEvent() == "" && r.GetEvent() == flow.EventWatched.String()
 }
 
 func equal(want, got string) bool { return want == "" || want == got }

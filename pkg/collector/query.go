@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
 const (
@@ -67,6 +68,9 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 	f.equals("verdict", strings.ToUpper(r.GetVerdict()))
 	f.equals("reason", strings.ToUpper(r.GetReason()))
 	f.equals("event", strings.ToUpper(r.GetEvent()))
+	if r.GetVerdict() != "" && r.GetEvent() == "" {
+		f.filter("event <> ?", flow.EventWatched.String()) // nobody decided that: it is what Enforce would say
+	}
 	if c := r.GetClient(); c != "" {
 		addr, err := netip.ParseAddr(c)
 		if err != nil {

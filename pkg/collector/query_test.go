@@ -29,6 +29,7 @@ func TestFilters(t *testing.T) {
 		flowEntry(5, func(f *api.FlowRecord) { f.Verdict, f.Grant = "BYPASSED", "01G" }),
 		flowEntry(6, func(f *api.FlowRecord) { f.Client = "[fd00:1::2]:99" }),
 		flowEntry(7, func(f *api.FlowRecord) { f.Client = "" }),
+		flowEntry(8, func(f *api.FlowRecord) { f.Event, f.Verdict, f.Reason = "WATCHED", "DENIED", "BAD_FLAGS" }),
 	)
 	other, _ := r.connect(t, "node-2", epoch1)
 	other.store(flows, flowEntry(1, func(f *api.FlowRecord) { f.FlowId = "other" }))
@@ -37,9 +38,11 @@ func TestFilters(t *testing.T) {
 		query *api.FlowQuery
 		want  []uint64
 	}{
-		"everything":    {&api.FlowQuery{}, []uint64{1, 2, 3, 4, 5, 6, 7, 1}},
+		"everything":    {&api.FlowQuery{}, []uint64{1, 2, 3, 4, 5, 6, 7, 8, 1}},
 		"node":          {&api.FlowQuery{Node: "node-2"}, []uint64{1}},
 		"verdict":       {&api.FlowQuery{Verdict: "denied"}, []uint64{2}},
+		"watched":       {&api.FlowQuery{Event: "watched", Verdict: "denied"}, []uint64{8}},
+		"all watched":   {&api.FlowQuery{Event: "watched"}, []uint64{8}},
 		"reason":        {&api.FlowQuery{Reason: "NO_TLS"}, []uint64{2}},
 		"event":         {&api.FlowQuery{Event: "DENY"}, []uint64{2}},
 		"service":       {&api.FlowQuery{Service: "redis"}, []uint64{3}},
@@ -47,10 +50,10 @@ func TestFilters(t *testing.T) {
 		"grant":         {&api.FlowQuery{Grant: "01G"}, []uint64{5}},
 		"client":        {&api.FlowQuery{Client: "fd00:1:0::2"}, []uint64{6}},
 		"mapped client": {&api.FlowQuery{Client: "::ffff:10.1.0.2", Service: "redis"}, []uint64{3}},
-		"since":         {&api.FlowQuery{Since: second(6)}, []uint64{6, 7}},
+		"since":         {&api.FlowQuery{Since: second(6)}, []uint64{6, 7, 8}},
 		"until":         {&api.FlowQuery{Until: second(3), Node: "node-1"}, []uint64{1, 2}},
 		"since, until":  {&api.FlowQuery{Since: second(3), Until: second(5)}, []uint64{3, 4}},
-		"newest":        {&api.FlowQuery{Limit: 3}, []uint64{6, 7, 1}},
+		"newest":        {&api.FlowQuery{Limit: 3}, []uint64{7, 8, 1}},
 		"newest of":     {&api.FlowQuery{Limit: 2, Node: "node-1", Verdict: "PROXIED"}, []uint64{6, 7}},
 		"nothing":       {&api.FlowQuery{Service: "' OR 1=1 --"}, nil},
 	} {

@@ -56,6 +56,20 @@ func BenchmarkUnprotected(b *testing.B) {
 	}
 }
 
+// BenchmarkWatched sends mid-stream packets of a service that is not enforced; the shadowed one has a live path.
+func BenchmarkWatched(b *testing.B) {
+	r := newRig(b, 0, 0)
+	for name, m := range map[string]datapath.Mode{"observed": datapath.Observe, "shadowed": datapath.Shadow} {
+		r.mode(b, m)
+		for _, f := range lab.Families() {
+			s := r.scenes(b, f)["host"]
+			r.reset(b)
+			path(datapath.PathActive)(b, r, s, nil)
+			b.Run(name+"/"+f.String(), func(b *testing.B) { measure(b, r, r.d.Programs().SpDevIn, towards(ack)(s)) })
+		}
+	}
+}
+
 // BenchmarkBypassed sends packets of live flows, one to a path, with few paths and with all.
 func BenchmarkBypassed(b *testing.B) {
 	for _, paths := range []int{1, 65536} {

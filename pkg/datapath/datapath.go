@@ -19,10 +19,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
 // schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
-const schema = 3
+const schema = 4
 
 // ErrLayout says that what is pinned has a layout that this version cannot read.
 var ErrLayout = errors.New("unknown map layout")
@@ -75,6 +76,7 @@ type Datapath struct {
 	gen      uint32
 	free     []uint32 // free path slots, last used first
 	live     map[uint32]Path
+	ended    []flow.Record // of flows that SetServices ended, until Sweep gives them
 
 	// opening is held by who opens a path, which writes maps and does nothing else, and is taken after mu. Shut takes it
 	// alone: mu may be held by somebody who waits for a device.

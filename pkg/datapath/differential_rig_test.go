@@ -4,9 +4,11 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -47,8 +49,39 @@ type datagramID struct {
 	id       uint32
 }
 
+// newDifferential has services that are not enforced beside the others: the reference calls free what goes to them.
 func newDifferential(t testing.TB, seed uint64) *differential {
+	d := newPlainDifferential(t, seed)
+	d.watch(t)
+	return d
+}
+
+// watch adds services that are not enforced: at ports of everybody, and at ports that others are enforced at.
+func (d *differential) watch(t testing.TB) {
+	pod := datapath.Service{Target: datapath.TargetPod, Ifindex: d.device(t, lab.PodDevice(0)), Addresses: []netip.Addr{d.Pod.Addr(lab.IPv4), d.Pod.Addr(lab.IPv6)}}
+	host := datapath.Service{Target: datapath.TargetHost}
+	services := d.d.Services()
+	add := func(s datapath.Service, name string, m datapath.Mode, p datapath.Protocol, ports ...uint16) {
+		s.ID, s.Name, s.Mode, s.Protocol, s.Ports = uint32(100+len(services)), name, m, p, ports
+		if p == datapath.UDP {
+			s.Idle = udpIdle * time.Second
+		} else {
+			s.DenyUDP = m == datapath.Shadow
+		}
+		services = append(services, s)
+	}
+	add(host, "shadowed", datapath.Shadow, datapath.TCP, podPort, clientPort)
+	add(host, "observed", datapath.Observe, datapath.TCP, podWebPort, 9999)
+	add(host, "shadowed-udp", datapath.Shadow, datapath.UDP, hostPort, 9999)
+	add(pod, "shadowed-pod", datapath.Shadow, datapath.TCP, hostPort, 9999)
+	add(pod, "observed-pod-udp", datapath.Observe, datapath.UDP, hostUDPPort, 9999)
+	_, err := d.d.SetServices(services)
+	check(t, err)
+}
+
+func newPlainDifferential(t testing.TB, seed uint64) *differential {
 	r := newRig(t, 65536, 65536)
+	r.settle(t)
 	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}, firsts: map[datagramID]bool{}}
 	d.places = d.everyPlace(t)
 	var ends [][2]shape.Ends
@@ -60,6 +93,21 @@ func newDifferential(t testing.TB, seed uint64) *differential {
 	d.route(t)
 	d.grant(t)
 	return d
+}
+
+// settle waits until the kernel has looked for others with the addresses of the node's links: then it routes them.
+func (r *rig) settle(t testing.TB) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		addrs, err := r.Node.Netlink.AddrList(nil, netlink.FAMILY_V6)
+		check(t, err)
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 }) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("addresses of links are still tentative")
+		}
+	}
 }
 
 // everyPlace lists every program that meets packets for a service, on the devices where it matters.

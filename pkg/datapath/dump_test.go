@@ -21,7 +21,7 @@ func (n *node) bpftool(t *testing.T, args ...string) string {
 	return out
 }
 
-func (n *node) pin(name string) string { return filepath.Join(n.cf.Dir, "v3/maps", name) }
+func (n *node) pin(name string) string { return filepath.Join(n.cf.Dir, "v4/maps", name) }
 
 // dump is what an operator reads, entry by entry.
 func (n *node) dump(t *testing.T, name string) []dumped {

@@ -55,7 +55,7 @@ func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
 		}
 		record := fromEvent(e)
 		if record.Service == "" {
-			record.Service = d.serviceAt(record.Server, Protocol(e.Protocol))
+			record.Service = d.serviceAt(record.Server, Protocol(e.Protocol), true)
 		}
 		f(record)
 	}
@@ -68,8 +68,29 @@ func (d *Datapath) fromDeny(k *bpf.DenyKey, count uint64) flow.Record {
 	return flow.Record{
 		Event: flow.EventDeny, Time: wall(boot), Boot: boot, CPU: -1, Verdict: flow.VerdictDenied,
 		Reason: flow.Reason(k.Reason), Protocol: protocol.String(), Client: netip.AddrPortFrom(fromAddr(k.Client), 0),
-		Server: server, Service: d.serviceAt(server, protocol), Count: count,
+		Server: server, Service: d.serviceAt(server, protocol, true), Count: count,
 	}
+}
+
+// fromSighting tells of what was seen of a service that is not enforced.
+func (d *Datapath) fromSighting(k *bpf.DenyKey, count uint64) flow.Record {
+	r := d.fromDeny(k, count)
+	r.Event, r.Verdict = flow.EventWatched, wouldBe(r.Reason, Protocol(k.Protocol))
+	r.Service = d.serviceAt(r.Server, Protocol(k.Protocol), false)
+	return r
+}
+
+// wouldBe is sp_would_be in Go: what Enforce would have made of a packet, by the reason that it would have given.
+func wouldBe(r flow.Reason, p Protocol) flow.Verdict {
+	switch {
+	case r == flow.ReasonNone:
+		return flow.VerdictNone
+	case r == flow.ReasonPathOpen:
+		return flow.VerdictBypassed
+	case r < flow.ReasonPathOpen && p == TCP:
+		return flow.VerdictProxied
+	}
+	return flow.VerdictDenied
 }
 
 // Counters gives packets and bytes by reason. Unprotected packets are in none.

@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -64,8 +65,9 @@ func (d *Datapath) Sweep() ([]flow.Record, error) {
 		return nil, err
 	}
 	out, err := d.sweepFlows(full)
-	denied, derr := d.sweepDenies()
-	return append(out, denied...), errors.Join(err, derr, d.sweepLegs(), d.endFull(full))
+	denied, derr := sweepDenies(d.objs.SpDenies, d.fromDeny)
+	seen, serr := sweepDenies(d.objs.SpSightings, d.fromSighting)
+	return slices.Concat(d.takeEnded(), out, denied, seen), errors.Join(err, derr, serr, d.sweepLegs(), d.endFull(full))
 }
 
 // fullPaths are the slots of live paths that took all connections of their budget.
@@ -255,9 +257,9 @@ func legOver(l *bpf.Leg) bool {
 	return idle > idleLegLinger
 }
 
-// sweepDenies tells of denials that followed a record within a second and then stopped.
-func (d *Datapath) sweepDenies() ([]flow.Record, error) {
-	keys, denies, err := entries[bpf.DenyKey, bpf.Deny](d.objs.SpDenies)
+// sweepDenies tells of denials, or of what was seen, that followed a record within a second and then stopped.
+func sweepDenies(m *ebpf.Map, tell func(*bpf.DenyKey, uint64) flow.Record) ([]flow.Record, error) {
+	keys, denies, err := entries[bpf.DenyKey, bpf.Deny](m)
 	if err != nil {
 		return nil, err
 	}
@@ -267,13 +269,13 @@ func (d *Datapath) sweepDenies() ([]flow.Record, error) {
 			continue
 		}
 		var last bpf.Deny
-		if err := d.objs.SpDenies.LookupAndDelete(&keys[i], &last); isMissing(err) {
+		if err := m.LookupAndDelete(&keys[i], &last); isMissing(err) {
 			continue
 		} else if err != nil {
 			return out, fmt.Errorf("take denial: %w", err)
 		}
 		if last.Pending > 0 {
-			out = append(out, d.fromDeny(&keys[i], last.Pending))
+			out = append(out, tell(&keys[i], last.Pending))
 		}
 	}
 	return out, nil

@@ -143,7 +143,7 @@ func TestGuardHolds(t *testing.T) {
 	g.wait(t, len(links))
 	must(t, n.d.Close())
 	n.everySays(t, "proxy", "agent gone")
-	must(t, os.RemoveAll(filepath.Join(n.cf.Dir, "v3", "links")))
+	must(t, os.RemoveAll(filepath.Join(n.cf.Dir, "v4", "links")))
 	n.everySays(t, "proxy", "pins of links removed")
 	must(t, os.RemoveAll(n.cf.Dir))
 	n.everySays(t, "proxy", "all pins removed")
@@ -208,7 +208,7 @@ func TestGuardPassesJunk(t *testing.T) {
 	n := newLeakFree(t, datapath.ProfileTCX)
 	links, err := n.d.LinkIDs()
 	must(t, err)
-	junk := filepath.Join(n.cf.Dir, "v3", "links", "a-junk") // before all links
+	junk := filepath.Join(n.cf.Dir, "v4", "links", "a-junk") // before all links
 	m, err := n.d.Maps().SpLease.Clone()
 	must(t, err)
 	defer m.Close()

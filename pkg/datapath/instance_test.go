@@ -159,7 +159,7 @@ func TestServicesOfOnePod(t *testing.T) {
 	pod, second := n.ifindex(t, lab.PodDevice(0)), n.ifindex(t, lab.Uplink)
 	one := func(id uint32, name string, f lab.Family, ports ...uint16) datapath.Service {
 		return datapath.Service{ID: id, Name: name, Target: datapath.TargetPod, Protocol: datapath.TCP, Addresses: []netip.Addr{n.Pod.Addr(f)},
-			Ports: ports, Ifindex: pod, Besides: []int{second}}
+			Ports: ports, Ifindex: pod, Besides: []int{second}, DenyUDP: true}
 	}
 	want := []datapath.Service{one(1, "first", lab.IPv4, 8080), one(2, "second", lab.IPv6, 8080, 8081)}
 	_, err := n.d.SetServices(want)

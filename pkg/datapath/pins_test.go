@@ -38,7 +38,7 @@ func TestRepin(t *testing.T) {
 	before := n.mapIDs(t)
 	links, err := n.d.LinkIDs()
 	must(t, err)
-	pinned, err := os.ReadDir(filepath.Join(n.cf.Dir, "v3", "links")) // filters of clsact are no links
+	pinned, err := os.ReadDir(filepath.Join(n.cf.Dir, "v4", "links")) // filters of clsact are no links
 	must(t, err)
 	must(t, os.RemoveAll(n.cf.Dir))
 	again, err := n.d.Repin()

@@ -285,18 +285,23 @@ func compareLines(t *testing.T, what string, have, want []string) {
 // runCases runs every case in every scene and family that it is for.
 func runCases(t *testing.T, r *rig, cases []progCase) {
 	for _, c := range cases {
-		scenes := c.scenes
-		if scenes == nil {
-			scenes = everyScene()
+		c.eachScene(t, r, func(t *testing.T, s scene) { c.run(t, r, s) })
+	}
+}
+
+// eachScene makes a test of each scene and family that the case is for.
+func (c progCase) eachScene(t *testing.T, r *rig, f func(t *testing.T, s scene)) {
+	scenes := c.scenes
+	if scenes == nil {
+		scenes = everyScene()
+	}
+	for _, family := range lab.Families() {
+		if c.only != 0 && c.only != family {
+			continue
 		}
-		for _, f := range lab.Families() {
-			if c.only != 0 && c.only != f {
-				continue
-			}
-			for _, name := range scenes {
-				s := r.scenes(t, f)[name]
-				t.Run(fmt.Sprintf("%s/%s/%s", c.name, name, f), func(t *testing.T) { c.run(t, r, s) })
-			}
+		for _, name := range scenes {
+			s := r.scenes(t, family)[name]
+			t.Run(fmt.Sprintf("%s/%s/%s", c.name, name, family), func(t *testing.T) { f(t, s) })
 		}
 	}
 }

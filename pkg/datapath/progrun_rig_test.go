@@ -52,6 +52,7 @@ type rig struct {
 	// pxNetns is the cookie of px.
 	pxNetns uint64
 	cfg     bpf.Config
+	where   datapath.Config
 	rings   []*ringbuf.Reader // must-deliver, best-effort
 }
 
@@ -85,7 +86,7 @@ func newRigOf(t testing.TB, cfg datapath.Config) *rig {
 		_, err := datapath.Uninstall(cfg.Dir)
 		check(t, err)
 	})
-	r.m = r.d.Maps()
+	r.m, r.where = r.d.Maps(), cfg
 	check(t, r.px.Do(func() error {
 		dev, err := net.InterfaceByName("px1")
 		if err == nil {
@@ -138,6 +139,7 @@ func (r *rig) reset(t testing.TB) {
 	empty[bpf.OriginKey, bpf.Origin](t, r.m.SpOrigins)
 	empty[uint32, bpf.Device](t, r.m.SpDevices)
 	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpDenies)
+	empty[bpf.DenyKey, bpf.Deny](t, r.m.SpSightings)
 	empty[bpf.BackstopKey, bpf.Backstop](t, r.m.SpBackstop)
 	empty[bpf.FragmentKey, bpf.Fragment](t, r.m.SpFragments)
 	empty[bpf.PathKey, bpf.PathRef](t, r.m.SpPathIndex)
@@ -147,6 +149,11 @@ func (r *rig) reset(t testing.TB) {
 	check(t, r.m.SpBudget.Put(uint32(0), make([]bpf.Budget, cpus)))
 	for reason := range r.counters(t) {
 		check(t, r.m.SpCounters.Put(uint32(reason), make([]bpf.Counter, cpus)))
+	}
+	seen, err := r.d.Watched()
+	check(t, err)
+	for id := range seen {
+		check(t, r.m.SpWatched.Put(id, make([]bpf.Watched, cpus)))
 	}
 	check(t, r.m.SpSequence.Put(uint32(0), make([]bpf.Sequence, cpus)))
 	check(t, r.m.SpTokens.Put(uint32(0), make([]bpf.Tokens, cpus)))

@@ -86,9 +86,20 @@ func truthCases(r *rig) []progCase {
 	}
 }
 
+// ownTruthCases are those lies towards services of the node, which this hook decides about.
+func ownTruthCases(r *rig) []progCase {
+	another := func(r *rig, f lab.Family) netip.Addr { return r.Pods[0].Addr(f) }
+	node := func(r *rig, f lab.Family) netip.Addr { return r.Node.Addr(f) }
+	of := func(device string, source func(*rig, lab.Family) netip.Addr, reason flow.Reason) progCase {
+		return progCase{name: "own source/" + device, scenes: []string{"host"}, packet: sourced(device, source)(r), given: []given{known(uplinkFact, bound)},
+			want: want{verdict: actDrop, counts: one(reason)}, unread: true}
+	}
+	return []progCase{of(lab.PodDevice(1), another, flow.ReasonSourceForeign), of(lab.Uplink, node, flow.ReasonSourceOwn)}
+}
+
 func TestSourceTruth(t *testing.T) {
 	r := newRig(t, 0, 0)
-	runCases(t, r, truthCases(r))
+	runCases(t, r, append(truthCases(r), ownTruthCases(r)...))
 }
 
 // ingressCases: a path for one kind of device takes no client of another.

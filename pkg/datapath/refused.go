@@ -107,24 +107,28 @@ func (d *Datapath) Traffic() (map[uint32]Traffic, error) {
 }
 
 func (d *Datapath) eachTraffic(f func(id uint32, ofOneCPU bpf.Traffic)) error {
-	var id uint32
-	var perCPU []bpf.Traffic
-	it := d.objs.SpTraffic.Iterate()
-	for it.Next(&id, &perCPU) {
+	return eachRow(d.objs.SpTraffic, func(id uint32, perCPU []bpf.Traffic) {
 		for _, c := range perCPU {
 			f(id, c)
 		}
-	}
-	if err := it.Err(); err != nil {
-		return fmt.Errorf("read traffic: %w", err)
-	}
-	return nil
+	})
 }
 
 // addTraffic makes the rows of services that have none.
 func (d *Datapath) addTraffic(services []Service) error {
+	return addRows[bpf.Traffic](d.objs.SpTraffic, services)
+}
+
+// dropTraffic removes the rows of services that are no more.
+func (d *Datapath) dropTraffic(services []Service) error {
+	return dropRows[bpf.Traffic](d.objs.SpTraffic, services)
+}
+
+// addRows makes a row for each service that has none, in a map by service and CPU.
+func addRows[V any](m *ebpf.Map, services []Service) error {
+	zero := make([]V, ebpf.MustPossibleCPU())
 	for _, s := range services {
-		if err := d.addTrafficRow(s.ID); err != nil {
+		if err := addRow(m, s.ID, zero); err != nil {
 			return fmt.Errorf("add row for the traffic of %s: %w", s.Name, err)
 		}
 	}
@@ -135,10 +139,9 @@ func (d *Datapath) addTraffic(services []Service) error {
 // CPU, and fetches more when they are used up.
 const rowPatience = 5 * time.Second
 
-func (d *Datapath) addTrafficRow(id uint32) error {
-	zero := make([]bpf.Traffic, ebpf.MustPossibleCPU())
+func addRow(m *ebpf.Map, id uint32, zero any) error {
 	for end := time.Now().Add(rowPatience); ; time.Sleep(time.Millisecond) {
-		err := d.objs.SpTraffic.Update(id, zero, ebpf.UpdateNoExist)
+		err := m.Update(id, zero, ebpf.UpdateNoExist)
 		if errors.Is(err, unix.ENOMEM) && time.Now().Before(end) {
 			continue
 		}
@@ -149,11 +152,11 @@ func (d *Datapath) addTrafficRow(id uint32) error {
 	}
 }
 
-// dropTraffic removes the rows of services that are no more.
-func (d *Datapath) dropTraffic(services []Service) error {
+// dropRows removes the rows of services that are not among these.
+func dropRows[V any](m *ebpf.Map, services []Service) error {
 	var stale []uint32
-	err := d.eachTraffic(func(id uint32, _ bpf.Traffic) {
-		if !slices.ContainsFunc(services, func(s Service) bool { return s.ID == id }) && !slices.Contains(stale, id) {
+	err := eachRow(m, func(id uint32, _ []V) {
+		if !slices.ContainsFunc(services, func(s Service) bool { return s.ID == id }) {
 			stale = append(stale, id)
 		}
 	})
@@ -161,9 +164,22 @@ func (d *Datapath) dropTraffic(services []Service) error {
 		return err
 	}
 	for _, id := range stale {
-		if err := d.objs.SpTraffic.Delete(id); err != nil && !isMissing(err) {
+		if err := m.Delete(id); err != nil && !isMissing(err) {
 			return fmt.Errorf("drop row for traffic: %w", err)
 		}
+	}
+	return nil
+}
+
+func eachRow[V any](m *ebpf.Map, f func(id uint32, perCPU []V)) error {
+	var id uint32
+	var perCPU []V
+	it := m.Iterate()
+	for it.Next(&id, &perCPU) {
+		f(id, perCPU)
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read traffic: %w", err)
 	}
 	return nil
 }

@@ -17,17 +17,20 @@ type row struct {
 	value bpf.Service
 }
 
-// rowsOf lists the rows of the services, and last those that refuse UDP where no UDP service is.
+// rowsOf lists the rows of the services, then those that refuse UDP where no UDP service is, and last those that say which
+// shadowed service stands for an address where no port can be read.
 func rowsOf(services []Service, gen uint32) []row {
 	var rows []row
 	taken := map[bpf.ServiceKey]bool{}
+	add := func(r row) {
+		rows = append(rows, r)
+		taken[r.key] = true
+	}
 	for _, s := range services {
 		for _, r := range s.rows(s.Protocol.number(), gen) {
-			if r.key.Device != 0 && taken[r.key] {
-				continue // another service of the same pod
+			if r.key.Device == 0 || !taken[r.key] { // or another service of the same pod has it
+				add(r)
 			}
-			rows = append(rows, r)
-			taken[r.key] = true
 		}
 	}
 	for _, s := range services {
@@ -35,12 +38,49 @@ func rowsOf(services []Service, gen uint32) []row {
 			continue
 		}
 		for _, r := range s.rows(UDP, gen) {
-			if !taken[r.key] {
-				rows = append(rows, r)
+			if !taken[watched(r.key, false)] && !taken[watched(r.key, true)] {
+				add(r)
+			}
+		}
+	}
+	for _, s := range services {
+		if s.Mode != Shadow {
+			continue
+		}
+		for _, r := range s.rows(s.Protocol.number(), gen) {
+			r.key.Port, r.key.Protocol = 0, 0
+			if r.key.Device == 0 && !taken[r.key] {
+				add(r)
 			}
 		}
 	}
 	return rows
+}
+
+// watched is the key of a service that is not enforced, or is, at the same place.
+func watched(k bpf.ServiceKey, yes bool) bpf.ServiceKey {
+	k.Watched = 0
+	if yes {
+		k.Watched = 1
+	}
+	return k
+}
+
+// enforcedOf are those rows that anything is decided by.
+func enforcedOf(rows []row) []row {
+	return slices.DeleteFunc(slices.Clone(rows), func(r row) bool { return r.key.Watched != 0 })
+}
+
+// ofMode splits the services into those that are enforced, and those that are not.
+func ofMode(services []Service) (enforced, others []Service) {
+	for _, s := range services {
+		if s.Mode == Enforce {
+			enforced = append(enforced, s)
+		} else {
+			others = append(others, s)
+		}
+	}
+	return enforced, others
 }
 
 // rows makes a row for each address and port.
@@ -51,13 +91,16 @@ func (s *Service) rows(p Protocol, gen uint32) []row {
 		addresses = []netip.Addr{netip.IPv6Unspecified()} // every local address
 	}
 	value := bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex), Generation: gen,
-		UdpIdleS: uint32(s.Idle / time.Second), Name: toLabel(s.Name)}
+		UdpIdleS: uint32(s.Idle / time.Second), Mode: bpf.SallyportSpMode(s.Mode), Name: toLabel(s.Name)}
+	add := func(k bpf.ServiceKey) {
+		rows = append(rows, row{watched(k, s.Mode != Enforce), value})
+	}
 	for _, port := range s.Ports {
 		for _, a := range addresses {
-			rows = append(rows, row{bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint16(p)}, value})
+			add(bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint8(p)})
 		}
 		for _, device := range s.devices() {
-			rows = append(rows, row{bpf.ServiceKey{Port: port, Protocol: uint16(p), Device: uint32(device)}, value})
+			add(bpf.ServiceKey{Port: port, Protocol: uint8(p), Device: uint32(device)})
 		}
 	}
 	return rows
@@ -71,9 +114,13 @@ func (s *Service) devices() []int {
 	return append([]int{s.Ifindex}, s.Besides...)
 }
 
-// SetServices replaces the whole table in one step and returns its generation. The port bits and the
-// owners are set before the swap and cleared after it, so that at every moment they cover the table
+// SetServices replaces the whole table in one step and returns its generation, and so does every change of a mode. The port
+// bits and the owners are set before the swap and cleared after it, so that at every moment they cover the table
 // in force. On an error before the swap the old table stands.
+//
+// Connections to a service that is enforced from then on are strays: they are reset at their next packet. So are proxied
+// connections of a service that is enforced no more, by its own end, which knows nothing of them. Its bypassed ones go on, and
+// their flows end here: a later Sweep tells of them.
 func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -92,10 +139,15 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.writePorts(union(old, want)); err != nil {
 		return 0, err
 	}
-	if err := d.addOwners(rows); err != nil {
+	enforced, others := ofMode(services)
+	if err := d.addOwners(enforcedOf(rows)); err != nil {
 		return 0, err
 	}
-	if err := d.addTraffic(services); err != nil {
+	if err := d.addTraffic(enforced); err != nil {
+		return 0, err
+	}
+	_, open := ofMode(d.services)
+	if err := d.endWatchedFlows(open); err != nil { // one that a process before left would let through what came meanwhile
 		return 0, err
 	}
 	if err := d.objs.SpServices.Put(uint32(0), inner); err != nil {
@@ -105,7 +157,8 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.writePorts(want); err != nil {
 		return gen, err
 	}
-	return gen, errors.Join(d.dropOwners(rows), d.dropTraffic(services))
+	return gen, errors.Join(d.endWatchedFlows(others), d.dropOwners(enforcedOf(rows)), d.dropTraffic(enforced), d.dropWatched(others),
+		d.addWatched(others))
 }
 
 func (d *Datapath) newTable(rows []row) (*ebpf.Map, error) {
@@ -127,17 +180,20 @@ const portWords = 1024
 
 type portBits [2 * portWords]bpf.Ports
 
-// bitsOf flags the ports of the rows. Port 0 of TCP, which nobody has, says that there are any.
+// bitsOf flags the ports of the rows. Port 0 of TCP, which nobody has, says that any service is enforced.
 func bitsOf(rows []row) (b portBits) {
-	if len(rows) > 0 {
-		b[0].Bits = 1
-	}
 	for _, r := range rows {
-		word := int(r.key.Port >> 6)
+		word, bit := int(r.key.Port>>6), uint64(1)<<(r.key.Port&63)
 		if Protocol(r.key.Protocol) == UDP {
 			word += portWords
 		}
-		b[word].Bits |= 1 << (r.key.Port & 63)
+		switch {
+		case r.key.Watched == 0:
+			b[word].Bits |= bit
+			b[0].Bits |= 1
+		case r.key.Port != 0:
+			b[word].Watched |= bit
+		}
 	}
 	return b
 }
@@ -145,6 +201,7 @@ func bitsOf(rows []row) (b portBits) {
 func union(a, b portBits) portBits {
 	for i := range a {
 		a[i].Bits |= b[i].Bits
+		a[i].Watched |= b[i].Watched
 	}
 	return a
 }
@@ -223,10 +280,13 @@ func (d *Datapath) restoreServices() error {
 	var order []uint32
 	for _, r := range rows {
 		d.gen = max(d.gen, r.value.Generation)
+		if r.key.Port == 0 {
+			continue // it only stands for others of its address
+		}
 		s := byID[r.value.Id]
 		if s == nil {
 			s = &Service{ID: r.value.Id, Name: fromLabel(r.value.Name), Target: Target(r.value.Target),
-				Ifindex: int(r.value.Ifindex), Idle: time.Duration(r.value.UdpIdleS) * time.Second}
+				Ifindex: int(r.value.Ifindex), Idle: time.Duration(r.value.UdpIdleS) * time.Second, Mode: Mode(r.value.Mode)}
 			byID[r.value.Id] = s
 			order = append(order, r.value.Id)
 		}
@@ -306,12 +366,15 @@ func (d *Datapath) Generation() uint32 {
 	return d.gen
 }
 
-// serviceAt names the service that a denied packet was for, if it is known.
-func (d *Datapath) serviceAt(dst netip.AddrPort, p Protocol) string {
+// serviceAt names the service that a packet was for, if it is known: one that is enforced, or one that is not.
+func (d *Datapath) serviceAt(dst netip.AddrPort, p Protocol, enforced bool) string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	name := ""
 	for _, s := range d.services {
+		if (s.Mode == Enforce) != enforced {
+			continue
+		}
 		if s.Protocol.number() != p && (!s.DenyUDP || p != UDP) {
 			continue
 		}

@@ -20,6 +20,19 @@ const (
 	TargetPod Target = 2
 )
 
+// Mode is how far a service is protected.
+type Mode uint32
+
+// Modes of a service. In the others than Enforce its traffic passes, is counted, and is told of in records.
+const (
+	// Enforce steers, bypasses and denies.
+	Enforce Mode = 0
+	// Observe counts.
+	Observe Mode = 1
+	// Shadow counts by what Enforce would do.
+	Shadow Mode = 2
+)
+
 // Protocol is an IP protocol number (IANA).
 type Protocol uint8
 
@@ -59,6 +72,7 @@ type Service struct {
 	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
 	Besides   []int         // TargetPod: other host-side devices of the same pod, in order
 	Idle      time.Duration // UDP: silence that ends a flow, in whole seconds, at least one
+	Mode      Mode          // Enforce, unless it is said
 	DenyUDP   bool          // TCP: refuses UDP to the same addresses and ports, but for those of a UDP service
 }
 

@@ -61,7 +61,7 @@ func newLeakFree(t *testing.T, profile datapath.Profile) *node {
 // mapIDs reads the ids of all pinned maps.
 func (n *node) mapIDs(t *testing.T) map[string]ebpf.MapID {
 	t.Helper()
-	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v3/maps"))
+	pins, err := os.ReadDir(filepath.Join(n.cf.Dir, "v4/maps"))
 	must(t, err)
 	ids := map[string]ebpf.MapID{}
 	for _, p := range pins {
@@ -244,7 +244,7 @@ func TestUnknownLayouts(t *testing.T) {
 	newer := filepath.Join(n.cf.Dir, "v9")
 	refuse("newer directory", "v", func() { must(t, os.Mkdir(newer, 0o700)) }, func() { must(t, os.Remove(newer)) })
 	refuse("other schema", "schema", func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 7 }) },
-		func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 3 }) })
+		func() { n.changeConfig(t, func(c *bpf.Config) { c.Schema = 4 }) })
 	refuse("moved field", "map sp_legs: sp_leg.opened_ns has moved", func() { n.replaceTypes(t, "sp_legs", "opened_ns", "last_ns") }, func() {})
 	refuse("incompatible map", "map sp_legs: key and value have 40 and 56 bytes", func() { n.replaceMap(t, "sp_legs") }, func() {})
 	must(t, os.Remove(n.pin("sp_legs")))

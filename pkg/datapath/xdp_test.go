@@ -156,7 +156,7 @@ func TestFilterLives(t *testing.T) {
 	n.filtered(t, lab.Uplink, datapath.XDPNative, datapath.XDPNative, datapath.XDPAsked)
 	links, err := n.d.LinkIDs()
 	must(t, err)
-	pinned, err := os.ReadDir(filepath.Join(n.cf.Dir, "v3", "links")) // filters of clsact are no links
+	pinned, err := os.ReadDir(filepath.Join(n.cf.Dir, "v4", "links")) // filters of clsact are no links
 	must(t, err)
 	g := n.guard(t)
 	g.wait(t, len(pinned))
@@ -178,7 +178,7 @@ func TestFilterLives(t *testing.T) {
 		t.Errorf("links %v, want one: nothing else was attached again", again)
 	}
 	must(t, n.d.Close())
-	must(t, os.Remove(filepath.Join(n.cf.Dir, "v3", "links", fmt.Sprintf("sp_xdp-%d", n.ifindex(t, lab.Uplink)))))
+	must(t, os.Remove(filepath.Join(n.cf.Dir, "v4", "links", fmt.Sprintf("sp_xdp-%d", n.ifindex(t, lab.Uplink)))))
 	if n.xdpProgram(t, lab.Uplink) == 0 {
 		t.Fatal("the filter went with its pin; the guard should hold it")
 	}

@@ -197,6 +197,7 @@ const (
 	EventEnd      Event = 3
 	EventDeny     Event = 4
 	EventUpdate   Event = 5
+	EventWatched  Event = 6
 	EventBackstop Event = 8
 )
 
@@ -207,5 +208,6 @@ var eventNames = map[Event]string{
 	EventEnd:      "END",
 	EventDeny:     "DENY",
 	EventUpdate:   "UPDATE",
+	EventWatched:  "WATCHED",
 	EventBackstop: "BACKSTOP",
 }

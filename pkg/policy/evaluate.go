@@ -19,6 +19,8 @@ type Answer struct {
 	Denied []*Error
 	// Near are the policies for its service that do not allow it, the nearest first.
 	Near []NearPolicy
+	// Open says that its service is not enforced, so that nothing depends on the grant yet. Empty: it is enforced.
+	Open string
 }
 
 // NearPolicy is a policy that does not allow a grant.
@@ -35,7 +37,7 @@ func (s *Set) Evaluate(g GrantFacts) Answer {
 	if !ok {
 		return refused("service", "`sallyport services` lists them", "no ProtectedService is named %q", g.Service)
 	}
-	a := Answer{Denied: s.denied(g)}
+	a := Answer{Denied: s.denied(g), Open: svc.Open()}
 	var best *Allowance
 	for _, p := range s.policies {
 		if !slices.Contains(p.Spec.Services, g.Service) || p.Spec.BreakGlass != g.BreakGlass {
@@ -54,7 +56,7 @@ func (s *Set) Evaluate(g GrantFacts) Answer {
 	case best != nil:
 		a.Allowed, a.Allowance = true, *best
 	case len(a.Near) == 0:
-		return refused("service", "add it to a BypassPolicy", "no BypassPolicy%s covers the service %q", ofKind(g.BreakGlass), g.Service)
+		a.Denied = refused("service", "add it to a BypassPolicy", "no BypassPolicy%s covers the service %q", ofKind(g.BreakGlass), g.Service).Denied
 	}
 	return a
 }

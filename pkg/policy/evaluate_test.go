@@ -39,6 +39,25 @@ func TestAnswer(t *testing.T) {
 	}
 }
 
+// TestAnswerOpen: a grant for a service that is not enforced is judged as any other, and the answer says that nothing depends on it.
+func TestAnswerOpen(t *testing.T) {
+	for _, mode := range []string{"Observe", "Shadow"} {
+		s := mustParse(t, strings.Replace(good, "  target: Host\n", "  target: Host\n  mode: "+mode+"\n", 1))
+		a := s.Evaluate(goodFacts())
+		if !a.Allowed || a.Open != "postgres is not enforced (mode: "+mode+"): everybody reaches it, with or without a grant" {
+			t.Errorf("%s: allowed %v, %q", mode, a.Allowed, a.Open)
+		}
+		strange := goodFacts()
+		strange.BreakGlass = true
+		if a := s.Evaluate(strange); a.Allowed || a.Open == "" || len(a.Denied) == 0 {
+			t.Errorf("%s, by no policy: %+v", mode, a)
+		}
+	}
+	if a := mustParse(t, good).Evaluate(goodFacts()); a.Open != "" {
+		t.Errorf("enforced: %q", a.Open)
+	}
+}
+
 // TestAnswerUnapproved: what others have to agree to is nearer than what nobody can mend, and is told apart.
 func TestAnswerUnapproved(t *testing.T) {
 	s := quorum(t, `[{from: [b, c], min: 2}]

@@ -85,6 +85,7 @@ func Changes(old, next *Set) []Change {
 		}
 	}
 	c.taken(old, next)
+	c.opened(old, next)
 	return c.found
 }
 
@@ -104,8 +105,10 @@ func (c *comparison) note(effect Effect, field, format string, args ...any) {
 
 // added judges a resource that was not there. What only refuses is no loosening.
 func (c *comparison) added(r any) {
-	switch r.(type) {
-	case ProtectedService, DenyList, GrantTemplate:
+	switch r := r.(type) {
+	case ProtectedService:
+		c.note(ofModes(ProtectedService{Spec: ProtectedServiceSpec{Mode: ModeObserve}}, r), "", "is new")
+	case DenyList, GrantTemplate:
 		c.note(Tighter, "", "is new")
 	default:
 		c.loosen("", "is new")
@@ -253,12 +256,24 @@ func raised(old, next uint64) bool { return old != 0 && (next == 0 || next > old
 func (c *comparison) service(old, next ProtectedServiceSpec) {
 	shrinks(c, "spec.ports", old.Ports, &next.Ports, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, equal)
+	became(c, ofModes(ProtectedService{Spec: old}, ProtectedService{Spec: next}), "spec.mode", old.Mode, &next.Mode)
 	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
 	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
 	was, is := identities(c, old.Access), identities(c, next.Access)
 	grows(c, "spec.access", was, &is, coversPattern)
 	next.Access = old.Access
 	rest(c, "spec", old, next)
+}
+
+// ofModes is the effect of going over from one mode to another.
+func ofModes(old, next ProtectedService) Effect {
+	switch {
+	case old.Enforced() == next.Enforced():
+		return Neither
+	case next.Enforced():
+		return Tighter
+	}
+	return Looser
 }
 
 // identities are those of all rules: it does not matter which of them lets somebody in.
@@ -299,6 +314,29 @@ func (c *comparison) taken(old, next *Set) {
 				if news && slices.Contains(other.Spec.Ports, port) {
 					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
 					c.loosen("spec.ports", "%d is taken at a place that %s may have", port, other.Name)
+				}
+			}
+		}
+	}
+}
+
+// opened notes ports at which a TCP service refused UDP, and which a UDP service has now that is not enforced. Of two services in
+// pods nobody knows here whether it is the same pod.
+func (c *comparison) opened(old, next *Set) {
+	for _, svc := range next.services {
+		was, had := old.Service(svc.Name)
+		if svc.Spec.Protocol != ProtocolUDP || svc.Enforced() {
+			continue
+		}
+		for _, other := range old.services {
+			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !other.Enforced() || other.Spec.Target != svc.Spec.Target {
+				continue
+			}
+			for _, port := range svc.Spec.Ports {
+				before := had && !was.Enforced() && slices.Contains(was.Spec.Ports, port) && same(was.Spec.Addresses, svc.Spec.Addresses)
+				if slices.Contains(other.Spec.Ports, port) && !before {
+					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
+					c.loosen("spec.ports", "UDP to %d was refused by %s, and is not any more", port, other.Name)
 				}
 			}
 		}

@@ -32,12 +32,13 @@ var variants = [][]string{
 	{"", "identities: [\"spiffe://example.org/ops/*\"], ", "identities: [\"spiffe://example.org/ops/a\"], "},
 	{"[]", "[nightly]", "[nightly, other]"},
 	{"uplink", `""`, "pod"},
+	{"", "mode: Shadow, ", "mode: Enforce, ", "mode: Observe, "},
 }
 
 const variable = `apiVersion: sallyport.dev/v1alpha1
 kind: ProtectedService
 metadata: {name: postgres}
-spec: {target: Host, @0, access: [{identities: @1}]}
+spec: {target: Host, @17 @0, access: [{identities: @1}]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: BypassPolicy
@@ -124,6 +125,11 @@ func TestNoLooseningIsOverlooked(t *testing.T) {
 // noLooser tries a grant and an identity at both, and counts a grant that the new one allows.
 func noLooser(t *testing.T, r *rand.Rand, old, next *policy.Set) (allowed int) {
 	t.Helper()
+	if is, _ := next.Service("postgres"); !is.Enforced() {
+		if was, _ := old.Service("postgres"); was.Enforced() {
+			t.Fatalf("everybody is let in:\n%s\n--- became ---\n%s", old.YAML(), next.YAML())
+		}
+	}
 	for _, id := range []string{"spiffe://example.org/app/web", "spiffe://example.org/ops/a", "spiffe://example.org/ops/b", "spiffe://example.org/x"} {
 		who := spiffeid.RequireFromString(id)
 		if next.Authorise("postgres", who, time.Time{}).Allowed && !old.Authorise("postgres", who, time.Time{}).Allowed {

@@ -70,6 +70,9 @@ func TestChanges(t *testing.T) {
 		{"more approvals", loosen.Swap("{from: [bob], min: 1}", "{from: [bob], min: 1}, {from: [carol], min: 1}"), "tighter spec.approvals: from: - carol min: 1 is asked for now"},
 		{"tests", loosen.Swap("  notAfter: 2030-01-01T00:00:00Z\n---", "  notAfter: 2030-01-01T00:00:00Z\n  tests: [{name: n, expect: Refuse, service: postgres, requester: alice, addresses: [10.1.0.2], duration: 1m}]\n---"),
 			"neither spec.tests: are not what they were"},
+		{"mode left", loosen.Swap("target: Host, ports: [5432", "target: Host, mode: Shadow, ports: [5432"), "looser spec.mode: Enforce became Shadow"},
+		{"watched service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, mode: Observe, ports: [22]}\n"), "neither : is new"},
+		{"service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, ports: [22]}\n"), "tighter : is new"},
 		{"budget", loosen.Swap("bytes: 10GiB", "bytes: 9GiB"), "tighter spec.maxBudget.bytes: 10GiB became 9GiB"},
 		{"keyring newer", loosen.Swap("version: 3", "version: 4"), "neither spec.version: 3 became 4"},
 		{"member gone", loosen.Swap("members: [alice, bob]", "members: [bob]"), "tighter spec.groups.dba: alice was removed"},
@@ -96,6 +99,10 @@ func TestTightenings(t *testing.T) {
 		{"nothing", func(s string) string { return s }},
 		{"order and comments", func(s string) string { return "# a comment\n" + s }},
 		{"service new", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, ports: [22], access: [{identities: [\"spiffe://example.org/ops/*\"]}]}\n")},
+		{"service new, only watched", loosen.Plus("ProtectedService\nmetadata: {name: ssh}\nspec: {target: Host, mode: Observe, ports: [22]}\n")},
+		{"service new, only watched, of UDP", loosen.Plus("ProtectedService\nmetadata: {name: ntp}\nspec: {target: Host, protocol: UDP, mode: Shadow, ports: [123]}\n")},
+		{"service new, only watched, of UDP in a pod", loosen.Plus("ProtectedService\nmetadata: {name: quic}\nspec: {target: Pod, addresses: [10.2.0.9], protocol: UDP, mode: Shadow, ports: [5432]}\n")},
+		{"mode in other words", loosen.Swap("target: Host, ports: [5432, 5433]", "target: Host, mode: Enforce, ports: [5432, 5433]")},
 		{"port new", loosen.Swap("ports: [5432, 5433]", "ports: [5432, 5433, 5434]")},
 		{"address new", loosen.Swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2", "fd00:2::2", "10.2.0.3"]`)},
 		{"UDP denied in other words", loosen.Swap("udp: Deny, ", "")},
@@ -147,6 +154,26 @@ func TestTightenings(t *testing.T) {
 			t.Errorf("%s: %v", c.name, got)
 		}
 		wantEveryChange(t, c.name, old, next)
+	}
+}
+
+// TestModesLoosen: only who leaves Enforce loosens.
+func TestModesLoosen(t *testing.T) {
+	set := func(m policy.Mode) *policy.Set {
+		return mustParse(t, loosen.Swap("target: Host, protocol: UDP", "target: Host, mode: "+string(m)+", protocol: UDP")(loosen.InForce(carolKey)))
+	}
+	modes := []policy.Mode{policy.ModeObserve, policy.ModeShadow, policy.ModeEnforce}
+	for _, from := range modes {
+		for _, to := range modes {
+			looser := from == policy.ModeEnforce && to != policy.ModeEnforce
+			if got := policy.Loosenings(set(from), set(to)); (len(got) == 1) != looser || len(got) > 1 {
+				t.Errorf("%s to %s: %v", from, to, got)
+			}
+			effect := map[bool]policy.Effect{true: policy.Tighter, false: policy.Neither}[to == policy.ModeEnforce && !looser]
+			if got := policy.Changes(set(from), set(to)); !looser && from != to && (len(got) != 1 || got[0].Effect != effect) {
+				t.Errorf("%s to %s: %v, want %s", from, to, got, effect)
+			}
+		}
 	}
 }
 

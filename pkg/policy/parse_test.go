@@ -136,6 +136,8 @@ var wrongs = []wrong{
 	// services
 	{"no target", "  target: Host\n", "", "spec:\n  ports: [5432]", "spec.target", "is missing"},
 	{"unknown target", "target: Host", "target: Cluster", "Cluster", "spec.target", `"Cluster" is not known`},
+	{"unknown mode", "protocol: TCP", "protocol: TCP\n  mode: shadow", "mode: shadow", "spec.mode", `mode "shadow" is not known`},
+	{"mode that is no text", "protocol: TCP", "protocol: TCP\n  mode: [Observe]", "mode: [Observe]", "spec.mode", ""},
 	{"unknown protocol", "protocol: TCP", "protocol: SCTP", "SCTP", "spec.protocol", `"SCTP" is not known`},
 	{"UDP with access", "  target: Host\n", "  target: Host\n  protocol: UDP\n", "access:", "spec.access", "nothing proves who sent a datagram"},
 	{"UDP with udp", "protocol: TCP", "protocol: UDP\n  udp: Deny", "udp: Deny", "spec.udp", "it is for TCP services"},
@@ -379,7 +381,7 @@ func TestParseEmptySetIsAnError(t *testing.T) {
 func TestSuggestions(t *testing.T) {
 	for _, c := range []struct{ old, new, hint string }{
 		{"  target: Host", "  taget: Host", "did you mean target?"},
-		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, idle, ports, protocol, target, udp"},
+		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, idle, mode, ports, protocol, target, udp"},
 		{"services: [postgres]", "services: [Postgres]", "did you mean postgres?"},
 		{"requesters: [alice]", "requesters: [bob]", "known here: alice"},
 		{`"10.1.0.0/24"`, `"10.1.0.9/24"`, "write 10.1.0.0/24, or the address alone"},

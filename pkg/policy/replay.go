@@ -14,6 +14,8 @@ import (
 type Seen struct {
 	Protocol string // tcp or udp, in letters of either size; empty: tcp
 	Server   netip.AddrPort
+	// Service is what the node found there: where that is one of the node itself, so is the address.
+	Service string
 	// Passed says that it got through, by the proxy or around it.
 	Passed bool
 	// Identity is what the client proved; zero: nothing, or it went around the proxy.
@@ -23,7 +25,9 @@ type Seen struct {
 	Grant    *GrantFacts
 	// Unauthorised says that it was refused for the identity, not for what else was wrong with it.
 	Unauthorised bool
-	At           time.Time // by the wall clock
+	// Refusal is for what Enforce would have refused it, whoever it was, while it passed at a service that is not enforced.
+	Refusal string
+	At      time.Time // by the wall clock
 }
 
 // Fate is what becomes of a flow under another set.
@@ -58,6 +62,12 @@ func (s *Set) would(f Seen) (passes, known bool, why string) {
 	switch {
 	case !ok:
 		return true, true, "no protected service is there"
+	case !svc.Enforced():
+		return true, true, svc.Open()
+	case f.Refusal != "":
+		return false, true, fmt.Sprintf("%s refuses it (%s)", svc.Name, f.Refusal)
+	case f.udp() && svc.Spec.Protocol == ProtocolTCP:
+		return false, true, fmt.Sprintf("%s refuses UDP at its ports", svc.Name)
 	case f.Bypassed && f.Grant == nil:
 		return false, false, "what its grant says is not at hand"
 	case f.Bypassed:
@@ -72,13 +82,33 @@ func (s *Set) would(f Seen) (passes, known bool, why string) {
 			return true, true, d.Rule
 		}
 		return false, true, fmt.Sprintf("%s: %s", svc.Name, d.Near[0])
+	case f.Passed && f.udp():
+		return false, true, fmt.Sprintf("%s asks for a grant: UDP has no way through the proxy", svc.Name)
 	case f.Passed:
 		return false, true, fmt.Sprintf("%s asks for an identity", svc.Name)
 	}
 	return false, true, "it was refused for something else"
 }
 
-// ServiceSeen is the service that the set has where the flow went.
+func (f Seen) udp() bool { return strings.EqualFold(f.Protocol, ProtocolUDP) }
+
+// ServiceSeen is the service that the set has where the flow went; of UDP also the TCP service that refuses it there.
 func (s *Set) ServiceSeen(f Seen) (ProtectedService, bool) {
-	return s.ServiceAt(cmp.Or(strings.ToUpper(f.Protocol), ProtocolTCP), f.Server)
+	svc, ok := s.seenAt(cmp.Or(strings.ToUpper(f.Protocol), ProtocolTCP), f)
+	if ok || !f.udp() {
+		return svc, ok
+	}
+	if svc, ok = s.seenAt(ProtocolTCP, f); svc.Spec.UDP == UDPAllow {
+		return ProtectedService{}, false
+	}
+	return svc, ok
+}
+
+// seenAt takes the address for a pod's, if one has it, unless the node found a service of its own there.
+func (s *Set) seenAt(protocol string, f Seen) (ProtectedService, bool) {
+	found, _ := s.Service(f.Service)
+	if svc, ok := s.PodServiceAt(protocol, f.Server); ok && found.Spec.Target != TargetHost {
+		return svc, true
+	}
+	return s.ServiceAt(protocol, f.Server)
 }

@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,22 @@ const (
 	// TargetPod is a service behind one host-side device.
 	TargetPod Target = "Pod"
 )
+
+// Mode says how far a service is protected.
+type Mode string
+
+// Modes of a protected service. Only an enforced one is closed to anybody.
+const (
+	// ModeEnforce steers what comes without a path to the proxy.
+	ModeEnforce Mode = "Enforce"
+	// ModeShadow lets everything pass, and counts and tells of what Enforce would make of it.
+	ModeShadow Mode = "Shadow"
+	// ModeObserve lets everything pass, and counts and tells of who comes.
+	ModeObserve Mode = "Observe"
+)
+
+// IsZero leaves Enforce out of what is encoded: it is the default, and whoever knows of no modes reads the rest.
+func (m Mode) IsZero() bool { return m == "" || m == ModeEnforce }
 
 // Protocols of a protected service.
 const (
@@ -43,7 +60,7 @@ const (
 	maxFlowIdle = time.Hour
 )
 
-// ProtectedService is ports that may be reached only through the proxy.
+// ProtectedService is ports that may be reached only through the proxy, once it is enforced.
 type ProtectedService struct {
 	TypeMeta `yaml:",inline"`
 	Metadata `json:"metadata" yaml:"metadata"`
@@ -56,6 +73,8 @@ type ProtectedService struct {
 type ProtectedServiceSpec struct {
 	// Target is Host or Pod.
 	Target Target `json:"target" yaml:"target"`
+	// Mode is Enforce, also when it is not written, Shadow or Observe.
+	Mode Mode `json:"mode,omitzero" yaml:"mode,omitempty"`
 	// Protocol is TCP, also when it is not written, or UDP.
 	Protocol string `json:"protocol,omitempty" yaml:"protocol,omitempty"`
 	// UDP says what becomes of UDP at the ports of a TCP service: Deny, also when it is not written, so that
@@ -79,9 +98,28 @@ type AccessRule struct {
 	Identities []string `json:"identities" yaml:"identities"`
 }
 
+// Enforced says whether anything of the service is closed. One whose mode is not written is.
+func (s ProtectedService) Enforced() bool {
+	return s.Spec.Mode.IsZero()
+}
+
+// Open says in words that nothing of the service is closed; empty: it is enforced.
+func (s ProtectedService) Open() string {
+	if s.Enforced() {
+		return ""
+	}
+	return fmt.Sprintf("%s is not enforced (mode: %s): everybody reaches it, with or without a grant", s.Name, s.Spec.Mode)
+}
+
 func (s *ProtectedService) validate(d *document) {
 	if s.Spec.Protocol == "" {
 		s.Spec.Protocol = ProtocolTCP
+	}
+	if s.Spec.Mode == "" {
+		s.Spec.Mode = ModeEnforce
+	}
+	if !slices.Contains([]Mode{ModeEnforce, ModeShadow, ModeObserve}, s.Spec.Mode) {
+		d.report("spec.mode", faultf("write Observe, Shadow or Enforce, or leave it out for Enforce", "mode %q is not known", s.Spec.Mode))
 	}
 	d.report("metadata.name", CheckName(s.Name))
 	s.validateProtocol(d)

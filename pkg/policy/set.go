@@ -181,17 +181,28 @@ func (s *Set) Service(name string) (ProtectedService, bool) {
 	return s.services[i], true
 }
 
-// ServiceAt finds the protected service that a connection or datagram to dst is for: a Pod service of
-// exactly that address and port, else a Host service of that port. It takes dst for one of the node's
-// addresses where no pod has it.
+// ServiceAt finds the protected service that a connection or datagram to dst is for, and takes dst for one of the node's addresses
+// where no pod has it. It looks as the kernel does: for what is enforced first, a Pod service of exactly that address and port, then a
+// Host service of that port, and then for the same of what is only watched.
 func (s *Set) ServiceAt(protocol string, dst netip.AddrPort) (ProtectedService, bool) {
+	exact, isExact := s.PodServiceAt(protocol, dst)
+	host, isHost := s.place(endpoint{protocol: protocol, port: dst.Port()})
+	if isExact && (exact.Enforced() || !isHost || !host.Enforced()) {
+		return exact, true
+	}
+	return host, isHost
+}
+
+// PodServiceAt finds the Pod service of exactly that address and port. At an address that is none of the node's there is no other.
+func (s *Set) PodServiceAt(protocol string, dst netip.AddrPort) (ProtectedService, bool) {
+	return s.place(endpoint{protocol, dst.Addr().Unmap().WithZone(""), dst.Port()})
+}
+
+func (s *Set) place(at endpoint) (ProtectedService, bool) {
 	if s == nil {
 		return ProtectedService{}, false
 	}
-	i, ok := s.byPlace[endpoint{protocol, dst.Addr().Unmap().WithZone(""), dst.Port()}]
-	if !ok {
-		i, ok = s.byPlace[endpoint{protocol: protocol, port: dst.Port()}]
-	}
+	i, ok := s.byPlace[at]
 	if !ok {
 		return ProtectedService{}, false
 	}

@@ -34,6 +34,7 @@ func (g *generator) name(kind string, i int) string {
 
 func (g *generator) service(i int) policy.ProtectedService {
 	s := policy.ProtectedService{Metadata: policy.Metadata{Name: g.name("service", i)}}
+	s.Spec.Mode = pick(g.Rand, policy.ModeEnforce, policy.ModeShadow, policy.ModeObserve)
 	s.APIVersion, s.Kind = policy.APIVersion, policy.KindProtectedService
 	s.Spec.Target, s.Spec.Protocol = policy.TargetHost, policy.ProtocolTCP
 	for range 1 + g.IntN(3) {

@@ -50,7 +50,7 @@ esac
 	}
 	want := ""
 	for _, key := range []string{"0 0 0 0", "255 0 0 0", "0 1 0 0", "64 156 0 0", "255 255 0 0"} {
-		want += "map update pinned /sys/fs/bpf/sallyport/v3/maps/sp_path_state key " + key + " value 3 0 0 0\n"
+		want += "map update pinned /sys/fs/bpf/sallyport/v4/maps/sp_path_state key " + key + " value 3 0 0 0\n"
 	}
 	if string(got) != want {
 		t.Errorf("told bpftool\n%swant\n%s", got, want)

@@ -12,7 +12,7 @@ import (
 
 // pinned is the path of a pinned map.
 func (w *world) pinned(name string) string {
-	return filepath.Join(w.bpffs, "sallyport", "v3", "maps", name)
+	return filepath.Join(w.bpffs, "sallyport", "v4", "maps", name)
 }
 
 // bpftool asks the kernel without any code of ours, whether or not an agent lives.

@@ -120,9 +120,10 @@ func (n *Namespace) makeRouter() error {
 
 func (k link) connect() error {
 	veth := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: k.node.device, MTU: k.mtu, Index: k.ifindex},
-		PeerName:      k.leaf.device,
-		PeerNamespace: netlink.NsFd(int(k.leaf.ns.handle)),
+		LinkAttrs:        netlink.LinkAttrs{Name: k.node.device, MTU: k.mtu, Index: k.ifindex, HardwareAddr: k.node.ether(k.subnet)},
+		PeerName:         k.leaf.device,
+		PeerNamespace:    netlink.NsFd(int(k.leaf.ns.handle)),
+		PeerHardwareAddr: k.leaf.ether(k.subnet),
 	}
 	if err := k.node.ns.Netlink.LinkAdd(veth); err != nil {
 		return fmt.Errorf("add veth: %w", err)
@@ -157,6 +158,11 @@ func (s side) up() error {
 		return fmt.Errorf("set %s up: %w", s.device, err)
 	}
 	return nil
+}
+
+// ether is the same in every lab, and so is the address of the link: what is drawn from a seed can be drawn again.
+func (s side) ether(subnet byte) net.HardwareAddr {
+	return net.HardwareAddr{2, 0, 0, 0, subnet, s.host}
 }
 
 // own lists the side's addresses in one family.

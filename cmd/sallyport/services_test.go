@@ -1,0 +1,39 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+)
+
+// TestWatchedTable: what was judged while a service was shadowed is still told when it is observed; where nothing was, there is a dash.
+func TestWatchedTable(t *testing.T) {
+	seen := func(n uint64) *api.Seen { return &api.Seen{Opens: n, Packets: n, Bytes: n} }
+	var out bytes.Buffer
+	table := newTable(&out)
+	watchedTable(table, []*api.Service{
+		{Name: "once-shadowed", Mode: "Observe", Watched: &api.Watched{Seen: seen(9), Proxied: seen(2), Bypassed: seen(3), Denied: seen(4)}},
+		{Name: "observed", Mode: "Observe", Watched: &api.Watched{Seen: seen(9)}},
+		{Name: "shadowed", Mode: "Shadow", Watched: &api.Watched{Seen: seen(9)}},
+		{Name: "enforced", Mode: "Enforce"},
+	})
+	if err := table.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for line := range strings.Lines(out.String()) {
+		lines = append(lines, strings.Join(strings.Fields(line), " "))
+	}
+	nine, none := "9 SYNs, 9 packets, 9 bytes", "0 SYNs, 0 packets, 0 bytes"
+	want := []string{
+		"", "NOT ENFORCED MODE SEEN WOULD BE PROXIED BYPASSED DENIED",
+		"once-shadowed Observe " + nine + " 2 SYNs, 2 packets, 2 bytes 3 SYNs, 3 packets, 3 bytes 4 SYNs, 4 packets, 4 bytes",
+		"observed Observe " + nine + " - - -",
+		"shadowed Shadow " + nine + " " + none + " " + none + " " + none,
+	}
+	if strings.Join(lines, "\n") != strings.Join(want, "\n") {
+		t.Errorf("have\n%s", out.String())
+	}
+}
