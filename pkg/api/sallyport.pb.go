@@ -456,6 +456,7 @@ type LossRecord struct {
 	From          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
 	To            *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
 	AtMost        bool                   `protobuf:"varint,6,opt,name=at_most,json=atMost,proto3" json:"at_most,omitempty"` // count is an upper bound: the node lost power
+	Ranges        []*CPURange            `protobuf:"bytes,7,rep,name=ranges,proto3" json:"ranges,omitempty"`                // which of the kernel's records, where that is known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -532,6 +533,397 @@ func (x *LossRecord) GetAtMost() bool {
 	return false
 }
 
+func (x *LossRecord) GetRanges() []*CPURange {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+// CPURange are numbers that the kernel gave to records of one ring on one CPU.
+type CPURange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cpu           int32                  `protobuf:"varint,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	First         uint64                 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
+	Last          uint64                 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CPURange) Reset() {
+	*x = CPURange{}
+	mi := &file_sallyport_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CPURange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CPURange) ProtoMessage() {}
+
+func (x *CPURange) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CPURange.ProtoReflect.Descriptor instead.
+func (*CPURange) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CPURange) GetCpu() int32 {
+	if x != nil {
+		return x.Cpu
+	}
+	return 0
+}
+
+func (x *CPURange) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *CPURange) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+// Tide is how far the kernel's counters have come, beside what the records say. They only ever rise, for as long as boot and path are
+// the same ones.
+type Tide struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Boot          *durationpb.Duration   `protobuf:"bytes,2,opt,name=boot,proto3" json:"boot,omitempty"`
+	BootId        string                 `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Paths         []*PathTide            `protobuf:"bytes,4,rep,name=paths,proto3" json:"paths,omitempty"` // that are live, or ended since the last one
+	Services      []*ServiceTide         `protobuf:"bytes,5,rep,name=services,proto3" json:"services,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tide) Reset() {
+	*x = Tide{}
+	mi := &file_sallyport_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tide) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tide) ProtoMessage() {}
+
+func (x *Tide) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tide.ProtoReflect.Descriptor instead.
+func (*Tide) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Tide) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Tide) GetBoot() *durationpb.Duration {
+	if x != nil {
+		return x.Boot
+	}
+	return nil
+}
+
+func (x *Tide) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *Tide) GetPaths() []*PathTide {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *Tide) GetServices() []*ServiceTide {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+// PathTide is one path's. What the kernel counted is what records of closed flows say, and what live flows carry: else why says more.
+type PathTide struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Slot          uint32                 `protobuf:"varint,1,opt,name=slot,proto3" json:"slot,omitempty"`
+	Grant         string                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"`
+	Service       string                 `protobuf:"bytes,3,opt,name=service,proto3" json:"service,omitempty"`
+	Client        string                 `protobuf:"bytes,4,opt,name=client,proto3" json:"client,omitempty"`
+	Ended         bool                   `protobuf:"varint,5,opt,name=ended,proto3" json:"ended,omitempty"`
+	Kernel        *Volume                `protobuf:"bytes,6,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	Recorded      *Volume                `protobuf:"bytes,7,opt,name=recorded,proto3" json:"recorded,omitempty"` // by records with their final counters
+	Live          *Volume                `protobuf:"bytes,8,opt,name=live,proto3" json:"live,omitempty"`         // of flows that are not over
+	Cause         string                 `protobuf:"bytes,9,opt,name=cause,proto3" json:"cause,omitempty"`       // why kernel is not recorded and live: counted_loss, moving (read while it ran), unexplained; empty: it is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PathTide) Reset() {
+	*x = PathTide{}
+	mi := &file_sallyport_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PathTide) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PathTide) ProtoMessage() {}
+
+func (x *PathTide) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PathTide.ProtoReflect.Descriptor instead.
+func (*PathTide) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PathTide) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *PathTide) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
+func (x *PathTide) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *PathTide) GetClient() string {
+	if x != nil {
+		return x.Client
+	}
+	return ""
+}
+
+func (x *PathTide) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *PathTide) GetKernel() *Volume {
+	if x != nil {
+		return x.Kernel
+	}
+	return nil
+}
+
+func (x *PathTide) GetRecorded() *Volume {
+	if x != nil {
+		return x.Recorded
+	}
+	return nil
+}
+
+func (x *PathTide) GetLive() *Volume {
+	if x != nil {
+		return x.Live
+	}
+	return nil
+}
+
+func (x *PathTide) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+type ServiceTide struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	By            string                 `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"` // proxy, path or none: what let it through
+	Kernel        *Volume                `protobuf:"bytes,3,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServiceTide) Reset() {
+	*x = ServiceTide{}
+	mi := &file_sallyport_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServiceTide) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServiceTide) ProtoMessage() {}
+
+func (x *ServiceTide) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServiceTide.ProtoReflect.Descriptor instead.
+func (*ServiceTide) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ServiceTide) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *ServiceTide) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *ServiceTide) GetKernel() *Volume {
+	if x != nil {
+		return x.Kernel
+	}
+	return nil
+}
+
+type Volume struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Flows           uint64                 `protobuf:"varint,1,opt,name=flows,proto3" json:"flows,omitempty"`
+	BytesToServer   uint64                 `protobuf:"varint,2,opt,name=bytes_to_server,json=bytesToServer,proto3" json:"bytes_to_server,omitempty"`
+	BytesToClient   uint64                 `protobuf:"varint,3,opt,name=bytes_to_client,json=bytesToClient,proto3" json:"bytes_to_client,omitempty"`
+	PacketsToServer uint64                 `protobuf:"varint,4,opt,name=packets_to_server,json=packetsToServer,proto3" json:"packets_to_server,omitempty"`
+	PacketsToClient uint64                 `protobuf:"varint,5,opt,name=packets_to_client,json=packetsToClient,proto3" json:"packets_to_client,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Volume) Reset() {
+	*x = Volume{}
+	mi := &file_sallyport_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Volume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Volume) ProtoMessage() {}
+
+func (x *Volume) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Volume.ProtoReflect.Descriptor instead.
+func (*Volume) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Volume) GetFlows() uint64 {
+	if x != nil {
+		return x.Flows
+	}
+	return 0
+}
+
+func (x *Volume) GetBytesToServer() uint64 {
+	if x != nil {
+		return x.BytesToServer
+	}
+	return 0
+}
+
+func (x *Volume) GetBytesToClient() uint64 {
+	if x != nil {
+		return x.BytesToClient
+	}
+	return 0
+}
+
+func (x *Volume) GetPacketsToServer() uint64 {
+	if x != nil {
+		return x.PacketsToServer
+	}
+	return 0
+}
+
+func (x *Volume) GetPacketsToClient() uint64 {
+	if x != nil {
+		return x.PacketsToClient
+	}
+	return 0
+}
+
 // Entry is one sequenced record of one class. Every record that a node produces takes one number, from
 // 1 on, per (node, epoch, class). A LossRecord takes as many numbers as it counts and stands at the last
 // of them, so that there are no gaps and the last number is delivered plus lost.
@@ -543,6 +935,7 @@ type Entry struct {
 	//	*Entry_Flow
 	//	*Entry_Grant
 	//	*Entry_Loss
+	//	*Entry_Tide
 	Record        isEntry_Record `protobuf_oneof:"record"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -550,7 +943,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_sallyport_proto_msgTypes[3]
+	mi := &file_sallyport_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +955,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[3]
+	mi := &file_sallyport_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +968,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{3}
+	return file_sallyport_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Entry) GetSeq() uint64 {
@@ -619,6 +1012,15 @@ func (x *Entry) GetLoss() *LossRecord {
 	return nil
 }
 
+func (x *Entry) GetTide() *Tide {
+	if x != nil {
+		if x, ok := x.Record.(*Entry_Tide); ok {
+			return x.Tide
+		}
+	}
+	return nil
+}
+
 type isEntry_Record interface {
 	isEntry_Record()
 }
@@ -635,25 +1037,87 @@ type Entry_Loss struct {
 	Loss *LossRecord `protobuf:"bytes,4,opt,name=loss,proto3,oneof"`
 }
 
+type Entry_Tide struct {
+	Tide *Tide `protobuf:"bytes,5,opt,name=tide,proto3,oneof"` // critical
+}
+
 func (*Entry_Flow) isEntry_Record() {}
 
 func (*Entry_Grant) isEntry_Record() {}
 
 func (*Entry_Loss) isEntry_Record() {}
 
+func (*Entry_Tide) isEntry_Record() {}
+
+// Raw is an entry as the bytes that are hashed, sealed and kept. Nobody encodes it again: what is unknown to a reader stays in it.
+type Raw struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"` // an Entry without its seq
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Raw) Reset() {
+	*x = Raw{}
+	mi := &file_sallyport_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Raw) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Raw) ProtoMessage() {}
+
+func (x *Raw) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Raw.ProtoReflect.Descriptor instead.
+func (*Raw) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Raw) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Raw) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // must equal the node in the peer's SPIFFE ID
 	BootId        string                 `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Epoch         string                 `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // ULID, new whenever the node's store is new
-	Version       uint32                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
+	Epoch         string                 `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"`                    // ULID, new whenever the node's store is new
+	Version       uint32                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`               // the newest that the node speaks
+	Oldest        uint32                 `protobuf:"varint,5,opt,name=oldest,proto3" json:"oldest,omitempty"`                 // and the oldest; 0: version
+	NodeKey       string                 `protobuf:"bytes,6,opt,name=node_key,json=nodeKey,proto3" json:"node_key,omitempty"` // verifier of the node's seals (a C2SP vkey), one for each epoch
+	Checkpoint    []byte                 `protobuf:"bytes,7,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`          // the latest of the collector's log that the node keeps; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_sallyport_proto_msgTypes[4]
+	mi := &file_sallyport_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +1129,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[4]
+	mi := &file_sallyport_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +1142,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{4}
+	return file_sallyport_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Hello) GetNode() string {
@@ -709,18 +1173,41 @@ func (x *Hello) GetVersion() uint32 {
 	return 0
 }
 
+func (x *Hello) GetOldest() uint32 {
+	if x != nil {
+		return x.Oldest
+	}
+	return 0
+}
+
+func (x *Hello) GetNodeKey() string {
+	if x != nil {
+		return x.NodeKey
+	}
+	return ""
+}
+
+func (x *Hello) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Class         Class                  `protobuf:"varint,1,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
 	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"` // ascending seq
+	Entries       []*Entry               `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"` // ascending seq; version 1 of the stream
+	Raw           []*Raw                 `protobuf:"bytes,4,rep,name=raw,proto3" json:"raw,omitempty"`         // ascending seq, in the place of entries from version 2 on
+	Seal          []byte                 `protobuf:"bytes,5,opt,name=seal,proto3" json:"seal,omitempty"`       // over raw: proof.Seal, a signed note
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_sallyport_proto_msgTypes[5]
+	mi := &file_sallyport_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -732,7 +1219,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[5]
+	mi := &file_sallyport_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -745,7 +1232,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{5}
+	return file_sallyport_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Batch) GetClass() Class {
@@ -769,6 +1256,20 @@ func (x *Batch) GetEntries() []*Entry {
 	return nil
 }
 
+func (x *Batch) GetRaw() []*Raw {
+	if x != nil {
+		return x.Raw
+	}
+	return nil
+}
+
+func (x *Batch) GetSeal() []byte {
+	if x != nil {
+		return x.Seal
+	}
+	return nil
+}
+
 type AgentFrame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Frame:
@@ -782,7 +1283,7 @@ type AgentFrame struct {
 
 func (x *AgentFrame) Reset() {
 	*x = AgentFrame{}
-	mi := &file_sallyport_proto_msgTypes[6]
+	mi := &file_sallyport_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +1295,7 @@ func (x *AgentFrame) String() string {
 func (*AgentFrame) ProtoMessage() {}
 
 func (x *AgentFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[6]
+	mi := &file_sallyport_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +1308,7 @@ func (x *AgentFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFrame.ProtoReflect.Descriptor instead.
 func (*AgentFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{6}
+	return file_sallyport_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AgentFrame) GetFrame() isAgentFrame_Frame {
@@ -856,13 +1357,19 @@ type Welcome struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	CriticalSeq   uint64                 `protobuf:"varint,1,opt,name=critical_seq,json=criticalSeq,proto3" json:"critical_seq,omitempty"`
 	FlowSeq       uint64                 `protobuf:"varint,2,opt,name=flow_seq,json=flowSeq,proto3" json:"flow_seq,omitempty"`
+	Version       uint32                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`                              // that both speak; 0: 1
+	CriticalSeal  []byte                 `protobuf:"bytes,4,opt,name=critical_seal,json=criticalSeal,proto3" json:"critical_seal,omitempty"` // the last that is stored; empty: none
+	FlowSeal      []byte                 `protobuf:"bytes,5,opt,name=flow_seal,json=flowSeal,proto3" json:"flow_seal,omitempty"`
+	LogKey        string                 `protobuf:"bytes,6,opt,name=log_key,json=logKey,proto3" json:"log_key,omitempty"`          // verifier of the log's checkpoints (a C2SP vkey)
+	Grown         *Grown                 `protobuf:"bytes,7,opt,name=grown,proto3" json:"grown,omitempty"`                          // since the checkpoint of the Hello
+	FlowAbove     []*Range               `protobuf:"bytes,8,rep,name=flow_above,json=flowAbove,proto3" json:"flow_above,omitempty"` // durable already, above flow_seq
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_sallyport_proto_msgTypes[7]
+	mi := &file_sallyport_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -874,7 +1381,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[7]
+	mi := &file_sallyport_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -887,7 +1394,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{7}
+	return file_sallyport_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Welcome) GetCriticalSeq() uint64 {
@@ -904,19 +1411,177 @@ func (x *Welcome) GetFlowSeq() uint64 {
 	return 0
 }
 
+func (x *Welcome) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Welcome) GetCriticalSeal() []byte {
+	if x != nil {
+		return x.CriticalSeal
+	}
+	return nil
+}
+
+func (x *Welcome) GetFlowSeal() []byte {
+	if x != nil {
+		return x.FlowSeal
+	}
+	return nil
+}
+
+func (x *Welcome) GetLogKey() string {
+	if x != nil {
+		return x.LogKey
+	}
+	return ""
+}
+
+func (x *Welcome) GetGrown() *Grown {
+	if x != nil {
+		return x.Grown
+	}
+	return nil
+}
+
+func (x *Welcome) GetFlowAbove() []*Range {
+	if x != nil {
+		return x.FlowAbove
+	}
+	return nil
+}
+
+// Range are numbers of one sequence.
+type Range struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	First         uint64                 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	Last          uint64                 `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Range) Reset() {
+	*x = Range{}
+	mi := &file_sallyport_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Range) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Range) ProtoMessage() {}
+
+func (x *Range) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Range.ProtoReflect.Descriptor instead.
+func (*Range) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Range) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *Range) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+// Grown is a checkpoint with the proof that the log only grew since an older one.
+type Grown struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    []byte                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"` // a signed note
+	From          uint64                 `protobuf:"varint,2,opt,name=from,proto3" json:"from,omitempty"`            // size of the older one; 0: there was none, and no proof
+	Proof         [][]byte               `protobuf:"bytes,3,rep,name=proof,proto3" json:"proof,omitempty"`           // hashes, as tlog.CheckTree takes them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Grown) Reset() {
+	*x = Grown{}
+	mi := &file_sallyport_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Grown) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Grown) ProtoMessage() {}
+
+func (x *Grown) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Grown.ProtoReflect.Descriptor instead.
+func (*Grown) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Grown) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *Grown) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *Grown) GetProof() [][]byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
 // Ack says that every entry of the class up to seq is durable.
 type Ack struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Class         Class                  `protobuf:"varint,1,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
 	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	Number        uint64                 `protobuf:"varint,4,opt,name=number,proto3" json:"number,omitempty"` // of the last seal that is stored
+	Above         []*Range               `protobuf:"bytes,5,rep,name=above,proto3" json:"above,omitempty"`    // durable already, above seq
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_sallyport_proto_msgTypes[8]
+	mi := &file_sallyport_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1593,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[8]
+	mi := &file_sallyport_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1606,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{8}
+	return file_sallyport_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Ack) GetClass() Class {
@@ -965,12 +1630,27 @@ func (x *Ack) GetSeq() uint64 {
 	return 0
 }
 
+func (x *Ack) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Ack) GetAbove() []*Range {
+	if x != nil {
+		return x.Above
+	}
+	return nil
+}
+
 type CollectorFrame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Frame:
 	//
 	//	*CollectorFrame_Welcome
 	//	*CollectorFrame_Ack
+	//	*CollectorFrame_Grown
 	Frame         isCollectorFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -978,7 +1658,7 @@ type CollectorFrame struct {
 
 func (x *CollectorFrame) Reset() {
 	*x = CollectorFrame{}
-	mi := &file_sallyport_proto_msgTypes[9]
+	mi := &file_sallyport_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1670,7 @@ func (x *CollectorFrame) String() string {
 func (*CollectorFrame) ProtoMessage() {}
 
 func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[9]
+	mi := &file_sallyport_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1683,7 @@ func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectorFrame.ProtoReflect.Descriptor instead.
 func (*CollectorFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{9}
+	return file_sallyport_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CollectorFrame) GetFrame() isCollectorFrame_Frame {
@@ -1031,6 +1711,15 @@ func (x *CollectorFrame) GetAck() *Ack {
 	return nil
 }
 
+func (x *CollectorFrame) GetGrown() *Grown {
+	if x != nil {
+		if x, ok := x.Frame.(*CollectorFrame_Grown); ok {
+			return x.Grown
+		}
+	}
+	return nil
+}
+
 type isCollectorFrame_Frame interface {
 	isCollectorFrame_Frame()
 }
@@ -1043,9 +1732,15 @@ type CollectorFrame_Ack struct {
 	Ack *Ack `protobuf:"bytes,2,opt,name=ack,proto3,oneof"`
 }
 
+type CollectorFrame_Grown struct {
+	Grown *Grown `protobuf:"bytes,3,opt,name=grown,proto3,oneof"` // now and then; from is what was told last
+}
+
 func (*CollectorFrame_Welcome) isCollectorFrame_Frame() {}
 
 func (*CollectorFrame_Ack) isCollectorFrame_Frame() {}
+
+func (*CollectorFrame_Grown) isCollectorFrame_Frame() {}
 
 type StoredFlow struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1055,13 +1750,14 @@ type StoredFlow struct {
 	Received      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=received,proto3" json:"received,omitempty"`
 	Flow          *FlowRecord            `protobuf:"bytes,5,opt,name=flow,proto3" json:"flow,omitempty"`
 	Class         Class                  `protobuf:"varint,6,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"` // opens of bypassed flows are critical
+	Cursor        string                 `protobuf:"bytes,7,opt,name=cursor,proto3" json:"cursor,omitempty"`                              // for FlowQuery.after
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StoredFlow) Reset() {
 	*x = StoredFlow{}
-	mi := &file_sallyport_proto_msgTypes[10]
+	mi := &file_sallyport_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1073,7 +1769,7 @@ func (x *StoredFlow) String() string {
 func (*StoredFlow) ProtoMessage() {}
 
 func (x *StoredFlow) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[10]
+	mi := &file_sallyport_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1086,7 +1782,7 @@ func (x *StoredFlow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredFlow.ProtoReflect.Descriptor instead.
 func (*StoredFlow) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{10}
+	return file_sallyport_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StoredFlow) GetNode() string {
@@ -1131,6 +1827,13 @@ func (x *StoredFlow) GetClass() Class {
 	return Class_CLASS_UNSPECIFIED
 }
 
+func (x *StoredFlow) GetCursor() string {
+	if x != nil {
+		return x.Cursor
+	}
+	return ""
+}
+
 type StoredGrantEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1138,13 +1841,14 @@ type StoredGrantEvent struct {
 	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
 	Received      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=received,proto3" json:"received,omitempty"`
 	Event         *GrantEvent            `protobuf:"bytes,5,opt,name=event,proto3" json:"event,omitempty"`
+	Cursor        string                 `protobuf:"bytes,6,opt,name=cursor,proto3" json:"cursor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StoredGrantEvent) Reset() {
 	*x = StoredGrantEvent{}
-	mi := &file_sallyport_proto_msgTypes[11]
+	mi := &file_sallyport_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1860,7 @@ func (x *StoredGrantEvent) String() string {
 func (*StoredGrantEvent) ProtoMessage() {}
 
 func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[11]
+	mi := &file_sallyport_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1873,7 @@ func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredGrantEvent.ProtoReflect.Descriptor instead.
 func (*StoredGrantEvent) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{11}
+	return file_sallyport_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StoredGrantEvent) GetNode() string {
@@ -1207,6 +1911,13 @@ func (x *StoredGrantEvent) GetEvent() *GrantEvent {
 	return nil
 }
 
+func (x *StoredGrantEvent) GetCursor() string {
+	if x != nil {
+		return x.Cursor
+	}
+	return ""
+}
+
 type StoredLoss struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1215,13 +1926,14 @@ type StoredLoss struct {
 	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
 	Loss          *LossRecord            `protobuf:"bytes,5,opt,name=loss,proto3" json:"loss,omitempty"`
 	Received      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=received,proto3" json:"received,omitempty"`
+	Cursor        string                 `protobuf:"bytes,7,opt,name=cursor,proto3" json:"cursor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StoredLoss) Reset() {
 	*x = StoredLoss{}
-	mi := &file_sallyport_proto_msgTypes[12]
+	mi := &file_sallyport_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1945,7 @@ func (x *StoredLoss) String() string {
 func (*StoredLoss) ProtoMessage() {}
 
 func (x *StoredLoss) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[12]
+	mi := &file_sallyport_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1958,7 @@ func (x *StoredLoss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredLoss.ProtoReflect.Descriptor instead.
 func (*StoredLoss) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{12}
+	return file_sallyport_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StoredLoss) GetNode() string {
@@ -1291,6 +2003,97 @@ func (x *StoredLoss) GetReceived() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *StoredLoss) GetCursor() string {
+	if x != nil {
+		return x.Cursor
+	}
+	return ""
+}
+
+type StoredTide struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	Received      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=received,proto3" json:"received,omitempty"`
+	Tide          *Tide                  `protobuf:"bytes,5,opt,name=tide,proto3" json:"tide,omitempty"`
+	Cursor        string                 `protobuf:"bytes,6,opt,name=cursor,proto3" json:"cursor,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoredTide) Reset() {
+	*x = StoredTide{}
+	mi := &file_sallyport_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoredTide) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoredTide) ProtoMessage() {}
+
+func (x *StoredTide) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoredTide.ProtoReflect.Descriptor instead.
+func (*StoredTide) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *StoredTide) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *StoredTide) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *StoredTide) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *StoredTide) GetReceived() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Received
+	}
+	return nil
+}
+
+func (x *StoredTide) GetTide() *Tide {
+	if x != nil {
+		return x.Tide
+	}
+	return nil
+}
+
+func (x *StoredTide) GetCursor() string {
+	if x != nil {
+		return x.Cursor
+	}
+	return ""
+}
+
 type FlowQuery struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1305,13 +2108,14 @@ type FlowQuery struct {
 	Limit         uint32                 `protobuf:"varint,10,opt,name=limit,proto3" json:"limit,omitempty"`   // 0: 1000
 	Follow        bool                   `protobuf:"varint,11,opt,name=follow,proto3" json:"follow,omitempty"` // go on with new records until the caller leaves
 	Event         string                 `protobuf:"bytes,12,opt,name=event,proto3" json:"event,omitempty"`
+	After         string                 `protobuf:"bytes,13,opt,name=after,proto3" json:"after,omitempty"` // cursor of the last one that was seen: the oldest that follow, not the newest that there are
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FlowQuery) Reset() {
 	*x = FlowQuery{}
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +2127,7 @@ func (x *FlowQuery) String() string {
 func (*FlowQuery) ProtoMessage() {}
 
 func (x *FlowQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +2140,7 @@ func (x *FlowQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowQuery.ProtoReflect.Descriptor instead.
 func (*FlowQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{13}
+	return file_sallyport_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *FlowQuery) GetNode() string {
@@ -1423,6 +2227,13 @@ func (x *FlowQuery) GetEvent() string {
 	return ""
 }
 
+func (x *FlowQuery) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
 type GrantQuery struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1430,13 +2241,16 @@ type GrantQuery struct {
 	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	Limit         uint32                 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
 	Follow        bool                   `protobuf:"varint,5,opt,name=follow,proto3" json:"follow,omitempty"`
+	After         string                 `protobuf:"bytes,6,opt,name=after,proto3" json:"after,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=until,proto3" json:"until,omitempty"`
+	Step          string                 `protobuf:"bytes,8,opt,name=step,proto3" json:"step,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GrantQuery) Reset() {
 	*x = GrantQuery{}
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1448,7 +2262,7 @@ func (x *GrantQuery) String() string {
 func (*GrantQuery) ProtoMessage() {}
 
 func (x *GrantQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1461,7 +2275,7 @@ func (x *GrantQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantQuery.ProtoReflect.Descriptor instead.
 func (*GrantQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{14}
+	return file_sallyport_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GrantQuery) GetNode() string {
@@ -1499,17 +2313,40 @@ func (x *GrantQuery) GetFollow() bool {
 	return false
 }
 
+func (x *GrantQuery) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *GrantQuery) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *GrantQuery) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
 type LossQuery struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	After         string                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"` // of receipt
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LossQuery) Reset() {
 	*x = LossQuery{}
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +2358,7 @@ func (x *LossQuery) String() string {
 func (*LossQuery) ProtoMessage() {}
 
 func (x *LossQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +2371,7 @@ func (x *LossQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LossQuery.ProtoReflect.Descriptor instead.
 func (*LossQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{15}
+	return file_sallyport_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *LossQuery) GetNode() string {
@@ -1551,6 +2388,518 @@ func (x *LossQuery) GetLimit() uint32 {
 	return 0
 }
 
+func (x *LossQuery) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *LossQuery) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type TideQuery struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Grant         string                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"`          // tides that name it
+	Differing     bool                   `protobuf:"varint,3,opt,name=differing,proto3" json:"differing,omitempty"` // only those with a cause
+	Limit         uint32                 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	After         string                 `protobuf:"bytes,5,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TideQuery) Reset() {
+	*x = TideQuery{}
+	mi := &file_sallyport_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TideQuery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TideQuery) ProtoMessage() {}
+
+func (x *TideQuery) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TideQuery.ProtoReflect.Descriptor instead.
+func (*TideQuery) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *TideQuery) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *TideQuery) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
+func (x *TideQuery) GetDiffering() bool {
+	if x != nil {
+		return x.Differing
+	}
+	return false
+}
+
+func (x *TideQuery) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *TideQuery) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type NodesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodesRequest) Reset() {
+	*x = NodesRequest{}
+	mi := &file_sallyport_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodesRequest) ProtoMessage() {}
+
+func (x *NodesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodesRequest.ProtoReflect.Descriptor instead.
+func (*NodesRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{26}
+}
+
+type NodesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []*NodeState           `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodesReply) Reset() {
+	*x = NodesReply{}
+	mi := &file_sallyport_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodesReply) ProtoMessage() {}
+
+func (x *NodesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
+func (*NodesReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *NodesReply) GetNodes() []*NodeState {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// NodeState is what the collector has of one sequence of one node.
+type NodeState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Class         Class                  `protobuf:"varint,3,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
+	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`          // everything up to it is stored, or counted as lost
+	Lost          uint64                 `protobuf:"varint,5,opt,name=lost,proto3" json:"lost,omitempty"`        // of those
+	Seals         uint64                 `protobuf:"varint,6,opt,name=seals,proto3" json:"seals,omitempty"`      // number of the last one
+	Received      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=received,proto3" json:"received,omitempty"` // the last batch
+	Connected     bool                   `protobuf:"varint,8,opt,name=connected,proto3" json:"connected,omitempty"`
+	ChainBreaks   uint64                 `protobuf:"varint,9,opt,name=chain_breaks,json=chainBreaks,proto3" json:"chain_breaks,omitempty"` // seals that did not continue their chain
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeState) Reset() {
+	*x = NodeState{}
+	mi := &file_sallyport_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeState) ProtoMessage() {}
+
+func (x *NodeState) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
+func (*NodeState) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *NodeState) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeState) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *NodeState) GetClass() Class {
+	if x != nil {
+		return x.Class
+	}
+	return Class_CLASS_UNSPECIFIED
+}
+
+func (x *NodeState) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *NodeState) GetLost() uint64 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+func (x *NodeState) GetSeals() uint64 {
+	if x != nil {
+		return x.Seals
+	}
+	return 0
+}
+
+func (x *NodeState) GetReceived() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Received
+	}
+	return nil
+}
+
+func (x *NodeState) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *NodeState) GetChainBreaks() uint64 {
+	if x != nil {
+		return x.ChainBreaks
+	}
+	return 0
+}
+
+type LogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogRequest) Reset() {
+	*x = LogRequest{}
+	mi := &file_sallyport_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogRequest) ProtoMessage() {}
+
+func (x *LogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
+func (*LogRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *LogRequest) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+type LogReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grown         *Grown                 `protobuf:"bytes,1,opt,name=grown,proto3" json:"grown,omitempty"`
+	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"` // the collector's word: an auditor has it from somewhere else
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogReply) Reset() {
+	*x = LogReply{}
+	mi := &file_sallyport_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogReply) ProtoMessage() {}
+
+func (x *LogReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogReply.ProtoReflect.Descriptor instead.
+func (*LogReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *LogReply) GetGrown() *Grown {
+	if x != nil {
+		return x.Grown
+	}
+	return nil
+}
+
+func (x *LogReply) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+// EvidenceRequest asks for the records of a time, of a grant, or one record, with what proves them.
+type EvidenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"` // of receipt
+	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	Grant         string                 `protobuf:"bytes,4,opt,name=grant,proto3" json:"grant,omitempty"` // its events alone: a receipt
+	Epoch         string                 `protobuf:"bytes,5,opt,name=epoch,proto3" json:"epoch,omitempty"` // with node, class and seq: one record
+	Class         Class                  `protobuf:"varint,6,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
+	Seq           uint64                 `protobuf:"varint,7,opt,name=seq,proto3" json:"seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvidenceRequest) Reset() {
+	*x = EvidenceRequest{}
+	mi := &file_sallyport_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvidenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvidenceRequest) ProtoMessage() {}
+
+func (x *EvidenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvidenceRequest.ProtoReflect.Descriptor instead.
+func (*EvidenceRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *EvidenceRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *EvidenceRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *EvidenceRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *EvidenceRequest) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
+func (x *EvidenceRequest) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *EvidenceRequest) GetClass() Class {
+	if x != nil {
+		return x.Class
+	}
+	return Class_CLASS_UNSPECIFIED
+}
+
+func (x *EvidenceRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+type EvidenceChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvidenceChunk) Reset() {
+	*x = EvidenceChunk{}
+	mi := &file_sallyport_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvidenceChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvidenceChunk) ProtoMessage() {}
+
+func (x *EvidenceChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvidenceChunk.ProtoReflect.Descriptor instead.
+func (*EvidenceChunk) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *EvidenceChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1559,7 +2908,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1571,7 +2920,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1584,7 +2933,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{16}
+	return file_sallyport_proto_rawDescGZIP(), []int{33}
 }
 
 type HookStatus struct {
@@ -1601,7 +2950,7 @@ type HookStatus struct {
 
 func (x *HookStatus) Reset() {
 	*x = HookStatus{}
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +2962,7 @@ func (x *HookStatus) String() string {
 func (*HookStatus) ProtoMessage() {}
 
 func (x *HookStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +2975,7 @@ func (x *HookStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookStatus.ProtoReflect.Descriptor instead.
 func (*HookStatus) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{17}
+	return file_sallyport_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *HookStatus) GetDevice() string {
@@ -1701,7 +3050,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +3062,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +3075,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{18}
+	return file_sallyport_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -1891,7 +3240,7 @@ type ServicesRequest struct {
 
 func (x *ServicesRequest) Reset() {
 	*x = ServicesRequest{}
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +3252,7 @@ func (x *ServicesRequest) String() string {
 func (*ServicesRequest) ProtoMessage() {}
 
 func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +3265,7 @@ func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesRequest.ProtoReflect.Descriptor instead.
 func (*ServicesRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{19}
+	return file_sallyport_proto_rawDescGZIP(), []int{36}
 }
 
 type Service struct {
@@ -1938,7 +3287,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +3299,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +3312,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{20}
+	return file_sallyport_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Service) GetName() string {
@@ -2056,7 +3405,7 @@ type Watched struct {
 
 func (x *Watched) Reset() {
 	*x = Watched{}
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2068,7 +3417,7 @@ func (x *Watched) String() string {
 func (*Watched) ProtoMessage() {}
 
 func (x *Watched) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2081,7 +3430,7 @@ func (x *Watched) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watched.ProtoReflect.Descriptor instead.
 func (*Watched) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{21}
+	return file_sallyport_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Watched) GetSeen() *Seen {
@@ -2123,7 +3472,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +3484,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +3497,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{22}
+	return file_sallyport_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Seen) GetOpens() uint64 {
@@ -2181,7 +3530,7 @@ type ServicesReply struct {
 
 func (x *ServicesReply) Reset() {
 	*x = ServicesReply{}
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2193,7 +3542,7 @@ func (x *ServicesReply) String() string {
 func (*ServicesReply) ProtoMessage() {}
 
 func (x *ServicesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2206,7 +3555,7 @@ func (x *ServicesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesReply.ProtoReflect.Descriptor instead.
 func (*ServicesReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{23}
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ServicesReply) GetServices() []*Service {
@@ -2224,7 +3573,7 @@ type PathsRequest struct {
 
 func (x *PathsRequest) Reset() {
 	*x = PathsRequest{}
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +3585,7 @@ func (x *PathsRequest) String() string {
 func (*PathsRequest) ProtoMessage() {}
 
 func (x *PathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +3598,7 @@ func (x *PathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsRequest.ProtoReflect.Descriptor instead.
 func (*PathsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{24}
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
 }
 
 type Path struct {
@@ -2273,7 +3622,7 @@ type Path struct {
 
 func (x *Path) Reset() {
 	*x = Path{}
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +3634,7 @@ func (x *Path) String() string {
 func (*Path) ProtoMessage() {}
 
 func (x *Path) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +3647,7 @@ func (x *Path) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Path.ProtoReflect.Descriptor instead.
 func (*Path) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{25}
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Path) GetSlot() uint32 {
@@ -2405,7 +3754,7 @@ type Budget struct {
 
 func (x *Budget) Reset() {
 	*x = Budget{}
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2417,7 +3766,7 @@ func (x *Budget) String() string {
 func (*Budget) ProtoMessage() {}
 
 func (x *Budget) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2430,7 +3779,7 @@ func (x *Budget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Budget.ProtoReflect.Descriptor instead.
 func (*Budget) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{26}
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Budget) GetBytes() uint64 {
@@ -2470,7 +3819,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +3831,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +3844,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{27}
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PathsReply) GetPaths() []*Path {
@@ -2513,7 +3862,7 @@ type GrantsRequest struct {
 
 func (x *GrantsRequest) Reset() {
 	*x = GrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +3874,7 @@ func (x *GrantsRequest) String() string {
 func (*GrantsRequest) ProtoMessage() {}
 
 func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +3887,7 @@ func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsRequest.ProtoReflect.Descriptor instead.
 func (*GrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{28}
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
 }
 
 type Grant struct {
@@ -2568,7 +3917,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +3929,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +3942,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{29}
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Grant) GetId() string {
@@ -2738,7 +4087,7 @@ type GrantsReply struct {
 
 func (x *GrantsReply) Reset() {
 	*x = GrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2750,7 +4099,7 @@ func (x *GrantsReply) String() string {
 func (*GrantsReply) ProtoMessage() {}
 
 func (x *GrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2763,7 +4112,7 @@ func (x *GrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsReply.ProtoReflect.Descriptor instead.
 func (*GrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{30}
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GrantsReply) GetGrants() []*Grant {
@@ -2781,7 +4130,7 @@ type ChallengeRequest struct {
 
 func (x *ChallengeRequest) Reset() {
 	*x = ChallengeRequest{}
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2793,7 +4142,7 @@ func (x *ChallengeRequest) String() string {
 func (*ChallengeRequest) ProtoMessage() {}
 
 func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2806,7 +4155,7 @@ func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
 func (*ChallengeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{31}
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
 }
 
 type ChallengeReply struct {
@@ -2818,7 +4167,7 @@ type ChallengeReply struct {
 
 func (x *ChallengeReply) Reset() {
 	*x = ChallengeReply{}
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2830,7 +4179,7 @@ func (x *ChallengeReply) String() string {
 func (*ChallengeReply) ProtoMessage() {}
 
 func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2843,7 +4192,7 @@ func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeReply.ProtoReflect.Descriptor instead.
 func (*ChallengeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{32}
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ChallengeReply) GetChallenge() []byte {
@@ -2863,7 +4212,7 @@ type ActivateRequest struct {
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +4224,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +4237,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{33}
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ActivateRequest) GetEnvelope() []byte {
@@ -2914,7 +4263,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2926,7 +4275,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2939,7 +4288,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{34}
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ActivateReply) GetGrant() *Grant {
@@ -2959,7 +4308,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +4320,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +4333,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{35}
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RevokeRequest) GetGrant() string {
@@ -3010,7 +4359,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3022,7 +4371,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3035,7 +4384,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{36}
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RevokeReply) GetGrant() *Grant {
@@ -3055,7 +4404,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +4416,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +4429,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{37}
+	return file_sallyport_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StateRequest) GetStatement() []byte {
@@ -3106,7 +4455,7 @@ type StateReply struct {
 
 func (x *StateReply) Reset() {
 	*x = StateReply{}
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +4467,7 @@ func (x *StateReply) String() string {
 func (*StateReply) ProtoMessage() {}
 
 func (x *StateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +4480,7 @@ func (x *StateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateReply.ProtoReflect.Descriptor instead.
 func (*StateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{38}
+	return file_sallyport_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *StateReply) GetGrant() *Grant {
@@ -3150,7 +4499,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3162,7 +4511,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3175,7 +4524,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{39}
+	return file_sallyport_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *VouchRequest) GetStatement() []byte {
@@ -3193,7 +4542,7 @@ type VouchReply struct {
 
 func (x *VouchReply) Reset() {
 	*x = VouchReply{}
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3205,7 +4554,7 @@ func (x *VouchReply) String() string {
 func (*VouchReply) ProtoMessage() {}
 
 func (x *VouchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3218,7 +4567,7 @@ func (x *VouchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchReply.ProtoReflect.Descriptor instead.
 func (*VouchReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{40}
+	return file_sallyport_proto_rawDescGZIP(), []int{57}
 }
 
 type ExplainRequest struct {
@@ -3233,7 +4582,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +4594,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +4607,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{41}
+	return file_sallyport_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExplainRequest) GetClient() string {
@@ -3302,7 +4651,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +4663,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +4676,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{42}
+	return file_sallyport_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ExplainReply) GetVerdict() string {
@@ -3375,7 +4724,7 @@ type AgentFlowsRequest struct {
 
 func (x *AgentFlowsRequest) Reset() {
 	*x = AgentFlowsRequest{}
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +4736,7 @@ func (x *AgentFlowsRequest) String() string {
 func (*AgentFlowsRequest) ProtoMessage() {}
 
 func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +4749,7 @@ func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFlowsRequest.ProtoReflect.Descriptor instead.
 func (*AgentFlowsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{43}
+	return file_sallyport_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AgentFlowsRequest) GetFollow() bool {
@@ -3428,7 +4777,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3440,7 +4789,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3453,7 +4802,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{44}
+	return file_sallyport_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -3488,7 +4837,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +4849,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +4862,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{45}
+	return file_sallyport_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -3550,7 +4899,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3562,7 +4911,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3575,7 +4924,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{46}
+	return file_sallyport_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -3628,7 +4977,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +4989,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +5002,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{47}
+	return file_sallyport_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -3672,7 +5021,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3684,7 +5033,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3697,7 +5046,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{48}
+	return file_sallyport_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -3716,7 +5065,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3728,7 +5077,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3741,7 +5090,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{49}
+	return file_sallyport_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -3760,7 +5109,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3772,7 +5121,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3785,7 +5134,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{50}
+	return file_sallyport_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -3803,7 +5152,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3815,7 +5164,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3828,7 +5177,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{51}
+	return file_sallyport_proto_rawDescGZIP(), []int{68}
 }
 
 type WatchGrantsRequest struct {
@@ -3840,7 +5189,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3852,7 +5201,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3865,7 +5214,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{52}
+	return file_sallyport_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -3887,7 +5236,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3899,7 +5248,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3912,7 +5261,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{53}
+	return file_sallyport_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -3958,7 +5307,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3970,7 +5319,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3983,7 +5332,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{54}
+	return file_sallyport_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -4045,7 +5394,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4057,7 +5406,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4070,7 +5419,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{55}
+	return file_sallyport_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -4095,7 +5444,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4107,7 +5456,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4120,7 +5469,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{56}
+	return file_sallyport_proto_rawDescGZIP(), []int{73}
 }
 
 type UsedGrantsReply struct {
@@ -4132,7 +5481,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4144,7 +5493,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4157,7 +5506,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{57}
+	return file_sallyport_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -4188,7 +5537,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4200,7 +5549,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4213,7 +5562,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{58}
+	return file_sallyport_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -4320,7 +5669,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4332,7 +5681,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4345,7 +5694,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{59}
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Suggestion) GetField() string {
@@ -4396,7 +5745,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4408,7 +5757,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4421,7 +5770,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{60}
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -4503,7 +5852,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4515,7 +5864,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4528,7 +5877,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{61}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -4585,7 +5934,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\benvelope\x18\f \x01(\fR\benvelope\x12\x18\n" +
 	"\asigners\x18\r \x03(\tR\asigners\x12\x12\n" +
 	"\x04kind\x18\x0e \x01(\tR\x04kind\x12\x18\n" +
-	"\asignals\x18\x1f \x03(\tR\asignals\"\xc3\x01\n" +
+	"\asignals\x18\x1f \x03(\tR\asignals\"\xf9\x01\n" +
 	"\n" +
 	"LossRecord\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x14\n" +
@@ -4593,38 +5942,99 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05count\x18\x03 \x01(\x04R\x05count\x12.\n" +
 	"\x04from\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
 	"\x02to\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x12\x17\n" +
-	"\aat_most\x18\x06 \x01(\bR\x06atMost\"\xc7\x01\n" +
+	"\aat_most\x18\x06 \x01(\bR\x06atMost\x124\n" +
+	"\x06ranges\x18\a \x03(\v2\x1c.sallyport.v1alpha1.CPURangeR\x06ranges\"F\n" +
+	"\bCPURange\x12\x10\n" +
+	"\x03cpu\x18\x01 \x01(\x05R\x03cpu\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last\"\xef\x01\n" +
+	"\x04Tide\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
+	"\x04boot\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04boot\x12\x17\n" +
+	"\aboot_id\x18\x03 \x01(\tR\x06bootId\x122\n" +
+	"\x05paths\x18\x04 \x03(\v2\x1c.sallyport.v1alpha1.PathTideR\x05paths\x12;\n" +
+	"\bservices\x18\x05 \x03(\v2\x1f.sallyport.v1alpha1.ServiceTideR\bservices\"\xae\x02\n" +
+	"\bPathTide\x12\x12\n" +
+	"\x04slot\x18\x01 \x01(\rR\x04slot\x12\x14\n" +
+	"\x05grant\x18\x02 \x01(\tR\x05grant\x12\x18\n" +
+	"\aservice\x18\x03 \x01(\tR\aservice\x12\x16\n" +
+	"\x06client\x18\x04 \x01(\tR\x06client\x12\x14\n" +
+	"\x05ended\x18\x05 \x01(\bR\x05ended\x122\n" +
+	"\x06kernel\x18\x06 \x01(\v2\x1a.sallyport.v1alpha1.VolumeR\x06kernel\x126\n" +
+	"\brecorded\x18\a \x01(\v2\x1a.sallyport.v1alpha1.VolumeR\brecorded\x12.\n" +
+	"\x04live\x18\b \x01(\v2\x1a.sallyport.v1alpha1.VolumeR\x04live\x12\x14\n" +
+	"\x05cause\x18\t \x01(\tR\x05cause\"k\n" +
+	"\vServiceTide\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x0e\n" +
+	"\x02by\x18\x02 \x01(\tR\x02by\x122\n" +
+	"\x06kernel\x18\x03 \x01(\v2\x1a.sallyport.v1alpha1.VolumeR\x06kernel\"\xc6\x01\n" +
+	"\x06Volume\x12\x14\n" +
+	"\x05flows\x18\x01 \x01(\x04R\x05flows\x12&\n" +
+	"\x0fbytes_to_server\x18\x02 \x01(\x04R\rbytesToServer\x12&\n" +
+	"\x0fbytes_to_client\x18\x03 \x01(\x04R\rbytesToClient\x12*\n" +
+	"\x11packets_to_server\x18\x04 \x01(\x04R\x0fpacketsToServer\x12*\n" +
+	"\x11packets_to_client\x18\x05 \x01(\x04R\x0fpacketsToClient\"\xf7\x01\n" +
 	"\x05Entry\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x124\n" +
 	"\x04flow\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.FlowRecordH\x00R\x04flow\x126\n" +
 	"\x05grant\x18\x03 \x01(\v2\x1e.sallyport.v1alpha1.GrantEventH\x00R\x05grant\x124\n" +
-	"\x04loss\x18\x04 \x01(\v2\x1e.sallyport.v1alpha1.LossRecordH\x00R\x04lossB\b\n" +
-	"\x06record\"d\n" +
+	"\x04loss\x18\x04 \x01(\v2\x1e.sallyport.v1alpha1.LossRecordH\x00R\x04loss\x12.\n" +
+	"\x04tide\x18\x05 \x01(\v2\x18.sallyport.v1alpha1.TideH\x00R\x04tideB\b\n" +
+	"\x06record\"+\n" +
+	"\x03Raw\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\xb7\x01\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\tR\x05epoch\x12\x18\n" +
-	"\aversion\x18\x04 \x01(\rR\aversion\"\x83\x01\n" +
+	"\aversion\x18\x04 \x01(\rR\aversion\x12\x16\n" +
+	"\x06oldest\x18\x05 \x01(\rR\x06oldest\x12\x19\n" +
+	"\bnode_key\x18\x06 \x01(\tR\anodeKey\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\a \x01(\fR\n" +
+	"checkpoint\"\xc2\x01\n" +
 	"\x05Batch\x12/\n" +
 	"\x05class\x18\x01 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x123\n" +
-	"\aentries\x18\x03 \x03(\v2\x19.sallyport.v1alpha1.EntryR\aentries\"{\n" +
+	"\aentries\x18\x03 \x03(\v2\x19.sallyport.v1alpha1.EntryR\aentries\x12)\n" +
+	"\x03raw\x18\x04 \x03(\v2\x17.sallyport.v1alpha1.RawR\x03raw\x12\x12\n" +
+	"\x04seal\x18\x05 \x01(\fR\x04seal\"{\n" +
 	"\n" +
 	"AgentFrame\x121\n" +
 	"\x05hello\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.HelloH\x00R\x05hello\x121\n" +
 	"\x05batch\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.BatchH\x00R\x05batchB\a\n" +
-	"\x05frame\"G\n" +
+	"\x05frame\"\xa7\x02\n" +
 	"\aWelcome\x12!\n" +
 	"\fcritical_seq\x18\x01 \x01(\x04R\vcriticalSeq\x12\x19\n" +
-	"\bflow_seq\x18\x02 \x01(\x04R\aflowSeq\"^\n" +
+	"\bflow_seq\x18\x02 \x01(\x04R\aflowSeq\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\rR\aversion\x12#\n" +
+	"\rcritical_seal\x18\x04 \x01(\fR\fcriticalSeal\x12\x1b\n" +
+	"\tflow_seal\x18\x05 \x01(\fR\bflowSeal\x12\x17\n" +
+	"\alog_key\x18\x06 \x01(\tR\x06logKey\x12/\n" +
+	"\x05grown\x18\a \x01(\v2\x19.sallyport.v1alpha1.GrownR\x05grown\x128\n" +
+	"\n" +
+	"flow_above\x18\b \x03(\v2\x19.sallyport.v1alpha1.RangeR\tflowAbove\"1\n" +
+	"\x05Range\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x12\n" +
+	"\x04last\x18\x02 \x01(\x04R\x04last\"Q\n" +
+	"\x05Grown\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\fR\n" +
+	"checkpoint\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\x04R\x04from\x12\x14\n" +
+	"\x05proof\x18\x03 \x03(\fR\x05proof\"\xa7\x01\n" +
 	"\x03Ack\x12/\n" +
 	"\x05class\x18\x01 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
-	"\x03seq\x18\x03 \x01(\x04R\x03seq\"\x7f\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x16\n" +
+	"\x06number\x18\x04 \x01(\x04R\x06number\x12/\n" +
+	"\x05above\x18\x05 \x03(\v2\x19.sallyport.v1alpha1.RangeR\x05above\"\xb2\x01\n" +
 	"\x0eCollectorFrame\x127\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1b.sallyport.v1alpha1.WelcomeH\x00R\awelcome\x12+\n" +
-	"\x03ack\x18\x02 \x01(\v2\x17.sallyport.v1alpha1.AckH\x00R\x03ackB\a\n" +
-	"\x05frame\"\xe5\x01\n" +
+	"\x03ack\x18\x02 \x01(\v2\x17.sallyport.v1alpha1.AckH\x00R\x03ack\x121\n" +
+	"\x05grown\x18\x03 \x01(\v2\x19.sallyport.v1alpha1.GrownH\x00R\x05grownB\a\n" +
+	"\x05frame\"\xfd\x01\n" +
 	"\n" +
 	"StoredFlow\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
@@ -4632,13 +6042,15 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x126\n" +
 	"\breceived\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x122\n" +
 	"\x04flow\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.FlowRecordR\x04flow\x12/\n" +
-	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\"\xbc\x01\n" +
+	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x16\n" +
+	"\x06cursor\x18\a \x01(\tR\x06cursor\"\xd4\x01\n" +
 	"\x10StoredGrantEvent\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x126\n" +
 	"\breceived\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x124\n" +
-	"\x05event\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.GrantEventR\x05event\"\xe5\x01\n" +
+	"\x05event\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.GrantEventR\x05event\x12\x16\n" +
+	"\x06cursor\x18\x06 \x01(\tR\x06cursor\"\xfd\x01\n" +
 	"\n" +
 	"StoredLoss\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
@@ -4646,7 +6058,16 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05class\x18\x03 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
 	"\x03seq\x18\x04 \x01(\x04R\x03seq\x122\n" +
 	"\x04loss\x18\x05 \x01(\v2\x1e.sallyport.v1alpha1.LossRecordR\x04loss\x126\n" +
-	"\breceived\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\xdd\x02\n" +
+	"\breceived\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x12\x16\n" +
+	"\x06cursor\x18\a \x01(\tR\x06cursor\"\xc6\x01\n" +
+	"\n" +
+	"StoredTide\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x126\n" +
+	"\breceived\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x12,\n" +
+	"\x04tide\x18\x05 \x01(\v2\x18.sallyport.v1alpha1.TideR\x04tide\x12\x16\n" +
+	"\x06cursor\x18\x06 \x01(\tR\x06cursor\"\xf3\x02\n" +
 	"\tFlowQuery\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x1a\n" +
@@ -4660,17 +6081,59 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05limit\x18\n" +
 	" \x01(\rR\x05limit\x12\x16\n" +
 	"\x06follow\x18\v \x01(\bR\x06follow\x12\x14\n" +
-	"\x05event\x18\f \x01(\tR\x05event\"\x96\x01\n" +
+	"\x05event\x18\f \x01(\tR\x05event\x12\x14\n" +
+	"\x05after\x18\r \x01(\tR\x05after\"\xf2\x01\n" +
 	"\n" +
 	"GrantQuery\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05grant\x18\x02 \x01(\tR\x05grant\x120\n" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
 	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x16\n" +
-	"\x06follow\x18\x05 \x01(\bR\x06follow\"5\n" +
+	"\x06follow\x18\x05 \x01(\bR\x06follow\x12\x14\n" +
+	"\x05after\x18\x06 \x01(\tR\x05after\x120\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x12\n" +
+	"\x04step\x18\b \x01(\tR\x04step\"}\n" +
 	"\tLossQuery\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"\x0f\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\x7f\n" +
+	"\tTideQuery\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05grant\x18\x02 \x01(\tR\x05grant\x12\x1c\n" +
+	"\tdiffering\x18\x03 \x01(\bR\tdiffering\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x05 \x01(\tR\x05after\"\x0e\n" +
+	"\fNodesRequest\"A\n" +
+	"\n" +
+	"NodesReply\x123\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1d.sallyport.v1alpha1.NodeStateR\x05nodes\"\x9b\x02\n" +
+	"\tNodeState\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12/\n" +
+	"\x05class\x18\x03 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04lost\x18\x05 \x01(\x04R\x04lost\x12\x14\n" +
+	"\x05seals\x18\x06 \x01(\x04R\x05seals\x126\n" +
+	"\breceived\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\breceived\x12\x1c\n" +
+	"\tconnected\x18\b \x01(\bR\tconnected\x12!\n" +
+	"\fchain_breaks\x18\t \x01(\x04R\vchainBreaks\" \n" +
+	"\n" +
+	"LogRequest\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\x04R\x04from\"M\n" +
+	"\bLogReply\x12/\n" +
+	"\x05grown\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrownR\x05grown\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\"\xf8\x01\n" +
+	"\x0fEvidenceRequest\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12\x14\n" +
+	"\x05grant\x18\x04 \x01(\tR\x05grant\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\tR\x05epoch\x12/\n" +
+	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
+	"\x03seq\x18\a \x01(\x04R\x03seq\"#\n" +
+	"\rEvidenceChunk\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
 	"\rStatusRequest\"\x96\x01\n" +
 	"\n" +
 	"HookStatus\x12\x16\n" +
@@ -4910,11 +6373,15 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"CLASS_FLOW\x10\x022_\n" +
 	"\vAuditIngest\x12P\n" +
-	"\x06Stream\x12\x1e.sallyport.v1alpha1.AgentFrame\x1a\".sallyport.v1alpha1.CollectorFrame(\x010\x012\xf3\x01\n" +
+	"\x06Stream\x12\x1e.sallyport.v1alpha1.AgentFrame\x1a\".sallyport.v1alpha1.CollectorFrame(\x010\x012\xa3\x04\n" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
-	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x012\x97\n" +
+	"\x06Losses\x12\x1d.sallyport.v1alpha1.LossQuery\x1a\x1e.sallyport.v1alpha1.StoredLoss0\x01\x12H\n" +
+	"\x05Tides\x12\x1d.sallyport.v1alpha1.TideQuery\x1a\x1e.sallyport.v1alpha1.StoredTide0\x01\x12I\n" +
+	"\x05Nodes\x12 .sallyport.v1alpha1.NodesRequest\x1a\x1e.sallyport.v1alpha1.NodesReply\x12C\n" +
+	"\x03Log\x12\x1e.sallyport.v1alpha1.LogRequest\x1a\x1c.sallyport.v1alpha1.LogReply\x12T\n" +
+	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x012\x97\n" +
 	"\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
@@ -4950,197 +6417,248 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
 	(*GrantEvent)(nil),            // 2: sallyport.v1alpha1.GrantEvent
 	(*LossRecord)(nil),            // 3: sallyport.v1alpha1.LossRecord
-	(*Entry)(nil),                 // 4: sallyport.v1alpha1.Entry
-	(*Hello)(nil),                 // 5: sallyport.v1alpha1.Hello
-	(*Batch)(nil),                 // 6: sallyport.v1alpha1.Batch
-	(*AgentFrame)(nil),            // 7: sallyport.v1alpha1.AgentFrame
-	(*Welcome)(nil),               // 8: sallyport.v1alpha1.Welcome
-	(*Ack)(nil),                   // 9: sallyport.v1alpha1.Ack
-	(*CollectorFrame)(nil),        // 10: sallyport.v1alpha1.CollectorFrame
-	(*StoredFlow)(nil),            // 11: sallyport.v1alpha1.StoredFlow
-	(*StoredGrantEvent)(nil),      // 12: sallyport.v1alpha1.StoredGrantEvent
-	(*StoredLoss)(nil),            // 13: sallyport.v1alpha1.StoredLoss
-	(*FlowQuery)(nil),             // 14: sallyport.v1alpha1.FlowQuery
-	(*GrantQuery)(nil),            // 15: sallyport.v1alpha1.GrantQuery
-	(*LossQuery)(nil),             // 16: sallyport.v1alpha1.LossQuery
-	(*StatusRequest)(nil),         // 17: sallyport.v1alpha1.StatusRequest
-	(*HookStatus)(nil),            // 18: sallyport.v1alpha1.HookStatus
-	(*StatusReply)(nil),           // 19: sallyport.v1alpha1.StatusReply
-	(*ServicesRequest)(nil),       // 20: sallyport.v1alpha1.ServicesRequest
-	(*Service)(nil),               // 21: sallyport.v1alpha1.Service
-	(*Watched)(nil),               // 22: sallyport.v1alpha1.Watched
-	(*Seen)(nil),                  // 23: sallyport.v1alpha1.Seen
-	(*ServicesReply)(nil),         // 24: sallyport.v1alpha1.ServicesReply
-	(*PathsRequest)(nil),          // 25: sallyport.v1alpha1.PathsRequest
-	(*Path)(nil),                  // 26: sallyport.v1alpha1.Path
-	(*Budget)(nil),                // 27: sallyport.v1alpha1.Budget
-	(*PathsReply)(nil),            // 28: sallyport.v1alpha1.PathsReply
-	(*GrantsRequest)(nil),         // 29: sallyport.v1alpha1.GrantsRequest
-	(*Grant)(nil),                 // 30: sallyport.v1alpha1.Grant
-	(*GrantsReply)(nil),           // 31: sallyport.v1alpha1.GrantsReply
-	(*ChallengeRequest)(nil),      // 32: sallyport.v1alpha1.ChallengeRequest
-	(*ChallengeReply)(nil),        // 33: sallyport.v1alpha1.ChallengeReply
-	(*ActivateRequest)(nil),       // 34: sallyport.v1alpha1.ActivateRequest
-	(*ActivateReply)(nil),         // 35: sallyport.v1alpha1.ActivateReply
-	(*RevokeRequest)(nil),         // 36: sallyport.v1alpha1.RevokeRequest
-	(*RevokeReply)(nil),           // 37: sallyport.v1alpha1.RevokeReply
-	(*StateRequest)(nil),          // 38: sallyport.v1alpha1.StateRequest
-	(*StateReply)(nil),            // 39: sallyport.v1alpha1.StateReply
-	(*VouchRequest)(nil),          // 40: sallyport.v1alpha1.VouchRequest
-	(*VouchReply)(nil),            // 41: sallyport.v1alpha1.VouchReply
-	(*ExplainRequest)(nil),        // 42: sallyport.v1alpha1.ExplainRequest
-	(*ExplainReply)(nil),          // 43: sallyport.v1alpha1.ExplainReply
-	(*AgentFlowsRequest)(nil),     // 44: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 45: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 46: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 47: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 48: sallyport.v1alpha1.ProxyAck
-	(*PanicRequest)(nil),          // 49: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 50: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 51: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 52: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 53: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 54: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 55: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 56: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 57: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 58: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 59: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 60: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 61: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 62: sallyport.v1alpha1.SignalReply
-	nil,                           // 63: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 64: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 65: google.protobuf.Duration
+	(*CPURange)(nil),              // 4: sallyport.v1alpha1.CPURange
+	(*Tide)(nil),                  // 5: sallyport.v1alpha1.Tide
+	(*PathTide)(nil),              // 6: sallyport.v1alpha1.PathTide
+	(*ServiceTide)(nil),           // 7: sallyport.v1alpha1.ServiceTide
+	(*Volume)(nil),                // 8: sallyport.v1alpha1.Volume
+	(*Entry)(nil),                 // 9: sallyport.v1alpha1.Entry
+	(*Raw)(nil),                   // 10: sallyport.v1alpha1.Raw
+	(*Hello)(nil),                 // 11: sallyport.v1alpha1.Hello
+	(*Batch)(nil),                 // 12: sallyport.v1alpha1.Batch
+	(*AgentFrame)(nil),            // 13: sallyport.v1alpha1.AgentFrame
+	(*Welcome)(nil),               // 14: sallyport.v1alpha1.Welcome
+	(*Range)(nil),                 // 15: sallyport.v1alpha1.Range
+	(*Grown)(nil),                 // 16: sallyport.v1alpha1.Grown
+	(*Ack)(nil),                   // 17: sallyport.v1alpha1.Ack
+	(*CollectorFrame)(nil),        // 18: sallyport.v1alpha1.CollectorFrame
+	(*StoredFlow)(nil),            // 19: sallyport.v1alpha1.StoredFlow
+	(*StoredGrantEvent)(nil),      // 20: sallyport.v1alpha1.StoredGrantEvent
+	(*StoredLoss)(nil),            // 21: sallyport.v1alpha1.StoredLoss
+	(*StoredTide)(nil),            // 22: sallyport.v1alpha1.StoredTide
+	(*FlowQuery)(nil),             // 23: sallyport.v1alpha1.FlowQuery
+	(*GrantQuery)(nil),            // 24: sallyport.v1alpha1.GrantQuery
+	(*LossQuery)(nil),             // 25: sallyport.v1alpha1.LossQuery
+	(*TideQuery)(nil),             // 26: sallyport.v1alpha1.TideQuery
+	(*NodesRequest)(nil),          // 27: sallyport.v1alpha1.NodesRequest
+	(*NodesReply)(nil),            // 28: sallyport.v1alpha1.NodesReply
+	(*NodeState)(nil),             // 29: sallyport.v1alpha1.NodeState
+	(*LogRequest)(nil),            // 30: sallyport.v1alpha1.LogRequest
+	(*LogReply)(nil),              // 31: sallyport.v1alpha1.LogReply
+	(*EvidenceRequest)(nil),       // 32: sallyport.v1alpha1.EvidenceRequest
+	(*EvidenceChunk)(nil),         // 33: sallyport.v1alpha1.EvidenceChunk
+	(*StatusRequest)(nil),         // 34: sallyport.v1alpha1.StatusRequest
+	(*HookStatus)(nil),            // 35: sallyport.v1alpha1.HookStatus
+	(*StatusReply)(nil),           // 36: sallyport.v1alpha1.StatusReply
+	(*ServicesRequest)(nil),       // 37: sallyport.v1alpha1.ServicesRequest
+	(*Service)(nil),               // 38: sallyport.v1alpha1.Service
+	(*Watched)(nil),               // 39: sallyport.v1alpha1.Watched
+	(*Seen)(nil),                  // 40: sallyport.v1alpha1.Seen
+	(*ServicesReply)(nil),         // 41: sallyport.v1alpha1.ServicesReply
+	(*PathsRequest)(nil),          // 42: sallyport.v1alpha1.PathsRequest
+	(*Path)(nil),                  // 43: sallyport.v1alpha1.Path
+	(*Budget)(nil),                // 44: sallyport.v1alpha1.Budget
+	(*PathsReply)(nil),            // 45: sallyport.v1alpha1.PathsReply
+	(*GrantsRequest)(nil),         // 46: sallyport.v1alpha1.GrantsRequest
+	(*Grant)(nil),                 // 47: sallyport.v1alpha1.Grant
+	(*GrantsReply)(nil),           // 48: sallyport.v1alpha1.GrantsReply
+	(*ChallengeRequest)(nil),      // 49: sallyport.v1alpha1.ChallengeRequest
+	(*ChallengeReply)(nil),        // 50: sallyport.v1alpha1.ChallengeReply
+	(*ActivateRequest)(nil),       // 51: sallyport.v1alpha1.ActivateRequest
+	(*ActivateReply)(nil),         // 52: sallyport.v1alpha1.ActivateReply
+	(*RevokeRequest)(nil),         // 53: sallyport.v1alpha1.RevokeRequest
+	(*RevokeReply)(nil),           // 54: sallyport.v1alpha1.RevokeReply
+	(*StateRequest)(nil),          // 55: sallyport.v1alpha1.StateRequest
+	(*StateReply)(nil),            // 56: sallyport.v1alpha1.StateReply
+	(*VouchRequest)(nil),          // 57: sallyport.v1alpha1.VouchRequest
+	(*VouchReply)(nil),            // 58: sallyport.v1alpha1.VouchReply
+	(*ExplainRequest)(nil),        // 59: sallyport.v1alpha1.ExplainRequest
+	(*ExplainReply)(nil),          // 60: sallyport.v1alpha1.ExplainReply
+	(*AgentFlowsRequest)(nil),     // 61: sallyport.v1alpha1.AgentFlowsRequest
+	(*ProxyHello)(nil),            // 62: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 63: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 64: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 65: sallyport.v1alpha1.ProxyAck
+	(*PanicRequest)(nil),          // 66: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 67: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 68: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 69: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 70: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 71: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 72: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 73: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 74: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 75: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 76: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 77: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 78: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 79: sallyport.v1alpha1.SignalReply
+	nil,                           // 80: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 81: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 82: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	64, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	65, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	64, // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	65, // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	64, // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	64, // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	64, // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
-	1,  // 7: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	2,  // 8: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
-	3,  // 9: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
-	0,  // 10: sallyport.v1alpha1.Batch.class:type_name -> sallyport.v1alpha1.Class
-	4,  // 11: sallyport.v1alpha1.Batch.entries:type_name -> sallyport.v1alpha1.Entry
-	5,  // 12: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
-	6,  // 13: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
-	0,  // 14: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
-	8,  // 15: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
-	9,  // 16: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	64, // 17: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
-	1,  // 18: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	0,  // 19: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	64, // 20: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
-	2,  // 21: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
-	0,  // 22: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
-	3,  // 23: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	64, // 24: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	64, // 25: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	64, // 26: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	64, // 27: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	64, // 28: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
-	18, // 29: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	65, // 30: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	63, // 31: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	22, // 32: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
-	23, // 33: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
-	23, // 34: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
-	23, // 35: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
-	23, // 36: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
-	21, // 37: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	64, // 38: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	65, // 39: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	27, // 40: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
-	26, // 41: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	64, // 42: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	64, // 43: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	27, // 44: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	65, // 45: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
-	30, // 46: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	30, // 47: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	30, // 48: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	30, // 49: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	64, // 50: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,  // 51: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	45, // 52: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	46, // 53: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	65, // 54: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	64, // 55: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	55, // 56: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	30, // 57: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	30, // 58: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	65, // 59: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	65, // 60: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	26, // 61: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	56, // 62: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	64, // 63: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	59, // 64: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	30, // 65: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	65, // 66: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	65, // 67: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	65, // 68: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	65, // 69: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	60, // 70: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	64, // 71: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	27, // 72: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	64, // 73: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	7,  // 74: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	14, // 75: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	15, // 76: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	16, // 77: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	17, // 78: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	20, // 79: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	25, // 80: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	29, // 81: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	32, // 82: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	34, // 83: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	38, // 84: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	40, // 85: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	36, // 86: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	42, // 87: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	44, // 88: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	49, // 89: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	51, // 90: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	61, // 91: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	57, // 92: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	53, // 93: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	47, // 94: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	10, // 95: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	11, // 96: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	12, // 97: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	13, // 98: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	19, // 99: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	24, // 100: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	28, // 101: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	31, // 102: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	33, // 103: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	35, // 104: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	39, // 105: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	41, // 106: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	37, // 107: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	43, // 108: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,  // 109: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	50, // 110: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	52, // 111: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	62, // 112: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	58, // 113: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	54, // 114: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	48, // 115: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	95, // [95:116] is the sub-list for method output_type
-	74, // [74:95] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	81,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	82,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	81,  // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	82,  // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	81,  // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	81,  // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	81,  // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	4,   // 7: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
+	81,  // 8: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	82,  // 9: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	6,   // 10: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
+	7,   // 11: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
+	8,   // 12: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
+	8,   // 13: sallyport.v1alpha1.PathTide.recorded:type_name -> sallyport.v1alpha1.Volume
+	8,   // 14: sallyport.v1alpha1.PathTide.live:type_name -> sallyport.v1alpha1.Volume
+	8,   // 15: sallyport.v1alpha1.ServiceTide.kernel:type_name -> sallyport.v1alpha1.Volume
+	1,   // 16: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	2,   // 17: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
+	3,   // 18: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
+	5,   // 19: sallyport.v1alpha1.Entry.tide:type_name -> sallyport.v1alpha1.Tide
+	0,   // 20: sallyport.v1alpha1.Batch.class:type_name -> sallyport.v1alpha1.Class
+	9,   // 21: sallyport.v1alpha1.Batch.entries:type_name -> sallyport.v1alpha1.Entry
+	10,  // 22: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
+	11,  // 23: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
+	12,  // 24: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
+	16,  // 25: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
+	15,  // 26: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
+	0,   // 27: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
+	15,  // 28: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
+	14,  // 29: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
+	17,  // 30: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
+	16,  // 31: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
+	81,  // 32: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	1,   // 33: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	0,   // 34: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 35: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	2,   // 36: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
+	0,   // 37: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
+	3,   // 38: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
+	81,  // 39: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	81,  // 40: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	5,   // 41: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
+	81,  // 42: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	81,  // 43: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	81,  // 44: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	81,  // 45: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	81,  // 46: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	29,  // 47: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
+	0,   // 48: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 49: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	16,  // 50: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
+	81,  // 51: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	81,  // 52: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	0,   // 53: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 54: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	35,  // 55: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
+	82,  // 56: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	80,  // 57: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	39,  // 58: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
+	40,  // 59: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
+	40,  // 60: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
+	40,  // 61: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
+	40,  // 62: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
+	38,  // 63: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	81,  // 64: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	82,  // 65: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	44,  // 66: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
+	43,  // 67: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	81,  // 68: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	81,  // 69: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	44,  // 70: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
+	82,  // 71: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	47,  // 72: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	47,  // 73: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	47,  // 74: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	47,  // 75: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	81,  // 76: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 77: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	62,  // 78: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	63,  // 79: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	82,  // 80: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	81,  // 81: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	72,  // 82: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	47,  // 83: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	47,  // 84: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	82,  // 85: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	82,  // 86: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	43,  // 87: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	73,  // 88: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	81,  // 89: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	76,  // 90: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	47,  // 91: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	82,  // 92: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	82,  // 93: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	82,  // 94: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	82,  // 95: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	77,  // 96: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	81,  // 97: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	44,  // 98: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	81,  // 99: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	13,  // 100: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	23,  // 101: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	24,  // 102: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	25,  // 103: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	26,  // 104: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	27,  // 105: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	30,  // 106: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	32,  // 107: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	34,  // 108: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	37,  // 109: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	42,  // 110: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	46,  // 111: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	49,  // 112: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	51,  // 113: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	55,  // 114: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	57,  // 115: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	53,  // 116: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	59,  // 117: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	61,  // 118: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	66,  // 119: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	68,  // 120: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	78,  // 121: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	74,  // 122: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	70,  // 123: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	64,  // 124: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	18,  // 125: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	19,  // 126: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	20,  // 127: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	21,  // 128: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	22,  // 129: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	28,  // 130: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	31,  // 131: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	33,  // 132: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	36,  // 133: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	41,  // 134: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	45,  // 135: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	48,  // 136: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	50,  // 137: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	52,  // 138: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	56,  // 139: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	58,  // 140: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	54,  // 141: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	60,  // 142: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 143: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	67,  // 144: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	69,  // 145: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	79,  // 146: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	75,  // 147: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	71,  // 148: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	65,  // 149: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	125, // [125:150] is the sub-list for method output_type
+	100, // [100:125] is the sub-list for method input_type
+	100, // [100:100] is the sub-list for extension type_name
+	100, // [100:100] is the sub-list for extension extendee
+	0,   // [0:100] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -5148,20 +6666,22 @@ func file_sallyport_proto_init() {
 	if File_sallyport_proto != nil {
 		return
 	}
-	file_sallyport_proto_msgTypes[3].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[8].OneofWrappers = []any{
 		(*Entry_Flow)(nil),
 		(*Entry_Grant)(nil),
 		(*Entry_Loss)(nil),
+		(*Entry_Tide)(nil),
 	}
-	file_sallyport_proto_msgTypes[6].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[12].OneofWrappers = []any{
 		(*AgentFrame_Hello)(nil),
 		(*AgentFrame_Batch)(nil),
 	}
-	file_sallyport_proto_msgTypes[9].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[17].OneofWrappers = []any{
 		(*CollectorFrame_Welcome)(nil),
 		(*CollectorFrame_Ack)(nil),
+		(*CollectorFrame_Grown)(nil),
 	}
-	file_sallyport_proto_msgTypes[46].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[63].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -5171,7 +6691,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   63,
+			NumMessages:   80,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -124,6 +124,10 @@ const (
 	Audit_Flows_FullMethodName       = "/sallyport.v1alpha1.Audit/Flows"
 	Audit_GrantEvents_FullMethodName = "/sallyport.v1alpha1.Audit/GrantEvents"
 	Audit_Losses_FullMethodName      = "/sallyport.v1alpha1.Audit/Losses"
+	Audit_Tides_FullMethodName       = "/sallyport.v1alpha1.Audit/Tides"
+	Audit_Nodes_FullMethodName       = "/sallyport.v1alpha1.Audit/Nodes"
+	Audit_Log_FullMethodName         = "/sallyport.v1alpha1.Audit/Log"
+	Audit_Evidence_FullMethodName    = "/sallyport.v1alpha1.Audit/Evidence"
 )
 
 // AuditClient is the client API for Audit service.
@@ -135,6 +139,10 @@ type AuditClient interface {
 	Flows(ctx context.Context, in *FlowQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StoredFlow], error)
 	GrantEvents(ctx context.Context, in *GrantQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StoredGrantEvent], error)
 	Losses(ctx context.Context, in *LossQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StoredLoss], error)
+	Tides(ctx context.Context, in *TideQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StoredTide], error)
+	Nodes(ctx context.Context, in *NodesRequest, opts ...grpc.CallOption) (*NodesReply, error)
+	Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (*LogReply, error)
+	Evidence(ctx context.Context, in *EvidenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[EvidenceChunk], error)
 }
 
 type auditClient struct {
@@ -202,6 +210,64 @@ func (c *auditClient) Losses(ctx context.Context, in *LossQuery, opts ...grpc.Ca
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Audit_LossesClient = grpc.ServerStreamingClient[StoredLoss]
 
+func (c *auditClient) Tides(ctx context.Context, in *TideQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StoredTide], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Audit_ServiceDesc.Streams[3], Audit_Tides_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TideQuery, StoredTide]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Audit_TidesClient = grpc.ServerStreamingClient[StoredTide]
+
+func (c *auditClient) Nodes(ctx context.Context, in *NodesRequest, opts ...grpc.CallOption) (*NodesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodesReply)
+	err := c.cc.Invoke(ctx, Audit_Nodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *auditClient) Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (*LogReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LogReply)
+	err := c.cc.Invoke(ctx, Audit_Log_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *auditClient) Evidence(ctx context.Context, in *EvidenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[EvidenceChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Audit_ServiceDesc.Streams[4], Audit_Evidence_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[EvidenceRequest, EvidenceChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Audit_EvidenceClient = grpc.ServerStreamingClient[EvidenceChunk]
+
 // AuditServer is the server API for Audit service.
 // All implementations must embed UnimplementedAuditServer
 // for forward compatibility.
@@ -211,6 +277,10 @@ type AuditServer interface {
 	Flows(*FlowQuery, grpc.ServerStreamingServer[StoredFlow]) error
 	GrantEvents(*GrantQuery, grpc.ServerStreamingServer[StoredGrantEvent]) error
 	Losses(*LossQuery, grpc.ServerStreamingServer[StoredLoss]) error
+	Tides(*TideQuery, grpc.ServerStreamingServer[StoredTide]) error
+	Nodes(context.Context, *NodesRequest) (*NodesReply, error)
+	Log(context.Context, *LogRequest) (*LogReply, error)
+	Evidence(*EvidenceRequest, grpc.ServerStreamingServer[EvidenceChunk]) error
 	mustEmbedUnimplementedAuditServer()
 }
 
@@ -229,6 +299,18 @@ func (UnimplementedAuditServer) GrantEvents(*GrantQuery, grpc.ServerStreamingSer
 }
 func (UnimplementedAuditServer) Losses(*LossQuery, grpc.ServerStreamingServer[StoredLoss]) error {
 	return status.Error(codes.Unimplemented, "method Losses not implemented")
+}
+func (UnimplementedAuditServer) Tides(*TideQuery, grpc.ServerStreamingServer[StoredTide]) error {
+	return status.Error(codes.Unimplemented, "method Tides not implemented")
+}
+func (UnimplementedAuditServer) Nodes(context.Context, *NodesRequest) (*NodesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Nodes not implemented")
+}
+func (UnimplementedAuditServer) Log(context.Context, *LogRequest) (*LogReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Log not implemented")
+}
+func (UnimplementedAuditServer) Evidence(*EvidenceRequest, grpc.ServerStreamingServer[EvidenceChunk]) error {
+	return status.Error(codes.Unimplemented, "method Evidence not implemented")
 }
 func (UnimplementedAuditServer) mustEmbedUnimplementedAuditServer() {}
 func (UnimplementedAuditServer) testEmbeddedByValue()               {}
@@ -284,13 +366,80 @@ func _Audit_Losses_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Audit_LossesServer = grpc.ServerStreamingServer[StoredLoss]
 
+func _Audit_Tides_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TideQuery)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AuditServer).Tides(m, &grpc.GenericServerStream[TideQuery, StoredTide]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Audit_TidesServer = grpc.ServerStreamingServer[StoredTide]
+
+func _Audit_Nodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuditServer).Nodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Audit_Nodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuditServer).Nodes(ctx, req.(*NodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Audit_Log_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LogRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuditServer).Log(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Audit_Log_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuditServer).Log(ctx, req.(*LogRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Audit_Evidence_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(EvidenceRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AuditServer).Evidence(m, &grpc.GenericServerStream[EvidenceRequest, EvidenceChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Audit_EvidenceServer = grpc.ServerStreamingServer[EvidenceChunk]
+
 // Audit_ServiceDesc is the grpc.ServiceDesc for Audit service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var Audit_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "sallyport.v1alpha1.Audit",
 	HandlerType: (*AuditServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Nodes",
+			Handler:    _Audit_Nodes_Handler,
+		},
+		{
+			MethodName: "Log",
+			Handler:    _Audit_Log_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Flows",
@@ -305,6 +454,16 @@ var Audit_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Losses",
 			Handler:       _Audit_Losses_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Tides",
+			Handler:       _Audit_Tides_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Evidence",
+			Handler:       _Audit_Evidence_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -48,6 +48,7 @@ var needs = map[string][]need{
 		{"/usr/include/bpf/bpf_helpers.h", "headers of bpf/", []string{"libbpf-dev"}},
 		{"/usr/include/linux/bpf.h", "headers of bpf/", []string{"linux-libc-dev"}},
 		{"protoc", "the compiler of pkg/api", []string{"protobuf-compiler"}},
+		{"/usr/include/google/protobuf/timestamp.proto", "pkg/api imports it", []string{"libprotobuf-dev"}},
 	},
 }
 
