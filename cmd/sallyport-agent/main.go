@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
@@ -22,21 +21,17 @@ import (
 func main() {
 	// Work in px is done on threads that end afterwards. The main thread cannot end, so it takes no part.
 	runtime.LockOSThread()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(garbagePercent)
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if os.Getenv("GOGC") == "" {
+		go collect(ctx)
+	}
 	p := process{stdout: os.Stdout, stderr: os.Stderr, notifySocket: os.Getenv("NOTIFY_SOCKET"), uid: os.Getuid()}
 	if err := p.command().ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, agent.Describe(err))
 		os.Exit(1)
 	}
 }
-
-// garbagePercent lets the heap grow less than usual between collections: the agent is on every node, its memory
-// is what others there cannot have, and it has little to do.
-const garbagePercent = 40
 
 // process is what the command has of its surroundings.
 type process struct {

@@ -51,6 +51,7 @@ type node struct {
 	devices   *devices
 	backstop  *backstop
 	uplinks   *uplinks
+	around    *surroundings
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
@@ -244,11 +245,12 @@ func (n *node) loadResources(context.Context) error {
 		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
+	n.around = &surroundings{clock: n.clock}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
 		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
-		own: nodeAddresses, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
+		own: n.around.own, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
 		panicMark: panicFile(n.cfg), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}

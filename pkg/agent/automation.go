@@ -79,7 +79,7 @@ func (n *node) makeAutomation(context.Context) error {
 	cfg := *n.cfg.Spec.Automation
 	n.automation = &automation{
 		config: cfg, node: n.cfg.Name, trustDomain: n.cfg.AgentID().TrustDomain(), source: n.identity, grants: n.grants,
-		shared: addressOwners{listed: cfg.SharedAddresses}.of, device: func(a netip.Addr) int { return podDevice(a, n.datapath.Devices()) }, free: n.grants.freeSlots, clock: n.clock,
+		shared: addressOwners{cfg.SharedAddresses, n.around}.of, device: func(a netip.Addr) int { return podDevice(a, n.datapath.Devices()) }, free: n.grants.freeSlots, clock: n.clock,
 		limits: newAskLimits(cfg), problems: n.problems, stopping: n.stopping, turn: make(chan struct{}, 1),
 	}
 	return nil
@@ -165,7 +165,7 @@ func (a *automation) server() *grpc.Server {
 		grpc.Creds(askTransport{credentials.NewTLS(tls), a.limits, a.clock}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience, MaxConnectionIdle: unusedFor}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: heartbeat}),
-		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10), // there may be thousands, and they say little
+		grpc.ReadBufferSize(0), grpc.WriteBufferSize(4<<10), grpc.SharedWriteBuffer(true), // there may be thousands, and they say little
 	)
 	api.RegisterAutomationServer(s, a)
 	return s
@@ -431,21 +431,24 @@ func (a *automation) stops() bool {
 }
 
 // addressOwners knows addresses that stand for more than one workload.
-type addressOwners struct{ listed []policy.AddressRange }
+type addressOwners struct {
+	listed []policy.AddressRange
+	around *surroundings
+}
 
 // of says what an address is, beside a workload's, or nothing.
 func (o addressOwners) of(a netip.Addr) (string, error) {
 	if slices.ContainsFunc(o.listed, func(r policy.AddressRange) bool { return r.Contains(a) }) {
 		return "an address of many hosts (sharedAddresses)", nil
 	}
-	own, err := nodeAddresses([]netip.Addr{a})
+	own, err := o.around.own([]netip.Addr{a})
 	if err != nil {
 		return "", err
 	}
 	if a.IsLoopback() || slices.Contains(own, a) {
 		return "an address of the node", nil
 	}
-	gateways, err := nodeGateways()
+	_, gateways, err := o.around.look()
 	if err != nil {
 		return "", err
 	}

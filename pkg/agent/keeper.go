@@ -155,7 +155,7 @@ type sweeper struct {
 // sweepShare is the part of the time that sweeps may take, and sweepPause the longest that one waits for it.
 const (
 	sweepShare = 20
-	sweepPause = 500 * time.Millisecond
+	sweepPause = time.Second
 )
 
 // Run sweeps each second, when a grant ended, and at the deadline of the one that ends next, until ctx ends. With thousands of

@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -108,9 +110,8 @@ func (l locator) behind(a netip.Addr) (int, error) {
 	return 0, fmt.Errorf("%s %w: no route leads to it", a, errNotHere)
 }
 
-// nodeAddresses lists the addresses that are the node's own, and those of the candidates that the node's routing takes
-// for its own without a device that bears them.
-func nodeAddresses(candidates []netip.Addr) ([]netip.Addr, error) {
+// nodeAddresses lists the addresses that are the node's own.
+func nodeAddresses() ([]netip.Addr, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of the node: %w", err)
@@ -119,12 +120,6 @@ func nodeAddresses(candidates []netip.Addr) ([]netip.Addr, error) {
 	for _, a := range addrs {
 		if ip, ok := netip.AddrFromSlice(a.IP); ok {
 			own = append(own, ip.Unmap())
-		}
-	}
-	for _, c := range candidates {
-		routes, err := netlink.RouteGet(c.AsSlice())
-		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
-			own = append(own, c)
 		}
 	}
 	return own, nil
@@ -152,6 +147,54 @@ func nodeGateways() ([]netip.Addr, error) {
 		}
 	}
 	return all, nil
+}
+
+// surroundingsAge is how old what is known of the node's network may be: many workloads may ask in that time.
+const surroundingsAge = time.Second
+
+// surroundings are the node's own addresses and its gateways, read at most once in surroundingsAge. Safe for concurrent use.
+type surroundings struct {
+	clock clock
+
+	mu              sync.Mutex
+	read            time.Duration // guarded by mu, as what follows; CLOCK_BOOTTIME, 0: never
+	addresses, hops []netip.Addr
+}
+
+// look returns what it knows; nobody changes it.
+func (s *surroundings) look() (own, gateways []netip.Addr, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.clock.boot()
+	if s.read != 0 && now-s.read < surroundingsAge {
+		return s.addresses, s.hops, nil
+	}
+	if s.addresses, err = nodeAddresses(); err == nil {
+		s.hops, err = nodeGateways()
+	}
+	if err != nil {
+		s.read = 0
+		return nil, nil, err
+	}
+	s.read = now
+	return s.addresses, s.hops, nil
+}
+
+// own lists the addresses that are the node's own, and those of the candidates that the node's routing takes for its own without a
+// device that bears them.
+func (s *surroundings) own(candidates []netip.Addr) ([]netip.Addr, error) {
+	own, _, err := s.look()
+	if err != nil {
+		return nil, err
+	}
+	own = slices.Clone(own)
+	for _, c := range candidates {
+		routes, err := netlink.RouteGet(c.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			own = append(own, c)
+		}
+	}
+	return own, nil
 }
 
 // podDevice is the device of the pod that has an address, among those that are hooked; 0: none.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -96,4 +97,35 @@ func TestDeviceOfPod(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestSurroundings: the node's addresses and gateways are read anew when they are a second old, and not before.
+func TestSurroundings(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	now := time.Hour
+	s := &surroundings{clock: clock{boot: func() time.Duration { return now }}}
+	own, hop, far := l.Node.Addr(lab.IPv4), l.Client.Addr(lab.IPv4), netip.MustParseAddr("10.77.0.1")
+	holds := func(wantGateway bool) {
+		t.Helper()
+		must(t, l.Node.Do(func() error {
+			addresses, gateways, err := s.look()
+			if !slices.Contains(addresses, own) || slices.Contains(addresses, hop) || slices.Contains(gateways, hop) != wantGateway {
+				t.Errorf("own %v, gateways %v; want %s among the first, %s among the second: %t", addresses, gateways, own, hop, wantGateway)
+			}
+			return err
+		}))
+	}
+	holds(false)
+	must(t, l.Node.Netlink.RouteAdd(&netlink.Route{Dst: netlink.NewIPNet(far.AsSlice()), Gw: hop.AsSlice()}))
+	now += surroundingsAge - 1
+	holds(false)
+	now++
+	holds(true)
+	must(t, l.Node.Do(func() error {
+		all, err := s.own([]netip.Addr{netip.MustParseAddr("127.9.9.9"), hop})
+		if !slices.Contains(all, netip.MustParseAddr("127.9.9.9")) || slices.Contains(all, hop) {
+			t.Errorf("%v should have what routing takes for the node's own, and not %s", all, hop)
+		}
+		return err
+	}))
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
@@ -67,13 +68,17 @@ type pathPlan struct {
 	idle    []uint32              // ended slots of grants that have ended
 }
 
-// byGrant are paths by the grants that they have.
+// byGrant are paths by the grants that they have. It brings them into another order.
 func byGrant(paths []datapath.PathStatus) map[string][]datapath.PathStatus {
 	out := make(map[string][]datapath.PathStatus, len(paths))
-	for _, p := range paths {
-		if p.State != datapath.PathFree {
-			out[p.Grant] = append(out[p.Grant], p)
+	slices.SortStableFunc(paths, func(a, b datapath.PathStatus) int { return strings.Compare(a.Grant, b.Grant) })
+	for len(paths) > 0 {
+		n := slices.IndexFunc(paths, func(p datapath.PathStatus) bool { return p.Grant != paths[0].Grant })
+		if n < 0 {
+			n = len(paths)
 		}
+		out[paths[0].Grant] = paths[:n:n]
+		paths = paths[n:]
 	}
 	return out
 }

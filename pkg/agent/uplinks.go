@@ -183,7 +183,7 @@ func subscribeAddresses() (changed <-chan netlink.AddrUpdate, stop func(), err e
 // ownSources are the addresses of the node, the networks behind its pods' devices, and the pods that protected services are
 // in. Link-local networks are everywhere and nobody's.
 func ownSources(c classifier, services []datapath.Service) ([]netip.Prefix, error) {
-	addresses, err := nodeAddresses(nil)
+	addresses, err := nodeAddresses()
 	if err != nil {
 		return nil, err
 	}

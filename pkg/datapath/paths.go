@@ -3,7 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -241,24 +240,41 @@ func (d *Datapath) FreePaths() int {
 // Those that are opened or given back meanwhile may be missing, or be a mixture of before and after: nobody who opens a path
 // waits for whoever looks at thousands. Path is sure of one.
 func (d *Datapath) Paths() ([]PathStatus, error) {
-	d.mu.Lock()
-	live := maps.Clone(d.live)
-	d.mu.Unlock()
-	if len(live) == 0 {
+	n, last := d.inUse()
+	if n == 0 {
 		return nil, nil
 	}
-	out := make([]PathStatus, 0, len(live))
-	last := slices.Max(slices.Collect(maps.Keys(live)))
+	out := make([]PathStatus, 0, n)
 	err := d.eachSlot(last, func(slot uint32, state PathState, v *bpf.Path) {
-		p, ok := live[slot]
-		if !ok {
-			return
+		if state != PathFree {
+			out = append(out, fromPath(slot, state, v).expired())
 		}
-		s := fromPath(slot, state, v)
-		s.Ports = p.Ports
-		out = append(out, s.expired())
 	})
-	return out, err
+	return d.known(out), err
+}
+
+// inUse is how many slots have a path, and the last of them.
+func (d *Datapath) inUse() (n int, last uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for slot := range d.live {
+		last = max(last, slot)
+	}
+	return len(d.live), last
+}
+
+// known are those of the paths that are there still, with their ports, which the kernel does not have by slot.
+func (d *Datapath) known(paths []PathStatus) []PathStatus {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	left := paths[:0]
+	for _, s := range paths {
+		if p, there := d.live[s.Slot]; there {
+			s.Ports = p.Ports
+			left = append(left, s)
+		}
+	}
+	return left
 }
 
 // Path is one slot, as Paths tells it. One that is free has no grant.

@@ -2,11 +2,8 @@ package e2e_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"fmt"
-	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,17 +14,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/sallyport-dev/sallyport/pkg/api"
-	"github.com/sallyport-dev/sallyport/pkg/identity"
-	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
 )
 
@@ -48,68 +35,95 @@ const (
 // and what that costs the agent. It prints Markdown, and writes it into the folder that BENCH_PUBLISH names.
 func TestBenchGrants(t *testing.T) {
 	leak.Check(t)
-	paths, requests, rest := benchShort, benchShort, time.Second
+	b := newGrantBench(t)
+	b.fill(t)
+	b.measure(t)
+	figures := b.markdown()
+	t.Log("\n\n" + figures)
+	if folder := os.Getenv("BENCH_PUBLISH"); folder != "" {
+		must(t, os.WriteFile(filepath.Join(folder, "bench-grants.md"), []byte(figures), 0o644))
+	}
+}
+
+// grantBench is a world with many paths, and what was measured in it.
+type grantBench struct {
+	w               *world
+	paths, requests int
+	rest            time.Duration
+
+	before, after, touched int // what of the agent is in memory, in KiB: without paths, with them, and after the requests
+	filled                 time.Duration
+	idle                   time.Duration // CPU time in a second
+	opens, closes, floor   []time.Duration
+	written                uint64
+}
+
+func newGrantBench(t *testing.T) *grantBench {
+	t.Helper()
+	b := &grantBench{paths: benchShort, requests: benchShort, rest: time.Second}
 	if v := os.Getenv("BENCH_PATHS"); v != "" {
 		var err error
-		paths, err = strconv.Atoi(v)
+		b.paths, err = strconv.Atoi(v)
 		must(t, err)
-		requests, rest = benchRequests, benchRest
+		b.requests, b.rest = benchRequests, benchRest
 	}
-	w := newWorld(t, options{plain: true, resource: automationPolicy("host-echo"), identities: []spiffeid.ID{nightly},
+	b.w = newWorld(t, options{plain: true, resource: automationPolicy("host-echo"), identities: []spiffeid.ID{nightly},
 		config: "  automation: {listen: [\"[::]:9470\"], requestsPerMinute: 1000000, pathsPerIdentity: 65536}\n"})
-	for _, d := range []*daemon{w.agent, w.guard} {
+	for _, d := range []*daemon{b.w.agent, b.w.guard} {
 		d.start(t)
 	}
-	b := newCrowd(t, w)
-	before := residentKiB(t, w.agent.proc.Pid())
-	began := time.Now()
-	var crowd errgroup.Group
-	crowd.SetLimit(32)
-	for i := range paths - 1 { // the last one is asked for, and given back, again and again
-		crowd.Go(func() error {
-			h, err := b.member(t.Context(), i)
-			if err != nil {
-				return fmt.Errorf("path %d: %w", i, err)
-			}
-			_, err = h.open(t.Context())
-			return err
-		})
-	}
-	must(t, crowd.Wait())
-	filled := time.Since(began)
-	standing := func() {
-		if n := w.openPaths(t); n != paths-1 {
-			t.Fatalf("%d paths are open beside the one that is measured, want %d", n, paths-1)
-		}
-	}
-	standing()
-	after := residentKiB(t, w.agent.proc.Pid())
+	return b
+}
 
-	one, err := b.member(t.Context(), paths-1)
-	must(t, err)
-	var opens, closes []time.Duration
-	idle := cpuTime(t, w.agent.proc.Pid())
-	time.Sleep(rest)
-	idle = (cpuTime(t, w.agent.proc.Pid()) - idle) / time.Duration(rest/time.Second)
-	written := storeWrites(t, w.files.run)
-	for range requests {
+// fill has all paths opened but one.
+func (b *grantBench) fill(t *testing.T) {
+	t.Helper()
+	b.before = residentKiB(t, b.w.agent.proc.Pid())
+	began := time.Now()
+	b.w.holdPaths(t, b.paths-1)
+	b.filled = time.Since(began)
+	b.standing(t)
+	b.after = residentKiB(t, b.w.agent.proc.Pid())
+}
+
+func (b *grantBench) standing(t *testing.T) {
+	t.Helper()
+	if n := b.w.openPaths(t); n != b.paths-1 {
+		t.Fatalf("%d paths are open beside the one that is measured, want %d", n, b.paths-1)
+	}
+}
+
+// measure asks for the last path, and gives it back, again and again.
+func (b *grantBench) measure(t *testing.T) {
+	t.Helper()
+	agent := b.w.agent.proc.Pid()
+	one := b.w.member(t, b.paths-1)
+	idle := cpuTime(t, agent)
+	time.Sleep(b.rest)
+	b.idle = (cpuTime(t, agent) - idle) / time.Duration(b.rest/time.Second)
+	written := storeWrites(t, b.w.files.run)
+	for range b.requests {
 		start := time.Now()
 		stream, err := one.open(t.Context())
 		must(t, err)
-		opens = append(opens, time.Since(start))
+		b.opens = append(b.opens, time.Since(start))
 		start = time.Now()
 		must(t, one.close(stream))
-		closes = append(closes, time.Since(start))
+		b.closes = append(b.closes, time.Since(start))
 	}
-	written = storeWrites(t, w.files.run) - written
-	standing()
-	floor := syncFloor(t, w.files.state, requests)
+	b.written = storeWrites(t, b.w.files.run) - written
+	b.touched = residentKiB(t, agent)
+	b.standing(t)
+	b.floor = syncFloor(t, b.w.files.state, b.requests)
+}
+
+func (b *grantBench) markdown() string {
 	var load [3]string
 	text, _ := os.ReadFile("/proc/loadavg")
 	copy(load[:], strings.Fields(string(text)))
-	figures := fmt.Sprintf(`# Figures of grants for automation
+	return fmt.Sprintf(`# Figures of grants for automation
 
-Taken by `+"`make bench-grants`"+` on a machine with %d cores (%s), Linux %s, load %s; %d paths active with the one that is asked for, each held by a workload of its own over mTLS.
+Taken by `+"`make bench-grants`"+` on a machine with %d cores (%s), Linux %s, load %s; %d paths active with the one that is asked for, each held by a workload over a connection of its own, with mTLS. Those that only hold are a process of their own at the lowest priority, for they stand for other machines; who asks shares the cores with the agent, and with them.
 
 | what | p50 | p99 | most |
 | --- | --- | --- | --- |
@@ -126,13 +140,10 @@ Taken by `+"`make bench-grants`"+` on a machine with %d cores (%s), Linux %s, lo
 | opening the %d paths, handshakes included, 32 at a time | %s |
 | the agent's resident memory before them | %.0f MiB |
 | the agent's resident memory with them | %.0f MiB, %.1f KiB for each |
-`, runtime.NumCPU(), processor(), kernelRelease(), strings.Join(load[:], " "), paths, row(opens), row(closes), row(floor),
-		benchAim, verdictOn(quantile(opens, 99) <= benchAim), benchMemoryAim>>10, memoryVerdict(paths, before, after), float64(written)/float64(requests), idle.Round(time.Millisecond), paths, filled.Round(time.Millisecond),
-		float64(before)/1024, float64(after)/1024, float64(after-before)/float64(paths))
-	t.Log("\n\n" + figures)
-	if folder := os.Getenv("BENCH_PUBLISH"); folder != "" {
-		must(t, os.WriteFile(filepath.Join(folder, "bench-grants.md"), []byte(figures), 0o644))
-	}
+| the agent's resident memory after the requests | %.0f MiB |
+`, runtime.NumCPU(), processor(), kernelRelease(), strings.Join(load[:], " "), b.paths, row(b.opens), row(b.closes), row(b.floor),
+		benchAim, verdictOn(quantile(b.opens, 99) <= benchAim), benchMemoryAim>>10, memoryVerdict(b.paths, b.before, b.after), float64(b.written)/float64(b.requests), b.idle.Round(time.Millisecond), b.paths, b.filled.Round(time.Millisecond),
+		float64(b.before)/1024, float64(b.after)/1024, float64(b.after-b.before)/float64(b.paths), float64(b.touched)/1024)
 }
 
 // processor is the name of the machine's first one.
@@ -160,79 +171,6 @@ func memoryVerdict(paths, before, after int) string {
 		return verdictOn(true)
 	}
 	return fmt.Sprintf("missed: %d MiB are there without paths, and each path is held over a connection of its own, with its TLS and gRPC state", before>>10)
-}
-
-// crowd is many workloads with addresses of their own, behind the client.
-type crowd struct {
-	w      *world
-	source *identity.Source
-}
-
-func newCrowd(t *testing.T, w *world) *crowd {
-	t.Helper()
-	_, behind, _ := net.ParseCIDR("10.64.0.0/12")
-	lo, err := w.Client.Netlink.LinkByName("lo")
-	must(t, err)
-	must(t, w.Client.Netlink.LinkSetUp(lo))
-	must(t, w.Client.Netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: behind, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST}))
-	must(t, w.Node.Netlink.RouteAdd(&netlink.Route{Dst: behind, Gw: w.Client.Addr(lab.IPv4).AsSlice()}))
-	c := &crowd{w: w}
-	c.source, err = identity.New(identity.Config{Address: "unix://" + w.socket(nightly), MinRetry: 10 * time.Millisecond})
-	must(t, err)
-	background(t, c.source.Run)
-	must(t, c.source.Wait(within(t, patience)))
-	return c
-}
-
-// benchMember is one workload with its connection.
-type benchMember struct{ rpc api.AutomationClient }
-
-// member connects the i-th, with its handshake.
-func (c *crowd) member(ctx context.Context, i int) (*benchMember, error) {
-	local := netip.AddrFrom4([4]byte{10, byte(64 + i>>16), byte(i >> 8), byte(i)})
-	to := netip.AddrPortFrom(c.w.Node.Addr(lab.IPv4), 9470)
-	agent := spiffeid.RequireFromPath(domain, "/sallyport/agent/"+nodeName)
-	conn, err := grpc.NewClient("passthrough:///"+to.String(),
-		grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(c.source, c.source, tlsconfig.AuthorizeID(agent)))),
-		grpc.WithReadBufferSize(1<<10), grpc.WithWriteBufferSize(1<<10),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return c.w.Client.Dial(ctx, netip.AddrPortFrom(local, 0), to)
-		}))
-	if err != nil {
-		return nil, err
-	}
-	conn.Connect()
-	context.AfterFunc(ctx, func() { conn.Close() })
-	for state := conn.GetState(); state.String() != "READY"; state = conn.GetState() {
-		if !conn.WaitForStateChange(ctx, state) {
-			return nil, ctx.Err()
-		}
-	}
-	return &benchMember{api.NewAutomationClient(conn)}, nil
-}
-
-func (m *benchMember) open(ctx context.Context) (api.Automation_HoldClient, error) {
-	stream, err := m.rpc.Hold(ctx)
-	if err != nil {
-		return nil, err
-	}
-	err = stream.Send(&api.HoldRequest{Want: &api.HoldRequest_Path{Path: &api.PathRequest{Service: "host-echo",
-		Duration: durationpb.New(10 * time.Minute), Reason: "measured"}}})
-	if err != nil {
-		return nil, err
-	}
-	_, err = stream.Recv()
-	return stream, err
-}
-
-func (m *benchMember) close(stream api.Automation_HoldClient) error {
-	if err := stream.CloseSend(); err != nil {
-		return err
-	}
-	if _, err := stream.Recv(); err == nil {
-		return fmt.Errorf("another word after the path was given back")
-	}
-	return nil
 }
 
 // residentKiB is what of a process is in memory.

@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 4 && os.Args[1] == traceCommand {
 		os.Exit(runTracer(os.Args[2:]))
 	}
+	if len(os.Args) == 5 && os.Args[1] == crowdCommand {
+		os.Exit(runCrowd(os.Args[2:]))
+	}
 	os.Exit(runTests(m))
 }
 
