@@ -136,8 +136,13 @@ func (n *node) takeLock(context.Context) (err error) {
 }
 
 func (n *node) openStore(context.Context) (err error) {
-	if n.store, err = store.Open(storeFile(n.cfg)); err != nil {
+	var damage string
+	if n.store, damage, err = openOrRecover(storeFile(n.cfg), n.clock, n.log); err != nil {
 		return err
+	}
+	if damage != "" {
+		n.alarms.recorded(alarmStoreDamaged, damage)
+		n.eventCounts.count(stepAlarm)
 	}
 	if err := n.store.Claim(context.Background(), n.owner()); err != nil {
 		return errors.Join(err, n.store.Close())

@@ -27,10 +27,12 @@ const (
 	alarmUnexplained  alarmName = "unexplained"   // sockets got more than the hooks let through
 
 	alarmBreakGlass alarmName = "break_glass" // a break-glass grant is live, or nobody has reviewed it
+
+	alarmStoreDamaged alarmName = "store_damaged" // the node's records were, and begin anew
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute
@@ -83,6 +85,15 @@ func (s *alarms) raise(name alarmName, text string) {
 	case s.kick <- struct{}{}:
 	default:
 	}
+}
+
+// recorded notes an alarm whose record is durable already.
+func (s *alarms) recorded(name alarmName, text string) {
+	now, _ := s.clock.read()
+	s.mu.Lock()
+	s.all[name] = &alarm{name: name, since: now, last: now, count: 1, text: oneLine(text), recorded: 1, recordedAt: now}
+	s.mu.Unlock()
+	s.log.Error("alarm", "alarm", name, "text", text)
 }
 
 // list gives every alarm that was raised, by name.

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"golang.org/x/sys/unix"
 )
 
 // lossLedger remembers how many of the kernel's lost records were reported. The kernel's counters live as long as its
@@ -26,10 +27,11 @@ type lossFile struct {
 func openLossLedger(path, bootID string) (*lossLedger, error) {
 	l := &lossLedger{path: path}
 	data, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(data, &l.seen)
+	if err == nil && json.Unmarshal(data, &l.seen) != nil {
+		l.seen = lossFile{} // what was reported is reported again, and nobody waits for a file to be mended
+		err = os.Rename(path, path+".damaged")
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EROFS) {
 		return nil, fmt.Errorf("read reported losses: %w", err)
 	}
 	if l.seen.BootID != bootID {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -29,6 +30,21 @@ func TestLossesAreReportedOnceOverRestarts(t *testing.T) {
 		must(t, l.settle(c.now, func(cause string, n uint64) { got = append(got, fmt.Sprint(cause, " ", n)) }))
 		if !slices.Equal(got, c.want) {
 			t.Errorf("%d: %v, want %v", i, got, c.want)
+		}
+	}
+}
+
+// TestDamagedLossesAreReportedAgain: a file that cannot be read holds nobody up, and stays for people to look at.
+func TestDamagedLossesAreReportedAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "losses.json")
+	for _, content := range []string{"", `{"bootID":"a","bestEff`} {
+		must(t, os.WriteFile(path, []byte(content), 0o600))
+		l, err := openLossLedger(path, "a")
+		must(t, err)
+		var got []string
+		must(t, l.settle(datapath.Losses{BestEffort: 5}, func(cause string, n uint64) { got = append(got, fmt.Sprint(cause, " ", n)) }))
+		if kept, err := os.ReadFile(path + ".damaged"); err != nil || string(kept) != content || !slices.Equal(got, []string{"best_effort_full 5"}) {
+			t.Errorf("kept %q, %v; told %v", kept, err, got)
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
-	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
 // Rollback gives every hook the program of the version before, on the same tables: live connections go on. It is recorded
@@ -25,7 +24,7 @@ func Rollback(ctx context.Context, o Options, actor string) (hooks int, err erro
 	if err := datapath.CanRollback(cfg.PinDir()); err != nil {
 		return 0, fmt.Errorf("roll back: %w", err) // and nothing to record
 	}
-	s, err := store.Open(storeFile(cfg))
+	s, _, err := openOrRecover(storeFile(cfg), bootClock(), o.logger())
 	if err != nil {
 		return 0, err
 	}

@@ -44,7 +44,7 @@ var known = []struct {
 	{datapath.ErrDeadline, codes.FailedPrecondition, "issue a grant that ends later, and within the node's cap"},
 	{store.ErrFull, codes.ResourceExhausted, "make room on the disk of stateDir, or bring the collector back"},
 	{store.ErrUnwritable, codes.FailedPrecondition, "see why the disk of stateDir takes nothing (dmesg, mount), and mend that; the agent goes on by itself"},
-	{store.ErrDamaged, codes.Internal, "stop the agent, keep stateDir for examination, and start with an empty one"},
+	{store.ErrDamaged, codes.Internal, "start the agent: it sets the damaged file aside and goes on with what holds; if it cannot, see why the disk of stateDir fails (dmesg), and mend that first"},
 	{datapath.ErrBPFFS, codes.FailedPrecondition, "mount bpffs where the host sees it (mount -t bpf bpf /sys/fs/bpf); in a container, mount the host's"},
 	{datapath.ErrCgroup, codes.FailedPrecondition, "mount it (mount -t cgroup2 none /sys/fs/cgroup/unified) or boot with systemd.unified_cgroup_hierarchy=1; in a container, share the host's cgroup namespace and mount its /sys/fs/cgroup"},
 	{datapath.ErrKernel, codes.FailedPrecondition, "run a kernel that has it: Linux 5.15 or later, 6.6 or later for hooks: tcx"},

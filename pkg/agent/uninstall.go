@@ -42,7 +42,7 @@ func Uninstall(ctx context.Context, o Options, actor string) (removed Removed, e
 		return Removed{}, err
 	}
 	defer func() { err = errors.Join(err, l.release()) }()
-	s, err := store.Open(storeFile(cfg))
+	s, _, err := openOrRecover(storeFile(cfg), bootClock(), o.logger())
 	if err != nil {
 		return Removed{}, err
 	}

@@ -43,6 +43,7 @@ const (
 	StageProxyBuffer = "proxy_buffer"
 	StageAgentMemory = "agent_spool"
 	StageCollector   = "collector"
+	StageAgentStore  = "agent_store"
 )
 
 // Causes of losses.
@@ -52,6 +53,7 @@ const (
 	CauseForgotten    = "forgotten"     // the collector acknowledged it and has it no more
 	CauseUnreadable   = "unreadable"    // an entry of the store that is no record
 	CauseSeveral      = "several"
+	CauseDamaged      = "damaged" // what the store held of them does not hold, or cannot be read
 )
 
 // Source gives the agent's own X.509 identity and the bundles that it trusts, at every handshake anew.

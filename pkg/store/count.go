@@ -30,6 +30,12 @@ const (
 	offWrites = 128
 	offFlow   = 136
 	offQueued = 144
+
+	// Where the head stood at the last write, for a store whose head is damaged.
+	offSeq       = 152
+	offBase      = 160
+	offSettled   = 168 // of offQueued, in the store
+	offFlowAcked = 176
 )
 
 // readCount says what the process before left: how many writes it saw acknowledged, and whether the
@@ -61,10 +67,18 @@ func countHeader(epoch, boot string) []byte {
 // countPage is what the counters are as far as the store knows.
 func countPage(boot string, h head) []byte {
 	page := countHeader(h.epoch, boot)
-	binary.NativeEndian.PutUint64(page[offWrites:], h.writes)
 	binary.NativeEndian.PutUint64(page[offFlow:], h.flowReserved)
 	binary.NativeEndian.PutUint64(page[offQueued:], h.queued)
+	(&countFile{page: page}).follow(h)
 	return page
+}
+
+// follow notes where a write that is durable left the head.
+func (c *countFile) follow(h head) {
+	for off, n := range map[int]uint64{offSeq: h.seq, offBase: h.baseSeq, offSettled: h.queued, offFlowAcked: h.flowAcked} {
+		c.raise(off, n)
+	}
+	c.raise(offWrites, h.writes) // last: whoever believes in it believes in the others
 }
 
 // settle puts the page where the next process finds it, in place of what is there.
@@ -81,7 +95,7 @@ func (c *countFile) settle(path string) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, off := range []int{offWrites, offFlow, offQueued} { // it was counted on
+	for _, off := range []int{offFlow, offQueued, offSeq, offBase, offSettled, offFlowAcked, offWrites} { // it was counted on
 		file.raise(off, binary.NativeEndian.Uint64(c.page[off:]))
 	}
 	c.page, c.mapped = file.page, true

@@ -19,7 +19,13 @@ const childEnv = "SALLYPORT_STORE_TEST_CHILD"
 func TestMain(m *testing.M) {
 	if path := os.Getenv(childEnv); path != "" {
 		seed, _ := strconv.ParseUint(os.Getenv(childEnv+"_SEED"), 10, 64)
-		if err := work(path, seed); err != nil {
+		err := error(nil)
+		if os.Getenv(recoverEnv) != "" {
+			err = recoverLoudly(path)
+		} else {
+			err = work(path, seed)
+		}
+		if err != nil {
 			fmt.Println("error", err)
 			os.Exit(1)
 		}
@@ -135,8 +141,18 @@ type child struct {
 
 func startChild(t *testing.T, path string, seed uint64) *child {
 	t.Helper()
+	return startAs(t, childEnv+"="+path, fmt.Sprintf("%s_SEED=%d", childEnv, seed))
+}
+
+func startRecovery(t *testing.T, path string) *child {
+	t.Helper()
+	return startAs(t, childEnv+"="+path, recoverEnv+"=1")
+}
+
+func startAs(t *testing.T, env ...string) *child {
+	t.Helper()
 	c := &child{cmd: exec.Command(os.Args[0]), lines: make(chan string, 1<<16)}
-	c.cmd.Env = append(os.Environ(), childEnv+"="+path, fmt.Sprintf("%s_SEED=%d", childEnv, seed))
+	c.cmd.Env = append(os.Environ(), env...)
 	c.cmd.Stderr = os.Stderr
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {

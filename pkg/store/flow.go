@@ -122,7 +122,7 @@ func (s *Store) SaveFlow(ctx context.Context, produced, acked uint64, spool []En
 			return err
 		}
 		for _, e := range spool {
-			if _, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO spool (seq, data, sum) VALUES (?, ?, ?)`, e.Seq, notNil(e.Data), spoolSum(e)); err != nil {
+			if err := putSpool(ctx, tx, e); err != nil {
 				return err
 			}
 		}
@@ -185,6 +185,11 @@ func (s *Store) Settle(ctx context.Context, items []Item, queued uint64) error {
 func (s *Store) Queued() uint64 { return s.count.load(offQueued) }
 
 func spoolSum(e Entry) []byte { return digest([]byte("sallyport spool"), num(e.Seq), e.Data) }
+
+func putSpool(ctx context.Context, tx *sql.Tx, e Entry) error {
+	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO spool (seq, data, sum) VALUES (?, ?, ?)`, e.Seq, notNil(e.Data), spoolSum(e))
+	return err
+}
 
 func readSpool(ctx context.Context, tx *sql.Tx, after uint64) ([]Entry, error) {
 	rows, err := tx.QueryContext(ctx, `SELECT seq, data, sum FROM spool WHERE seq > ? ORDER BY seq`, after)

@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"database/sql"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/oklog/ulid/v2"
 )
@@ -111,9 +113,12 @@ type head struct {
 
 func newHead(boot string) head {
 	epoch := ulid.Make().String()
-	start := digest([]byte("sallyport epoch"), []byte(epoch))
+	start := startHash(epoch)
 	return head{epoch: epoch, boot: boot, hash: start, baseHash: start, replayHash: start, replayBase: start, statementHash: start, clean: 1}
 }
+
+// startHash is where the chains of an epoch begin.
+func startHash(epoch string) []byte { return digest([]byte("sallyport epoch"), []byte(epoch)) }
 
 func (h head) sum() []byte {
 	return digest([]byte("sallyport head"), []byte(h.epoch), []byte(h.boot), num(h.writes), num(h.seq), h.hash, num(h.baseSeq), h.baseHash,
@@ -161,10 +166,13 @@ func (s *Store) migrate(ctx context.Context) error {
 		return err
 	}
 	if objects > 0 || version != 0 || app != 0 {
-		if version != layout || app != applicationID {
-			return fmt.Errorf("%w: version %d, application %#x", ErrVersion, version, app)
+		if version == layout && app == applicationID {
+			return nil
 		}
-		return nil
+		if ours, err := ourTables(ctx, tx); err != nil || ours {
+			return errors.Join(err, fmt.Errorf("%w: version %d, application %#x, and the tables are those of version %d", ErrDamaged, version, app, layout))
+		}
+		return fmt.Errorf("%w: version %d, application %#x", ErrVersion, version, app)
 	}
 	for _, q := range []string{tables, fmt.Sprintf("PRAGMA user_version = %d", layout), fmt.Sprintf("PRAGMA application_id = %d", applicationID)} {
 		if _, err := tx.ExecContext(ctx, q); err != nil {
@@ -175,6 +183,27 @@ func (s *Store) migrate(ctx context.Context) error {
 		return err
 	}
 	return tx.Commit()
+}
+
+// ourTables tells whether the tables are those of this layout, whatever the file's header says.
+func ourTables(ctx context.Context, tx *sql.Tx) (bool, error) {
+	rows, err := tx.QueryContext(ctx, `SELECT sql FROM sqlite_master WHERE sql IS NOT NULL`)
+	if err != nil {
+		return false, err
+	}
+	defer rows.Close()
+	n := 0
+	for rows.Next() {
+		var made string
+		if err := rows.Scan(&made); err != nil {
+			return false, err
+		}
+		if !strings.Contains(tables, made+";") {
+			return false, nil
+		}
+		n++
+	}
+	return n == strings.Count(tables, "CREATE "), rows.Err()
 }
 
 // digest hashes parts with their lengths, so that no two lists of parts give the same bytes.

@@ -113,7 +113,7 @@ func verifyStatements(ctx context.Context, tx *sql.Tx, h head) error {
 		return err
 	}
 	defer rows.Close()
-	prev := digest([]byte("sallyport epoch"), []byte(h.epoch))
+	prev := startHash(h.epoch)
 	for rows.Next() {
 		var of, step, cells string
 		var hash []byte

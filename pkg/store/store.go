@@ -84,7 +84,7 @@ type Store struct {
 
 // Open opens the store in the file at path, and creates file and directory (modes 0600 and 0700)
 // where they are missing. A directory that others may write to is refused. The whole content is
-// checked; ErrDamaged names what does not fit. Only one process at a time has a store open.
+// checked; ErrDamaged names what does not fit, and Recover goes on from there. Only one process at a time has a store open.
 //
 // A store whose disk takes nothing is open all the same: it can be read, and each write tries anew.
 func Open(path string) (*Store, error) {
@@ -101,8 +101,11 @@ func openSized(path string, p pages) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{path: abs, boot: boot, pages: p, ballast: ballast{path: abs + "-kept", size: p.disk}}
-	if err := s.open(); err != nil {
-		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(classify(err), s.closeFiles()))
+	if err := classify(s.open()); err != nil {
+		if errors.Is(err, ErrDamaged) {
+			s.keepLog()
+		}
+		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(err, s.closeFiles()))
 	}
 	return s, nil
 }
@@ -114,17 +117,20 @@ func (s *Store) open() error {
 	} else if err != nil {
 		return err
 	}
+	if err := s.inPlace(); err != nil {
+		return err
+	}
 	s.db = sql.OpenDB(connector{s})
 	s.db.SetMaxOpenConns(1)
 	ctx := context.Background()
 	if !s.readOnly.Load() {
 		if err := s.migrate(ctx); err != nil {
-			return err
+			return s.readsWrong(err)
 		}
 	}
 	h, err := s.verify(ctx)
 	if err != nil {
-		return err
+		return s.readsWrong(err)
 	}
 	s.epoch = h.epoch
 	s.remember(h)
@@ -133,6 +139,66 @@ func (s *Store) open() error {
 	}
 	_ = s.ballast.take() // CatchUp tells of it
 	return s.adopt(ctx, h)
+}
+
+// inPlace finds a file that is not the store, before SQLite takes it for a new one.
+func (s *Store) inPlace() error {
+	epoch, err := nextEpoch(s.path)
+	if err != nil {
+		return err
+	}
+	if epoch != "" {
+		return fmt.Errorf("%w: its recovery is not finished", ErrDamaged)
+	}
+	file, err := os.Stat(s.path)
+	if err != nil {
+		return nil // on a disk that takes none
+	}
+	if size := file.Size(); size > 0 && size < pageSize {
+		return fmt.Errorf("%w: the file is cut off after %d bytes", ErrDamaged, size)
+	} else if _, err := os.Stat(s.countPath()); err == nil && size == 0 {
+		return fmt.Errorf("%w: the file is empty or was not there, and %s is of one that was", ErrDamaged, s.countPath())
+	}
+	return nil
+}
+
+// readsWrong makes damage of what the disk does not explain: tables that are not there, cells of another kind, sectors
+// that cannot be read, and a header that forbids to write.
+func (s *Store) readsWrong(err error) error {
+	err = classify(err)
+	var e *sqlite.Error
+	switch {
+	case errors.Is(err, ErrDamaged), errors.Is(err, ErrVersion):
+		return err
+	case errors.As(err, &e):
+		switch e.Code() {
+		case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_FORMAT,
+			sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_DATA, sqlite3.SQLITE_IOERR_CORRUPTFS:
+		case sqlite3.SQLITE_READONLY:
+			if s.readOnly.Load() {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %w", ErrDamaged, err)
+}
+
+// keepLog keeps SQLite from deleting the log of a file that is damaged: it is part of what people look at.
+func (s *Store) keepLog() {
+	if s.db == nil {
+		return
+	}
+	c, err := s.db.Conn(context.Background())
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	_ = c.Raw(func(conn any) error {
+		_, err := conn.(sqlite.FileControl).FileControlPersistWAL("main", 1)
+		return err
+	})
 }
 
 // connector opens the file as its disk allows it.
@@ -270,8 +336,8 @@ func (s *Store) write(ctx context.Context, c class, f func(tx *sql.Tx, h *head) 
 	if !s.due.nothing() {
 		s.settled(h)
 	}
-	s.count.raise(offWrites, h.writes)
-	s.witness.raise(offWrites, h.writes)
+	s.count.follow(h)
+	s.witness.follow(h)
 	return nil
 }
 

@@ -77,7 +77,7 @@ func TestOpenRefuses(t *testing.T) {
 	t.Run("later layout", func(t *testing.T) {
 		path := testPath(t)
 		s := openTest(t, path)
-		must(s.db.Exec("PRAGMA user_version = 99"))(t)
+		must(s.db.Exec("CREATE TABLE later (one INTEGER); PRAGMA user_version = 99"))(t)
 		s.Close()
 		if _, err := Open(path); !errors.Is(err, ErrVersion) {
 			t.Fatal(err)
