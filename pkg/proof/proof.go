@@ -28,7 +28,11 @@ const (
 var ErrFormat = errors.New("proof is malformed")
 
 // Sequence is one run of numbers.
-type Sequence struct{ Node, Epoch, Class string }
+type Sequence struct {
+	Node  string `json:"node"`
+	Epoch string `json:"epoch"`
+	Class string `json:"class"`
+}
 
 // Entry is one record or loss of a sequence, in the bytes that were sealed.
 type Entry struct {
