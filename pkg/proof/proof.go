@@ -36,8 +36,8 @@ type Sequence struct {
 
 // Entry is one record or loss of a sequence, in the bytes that were sealed.
 type Entry struct {
-	Seq  uint64
-	Data []byte // api.Entry without its seq
+	Seq  uint64 `json:"seq"`
+	Data []byte `json:"data"` // api.Entry without its seq
 }
 
 // Hash is the leaf of an entry in the tree of its batch: tlog.RecordHash over the number (8 bytes, big-endian) and the data.

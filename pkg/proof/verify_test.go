@@ -207,8 +207,14 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 		"another seal before": func(_ *evidence.Log, n *evidence.Node) {
 			n.Seal("flow", func(s *proof.Seal) { s.Before[0] ^= 1 }, evidence.Flow("f2"))
 		},
-		"numbers left out": func(_ *evidence.Log, n *evidence.Node) {
+		"numbers again": func(_ *evidence.Log, n *evidence.Node) {
 			n.Seal("flow", func(s *proof.Seal) { s.First-- }, evidence.Flow("f2"))
+		},
+		"numbers left out": func(_ *evidence.Log, n *evidence.Node) { n.Skip("flow", 3); n.Batch("flow", evidence.Flow("f2")) },
+		"a number left out": func(_ *evidence.Log, n *evidence.Node) {
+			f := evidence.Flow("f3")
+			f.Seq = 4
+			n.Batch("flow", evidence.Flow("f2"), f)
 		},
 		"fewer lost than said": func(_ *evidence.Log, n *evidence.Node) {
 			n.Seal("flow", func(s *proof.Seal) { s.Lost++ }, evidence.Loss("a", "b", 2))
@@ -217,7 +223,7 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 			n.Seal("flow", func(s *proof.Seal) { s.Lost-- }, evidence.Loss("a", "b", 2))
 		},
 		"a loss of none": func(_ *evidence.Log, n *evidence.Node) {
-			n.Batch("flow", evidence.Loss("a", "b", 0), evidence.Flow("f2"))
+			n.Batch("flow", evidence.Flow("f2"), evidence.Loss("a", "b", 0), evidence.Flow("f3"))
 		},
 		"the first follows another": func(l *evidence.Log, _ *evidence.Node) {
 			l.Node("node-b").Seal("flow", func(s *proof.Seal) { s.Before[0] ^= 1 }, evidence.Flow("f2"))
@@ -231,14 +237,30 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 		"another loss at first": func(_ *evidence.Log, n *evidence.Node) {
 			n.Seal("flow", func(s *proof.Seal) { s.Number += 3 }, evidence.Loss("kernel_ring", "full", 2))
 		},
+		"forgotten by somebody else": func(_ *evidence.Log, n *evidence.Node) {
+			n.Seal("flow", func(s *proof.Seal) { s.Number += 3 }, evidence.Loss("agent_store", "forgotten", 2))
+		},
+		"lost at the collector otherwise": func(_ *evidence.Log, n *evidence.Node) {
+			n.Seal("flow", func(s *proof.Seal) { s.Number += 3 }, evidence.Loss("collector", "other", 2))
+		},
+		"a seal before its key": func(l *evidence.Log, _ *evidence.Node) {
+			l.Append(evidence.NewLog(t, "").Node("node-b").Unlogged("flow", nil, evidence.Flow("f2")))
+			l.Node("node-b")
+		},
 		"two keys of a node": func(l *evidence.Log, _ *evidence.Node) {
 			other := evidence.NewKey(l.T(), proof.NodeSigner("node-a", evidence.Epoch), "other")
 			l.Append(proof.Line{Kind: proof.LineKey, Leaf: proof.KeyLeaf("node-a", evidence.Epoch, other.VKey)})
 		},
 		"a seal of another node": func(l *evidence.Log, n *evidence.Node) {
-			n.Seal("flow", func(s *proof.Seal) { s.Node = "node-b" }, evidence.Flow("f2"))
 			l.Node("node-b")
+			n.Seal("flow", func(s *proof.Seal) {
+				s.Node, s.Number, s.First, s.Last, s.Before = "node-b", 1, 1, 1, proof.Follows(nil)
+			}, first(evidence.Flow("f2")))
 		},
+		"two records in one": func(_ *evidence.Log, n *evidence.Node) { // of one kind to one reader, and of another to the next
+			n.Batch("flow", with(evidence.Flow("f2"), evidence.Data(t, evidence.Grant("G", "ACTIVATED"))))
+		},
+		"no record": func(_ *evidence.Log, n *evidence.Node) { n.Batch("flow", with(evidence.Flow("f2"), []byte{0xff})) },
 		"another event than was sealed": func(l *evidence.Log, n *evidence.Node) {
 			id := proof.Sequence{Node: "node-a", Epoch: evidence.Epoch, Class: "critical"}
 			l.Append(proof.Line{Kind: proof.LineEvent, Leaf: proof.EventLeaf(id, proof.Entry{Seq: 1, Data: evidence.Data(l.T(), evidence.Grant("G", "REVOKED"))})})
@@ -249,13 +271,44 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 		n := l.Node("node-a")
 		n.Batch("flow", evidence.Flow("f1"))
 		make(l, n)
-		lines := l.Bundle(func(line proof.Line) bool { return line.Kind == proof.LineKey })
-		for _, line := range l.Bundle(func(line proof.Line) bool { return line.Kind != proof.LineKey })[1:] {
-			lines = append(lines[:len(lines)-1], line, proof.Line{}) // keys first
+		all := l.Bundle(func(proof.Line) bool { return true })
+		lines := all[:1:1]
+		for _, isKey := range []bool{true, false} { // keys first
+			for _, line := range all[1 : len(all)-1] {
+				if isKey == (line.Kind == proof.LineKey) {
+					lines = append(lines, line)
+				}
+			}
 		}
 		if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved {
 			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
 		}
+	}
+}
+
+// first is an entry with the number 1.
+func first(e *api.Entry) *api.Entry {
+	e.Seq = 1
+	return e
+}
+
+// with puts bytes behind those of an entry.
+func with(e *api.Entry, more []byte) *api.Entry {
+	e.ProtoReflect().SetUnknown(more)
+	return e
+}
+
+// TestVerifyDisprovesALogInAnotherOrder: seals that follow each other stand in the log in that order.
+func TestVerifyDisprovesALogInAnotherOrder(t *testing.T) {
+	t.Parallel()
+	l := evidence.NewLog(t, "")
+	n := l.Node("node-a")
+	one, two := n.Unlogged("flow", nil, evidence.Flow("f1")), n.Unlogged("flow", nil, evidence.Flow("f2"))
+	two.Index = l.Append(two)
+	one.Index = l.Append(one)
+	lines := append(l.Bundle(func(line proof.Line) bool { return line.Kind == proof.LineKey })[:2], l.Prove(one), l.Prove(two))
+	if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved || !strings.Contains(r.Why, "stands in the log before") {
+		t.Errorf("have %s, %s", r.Verdict, r.Why)
 	}
 }
 

@@ -214,8 +214,27 @@ func (n *Node) Batch(class string, entries ...*api.Entry) sp.Line {
 // Seal is Batch with a seal that was changed before it was signed.
 func (n *Node) Seal(class string, change func(*sp.Seal), entries ...*api.Entry) sp.Line {
 	n.log.t.Helper()
-	id := sp.Sequence{Node: n.node, Epoch: Epoch, Class: class}
-	seal := sp.Seal{Sequence: id, Number: 1, First: 1, Entries: len(entries), Before: sp.Follows(n.last[class])}
+	line := n.Unlogged(class, change, entries...)
+	for i, e := range entries {
+		if e.GetGrant() != nil {
+			n.log.Append(sp.Line{Kind: sp.LineEvent, Leaf: sp.EventLeaf(n.sequence(class), line.Entries[i])})
+		}
+	}
+	line.Index = n.log.Append(line)
+	return line
+}
+
+func (n *Node) sequence(class string) sp.Sequence {
+	return sp.Sequence{Node: n.node, Epoch: Epoch, Class: class}
+}
+
+// Skip leaves numbers out.
+func (n *Node) Skip(class string, count uint64) { n.after[class].Last += count }
+
+// Unlogged is Seal without the log.
+func (n *Node) Unlogged(class string, change func(*sp.Seal), entries ...*api.Entry) sp.Line {
+	n.log.t.Helper()
+	seal := sp.Seal{Sequence: n.sequence(class), Number: 1, First: 1, Entries: len(entries), Before: sp.Follows(n.last[class])}
 	if before := n.after[class]; before != nil {
 		seal.Number, seal.First = before.Number+1, before.Last+1
 	}
@@ -226,11 +245,10 @@ func (n *Node) Seal(class string, change func(*sp.Seal), entries ...*api.Entry) 
 		if loss := e.GetLoss(); loss != nil {
 			takes, seal.Lost = loss.GetCount(), seal.Lost+loss.GetCount()
 		}
-		seal.Last += takes
-		sealed = append(sealed, sp.Entry{Seq: seal.Last, Data: Data(n.log.t, e)})
-		if e.GetGrant() != nil {
-			n.log.Append(sp.Line{Kind: sp.LineEvent, Leaf: sp.EventLeaf(id, sealed[len(sealed)-1])})
+		if seal.Last += takes; e.GetSeq() > 0 {
+			seal.Last = e.GetSeq() // left out are those before
 		}
+		sealed = append(sealed, sp.Entry{Seq: seal.Last, Data: Data(n.log.t, e)})
 	}
 	seal.Root = sp.Root(sealed)
 	if change != nil {
@@ -241,9 +259,7 @@ func (n *Node) Seal(class string, change func(*sp.Seal), entries ...*api.Entry) 
 		n.log.t.Fatal(err)
 	}
 	n.after[class], n.last[class] = &seal, signed
-	line := sp.Line{Kind: sp.LineBatch, Leaf: signed, Entries: sealed}
-	line.Index = n.log.Append(line)
-	return line
+	return sp.Line{Kind: sp.LineBatch, Leaf: signed, Entries: sealed}
 }
 
 // Data are the bytes of an entry that are sealed.

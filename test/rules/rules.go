@@ -32,7 +32,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/...", "./test/evidence"},
 		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant (proof reads sealed bytes, without the types)",
 	},
 	{
