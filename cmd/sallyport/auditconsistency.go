@@ -86,6 +86,10 @@ func (c *cli) compareCollector(ctx context.Context, oldPath string, old proof.Ch
 	line := proof.Line{Kind: proof.LineCheckpoint, From: old.Size}
 	err := c.withAudit(ctx, false, func(ctx context.Context, a *client.Audit) error {
 		reply, err := a.Log(ctx, uint64(old.Size))
+		if errors.Is(err, client.ErrRefused) { // it is smaller than that: its checkpoint says so, and is signed
+			line.From = 0
+			reply, err = a.Log(ctx, 0)
+		}
 		for _, h := range reply.GetGrown().GetProof() {
 			if len(h) != tlog.HashSize {
 				return errors.New("read log: the collector's proof has no hashes")

@@ -155,6 +155,11 @@ func asEvent(t *testing.T, v any) map[string]any {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return parseEvent(t, data)
+}
+
+func parseEvent(t *testing.T, data []byte) map[string]any {
+	t.Helper()
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.UseNumber()
 	var event map[string]any

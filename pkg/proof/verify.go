@@ -13,7 +13,7 @@ import (
 )
 
 // maxLine bounds a line of a bundle: the largest message of a node fits, with its bytes in base64.
-const maxLine = 32 << 20
+const maxLine = 64 << 20
 
 // Report is what a verification came to.
 type Report struct {
