@@ -71,7 +71,7 @@ func reportTable(t *table, r proof.Report) {
 		return // what was read until then is no finding
 	}
 	t.row("log", fmt.Sprintf("%s, at %s", r.Checkpoint.Origin, leaves(r.Checkpoint.Size)))
-	t.row("records", fmt.Sprintf("%d, each as its node sealed it", r.Records))
+	t.row("records", choose(r.Records == 0, "none", fmt.Sprintf("%d, each as its node sealed it", r.Records)))
 	if r.Events > 0 {
 		t.row("grant events", fmt.Sprintf("%d in the log%s", r.Events, choose(r.Records == 0, ", as the collector took them: the nodes' seals are not in this file", "")))
 	}
