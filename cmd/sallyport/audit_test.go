@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
+
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 	"github.com/sallyport-dev/sallyport/test/evidence"
@@ -129,6 +131,33 @@ func TestGaps(t *testing.T) {
 	c.nodes[0].ChainBreaks = 0
 	if r := ask(); r.code != exitDone || !strings.Contains(r.stdout, "1 to 5") {
 		t.Errorf("nothing missing: %+v", r)
+	}
+}
+
+// olderCollector knows losses, and neither nodes nor a log.
+type olderCollector struct {
+	api.UnimplementedAuditServer
+	newer *collector
+}
+
+func (o *olderCollector) Losses(q *api.LossQuery, stream grpc.ServerStreamingServer[api.StoredLoss]) error {
+	return o.newer.Losses(q, stream)
+}
+
+// TestAnOlderCollectorIsTold: what it knows is shown, and for the rest the error says what it is about.
+func TestAnOlderCollectorIsTold(t *testing.T) {
+	t.Parallel()
+	socket := shortSocket(t)
+	defer serveUnix(t, socket, func(s *grpc.Server) { api.RegisterAuditServer(s, &olderCollector{newer: newCollector(t)}) })()
+	r := command(t.Context(), nil, "audit", "gaps", "--collector", "unix:"+socket)
+	if r.code != exitFailed || !strings.Contains(r.stdout, "agent_spool") || !strings.Contains(r.stderr, "note: this collector is of an older version") {
+		t.Errorf("gaps: %+v", r)
+	}
+	for _, args := range [][]string{{"key"}, {"export"}} {
+		r := command(t.Context(), nil, append([]string{"audit", "--collector", "unix:" + socket}, args...)...)
+		if r.code != exitFailed || !strings.Contains(r.stderr, "hint: the collector is of an older version") {
+			t.Errorf("%v: %+v", args, r)
+		}
 	}
 }
 
