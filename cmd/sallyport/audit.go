@@ -74,6 +74,8 @@ func auditHint(err error) error {
 		return withHint(err, "check the address of --collector, and the collector with `systemctl status sallyport-collector`")
 	case errors.Is(err, client.ErrForbidden):
 		return withHint(err, "readers are listed in the collector's configuration; our own identity is the Workload API's")
+	case errors.Is(err, client.ErrUnknownCall):
+		return withHint(err, "the collector is of an older version: install this one there, too")
 	}
 	return err
 }

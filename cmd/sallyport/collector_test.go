@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"slices"
 	"testing"
 	"time"
 
@@ -9,6 +11,8 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
+	"github.com/sallyport-dev/sallyport/test/evidence"
 )
 
 // collector is a real server of the Audit service that holds what it was made with.
@@ -17,10 +21,12 @@ type collector struct {
 	flows  []*api.StoredFlow
 	events []*api.StoredGrantEvent
 	losses []*api.StoredLoss
+	nodes  []*api.NodeState
+	log    *evidence.Log
 }
 
-func newCollector() *collector {
-	c := &collector{
+func newCollector(t testing.TB) *collector {
+	c := &collector{log: someLog(t),
 		events: []*api.StoredGrantEvent{{Node: "node-1", Epoch: "E", Seq: 1, Event: &api.GrantEvent{
 			Grant: "01J8ZQ4X5M3T9V0Y2B7C6D1E4F", Step: "ACTIVATED", Time: timestamppb.New(began), Requester: "bob", Actor: "uid:0",
 			Service: "postgres", Clients: []string{"10.1.0.2"}, Envelope: []byte("{}"),
@@ -28,6 +34,10 @@ func newCollector() *collector {
 		losses: []*api.StoredLoss{{Node: "node-1", Epoch: "E", Class: api.Class_CLASS_FLOW, Seq: 9, Loss: &api.LossRecord{
 			Stage: "agent_spool", Cause: "buffer full", Count: 41, From: timestamppb.New(began), To: timestamppb.New(began.Add(time.Minute)),
 		}}},
+	}
+	c.nodes = []*api.NodeState{
+		{Node: "node-1", Epoch: evidence.Epoch, Class: api.Class_CLASS_CRITICAL, Seq: 1, Seals: 1, Received: timestamppb.New(began), Connected: true},
+		{Node: "node-1", Epoch: evidence.Epoch, Class: api.Class_CLASS_FLOW, Seq: 43, Lost: 41, Seals: 2, Received: timestamppb.New(began), Connected: true},
 	}
 	for i, r := range someFlows() {
 		c.flows = append(c.flows, &api.StoredFlow{Node: "node-1", Epoch: "E", Seq: uint64(i + 1), Received: timestamppb.New(began), Flow: r})
@@ -63,13 +73,53 @@ func (c *collector) GrantEvents(_ *api.GrantQuery, stream grpc.ServerStreamingSe
 	return nil
 }
 
-func (c *collector) Losses(_ *api.LossQuery, stream grpc.ServerStreamingServer[api.StoredLoss]) error {
+func (c *collector) Losses(q *api.LossQuery, stream grpc.ServerStreamingServer[api.StoredLoss]) error {
 	for _, l := range c.losses {
+		if q.GetNode() != "" && q.GetNode() != l.GetNode() {
+			continue
+		}
 		if err := stream.Send(l); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (c *collector) Nodes(context.Context, *api.NodesRequest) (*api.NodesReply, error) {
+	return &api.NodesReply{Nodes: c.nodes}, nil
+}
+
+func (c *collector) Log(_ context.Context, r *api.LogRequest) (*api.LogReply, error) {
+	grown := &api.Grown{Checkpoint: c.log.Checkpoint(c.log.Size()), From: r.GetFrom()}
+	for _, h := range c.log.Grown(c.log.Size(), int64(r.GetFrom())) {
+		grown.Proof = append(grown.Proof, h[:])
+	}
+	return &api.LogReply{Grown: grown, Key: c.log.VKey}, nil
+}
+
+// Evidence gives all that there is, but for a grant its events, in pieces that end anywhere.
+func (c *collector) Evidence(r *api.EvidenceRequest, stream grpc.ServerStreamingServer[api.EvidenceChunk]) error {
+	lines := c.log.Bundle(nil)
+	if r.GetGrant() != "" {
+		lines = c.log.Bundle(func(l proof.Line) bool { return l.Kind == proof.LineEvent })
+	}
+	for piece := range slices.Chunk(evidence.Write(c.log.T(), lines), 100) {
+		if err := stream.Send(&api.EvidenceChunk{Data: piece}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// someLog is a log of two nodes.
+func someLog(t testing.TB) *evidence.Log {
+	l := evidence.NewLog(t, "")
+	n := l.Node("node-1")
+	n.Batch(proof.ClassCritical, evidence.Grant("01J8ZQ4X5M3T9V0Y2B7C6D1E4F", "ACTIVATED"))
+	n.Batch(proof.ClassFlow, evidence.Flow("f1"), evidence.Loss("agent_spool", "buffer full", 41))
+	n.Batch(proof.ClassFlow, evidence.Flow("f2"))
+	l.Node("node-2").Batch(proof.ClassFlow, evidence.Flow("f3"))
+	return l
 }
 
 // someFlows are one denied, one proxied and one bypassed flow, and one to a service that is not enforced.

@@ -294,7 +294,7 @@ func (w *world) collector(t *testing.T, id spiffeid.ID) string {
 		t.Fatal(err)
 	}
 	s := grpc.NewServer(grpc.Creds(grpccredentials.MTLSServerCredentials(svid, w.authority.Bundle(), tlsconfig.AuthorizeID(webID))))
-	api.RegisterAuditServer(s, newCollector())
+	api.RegisterAuditServer(s, newCollector(t))
 	background(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, s.Stop)()
 		return s.Serve(l)

@@ -55,3 +55,24 @@ func (a *Audit) GrantEvents(ctx context.Context, q *api.GrantQuery) iter.Seq2[*a
 func (a *Audit) Losses(ctx context.Context, q *api.LossQuery) iter.Seq2[*api.StoredLoss, error] {
 	return streaming(ctx, a.conn, "read losses", a.rpc.Losses, q)
 }
+
+// Tides gives the stored tides that match: how far the kernel's counters came, beside what the records say.
+func (a *Audit) Tides(ctx context.Context, q *api.TideQuery) iter.Seq2[*api.StoredTide, error] {
+	return streaming(ctx, a.conn, "read tides", a.rpc.Tides, q)
+}
+
+// Nodes gives what the collector has of each sequence of each node.
+func (a *Audit) Nodes(ctx context.Context) (*api.NodesReply, error) {
+	return unary(ctx, a.conn, "read nodes", a.rpc.Nodes, &api.NodesRequest{})
+}
+
+// Log gives the collector's latest checkpoint, with the proof that the log has all that it had at a size; 0 asks for no proof. The caller
+// holds it against the log's key (pkg/proof).
+func (a *Audit) Log(ctx context.Context, from uint64) (*api.LogReply, error) {
+	return unary(ctx, a.conn, "read log", a.rpc.Log, &api.LogRequest{From: from})
+}
+
+// Evidence gives a bundle piece by piece, for proof.Verify.
+func (a *Audit) Evidence(ctx context.Context, r *api.EvidenceRequest) iter.Seq2[*api.EvidenceChunk, error] {
+	return streaming(ctx, a.conn, "read evidence", a.rpc.Evidence, r)
+}

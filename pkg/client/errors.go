@@ -25,6 +25,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrUntrusted says that what answered did not prove an identity that we expect there.
 	ErrUntrusted = errors.New("other identity than expected")
+	// ErrUnknownCall says that the other side is of a version that does not have the call.
+	ErrUnknownCall = errors.New("call is not known there")
 )
 
 // CallError is a call that the other side did not do.
@@ -93,6 +95,8 @@ func kind(code codes.Code) error {
 		return ErrRefused
 	case codes.NotFound:
 		return ErrNotFound
+	case codes.Unimplemented:
+		return ErrUnknownCall
 	}
 	return nil
 }

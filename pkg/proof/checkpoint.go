@@ -11,9 +11,9 @@ import (
 
 // Checkpoint is a log's size and root: three lines, as C2SP tlog-checkpoint has them.
 type Checkpoint struct {
-	Origin string
-	Size   int64
-	Root   tlog.Hash
+	Origin string    `json:"origin"`
+	Size   int64     `json:"size"`
+	Root   tlog.Hash `json:"root"`
 }
 
 func (c Checkpoint) text() string {

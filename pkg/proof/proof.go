@@ -28,12 +28,16 @@ const (
 var ErrFormat = errors.New("proof is malformed")
 
 // Sequence is one run of numbers.
-type Sequence struct{ Node, Epoch, Class string }
+type Sequence struct {
+	Node  string `json:"node"`
+	Epoch string `json:"epoch"`
+	Class string `json:"class"`
+}
 
 // Entry is one record or loss of a sequence, in the bytes that were sealed.
 type Entry struct {
-	Seq  uint64
-	Data []byte // api.Entry without its seq
+	Seq  uint64 `json:"seq"`
+	Data []byte `json:"data"` // api.Entry without its seq
 }
 
 // Hash is the leaf of an entry in the tree of its batch: tlog.RecordHash over the number (8 bytes, big-endian) and the data.
@@ -45,6 +49,11 @@ func (e Entry) Hash() tlog.Hash {
 func Root(entries []Entry) tlog.Hash {
 	root, _ := tlog.TreeHash(int64(len(entries)), treeOf(entries)) // it fails where its reader does
 	return root
+}
+
+// Path is the way from an entry of a batch, at its place from 0 on, to the root.
+func Path(entries []Entry, at int) (tlog.RecordProof, error) {
+	return tlog.ProveRecord(int64(len(entries)), int64(at), treeOf(entries))
 }
 
 // treeOf reads the hashes that tlog keeps of a tree over entries.

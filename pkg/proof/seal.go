@@ -79,11 +79,11 @@ func parseSeal(text string) (Seal, error) {
 func (s Seal) Check(entries []Entry) error {
 	switch {
 	case len(entries) != s.Entries:
-		return fmt.Errorf("seal %d is over %d entries, not %d", s.Number, s.Entries, len(entries))
+		return fmt.Errorf("seal %d was made over %d records, and here are %d", s.Number, s.Entries, len(entries))
 	case entries[len(entries)-1].Seq != s.Last || entries[0].Seq < s.First:
-		return fmt.Errorf("seal %d is over numbers %d to %d", s.Number, s.First, s.Last)
+		return fmt.Errorf("seal %d was made over numbers %d to %d, and here are others", s.Number, s.First, s.Last)
 	case Root(entries) != s.Root:
-		return fmt.Errorf("seal %d is over other entries", s.Number)
+		return fmt.Errorf("seal %d was made over other records than are here", s.Number)
 	}
 	return nil
 }
