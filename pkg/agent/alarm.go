@@ -27,10 +27,12 @@ const (
 	alarmUnexplained  alarmName = "unexplained"   // sockets got more than the hooks let through
 
 	alarmBreakGlass alarmName = "break_glass" // a break-glass grant is live, or nobody has reviewed it
+
+	alarmLog alarmName = "log" // the collector showed another history than it did before
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmLog}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute
