@@ -7,6 +7,9 @@
 // acknowledged, what is answered to a returning node and what is in the tables cannot differ.
 //
 // Records lie in one SQLite file per day of receipt. A day is dropped by removing its file.
+//
+// Each sealed batch, each grant event and each node's key is a leaf of one transparency log. Its hashes and its signed checkpoint are
+// written with the records. A day that goes leaves its hashes behind, so that the log is proven to have only grown for ever.
 package collector
 
 import (
@@ -97,7 +100,7 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Retain, c.log); err != nil {
 		return nil, err
 	}
-	if c.write, err = newWriter(c.days); err != nil {
+	if c.write, err = newWriter(c.days, cfg.TrustDomain); err != nil {
 		return nil, err
 	}
 	return c, c.listen()
@@ -125,6 +128,9 @@ func (c *Collector) Close() error {
 				errs = append(errs, err)
 			}
 		}
+	}
+	if c.write != nil {
+		errs = append(errs, c.write.close())
 	}
 	if c.days != nil {
 		errs = append(errs, c.days.close())
@@ -164,12 +170,13 @@ func (c *Collector) Run(ctx context.Context) error {
 func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server {
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
 	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
-	api.RegisterAuditIngestServer(remote, newIngest(stop, c.write, c.peers, c.log))
-	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, changed: c.write.changed, admit: c.peers.reader, proof: proofTTL})
+	nodes := newIngest(stop, c.write, c.peers, c.log)
+	api.RegisterAuditIngestServer(remote, nodes)
+	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: nodes.connected, admit: c.peers.reader, proof: proofTTL})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
-		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, changed: c.write.changed, admit: func(context.Context) error { return nil }})
+		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: nodes.connected, admit: func(context.Context) error { return nil }})
 		servers[c.unix] = local
 	}
 	return servers

@@ -34,6 +34,8 @@ type days struct {
 	log    *slog.Logger
 	lock   *os.File
 
+	archive func(context.Context, *dayFile) error // what is to be kept of a day, before it is removed
+
 	mu    sync.Mutex
 	files []*dayFile // ascending by day; guarded by mu
 }
@@ -42,6 +44,7 @@ type days struct {
 type dayFile struct {
 	day  string
 	path string
+	base int64 // leaves of the log before this day; set when the tables are made or first read
 
 	mu      sync.RWMutex // held for reading while a database is used
 	readers *sql.DB      // nil until first used
@@ -142,7 +145,16 @@ func (d *days) drop(ctx context.Context) {
 		n++
 	}
 	old := slices.Clone(d.files[:n])
-	d.files = slices.Clone(d.files[n:])
+	d.mu.Unlock()
+	for i, f := range old { // while they can still be read
+		if err := d.archive(ctx, f); err != nil {
+			d.log.ErrorContext(ctx, "day cannot be removed", "day", f.day, "err", err)
+			old = old[:i]
+			break
+		}
+	}
+	d.mu.Lock()
+	d.files = slices.Clone(d.files[len(old):])
 	d.mu.Unlock()
 	for _, f := range old {
 		if err := f.remove(); err != nil {

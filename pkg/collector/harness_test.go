@@ -2,6 +2,9 @@ package collector
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,6 +28,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
 const (
@@ -119,19 +124,61 @@ func (r *running) dial(t *testing.T, as identity) *grpc.ClientConn {
 	return conn
 }
 
-// node is an agent's side of a stream, in the test's hands.
+// node is an agent's side of a stream, in the test's hands. It seals what it sends, if it speaks version 2.
 type node struct {
-	t      *testing.T
-	stream api.AuditIngest_StreamClient
-	epoch  string
+	t       *testing.T
+	stream  api.AuditIngest_StreamClient
+	name    string
+	epoch   string
+	version uint32
+	chains  map[api.Class]*chain
 }
 
+// chain is a node's last seal of a class.
+type chain struct {
+	number uint64
+	signed []byte
+}
+
+// nodeSigner is the one key of a node's epoch, in all of the tests.
+func nodeSigner(t *testing.T, name, epoch string) (note.Signer, string) {
+	t.Helper()
+	seed := sha256.Sum256([]byte(name + epoch))
+	return signerOf(t, proof.NodeSigner(name, epoch), seed)
+}
+
+func signerOf(t *testing.T, name string, seed [32]byte) (note.Signer, string) {
+	t.Helper()
+	vkey := must(note.NewEd25519VerifierKey(name, ed25519.NewKeyFromSeed(seed[:]).Public().(ed25519.PublicKey)))(t)
+	hash := must(note.NewVerifier(vkey))(t).KeyHash()
+	skey := fmt.Sprintf("PRIVATE+KEY+%s+%08x+%s", name, hash, base64.StdEncoding.EncodeToString(append([]byte{1}, seed[:]...)))
+	return must(note.NewSigner(skey))(t), vkey
+}
+
+// connect speaks the newest version.
 func (r *running) connect(t *testing.T, name, epoch string) (*node, *api.Welcome) {
 	t.Helper()
-	n := &node{t: t, epoch: epoch, stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+name))).Stream(t.Context()))(t)}
-	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{Node: name, Epoch: epoch, Version: wireVersion}}})
-	f := must(n.stream.Recv())(t)
-	return n, f.GetWelcome()
+	_, vkey := nodeSigner(t, name, epoch)
+	return r.greet(t, &api.Hello{Node: name, Epoch: epoch, Version: wireVersion, NodeKey: vkey})
+}
+
+func (r *running) greet(t *testing.T, h *api.Hello) (*node, *api.Welcome) {
+	t.Helper()
+	n := &node{t: t, name: h.GetNode(), epoch: h.GetEpoch(), version: h.GetVersion(), stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+h.GetNode()))).Stream(t.Context()))(t)}
+	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: h}})
+	w := must(n.stream.Recv())(t).GetWelcome()
+	n.chains = map[api.Class]*chain{critical: n.chain(w.GetCriticalSeal()), flows: n.chain(w.GetFlowSeal())}
+	return n, w
+}
+
+func (n *node) chain(signed []byte) *chain {
+	n.t.Helper()
+	if len(signed) == 0 {
+		return &chain{}
+	}
+	_, vkey := nodeSigner(n.t, n.name, n.epoch)
+	s := must(proof.OpenSeal(signed, must(note.NewVerifier(vkey))(n.t)))(n.t)
+	return &chain{number: s.Number, signed: signed}
 }
 
 func (n *node) send(f *api.AgentFrame) {
@@ -143,7 +190,46 @@ func (n *node) send(f *api.AgentFrame) {
 
 func (n *node) batch(class api.Class, entries ...*api.Entry) {
 	n.t.Helper()
-	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: class, Epoch: n.epoch, Entries: entries}}})
+	if n.version == 1 {
+		n.sendBatch(&api.Batch{Class: class, Epoch: n.epoch, Entries: entries})
+		return
+	}
+	n.sendBatch(n.sealed(class, entries, nil))
+}
+
+func (n *node) sendBatch(b *api.Batch) {
+	n.t.Helper()
+	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: b}})
+}
+
+// sealed is the next batch of a class, with a seal that a test may change before it is signed.
+func (n *node) sealed(class api.Class, entries []*api.Entry, change func(*proof.Seal)) *api.Batch {
+	n.t.Helper()
+	c := n.chains[class]
+	if c == nil {
+		c = &chain{}
+	}
+	b := batch{sequence: sequence{n.name, n.epoch, class}, entries: entries}
+	if err := b.encode(); err != nil {
+		n.t.Fatal(err)
+	}
+	s := proof.Seal{Sequence: b.proofSequence(), Number: c.number + 1, Before: proof.Follows(c.signed), First: entries[0].GetSeq(),
+		Last: entries[len(entries)-1].GetSeq(), Entries: len(entries), Root: proof.Root(b.proofEntries())}
+	if l := entries[0].GetLoss(); l != nil {
+		s.First -= l.GetCount() - 1
+	}
+	out := &api.Batch{Class: class, Epoch: n.epoch}
+	for i, e := range entries {
+		s.Lost += e.GetLoss().GetCount()
+		out.Raw = append(out.Raw, &api.Raw{Seq: e.GetSeq(), Data: b.data[i]})
+	}
+	if change != nil {
+		change(&s)
+	}
+	signer, _ := nodeSigner(n.t, n.name, n.epoch)
+	out.Seal = must(s.Sign(signer))(n.t)
+	c.number, c.signed = s.Number, out.Seal
+	return out
 }
 
 func (n *node) ack() *api.Ack {

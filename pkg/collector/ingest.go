@@ -3,20 +3,25 @@ package collector
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
 const (
-	wireVersion = 1
-	helloWithin = 30 * time.Second
+	wireVersion   = 2 // the newest that is spoken
+	oldestVersion = 1
+	helloWithin   = 30 * time.Second
+	growEvery     = 10 * time.Second
 )
 
 // ingest is the AuditIngest service.
@@ -25,6 +30,7 @@ type ingest struct {
 	stopping context.Context
 	write    *writer
 	peers    peers
+	every    time.Duration // between checkpoints, while the log grows
 	log      *slog.Logger
 
 	mu     sync.Mutex
@@ -32,15 +38,19 @@ type ingest struct {
 }
 
 func newIngest(stopping context.Context, w *writer, p peers, log *slog.Logger) *ingest {
-	return &ingest{stopping: stopping, write: w, peers: p, log: log, active: map[string]*session{}}
+	return &ingest{stopping: stopping, write: w, peers: p, every: growEvery, log: log, active: map[string]*session{}}
 }
 
 // session is one stream of one node. A node has one at a time: a new one takes over, because the old
 // may be a connection that died without a word.
 type session struct {
-	node  string
-	epoch string
-	over  chan struct{} // closed when another took over
+	node    string
+	epoch   string
+	version uint32
+	vkey    string        // of the node's seals; from version 2 on
+	key     note.Verifier // of vkey
+	over    chan struct{} // closed when another took over
+	told    int64         // leaves of the log that the node knows of; owned by Stream
 
 	mu    sync.Mutex
 	ended bool // guarded by mu, which is held while a batch is stored
@@ -53,13 +63,15 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 		return err
 	}
 	frames, broken := receive(stream)
-	proof := time.NewTimer(proofTTL)
-	defer proof.Stop()
+	proven := time.NewTimer(proofTTL)
+	defer proven.Stop()
 	s, err := g.greet(stream, node, frames, broken)
 	if err != nil {
 		return err
 	}
 	defer g.leave(s)
+	tick := time.NewTicker(g.every)
+	defer tick.Stop()
 	for {
 		select {
 		case f := <-frames:
@@ -70,11 +82,15 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 			if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Ack{Ack: ack}}); err != nil {
 				return err
 			}
+		case <-tick.C:
+			if err := g.tell(stream, s); err != nil {
+				return err
+			}
 		case err := <-broken:
 			return err
 		case <-s.over:
 			return status.Errorf(codes.Aborted, "node %q opened another stream", node)
-		case <-proof.C:
+		case <-proven.C:
 			return status.Error(codes.Unavailable, "identity must be proven again")
 		case <-g.stopping.Done():
 			return status.Error(codes.Unavailable, errStopping.Error())
@@ -116,18 +132,14 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 	case <-g.stopping.Done():
 		return nil, status.Error(codes.Unavailable, errStopping.Error())
 	}
-	h := frame.GetHello()
-	if err := checkHello(h, node); err != nil {
+	s, err := g.open(frame.GetHello(), node)
+	if err != nil {
 		g.log.WarnContext(stream.Context(), "hello refused", "node", node, "err", err)
 		return nil, err
 	}
-	s := &session{node: node, epoch: h.GetEpoch(), over: make(chan struct{})}
 	g.enter(s)
-	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", h.GetEpoch(), "boot", h.GetBootId())
-	err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: &api.Welcome{
-		CriticalSeq: g.write.mark(sequence{node, s.epoch, api.Class_CLASS_CRITICAL}),
-		FlowSeq:     g.write.mark(sequence{node, s.epoch, api.Class_CLASS_FLOW}),
-	}}})
+	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId(), "version", s.version)
+	err = stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())}})
 	if err != nil {
 		g.leave(s)
 		return nil, err
@@ -135,19 +147,81 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 	return s, nil
 }
 
-func checkHello(h *api.Hello, node string) error {
+// open makes the session that a Hello asks for.
+func (g *ingest) open(h *api.Hello, node string) (*session, error) {
+	oldest := h.GetOldest()
+	if oldest == 0 {
+		oldest = h.GetVersion()
+	}
 	switch {
 	case h == nil:
-		return status.Error(codes.InvalidArgument, "first frame is no hello")
+		return nil, status.Error(codes.InvalidArgument, "first frame is no hello")
 	case h.GetNode() != node:
-		return status.Errorf(codes.PermissionDenied, "hello names node %q, the certificate %q", h.GetNode(), node)
-	case h.GetVersion() != wireVersion:
-		return status.Errorf(codes.FailedPrecondition, "version %d of the stream, this collector speaks %d", h.GetVersion(), wireVersion)
+		return nil, status.Errorf(codes.PermissionDenied, "hello names node %q, the certificate %q", h.GetNode(), node)
+	case h.GetVersion() < oldestVersion || oldest > wireVersion || oldest > h.GetVersion():
+		return nil, status.Errorf(codes.FailedPrecondition, "versions %d to %d of the stream, this collector speaks %d to %d",
+			oldest, h.GetVersion(), oldestVersion, wireVersion)
 	}
 	if _, err := ulid.ParseStrict(h.GetEpoch()); err != nil {
-		return status.Errorf(codes.InvalidArgument, "epoch %q: %v", h.GetEpoch(), err)
+		return nil, status.Errorf(codes.InvalidArgument, "epoch %q: %v", h.GetEpoch(), err)
 	}
-	return nil
+	s := &session{node: node, epoch: h.GetEpoch(), version: min(h.GetVersion(), wireVersion), over: make(chan struct{})}
+	if s.version == 1 {
+		return s, nil
+	}
+	var err error
+	s.vkey = h.GetNodeKey()
+	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) {
+		return nil, status.Errorf(codes.InvalidArgument, "node key %q is none of node %q in epoch %s", s.vkey, node, s.epoch)
+	}
+	if k, known := g.write.nodeKey(nodeEpoch{node, s.epoch}); known && k.vkey != s.vkey {
+		return nil, status.Error(codes.FailedPrecondition, errOtherKey(node, s.epoch).Error())
+	}
+	return s, nil
+}
+
+func (g *ingest) welcome(ctx context.Context, s *session, checkpoint []byte) *api.Welcome {
+	critical := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_CRITICAL})
+	flow := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_FLOW})
+	w := &api.Welcome{CriticalSeq: critical.seq, FlowSeq: flow.seq}
+	if s.version == 1 {
+		return w
+	}
+	w.Version, w.CriticalSeal, w.FlowSeal, w.LogKey = s.version, critical.seal, flow.seal, g.write.key.vkey
+	if c, err := proof.OpenCheckpoint(checkpoint, g.write.key); err == nil {
+		s.told = c.Size
+	}
+	w.Grown = g.grown(ctx, s)
+	return w
+}
+
+// grown is the log's checkpoint for a node. What cannot be proven now, because this log is shorter or has lost hashes, goes without
+// proof, and the node judges: its records come all the same.
+func (g *ingest) grown(ctx context.Context, s *session) *api.Grown {
+	h := g.write.head()
+	grown, err := g.write.grown(ctx, h, s.told)
+	if err != nil {
+		g.log.ErrorContext(ctx, "growth of the log cannot be proven", "node", s.node, "from", s.told, "err", err)
+		grown = &api.Grown{Checkpoint: h.checkpoint}
+	}
+	s.told = h.size
+	return grown
+}
+
+// tell sends a checkpoint if the log grew since the last one.
+func (g *ingest) tell(stream api.AuditIngest_StreamServer, s *session) error {
+	if s.version == 1 || g.write.head().size == s.told {
+		return nil
+	}
+	return stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Grown{Grown: g.grown(stream.Context(), s)}})
+}
+
+// connected tells whether a node has a stream in this epoch.
+func (g *ingest) connected(node, epoch string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := g.active[node]
+	return s != nil && s.epoch == epoch
 }
 
 // enter ends the node's other stream and waits until it stores nothing any more: only then does the
@@ -184,16 +258,38 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	case b.GetClass() != api.Class_CLASS_CRITICAL && b.GetClass() != api.Class_CLASS_FLOW:
 		return nil, status.Errorf(codes.InvalidArgument, "class %d", b.GetClass())
 	}
+	read, err := s.read(b)
+	if err != nil {
+		return nil, g.refuse(s, err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
-	mark, err := g.write.put(sequence{s.node, s.epoch, b.GetClass()}, b.GetEntries())
+	m, err := g.write.put(read)
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}
-	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: mark}, nil
+	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: m.seq, Number: m.number}, nil
+}
+
+// read decodes a batch, and holds a sealed one against its seal.
+func (s *session) read(b *api.Batch) (batch, error) {
+	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, entries: b.GetEntries(), signed: b.GetSeal()}
+	if s.version == 1 {
+		if len(b.GetRaw()) > 0 || len(b.GetSeal()) > 0 {
+			return batch{}, fmt.Errorf("%w: batch of version 2 in a stream of version 1", errEntry)
+		}
+		return out, out.encode()
+	}
+	if len(b.GetEntries()) > 0 {
+		return batch{}, fmt.Errorf("%w: batch of version 1 in a stream of version %d", errEntry, s.version)
+	}
+	if err := out.decode(b.GetRaw()); err != nil {
+		return batch{}, err
+	}
+	return out, out.open(s.key)
 }
 
 func (g *ingest) refuse(s *session, err error) error {

@@ -9,12 +9,14 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
 const (
@@ -33,6 +35,7 @@ func TestHello(t *testing.T) {
 		{"a lie", hello("node-2", epoch1, wireVersion), codes.PermissionDenied},
 		{"no name", hello("", epoch1, wireVersion), codes.PermissionDenied},
 		{"other version", hello("node-1", epoch1, 99), codes.FailedPrecondition},
+		{"no version", hello("node-1", epoch1, 0), codes.FailedPrecondition},
 		{"no epoch", hello("node-1", "", wireVersion), codes.InvalidArgument},
 		{"odd epoch", hello("node-1", "../../etc/passwd00000000000", wireVersion), codes.InvalidArgument},
 		{"batch first", &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{}}}, codes.InvalidArgument},
@@ -47,7 +50,11 @@ func TestHello(t *testing.T) {
 }
 
 func hello(node, epoch string, version uint32) *api.AgentFrame {
-	return &api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{Node: node, Epoch: epoch, Version: version}}}
+	vkey := ""
+	if key, err := note.NewEd25519VerifierKey(proof.NodeSigner(node, epoch), make([]byte, 32)); err == nil {
+		vkey = key
+	}
+	return &api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{Node: node, Epoch: epoch, Version: version, NodeKey: vkey}}}
 }
 
 // Who may write, who may read, and who may not even finish a handshake.
@@ -97,10 +104,13 @@ func tryWrite(t *testing.T, c api.AuditIngestClient) codes.Code {
 	return status.Code(err)
 }
 
-// A batch that is sent again, in part or whole, on the same stream or another, is stored once.
-func TestExactlyOnce(t *testing.T) {
+// A batch of version 1 that is sent again, in part or whole, on the same stream or another, is stored once.
+func TestExactlyOnceUnsealed(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	n, w := r.connect(t, "node-1", epoch1)
+	connect := func(t *testing.T, name, epoch string) (*node, *api.Welcome) {
+		return r.greet(t, &api.Hello{Node: name, Epoch: epoch, Version: 1})
+	}
+	n, w := connect(t, "node-1", epoch1)
 	if w.GetCriticalSeq() != 0 || w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to a new node: %v", w)
 	}
@@ -110,7 +120,7 @@ func TestExactlyOnce(t *testing.T) {
 	n.store(critical, grantEntry(1, "g", "ACTIVATED"))
 	n.store(flows, lossEntry(18, 10), flowEntry(19, nil))
 
-	again, w := r.connect(t, "node-1", epoch1)
+	again, w := connect(t, "node-1", epoch1)
 	if w.GetCriticalSeq() != 1 || w.GetFlowSeq() != 19 {
 		t.Fatalf("welcome: %v", w)
 	}
@@ -118,12 +128,12 @@ func TestExactlyOnce(t *testing.T) {
 	again.store(flows, flowEntries(19, 20)...)
 	n.refused(codes.Aborted) // the new stream took over
 
-	other, w := r.connect(t, "node-2", epoch1)
+	other, w := connect(t, "node-2", epoch1)
 	if w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to another node: %v", w)
 	}
 	other.store(flows, flowEntries(1, 1)...)
-	fresh, w := r.connect(t, "node-1", epoch2)
+	fresh, w := connect(t, "node-1", epoch2)
 	if w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to another epoch: %v", w)
 	}
@@ -135,9 +145,12 @@ func TestExactlyOnce(t *testing.T) {
 	}
 }
 
-func TestBatchRefused(t *testing.T) {
+func TestUnsealedBatchRefused(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	n, _ := r.connect(t, "node-1", epoch1)
+	connect := func(t *testing.T) (*node, *api.Welcome) {
+		return r.greet(t, &api.Hello{Node: "node-1", Epoch: epoch1, Version: 1})
+	}
+	n, _ := connect(t)
 	n.store(flows, flowEntries(1, 3)...)
 	wrongClass := func(n *node) { n.batch(api.Class_CLASS_UNSPECIFIED, flowEntry(4, nil)) }
 	wrongEpoch := func(n *node) { n.epoch = epoch2; n.batch(flows, flowEntry(4, nil)) }
@@ -162,7 +175,7 @@ func TestBatchRefused(t *testing.T) {
 		{"second hello", func(n *node) { n.send(hello("node-1", epoch1, wireVersion)) }, codes.InvalidArgument},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			n, w := r.connect(t, "node-1", epoch1)
+			n, w := connect(t)
 			if w.GetFlowSeq() != 3 {
 				t.Fatalf("welcome: %v", w)
 			}
@@ -320,7 +333,7 @@ func TestDiskFull(t *testing.T) {
 func TestTakenOver(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	g := newIngest(t.Context(), r.write, r.peers, r.log)
-	session := func() *session { return &session{node: "node-1", epoch: epoch1, over: make(chan struct{})} }
+	session := func() *session { return &session{node: "node-1", epoch: epoch1, version: 1, over: make(chan struct{})} }
 	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: flows, Epoch: epoch1, Entries: flowEntries(1, 3)}}}
 	first, second := session(), session()
 	g.enter(first)
@@ -339,8 +352,9 @@ func TestCommitUnknown(t *testing.T) {
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
 	r.write.mu.Lock()
-	clear(r.write.marks) // as if the answer to that commit had been an error
+	clear(r.write.state.marks) // as if the answer to that commit had been an error
 	r.write.mu.Unlock()
+	n.chains[flows] = &chain{}
 	n.batch(flows, flowEntries(1, 3)...)
 	n.refused(codes.Unavailable)
 	n, w := r.connect(t, "node-1", epoch1)

@@ -26,11 +26,12 @@ const (
 // query is the Audit service.
 type query struct {
 	api.UnimplementedAuditServer
-	stop    context.Context
-	days    *days
-	changed func() <-chan struct{}
-	admit   func(context.Context) error
-	proof   time.Duration // how long a caller's identity is good for; 0: for ever
+	stop      context.Context
+	days      *days
+	write     *writer // asked for its state alone
+	connected func(node, epoch string) bool
+	admit     func(context.Context) error
+	proof     time.Duration // how long a caller's identity is good for; 0: for ever
 }
 
 // feed is one table as a sequence of messages.
@@ -86,7 +87,7 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 
 // GrantEvents sends the newest grant events that fit, oldest first, and with follow those that come.
 func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
-	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, seq, received, data", scan: scanGrantEvent, limit: r.GetLimit(), follow: r.GetFollow()}
+	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent, limit: r.GetLimit(), follow: r.GetFollow()}
 	f.equals("node", r.GetNode())
 	f.equals("grant_id", r.GetGrant())
 	if err := f.times(r.GetSince(), nil); err != nil {
@@ -118,8 +119,29 @@ func (f *feed[M]) times(since, until *timestamppb.Timestamp) error {
 	return nil
 }
 
+// Tides sends the newest tides that fit, oldest first.
+func (q *query) Tides(r *api.TideQuery, stream api.Audit_TidesServer) error {
+	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide, limit: r.GetLimit()}
+	f.equals("node", r.GetNode())
+	if r.GetGrant() != "" {
+		f.filter("instr(grants, ?) > 0", " "+r.GetGrant()+" ")
+	}
+	if r.GetDiffering() {
+		f.filter("differing = ?", true)
+	}
+	return serve(q, stream.Context(), f, stream.Send)
+}
+
 // serve runs a feed for one caller.
 func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) error {
+	if f.limit == 0 {
+		f.limit = defaultLimit
+	}
+	return q.guard(ctx, func(ctx context.Context) error { return f.run(ctx, q, send) })
+}
+
+// guard runs do for a caller who may read, for as long as he may.
+func (q *query) guard(ctx context.Context, do func(context.Context) error) error {
 	if err := q.admit(ctx); err != nil {
 		return err
 	}
@@ -129,10 +151,7 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if q.proof > 0 {
 		defer time.AfterFunc(q.proof, func() { cancel(status.Error(codes.Unauthenticated, "identity must be proven again")) }).Stop()
 	}
-	if f.limit == 0 {
-		f.limit = defaultLimit
-	}
-	err := f.run(ctx, q, send)
+	err := do(ctx)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -149,7 +168,7 @@ func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
 	}
 	sent := uint32(0)
 	for {
-		changed := q.changed() // before the look, so that nothing falls in between
+		changed := q.write.changed() // before the look, so that nothing falls in between
 		for {
 			page, more, err := f.page(ctx, q.days, &at)
 			if err != nil {
@@ -294,34 +313,40 @@ func (f *feed[M]) rows(ctx context.Context, db *sql.DB, at *position) (page []M,
 }
 
 func scanFlow(rows *sql.Rows, id *int64) (*api.StoredFlow, error) {
-	m := &api.StoredFlow{Flow: &api.FlowRecord{}}
-	var received int64
-	var data []byte
-	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Class, &m.Seq, &received, &data); err != nil {
-		return nil, err
-	}
-	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetFlow())
+	m := &api.StoredFlow{}
+	e, received, err := scanEntry(rows, id, &m.Node, &m.Epoch, &m.Class, &m.Seq)
+	m.Received, m.Flow = received, e.GetFlow()
+	return m, err
 }
 
 func scanGrantEvent(rows *sql.Rows, id *int64) (*api.StoredGrantEvent, error) {
-	m := &api.StoredGrantEvent{Event: &api.GrantEvent{}}
-	var received int64
-	var data []byte
-	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Seq, &received, &data); err != nil {
-		return nil, err
-	}
-	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetEvent())
+	m := &api.StoredGrantEvent{}
+	e, received, err := scanEntry(rows, id, &m.Node, &m.Epoch, new(api.Class), &m.Seq)
+	m.Received, m.Event = received, e.GetGrant()
+	return m, err
 }
 
 func scanLoss(rows *sql.Rows, id *int64) (*api.StoredLoss, error) {
-	m := &api.StoredLoss{Loss: &api.LossRecord{}}
+	m := &api.StoredLoss{}
+	e, received, err := scanEntry(rows, id, &m.Node, &m.Epoch, &m.Class, &m.Seq)
+	m.Received, m.Loss = received, e.GetLoss()
+	return m, err
+}
+
+func scanTide(rows *sql.Rows, id *int64) (*api.StoredTide, error) {
+	m := &api.StoredTide{}
+	e, received, err := scanEntry(rows, id, &m.Node, &m.Epoch, new(api.Class), &m.Seq)
+	m.Received, m.Tide = received, e.GetTide()
+	return m, err
+}
+
+// scanEntry reads a row of node, epoch, class, seq, received and data.
+func scanEntry(rows *sql.Rows, id *int64, node, epoch *string, class *api.Class, seq *uint64) (*api.Entry, *timestamppb.Timestamp, error) {
 	var received int64
 	var data []byte
-	if err := rows.Scan(id, &m.Node, &m.Epoch, &m.Class, &m.Seq, &received, &data); err != nil {
-		return nil, err
+	if err := rows.Scan(id, node, epoch, class, seq, &received, &data); err != nil {
+		return nil, nil, err
 	}
-	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetLoss())
+	e := &api.Entry{}
+	return e, timestamppb.New(time.Unix(0, received)), proto.Unmarshal(data, e)
 }

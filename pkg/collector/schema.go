@@ -9,23 +9,44 @@ import (
 	"net/netip"
 	"time"
 
-	"google.golang.org/protobuf/proto"
+	"golang.org/x/mod/sumdb/tlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
 // layout is the version of the tables, kept in user_version.
-const layout = 1
+const layout = 2
 
-// The columns beside data are what queries filter by; data is the record as it came, in protobuf.
-// Times are Unix nanoseconds.
+// The columns beside data are what queries filter by; data is the entry as it came, in the bytes that its node sealed. Times are
+// Unix nanoseconds. Marks, keys and head are copied from day to day, and so are the hashes that the log needs to grow.
 const tables = `
 CREATE TABLE marks (
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL,
-	seq INTEGER NOT NULL,
+	seq INTEGER NOT NULL, lost INTEGER NOT NULL, received INTEGER NOT NULL,
+	number INTEGER NOT NULL, seal BLOB NOT NULL, breaks INTEGER NOT NULL,
 	PRIMARY KEY (node, epoch, class)
 ) STRICT;
+CREATE TABLE keys (
+	node TEXT NOT NULL, epoch TEXT NOT NULL,
+	vkey TEXT NOT NULL, leaf INTEGER NOT NULL,
+	PRIMARY KEY (node, epoch)
+) STRICT;
+CREATE TABLE head (
+	one INTEGER PRIMARY KEY CHECK (one = 1),
+	base INTEGER NOT NULL, size INTEGER NOT NULL, checkpoint BLOB NOT NULL
+) STRICT;
+CREATE TABLE leaves (idx INTEGER PRIMARY KEY, data BLOB NOT NULL) STRICT;
+CREATE TABLE hashes (idx INTEGER PRIMARY KEY, hash BLOB NOT NULL) STRICT;
+CREATE TABLE batches (
+	leaf INTEGER PRIMARY KEY,
+	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL,
+	number INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+	received INTEGER NOT NULL,
+	UNIQUE (node, epoch, class, number)
+) STRICT;
+CREATE INDEX batches_last ON batches (node, epoch, class, last);
 CREATE TABLE flows (
 	id INTEGER PRIMARY KEY,
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL, seq INTEGER NOT NULL,
@@ -43,6 +64,16 @@ CREATE TABLE grant_events (
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL, seq INTEGER NOT NULL,
 	received INTEGER NOT NULL, time INTEGER NOT NULL,
 	grant_id TEXT NOT NULL, step TEXT NOT NULL,
+	leaf INTEGER,
+	data BLOB NOT NULL,
+	UNIQUE (node, epoch, class, seq)
+) STRICT;
+CREATE INDEX grant_events_grant ON grant_events (grant_id);
+CREATE TABLE tides (
+	id INTEGER PRIMARY KEY,
+	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL, seq INTEGER NOT NULL,
+	received INTEGER NOT NULL, time INTEGER NOT NULL,
+	grants TEXT NOT NULL, differing INTEGER NOT NULL,
 	data BLOB NOT NULL,
 	UNIQUE (node, epoch, class, seq)
 ) STRICT;
@@ -62,21 +93,47 @@ type sequence struct {
 	class       api.Class
 }
 
-// marks say how far each sequence is stored.
-type marks map[sequence]uint64
+// mark is how far a sequence is stored.
+type mark struct {
+	seq      uint64 // everything up to it is stored, or counted as lost
+	lost     uint64
+	received time.Time // the last batch
+
+	number uint64 // of the last seal; 0: there was none
+	seal   []byte // the last one, signed
+	breaks uint64 // seals that did not continue their chain
+}
+
+type marks map[sequence]mark
+
+type nodeEpoch struct{ node, epoch string }
+
+// nodeKey is what a node seals with in an epoch, and the leaf that says so.
+type nodeKey struct {
+	vkey string
+	leaf int64
+}
+
+type nodeKeys map[nodeEpoch]nodeKey
+
+// state is what is durable, but for the records themselves.
+type state struct {
+	marks marks
+	keys  nodeKeys
+	log   head
+}
 
 // prepare makes the tables of a day that has none: it is new, or it was begun when a process ended.
-func (f *dayFile) prepare(ctx context.Context, m marks) error {
-	_, err := f.marks(ctx)
+func (f *dayFile) prepare(ctx context.Context, s state) error {
+	_, err := f.state(ctx)
 	if errors.Is(err, errNoTables) {
-		return f.create(ctx, m)
+		return f.create(ctx, s)
 	}
 	return err
 }
 
-// create makes the tables, with the marks that hold so far, in one transaction: a file has all of it
-// or nothing.
-func (f *dayFile) create(ctx context.Context, m marks) error {
+// create makes the tables, with the state so far, in one transaction: a file has all of it or nothing.
+func (f *dayFile) create(ctx context.Context, s state) error {
 	_, err := f.write(func(db *sql.DB) error {
 		tx, err := db.BeginTx(ctx, nil)
 		if err != nil {
@@ -88,23 +145,42 @@ func (f *dayFile) create(ctx context.Context, m marks) error {
 				return err
 			}
 		}
-		for seq, n := range m {
-			if err := putMark(ctx, tx, seq, n); err != nil {
-				return err
-			}
+		if err := copyState(ctx, tx, s); err != nil {
+			return err
 		}
 		return tx.Commit()
 	})
 	if err != nil {
 		return fmt.Errorf("create day %s: %w", f.day, err)
 	}
+	f.base = s.log.size
 	return nil
+}
+
+func copyState(ctx context.Context, tx *sql.Tx, s state) error {
+	for seq, m := range s.marks {
+		if err := putMark(ctx, tx, seq, m); err != nil {
+			return err
+		}
+	}
+	for of, k := range s.keys {
+		if err := putKey(ctx, tx, of, k); err != nil {
+			return err
+		}
+	}
+	for at, h := range s.log.edge {
+		if err := putHash(ctx, tx, at, h); err != nil {
+			return err
+		}
+	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO head (one, base, size, checkpoint) VALUES (1, ?, ?, ?)`, s.log.size, s.log.size, s.log.checkpoint)
+	return err
 }
 
 // errNoTables says that the file was made, but not filled, when the process ended.
 var errNoTables = errors.New("day has no tables")
 
-func (f *dayFile) marks(ctx context.Context) (m marks, err error) {
+func (f *dayFile) state(ctx context.Context) (s state, err error) {
 	_, err = f.write(func(db *sql.DB) error {
 		var version int
 		if err := db.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&version); err != nil {
@@ -112,87 +188,142 @@ func (f *dayFile) marks(ctx context.Context) (m marks, err error) {
 		}
 		switch version {
 		case layout:
-			m, err = readMarks(ctx, db)
+			s, err = f.readState(ctx, db)
 			return err
 		case 0:
 			return errNoTables
 		}
-		return fmt.Errorf("it has layout %d, this program knows %d", version, layout)
+		return fmt.Errorf("it has layout %d, this program knows %d: move the directory's records away, and begin with an empty one", version, layout)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read marks of day %s: %w", f.day, err)
+		return state{}, fmt.Errorf("read state of day %s: %w", f.day, err)
 	}
-	return m, nil
+	return s, nil
+}
+
+func (f *dayFile) readState(ctx context.Context, db *sql.DB) (s state, err error) {
+	if s.marks, err = readMarks(ctx, db); err != nil {
+		return state{}, err
+	}
+	if s.keys, err = readKeys(ctx, db); err != nil {
+		return state{}, err
+	}
+	if err := db.QueryRowContext(ctx, `SELECT base, size, checkpoint FROM head`).Scan(&f.base, &s.log.size, &s.log.checkpoint); err != nil {
+		return state{}, err
+	}
+	s.log.edge, err = readEdge(ctx, db, s.log.size)
+	return s, err
 }
 
 func readMarks(ctx context.Context, db *sql.DB) (marks, error) {
-	rows, err := db.QueryContext(ctx, `SELECT node, epoch, class, seq FROM marks`)
+	rows, err := db.QueryContext(ctx, `SELECT node, epoch, class, seq, lost, received, number, seal, breaks FROM marks`)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
-	m := marks{}
+	all := marks{}
 	for rows.Next() {
 		var s sequence
-		var n uint64
-		if err := rows.Scan(&s.node, &s.epoch, &s.class, &n); err != nil {
+		var m mark
+		var received int64
+		if err := rows.Scan(&s.node, &s.epoch, &s.class, &m.seq, &m.lost, &received, &m.number, &m.seal, &m.breaks); err != nil {
 			return nil, err
 		}
-		m[s] = n
+		m.received = time.Unix(0, received)
+		all[s] = m
 	}
-	return m, rows.Err()
+	return all, rows.Err()
 }
 
-func putMark(ctx context.Context, tx *sql.Tx, s sequence, n uint64) error {
-	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO marks (node, epoch, class, seq) VALUES (?, ?, ?, ?)`, s.node, s.epoch, s.class, n)
+func putMark(ctx context.Context, tx *sql.Tx, s sequence, m mark) error {
+	seal := m.seal
+	if seal == nil {
+		seal = []byte{} // nil would be NULL
+	}
+	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO marks (node, epoch, class, seq, lost, received, number, seal, breaks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		s.node, s.epoch, s.class, m.seq, m.lost, m.received.UnixNano(), m.number, seal, m.breaks)
 	return err
+}
+
+func readKeys(ctx context.Context, db *sql.DB) (nodeKeys, error) {
+	rows, err := db.QueryContext(ctx, `SELECT node, epoch, vkey, leaf FROM keys`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	all := nodeKeys{}
+	for rows.Next() {
+		var of nodeEpoch
+		var k nodeKey
+		if err := rows.Scan(&of.node, &of.epoch, &k.vkey, &k.leaf); err != nil {
+			return nil, err
+		}
+		all[of] = k
+	}
+	return all, rows.Err()
+}
+
+func putKey(ctx context.Context, tx *sql.Tx, of nodeEpoch, k nodeKey) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO keys (node, epoch, vkey, leaf) VALUES (?, ?, ?, ?)`, of.node, of.epoch, k.vkey, k.leaf)
+	return err
+}
+
+func putHash(ctx context.Context, tx *sql.Tx, at int64, h tlog.Hash) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO hashes (idx, hash) VALUES (?, ?)`, at, h[:])
+	return err
+}
+
+func putBatch(ctx context.Context, tx *sql.Tx, s sequence, seal *proof.Seal, leaf int64, received time.Time) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO batches (leaf, node, epoch, class, number, first, last, received) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+		leaf, s.node, s.epoch, s.class, seal.Number, seal.First, seal.Last, received.UnixNano())
+	return err
+}
+
+// row is an entry on its way into its table.
+type row struct {
+	sequence
+	entry    *api.Entry
+	data     []byte
+	leaf     sql.NullInt64 // of a grant event
+	received time.Time
 }
 
 // insert writes one entry into its table.
-func insert(ctx context.Context, tx *sql.Tx, s sequence, e *api.Entry, received time.Time) error {
-	switch r := e.GetRecord().(type) {
+func insert(ctx context.Context, tx *sql.Tx, r row) error {
+	var err error
+	seq, received := r.entry.GetSeq(), r.received.UnixNano()
+	switch e := r.entry.GetRecord().(type) {
 	case *api.Entry_Flow:
-		return insertFlow(ctx, tx, s, e.GetSeq(), r.Flow, received)
+		client, clientPort := splitAddr(e.Flow.GetClient())
+		server, serverPort := splitAddr(e.Flow.GetServer())
+		_, err = tx.ExecContext(ctx, `INSERT INTO flows (node, epoch, class, seq, received, time, event, verdict, reason, service, identity, grant_id,
+			client, client_port, server, server_port, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			r.node, r.epoch, r.class, seq, received, nanos(e.Flow.GetTime(), r.received), e.Flow.GetEvent(), e.Flow.GetVerdict(), e.Flow.GetReason(),
+			e.Flow.GetService(), e.Flow.GetIdentity(), e.Flow.GetGrant(), client, clientPort, server, serverPort, r.data)
 	case *api.Entry_Grant:
-		return insertGrantEvent(ctx, tx, s, e.GetSeq(), r.Grant, received)
+		_, err = tx.ExecContext(ctx, `INSERT INTO grant_events (node, epoch, class, seq, received, time, grant_id, step, leaf, data)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			r.node, r.epoch, r.class, seq, received, nanos(e.Grant.GetTime(), r.received), e.Grant.GetGrant(), e.Grant.GetStep(), r.leaf, r.data)
 	case *api.Entry_Loss:
-		return insertLoss(ctx, tx, s, e.GetSeq(), r.Loss, received)
+		_, err = tx.ExecContext(ctx, `INSERT INTO losses (node, epoch, class, seq, received, stage, cause, count, at_most, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			r.node, r.epoch, r.class, seq, received, e.Loss.GetStage(), e.Loss.GetCause(), e.Loss.GetCount(), e.Loss.GetAtMost(), r.data)
+	case *api.Entry_Tide:
+		grants, differing := summary(e.Tide)
+		_, err = tx.ExecContext(ctx, `INSERT INTO tides (node, epoch, class, seq, received, time, grants, differing, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			r.node, r.epoch, r.class, seq, received, nanos(e.Tide.GetTime(), r.received), grants, differing, r.data)
+	default:
+		err = fmt.Errorf("entry %d has no record", seq)
 	}
-	return fmt.Errorf("entry %d has no record", e.GetSeq())
-}
-
-func insertFlow(ctx context.Context, tx *sql.Tx, s sequence, seq uint64, r *api.FlowRecord, received time.Time) error {
-	data, err := proto.Marshal(r)
-	if err != nil {
-		return err
-	}
-	client, clientPort := splitAddr(r.GetClient())
-	server, serverPort := splitAddr(r.GetServer())
-	_, err = tx.ExecContext(ctx, `INSERT INTO flows (node, epoch, class, seq, received, time, event, verdict, reason, service, identity, grant_id,
-		client, client_port, server, server_port, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		s.node, s.epoch, s.class, seq, received.UnixNano(), nanos(r.GetTime(), received), r.GetEvent(), r.GetVerdict(), r.GetReason(),
-		r.GetService(), r.GetIdentity(), r.GetGrant(), client, clientPort, server, serverPort, data)
 	return err
 }
 
-func insertGrantEvent(ctx context.Context, tx *sql.Tx, s sequence, seq uint64, r *api.GrantEvent, received time.Time) error {
-	data, err := proto.Marshal(r)
-	if err != nil {
-		return err
+// summary is what queries look for in a tide: the grants that it names, each between blanks, and whether any path differs.
+func summary(t *api.Tide) (grants string, differing bool) {
+	for _, p := range t.GetPaths() {
+		grants += " " + p.GetGrant()
+		differing = differing || p.GetCause() != ""
 	}
-	_, err = tx.ExecContext(ctx, `INSERT INTO grant_events (node, epoch, class, seq, received, time, grant_id, step, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		s.node, s.epoch, s.class, seq, received.UnixNano(), nanos(r.GetTime(), received), r.GetGrant(), r.GetStep(), data)
-	return err
-}
-
-func insertLoss(ctx context.Context, tx *sql.Tx, s sequence, seq uint64, r *api.LossRecord, received time.Time) error {
-	data, err := proto.Marshal(r)
-	if err != nil {
-		return err
-	}
-	_, err = tx.ExecContext(ctx, `INSERT INTO losses (node, epoch, class, seq, received, stage, cause, count, at_most, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		s.node, s.epoch, s.class, seq, received.UnixNano(), r.GetStage(), r.GetCause(), r.GetCount(), r.GetAtMost(), data)
-	return err
+	return grants + " ", differing
 }
 
 // splitAddr takes address and port apart, so that one address has one spelling. What is no address is

@@ -9,6 +9,9 @@ import (
 	"math"
 	"sync"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/mod/sumdb/tlog"
+
 	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
@@ -27,56 +30,104 @@ const groupEntries = 8192
 
 // job is a batch on its way to the disk.
 type job struct {
-	seq     sequence
-	entries []*api.Entry
-	done    chan result // capacity 1
+	batch
+	done chan result // capacity 1
 }
 
 type result struct {
-	mark uint64
+	mark mark
 	err  error
 }
 
 // writer is the only one who writes. Batches of many nodes share a transaction.
 type writer struct {
-	days *days
-	jobs chan job
-	quit chan struct{}
+	days    *days
+	key     logKey
+	archive archive
+	jobs    chan job
+	quit    chan struct{}
 
 	mu    sync.Mutex
-	marks marks         // what is durable; guarded by mu
+	state state         // what is durable; guarded by mu
 	more  chan struct{} // closed and replaced after each commit; guarded by mu
 }
 
-func newWriter(d *days) (*writer, error) {
-	w := &writer{days: d, jobs: make(chan job), quit: make(chan struct{}), marks: marks{}, more: make(chan struct{})}
+func newWriter(d *days, td spiffeid.TrustDomain) (*writer, error) {
+	w := &writer{days: d, archive: newArchive(d.dir), jobs: make(chan job), quit: make(chan struct{}), more: make(chan struct{})}
 	ctx := context.Background()
-	files := d.all()
-	for i := len(files) - 1; i >= 0; i-- {
-		m, err := files[i].marks(ctx)
-		if errors.Is(err, errNoTables) {
-			continue
-		}
-		if err != nil {
+	found, err := w.load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if w.key, err = openLogKey(d.dir, td, !found); err != nil {
+		return nil, err
+	}
+	if !found {
+		w.state = state{marks: marks{}, keys: nodeKeys{}}
+		err = w.state.log.sign(w.key)
+	} else {
+		err = w.state.log.check(w.key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range d.all() {
+		if err := f.prepare(ctx, w.state); err != nil {
 			return nil, err
 		}
-		w.marks = m
-		break
 	}
-	for _, f := range files {
-		if err := f.prepare(ctx, w.marks); err != nil {
-			return nil, err
-		}
-	}
+	d.archive = w.archive.keep
 	d.drop(ctx)
 	return w, nil
 }
 
+// load reads the state of the newest day that has one.
+func (w *writer) load(ctx context.Context) (found bool, err error) {
+	files := w.days.all()
+	for i := len(files) - 1; i >= 0; i-- {
+		w.state, err = files[i].state(ctx)
+		if !errors.Is(err, errNoTables) {
+			return err == nil, err
+		}
+	}
+	return false, nil
+}
+
+// close is for after the last use.
+func (w *writer) close() error { return w.archive.file.close() }
+
 // mark returns how far a sequence is durable.
-func (w *writer) mark(s sequence) uint64 {
+func (w *writer) mark(s sequence) mark {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.marks[s]
+	return w.state.marks[s]
+}
+
+// marks returns how far all are.
+func (w *writer) marks() marks {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.state.marks)
+}
+
+// nodeKey returns what a node seals with, if it ever sealed in that epoch.
+func (w *writer) nodeKey(of nodeEpoch) (nodeKey, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k, ok := w.state.keys[of]
+	return k, ok
+}
+
+// head returns the log as far as it is durable.
+func (w *writer) head() head {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.state.log
+}
+
+// hashes reads for one caller.
+func (w *writer) hashes(ctx context.Context) *hashReader {
+	return &hashReader{ctx: ctx, days: w.days, archive: w.archive, seen: map[int64]tlog.Hash{}}
 }
 
 // changed returns a channel that is closed after the next commit.
@@ -87,14 +138,14 @@ func (w *writer) changed() <-chan struct{} {
 }
 
 // put stores what is new in a batch and returns how far the sequence is durable then.
-func (w *writer) put(s sequence, entries []*api.Entry) (uint64, error) {
-	j := job{seq: s, entries: entries, done: make(chan result, 1)}
+func (w *writer) put(b batch) (mark, error) {
+	j := job{batch: b, done: make(chan result, 1)}
 	select {
 	case w.jobs <- j:
 		r := <-j.done
 		return r.mark, r.err
 	case <-w.quit:
-		return 0, errStopping
+		return mark{}, errStopping
 	}
 }
 
@@ -143,43 +194,52 @@ func (w *writer) commit(group []job) {
 	}
 }
 
-func (w *writer) publish(reached marks) {
+func (w *writer) publish(reached *state) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	maps.Copy(w.marks, reached)
+	if reached != nil {
+		maps.Copy(w.state.marks, reached.marks)
+		maps.Copy(w.state.keys, reached.keys)
+		w.state.log = reached.log
+	}
 	close(w.more)
 	w.more = make(chan struct{})
 }
 
-// stored reads the marks of the newest day, or none if it cannot be read now.
-func (w *writer) stored(ctx context.Context) marks {
+// stored reads the state from the newest day, or nil if it cannot be read now.
+func (w *writer) stored(ctx context.Context) *state {
 	files := w.days.all()
 	if len(files) == 0 {
 		return nil
 	}
-	m, err := files[len(files)-1].marks(ctx)
+	s, err := files[len(files)-1].state(ctx)
 	if err != nil {
 		return nil
 	}
-	return m
+	return &s
 }
 
-func (w *writer) write(ctx context.Context, group []job, results []result) (reached marks, err error) {
+func (w *writer) write(ctx context.Context, group []job, results []result) (*state, error) {
 	file, err := w.today(ctx)
 	if err != nil {
 		return nil, err
 	}
-	reached = marks{}
+	var reached *state
 	ok, err := file.write(func(db *sql.DB) error {
 		tx, err := db.BeginTx(ctx, nil)
 		if err != nil {
 			return err
 		}
 		defer tx.Rollback()
+		c := &change{state: state{marks: marks{}, keys: nodeKeys{}, log: w.head()}, w: w, ctx: ctx, tx: tx, received: w.days.now()}
 		for i, j := range group {
-			if results[i], err = w.writeJob(ctx, tx, j, reached); err != nil {
+			if results[i], err = c.put(j.batch); err != nil {
 				return err
 			}
+		}
+		reached = &c.state
+		if err := c.putHead(); err != nil {
+			return err
 		}
 		return tx.Commit()
 	})
@@ -196,64 +256,43 @@ func (w *writer) today(ctx context.Context) (*dayFile, error) {
 		return f, nil
 	}
 	w.mu.Lock()
-	m := maps.Clone(w.marks)
+	s := w.state // nobody else writes: the maps stay as they are
 	w.mu.Unlock()
-	if err := f.prepare(ctx, m); err != nil {
+	if err := f.prepare(ctx, s); err != nil {
 		return nil, errors.Join(err, f.close())
 	}
 	w.days.add(ctx, f)
 	return f, nil
 }
 
-// writeJob checks the whole batch before it writes any of it. Its error is the disk's, the one in the
-// result is the batch's.
-func (w *writer) writeJob(ctx context.Context, tx *sql.Tx, j job, reached marks) (result, error) {
-	mark, ok := reached[j.seq]
-	if !ok {
-		mark = w.mark(j.seq)
-	}
-	fresh, end, err := continues(mark, j.entries)
-	if err != nil {
-		return result{err: err}, nil
-	}
-	if len(fresh) == 0 {
-		return result{mark: mark}, nil
-	}
-	received := w.days.now()
-	for _, e := range fresh {
-		if err := insert(ctx, tx, j.seq, e, received); err != nil {
-			return result{}, err
-		}
-	}
-	reached[j.seq] = end
-	return result{mark: end}, putMark(ctx, tx, j.seq, end)
-}
-
-// continues returns the entries that follow on mark, without those that are there already. Each must
-// take up where the one before ended: a record takes one number, a loss as many as it counts.
-func continues(mark uint64, entries []*api.Entry) (fresh []*api.Entry, end uint64, err error) {
+// continues returns the entries that follow on mark, without those that are there already, and how many numbers losses among them
+// count. Each must take up where the one before ended: a record takes one number, a loss as many as it counts.
+func continues(mark uint64, entries []*api.Entry) (fresh []*api.Entry, end, lost uint64, err error) {
 	end = mark
 	var last uint64 // of the batch, known or not
 	for _, e := range entries {
 		n := uint64(1)
 		switch r := e.GetRecord().(type) {
 		case nil:
-			return nil, 0, fmt.Errorf("%w: entry %d has no record", errEntry, e.GetSeq())
+			return nil, 0, 0, fmt.Errorf("%w: entry %d has no record that this collector knows", errEntry, e.GetSeq())
 		case *api.Entry_Loss:
 			n = r.Loss.GetCount()
 		}
 		seq := e.GetSeq()
 		if n == 0 || seq < n || seq > math.MaxInt64 || seq <= last {
-			return nil, 0, fmt.Errorf("%w: entry %d takes %d numbers after %d", errEntry, seq, n, last)
+			return nil, 0, 0, fmt.Errorf("%w: entry %d takes %d numbers after %d", errEntry, seq, n, last)
 		}
 		last = seq
 		if seq <= mark {
 			continue
 		}
 		if seq-n != end {
-			return nil, 0, fmt.Errorf("%w: entry %d takes %d numbers, stored is up to %d", errGap, seq, n, end)
+			return nil, 0, 0, fmt.Errorf("%w: entry %d takes %d numbers, stored is up to %d", errGap, seq, n, end)
+		}
+		if e.GetLoss() != nil {
+			lost += n
 		}
 		fresh, end = append(fresh, e), seq
 	}
-	return fresh, end, nil
+	return fresh, end, lost, nil
 }

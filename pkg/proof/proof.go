@@ -47,6 +47,11 @@ func Root(entries []Entry) tlog.Hash {
 	return root
 }
 
+// Path is the way from an entry of a batch, at its place from 0 on, to the root.
+func Path(entries []Entry, at int) (tlog.RecordProof, error) {
+	return tlog.ProveRecord(int64(len(entries)), int64(at), treeOf(entries))
+}
+
 // treeOf reads the hashes that tlog keeps of a tree over entries.
 func treeOf(entries []Entry) tlog.HashReader {
 	var stored []tlog.Hash

@@ -1,0 +1,87 @@
+package collector
+
+import (
+	"fmt"
+
+	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
+)
+
+// batch is what a node sent of one sequence, and how it is kept.
+type batch struct {
+	sequence
+	entries []*api.Entry
+	data    [][]byte // of each entry: an Entry without its number
+
+	seal   *proof.Seal // nil: version 1 of the stream has none
+	signed []byte      // the seal as it came
+	vkey   string      // of the node
+}
+
+// encode makes the bytes to be kept of entries that came without.
+func (b *batch) encode() error {
+	for _, e := range b.entries {
+		data, err := proto.Marshal(&api.Entry{Record: e.GetRecord()})
+		if err != nil {
+			return fmt.Errorf("%w: entry %d: %w", errEntry, e.GetSeq(), err)
+		}
+		b.data = append(b.data, data)
+	}
+	return nil
+}
+
+// decode reads entries from the bytes that are kept of them.
+func (b *batch) decode(raw []*api.Raw) error {
+	for _, r := range raw {
+		e := &api.Entry{}
+		if err := proto.Unmarshal(r.GetData(), e); err != nil {
+			return fmt.Errorf("%w: entry %d: %w", errEntry, r.GetSeq(), err)
+		}
+		e.Seq = r.GetSeq() // the number that is sealed
+		b.entries, b.data = append(b.entries, e), append(b.data, r.GetData())
+	}
+	return nil
+}
+
+// open holds the batch against its seal, as far as that can be done without knowing what is stored.
+func (b *batch) open(key note.Verifier) error {
+	seal, err := proof.OpenSeal(b.signed, key)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errEntry, err)
+	}
+	if seal.Sequence != b.proofSequence() {
+		return fmt.Errorf("%w: seal %d is of class %s in epoch %s of node %q", errEntry, seal.Number, seal.Class, seal.Epoch, seal.Node)
+	}
+	if err := seal.Check(b.proofEntries()); err != nil {
+		return fmt.Errorf("%w: %w", errEntry, err)
+	}
+	_, end, lost, err := continues(seal.First-1, b.entries)
+	switch {
+	case err != nil:
+		return err
+	case end != seal.Last || lost != seal.Lost:
+		return fmt.Errorf("%w: seal %d counts %d as lost up to %d, its entries %d up to %d", errEntry, seal.Number, seal.Lost, seal.Last, lost, end)
+	}
+	b.seal = &seal
+	return nil
+}
+
+func (b *batch) proofEntries() []proof.Entry {
+	out := make([]proof.Entry, len(b.entries))
+	for i, e := range b.entries {
+		out[i] = proof.Entry{Seq: e.GetSeq(), Data: b.data[i]}
+	}
+	return out
+}
+
+// proofSequence is the sequence as it is named in proofs.
+func (s sequence) proofSequence() proof.Sequence {
+	class := proof.ClassFlow
+	if s.class == api.Class_CLASS_CRITICAL {
+		class = proof.ClassCritical
+	}
+	return proof.Sequence{Node: s.node, Epoch: s.epoch, Class: class}
+}
