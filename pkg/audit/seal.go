@@ -166,7 +166,8 @@ func (k *sealer) judge(class api.Class, kept link, at uint64, signed []byte) (li
 		return theirs, fmt.Sprintf("it shows seal %d of the %s class, up to number %d, which is not the one that was acknowledged: there is another collector",
 			theirs.number, k.sequence(class).Class, at)
 	}
-	return kept, fmt.Sprintf("it was set back: it has the %s class up to number %d, and acknowledged it up to %d", k.sequence(class).Class, at, kept.last)
+	after := link{max(kept.number, theirs.number), kept.last, kept.signed}
+	return after, fmt.Sprintf("it was set back: it has the %s class up to number %d, and acknowledged it up to %d", k.sequence(class).Class, at, kept.last)
 }
 
 // takeSeals reads the node's key and the seals that the collector has, or makes the key of a new epoch.
