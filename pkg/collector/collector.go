@@ -56,6 +56,8 @@ type Config struct {
 	// Now is the wall clock that chooses the daily file; nil: time.Now.
 	Now    func() time.Time
 	Logger *slog.Logger // nil: slog.Default
+
+	growEvery time.Duration // between checkpoints to a node, while the log grows; 0: as usual
 }
 
 // stopTimeout bounds how long a peer can hold up a stop.
@@ -171,6 +173,9 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
 	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
 	nodes := newIngest(stop, c.write, c.peers, c.log)
+	if c.cfg.growEvery > 0 {
+		nodes.every = c.cfg.growEvery
+	}
 	api.RegisterAuditIngestServer(remote, nodes)
 	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: nodes.connected, admit: c.peers.reader, proof: proofTTL})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}

@@ -209,16 +209,21 @@ func (n *node) sealed(class api.Class, entries []*api.Entry, change func(*proof.
 	if c == nil {
 		c = &chain{}
 	}
-	b := batch{sequence: sequence{n.name, n.epoch, class}, entries: entries}
+	signer, _ := nodeSigner(n.t, n.name, n.epoch)
+	return must(c.seal(sequence{n.name, n.epoch, class}, entries, signer, change))(n.t)
+}
+
+func (c *chain) seal(of sequence, entries []*api.Entry, signer note.Signer, change func(*proof.Seal)) (*api.Batch, error) {
+	b := batch{sequence: of, entries: entries}
 	if err := b.encode(); err != nil {
-		n.t.Fatal(err)
+		return nil, err
 	}
 	s := proof.Seal{Sequence: b.proofSequence(), Number: c.number + 1, Before: proof.Follows(c.signed), First: entries[0].GetSeq(),
 		Last: entries[len(entries)-1].GetSeq(), Entries: len(entries), Root: proof.Root(b.proofEntries())}
 	if l := entries[0].GetLoss(); l != nil {
 		s.First -= l.GetCount() - 1
 	}
-	out := &api.Batch{Class: class, Epoch: n.epoch}
+	out := &api.Batch{Class: of.class, Epoch: of.epoch}
 	for i, e := range entries {
 		s.Lost += e.GetLoss().GetCount()
 		out.Raw = append(out.Raw, &api.Raw{Seq: e.GetSeq(), Data: b.data[i]})
@@ -226,10 +231,9 @@ func (n *node) sealed(class api.Class, entries []*api.Entry, change func(*proof.
 	if change != nil {
 		change(&s)
 	}
-	signer, _ := nodeSigner(n.t, n.name, n.epoch)
-	out.Seal = must(s.Sign(signer))(n.t)
-	c.number, c.signed = s.Number, out.Seal
-	return out
+	signed, err := s.Sign(signer)
+	out.Seal, c.number, c.signed = signed, s.Number, signed
+	return out, err
 }
 
 func (n *node) ack() *api.Ack {

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -186,25 +187,30 @@ func (r *hashReader) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
 	return out, nil
 }
 
-// read looks in the day in which the leaf came, and then where it is if that day is gone.
+// read looks in the day in which the leaf came, then in the archive, and last in later days: they began with a few of the hashes.
 func (r *hashReader) read(at int64) (h tlog.Hash, err error) {
 	files := r.days.all()
-	for i := len(files) - 1; i >= 0; i-- {
-		if tlog.StoredHashCount(files[i].base) > at {
-			continue
-		}
-		ok, err := files[i].read(func(db *sql.DB) error {
-			h, err = readHash(r.ctx, db, at)
-			return err
-		})
-		if ok {
-			return h, err
-		}
-		break
+	slices.Reverse(files)
+	after := slices.IndexFunc(files, func(f *dayFile) bool { return tlog.StoredHashCount(f.base) <= at })
+	places := slices.Clone(files)
+	if after >= 0 {
+		places = append([]*dayFile{files[after]}, files[:after]...)
 	}
-	_, err = r.archive.file.read(func(db *sql.DB) error {
-		h, err = readHash(r.ctx, db, at)
-		return err
-	})
-	return h, err
+	if _, err := os.Stat(r.archive.file.path); err == nil {
+		places = slices.Insert(places, min(1, len(places)), r.archive.file)
+	}
+	for _, f := range places {
+		err = sql.ErrNoRows
+		_, failed := f.read(func(db *sql.DB) error {
+			h, err = readHash(r.ctx, db, at)
+			return nil
+		})
+		if err == nil && failed == nil {
+			return h, nil
+		}
+		if failed != nil || !errors.Is(err, sql.ErrNoRows) {
+			return h, errors.Join(failed, err)
+		}
+	}
+	return h, errors.New("it is gone with its day")
 }
