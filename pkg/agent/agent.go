@@ -223,9 +223,10 @@ func (n *node) runIdentity(ctx context.Context) error {
 }
 
 func (n *node) makeAudit(context.Context) (err error) {
-	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), Logger: n.log}
+	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), Logger: n.log,
+		Alarm: func(why string) { n.alarms.raise(alarmLog, why) }}
 	if c := n.cfg.Spec.Collector; c != nil {
-		cfg.Address, cfg.Source, cfg.ServerID = c.Address, n.identity, n.cfg.CollectorID()
+		cfg.Address, cfg.Source, cfg.ServerID, cfg.LogKey = c.Address, n.identity, n.cfg.CollectorID(), c.LogKey
 	}
 	if n.audit, err = audit.New(cfg); err != nil {
 		return err

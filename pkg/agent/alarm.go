@@ -29,10 +29,11 @@ const (
 	alarmBreakGlass alarmName = "break_glass" // a break-glass grant is live, or nobody has reviewed it
 
 	alarmStoreDamaged alarmName = "store_damaged" // the node's records were, and begin anew
+	alarmLog          alarmName = "log"           // the collector showed another history than it did before
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

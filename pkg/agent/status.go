@@ -112,6 +112,10 @@ func (n *node) auditStatus(ctx context.Context, reply *api.StatusReply) error {
 	if s.StoreProblem != "" {
 		reply.Problems = append(reply.Problems, "audit: "+oneLine(s.StoreProblem))
 	}
+	if s.LogProblem != "" {
+		reply.Problems = append(reply.Problems, "the collector's log is not the one that it was: "+oneLine(s.LogProblem)+
+			"; the agent's journal has both checkpoints: keep them, and ask who runs the collector")
+	}
 	return nil
 }
 
@@ -120,7 +124,7 @@ func collectorState(s audit.Status) string {
 	case s.Address == "":
 		return "none configured: records stay on this node"
 	case s.Connected:
-		return "connected to " + s.Address + " since " + s.Since.UTC().Format(time.RFC3339)
+		return fmt.Sprintf("connected to %s since %s, its log seen up to leaf %d", s.Address, s.Since.UTC().Format(time.RFC3339), s.LogSize)
 	}
 	return "away (" + s.Address + "): " + oneLine(s.Problem)
 }

@@ -72,6 +72,10 @@ type Config struct {
 	Address  string
 	Source   Source      // needed with Address
 	ServerID spiffeid.ID // the collector must prove it; needed with Address
+	// LogKey is the verifier key of the collector's log. Empty: the one that it shows first.
+	LogKey string
+	// Alarm is told when the collector shows another history than it did before. It must not wait. Nil: nobody is.
+	Alarm func(why string)
 	// FlowBuffer is how many records of the flow class are kept in memory. 0: 65536.
 	FlowBuffer int
 	Logger     *slog.Logger // nil: slog.Default
@@ -103,8 +107,11 @@ type Streamer struct {
 	stopped  bool
 	state    connState
 	queue    queue
+	acked    acked
+	witness  witness // written by the goroutine of the stream alone
 
 	unsettled unsettled // owned by whoever writes the queue
+	sealer    *sealer   // owned by the goroutine of the stream; nil until its key is kept
 
 	wakeSend    chan struct{} // capacity 1: there may be something to send
 	wakeReserve chan struct{} // capacity 1: numbers are running low
@@ -129,6 +136,9 @@ func New(cfg Config) (*Streamer, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
+	if cfg.Alarm == nil {
+		cfg.Alarm = func(string) {}
+	}
 	s := &Streamer{
 		cfg: cfg, log: cfg.Logger.With("collector", cfg.Address), state: connState{since: time.Now()},
 		wakeSend: make(chan struct{}, 1), wakeReserve: make(chan struct{}, 1), wakeWrite: make(chan struct{}, 1),
@@ -150,7 +160,10 @@ func (s *Streamer) takeOver(ctx context.Context) error {
 		return err
 	}
 	s.buf, s.block = restore(st, s.cfg.FlowBuffer, time.Now()), minBlock
-	for _, err := range []error{s.settleQueue(ctx), s.reserve(ctx)} {
+	if err := s.takeWitness(ctx); err != nil {
+		return err
+	}
+	for _, err := range []error{s.takeSeals(ctx), s.settleQueue(ctx), s.reserve(ctx)} {
 		switch {
 		case store.Unwritable(err): // it is tried again
 			wake(s.wakeWrite)
@@ -262,12 +275,12 @@ func (s *Streamer) save(ctx context.Context) error {
 	s.mu.Lock()
 	s.stopped = true
 	spool, err := s.buf.spool()
-	produced, acked := s.buf.last, s.buf.base
+	produced, acked, notes := s.buf.last, s.buf.base, s.acked.flow.notes(noteAckedFlow)
 	s.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("save flow records: %w", err)
 	}
-	return s.cfg.Store.SaveFlow(ctx, produced, acked, spool)
+	return s.cfg.Store.SaveFlow(ctx, produced, acked, spool, notes...)
 }
 
 // runReserve keeps the durable reservation ahead of the numbers.
@@ -300,9 +313,9 @@ func (s *Streamer) resize(lasted time.Duration) {
 
 func (s *Streamer) reserve(ctx context.Context) error {
 	s.mu.Lock()
-	upTo, acked := s.buf.last+s.block, s.buf.base
+	upTo, acked, notes := s.buf.last+s.block, s.buf.base, s.acked.flow.notes(noteAckedFlow)
 	s.mu.Unlock()
-	err := s.cfg.Store.ReserveFlow(ctx, upTo, acked)
+	err := s.cfg.Store.ReserveFlow(ctx, upTo, acked, notes...)
 	s.noteStore(ctx, err)
 	if err != nil {
 		return err

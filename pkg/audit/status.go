@@ -22,6 +22,10 @@ type Status struct {
 	FlowProduced    uint64 // numbers of the flow class given out in this epoch
 	FlowShed        uint64 // flow records that this process had to let go for want of room
 	FlowLost        uint64 // numbers that are going to be, or wait to be, reported as lost
+
+	LogSize int64 // leaves of the collector's log at the latest checkpoint that the node has
+	// LogProblem is why the log that the collector shows is not the one that it was; empty: it is.
+	LogProblem string
 }
 
 type connState struct {
@@ -44,6 +48,7 @@ func (s *Streamer) Status(ctx context.Context) (Status, error) {
 		Address: s.cfg.Address, Connected: s.state.connected, Since: s.state.since, Problem: s.state.problem, StoreProblem: s.state.storeProblem,
 		CriticalPending: last - acked + uint64(len(s.queue.waiting)+s.queue.writing), FlowPending: held,
 		FlowProduced: s.buf.last, FlowShed: s.buf.shed, FlowLost: s.buf.last - s.buf.base - held,
+		LogSize: s.witness.latest.Size, LogProblem: s.witness.problem,
 	}, nil
 }
 

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,10 +14,11 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
 const (
-	wireVersion   = 1
+	wireVersion   = 2
 	batchEntries  = 512
 	batchBytes    = 1 << 20
 	batchesAhead  = 8 // batches of one class on the way, not acknowledged yet
@@ -56,8 +58,8 @@ func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("open stream: %w", err)
 	}
-	ss := &session{Streamer: s, stream: stream, acks: make(chan *api.Ack, 2*batchesAhead), broken: make(chan error, 1)}
-	if err := ss.hello(cancel); err != nil {
+	ss := &session{Streamer: s, stream: stream, frames: make(chan *api.CollectorFrame, 2*batchesAhead), broken: make(chan error, 1)}
+	if err := ss.hello(ctx, cancel); err != nil {
 		return false, err
 	}
 	s.noteConn(ctx, nil)
@@ -69,41 +71,48 @@ func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
 type session struct {
 	*Streamer
 	stream api.AuditIngest_StreamClient
-	acks   chan *api.Ack
+	frames chan *api.CollectorFrame
 	broken chan error // capacity 1
 
 	critical, flow cursor
+	disputed       bool // the log that the collector shows is not the one that the node knows
 }
 
 // cursor is how far one class was sent, and what of it is not acknowledged.
 type cursor struct {
 	sent  uint64
-	ahead []uint64 // last numbers of batches on the way
+	seal  link   // that the next one follows
+	ahead []link // seals of batches on the way
 }
 
-func (c *cursor) advance(to uint64) {
-	c.sent = to
-	c.ahead = append(c.ahead, to)
+func (c *cursor) advance(l link) {
+	c.sent, c.seal = l.last, l
+	c.ahead = append(c.ahead, l)
 }
 
-func (c *cursor) ack(seq uint64) error {
-	if seq > c.sent {
-		return fmt.Errorf("collector acknowledges number %d, sent was %d", seq, c.sent)
+// ack finds the seal that is acknowledged, with those before it. The collector has whole batches, or nothing of them.
+func (c *cursor) ack(a *api.Ack) (link, error) {
+	for i, l := range c.ahead {
+		if l.last == a.GetSeq() && l.number == a.GetNumber() {
+			c.ahead = c.ahead[i+1:]
+			return l, nil
+		}
 	}
-	for len(c.ahead) > 0 && c.ahead[0] <= seq {
-		c.ahead = c.ahead[1:]
-	}
-	return nil
+	return link{}, fmt.Errorf("collector acknowledges number %d by seal %d, which is not on the way; sent was %d", a.GetSeq(), a.GetNumber(), c.sent)
 }
 
 func (c *cursor) full() bool { return len(c.ahead) >= batchesAhead }
 
 // hello introduces the node and takes up the sequence where the collector has it.
-func (ss *session) hello(cancel context.CancelFunc) error {
+func (ss *session) hello(ctx context.Context, cancel context.CancelFunc) error {
+	if err := ss.takeSeals(ctx); err != nil {
+		return err
+	}
 	late := time.AfterFunc(welcomeWithin, cancel)
 	defer late.Stop()
 	err := ss.stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{
 		Node: ss.cfg.Node, BootId: ss.cfg.BootID, Epoch: ss.cfg.Store.Epoch(), Version: wireVersion,
+		NodeKey: ss.sealer.vkey, Checkpoint: ss.witness.signed,
 	}}})
 	frame, recvErr := ss.stream.Recv() // it has the reason when Send has none
 	if err := errors.Join(err, recvErr); err != nil {
@@ -113,42 +122,61 @@ func (ss *session) hello(cancel context.CancelFunc) error {
 	if w == nil {
 		return errors.New("greet collector: it answered with another frame")
 	}
-	return ss.resume(w)
+	if w.GetVersion() != wireVersion {
+		return fmt.Errorf("greet collector: it speaks version %d of the stream, this node %d", w.GetVersion(), wireVersion)
+	}
+	if err := ss.meetLog(ctx, w); err != nil {
+		return err
+	}
+	return ss.resume(ctx, w)
 }
 
-func (ss *session) resume(w *api.Welcome) error {
-	last, acked, err := ss.cfg.Store.Seqs(ss.stream.Context())
+// resume takes up both classes where the collector has them. What it has and did not get to acknowledge is acknowledged by that.
+func (ss *session) resume(ctx context.Context, w *api.Welcome) error {
+	last, _, err := ss.cfg.Store.Seqs(ctx)
 	if err != nil {
 		return err
 	}
 	ss.mu.Lock()
-	defer ss.mu.Unlock()
-	if w.GetCriticalSeq() > last || w.GetFlowSeq() > ss.buf.last {
+	lastFlow, kept := ss.buf.last, ss.acked
+	ss.mu.Unlock()
+	if w.GetCriticalSeq() > last || w.GetFlowSeq() > lastFlow {
 		return fmt.Errorf("collector has entries up to %d (critical) and %d (flow) of epoch %s, this node only to %d and %d: "+
-			"the store was set back; move it aside to begin a new epoch", w.GetCriticalSeq(), w.GetFlowSeq(), ss.cfg.Store.Epoch(), last, ss.buf.last)
+			"the store was set back; move it aside to begin a new epoch", w.GetCriticalSeq(), w.GetFlowSeq(), ss.cfg.Store.Epoch(), last, lastFlow)
 	}
-	ss.critical.sent, ss.flow.sent = w.GetCriticalSeq(), w.GetFlowSeq()
-	if ss.critical.sent > acked {
-		ss.acks <- &api.Ack{Class: api.Class_CLASS_CRITICAL, Epoch: ss.cfg.Store.Epoch(), Seq: ss.critical.sent}
+	critical := ss.place(ctx, api.Class_CLASS_CRITICAL, kept.critical, w.GetCriticalSeq(), w.GetCriticalSeal())
+	flow := ss.place(ctx, api.Class_CLASS_FLOW, kept.flow, w.GetFlowSeq(), w.GetFlowSeal())
+	ss.critical, ss.flow = cursor{sent: w.GetCriticalSeq(), seal: critical}, cursor{sent: w.GetFlowSeq(), seal: flow}
+	if err := ss.ackCritical(ctx, critical); err != nil {
+		return err
 	}
-	ss.buf.ack(w.GetFlowSeq())
+	ss.ackFlow(flow)
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
 	ss.buf.forgotten(w.GetFlowSeq())
 	ss.queue.dirty = true
 	return nil
 }
 
+// place is the seal after which a class goes on, told loudly where the collector is not as it was left.
+func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) link {
+	l, why := ss.sealer.judge(class, kept, at, signed)
+	if why != "" {
+		ss.log.ErrorContext(ctx, "collector is not as it was left", "why", why)
+		ss.cfg.Alarm("the collector " + ss.cfg.Address + ": " + why)
+	}
+	return l
+}
+
 func (ss *session) receive(ctx context.Context) {
 	for {
 		frame, err := ss.stream.Recv()
-		if err == nil && frame.GetAck() == nil {
-			err = errors.New("it sent no acknowledgement")
-		}
 		if err != nil {
 			ss.broken <- fmt.Errorf("read from collector: %w", err)
 			return
 		}
 		select {
-		case ss.acks <- frame.GetAck():
+		case ss.frames <- frame:
 		case <-ctx.Done():
 			return
 		}
@@ -162,8 +190,8 @@ func (ss *session) send(ctx context.Context) error {
 			return err
 		}
 		select {
-		case a := <-ss.acks:
-			if err := ss.acked(ctx, a); err != nil {
+		case f := <-ss.frames:
+			if err := ss.take(ctx, f); err != nil {
 				return err
 			}
 		case <-ss.wakeSend:
@@ -191,26 +219,58 @@ func (ss *session) sendReady(ctx context.Context) error {
 	}
 }
 
-func (ss *session) acked(ctx context.Context, a *api.Ack) error {
+func (ss *session) take(ctx context.Context, f *api.CollectorFrame) error {
+	switch {
+	case f.GetAck() != nil:
+		return ss.takeAck(ctx, f.GetAck())
+	case f.GetGrown() != nil:
+		return ss.grow(ctx, f.GetGrown())
+	}
+	return errors.New("collector sent neither an acknowledgement nor a checkpoint")
+}
+
+func (ss *session) takeAck(ctx context.Context, a *api.Ack) error {
 	if a.GetEpoch() != ss.cfg.Store.Epoch() {
 		return fmt.Errorf("collector acknowledges epoch %q", a.GetEpoch())
 	}
 	switch a.GetClass() {
 	case api.Class_CLASS_CRITICAL:
-		if err := ss.critical.ack(a.GetSeq()); err != nil {
+		l, err := ss.critical.ack(a)
+		if err != nil {
 			return err
 		}
-		return ss.cfg.Store.Ack(ctx, a.GetSeq())
+		return ss.ackCritical(ctx, l)
 	case api.Class_CLASS_FLOW:
-		if err := ss.flow.ack(a.GetSeq()); err != nil {
+		l, err := ss.flow.ack(a)
+		if err != nil {
 			return err
 		}
-		ss.mu.Lock()
-		ss.buf.ack(a.GetSeq())
-		ss.mu.Unlock()
+		ss.ackFlow(l)
 		return nil
 	}
 	return fmt.Errorf("collector acknowledges class %s", a.GetClass())
+}
+
+// ackCritical has the store forget what the seal covers and keep the seal, in one write: the chain goes on from there.
+func (ss *session) ackCritical(ctx context.Context, l link) error {
+	if l.number == ss.acked.critical.number && bytes.Equal(l.signed, ss.acked.critical.signed) {
+		return nil
+	}
+	if err := ss.cfg.Store.Ack(ctx, l.last, l.notes(noteAckedCritical)...); err != nil {
+		return err
+	}
+	ss.mu.Lock()
+	ss.acked.critical = l
+	ss.mu.Unlock()
+	return nil
+}
+
+// ackFlow forgets what the seal covers. Both are durable with the next reservation: until then the collector's Welcome tells it.
+func (ss *session) ackFlow(l link) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.acked.flow = l
+	ss.buf.ack(l.last)
 }
 
 func (ss *session) sendFlow() (bool, error) {
@@ -220,7 +280,11 @@ func (ss *session) sendFlow() (bool, error) {
 	ss.mu.Lock()
 	entries := ss.buf.after(ss.flow.sent, ss.reserved, batchEntries)
 	ss.mu.Unlock()
-	return ss.sendBatch(api.Class_CLASS_FLOW, &ss.flow, entries)
+	sealed, err := encodeAll(entries)
+	if err != nil {
+		return false, err
+	}
+	return ss.sendBatch(api.Class_CLASS_FLOW, &ss.flow, sealed)
 }
 
 func (ss *session) sendCritical(ctx context.Context) (bool, error) {
@@ -248,7 +312,7 @@ func (ss *session) sendCritical(ctx context.Context) (bool, error) {
 
 // readCritical reads the next entries from the store. What the store no longer has, because the
 // collector acknowledged it and lost it since, becomes a loss; so does what cannot be read.
-func (ss *session) readCritical(ctx context.Context) ([]*api.Entry, error) {
+func (ss *session) readCritical(ctx context.Context) ([]entry, error) {
 	last, acked, err := ss.cfg.Store.Seqs(ctx)
 	if err != nil {
 		return nil, err
@@ -257,38 +321,52 @@ func (ss *session) readCritical(ctx context.Context) ([]*api.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []*api.Entry
+	var out []entry
 	next, size := ss.critical.sent, 0
 	if gone := min(acked, last); gone > next {
-		out = append(out, span{first: next + 1, last: gone, stage: StageCollector, cause: CauseForgotten}.entry(next, gone))
-		next = gone
+		e, err := encode(span{first: next + 1, last: gone, stage: StageCollector, cause: CauseForgotten}.entry(next, gone))
+		if err != nil {
+			return nil, err
+		}
+		out, next = append(out, e), gone
 	}
 	for _, st := range stored {
 		if size += len(st.Data); size > batchBytes && len(out) > 0 {
 			break
 		}
-		out = append(out, criticalEntry(next, st.Seq, st.Data))
-		next = st.Seq
+		e, err := criticalEntry(next, st.Seq, st.Data)
+		if err != nil {
+			return nil, err
+		}
+		out, next = append(out, e), st.Seq
 	}
 	return out, nil
 }
 
-func criticalEntry(prev, seq uint64, data []byte) *api.Entry {
+// criticalEntry seals the bytes that the store has, as they are.
+func criticalEntry(prev, seq uint64, data []byte) (entry, error) {
 	var e api.Entry
 	if err := proto.Unmarshal(data, &e); err != nil || e.GetRecord() == nil {
-		return span{first: prev + 1, last: seq, stage: StageAgentMemory, cause: CauseUnreadable}.entry(prev, seq)
+		return encode(span{first: prev + 1, last: seq, stage: StageAgentMemory, cause: CauseUnreadable}.entry(prev, seq))
 	}
-	e.Seq = seq
-	return &e
+	return entry{proof.Entry{Seq: seq, Data: data}, e.GetLoss().GetCount()}, nil
 }
 
-func (ss *session) sendBatch(class api.Class, c *cursor, entries []*api.Entry) (bool, error) {
+func (ss *session) sendBatch(class api.Class, c *cursor, entries []entry) (bool, error) {
 	if len(entries) == 0 {
 		return false, nil
 	}
-	c.advance(entries[len(entries)-1].GetSeq())
-	err := ss.stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{
-		Class: class, Epoch: ss.cfg.Store.Epoch(), Entries: entries,
+	seal, err := ss.sealer.seal(class, c.seal, c.sent, entries)
+	if err != nil {
+		return false, err
+	}
+	c.advance(seal)
+	raw := make([]*api.Raw, 0, len(entries))
+	for _, e := range entries {
+		raw = append(raw, &api.Raw{Seq: e.Seq, Data: e.Data})
+	}
+	err = ss.stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{
+		Class: class, Epoch: ss.cfg.Store.Epoch(), Raw: raw, Seal: seal.signed,
 	}}})
 	if err == nil {
 		return true, nil

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -58,6 +59,23 @@ type site struct {
 	address   string
 	agent     identity
 	collector identity
+	logKey    string // in the node's configuration
+
+	mu     sync.Mutex
+	alarms []string // of the node; guarded by mu
+}
+
+func (s *site) alarm(why string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.alarms = append(s.alarms, why)
+}
+
+// alarmed returns the alarms so far.
+func (s *site) alarmed() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.alarms)
 }
 
 func newSite(t testing.TB) *site {
@@ -106,7 +124,8 @@ type node struct {
 func (s *site) startNode(flowBuffer int) *node {
 	s.t.Helper()
 	st := must(store.Open(filepath.Join(s.dir, "state", "node.db")))(s.t)
-	cfg := audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: flowBuffer, Logger: silent}
+	cfg := audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: flowBuffer, Logger: silent,
+		LogKey: s.logKey, Alarm: s.alarm}
 	n := &node{Streamer: must(audit.New(cfg))(s.t), store: st}
 	stop := s.running(n.Run)
 	n.stop = sync.OnceFunc(func() {
@@ -184,6 +203,14 @@ func (s *site) held() map[api.Class]*held {
 		h.last = max(h.last, l.GetSeq())
 	}
 	return out
+}
+
+// states is how the collector stands with each sequence.
+func (s *site) states() []*api.NodeState {
+	s.t.Helper()
+	conn := must(grpc.NewClient("unix:"+s.socket(), grpc.WithTransportCredentials(insecure.NewCredentials())))(s.t)
+	defer conn.Close()
+	return must(api.NewAuditClient(conn).Nodes(s.t.Context(), &api.NodesRequest{}))(s.t).GetNodes()
 }
 
 func drain[M any](t testing.TB, stream grpc.ServerStreamingClient[M], err error) (out []*M) {
@@ -275,6 +302,9 @@ func TestDeliveredPlusLostIsProduced(t *testing.T) {
 			causes := have[api.Class_CLASS_FLOW].causes
 			if causes["kernel_ring/full"] != kernel {
 				t.Errorf("the kernel lost %d, reported are %v", kernel, causes)
+			}
+			if states := s.states(); len(states) != 2 || states[0].GetChainBreaks()+states[1].GetChainBreaks() != 0 || s.alarmed() != nil {
+				t.Errorf("sequences are %v, alarms %v", states, s.alarmed())
 			}
 			if shed := causes["agent_spool/buffer_full"]; (buffer > 1000) != (shed == 0) || len(causes) > 2 {
 				t.Errorf("losses with a buffer of %d are %v", buffer, causes)

@@ -123,6 +123,8 @@ type CollectorConfig struct {
 	Address string `json:"address" yaml:"address"`
 	// ID is the collector's SPIFFE ID: spiffe://<trustDomain>/sallyport/collector.
 	ID string `json:"id" yaml:"id"`
+	// LogKey is the key of its log, as its log.pub has it. Left out: the one that it shows first.
+	LogKey string `json:"logKey,omitempty" yaml:"logKey,omitempty"`
 }
 
 // AutomationConfig says where workloads ask for paths, and how much one identity may ask for.

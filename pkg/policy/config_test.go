@@ -177,6 +177,7 @@ var wrongConfigs = []wrong{
 	{"collector without address", `address: "10.9.0.1:9443", `, "", "collector", "spec.collector.address", "address to connect to"},
 	{"collector with a bad id", "spiffe://example.org/sallyport/collector", "collector", "collector", "spec.collector.id", "not a SPIFFE ID"},
 	{"collector that is a trust domain", "spiffe://example.org/sallyport/collector", "spiffe://example.org", "collector", "spec.collector.id", "not a SPIFFE ID"},
+	{"collector's log without a key", `sallyport/collector"}`, `sallyport/collector", logKey: "example.org/log+00000000+AAAA"}`, "collector", "spec.collector.logKey", "is no key of a log"},
 	{"no flow buffer", "flowBuffer: 65536", "flowBuffer: 0", "flowBuffer", "spec.flowBuffer", "0 is not from 1"},
 	{"huge flow buffer", "flowBuffer: 65536", "flowBuffer: 99999999", "flowBuffer", "spec.flowBuffer", "is not from 1"},
 	{"negative flow buffer", "flowBuffer: 65536", "flowBuffer: -1", "flowBuffer", "spec.flowBuffer", "got -1"},

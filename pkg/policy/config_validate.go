@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/mod/sumdb/note"
 )
 
 // Bounds of what an AgentConfig may say.
@@ -131,6 +132,7 @@ func (c *AgentConfig) validateCollector(d *document) {
 	if c.Spec.Collector.ID == "" {
 		c.Spec.Collector.ID = "spiffe://" + c.Spec.TrustDomain + "/sallyport/collector"
 	}
+	d.report("spec.collector.logKey", checkLogKey(c.Spec.Collector.LogKey))
 	if d.isWrong("spec.trustDomain") {
 		return
 	}
@@ -139,6 +141,16 @@ func (c *AgentConfig) validateCollector(d *document) {
 		d.report("spec.collector.id", faultf("write it like spiffe://example.org/sallyport/collector",
 			"%q is not a SPIFFE ID of a workload", c.Spec.Collector.ID))
 	}
+}
+
+func checkLogKey(s string) error {
+	if s == "" {
+		return nil
+	}
+	if _, err := note.NewVerifier(s); err != nil {
+		return faultf("write the line of log.pub in the collector's directory, or leave logKey out", "%q is no key of a log: %v", s, err)
+	}
+	return nil
 }
 
 func (a *AutomationConfig) validate(d *document) {

@@ -95,12 +95,15 @@ func (s *Store) Seqs(ctx context.Context) (last, acked uint64, err error) {
 	return last, acked, nil
 }
 
-// Ack removes the entries up to seq, which the collector has durably. The chain goes on from the
-// hash of the last one removed. ErrAhead if the store never gave out seq.
-func (s *Store) Ack(ctx context.Context, seq uint64) error {
+// Ack removes the entries up to seq, which the collector has durably, and keeps the notes that tell of it in the same durable
+// transaction. The chain goes on from the hash of the last one removed. ErrAhead if the store never gave out seq.
+func (s *Store) Ack(ctx context.Context, seq uint64, notes ...Note) error {
 	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		if seq > h.seq {
 			return fmt.Errorf("%w: %d of %d", ErrAhead, seq, h.seq)
+		}
+		if err := putNotes(ctx, tx, notes); err != nil {
+			return err
 		}
 		var last uint64
 		var hash []byte

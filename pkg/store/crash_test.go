@@ -82,7 +82,7 @@ func work(path string, seed uint64) error {
 			}
 			to := acked + (last-acked)/4
 			fmt.Println("try-ack", to)
-			if err := s.Ack(ctx, to); err != nil {
+			if err := s.Ack(ctx, to, Note{"acked", []byte(strconv.FormatUint(to, 10))}); err != nil {
 				return err
 			}
 		case 4:
@@ -250,6 +250,10 @@ func (l *ledger) check(t *testing.T, path string) {
 	have := map[uint64]string{}
 	for _, e := range must(s.Entries(ctx, 0, 1<<20))(t) {
 		have[e.Seq] = string(e.Data)
+	}
+	_, acked, err := s.Seqs(ctx)
+	if note := must(s.Notes(ctx, "acked"))(t); err != nil || len(note) == 1 && string(note[0].Data) != strconv.FormatUint(acked, 10) || len(note) == 0 && acked != 0 {
+		t.Errorf("removed is up to %d, the note of it says %q: %v", acked, note, err)
 	}
 	for seq, data := range l.entries {
 		if seq > l.tried && have[seq] != data {

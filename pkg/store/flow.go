@@ -101,11 +101,11 @@ func (s *Store) Flow(ctx context.Context) (FlowState, error) {
 }
 
 // ReserveFlow makes it durable that numbers up to upTo may be in use and that the collector has those
-// up to acked. Neither ever goes back.
-func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
+// up to acked, with the notes that tell of it. Neither ever goes back.
+func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64, notes ...Note) error {
 	err := s.write(ctx, urgent, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = max(h.flowReserved, upTo), 0
-		return setAcked(ctx, tx, h, acked)
+		return errors.Join(setAcked(ctx, tx, h, acked), putNotes(ctx, tx, notes))
 	})
 	if err != nil {
 		return fmt.Errorf("reserve flow numbers: %w", err)
@@ -114,11 +114,11 @@ func (s *Store) ReserveFlow(ctx context.Context, upTo, acked uint64) error {
 }
 
 // SaveFlow is for an orderly stop: produced is the last number in use, acked the last that the
-// collector has, and spool what it does not have. The next process finds all three.
-func (s *Store) SaveFlow(ctx context.Context, produced, acked uint64, spool []Entry) error {
+// collector has, and spool what it does not have. The next process finds all three, and the notes.
+func (s *Store) SaveFlow(ctx context.Context, produced, acked uint64, spool []Entry, notes ...Note) error {
 	err := s.write(ctx, common, func(tx *sql.Tx, h *head) error {
 		h.flowReserved, h.clean = produced, 1
-		if err := setAcked(ctx, tx, h, acked); err != nil {
+		if err := errors.Join(setAcked(ctx, tx, h, acked), putNotes(ctx, tx, notes)); err != nil {
 			return err
 		}
 		for _, e := range spool {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"reflect"
 	"testing"
@@ -19,7 +20,7 @@ func rebooted(t *testing.T, path string) {
 
 func TestFlowNumbers(t *testing.T) {
 	stop := func(t *testing.T, s *Store) {
-		if err := s.SaveFlow(t.Context(), 70, 10, []Entry{{11, []byte("a")}, {70, []byte("59 lost")}}); err != nil {
+		if err := s.SaveFlow(t.Context(), 70, 10, []Entry{{11, []byte("a")}, {70, []byte("59 lost")}}, Note{"acked", []byte("10")}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -38,7 +39,7 @@ func TestFlowNumbers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			path := testPath(t)
 			s := openTest(t, path)
-			if err := s.ReserveFlow(t.Context(), 1000, 5); err != nil {
+			if err := s.ReserveFlow(t.Context(), 1000, 5, Note{"acked", []byte("5")}); err != nil {
 				t.Fatal(err)
 			}
 			s.CountFlow(70)
@@ -51,6 +52,9 @@ func TestFlowNumbers(t *testing.T) {
 				s = openTest(t, path)
 				if got := must(s.Flow(t.Context()))(t); !reflect.DeepEqual(got, c.want) {
 					t.Errorf("have %+v, want %+v", got, c.want)
+				}
+				if notes, want := must(s.Notes(t.Context(), ""))(t), []Note{{"acked", fmt.Append(nil, c.want.Acked)}}; !reflect.DeepEqual(notes, want) {
+					t.Errorf("notes are %q, want %q", notes, want)
 				}
 				s.Close()
 			}

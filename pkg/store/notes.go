@@ -47,10 +47,8 @@ func (s *Store) KeepOfActive(ctx context.Context, notes map[string]Note) error {
 
 func (s *Store) keep(ctx context.Context, c class, notes []Note, events [][]byte) error {
 	err := s.write(ctx, c, func(tx *sql.Tx, h *head) error {
-		for _, n := range notes {
-			if err := putNote(ctx, tx, n); err != nil {
-				return err
-			}
+		if err := putNotes(ctx, tx, notes); err != nil {
+			return err
 		}
 		for _, e := range events {
 			if err := appendEntry(ctx, tx, h, Item{Data: e}); err != nil {
@@ -61,6 +59,15 @@ func (s *Store) keep(ctx context.Context, c class, notes []Note, events [][]byte
 	})
 	if err != nil {
 		return fmt.Errorf("keep notes: %w", err)
+	}
+	return nil
+}
+
+func putNotes(ctx context.Context, tx *sql.Tx, notes []Note) error {
+	for _, n := range notes {
+		if err := putNote(ctx, tx, n); err != nil {
+			return err
+		}
 	}
 	return nil
 }

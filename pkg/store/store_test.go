@@ -106,17 +106,25 @@ func TestEntriesAndAck(t *testing.T) {
 	if last := must(s.AppendAll(ctx, []Item{{Data: []byte("five lost"), Numbers: 5}, {}}))(t); last != 16 {
 		t.Fatalf("last number is %d, want 16", last)
 	}
-	if err := s.Ack(ctx, 17); !errors.Is(err, ErrAhead) {
+	if err := s.Ack(ctx, 17, Note{"acked", []byte("17")}); !errors.Is(err, ErrAhead) {
 		t.Fatalf("acknowledged what was never written: %v", err)
 	}
-	if err := s.Ack(ctx, 13); err != nil { // inside the five: up to 10 is gone, the five stay
-		t.Fatal(err)
+	if notes := must(s.Notes(ctx, "acked"))(t); notes != nil {
+		t.Errorf("a note was kept of what was refused: %q", notes)
+	}
+	for range 2 { // inside the five: up to 10 is gone, the five stay; and then there is nothing to remove
+		if err := s.Ack(ctx, 13, Note{"acked", []byte("13")}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	epoch := s.Epoch()
 	s.Close()
 	s = openTest(t, path)
 	if s.Epoch() != epoch {
 		t.Errorf("epoch changed from %s to %s", epoch, s.Epoch())
+	}
+	if notes, want := must(s.Notes(ctx, ""))(t), []Note{{"acked", []byte("13")}}; !reflect.DeepEqual(notes, want) {
+		t.Errorf("notes are %q, want %q", notes, want)
 	}
 	got := must(s.Entries(ctx, 0, 100))(t)
 	want := []Entry{{15, []byte("five lost")}, {16, nil}}
