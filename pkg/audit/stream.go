@@ -217,9 +217,10 @@ func (ss *session) sendFlow() (bool, error) {
 	if ss.flow.full() {
 		return false, nil
 	}
-	ss.mu.Lock()
-	entries := ss.buf.after(ss.flow.sent, ss.reserved, batchEntries)
-	ss.mu.Unlock()
+	entries, err := ss.nextFlow(ss.flow.sent)
+	if err != nil {
+		return false, err
+	}
 	return ss.sendBatch(api.Class_CLASS_FLOW, &ss.flow, entries)
 }
 
