@@ -217,7 +217,8 @@ func (n *node) runIdentity(ctx context.Context) error {
 }
 
 func (n *node) makeAudit(context.Context) (err error) {
-	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), Logger: n.log}
+	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer),
+		SpoolDir: spoolDir(n.cfg), SpoolBudget: int64(n.cfg.Spec.FlowSpool), Logger: n.log}
 	if c := n.cfg.Spec.Collector; c != nil {
 		cfg.Address, cfg.Source, cfg.ServerID = c.Address, n.identity, n.cfg.CollectorID()
 	}
