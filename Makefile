@@ -43,6 +43,9 @@ soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothin
 	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store
 	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
 
+soak-away: ## have the collector away for AWAY=1h with 500 flow records a second, and the agent restart: nothing lost, memory bounded
+	SALLYPORT_AWAY=$(or $(AWAY),1h) go test -count 1 -v -timeout 0 -run '^TestHourAway$$' ./pkg/audit
+
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
 

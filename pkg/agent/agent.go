@@ -223,8 +223,8 @@ func (n *node) runIdentity(ctx context.Context) error {
 }
 
 func (n *node) makeAudit(context.Context) (err error) {
-	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), Logger: n.log,
-		Alarm: func(why string) { n.alarms.raise(alarmLog, why) }}
+	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), SpoolDir: spoolDir(n.cfg),
+		SpoolBudget: int64(n.cfg.Spec.FlowSpool), Logger: n.log, Alarm: func(why string) { n.alarms.raise(alarmLog, why) }}
 	if c := n.cfg.Spec.Collector; c != nil {
 		cfg.Address, cfg.Source, cfg.ServerID, cfg.LogKey = c.Address, n.identity, n.cfg.CollectorID(), c.LogKey
 	}

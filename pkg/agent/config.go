@@ -115,6 +115,9 @@ func signedOnly(cfg policy.AgentConfig, c clock) *signedSets {
 	return &signedSets{dir: cfg.Spec.Resources, name: cfg.Spec.PolicySet, pinned: cfg.Spec.PolicyKeys, now: c.wall}
 }
 
+// spoolDir keeps the flow records that the collector does not have.
+func spoolDir(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "flows") }
+
 func lossFilePath(cfg policy.AgentConfig) string {
 	return filepath.Join(cfg.Spec.StateDir, "losses.json")
 }

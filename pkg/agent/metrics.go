@@ -25,7 +25,7 @@ type metrics struct {
 	node     *node
 	unjudged unjudged
 
-	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
+	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
 	modes, seenOpens, seenPackets, seenBytes, panic, failed *prometheus.Desc
 }
 
@@ -53,7 +53,9 @@ func newMetrics(n *node) *metrics {
 		glass:      desc("break_glass_grants", "Break-glass grants that are live, and those that are over and that nobody has reviewed.", "state"),
 		lost:       desc("kernel_lost_records_total", "Records that did not fit into a ring, by class of the ring.", "class"),
 		spool:      desc("audit_pending_records", "Records that the collector has not acknowledged, by class.", "class"),
-		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory."),
+		spoolBytes: desc("audit_spool_bytes", "Bytes that flow records take on the disk which the collector has not acknowledged."),
+		spoolLimit: desc("audit_spool_limit_bytes", "Bytes that they may take, after which the oldest give way."),
+		shed:       desc("audit_shed_records_total", "Flow records that gave way in bounded memory, or on the disk."),
 		modes:      desc("services", "Services by mode: only enforced ones are closed.", "mode"),
 		seenOpens: desc("watched_opens_total", "SYNs of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
 			"service", "would"),
@@ -69,7 +71,7 @@ func newMetrics(n *node) *metrics {
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
-		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed,
+		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed} {
 		ch <- d
 	}
@@ -214,7 +216,9 @@ func (m *metrics) auditing(ch chan<- prometheus.Metric) error {
 		return err
 	}
 	gauge(ch, m.spool, float64(s.CriticalPending), "critical")
-	gauge(ch, m.spool, float64(s.FlowPending), "flow")
+	gauge(ch, m.spool, float64(s.FlowPending+s.FlowSpooled), "flow")
+	gauge(ch, m.spoolBytes, float64(s.SpoolBytes))
+	gauge(ch, m.spoolLimit, float64(m.node.cfg.Spec.FlowSpool))
 	counter(ch, m.shed, s.FlowShed)
 	return nil
 }

@@ -108,9 +108,14 @@ func (n *node) auditStatus(ctx context.Context, reply *api.StatusReply) error {
 		return fmt.Errorf("read state of audit: %w", err)
 	}
 	reply.Collector = collectorState(s)
-	reply.SpoolCritical, reply.SpoolFlow, reply.LostFlow = s.CriticalPending, s.FlowPending, s.FlowLost
-	if s.StoreProblem != "" {
-		reply.Problems = append(reply.Problems, "audit: "+oneLine(s.StoreProblem))
+	if s.FlowSpooled > 0 {
+		reply.Collector += fmt.Sprintf("; flow records take %d of %d MiB on the disk", (s.SpoolBytes+1<<20-1)>>20, n.cfg.Spec.FlowSpool>>20)
+	}
+	reply.SpoolCritical, reply.SpoolFlow, reply.LostFlow = s.CriticalPending, s.FlowPending+s.FlowSpooled, s.FlowLost
+	for _, problem := range []string{s.StoreProblem, s.SpoolProblem} {
+		if problem != "" {
+			reply.Problems = append(reply.Problems, "audit: "+oneLine(problem))
+		}
 	}
 	if s.LogProblem != "" {
 		reply.Problems = append(reply.Problems, "the collector's log is not the one that it was: "+oneLine(s.LogProblem)+

@@ -14,11 +14,14 @@
 // in blocks, nothing above the reservation is ever sent, and after a power loss the rest of the block
 // is reported with at_most. (Blocks grow with the rate. A burst that outruns the disk for a moment is
 // not held up by it, so a power loss in that moment can take more than the bound says.) An orderly stop
-// leaves the records themselves in the store and loses none.
+// leaves the records themselves on the disk and loses none.
 //
 // Classes. Grant events and opens of bypassed flows are critical: they are in the store, on disk,
-// until the collector has them. Everything else is of the flow class and lives in bounded memory,
-// where the oldest give way.
+// until the collector has them. Everything else is of the flow class and lives in bounded memory. What
+// the collector does not take from there within seconds, and what memory is short for, goes to a spool
+// of bounded size on the disk, and is sent from there: a kill takes the records of the last seconds, and
+// a collector that is away costs none that has room. On both the oldest give way. Records never wait for
+// the spool: while it is slow or takes nothing, memory is all there is.
 package audit
 
 import (
@@ -42,6 +45,7 @@ const (
 	StageKernelRing  = "kernel_ring"
 	StageProxyBuffer = "proxy_buffer"
 	StageAgentMemory = "agent_spool"
+	StageFlowSpool   = "flow_spool" // on the agent's disk
 	StageCollector   = "collector"
 	StageAgentStore  = "agent_store"
 )
@@ -52,8 +56,9 @@ const (
 	CauseAgentRestart = "agent_restart" // the agent was killed, or lost power (then at_most)
 	CauseForgotten    = "forgotten"     // the collector acknowledged it and has it no more
 	CauseUnreadable   = "unreadable"    // an entry of the store that is no record
+	CauseDamaged      = "damaged"       // what the store or the spool held of them does not hold, or cannot be read
+	CauseSpoolFull    = "spool_full"
 	CauseSeveral      = "several"
-	CauseDamaged      = "damaged" // what the store held of them does not hold, or cannot be read
 )
 
 // Source gives the agent's own X.509 identity and the bundles that it trusts, at every handshake anew.
@@ -78,7 +83,11 @@ type Config struct {
 	Alarm func(why string)
 	// FlowBuffer is how many records of the flow class are kept in memory. 0: 65536.
 	FlowBuffer int
-	Logger     *slog.Logger // nil: slog.Default
+	// SpoolDir keeps records of the flow class that the collector does not take, up to SpoolBudget bytes. Empty: there is no
+	// spool. With a budget of 0 what is in it is sent, and nothing more goes there.
+	SpoolDir    string
+	SpoolBudget int64
+	Logger      *slog.Logger // nil: slog.Default
 }
 
 const (
@@ -110,12 +119,14 @@ type Streamer struct {
 	acked    acked
 	witness  witness // written by the goroutine of the stream alone
 
-	unsettled unsettled // owned by whoever writes the queue
-	sealer    *sealer   // owned by the goroutine of the stream; nil until its key is kept
+	unsettled unsettled    // owned by whoever writes the queue
+	sealer    *sealer      // owned by the goroutine of the stream; nil until its key is kept
+	spool     *store.Spool // nil: there is none
 
 	wakeSend    chan struct{} // capacity 1: there may be something to send
 	wakeReserve chan struct{} // capacity 1: numbers are running low
 	wakeWrite   chan struct{} // capacity 1: the queue is not empty
+	wakeSpool   chan struct{} // capacity 1: memory is half full
 }
 
 // New takes over where the process before ended, and reports durably what it took with it: before anything else, once the
@@ -142,6 +153,7 @@ func New(cfg Config) (*Streamer, error) {
 	s := &Streamer{
 		cfg: cfg, log: cfg.Logger.With("collector", cfg.Address), state: connState{since: time.Now()},
 		wakeSend: make(chan struct{}, 1), wakeReserve: make(chan struct{}, 1), wakeWrite: make(chan struct{}, 1),
+		wakeSpool: make(chan struct{}, 1),
 	}
 	if err := s.takeOver(context.Background()); err != nil {
 		return nil, fmt.Errorf("create audit stream: %w", err)
@@ -159,7 +171,8 @@ func (s *Streamer) takeOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.buf, s.block = restore(st, s.cfg.FlowBuffer, time.Now()), minBlock
+	from, to := s.openSpool(ctx)
+	s.buf, s.block = restore(st, from, to, s.cfg.FlowBuffer, time.Now()), minBlock
 	if err := s.takeWitness(ctx); err != nil {
 		return err
 	}
@@ -237,6 +250,9 @@ func (s *Streamer) number(take func()) {
 	if s.buf.last+s.block/2 > s.reserved {
 		wake(s.wakeReserve)
 	}
+	if s.buf.held.len() > s.buf.limit/2 {
+		wake(s.wakeSpool)
+	}
 	wake(s.wakeSend)
 }
 
@@ -261,6 +277,9 @@ func (s *Streamer) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.runQueue(ctx) })
 	wg.Go(func() { s.runReserve(ctx) })
+	if s.spool != nil {
+		wg.Go(func() { s.runSpool(ctx) })
+	}
 	if s.cfg.Address != "" {
 		wg.Go(func() { s.runStream(ctx) })
 	}
@@ -270,17 +289,21 @@ func (s *Streamer) Run(ctx context.Context) error {
 	return errors.Join(s.writeQueue(last), s.save(last))
 }
 
-// save leaves the bounded memory in the store.
+// save leaves the bounded memory on the disk: in the spool, and in the store what has no room there or came since.
 func (s *Streamer) save(ctx context.Context) error {
+	if s.spool != nil {
+		_ = s.toSpool(ctx, s.lastFlow()) // the store then takes it all
+		defer s.spool.Close()
+	}
 	s.mu.Lock()
 	s.stopped = true
-	spool, err := s.buf.spool()
+	rest, err := s.buf.rest()
 	produced, acked, notes := s.buf.last, s.buf.base, s.acked.flow.notes(noteAckedFlow)
 	s.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("save flow records: %w", err)
 	}
-	return s.cfg.Store.SaveFlow(ctx, produced, acked, spool, notes...)
+	return s.cfg.Store.SaveFlow(ctx, produced, acked, rest, notes...)
 }
 
 // runReserve keeps the durable reservation ahead of the numbers.

@@ -11,19 +11,24 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
-// buffer is the bounded memory of the flow class. Every number above base and up to last belongs to
-// exactly one of: a span of lost (the oldest ones), a held record, or a held span of losses that were
-// reported to us. It is not safe for concurrent use.
+// buffer knows where every number of the flow class is that the collector does not have: each above base and up to last
+// belongs to exactly one of what is named here, one directly above the other. It is not safe for concurrent use.
 type buffer struct {
 	limit int    // of held, in items
 	base  uint64 // the collector has everything up to here
 	last  uint64 // the last number given out
-	lost  []span // ascending, without gaps, directly above base
-	held  fifo   // ascending, without gaps, directly above lost
-	shed  uint64 // numbers that this buffer had to let go, ever
+	shed  uint64 // records that this buffer had to let go, ever
+
+	gone spans                     // what the disk had to let go
+	disk struct{ from, to uint64 } // above from and up to to: in the spool
+	lost spans                     // what memory had to let go
+	held fifo                      // records, and losses that were reported to us
 }
 
-// maxSpans bounds lost. Neighbours of one stage and cause are merged, so it takes a strange mixture
+// spans are ascending and without gaps.
+type spans []span
+
+// maxSpans bounds spans. Neighbours of one stage and cause are merged, so it takes a strange mixture
 // to get there; then the two oldest become one with the cause "several".
 const maxSpans = 1024
 
@@ -84,25 +89,53 @@ func (b *buffer) push(i item) {
 func (b *buffer) shedOldest() {
 	i := *b.held.at(0)
 	b.held.drop(1)
-	if i.loss != nil {
-		b.appendLost(*i.loss)
-		return
+	if i.loss == nil {
+		b.shed++
 	}
-	b.shed++
-	b.appendLost(span{first: i.first, last: i.last, stage: StageAgentMemory, cause: CauseBufferFull, from: i.when(), to: i.when()})
+	b.lost.add(i.span(StageAgentMemory, CauseBufferFull))
 }
 
-func (b *buffer) appendLost(s span) {
-	if k := len(b.lost); k > 0 && b.lost[k-1].alike(s) {
-		b.lost[k-1].last, b.lost[k-1].to = s.last, s.to
+// span is what is told of the item when it is gone.
+func (i *item) span(stage, cause string) span {
+	if i.loss != nil {
+		return *i.loss
+	}
+	return span{first: i.first, last: i.last, stage: stage, cause: cause, from: i.when(), to: i.when()}
+}
+
+func (l *spans) add(s span) {
+	if k := len(*l); k > 0 && (*l)[k-1].alike(s) {
+		(*l)[k-1].last, (*l)[k-1].to = s.last, s.to
 		return
 	}
-	b.lost = append(b.lost, s)
-	if len(b.lost) > maxSpans {
-		two := b.lost[:2]
+	*l = append(*l, s)
+	if len(*l) > maxSpans {
+		two := (*l)[:2]
 		two[1] = span{two[0].first, two[1].last, StageAgentMemory, CauseSeveral, two[0].from, two[1].to, two[0].atMost || two[1].atMost}
-		b.lost = b.lost[1:]
+		*l = (*l)[1:]
 	}
+}
+
+// drop forgets numbers up to n.
+func (l *spans) drop(n uint64) {
+	for len(*l) > 0 && (*l)[0].last <= n {
+		*l = (*l)[1:]
+	}
+	if len(*l) > 0 {
+		(*l)[0].first = max((*l)[0].first, n+1)
+	}
+}
+
+func (l spans) entries(cursor, reserved uint64, limit int) (out []*api.Entry) {
+	for _, s := range l {
+		if len(out) == limit || s.first > reserved {
+			break
+		}
+		if s.last > cursor {
+			out = append(out, s.entry(cursor, reserved))
+		}
+	}
+	return out
 }
 
 // ack forgets what the collector has: everything up to n. A record that was shed after it had been
@@ -112,12 +145,14 @@ func (b *buffer) ack(n uint64) {
 		return
 	}
 	b.base = n
-	for len(b.lost) > 0 && b.lost[0].last <= n {
-		b.lost = b.lost[1:]
-	}
-	if len(b.lost) > 0 {
-		b.lost[0].first = max(b.lost[0].first, n+1)
-	}
+	b.gone.drop(n)
+	b.disk.from = min(max(b.disk.from, n), b.disk.to)
+	b.dropMemory(n)
+}
+
+// dropMemory forgets what memory has up to n.
+func (b *buffer) dropMemory(n uint64) {
+	b.lost.drop(n)
 	b.held.drop(b.firstAbove(n))
 	if b.held.len() == 0 {
 		return
@@ -137,28 +172,79 @@ func (b *buffer) forgotten(from uint64) {
 	if from >= b.base {
 		return
 	}
-	b.lost = append([]span{{first: from + 1, last: b.base, stage: StageCollector, cause: CauseForgotten}}, b.lost...)
+	b.gone = append(spans{{first: from + 1, last: b.base, stage: StageCollector, cause: CauseForgotten}}, b.gone...)
 	b.base = from
 }
 
-// after returns up to limit entries with numbers above cursor and up to reserved.
-func (b *buffer) after(cursor, reserved uint64, limit int) []*api.Entry {
+// after returns up to limit entries with numbers above cursor and up to reserved. None with onDisk says that the next is in
+// the spool.
+func (b *buffer) after(cursor, reserved uint64, limit int) (out []*api.Entry, onDisk bool) {
 	if reserved <= cursor {
-		return nil
+		return nil, false
 	}
-	var out []*api.Entry
-	for _, s := range b.lost {
-		if len(out) == limit || s.first > reserved {
-			return out
-		}
-		if s.last > cursor {
-			out = append(out, s.entry(cursor, reserved))
-		}
+	if out = b.gone.entries(cursor, reserved, limit); len(out) > 0 {
+		return out, false
 	}
+	if b.disk.from < b.disk.to && cursor < b.disk.to {
+		return nil, true
+	}
+	return b.inMemory(cursor, reserved, limit), false
+}
+
+func (b *buffer) inMemory(cursor, reserved uint64, limit int) []*api.Entry {
+	out := b.lost.entries(cursor, reserved, limit)
 	for i := b.firstAbove(cursor); i < b.held.len() && len(out) < limit && b.held.at(i).first <= reserved; i++ {
 		out = append(out, b.held.at(i).entry(cursor, reserved))
 	}
 	return out
+}
+
+// oldest copies up to limit items of memory that begin at upTo or below, for the spool.
+func (b *buffer) oldest(upTo uint64, limit int) []item {
+	var out []item
+	for _, s := range b.lost {
+		if s.first > upTo || len(out) == limit {
+			return out
+		}
+		out = append(out, item{first: s.first, last: s.last, loss: &s})
+	}
+	for k := 0; k < b.held.len() && len(out) < limit && b.held.at(k).first <= upTo; k++ {
+		i := *b.held.at(k)
+		if i.loss != nil { // it may grow
+			loss := *i.loss
+			i.loss = &loss
+		}
+		out = append(out, i)
+	}
+	return out
+}
+
+// spooled takes out of memory what the disk has: everything from first, the oldest of then, to last.
+func (b *buffer) spooled(first, last uint64) {
+	if last <= b.base {
+		return
+	}
+	if b.disk.from == b.disk.to {
+		b.disk.from = max(first-1, b.base)
+	}
+	b.disk.to = last
+	b.dropMemory(last)
+}
+
+// unspooled is for what the disk had to let go, from the oldest on.
+func (b *buffer) unspooled(items []item) {
+	for _, i := range items {
+		if i.last <= b.disk.from || i.last > b.disk.to {
+			continue
+		}
+		if i.loss == nil {
+			b.shed++
+		}
+		s := i.span(StageFlowSpool, CauseSpoolFull)
+		s.first = max(s.first, b.disk.from+1)
+		b.gone.add(s)
+		b.disk.from = i.last
+	}
 }
 
 func (i *item) entry(cursor, reserved uint64) *api.Entry {
@@ -179,10 +265,12 @@ func (s span) entry(cursor, reserved uint64) *api.Entry {
 	}}}
 }
 
-// spool is everything that the collector does not have, for the next process.
-func (b *buffer) spool() ([]store.Entry, error) {
+// rest is everything that neither the collector nor the spool has, for the next process.
+func (b *buffer) rest() ([]store.Entry, error) {
+	entries := b.gone.entries(b.base, b.last, len(b.gone))
+	entries = append(entries, b.inMemory(b.base, b.last, len(b.lost)+b.held.len())...)
 	var out []store.Entry
-	for _, e := range b.after(b.base, b.last, len(b.lost)+b.held.len()) {
+	for _, e := range entries {
 		data, err := proto.Marshal(e)
 		if err != nil {
 			return nil, err
@@ -192,11 +280,15 @@ func (b *buffer) spool() ([]store.Entry, error) {
 	return out, nil
 }
 
-// restore makes the buffer that goes on where the process before ended. What neither the collector
-// nor the spool has is lost: to the unit after a kill, as a bound after a power loss.
-func restore(st store.FlowState, limit int, now time.Time) *buffer {
+// restore makes the buffer that goes on where the process before ended; the spool has the numbers above from and up to to.
+// What neither the collector nor spool or store has is lost: to the unit after a kill, as a bound after a power loss.
+func restore(st store.FlowState, from, to uint64, limit int, now time.Time) *buffer {
 	b := &buffer{limit: limit, base: st.Acked, last: st.Acked}
+	from = max(from, st.Acked)
 	for _, s := range st.Spool {
+		if s.Seq > from {
+			b.mount(from, to, now)
+		}
 		var e api.Entry
 		if err := proto.Unmarshal(s.Data, &e); err != nil || e.GetRecord() == nil {
 			b.restart(s.Seq, st.Unsure, now)
@@ -204,8 +296,23 @@ func restore(st store.FlowState, limit int, now time.Time) *buffer {
 		}
 		b.take(s.Seq, &e, st.Unsure, now)
 	}
+	b.mount(from, to, now)
 	b.restart(st.Produced, st.Unsure, now)
 	return b
+}
+
+// mount puts what the spool has above what is there.
+func (b *buffer) mount(from, to uint64, now time.Time) {
+	if to <= max(from, b.disk.to) {
+		return
+	}
+	b.restart(from, 0, now) // not only reserved: what came later is there
+	b.gone = b.lost
+	for k := range b.held.len() {
+		b.gone.add(b.held.at(k).span(StageFlowSpool, CauseSpoolFull))
+	}
+	b.lost, b.held = nil, fifo{}
+	b.disk.from, b.disk.to, b.last = from, to, to
 }
 
 func (b *buffer) take(seq uint64, e *api.Entry, unsure uint64, now time.Time) {

@@ -79,7 +79,8 @@ func TestBufferAccounts(t *testing.T) {
 				p.lose(1 + rng.Uint64N(5))
 			case 3: // a batch arrives
 				reserved := p.buf.last - min(p.buf.last, rng.Uint64N(4))
-				for _, e := range p.buf.after(sent, reserved, 1+rng.IntN(10)) {
+				entries, _ := p.buf.after(sent, reserved, 1+rng.IntN(10))
+				for _, e := range entries {
 					if e.GetSeq() > reserved {
 						t.Fatalf("number %d is sent, reserved is up to %d", e.GetSeq(), reserved)
 					}
@@ -104,13 +105,14 @@ func TestBufferAccounts(t *testing.T) {
 // checkCover holds that every number above base and up to last is somewhere, once.
 func checkCover(t *testing.T, b *buffer) {
 	t.Helper()
-	next := b.base + 1
-	for _, s := range b.lost {
-		if s.first != next || s.last < s.first {
-			t.Fatalf("lost is %d to %d, want it from %d", s.first, s.last, next)
+	next := checkSpans(t, b.gone, b.base+1)
+	if b.disk.from < b.disk.to {
+		if b.disk.from != next-1 {
+			t.Fatalf("the disk has what is above %d, want it from %d", b.disk.from, next)
 		}
-		next = s.last + 1
+		next = b.disk.to + 1
 	}
+	next = checkSpans(t, b.lost, next)
 	for k := range b.held.len() {
 		i := b.held.at(k)
 		if i.first != next || i.last < i.first || (i.loss == nil && i.last != i.first) {
@@ -123,11 +125,28 @@ func checkCover(t *testing.T, b *buffer) {
 	}
 }
 
+func checkSpans(t *testing.T, l spans, next uint64) uint64 {
+	t.Helper()
+	for _, s := range l {
+		if s.first != next || s.last < s.first {
+			t.Fatalf("lost is %d to %d, want it from %d", s.first, s.last, next)
+		}
+		next = s.last + 1
+	}
+	return next
+}
+
 func finish(t *testing.T, p *producer, l *ledger) {
 	t.Helper()
 	p.buf.ack(l.seq)
-	for _, e := range p.buf.after(l.seq, p.buf.last, 1<<20) {
-		l.take(t, e)
+	for { // losses of the disk and memory come apart
+		entries, _ := p.buf.after(l.seq, p.buf.last, 1<<20)
+		if len(entries) == 0 {
+			break
+		}
+		for _, e := range entries {
+			l.take(t, e)
+		}
 	}
 	p.buf.ack(l.seq)
 	if l.seq != p.buf.last || uint64(len(l.flows))+l.lost() != p.buf.last {
@@ -138,8 +157,8 @@ func finish(t *testing.T, p *producer, l *ledger) {
 			t.Fatalf("number %d is %q, produced was %q", n, id, p.records[n])
 		}
 	}
-	if p.buf.held.len()+len(p.buf.lost) != 0 {
-		t.Fatalf("%d held and %d lost after everything was acknowledged", p.buf.held.len(), len(p.buf.lost))
+	if p.buf.held.len()+len(p.buf.lost)+len(p.buf.gone) != 0 {
+		t.Fatalf("%d held and %d lost after everything was acknowledged", p.buf.held.len(), len(p.buf.lost)+len(p.buf.gone))
 	}
 }
 
@@ -158,13 +177,14 @@ func TestBufferRestore(t *testing.T) {
 					p.record()
 				}
 			}
-			for _, e := range p.buf.after(l.seq, p.buf.last, rng.IntN(8)) {
+			entries, _ := p.buf.after(l.seq, p.buf.last, rng.IntN(8))
+			for _, e := range entries {
 				l.take(t, e)
 			}
 			st := store.FlowState{Acked: p.buf.base + rng.Uint64N(l.seq-p.buf.base+1)}
 			switch rng.IntN(3) {
 			case 0: // stopped
-				spool, err := p.buf.spool()
+				spool, err := p.buf.rest()
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -177,7 +197,7 @@ func TestBufferRestore(t *testing.T) {
 				st.Unsure = st.Produced
 				unsure++
 			}
-			p.buf = restore(st, 10, time.Unix(0, 0))
+			p.buf = restore(st, 0, 0, 10, time.Unix(0, 0))
 			p.buf.ack(l.seq)
 		}
 		p.kernel = 0
@@ -201,8 +221,11 @@ func TestBufferForgotten(t *testing.T) {
 	p.buf.forgotten(10)
 	l := newLedger()
 	l.seq = 10
-	for _, e := range p.buf.after(10, 50, 100) {
-		l.take(t, e)
+	for l.seq < 50 {
+		entries, _ := p.buf.after(l.seq, 50, 100)
+		for _, e := range entries {
+			l.take(t, e)
+		}
 	}
 	if l.seq != 50 || l.losses[StageCollector+"/"+CauseForgotten] != 20 || len(l.flows) != 20 {
 		t.Errorf("collector is at %d with %v and %d records", l.seq, l.losses, len(l.flows))

@@ -2,6 +2,7 @@ package audit_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/pem"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,6 +30,7 @@ const (
 	dirEnv     = "SALLYPORT_AUDIT_TEST_DIR"
 	addressEnv = "SALLYPORT_AUDIT_TEST_ADDRESS"
 	nameEnv    = "SALLYPORT_AUDIT_TEST_NAME"
+	bufferEnv  = "SALLYPORT_AUDIT_TEST_BUFFER"
 	paceEnv    = "SALLYPORT_AUDIT_TEST_PACE" // records per millisecond; 0: as fast as it goes
 )
 
@@ -44,6 +47,7 @@ func TestMain(m *testing.M) {
 
 func child(role string) error {
 	s := &site{dir: os.Getenv(dirEnv), address: os.Getenv(addressEnv)}
+	s.keepFlows()
 	id, err := readIdentity(s.dir, role)
 	if err != nil {
 		return err
@@ -67,7 +71,8 @@ func produce(s *site, name string) error {
 	if err != nil {
 		return err
 	}
-	n, err := audit.New(audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: 500, Logger: silent})
+	buffer, _ := strconv.Atoi(os.Getenv(bufferEnv))
+	n, err := audit.New(s.nodeConfig(st, cmp.Or(buffer, 500)))
 	if err != nil {
 		return err
 	}
@@ -98,6 +103,11 @@ func produce(s *site, name string) error {
 		fmt.Fprintln(out, "flow", id)
 		n.Flow(proxied(id))
 	}
+}
+
+// keepFlows gives the node a spool, which is small enough to be full at times.
+func (s *site) keepFlows() {
+	s.spoolDir, s.spool = filepath.Join(s.dir, "state", "flows"), 4<<20
 }
 
 func writeIdentity(t *testing.T, dir, role string, id identity) {
@@ -131,6 +141,7 @@ func readIdentity(dir, role string) (identity, error) {
 type process struct {
 	cmd   *exec.Cmd
 	first chan struct{}
+	said  atomic.Int64         // lines so far
 	lines chan map[string]bool // what it said, by line, when its output ended
 }
 
@@ -156,6 +167,7 @@ func (s *site) startProcess(t *testing.T, role, name string, env ...string) *pro
 				close(p.first)
 			}
 			seen[strings.TrimSpace(line)] = true
+			p.said.Add(1)
 		}
 		p.lines <- seen
 	}()
@@ -191,6 +203,7 @@ func TestKilled(t *testing.T) {
 		rounds = 4
 	}
 	s := newSite(t)
+	s.keepFlows()
 	writeIdentity(t, s.dir, "agent", s.agent)
 	writeIdentity(t, s.dir, "collector", s.collector)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
@@ -228,6 +241,7 @@ func TestKilled(t *testing.T) {
 // used twice, and the bound holds.
 func TestPowerLost(t *testing.T) {
 	s := newSite(t)
+	s.keepFlows()
 	writeIdentity(t, s.dir, "agent", s.agent)
 	said := map[string]bool{}
 	stop := s.startCollector()
@@ -260,6 +274,23 @@ func TestPowerLost(t *testing.T) {
 				t.Errorf("%s record %s was never produced", word, id)
 			}
 		}
+	}
+}
+
+// A kill takes the records of the last seconds, and no others: what is older is on the disk.
+func TestKillTakesSeconds(t *testing.T) {
+	s := newSite(t)
+	s.keepFlows()
+	writeIdentity(t, s.dir, "agent", s.agent)
+	agent := s.startProcess(t, "agent", "a", paceEnv+"=1", bufferEnv+"=1000000")
+	waitFor(t, func() bool { return agent.said.Load() > 6000 }, func() string { return fmt.Sprint(agent.said.Load()) })
+	said := agent.kill(t)
+	s.startCollector()
+	s.startNode(500).drained(t)
+	h := s.held()[api.Class_CLASS_FLOW]
+	checkKilled(t, h, said, "flow", 1)
+	if lost := h.causes["agent_spool/agent_restart"]; lost > h.last/2 || lost != h.lost {
+		t.Errorf("lost are %v", h.causes)
 	}
 }
 

@@ -16,9 +16,13 @@ type Status struct {
 	Problem string
 	// StoreProblem is why critical records cannot be written; empty if they can.
 	StoreProblem string
+	// SpoolProblem is why flow records cannot be kept on the disk; empty if they can.
+	SpoolProblem string
 
 	CriticalPending uint64 // numbers that the collector has not acknowledged, those in the queue included
 	FlowPending     uint64 // flow records in memory that the collector has not acknowledged
+	FlowSpooled     uint64 // numbers of the flow class on the disk that the collector has not acknowledged
+	SpoolBytes      uint64 // that the flow spool takes on the disk
 	FlowProduced    uint64 // numbers of the flow class given out in this epoch
 	FlowShed        uint64 // flow records that this process had to let go for want of room
 	FlowLost        uint64 // numbers that are going to be, or wait to be, reported as lost
@@ -33,6 +37,7 @@ type connState struct {
 	since        time.Time
 	problem      string
 	storeProblem string
+	spoolProblem string
 }
 
 // Status returns how the stream stands now.
@@ -43,11 +48,13 @@ func (s *Streamer) Status(ctx context.Context) (Status, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	held := s.buf.records()
+	held, spooled := s.buf.records(), s.buf.disk.to-s.buf.disk.from
 	return Status{
-		Address: s.cfg.Address, Connected: s.state.connected, Since: s.state.since, Problem: s.state.problem, StoreProblem: s.state.storeProblem,
+		Address: s.cfg.Address, Connected: s.state.connected, Since: s.state.since, Problem: s.state.problem,
+		StoreProblem: s.state.storeProblem, SpoolProblem: s.state.spoolProblem,
 		CriticalPending: last - acked + uint64(len(s.queue.waiting)+s.queue.writing), FlowPending: held,
-		FlowProduced: s.buf.last, FlowShed: s.buf.shed, FlowLost: s.buf.last - s.buf.base - held,
+		FlowSpooled: spooled, SpoolBytes: s.spoolBytes(),
+		FlowProduced: s.buf.last, FlowShed: s.buf.shed, FlowLost: s.buf.last - s.buf.base - held - spooled,
 		LogSize: s.witness.latest.Size, LogProblem: s.witness.problem,
 	}, nil
 }

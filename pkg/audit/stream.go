@@ -277,9 +277,10 @@ func (ss *session) sendFlow() (bool, error) {
 	if ss.flow.full() {
 		return false, nil
 	}
-	ss.mu.Lock()
-	entries := ss.buf.after(ss.flow.sent, ss.reserved, batchEntries)
-	ss.mu.Unlock()
+	entries, err := ss.nextFlow(ss.flow.sent)
+	if err != nil {
+		return false, err
+	}
 	sealed, err := encodeAll(entries)
 	if err != nil {
 		return false, err

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -57,6 +58,8 @@ type site struct {
 	t         testing.TB
 	dir       string
 	address   string
+	spoolDir  string // empty: there is no spool
+	spool     int64  // bytes
 	agent     identity
 	collector identity
 	logKey    string // in the node's configuration
@@ -124,8 +127,7 @@ type node struct {
 func (s *site) startNode(flowBuffer int) *node {
 	s.t.Helper()
 	st := must(store.Open(filepath.Join(s.dir, "state", "node.db")))(s.t)
-	cfg := audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: flowBuffer, Logger: silent,
-		LogKey: s.logKey, Alarm: s.alarm}
+	cfg := s.nodeConfig(st, flowBuffer)
 	n := &node{Streamer: must(audit.New(cfg))(s.t), store: st}
 	stop := s.running(n.Run)
 	n.stop = sync.OnceFunc(func() {
@@ -136,15 +138,30 @@ func (s *site) startNode(flowBuffer int) *node {
 	return n
 }
 
+func (s *site) nodeConfig(st *store.Store, flowBuffer int) audit.Config {
+	return audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: flowBuffer,
+		SpoolDir: s.spoolDir, SpoolBudget: s.spool, Logger: silent, LogKey: s.logKey, Alarm: s.alarm}
+}
+
 // drained waits until the collector has everything.
 func (n *node) drained(t testing.TB) audit.Status {
 	t.Helper()
 	var st audit.Status
 	waitFor(t, func() bool {
 		st = must(n.Status(t.Context()))(t)
-		return st.Connected && st.CriticalPending == 0 && st.FlowPending == 0 && st.FlowLost == 0
+		return st.Connected && st.CriticalPending == 0 && st.FlowPending == 0 && st.FlowSpooled == 0 && st.FlowLost == 0
 	}, func() string { return fmt.Sprintf("%+v", st) })
 	return st
+}
+
+// halfFree waits until the disk has what half of the memory has no room for.
+func (n *node) halfFree(t testing.TB, buffer int) {
+	t.Helper()
+	var st audit.Status
+	waitFor(t, func() bool {
+		st = must(n.Status(t.Context()))(t)
+		return int(st.FlowPending) <= buffer/2
+	}, func() string { return fmt.Sprintf("%+v", st) })
 }
 
 func waitFor(t testing.TB, ready func() bool, what func() string) {
@@ -250,9 +267,16 @@ func bypassed(id string) flow.Record {
 
 // The collector comes and goes, the agent restarts, memory is short: delivered + lost = produced.
 func TestDeliveredPlusLostIsProduced(t *testing.T) {
-	for _, buffer := range []int{50, 100000} {
-		t.Run(fmt.Sprint("buffer ", buffer), func(t *testing.T) {
+	for _, c := range []struct {
+		buffer int
+		spool  int64 // with one, memory is waited for until half of it is free
+	}{{50, 0}, {100000, 0}, {1000, 1 << 30}, {1000, 1 << 20}} {
+		buffer := c.buffer
+		t.Run(fmt.Sprintf("buffer %d, spool %d", buffer, c.spool), func(t *testing.T) {
 			s := newSite(t)
+			if s.spool = c.spool; s.spool > 0 {
+				s.spoolDir = filepath.Join(s.dir, "state", "flows")
+			}
 			rng := rand.New(rand.NewPCG(uint64(buffer), 1))
 			stop := func() {}
 			n := s.startNode(buffer)
@@ -278,9 +302,14 @@ func TestDeliveredPlusLostIsProduced(t *testing.T) {
 						n.Kick()
 						critical++
 					default:
-						n.Flow(proxied(id))
+						r := proxied(id)
+						r.Detail = strings.Repeat("d", 2000)
+						n.Flow(r)
 						flows++
 					}
+				}
+				if s.spool > 0 {
+					n.halfFree(t, buffer)
 				}
 				if rng.IntN(2) == 0 {
 					n.stop()
@@ -306,8 +335,11 @@ func TestDeliveredPlusLostIsProduced(t *testing.T) {
 			if states := s.states(); len(states) != 2 || states[0].GetChainBreaks()+states[1].GetChainBreaks() != 0 || s.alarmed() != nil {
 				t.Errorf("sequences are %v, alarms %v", states, s.alarmed())
 			}
-			if shed := causes["agent_spool/buffer_full"]; (buffer > 1000) != (shed == 0) || len(causes) > 2 {
-				t.Errorf("losses with a buffer of %d are %v", buffer, causes)
+			want := map[string]bool{"kernel_ring/full": true, "agent_spool/buffer_full": buffer < 1000, "flow_spool/spool_full": c.spool == 1<<20}
+			for cause := range want {
+				if want[cause] != (causes[cause] > 0) || len(causes) > 2 {
+					t.Errorf("losses are %v", causes)
+				}
 			}
 		})
 	}
@@ -403,4 +435,13 @@ func (s *site) restore() {
 	if err := errors.Join(os.RemoveAll(state), os.Rename(filepath.Join(s.dir, "backup"), state)); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// usual is a record as most are, with all that they tell.
+func usual(i uint64) flow.Record {
+	r := proxied(fmt.Sprintf("01M820C9DB9KARVAY8MNDHWZ-%08x", i))
+	r.Client, r.Server = netip.MustParseAddrPort("192.0.2.10:41234"), netip.MustParseAddrPort("192.0.2.7:5432")
+	r.Protocol, r.Service, r.Device, r.Identity = "tcp", "postgres", "eth0", "spiffe://example.org/ns/payments/sa/settlement"
+	r.Boot, r.CPU, r.Seq = time.Duration(i)*time.Millisecond, 3, i
+	return r
 }

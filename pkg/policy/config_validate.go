@@ -22,6 +22,8 @@ const (
 	maxSYNs        = 1000000
 	maxLease       = 60 * time.Second
 	maxFlowBuffer  = 1 << 24
+	minFlowSpool   = 1 << 20
+	maxFlowSpool   = 1 << 40
 	maxConnections = 1 << 20
 	maxRequests    = 1000000
 	maxHeld        = 65536
@@ -44,6 +46,7 @@ func (c *AgentConfig) validate(d *document) {
 	d.report("spec.podLoopback", checkPodLoopback(c.Spec.PodLoopback))
 	d.report("spec.lease", checkRange(c.Spec.Lease, minLease, maxLease))
 	d.report("spec.flowBuffer", checkCount(c.Spec.FlowBuffer, maxFlowBuffer))
+	d.report("spec.flowSpool", checkSpool(c.Spec.FlowSpool))
 	if c.Spec.Metrics != "" {
 		d.report("spec.metrics", checkListenAddress(c.Spec.Metrics))
 	}
@@ -234,6 +237,13 @@ func checkRange(v Duration, least, most time.Duration) error {
 func checkCount(v, most uint32) error {
 	if v == 0 || v > most {
 		return faultf("write a number in that range", "%d is not from 1 to %d", v, most)
+	}
+	return nil
+}
+
+func checkSpool(v Size) error {
+	if v != 0 && (v < minFlowSpool || v > maxFlowSpool) {
+		return faultf("write a size in that range, or 0B", "%s is neither 0B nor from %s to %s", v, Size(minFlowSpool), Size(maxFlowSpool))
 	}
 	return nil
 }

@@ -110,17 +110,9 @@ func replaceSteps(path, epoch string) (steps []func() error) {
 		})
 	}
 	return append(steps,
-		func() error { return syncDir(path) },
+		func() error { return syncDir(filepath.Dir(path)) },
 		func() error { return os.Rename(path+sufNext+epoch, path) },
-		func() error { return syncDir(path) })
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+		func() error { return syncDir(filepath.Dir(path)) })
 }
 
 // begin makes the new store beside the damaged one, whole, and names it as such.
@@ -152,7 +144,7 @@ func begin(path string, p pages, tell func(Recovered) ([]Item, error)) (Recovere
 	if err := os.Rename(beside, path+sufNext+r.Epoch); err != nil {
 		return Recovered{}, err
 	}
-	return r, syncDir(path)
+	return r, syncDir(filepath.Dir(path))
 }
 
 // takeFrom fills a new store with what holds of a damaged one.
