@@ -238,6 +238,23 @@ func TestSpooledOutlivesAKill(t *testing.T) {
 	}
 }
 
+// Losses that are older than what is on the disk are told as what they were, however little memory there is.
+func TestRestoreBelowTheDisk(t *testing.T) {
+	p := newSpooling(t, 5, 1<<20)
+	for _, cause := range []string{"a", "b", "c"} {
+		p.s.buf.lose(span{stage: StageKernelRing, cause: cause}, 10)
+	}
+	rest, err := p.s.buf.rest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := restore(store.FlowState{Produced: 45, Spool: rest}, 30, 40, 1, time.Unix(0, 0))
+	checkCover(t, b)
+	if len(b.gone) != 3 || b.disk.from != 30 || b.disk.to != 40 || b.last != 45 {
+		t.Errorf("gone are %+v, on the disk %+v, last is %d", b.gone, b.disk, b.last)
+	}
+}
+
 // The oldest give way on the disk, and what they told of losses elsewhere is told all the same.
 func TestSpoolGivesWay(t *testing.T) {
 	p := newSpooling(t, 5, 256<<10)
