@@ -19,6 +19,7 @@ type spooling struct {
 	rng     *rand.Rand
 	dir     string
 	budget  int64
+	limit   int // of memory
 	s       *Streamer
 	st      store.FlowState
 	sent    uint64
@@ -30,7 +31,7 @@ type spooling struct {
 }
 
 func newSpooling(t *testing.T, seed uint64, budget int64) *spooling {
-	p := &spooling{t: t, rng: rand.New(rand.NewPCG(seed, 9)), dir: t.TempDir(), budget: budget, ledger: newLedger(), records: map[uint64]string{}}
+	p := &spooling{t: t, rng: rand.New(rand.NewPCG(seed, 9)), dir: t.TempDir(), budget: budget, limit: 64 >> (seed % 5), ledger: newLedger(), records: map[uint64]string{}}
 	p.start()
 	return p
 }
@@ -44,7 +45,7 @@ func (p *spooling) start() {
 	}
 	from, to := spool.Range()
 	p.s = &Streamer{cfg: Config{SpoolDir: p.dir, SpoolBudget: p.budget}, spool: spool, log: slog.New(slog.DiscardHandler), wakeSend: make(chan struct{}, 1)}
-	p.s.buf = restore(p.st, from, to, 64, time.Unix(0, 0))
+	p.s.buf = restore(p.st, from, to, p.limit, time.Unix(0, 0))
 	p.s.buf.ack(p.ledger.seq) // the collector says so
 	p.sent = p.ledger.seq
 }
@@ -150,7 +151,7 @@ func (p *spooling) finish() {
 // Whatever is produced, spooled, shed, sent, acknowledged, sent again, stopped, killed or damaged: the collector sees every number
 // once, a record under its own number, a loss under its own cause, and no more losses than there were.
 func TestSpoolAccounts(t *testing.T) {
-	for seed := range uint64(24) {
+	for seed := range uint64(12) {
 		p := newSpooling(t, seed, []int64{1 << 20, 16 << 10}[seed%2]) // the small one is always full
 		harmful := seed%3 == 0
 		for range 300 {
@@ -194,9 +195,32 @@ func TestSpoolAccounts(t *testing.T) {
 	}
 }
 
+// Memory that is half full goes to the disk without waiting for more.
+func TestHalfFullIsSpooled(t *testing.T) {
+	dir := t.TempDir()
+	st, err := store.Open(filepath.Join(dir, "node.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	s, err := New(Config{Store: st, Node: "node-1", FlowBuffer: 100, SpoolDir: filepath.Join(dir, "flows"), SpoolBudget: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 51 {
+		if len(s.wakeSpool) > 0 {
+			t.Errorf("the disk is asked at %d records of 100", n)
+		}
+		s.Flow(flow.Record{})
+	}
+	if len(s.wakeSpool) == 0 {
+		t.Error("the disk is not asked")
+	}
+}
+
 // What is on the disk is lost by no kill.
 func TestSpooledOutlivesAKill(t *testing.T) {
-	p := newSpooling(t, 1, 1<<20)
+	p := newSpooling(t, 5, 1<<20)
 	for range 50 {
 		p.record()
 	}
@@ -214,9 +238,26 @@ func TestSpooledOutlivesAKill(t *testing.T) {
 	}
 }
 
+// Losses that are older than what is on the disk are told as what they were, however little memory there is.
+func TestRestoreBelowTheDisk(t *testing.T) {
+	p := newSpooling(t, 5, 1<<20)
+	for _, cause := range []string{"a", "b", "c"} {
+		p.s.buf.lose(span{stage: StageKernelRing, cause: cause}, 10)
+	}
+	rest, err := p.s.buf.rest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := restore(store.FlowState{Produced: 45, Spool: rest}, 30, 40, 1, time.Unix(0, 0))
+	checkCover(t, b)
+	if len(b.gone) != 3 || b.disk.from != 30 || b.disk.to != 40 || b.last != 45 {
+		t.Errorf("gone are %+v, on the disk %+v, last is %d", b.gone, b.disk, b.last)
+	}
+}
+
 // The oldest give way on the disk, and what they told of losses elsewhere is told all the same.
 func TestSpoolGivesWay(t *testing.T) {
-	p := newSpooling(t, 1, 256<<10)
+	p := newSpooling(t, 5, 256<<10)
 	for range 40 {
 		for range 30 {
 			p.record()
