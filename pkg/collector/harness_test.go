@@ -143,16 +143,32 @@ type chain struct {
 // nodeSigner is the one key of a node's epoch, in all of the tests.
 func nodeSigner(t *testing.T, name, epoch string) (note.Signer, string) {
 	t.Helper()
-	seed := sha256.Sum256([]byte(name + epoch))
-	return signerOf(t, proof.NodeSigner(name, epoch), seed)
+	return signerOf(t, proof.NodeSigner(name, epoch), seedOf(name, epoch))
 }
+
+func seedOf(name, epoch string) [32]byte { return sha256.Sum256([]byte(name + epoch)) }
 
 func signerOf(t *testing.T, name string, seed [32]byte) (note.Signer, string) {
 	t.Helper()
-	vkey := must(note.NewEd25519VerifierKey(name, ed25519.NewKeyFromSeed(seed[:]).Public().(ed25519.PublicKey)))(t)
-	hash := must(note.NewVerifier(vkey))(t).KeyHash()
-	skey := fmt.Sprintf("PRIVATE+KEY+%s+%08x+%s", name, hash, base64.StdEncoding.EncodeToString(append([]byte{1}, seed[:]...)))
-	return must(note.NewSigner(skey))(t), vkey
+	signer, vkey, err := newSigner(name, seed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signer, vkey
+}
+
+func newSigner(name string, seed [32]byte) (note.Signer, string, error) {
+	public, _ := ed25519.NewKeyFromSeed(seed[:]).Public().(ed25519.PublicKey)
+	vkey, err := note.NewEd25519VerifierKey(name, public)
+	if err != nil {
+		return nil, "", err
+	}
+	key, err := note.NewVerifier(vkey)
+	if err != nil {
+		return nil, "", err
+	}
+	signer, err := note.NewSigner(fmt.Sprintf("PRIVATE+KEY+%s+%08x+%s", name, key.KeyHash(), base64.StdEncoding.EncodeToString(append([]byte{1}, seed[:]...))))
+	return signer, vkey, err
 }
 
 // connect speaks the newest version.

@@ -168,6 +168,10 @@ func TestRetain(t *testing.T) {
 const childEnv = "SALLYPORT_COLLECTOR_TEST_SOCKET"
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(killEnv); dir != "" {
+		fmt.Fprintln(os.Stderr, work(dir))
+		os.Exit(1)
+	}
 	if path := os.Getenv(childEnv); path != "" {
 		n, err := readLocal(path)
 		fmt.Println(n, status.Code(err))
