@@ -252,9 +252,19 @@ func (c *chain) seal(of sequence, entries []*api.Entry, signer note.Signer, chan
 	return out, err
 }
 
+// next reads a frame that is no checkpoint: on a slow machine one comes at any time.
+func (n *node) next() (*api.CollectorFrame, error) {
+	for {
+		f, err := n.stream.Recv()
+		if err != nil || f.GetGrown() == nil {
+			return f, err
+		}
+	}
+}
+
 func (n *node) ack() *api.Ack {
 	n.t.Helper()
-	return must(n.stream.Recv())(n.t).GetAck()
+	return must(n.next())(n.t).GetAck()
 }
 
 func (n *node) store(class api.Class, entries ...*api.Entry) {
@@ -268,7 +278,7 @@ func (n *node) store(class api.Class, entries ...*api.Entry) {
 // refused reads the status with which the stream ended.
 func (n *node) refused(code codes.Code) {
 	n.t.Helper()
-	f, err := n.stream.Recv()
+	f, err := n.next()
 	if status.Code(err) != code {
 		n.t.Fatalf("have %v, %v; want %s", f, err, code)
 	}
