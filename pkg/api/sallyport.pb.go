@@ -1198,9 +1198,8 @@ type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Class         Class                  `protobuf:"varint,1,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
 	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"` // ascending seq; version 1 of the stream
-	Raw           []*Raw                 `protobuf:"bytes,4,rep,name=raw,proto3" json:"raw,omitempty"`         // ascending seq, in the place of entries from version 2 on
-	Seal          []byte                 `protobuf:"bytes,5,opt,name=seal,proto3" json:"seal,omitempty"`       // over raw: proof.Seal, a signed note
+	Raw           []*Raw                 `protobuf:"bytes,4,rep,name=raw,proto3" json:"raw,omitempty"`   // ascending seq
+	Seal          []byte                 `protobuf:"bytes,5,opt,name=seal,proto3" json:"seal,omitempty"` // over raw: proof.Seal, a signed note
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1247,13 +1246,6 @@ func (x *Batch) GetEpoch() string {
 		return x.Epoch
 	}
 	return ""
-}
-
-func (x *Batch) GetEntries() []*Entry {
-	if x != nil {
-		return x.Entries
-	}
-	return nil
 }
 
 func (x *Batch) GetRaw() []*Raw {
@@ -1357,7 +1349,7 @@ type Welcome struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	CriticalSeq   uint64                 `protobuf:"varint,1,opt,name=critical_seq,json=criticalSeq,proto3" json:"critical_seq,omitempty"`
 	FlowSeq       uint64                 `protobuf:"varint,2,opt,name=flow_seq,json=flowSeq,proto3" json:"flow_seq,omitempty"`
-	Version       uint32                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`                              // that both speak; 0: 1
+	Version       uint32                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`                              // that both speak
 	CriticalSeal  []byte                 `protobuf:"bytes,4,opt,name=critical_seal,json=criticalSeal,proto3" json:"critical_seal,omitempty"` // the last that is stored; empty: none
 	FlowSeal      []byte                 `protobuf:"bytes,5,opt,name=flow_seal,json=flowSeal,proto3" json:"flow_seal,omitempty"`
 	LogKey        string                 `protobuf:"bytes,6,opt,name=log_key,json=logKey,proto3" json:"log_key,omitempty"`          // verifier of the log's checkpoints (a C2SP vkey)
@@ -5993,13 +5985,12 @@ const file_sallyport_proto_rawDesc = "" +
 	"\bnode_key\x18\x06 \x01(\tR\anodeKey\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\a \x01(\fR\n" +
-	"checkpoint\"\xc2\x01\n" +
+	"checkpoint\"\x93\x01\n" +
 	"\x05Batch\x12/\n" +
 	"\x05class\x18\x01 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x123\n" +
-	"\aentries\x18\x03 \x03(\v2\x19.sallyport.v1alpha1.EntryR\aentries\x12)\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12)\n" +
 	"\x03raw\x18\x04 \x03(\v2\x17.sallyport.v1alpha1.RawR\x03raw\x12\x12\n" +
-	"\x04seal\x18\x05 \x01(\fR\x04seal\"{\n" +
+	"\x04seal\x18\x05 \x01(\fR\x04sealJ\x04\b\x03\x10\x04\"{\n" +
 	"\n" +
 	"AgentFrame\x121\n" +
 	"\x05hello\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.HelloH\x00R\x05hello\x121\n" +
@@ -6525,140 +6516,139 @@ var file_sallyport_proto_depIdxs = []int32{
 	3,   // 18: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
 	5,   // 19: sallyport.v1alpha1.Entry.tide:type_name -> sallyport.v1alpha1.Tide
 	0,   // 20: sallyport.v1alpha1.Batch.class:type_name -> sallyport.v1alpha1.Class
-	9,   // 21: sallyport.v1alpha1.Batch.entries:type_name -> sallyport.v1alpha1.Entry
-	10,  // 22: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
-	11,  // 23: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
-	12,  // 24: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
-	16,  // 25: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
-	15,  // 26: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
-	0,   // 27: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
-	15,  // 28: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
-	14,  // 29: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
-	17,  // 30: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	16,  // 31: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
-	81,  // 32: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
-	1,   // 33: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	0,   // 34: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 35: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
-	2,   // 36: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
-	0,   // 37: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
-	3,   // 38: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	81,  // 39: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	81,  // 40: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
-	5,   // 41: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	81,  // 42: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	81,  // 43: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	81,  // 44: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	81,  // 45: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	81,  // 46: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
-	29,  // 47: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
-	0,   // 48: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 49: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
-	16,  // 50: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	81,  // 51: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	81,  // 52: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
-	0,   // 53: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 54: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
-	35,  // 55: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	82,  // 56: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	80,  // 57: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	39,  // 58: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
-	40,  // 59: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
-	40,  // 60: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
-	40,  // 61: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
-	40,  // 62: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
-	38,  // 63: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	81,  // 64: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	82,  // 65: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	44,  // 66: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
-	43,  // 67: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	81,  // 68: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	81,  // 69: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	44,  // 70: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	82,  // 71: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
-	47,  // 72: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	47,  // 73: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	47,  // 74: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	47,  // 75: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	81,  // 76: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 77: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	62,  // 78: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	63,  // 79: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	82,  // 80: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	81,  // 81: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	72,  // 82: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	47,  // 83: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	47,  // 84: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	82,  // 85: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	82,  // 86: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	43,  // 87: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	73,  // 88: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	81,  // 89: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	76,  // 90: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	47,  // 91: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	82,  // 92: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	82,  // 93: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	82,  // 94: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	82,  // 95: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	77,  // 96: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	81,  // 97: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	44,  // 98: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	81,  // 99: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	13,  // 100: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	23,  // 101: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	24,  // 102: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	25,  // 103: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	26,  // 104: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	27,  // 105: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	30,  // 106: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	32,  // 107: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	34,  // 108: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	37,  // 109: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	42,  // 110: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	46,  // 111: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	49,  // 112: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	51,  // 113: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	55,  // 114: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	57,  // 115: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	53,  // 116: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	59,  // 117: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	61,  // 118: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	66,  // 119: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	68,  // 120: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	78,  // 121: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	74,  // 122: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	70,  // 123: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	64,  // 124: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	18,  // 125: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	19,  // 126: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	20,  // 127: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	21,  // 128: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	22,  // 129: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	28,  // 130: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	31,  // 131: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	33,  // 132: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	36,  // 133: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	41,  // 134: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	45,  // 135: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	48,  // 136: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	50,  // 137: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	52,  // 138: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	56,  // 139: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	58,  // 140: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	54,  // 141: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	60,  // 142: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 143: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	67,  // 144: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	69,  // 145: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	79,  // 146: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	75,  // 147: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	71,  // 148: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	65,  // 149: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	125, // [125:150] is the sub-list for method output_type
-	100, // [100:125] is the sub-list for method input_type
-	100, // [100:100] is the sub-list for extension type_name
-	100, // [100:100] is the sub-list for extension extendee
-	0,   // [0:100] is the sub-list for field type_name
+	10,  // 21: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
+	11,  // 22: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
+	12,  // 23: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
+	16,  // 24: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
+	15,  // 25: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
+	0,   // 26: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
+	15,  // 27: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
+	14,  // 28: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
+	17,  // 29: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
+	16,  // 30: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
+	81,  // 31: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	1,   // 32: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	0,   // 33: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 34: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	2,   // 35: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
+	0,   // 36: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
+	3,   // 37: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
+	81,  // 38: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	81,  // 39: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	5,   // 40: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
+	81,  // 41: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	81,  // 42: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	81,  // 43: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	81,  // 44: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	81,  // 45: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	29,  // 46: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
+	0,   // 47: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 48: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	16,  // 49: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
+	81,  // 50: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	81,  // 51: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	0,   // 52: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
+	81,  // 53: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	35,  // 54: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
+	82,  // 55: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	80,  // 56: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	39,  // 57: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
+	40,  // 58: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
+	40,  // 59: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
+	40,  // 60: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
+	40,  // 61: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
+	38,  // 62: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	81,  // 63: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	82,  // 64: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	44,  // 65: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
+	43,  // 66: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	81,  // 67: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	81,  // 68: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	44,  // 69: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
+	82,  // 70: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	47,  // 71: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	47,  // 72: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	47,  // 73: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	47,  // 74: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	81,  // 75: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 76: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	62,  // 77: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	63,  // 78: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	82,  // 79: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	81,  // 80: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	72,  // 81: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	47,  // 82: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	47,  // 83: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	82,  // 84: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	82,  // 85: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	43,  // 86: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	73,  // 87: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	81,  // 88: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	76,  // 89: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	47,  // 90: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	82,  // 91: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	82,  // 92: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	82,  // 93: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	82,  // 94: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	77,  // 95: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	81,  // 96: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	44,  // 97: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	81,  // 98: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	13,  // 99: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	23,  // 100: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	24,  // 101: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	25,  // 102: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	26,  // 103: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	27,  // 104: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	30,  // 105: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	32,  // 106: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	34,  // 107: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	37,  // 108: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	42,  // 109: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	46,  // 110: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	49,  // 111: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	51,  // 112: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	55,  // 113: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	57,  // 114: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	53,  // 115: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	59,  // 116: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	61,  // 117: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	66,  // 118: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	68,  // 119: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	78,  // 120: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	74,  // 121: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	70,  // 122: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	64,  // 123: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	18,  // 124: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	19,  // 125: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	20,  // 126: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	21,  // 127: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	22,  // 128: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	28,  // 129: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	31,  // 130: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	33,  // 131: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	36,  // 132: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	41,  // 133: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	45,  // 134: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	48,  // 135: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	50,  // 136: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	52,  // 137: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	56,  // 138: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	58,  // 139: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	54,  // 140: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	60,  // 141: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 142: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	67,  // 143: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	69,  // 144: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	79,  // 145: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	75,  // 146: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	71,  // 147: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	65,  // 148: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	124, // [124:149] is the sub-list for method output_type
+	99,  // [99:124] is the sub-list for method input_type
+	99,  // [99:99] is the sub-list for extension type_name
+	99,  // [99:99] is the sub-list for extension extendee
+	0,   // [0:99] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }

@@ -16,21 +16,9 @@ type batch struct {
 	entries []*api.Entry
 	data    [][]byte // of each entry: an Entry without its number
 
-	seal   *proof.Seal // nil: version 1 of the stream has none
-	signed []byte      // the seal as it came
-	vkey   string      // of the node
-}
-
-// encode makes the bytes to be kept of entries that came without.
-func (b *batch) encode() error {
-	for _, e := range b.entries {
-		data, err := proto.Marshal(&api.Entry{Record: e.GetRecord()})
-		if err != nil {
-			return fmt.Errorf("%w: entry %d: %w", errEntry, e.GetSeq(), err)
-		}
-		b.data = append(b.data, data)
-	}
-	return nil
+	seal   proof.Seal
+	signed []byte // the seal as it came
+	vkey   string // of the node
 }
 
 // decode reads entries from the bytes that are kept of them.
@@ -58,14 +46,14 @@ func (b *batch) open(key note.Verifier) error {
 	if err := seal.Check(b.proofEntries()); err != nil {
 		return fmt.Errorf("%w: %w", errEntry, err)
 	}
-	_, end, lost, err := continues(seal.First-1, b.entries)
+	end, lost, err := continues(seal.First-1, b.entries)
 	switch {
 	case err != nil:
 		return err
 	case end != seal.Last || lost != seal.Lost:
 		return fmt.Errorf("%w: seal %d counts %d as lost up to %d, its entries %d up to %d", errEntry, seal.Number, seal.Lost, seal.Last, lost, end)
 	}
-	b.seal = &seal
+	b.seal = seal
 	return nil
 }
 

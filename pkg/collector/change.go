@@ -45,30 +45,18 @@ func (c *change) nodeKey(of nodeEpoch) (nodeKey, bool) {
 // put checks the whole batch before it writes any of it. Its error is the disk's, the one in the result is the batch's.
 func (c *change) put(b batch) (result, error) {
 	m := c.mark(b.sequence)
-	if b.seal != nil {
-		if b.seal.Last <= m.seq {
-			return c.again(b, m)
-		}
-		breaks, err := c.follows(b, m)
-		if err != nil {
-			return result{err: err}, nil
-		}
-		if breaks {
-			m.breaks++
-		}
+	if b.seal.Last <= m.seq {
+		return c.again(b, m)
 	}
-	fresh, end, lost, err := continues(m.seq, b.entries)
+	breaks, err := c.follows(b, m)
 	if err != nil {
 		return result{err: err}, nil
 	}
-	if len(fresh) == 0 {
-		return result{mark: m}, nil
+	if breaks {
+		m.breaks++
 	}
-	m.seq, m.lost, m.received = end, m.lost+lost, c.received
-	if b.seal != nil {
-		m.number, m.seal = b.seal.Number, b.signed
-	}
-	if err := c.store(b, len(b.entries)-len(fresh)); err != nil {
+	m.seq, m.lost, m.received, m.number, m.seal = b.seal.Last, m.lost+b.seal.Lost, c.received, b.seal.Number, b.signed
+	if err := c.store(b); err != nil {
 		return result{}, err
 	}
 	c.marks[b.sequence] = m
@@ -127,16 +115,14 @@ func (c *change) sealOf(b batch) (signed []byte, err error) {
 	return signed, err
 }
 
-// store writes the entries of a batch from one on, and if it is sealed its leaves.
-func (c *change) store(b batch, from int) error {
-	if b.seal != nil {
-		if err := c.register(b); err != nil {
-			return err
-		}
+// store writes the entries of a batch, and its leaves.
+func (c *change) store(b batch) error {
+	if err := c.register(b); err != nil {
+		return err
 	}
-	for i := from; i < len(b.entries); i++ {
-		r := row{sequence: b.sequence, entry: b.entries[i], data: b.data[i], received: c.received}
-		if b.seal != nil && r.entry.GetGrant() != nil {
+	for i, e := range b.entries {
+		r := row{sequence: b.sequence, entry: e, data: b.data[i], received: c.received}
+		if r.entry.GetGrant() != nil {
 			leaf, err := c.leaf(proof.EventLeaf(b.proofSequence(), proof.Entry{Seq: r.entry.GetSeq(), Data: r.data}))
 			if err != nil {
 				return err
@@ -146,9 +132,6 @@ func (c *change) store(b batch, from int) error {
 		if err := insert(c.ctx, c.tx, r); err != nil {
 			return err
 		}
-	}
-	if b.seal == nil {
-		return nil
 	}
 	leaf, err := c.leaf(b.signed)
 	if err != nil {

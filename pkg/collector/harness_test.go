@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -124,14 +125,13 @@ func (r *running) dial(t *testing.T, as identity) *grpc.ClientConn {
 	return conn
 }
 
-// node is an agent's side of a stream, in the test's hands. It seals what it sends, if it speaks version 2.
+// node is an agent's side of a stream, in the test's hands. It seals what it sends.
 type node struct {
-	t       *testing.T
-	stream  api.AuditIngest_StreamClient
-	name    string
-	epoch   string
-	version uint32
-	chains  map[api.Class]*chain
+	t      *testing.T
+	stream api.AuditIngest_StreamClient
+	name   string
+	epoch  string
+	chains map[api.Class]*chain
 }
 
 // chain is a node's last seal of a class.
@@ -180,7 +180,7 @@ func (r *running) connect(t *testing.T, name, epoch string) (*node, *api.Welcome
 
 func (r *running) greet(t *testing.T, h *api.Hello) (*node, *api.Welcome) {
 	t.Helper()
-	n := &node{t: t, name: h.GetNode(), epoch: h.GetEpoch(), version: h.GetVersion(), stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+h.GetNode()))).Stream(t.Context()))(t)}
+	n := &node{t: t, name: h.GetNode(), epoch: h.GetEpoch(), stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+h.GetNode()))).Stream(t.Context()))(t)}
 	n.send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: h}})
 	w := must(n.stream.Recv())(t).GetWelcome()
 	n.chains = map[api.Class]*chain{critical: n.chain(w.GetCriticalSeal()), flows: n.chain(w.GetFlowSeal())}
@@ -206,10 +206,6 @@ func (n *node) send(f *api.AgentFrame) {
 
 func (n *node) batch(class api.Class, entries ...*api.Entry) {
 	n.t.Helper()
-	if n.version == 1 {
-		n.sendBatch(&api.Batch{Class: class, Epoch: n.epoch, Entries: entries})
-		return
-	}
 	n.sendBatch(n.sealed(class, entries, nil))
 }
 
@@ -231,8 +227,12 @@ func (n *node) sealed(class api.Class, entries []*api.Entry, change func(*proof.
 
 func (c *chain) seal(of sequence, entries []*api.Entry, signer note.Signer, change func(*proof.Seal)) (*api.Batch, error) {
 	b := batch{sequence: of, entries: entries}
-	if err := b.encode(); err != nil {
-		return nil, err
+	for _, e := range entries {
+		data, err := proto.Marshal(&api.Entry{Record: e.GetRecord()})
+		if err != nil {
+			return nil, err
+		}
+		b.data = append(b.data, data)
 	}
 	s := proof.Seal{Sequence: b.proofSequence(), Number: c.number + 1, Before: proof.Follows(c.signed), First: entries[0].GetSeq(),
 		Last: entries[len(entries)-1].GetSeq(), Entries: len(entries), Root: proof.Root(b.proofEntries())}
@@ -252,9 +252,19 @@ func (c *chain) seal(of sequence, entries []*api.Entry, signer note.Signer, chan
 	return out, err
 }
 
+// next reads a frame that is no checkpoint: on a slow machine one comes at any time.
+func (n *node) next() (*api.CollectorFrame, error) {
+	for {
+		f, err := n.stream.Recv()
+		if err != nil || f.GetGrown() == nil {
+			return f, err
+		}
+	}
+}
+
 func (n *node) ack() *api.Ack {
 	n.t.Helper()
-	return must(n.stream.Recv())(n.t).GetAck()
+	return must(n.next())(n.t).GetAck()
 }
 
 func (n *node) store(class api.Class, entries ...*api.Entry) {
@@ -268,7 +278,7 @@ func (n *node) store(class api.Class, entries ...*api.Entry) {
 // refused reads the status with which the stream ended.
 func (n *node) refused(code codes.Code) {
 	n.t.Helper()
-	f, err := n.stream.Recv()
+	f, err := n.next()
 	if status.Code(err) != code {
 		n.t.Fatalf("have %v, %v; want %s", f, err, code)
 	}

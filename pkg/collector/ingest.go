@@ -3,7 +3,6 @@ package collector
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -18,10 +17,9 @@ import (
 )
 
 const (
-	wireVersion   = 2 // the newest that is spoken
-	oldestVersion = 1
-	helloWithin   = 30 * time.Second
-	growEvery     = 10 * time.Second
+	wireVersion = 2
+	helloWithin = 30 * time.Second
+	growEvery   = 10 * time.Second
 )
 
 // ingest is the AuditIngest service.
@@ -44,13 +42,12 @@ func newIngest(stopping context.Context, w *writer, p peers, log *slog.Logger) *
 // session is one stream of one node. A node has one at a time: a new one takes over, because the old
 // may be a connection that died without a word.
 type session struct {
-	node    string
-	epoch   string
-	version uint32
-	vkey    string        // of the node's seals; from version 2 on
-	key     note.Verifier // of vkey
-	over    chan struct{} // closed when another took over
-	told    int64         // leaves of the log that the node knows of; owned by Stream
+	node  string
+	epoch string
+	vkey  string        // of the node's seals
+	key   note.Verifier // of vkey
+	over  chan struct{} // closed when another took over
+	told  int64         // leaves of the log that the node knows of; owned by Stream
 
 	mu    sync.Mutex
 	ended bool // guarded by mu, which is held while a batch is stored
@@ -138,7 +135,7 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 		return nil, err
 	}
 	g.enter(s)
-	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId(), "version", s.version)
+	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId())
 	err = stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())}})
 	if err != nil {
 		g.leave(s)
@@ -158,19 +155,14 @@ func (g *ingest) open(h *api.Hello, node string) (*session, error) {
 		return nil, status.Error(codes.InvalidArgument, "first frame is no hello")
 	case h.GetNode() != node:
 		return nil, status.Errorf(codes.PermissionDenied, "hello names node %q, the certificate %q", h.GetNode(), node)
-	case h.GetVersion() < oldestVersion || oldest > wireVersion || oldest > h.GetVersion():
-		return nil, status.Errorf(codes.FailedPrecondition, "versions %d to %d of the stream, this collector speaks %d to %d",
-			oldest, h.GetVersion(), oldestVersion, wireVersion)
+	case h.GetVersion() < wireVersion || oldest > wireVersion:
+		return nil, status.Errorf(codes.FailedPrecondition, "versions %d to %d of the stream, this collector speaks %d", oldest, h.GetVersion(), wireVersion)
 	}
 	if _, err := ulid.ParseStrict(h.GetEpoch()); err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "epoch %q: %v", h.GetEpoch(), err)
 	}
-	s := &session{node: node, epoch: h.GetEpoch(), version: min(h.GetVersion(), wireVersion), over: make(chan struct{})}
-	if s.version == 1 {
-		return s, nil
-	}
+	s := &session{node: node, epoch: h.GetEpoch(), vkey: h.GetNodeKey(), over: make(chan struct{})}
 	var err error
-	s.vkey = h.GetNodeKey()
 	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) {
 		return nil, status.Errorf(codes.InvalidArgument, "node key %q is none of node %q in epoch %s", s.vkey, node, s.epoch)
 	}
@@ -183,11 +175,8 @@ func (g *ingest) open(h *api.Hello, node string) (*session, error) {
 func (g *ingest) welcome(ctx context.Context, s *session, checkpoint []byte) *api.Welcome {
 	critical := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_CRITICAL})
 	flow := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_FLOW})
-	w := &api.Welcome{CriticalSeq: critical.seq, FlowSeq: flow.seq}
-	if s.version == 1 {
-		return w
-	}
-	w.Version, w.CriticalSeal, w.FlowSeal, w.LogKey = s.version, critical.seal, flow.seal, g.write.key.vkey
+	w := &api.Welcome{Version: wireVersion, CriticalSeq: critical.seq, FlowSeq: flow.seq, CriticalSeal: critical.seal, FlowSeal: flow.seal,
+		LogKey: g.write.key.vkey}
 	if c, err := proof.OpenCheckpoint(checkpoint, g.write.key); err == nil {
 		s.told = c.Size
 	}
@@ -210,7 +199,7 @@ func (g *ingest) grown(ctx context.Context, s *session) *api.Grown {
 
 // tell sends a checkpoint if the log grew since the last one.
 func (g *ingest) tell(stream api.AuditIngest_StreamServer, s *session) error {
-	if s.version == 1 || g.write.head().size == s.told {
+	if g.write.head().size == s.told {
 		return nil
 	}
 	return stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Grown{Grown: g.grown(stream.Context(), s)}})
@@ -276,16 +265,7 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 
 // read decodes a batch, and holds a sealed one against its seal.
 func (s *session) read(b *api.Batch) (batch, error) {
-	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, entries: b.GetEntries(), signed: b.GetSeal()}
-	if s.version == 1 {
-		if len(b.GetRaw()) > 0 || len(b.GetSeal()) > 0 {
-			return batch{}, fmt.Errorf("%w: batch of version 2 in a stream of version 1", errEntry)
-		}
-		return out, out.encode()
-	}
-	if len(b.GetEntries()) > 0 {
-		return batch{}, fmt.Errorf("%w: batch of version 1 in a stream of version %d", errEntry, s.version)
-	}
+	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, signed: b.GetSeal()}
 	if err := out.decode(b.GetRaw()); err != nil {
 		return batch{}, err
 	}

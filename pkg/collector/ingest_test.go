@@ -104,36 +104,31 @@ func tryWrite(t *testing.T, c api.AuditIngestClient) codes.Code {
 	return status.Code(err)
 }
 
-// A batch of version 1 that is sent again, in part or whole, on the same stream or another, is stored once.
-func TestExactlyOnceUnsealed(t *testing.T) {
+// A new stream takes over from the node's other one and goes on where that was. Nodes and epochs are apart.
+func TestSequences(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	connect := func(t *testing.T, name, epoch string) (*node, *api.Welcome) {
-		return r.greet(t, &api.Hello{Node: name, Epoch: epoch, Version: 1})
-	}
-	n, w := connect(t, "node-1", epoch1)
+	n, w := r.connect(t, "node-1", epoch1)
 	if w.GetCriticalSeq() != 0 || w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to a new node: %v", w)
 	}
 	n.store(flows, flowEntries(1, 5)...)
-	n.store(flows, flowEntries(1, 5)...)
-	n.store(flows, flowEntries(3, 8)...)
+	n.store(flows, flowEntries(6, 8)...)
 	n.store(critical, grantEntry(1, "g", "ACTIVATED"))
 	n.store(flows, lossEntry(18, 10), flowEntry(19, nil))
 
-	again, w := connect(t, "node-1", epoch1)
+	again, w := r.connect(t, "node-1", epoch1)
 	if w.GetCriticalSeq() != 1 || w.GetFlowSeq() != 19 {
 		t.Fatalf("welcome: %v", w)
 	}
-	again.store(flows, lossEntry(18, 10), flowEntry(19, nil))
-	again.store(flows, flowEntries(19, 20)...)
+	again.store(flows, flowEntries(20, 20)...)
 	n.refused(codes.Aborted) // the new stream took over
 
-	other, w := connect(t, "node-2", epoch1)
+	other, w := r.connect(t, "node-2", epoch1)
 	if w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to another node: %v", w)
 	}
 	other.store(flows, flowEntries(1, 1)...)
-	fresh, w := connect(t, "node-1", epoch2)
+	fresh, w := r.connect(t, "node-1", epoch2)
 	if w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to another epoch: %v", w)
 	}
@@ -145,12 +140,10 @@ func TestExactlyOnceUnsealed(t *testing.T) {
 	}
 }
 
-func TestUnsealedBatchRefused(t *testing.T) {
+// What is no batch is refused, under whatever seal.
+func TestBatchRefused(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	connect := func(t *testing.T) (*node, *api.Welcome) {
-		return r.greet(t, &api.Hello{Node: "node-1", Epoch: epoch1, Version: 1})
-	}
-	n, _ := connect(t)
+	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
 	wrongClass := func(n *node) { n.batch(api.Class_CLASS_UNSPECIFIED, flowEntry(4, nil)) }
 	wrongEpoch := func(n *node) { n.epoch = epoch2; n.batch(flows, flowEntry(4, nil)) }
@@ -166,7 +159,7 @@ func TestUnsealedBatchRefused(t *testing.T) {
 		{"loss of nothing", func(n *node) { n.batch(flows, lossEntry(4, 0)) }, codes.InvalidArgument},
 		{"loss before the first", func(n *node) { n.batch(flows, lossEntry(4, 5)) }, codes.InvalidArgument},
 		{"twice in a batch", func(n *node) { n.batch(flows, flowEntry(4, nil), flowEntry(4, nil)) }, codes.InvalidArgument},
-		{"descending", func(n *node) { n.batch(flows, flowEntry(5, nil), flowEntry(4, nil)) }, codes.FailedPrecondition},
+		{"descending", func(n *node) { n.batch(flows, flowEntry(5, nil), flowEntry(4, nil)) }, codes.InvalidArgument},
 		{"no record", func(n *node) { n.batch(flows, &api.Entry{Seq: 4}) }, codes.InvalidArgument},
 		{"number zero", func(n *node) { n.batch(flows, flowEntry(0, nil)) }, codes.InvalidArgument},
 		{"huge", func(n *node) { n.batch(flows, lossEntry(1<<63, 1<<63-4)) }, codes.InvalidArgument},
@@ -175,7 +168,7 @@ func TestUnsealedBatchRefused(t *testing.T) {
 		{"second hello", func(n *node) { n.send(hello("node-1", epoch1, wireVersion)) }, codes.InvalidArgument},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			n, w := connect(t)
+			n, w := r.connect(t, "node-1", epoch1)
 			if w.GetFlowSeq() != 3 {
 				t.Fatalf("welcome: %v", w)
 			}
@@ -333,8 +326,12 @@ func TestDiskFull(t *testing.T) {
 func TestTakenOver(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	g := newIngest(t.Context(), r.write, r.peers, r.log)
-	session := func() *session { return &session{node: "node-1", epoch: epoch1, version: 1, over: make(chan struct{})} }
-	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: flows, Epoch: epoch1, Entries: flowEntries(1, 3)}}}
+	signer, vkey := nodeSigner(t, "node-1", epoch1)
+	session := func() *session {
+		return must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)
+	}
+	sealed := must((&chain{}).seal(sequence{"node-1", epoch1, flows}, flowEntries(1, 3), signer, nil))(t)
+	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: sealed}}
 	first, second := session(), session()
 	g.enter(first)
 	g.enter(second)

@@ -70,7 +70,7 @@ func workNode(w *writer, name string) error {
 		if err != nil {
 			return err
 		}
-		b, err := (&session{node: name, epoch: epoch1, version: 2, vkey: vkey, key: key}).read(sent)
+		b, err := (&session{node: name, epoch: epoch1, vkey: vkey, key: key}).read(sent)
 		if err != nil {
 			return err
 		}

@@ -91,3 +91,33 @@ func TestOlderLayout(t *testing.T) {
 		t.Errorf("a key was made: %v", err)
 	}
 }
+
+// A log does not go on from hashes that are not those of its checkpoint.
+func TestForeignHead(t *testing.T) {
+	for name, change := range map[string]string{
+		"hash": `UPDATE hashes SET hash = (SELECT hash FROM hashes WHERE idx = 0) WHERE idx = (SELECT max(idx) FROM hashes)`,
+		"gone": `DELETE FROM hashes WHERE idx = (SELECT max(idx) FROM hashes)`,
+		"size": `UPDATE head SET size = 2`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := start(t, newIDs(t), nil)
+			n, _ := r.connect(t, "node-1", epoch1)
+			for seq := range uint64(3) {
+				n.store(flows, flowEntry(seq+1, nil))
+			}
+			path := r.days.all()[0].path
+			r.stop()
+			db := must(sql.Open("sqlite", path))(t)
+			must(db.Exec(change))(t)
+			if err := db.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := New(r.cfg); err == nil {
+				got.Close()
+				t.Error("the collector starts")
+			} else if !strings.Contains(err.Error(), "the log") {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+}

@@ -273,7 +273,7 @@ func putHash(ctx context.Context, tx *sql.Tx, at int64, h tlog.Hash) error {
 	return err
 }
 
-func putBatch(ctx context.Context, tx *sql.Tx, s sequence, seal *proof.Seal, leaf int64, received time.Time) error {
+func putBatch(ctx context.Context, tx *sql.Tx, s sequence, seal proof.Seal, leaf int64, received time.Time) error {
 	_, err := tx.ExecContext(ctx, `INSERT INTO batches (leaf, node, epoch, class, number, first, last, received) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
 		leaf, s.node, s.epoch, s.class, seal.Number, seal.First, seal.Last, received.UnixNano())
 	return err

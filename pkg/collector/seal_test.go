@@ -90,9 +90,6 @@ func TestSealedBatchRefused(t *testing.T) {
 		{"no entry", func(_ *testing.T, n *node) *api.Batch {
 			return &api.Batch{Class: flows, Epoch: epoch1, Raw: []*api.Raw{{Seq: 6, Data: []byte{0xff}}}}
 		}, codes.InvalidArgument},
-		{"entries of version 1", func(*testing.T, *node) *api.Batch {
-			return &api.Batch{Class: flows, Epoch: epoch1, Entries: flowEntries(6, 7)}
-		}, codes.InvalidArgument},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n, w := r.connect(t, "node-1", epoch1)
@@ -222,35 +219,16 @@ func TestKeyIsTheStoredOne(t *testing.T) {
 func TestNegotiation(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	_, vkey := nodeSigner(t, "node-1", epoch1)
-	for _, c := range []struct{ version, oldest, want uint32 }{{1, 0, 0}, {1, 1, 0}, {2, 0, 2}, {2, 1, 2}, {3, 2, 2}, {9, 1, 2}} {
+	for _, c := range []struct{ version, oldest, want uint32 }{{2, 0, 2}, {2, 1, 2}, {3, 2, 2}, {9, 1, 2}} {
 		n, w := r.greet(t, &api.Hello{Node: "node-1", Epoch: epoch1, Version: c.version, Oldest: c.oldest, NodeKey: vkey})
-		if n == nil || w.GetVersion() != c.want || (w.GetLogKey() == "") != (c.want == 0) {
+		if n == nil || w.GetVersion() != c.want || w.GetLogKey() == "" {
 			t.Errorf("%v: welcome is %v", c, w)
 		}
 	}
-	for _, c := range [][2]uint32{{3, 3}, {3, 0}, {0, 0}, {1, 2}} {
+	for _, c := range [][2]uint32{{3, 3}, {3, 0}, {0, 0}, {1, 2}, {1, 0}, {1, 1}} {
 		n := &node{t: t, stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+"node-1"))).Stream(t.Context()))(t)}
 		n.send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{Node: "node-1", Epoch: epoch1, Version: c[0], Oldest: c[1], NodeKey: vkey}}})
 		n.refused(codes.FailedPrecondition)
-	}
-}
-
-// A node that begins to seal goes on where it was without seals, and back.
-func TestVersionsMix(t *testing.T) {
-	r := start(t, newIDs(t), nil)
-	key := r.logKeyOf(t)
-	for round := range uint64(2) {
-		n, w := r.greet(t, &api.Hello{Node: "node-1", Epoch: epoch1, Version: 1})
-		if w.GetCriticalSeq() != 4*round || w.GetVersion() != 0 || w.GetGrown() != nil {
-			t.Fatalf("welcome: %v", w)
-		}
-		n.store(critical, grantEntry(4*round+1, "g", "ACTIVATED"), grantEntry(4*round+2, "g", "ENDED"))
-		n, _ = r.connect(t, "node-1", epoch1)
-		n.store(critical, grantEntry(4*round+3, "g", "ACTIVATED"), grantEntry(4*round+4, "g", "ENDED"))
-	}
-	got, err := proven(r.evidence(t, &api.EvidenceRequest{Grant: "g"}), key)
-	if want := []uint64{3, 4, 7, 8}; err != nil || !reflect.DeepEqual(numbers(got), want) {
-		t.Errorf("proven are %v, %v; want %v", numbers(got), err, want)
 	}
 }
 

@@ -265,34 +265,26 @@ func (w *writer) today(ctx context.Context) (*dayFile, error) {
 	return f, nil
 }
 
-// continues returns the entries that follow on mark, without those that are there already, and how many numbers losses among them
-// count. Each must take up where the one before ended: a record takes one number, a loss as many as it counts.
-func continues(mark uint64, entries []*api.Entry) (fresh []*api.Entry, end, lost uint64, err error) {
-	end = mark
-	var last uint64 // of the batch, known or not
+// continues tells how far entries reach above number end, and how many numbers losses among them count. Each must take up where the one
+// before ended: a record takes one number, a loss as many as it counts.
+func continues(end uint64, entries []*api.Entry) (_, lost uint64, err error) {
 	for _, e := range entries {
 		n := uint64(1)
 		switch r := e.GetRecord().(type) {
 		case nil:
-			return nil, 0, 0, fmt.Errorf("%w: entry %d has no record that this collector knows", errEntry, e.GetSeq())
+			return 0, 0, fmt.Errorf("%w: entry %d has no record that this collector knows", errEntry, e.GetSeq())
 		case *api.Entry_Loss:
 			n = r.Loss.GetCount()
-		}
-		seq := e.GetSeq()
-		if n == 0 || seq < n || seq > math.MaxInt64 || seq <= last {
-			return nil, 0, 0, fmt.Errorf("%w: entry %d takes %d numbers after %d", errEntry, seq, n, last)
-		}
-		last = seq
-		if seq <= mark {
-			continue
-		}
-		if seq-n != end {
-			return nil, 0, 0, fmt.Errorf("%w: entry %d takes %d numbers, stored is up to %d", errGap, seq, n, end)
-		}
-		if e.GetLoss() != nil {
 			lost += n
 		}
-		fresh, end = append(fresh, e), seq
+		switch seq := e.GetSeq(); {
+		case n == 0 || seq < n || seq > math.MaxInt64 || seq <= end:
+			return 0, 0, fmt.Errorf("%w: entry %d takes %d numbers after %d", errEntry, seq, n, end)
+		case seq-n != end:
+			return 0, 0, fmt.Errorf("%w: entry %d takes %d numbers, the one before it ends at %d", errGap, seq, n, end)
+		default:
+			end = seq
+		}
 	}
-	return fresh, end, lost, nil
+	return end, lost, nil
 }
