@@ -96,7 +96,7 @@ func TestPlainForm(t *testing.T) {
 		want  string
 	}{
 		{"order, numbers, times", &api.LossRecord{Stage: "s", Count: 1 << 60, From: at},
-			`{"stage":"s","cause":"","count":1152921504606846976,"from":"2026-07-01T22:00:00.005Z","at_most":false}`},
+			`{"stage":"s","cause":"","count":1152921504606846976,"from":"2026-07-01T22:00:00.005Z","at_most":false,"ranges":[]}`},
 		{"lists and durations", &api.PathsReply{Paths: []*api.Path{{Slot: 1, Left: durationpb.New(1500 * time.Millisecond)}}},
 			`"left":"1.5s"`},
 		{"empty list", &api.GrantsReply{}, `{"grants":[]}`},
