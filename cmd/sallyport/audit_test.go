@@ -35,6 +35,8 @@ func TestVerdictsAreExitCodes(t *testing.T) {
 	grown := func(from int64, proved *evidence.Log) string {
 		return write(t, "grown", evidence.Write(t, []proof.Line{{Kind: proof.LineCheckpoint, Note: string(proved.Checkpoint(proved.Size())), From: from, Proof: l.Grown(l.Size(), from)}}))
 	}
+	proved := proof.Line{Kind: proof.LineCheckpoint, Note: string(l.Checkpoint(l.Size())), From: 3, Proof: l.Grown(l.Size(), 3)}
+	several := write(t, "several", evidence.Write(t, []proof.Line{proved, {Kind: proof.LineCheckpoint, Note: proved.Note}}))
 	fork := evidence.NewLog(t, "") // of the same key, with another history
 	for range l.Size() {
 		fork.Node("node-x")
@@ -54,6 +56,7 @@ func TestVerdictsAreExitCodes(t *testing.T) {
 		"no such key":                  {2, []string{"verify", bundle, "--key", "/nowhere"}},
 		"not a key":                    {2, []string{"verify", bundle, "--key", bundle}},
 		"grew":                         {0, []string{"consistency", older, grown(3, l), "--key", key}},
+		"grew, among others":           {0, []string{"consistency", older, several, "--key", key}},
 		"the same":                     {0, []string{"consistency", bundle, bundle, "--key", key}},
 		"set back":                     {1, []string{"consistency", bundle, older, "--key", key}},
 		"two histories":                {1, []string{"consistency", older, grown(3, fork), "--key", key}},

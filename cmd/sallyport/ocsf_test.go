@@ -109,7 +109,7 @@ func (s *schema) checkThing(where string, thing *schemaThing, value map[string]a
 }
 
 func (s *schema) checkValue(where string, a schemaAttribute, v any, profiles []string) []string {
-	ok := true
+	var ok bool
 	switch a.Type {
 	case "integer_t", "long_t", "timestamp_t", "port_t":
 		var n json.Number
