@@ -51,7 +51,9 @@ type Config struct {
 	// Retain is how long a day is kept after it ended; 0: for ever.
 	Retain time.Duration
 	// Now is the wall clock that chooses the daily file; nil: time.Now.
-	Now    func() time.Time
+	Now func() time.Time
+	// Boot is the time since boot, which nobody sets; nil: CLOCK_BOOTTIME. Days are dropped only while Now keeps to it.
+	Boot   func() time.Duration
 	Logger *slog.Logger // nil: slog.Default
 }
 
@@ -81,6 +83,9 @@ func New(cfg Config) (_ *Collector, err error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Boot == nil {
+		cfg.Boot = bootTime
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
@@ -94,7 +99,7 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers); err != nil {
 		return nil, err
 	}
-	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Retain, c.log); err != nil {
+	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, c.log); err != nil {
 		return nil, err
 	}
 	if c.write, err = newWriter(c.days); err != nil {

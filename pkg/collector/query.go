@@ -3,6 +3,7 @@ package collector
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -136,10 +137,22 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	var bad *damage
+	if errors.As(err, &bad) {
+		return q.damaged(ctx, bad)
+	}
 	if _, isStatus := status.FromError(err); err != nil && !isStatus {
 		return status.Errorf(codes.Internal, "read records: %v", err)
 	}
 	return err
+}
+
+// damaged tells a reader that a day is missing from the answer. Asked again, the collector answers without that day.
+func (q *query) damaged(ctx context.Context, bad *damage) error {
+	if err := q.days.found(context.WithoutCancel(ctx), bad); err != nil {
+		return status.Error(codes.DataLoss, err.Error())
+	}
+	return status.Errorf(codes.DataLoss, "%v; it is set aside at the collector: ask again for what the other days have", bad)
 }
 
 func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
@@ -301,7 +314,7 @@ func scanFlow(rows *sql.Rows, id *int64) (*api.StoredFlow, error) {
 		return nil, err
 	}
 	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetFlow())
+	return m, decode(data, m.GetFlow())
 }
 
 func scanGrantEvent(rows *sql.Rows, id *int64) (*api.StoredGrantEvent, error) {
@@ -312,7 +325,7 @@ func scanGrantEvent(rows *sql.Rows, id *int64) (*api.StoredGrantEvent, error) {
 		return nil, err
 	}
 	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetEvent())
+	return m, decode(data, m.GetEvent())
 }
 
 func scanLoss(rows *sql.Rows, id *int64) (*api.StoredLoss, error) {
@@ -323,5 +336,12 @@ func scanLoss(rows *sql.Rows, id *int64) (*api.StoredLoss, error) {
 		return nil, err
 	}
 	m.Received = timestamppb.New(time.Unix(0, received))
-	return m, proto.Unmarshal(data, m.GetLoss())
+	return m, decode(data, m.GetLoss())
+}
+
+func decode(data []byte, m proto.Message) error {
+	if err := proto.Unmarshal(data, m); err != nil {
+		return fmt.Errorf("%w: record cannot be read: %w", errDamaged, err)
+	}
+	return nil
 }

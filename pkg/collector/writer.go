@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"sync"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 )
@@ -51,19 +52,12 @@ type writer struct {
 func newWriter(d *days) (*writer, error) {
 	w := &writer{days: d, jobs: make(chan job), quit: make(chan struct{}), marks: marks{}, more: make(chan struct{})}
 	ctx := context.Background()
-	files := d.all()
-	for i := len(files) - 1; i >= 0; i-- {
-		m, err := files[i].marks(ctx)
-		if errors.Is(err, errNoTables) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		w.marks = m
-		break
+	m, err := d.recover(ctx)
+	if err != nil {
+		return nil, err
 	}
-	for _, f := range files {
+	w.marks = m
+	for _, f := range d.all() {
 		if err := f.prepare(ctx, w.marks); err != nil {
 			return nil, err
 		}
@@ -100,10 +94,14 @@ func (w *writer) put(s sequence, entries []*api.Entry) (uint64, error) {
 
 // run writes until stop.
 func (w *writer) run() {
+	look := time.NewTicker(steadyLook)
+	defer look.Stop()
 	for {
 		select {
 		case j := <-w.jobs:
 			w.commit(w.gather(j))
+		case <-look.C:
+			w.keep(context.Background())
 		case <-w.quit:
 			return
 		}
@@ -186,11 +184,17 @@ func (w *writer) write(ctx context.Context, group []job, results []result) (reac
 	if err == nil && !ok {
 		err = errStopping
 	}
+	if bad := file.damageBehind(ctx, err); bad != nil {
+		err = errors.Join(err, w.mend(ctx, bad))
+	}
 	return reached, err
 }
 
 // today returns the file of the day, made if it is a new day.
 func (w *writer) today(ctx context.Context) (*dayFile, error) {
+	if err := w.mendFound(ctx); err != nil {
+		return nil, err
+	}
 	f, isNew := w.days.today()
 	if !isNew {
 		return f, nil
