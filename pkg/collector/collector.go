@@ -50,6 +50,10 @@ type Config struct {
 	SocketUIDs []uint32
 	// Retain is how long a day is kept after it ended; 0: for ever.
 	Retain time.Duration
+	// Limits of each node.
+	Limits Limits
+	// Metrics is the host:port that serves Prometheus metrics over plain HTTP; empty: none.
+	Metrics string
 	// Now is the wall clock that chooses the daily file; nil: time.Now.
 	Now func() time.Time
 	// Boot is the time since boot, which nobody sets; nil: CLOCK_BOOTTIME. Days are dropped only while Now keeps to it.
@@ -71,7 +75,10 @@ type Collector struct {
 	write *writer
 	peers peers
 
-	tcp, unix net.Listener
+	nodes  *nodes
+	meters *meters
+
+	tcp, unix, metrics net.Listener
 }
 
 // New opens the daily files and the listeners. If Run is not going to be called, call Close.
@@ -89,7 +96,7 @@ func New(cfg Config) (_ *Collector, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	c := &Collector{cfg: cfg, log: cfg.Logger}
+	c := &Collector{cfg: cfg, log: cfg.Logger, nodes: newNodes(cfg.Limits, cfg.Boot, cfg.Logger), meters: newMeters()}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -105,6 +112,11 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.write, err = newWriter(c.days); err != nil {
 		return nil, err
 	}
+	if files := c.days.all(); len(files) > 0 {
+		if err := c.nodes.remember(context.Background(), files[len(files)-1]); err != nil {
+			return nil, err
+		}
+	}
 	return c, c.listen()
 }
 
@@ -113,7 +125,12 @@ func (c *Collector) listen() (err error) {
 		return err
 	}
 	if c.cfg.Socket != "" {
-		c.unix, err = listenUnix(c.cfg.Socket)
+		if c.unix, err = listenUnix(c.cfg.Socket); err != nil {
+			return err
+		}
+	}
+	if c.cfg.Metrics != "" {
+		c.metrics, err = net.Listen("tcp", c.cfg.Metrics)
 	}
 	return err
 }
@@ -124,7 +141,7 @@ func (c *Collector) Addr() net.Addr { return c.tcp.Addr() }
 // Close gives back what New took. Run does it too.
 func (c *Collector) Close() error {
 	var errs []error
-	for _, l := range []net.Listener{c.tcp, c.unix} {
+	for _, l := range []net.Listener{c.tcp, c.unix, c.metrics} {
 		if l != nil {
 			if err := l.Close(); !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -143,8 +160,15 @@ func (c *Collector) Run(ctx context.Context) error {
 	stop, stopped := context.WithCancel(ctx)
 	defer stopped()
 	servers := c.servers(stop)
-	failed := make(chan error, len(servers))
+	failed := make(chan error, len(servers)+1)
 	var serving, writing sync.WaitGroup
+	if c.metrics != nil {
+		serving.Go(func() {
+			if err := c.serveMetrics(stop, c.metrics); err != nil {
+				failed <- err
+			}
+		})
+	}
 	for l, s := range servers {
 		serving.Go(func() { failed <- s.Serve(l) })
 	}
@@ -169,7 +193,7 @@ func (c *Collector) Run(ctx context.Context) error {
 func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server {
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
 	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
-	api.RegisterAuditIngestServer(remote, newIngest(stop, c.write, c.peers, c.log))
+	api.RegisterAuditIngestServer(remote, newIngest(stop, c.write, c.peers, c.nodes, c.meters, c.log))
 	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, changed: c.write.changed, admit: c.peers.reader, proof: proofTTL})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {

@@ -25,14 +25,16 @@ type ingest struct {
 	stopping context.Context
 	write    *writer
 	peers    peers
+	nodes    *nodes
+	meters   *meters
 	log      *slog.Logger
 
 	mu     sync.Mutex
 	active map[string]*session // by node; guarded by mu
 }
 
-func newIngest(stopping context.Context, w *writer, p peers, log *slog.Logger) *ingest {
-	return &ingest{stopping: stopping, write: w, peers: p, log: log, active: map[string]*session{}}
+func newIngest(stopping context.Context, w *writer, p peers, n *nodes, m *meters, log *slog.Logger) *ingest {
+	return &ingest{stopping: stopping, write: w, peers: p, nodes: n, meters: m, log: log, active: map[string]*session{}}
 }
 
 // session is one stream of one node. A node has one at a time: a new one takes over, because the old
@@ -41,6 +43,8 @@ type session struct {
 	node  string
 	epoch string
 	over  chan struct{} // closed when another took over
+
+	presence *presence
 
 	mu    sync.Mutex
 	ended bool // guarded by mu, which is held while a batch is stored
@@ -60,9 +64,14 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 		return err
 	}
 	defer g.leave(s)
+	s.presence = g.nodes.heard(node, 1)
+	defer g.nodes.heard(node, -1)
 	for {
 		select {
 		case f := <-frames:
+			if err := g.hold(stream.Context(), s, f.GetBatch()); err != nil {
+				return err
+			}
 			ack, err := g.take(s, f)
 			if err != nil {
 				return err
@@ -189,14 +198,18 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
-	mark, err := g.write.put(sequence{s.node, s.epoch, b.GetClass()}, b.GetEntries())
+	of := sequence{s.node, s.epoch, b.GetClass()}
+	before := g.write.mark(of)
+	mark, err := g.write.put(of, b.GetEntries())
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}
+	g.meters.stored(b.GetClass(), b.GetEntries(), before, mark)
 	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: mark}, nil
 }
 
 func (g *ingest) refuse(s *session, err error) error {
+	g.meters.refuse(err)
 	switch {
 	case errors.Is(err, errGap):
 		g.log.Error("gap in a sequence", "node", s.node, "epoch", s.epoch, "err", err)
