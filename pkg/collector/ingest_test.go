@@ -332,7 +332,7 @@ func TestDiskFull(t *testing.T) {
 // was an answer for good.
 func TestTakenOver(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	g := newIngest(t.Context(), r.write, r.peers, r.log)
+	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	session := func() *session { return &session{node: "node-1", epoch: epoch1, version: 1, over: make(chan struct{})} }
 	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{Class: flows, Epoch: epoch1, Entries: flowEntries(1, 3)}}}
 	first, second := session(), session()
