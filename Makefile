@@ -40,7 +40,7 @@ soak-leaks: ## probe without an identity while everything is killed and replaced
 
 soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothing lost, nothing revived; and SEQUENCES=200 random ones of calls, deaths and clocks
 	go run ./tools/needs test
-	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store
+	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store ./pkg/collector
 	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
 
 test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
