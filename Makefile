@@ -40,11 +40,15 @@ soak-leaks: ## probe without an identity while everything is killed and replaced
 
 soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothing lost, nothing revived; and SEQUENCES=200 random ones of calls, deaths and clocks
 	go run ./tools/needs test
-	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store
+	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store ./pkg/collector
 	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
 
 soak-away: ## have the collector away for AWAY=1h with 500 flow records a second, and the agent restart: nothing lost, memory bounded
 	SALLYPORT_AWAY=$(or $(AWAY),1h) go test -count 1 -v -timeout 0 -run '^TestHourAway$$' ./pkg/audit
+
+test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
+	go run ./tools/needs test test-alerts
+	SALLYPORT_ALERTS=1 go test -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
