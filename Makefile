@@ -43,6 +43,10 @@ soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothin
 	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store
 	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
 
+test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
+	go run ./tools/needs test test-alerts
+	SALLYPORT_ALERTS=1 go test -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
+
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
 

@@ -54,6 +54,10 @@ type spec struct {
 	Operators operators `yaml:"operators"`
 	// Retain is how long a day is kept after it ended: 2160h (90 days). At least 24h; 0: for ever.
 	Retain string `yaml:"retain"`
+	// Limits of each node; over them its records wait.
+	Limits limits `yaml:"limits"`
+	// Metrics is the address that serves Prometheus metrics: none.
+	Metrics string `yaml:"metrics"`
 
 	retain time.Duration // Retain, read
 }
@@ -63,11 +67,18 @@ type operators struct {
 	UIDs []uint32 `yaml:"uids"`
 }
 
+type limits struct {
+	// RecordsPerSecond is 20000 unless it is set. 0: no limit.
+	RecordsPerSecond int `yaml:"recordsPerSecond"`
+	// BytesPerSecond is 32 MiB unless it is set. 0: no limit.
+	BytesPerSecond int `yaml:"bytesPerSecond"`
+}
+
 func defaultSpec() spec {
 	return spec{
 		Listen: ":9443", WorkloadAPI: "unix:///run/spire/sockets/agent.sock", DataDir: "/var/lib/sallyport-collector",
 		Socket: "/run/sallyport-collector/collector.sock", Operators: operators{UIDs: []uint32{0}},
-		Retain: "2160h",
+		Retain: "2160h", Limits: limits{RecordsPerSecond: 20000, BytesPerSecond: 32 << 20},
 	}
 }
 
@@ -94,7 +105,8 @@ func (c config) id() spiffeid.ID { return spiffeid.RequireFromString(c.Spec.ID) 
 func (c config) collector(source collector.Source, log *slog.Logger) collector.Config {
 	return collector.Config{
 		Dir: c.Spec.DataDir, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers,
-		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Logger: log,
+		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Metrics: c.Spec.Metrics, Logger: log,
+		Limits: collector.Limits{RecordsPerSecond: c.Spec.Limits.RecordsPerSecond, BytesPerSecond: c.Spec.Limits.BytesPerSecond},
 	}
 }
 
@@ -134,9 +146,10 @@ func (c *config) validate(r *reader) {
 		id, err := spiffeid.FromString(s.ID)
 		r.check(err == nil && id.MemberOf(td), "spec.id", fmt.Sprintf("%q is no SPIFFE ID of %s", s.ID, td), "leave it out for spiffe://"+td.Name()+"/sallyport/collector")
 	}
-	_, port, err := net.SplitHostPort(s.Listen)
-	n, portErr := strconv.ParseUint(port, 10, 16)
-	r.check(err == nil && portErr == nil && n > 0, "spec.listen", fmt.Sprintf("%q is no address with a port", s.Listen), "write HOST:PORT with a port from 1 to 65535, or :PORT for every address")
+	r.check(isAddress(s.Listen), "spec.listen", fmt.Sprintf("%q is no address with a port", s.Listen), addressHint)
+	r.check(s.Metrics == "" || isAddress(s.Metrics), "spec.metrics", fmt.Sprintf("%q is no address with a port", s.Metrics), addressHint)
+	r.check(s.Limits.RecordsPerSecond >= 0, "spec.limits.recordsPerSecond", "is negative", "write 0 for no limit")
+	r.check(s.Limits.BytesPerSecond >= 0, "spec.limits.bytesPerSecond", "is negative", "write 0 for no limit")
 	r.check(strings.HasPrefix(s.WorkloadAPI, "unix:///") || strings.HasPrefix(s.WorkloadAPI, "tcp://"), "spec.workloadAPI",
 		fmt.Sprintf("%q is no Workload API address", s.WorkloadAPI), "write unix:///PATH")
 	r.check(filepath.IsAbs(s.DataDir), "spec.dataDir", fmt.Sprintf("%q is no absolute path", s.DataDir), "begin it with /")
@@ -149,6 +162,14 @@ func (c *config) validate(r *reader) {
 		err := collector.CheckReaders([]string{reader})
 		r.check(err == nil, fmt.Sprintf("spec.readers[%d]", i), fmt.Sprint(err), "write a SPIFFE ID, or a prefix ending in /*")
 	}
+}
+
+const addressHint = "write HOST:PORT with a port from 1 to 65535, or :PORT for every address"
+
+func isAddress(s string) bool {
+	_, port, err := net.SplitHostPort(s)
+	n, portErr := strconv.ParseUint(port, 10, 16)
+	return err == nil && portErr == nil && n > 0
 }
 
 // reader collects problems with their lines.

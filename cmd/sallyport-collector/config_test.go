@@ -37,7 +37,7 @@ func TestExample(t *testing.T) {
 	}
 	want := defaultSpec()
 	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
-	want.Readers = []string{"spiffe://example.org/ops/*"}
+	want.Readers, want.Metrics = []string{"spiffe://example.org/ops/*"}, "127.0.0.1:9470"
 	if !reflect.DeepEqual(c.Spec, want) {
 		t.Errorf("have %+v, want %+v", c.Spec, want)
 	}
@@ -67,6 +67,8 @@ func TestWrongConfig(t *testing.T) {
 		"readers":         {head + "  readers:\n    - spiffe://example.org/a\n    - 'spiffe://*'\n    - bob\n", []string{"c.yaml:8: spec.readers[1]", "c.yaml:9: spec.readers[2]"}},
 		"nobody":          {head + "  operators: {uids: []}\n", []string{"c.yaml:6: spec.operators.uids"}},
 		"uid":             {head + "  operators: {uids: [root]}\n", []string{"c.yaml:6: cannot unmarshal"}},
+		"metrics":         {head + "  metrics: '9470'\n", []string{`c.yaml:6: spec.metrics: "9470" is no address with a port`}},
+		"limits":          {head + "  limits:\n    recordsPerSecond: -1\n    bytesPerSecond: -2\n", []string{"c.yaml:7: spec.limits.recordsPerSecond: ", "c.yaml:8: spec.limits.bytesPerSecond: "}},
 		"several at once": {head + "  listen: x\n  lisen: y\n  retain: 1s\n", []string{"c.yaml:7: field lisen", "c.yaml:6: spec.listen", "c.yaml:8: spec.retain"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -322,6 +322,7 @@ func (in *installed) testMetrics() {
 		`sallyport_grant_events_total{step="EXPIRED"} 1`, `sallyport_grant_events_total{step="REVOKED"} 1`,
 		`sallyport_grant_events_total{step="REFUSED"} 1`, `sallyport_hooked_devices{role="uplink"} 1`, `sallyport_problems{class="resources"} 0`,
 		`sallyport_packets_total{reason="NO_LISTENER"}`, `sallyport_audit_pending_records{class="critical"}`, `sallyport_paths{state="active"} 0`,
+		"sallyport_grant_longest_seconds 0", "sallyport_grant_widest_paths 0", "sallyport_grant_unused_seconds 0",
 	} {
 		if !contains(body, want) {
 			t.Errorf("metrics lack %s", want)

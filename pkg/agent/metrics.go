@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/identity"
 )
 
 // desc describes one metric. Every label has few values, none of which comes from outside.
@@ -26,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, shed,
-	modes, seenOpens, seenPackets, seenBytes, panic, failed *prometheus.Desc
+	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -61,8 +62,12 @@ func newMetrics(n *node) *metrics {
 			"service", "would"),
 		seenBytes: desc("watched_bytes_total", "IP bytes of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
 			"service", "would"),
-		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
-		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+		identity: desc("identity", "1 for the state that the agent's own identity is in; none without a collector and automation.", "state"),
+		longest:  desc("grant_longest_seconds", "How long the longest of the active grants lives in all."),
+		widest:   desc("grant_widest_paths", "How many paths the widest of the active grants has."),
+		unused:   desc("grant_unused_seconds", "How long the paths of that active grant have carried nothing for which it is longest; an agent that has just come counts from its start."),
+		panic:    desc("panic", "1 while a panic stands: every path ended, and none is opened."),
+		failed:   desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
 
@@ -70,7 +75,8 @@ func newMetrics(n *node) *metrics {
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.shed,
-		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed} {
+		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
+		m.identity, m.longest, m.widest, m.unused} {
 		ch <- d
 	}
 }
@@ -129,11 +135,41 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	for x, n := range filters {
 		gauge(ch, m.xdp, float64(n), string(x.Mode), string(x.Cause))
 	}
+	m.grantTerms(ch)
+	if m.node.identity != nil {
+		now := m.node.identity.Status().State
+		for _, s := range identity.States() {
+			gauge(ch, m.identity, truth(s == now), string(s))
+		}
+	}
 	live, over := m.node.grants.reviews.counts()
 	gauge(ch, m.glass, float64(live), "live")
 	gauge(ch, m.glass, float64(over), "unreviewed")
 	m.node.flowCounts.each(func(l flowLabels, n uint64) { counter(ch, m.records, n, l.source, l.event, l.verdict, l.reason) })
 	m.node.eventCounts.each(func(step string, n uint64) { counter(ch, m.grants, n, step) })
+}
+
+// grantTerms shows the extremes among the active grants: their ids would be labels without end.
+func (m *metrics) grantTerms(ch chan<- prometheus.Metric) {
+	longest, widest, unused := m.node.grants.extremes()
+	gauge(ch, m.longest, longest.Seconds())
+	gauge(ch, m.widest, float64(widest))
+	gauge(ch, m.unused, unused.Seconds())
+}
+
+// extremes are the longest life and the most paths of an active grant, and the longest time for which one has carried nothing.
+func (g *grants) extremes() (longest time.Duration, widest int, unused time.Duration) {
+	all, now := g.every(), g.clock.boot()
+	_ = inTurns(&g.mu, all, func(h *held) error {
+		if h.over != nil {
+			return nil
+		}
+		longest = max(longest, h.row.Deadline.Sub(h.row.Activated))
+		widest = max(widest, len(h.row.Slots))
+		unused = max(unused, now-h.use.moved)
+		return nil
+	})
+	return longest, widest, unused
 }
 
 func (m *metrics) kernel(ch chan<- prometheus.Metric) error {

@@ -53,8 +53,14 @@ type Config struct {
 	SocketUIDs []uint32
 	// Retain is how long a day is kept after it ended; 0: for ever.
 	Retain time.Duration
+	// Limits of each node.
+	Limits Limits
+	// Metrics is the host:port that serves Prometheus metrics over plain HTTP; empty: none.
+	Metrics string
 	// Now is the wall clock that chooses the daily file; nil: time.Now.
-	Now    func() time.Time
+	Now func() time.Time
+	// Boot is the time since boot, which nobody sets; nil: CLOCK_BOOTTIME. Days are dropped only while Now keeps to it.
+	Boot   func() time.Duration
 	Logger *slog.Logger // nil: slog.Default
 
 	growEvery time.Duration // between checkpoints to a node, while the log grows; 0: as usual
@@ -74,7 +80,10 @@ type Collector struct {
 	write *writer
 	peers peers
 
-	tcp, unix net.Listener
+	nodes  *nodes
+	meters *meters
+
+	tcp, unix, metrics net.Listener
 }
 
 // New opens the daily files and the listeners. If Run is not going to be called, call Close.
@@ -86,10 +95,13 @@ func New(cfg Config) (_ *Collector, err error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Boot == nil {
+		cfg.Boot = bootTime
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	c := &Collector{cfg: cfg, log: cfg.Logger}
+	c := &Collector{cfg: cfg, log: cfg.Logger, nodes: newNodes(cfg.Limits, cfg.Boot, cfg.Logger), meters: newMeters()}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -99,11 +111,16 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers); err != nil {
 		return nil, err
 	}
-	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Retain, c.log); err != nil {
+	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, c.log); err != nil {
 		return nil, err
 	}
 	if c.write, err = newWriter(c.days, cfg.TrustDomain); err != nil {
 		return nil, err
+	}
+	if files := c.days.all(); len(files) > 0 {
+		if err := c.nodes.remember(context.Background(), files[len(files)-1]); err != nil {
+			return nil, err
+		}
 	}
 	return c, c.listen()
 }
@@ -113,7 +130,12 @@ func (c *Collector) listen() (err error) {
 		return err
 	}
 	if c.cfg.Socket != "" {
-		c.unix, err = listenUnix(c.cfg.Socket)
+		if c.unix, err = listenUnix(c.cfg.Socket); err != nil {
+			return err
+		}
+	}
+	if c.cfg.Metrics != "" {
+		c.metrics, err = net.Listen("tcp", c.cfg.Metrics)
 	}
 	return err
 }
@@ -124,7 +146,7 @@ func (c *Collector) Addr() net.Addr { return c.tcp.Addr() }
 // Close gives back what New took. Run does it too.
 func (c *Collector) Close() error {
 	var errs []error
-	for _, l := range []net.Listener{c.tcp, c.unix} {
+	for _, l := range []net.Listener{c.tcp, c.unix, c.metrics} {
 		if l != nil {
 			if err := l.Close(); !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -146,8 +168,15 @@ func (c *Collector) Run(ctx context.Context) error {
 	stop, stopped := context.WithCancel(ctx)
 	defer stopped()
 	servers := c.servers(stop)
-	failed := make(chan error, len(servers))
+	failed := make(chan error, len(servers)+1)
 	var serving, writing sync.WaitGroup
+	if c.metrics != nil {
+		serving.Go(func() {
+			if err := c.serveMetrics(stop, c.metrics); err != nil {
+				failed <- err
+			}
+		})
+	}
 	for l, s := range servers {
 		serving.Go(func() { failed <- s.Serve(l) })
 	}
@@ -172,16 +201,16 @@ func (c *Collector) Run(ctx context.Context) error {
 func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server {
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
 	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
-	nodes := newIngest(stop, c.write, c.peers, c.log)
+	ingest := newIngest(stop, c.write, c.peers, c.nodes, c.meters, c.log)
 	if c.cfg.growEvery > 0 {
-		nodes.every = c.cfg.growEvery
+		ingest.every = c.cfg.growEvery
 	}
-	api.RegisterAuditIngestServer(remote, nodes)
-	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: nodes.connected, admit: c.peers.reader, proof: proofTTL})
+	api.RegisterAuditIngestServer(remote, ingest)
+	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
-		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: nodes.connected, admit: func(context.Context) error { return nil }})
+		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: func(context.Context) error { return nil }})
 		servers[c.unix] = local
 	}
 	return servers

@@ -33,11 +33,14 @@ type days struct {
 	retain time.Duration
 	log    *slog.Logger
 	lock   *os.File
+	steady steadiness
 
 	archive func(context.Context, *dayFile) error // what is to be kept of a day, before it is removed
 
-	mu    sync.Mutex
-	files []*dayFile // ascending by day; guarded by mu
+	mu      sync.Mutex
+	files   []*dayFile // ascending by day; guarded by mu
+	hurt    *damage    // of the newest, found by a reader; guarded by mu
+	damaged uint64     // days that were set aside; guarded by mu
 }
 
 // dayFile is one day of receipt (UTC).
@@ -45,6 +48,8 @@ type dayFile struct {
 	day  string
 	path string
 	base int64 // leaves of the log before this day; set when the tables are made or first read
+	// unclean says that the process that wrote it last did not close it; known from look on.
+	unclean bool
 
 	mu      sync.RWMutex // held for reading while a database is used
 	readers *sql.DB      // nil until first used
@@ -53,14 +58,15 @@ type dayFile struct {
 }
 
 // openDays takes the directory for this process alone.
-func openDays(dir string, now func() time.Time, retain time.Duration, log *slog.Logger) (_ *days, err error) {
+func openDays(dir string, now func() time.Time, boot func() time.Duration, retain time.Duration, log *slog.Logger) (_ *days, err error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create directory: %w", err)
 	}
-	d := &days{dir: dir, now: now, retain: retain, log: log}
+	d := &days{dir: dir, now: now, retain: retain, log: log, steady: steadiness{wall: now, boot: boot}}
+	d.steady.look()
 	if d.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, err
 	}
@@ -133,16 +139,17 @@ func (d *days) add(ctx context.Context, f *dayFile) {
 	d.drop(ctx)
 }
 
-// drop removes days that ended longer ago than they are to be kept, but never the newest.
+// drop removes a day that ended longer ago than days are to be kept, but never the newest. A wall clock that was set forward makes every day
+// old at once. So a day must be old against the newest day too, the clock must have run steadily for a while, and days go one by one: people
+// have time to see it.
 func (d *days) drop(ctx context.Context) {
-	if d.retain <= 0 {
+	if d.retain <= 0 || !d.steady.look() {
 		return
 	}
-	oldest := d.now().UTC().Add(-d.retain).Format(dayLayout)
 	d.mu.Lock()
-	n := 0
-	for n < len(d.files)-1 && d.files[n].day < oldest {
-		n++
+	oldest, n := d.oldest(), 0
+	if len(d.files) > 1 && d.files[0].day < oldest && d.steady.spend() {
+		n = 1
 	}
 	old := slices.Clone(d.files[:n])
 	d.mu.Unlock()
@@ -163,6 +170,19 @@ func (d *days) drop(ctx context.Context) {
 		}
 		d.log.InfoContext(ctx, "day removed", "day", f.day)
 	}
+	d.removeDamaged(ctx, oldest)
+}
+
+// oldest is the first day to keep, by the wall clock and by the newest day. d.mu is held.
+func (d *days) oldest() string {
+	if len(d.files) == 0 {
+		return ""
+	}
+	newest, _ := time.Parse(dayLayout, d.files[len(d.files)-1].day) // it was made of a time, or has been parsed
+	if now := d.now().UTC(); now.Before(newest) {
+		newest = now
+	}
+	return newest.Add(-d.retain).Format(dayLayout)
 }
 
 // read runs do with the file's database, which stays open meanwhile. It returns false, and does
@@ -185,7 +205,7 @@ func (f *dayFile) use(do func() error) (bool, error) {
 	if f.gone {
 		return false, nil
 	}
-	return true, do()
+	return true, f.findDamage(do())
 }
 
 // open makes the two pools unless that has been done. They connect when they are used.

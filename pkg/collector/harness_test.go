@@ -70,10 +70,11 @@ func must[T any](v T, err error) func(*testing.T) T {
 	}
 }
 
-// clock is a wall clock that the test moves.
+// clock is a machine's clocks, which the test moves.
 type clock struct {
 	mu sync.Mutex
 	t  time.Time
+	up time.Duration // since boot
 }
 
 func (c *clock) now() time.Time {
@@ -86,6 +87,19 @@ func (c *clock) set(t time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.t = t
+}
+
+func (c *clock) boot() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.up
+}
+
+// pass lets time go by on both clocks.
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.t, c.up = c.t.Add(d), c.up+d
 }
 
 // running is a collector that serves.

@@ -28,6 +28,8 @@ type ingest struct {
 	stopping context.Context
 	write    *writer
 	peers    peers
+	nodes    *nodes
+	meters   *meters
 	every    time.Duration // between checkpoints, while the log grows
 	log      *slog.Logger
 
@@ -35,8 +37,8 @@ type ingest struct {
 	active map[string]*session // by node; guarded by mu
 }
 
-func newIngest(stopping context.Context, w *writer, p peers, log *slog.Logger) *ingest {
-	return &ingest{stopping: stopping, write: w, peers: p, every: growEvery, log: log, active: map[string]*session{}}
+func newIngest(stopping context.Context, w *writer, p peers, n *nodes, m *meters, log *slog.Logger) *ingest {
+	return &ingest{stopping: stopping, write: w, peers: p, nodes: n, meters: m, every: growEvery, log: log, active: map[string]*session{}}
 }
 
 // session is one stream of one node. A node has one at a time: a new one takes over, because the old
@@ -48,6 +50,8 @@ type session struct {
 	key   note.Verifier // of vkey
 	over  chan struct{} // closed when another took over
 	told  int64         // leaves of the log that the node knows of; owned by Stream
+
+	presence *presence
 
 	mu    sync.Mutex
 	ended bool // guarded by mu, which is held while a batch is stored
@@ -69,9 +73,14 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 	defer g.leave(s)
 	tick := time.NewTicker(g.every)
 	defer tick.Stop()
+	s.presence = g.nodes.heard(node, 1)
+	defer g.nodes.heard(node, -1)
 	for {
 		select {
 		case f := <-frames:
+			if err := g.hold(stream.Context(), s, f.GetBatch()); err != nil {
+				return err
+			}
 			ack, err := g.take(s, f)
 			if err != nil {
 				return err
@@ -256,10 +265,12 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
+	before := g.write.mark(read.sequence)
 	m, err := g.write.put(read)
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}
+	g.meters.stored(b.GetClass(), read.entries, before.seq, m.seq)
 	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: m.seq, Number: m.number}, nil
 }
 
@@ -273,6 +284,7 @@ func (s *session) read(b *api.Batch) (batch, error) {
 }
 
 func (g *ingest) refuse(s *session, err error) error {
+	g.meters.refuse(err)
 	switch {
 	case errors.Is(err, errGap):
 		g.log.Error("gap in a sequence", "node", s.node, "epoch", s.epoch, "err", err)

@@ -325,7 +325,7 @@ func TestDiskFull(t *testing.T) {
 // was an answer for good.
 func TestTakenOver(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	g := newIngest(t.Context(), r.write, r.peers, r.log)
+	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	signer, vkey := nodeSigner(t, "node-1", epoch1)
 	session := func() *session {
 		return must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)

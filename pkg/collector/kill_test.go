@@ -29,7 +29,7 @@ const killNodes = 4
 
 // work stores sealed batches until it is killed, and says on stdout what was acknowledged.
 func work(dir string) error {
-	d, err := openDays(dir, time.Now, 0, slog.New(slog.DiscardHandler))
+	d, err := openDays(dir, time.Now, bootTime, 0, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
@@ -226,7 +226,7 @@ func TestMutatedDay(t *testing.T) {
 			if err != nil {
 				return
 			}
-			if got, err := proven(bundle, key); err == nil {
+			if got, err := proven(bundle, key); err == nil && len(got) > 0 { // none: the day was set aside
 				t.Errorf("%d entries are proven", len(got))
 			}
 		})

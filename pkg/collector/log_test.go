@@ -285,7 +285,7 @@ func TestLogOverDays(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "days")
 	i := newIDs(t)
 	run := func() *running {
-		return start(t, i, func(c *Config) { c.Dir, c.Now, c.Retain = dir, at.now, 3*24*time.Hour })
+		return start(t, i, func(c *Config) { c.Dir, c.Now, c.Boot, c.Retain = dir, at.now, at.boot, 3*24*time.Hour })
 	}
 	r := run()
 	key := r.logKeyOf(t)
@@ -301,7 +301,7 @@ func TestLogOverDays(t *testing.T) {
 			r.stop()
 			r = run()
 		}
-		at.set(at.now().Add(24 * time.Hour))
+		at.pass(24 * time.Hour)
 	}
 	check := func(wantAll int, receipts int) {
 		t.Helper()
@@ -321,14 +321,16 @@ func TestLogOverDays(t *testing.T) {
 	if leaves := everyLeaf(t, dir, key); len(leaves) != 1+8+16 {
 		t.Errorf("log has %d leaves", len(leaves))
 	}
-	at.set(at.now().Add(24 * time.Hour)) // the first two days are over their time
-	for range 2 {
+	for range 2 { // the first two days are over their time, and go one by one
+		at.pass(24 * time.Hour)
 		n, w := r.connect(t, "node-1", epoch1)
 		n.store(flows, flowEntry(w.GetFlowSeq()+1, nil))
-		if got := len(r.days.all()); got != 3 {
-			t.Fatalf("%d days are left", got)
+	}
+	for range 2 {
+		if first := r.days.all()[0].day; first != "2026-03-03" {
+			t.Fatalf("the first day is %s", first)
 		}
-		check(24+int(w.GetFlowSeq())-39, 4)
+		check(24+2, 4)
 		r.stop()
 		r = run()
 	}

@@ -6,6 +6,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
 // The key comes with the directory and stays with it. Records are not gone on with under another one.
@@ -92,31 +95,45 @@ func TestOlderLayout(t *testing.T) {
 	}
 }
 
-// A log does not go on from hashes that are not those of its checkpoint.
+// A log does not go on from hashes that are not those of its checkpoint: the day is set aside.
 func TestForeignHead(t *testing.T) {
 	for name, change := range map[string]string{
-		"hash": `UPDATE hashes SET hash = (SELECT hash FROM hashes WHERE idx = 0) WHERE idx = (SELECT max(idx) FROM hashes)`,
-		"gone": `DELETE FROM hashes WHERE idx = (SELECT max(idx) FROM hashes)`,
-		"size": `UPDATE head SET size = 2`,
+		"hash":        `UPDATE hashes SET hash = zeroblob(32) WHERE idx = (SELECT max(idx) FROM hashes)`,
+		"gone":        `DELETE FROM hashes WHERE idx = (SELECT max(idx) FROM hashes)`,
+		"size":        `UPDATE head SET size = 2`,
+		"no head":     `DELETE FROM head`,
+		"mark's seal": `UPDATE marks SET seal = CAST(CAST(seal AS TEXT) || 'x' AS BLOB)`,
+		"seal gone":   `UPDATE marks SET seal = x''`,
+		"number":      `UPDATE marks SET number = number + 1`,
+		"key":         `UPDATE keys SET vkey = replace(vkey, 'A', 'B')`,
+		"no key":      `DELETE FROM keys`,
+		"checkpoint":  `UPDATE head SET checkpoint = CAST(CAST(checkpoint AS TEXT) || 'x' AS BLOB)`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := start(t, newIDs(t), nil)
-			n, _ := r.connect(t, "node-1", epoch1)
-			for seq := range uint64(3) {
-				n.store(flows, flowEntry(seq+1, nil))
+			at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+			r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot = at.now, at.boot })
+			for day := range uint64(2) {
+				n, _ := r.connect(t, "node-1", epoch1)
+				n.store(flows, flowEntry(2*day+1, nil))
+				n.store(flows, flowEntry(2*day+2, nil))
+				at.pass(24 * time.Hour)
 			}
-			path := r.days.all()[0].path
+			path := r.days.all()[1].path
 			r.stop()
 			db := must(sql.Open("sqlite", path))(t)
 			must(db.Exec(change))(t)
 			if err := db.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if got, err := New(r.cfg); err == nil {
-				got.Close()
-				t.Error("the collector starts")
-			} else if !strings.Contains(err.Error(), "the log") {
-				t.Errorf("error is %v", err)
+			r = start(t, r.ids, func(c *Config) { *c = r.cfg })
+			n, w := r.connect(t, "node-1", epoch1)
+			if w.GetFlowSeq() != 2 {
+				t.Fatalf("welcome: %v", w)
+			}
+			n.chains[flows].number = 4
+			n.store(flows, forgotten(4, 2), flowEntry(5, nil))
+			if got, err := proven(r.evidence(t, &api.EvidenceRequest{}), r.logKeyOf(t)); err != nil || len(got) != 4 {
+				t.Errorf("%d entries are proven: %v", len(got), err)
 			}
 		})
 	}

@@ -3,6 +3,7 @@ package collector
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -155,10 +156,22 @@ func (q *query) guard(ctx context.Context, do func(context.Context) error) error
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	var bad *damage
+	if errors.As(err, &bad) {
+		return q.damaged(ctx, bad)
+	}
 	if _, isStatus := status.FromError(err); err != nil && !isStatus {
 		return status.Errorf(codes.Internal, "read records: %v", err)
 	}
 	return err
+}
+
+// damaged tells a reader that a day is missing from the answer. Asked again, the collector answers without that day.
+func (q *query) damaged(ctx context.Context, bad *damage) error {
+	if err := q.days.found(context.WithoutCancel(ctx), bad); err != nil {
+		return status.Error(codes.DataLoss, err.Error())
+	}
+	return status.Errorf(codes.DataLoss, "%v; it is set aside at the collector: ask again for what the other days have", bad)
 }
 
 func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
@@ -348,5 +361,12 @@ func scanEntry(rows *sql.Rows, id *int64, node, epoch *string, class *api.Class,
 		return nil, nil, err
 	}
 	e := &api.Entry{}
-	return e, timestamppb.New(time.Unix(0, received)), proto.Unmarshal(data, e)
+	return e, timestamppb.New(time.Unix(0, received)), decode(data, e)
+}
+
+func decode(data []byte, m proto.Message) error {
+	if err := proto.Unmarshal(data, m); err != nil {
+		return fmt.Errorf("%w: record cannot be read: %w", errDamaged, err)
+	}
+	return nil
 }

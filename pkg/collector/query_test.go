@@ -148,11 +148,11 @@ func TestFollowFromNothing(t *testing.T) {
 
 func TestRetain(t *testing.T) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Retain = at.now, 48*time.Hour })
+	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot, c.Retain = at.now, at.boot, 48*time.Hour })
 	n, _ := r.connect(t, "node-1", epoch1)
 	for seq := uint64(1); seq <= 10; seq++ {
 		n.store(flows, flowEntry(seq, nil))
-		at.set(at.now().Add(24 * time.Hour))
+		at.pass(24 * time.Hour)
 	}
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{8, 9, 10}) {
 		t.Errorf("have %v", got)

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -123,6 +124,27 @@ type state struct {
 	log   head
 }
 
+// checkSeals holds the last seals against the keys of their nodes. With another seal or key than its own a node could not go on.
+func (s state) checkSeals() error {
+	for of, m := range s.marks {
+		if m.number == 0 && len(m.seal) == 0 {
+			continue
+		}
+		key, err := note.NewVerifier(s.keys[nodeEpoch{of.node, of.epoch}].vkey)
+		var last proof.Seal
+		if err == nil {
+			last, err = proof.OpenSeal(m.seal, key)
+		}
+		if err == nil && (last.Sequence != of.proofSequence() || last.Number != m.number || last.Last > m.seq) {
+			err = fmt.Errorf("it is over %d to %d", last.First, last.Last)
+		}
+		if err != nil {
+			return fmt.Errorf("%w: seal %d of node %q in epoch %s: %w", errDamaged, m.number, of.node, of.epoch, err)
+		}
+	}
+	return nil
+}
+
 // prepare makes the tables of a day that has none: it is new, or it was begun when a process ended.
 func (f *dayFile) prepare(ctx context.Context, s state) error {
 	_, err := f.state(ctx)
@@ -209,6 +231,9 @@ func (f *dayFile) readState(ctx context.Context, db *sql.DB) (s state, err error
 		return state{}, err
 	}
 	if err := db.QueryRowContext(ctx, `SELECT base, size, checkpoint FROM head`).Scan(&f.base, &s.log.size, &s.log.checkpoint); err != nil {
+		if errors.Is(err, sql.ErrNoRows) {
+			err = fmt.Errorf("%w: it has no head of the log", errDamaged)
+		}
 		return state{}, err
 	}
 	s.log.edge, err = readEdge(ctx, db, s.log.size)

@@ -199,7 +199,7 @@ func TestOneKeyPerEpoch(t *testing.T) {
 // The key of a batch is looked at again when it is stored: two streams may have begun before there was one.
 func TestKeyIsTheStoredOne(t *testing.T) {
 	r := start(t, newIDs(t), nil)
-	g := newIngest(t.Context(), r.write, r.peers, r.log)
+	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	session := func(seed byte, c *chain) (*session, *api.AgentFrame) {
 		signer, vkey := signerOf(t, proof.NodeSigner("node-1", epoch1), [32]byte{seed})
 		s := must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: 2, NodeKey: vkey}, "node-1"))(t)

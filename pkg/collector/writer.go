@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/mod/sumdb/tlog"
@@ -55,20 +56,14 @@ type writer struct {
 func newWriter(d *days, td spiffeid.TrustDomain) (*writer, error) {
 	w := &writer{days: d, archive: newArchive(d.dir), jobs: make(chan job), quit: make(chan struct{}), more: make(chan struct{})}
 	ctx := context.Background()
-	found, err := w.load(ctx)
+	s, newest, err := d.recover(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if w.key, err = openLogKey(d.dir, td, !found); err != nil {
+	if w.key, err = openLogKey(d.dir, td, newest == nil); err != nil {
 		return nil, err
 	}
-	if !found {
-		w.state = state{marks: marks{}, keys: nodeKeys{}}
-		err = w.state.log.sign(w.key)
-	} else {
-		err = w.state.log.check(w.key)
-	}
-	if err != nil {
+	if w.state, err = w.sound(ctx, s, newest); err != nil {
 		return nil, err
 	}
 	for _, f := range d.all() {
@@ -81,16 +76,23 @@ func newWriter(d *days, td spiffeid.TrustDomain) (*writer, error) {
 	return w, nil
 }
 
-// load reads the state of the newest day that has one.
-func (w *writer) load(ctx context.Context) (found bool, err error) {
-	files := w.days.all()
-	for i := len(files) - 1; i >= 0; i-- {
-		w.state, err = files[i].state(ctx)
-		if !errors.Is(err, errNoTables) {
-			return err == nil, err
+// sound holds the newest day's log against its checkpoint and its seals against their keys, and goes back to the day before where it is damaged. With no day that is
+// sound it begins anew.
+func (w *writer) sound(ctx context.Context, s state, newest *dayFile) (state, error) {
+	for newest != nil {
+		err := errors.Join(s.log.check(w.key), s.checkSeals())
+		if !errors.Is(err, errDamaged) {
+			return s, err
+		}
+		if err := w.days.setAside(ctx, &damage{newest, err}); err != nil {
+			return state{}, err
+		}
+		if s, newest, err = w.days.recover(ctx); err != nil {
+			return state{}, err
 		}
 	}
-	return false, nil
+	s = state{marks: marks{}, keys: nodeKeys{}}
+	return s, s.log.sign(w.key)
 }
 
 // close is for after the last use.
@@ -151,10 +153,14 @@ func (w *writer) put(b batch) (mark, error) {
 
 // run writes until stop.
 func (w *writer) run() {
+	look := time.NewTicker(steadyLook)
+	defer look.Stop()
 	for {
 		select {
 		case j := <-w.jobs:
 			w.commit(w.gather(j))
+		case <-look.C:
+			w.keep(context.Background())
 		case <-w.quit:
 			return
 		}
@@ -246,11 +252,17 @@ func (w *writer) write(ctx context.Context, group []job, results []result) (*sta
 	if err == nil && !ok {
 		err = errStopping
 	}
+	if bad := file.damageBehind(ctx, err); bad != nil {
+		err = errors.Join(err, w.mend(ctx, bad))
+	}
 	return reached, err
 }
 
 // today returns the file of the day, made if it is a new day.
 func (w *writer) today(ctx context.Context) (*dayFile, error) {
+	if err := w.mendFound(ctx); err != nil {
+		return nil, err
+	}
 	f, isNew := w.days.today()
 	if !isNew {
 		return f, nil

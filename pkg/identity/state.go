@@ -25,6 +25,9 @@ const (
 	Withdrawn State = "withdrawn"
 )
 
+// States are all of them.
+func States() []State { return []State{Unreachable, Unissued, Fresh, StaleValid, Expired, Withdrawn} }
+
 // Usable tells whether an identity in this state may be presented.
 func (s State) Usable() bool { return s == Fresh || s == StaleValid }
 

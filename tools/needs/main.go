@@ -28,6 +28,11 @@ var needs = map[string][]need{
 		{"ssh-keygen", "tests sign with keys of OpenSSH", []string{"openssh-client"}},
 		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
+		{"promtool", "it tests the alert rules", []string{"prometheus"}},
+	},
+	"test-alerts": {
+		{"prometheus", "it scrapes and evaluates the alert rules", []string{"prometheus"}},
+		{"prometheus-alertmanager", "it is told of alerts", []string{"prometheus-alertmanager"}},
 	},
 	"test-kernels": {
 		{"qemu-system-x86_64", "it boots the kernels", []string{"qemu-system-x86"}},
@@ -95,14 +100,19 @@ func sbin(command string) bool {
 	return err == nil
 }
 
-// install asks for fresh package lists only when the present ones do not do.
-func install(packages []string) error {
+// install asks for fresh package lists only when the present ones do not do. Services that come with packages stay down: tests run their own.
+func install(packages []string) (err error) {
 	if _, err := exec.LookPath("apt-get"); err != nil {
 		return fmt.Errorf("no apt-get on this machine: install %s by hand", strings.Join(packages, ", "))
 	}
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("not root: run apt-get install %s", strings.Join(packages, " "))
 	}
+	allow, err := forbidServices()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, allow()) }()
 	args := append([]string{"install", "-y", "--no-install-recommends"}, packages...)
 	first := apt(args...)
 	if first == nil {
@@ -112,6 +122,22 @@ func install(packages []string) error {
 		return errors.Join(first, err)
 	}
 	return apt(args...)
+}
+
+// policyFile is what Debian's maintainer scripts ask before they start a service.
+const policyFile = "/usr/sbin/policy-rc.d"
+
+// forbidServices has no service started until allow. A policy that is there is somebody else's, and stays.
+func forbidServices() (allow func() error, err error) {
+	f, err := os.OpenFile(policyFile, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
+	if errors.Is(err, os.ErrExist) {
+		return func() error { return nil }, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	_, err = f.WriteString("#!/bin/sh\nexit 101\n")
+	return func() error { return os.Remove(policyFile) }, errors.Join(err, f.Close())
 }
 
 func apt(args ...string) error {

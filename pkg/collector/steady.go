@@ -1,0 +1,70 @@
+package collector
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// steadyLook is how often the clocks are held against each other.
+	steadyLook = time.Minute
+	// steadyFor is how long the wall clock must have kept to boot time before a day is dropped by it, and how far apart drops are.
+	steadyFor = time.Hour
+	// steadyWithin is how far the two may move apart in that time: more than slewing does.
+	steadyWithin = time.Minute
+)
+
+// steadiness tells whether the wall clock runs as time does. Safe for concurrent use.
+type steadiness struct {
+	wall func() time.Time
+	boot func() time.Duration
+
+	mu     sync.Mutex
+	origin time.Time     // wall time at boot, as the clocks stood at since; guarded by mu
+	since  time.Duration // boot time since which it has been so; guarded by mu
+	spent  time.Duration // boot time of the last drop; guarded by mu
+}
+
+// look reads the clocks and tells whether they have kept together for long enough.
+func (s *steadiness) look() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	boot := s.boot()
+	origin := s.wall().Round(0).Add(-boot)
+	if origin.Sub(s.origin).Abs() > steadyWithin {
+		s.origin, s.since = origin, boot
+	}
+	return boot-s.since >= steadyFor
+}
+
+// spend tells whether the last drop is long enough ago, and notes this one.
+func (s *steadiness) spend() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	boot := s.boot()
+	if s.spent != 0 && boot-s.spent < steadyFor {
+		return false
+	}
+	s.spent = boot
+	return true
+}
+
+// bootTime is CLOCK_BOOTTIME: it cannot be set, and runs on while the machine is suspended.
+func bootTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0 // which no kernel does; nothing is dropped then
+	}
+	return time.Duration(ts.Nano())
+}
+
+// keep does what is due without a write.
+func (w *writer) keep(ctx context.Context) {
+	if err := w.mendFound(ctx); err != nil {
+		w.days.log.ErrorContext(ctx, "damaged day stays in use", "err", err)
+	}
+	w.days.drop(ctx)
+}
