@@ -168,7 +168,9 @@ func (g *grants) extremes() (longest time.Duration, widest int, unused time.Dura
 		}
 		longest = max(longest, h.row.Deadline.Sub(h.row.Activated))
 		widest = max(widest, len(h.row.Slots))
-		unused = max(unused, now-h.use.moved)
+		if h.use.moved != 0 { // it was looked at
+			unused = max(unused, now-h.use.moved)
+		}
 		return nil
 	})
 	return longest, widest, unused
