@@ -165,7 +165,7 @@ func (a *automation) server() *grpc.Server {
 		grpc.Creds(askTransport{credentials.NewTLS(tls), a.limits, a.clock}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(a.config.PathsPerIdentity), grpc.ConnectionTimeout(5*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: heartbeat, Timeout: patience, MaxConnectionIdle: unusedFor}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: heartbeat}),
-		grpc.ReadBufferSize(0), grpc.WriteBufferSize(4<<10), grpc.SharedWriteBuffer(true), // there may be thousands, and they say little
+		grpc.ReadBufferSize(0), grpc.WriteBufferSize(4<<10), // there may be thousands, and they say little
 	)
 	api.RegisterAutomationServer(s, a)
 	return s
