@@ -12,6 +12,10 @@ import (
 	"time"
 )
 
+// minimize is how often an input that found something is tried shorter. The default, a minute, takes more than a target has: the
+// first long input would be its last.
+const minimize = "100x"
+
 // shortest is the least time that one target gets: below it the fuzzer hardly starts.
 const shortest = 2 * time.Second
 
@@ -45,7 +49,7 @@ func run(total time.Duration) error {
 	each := max(shortest, total/time.Duration(len(targets)))
 	for _, t := range targets {
 		fmt.Printf("%s %s for %v\n", t.pkg, t.name, each.Round(time.Millisecond))
-		cmd := exec.Command("go", "test", "-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(), t.pkg)
+		cmd := exec.Command("go", "test", "-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(), "-fuzzminimizetime", minimize, t.pkg)
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 		if err := cmd.Run(); err != nil {
 			return fmt.Errorf("fuzz %s in %s: %w", t.name, t.pkg, err)
