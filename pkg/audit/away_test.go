@@ -22,7 +22,7 @@ const (
 	awayRate    = 500 // records a second
 	awayMemory  = 48 << 20
 	awayBuffer  = 4096
-	awaySpooled = 4 << 30
+	awaySpooled = 512 << 20 // what an AgentConfig has that does not say
 )
 
 // The collector is away and the node goes on: no record is lost, memory stays where it is, and when the collector is back it gets

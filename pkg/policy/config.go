@@ -62,7 +62,7 @@ type AgentConfigSpec struct {
 	Collector *CollectorConfig `json:"collector,omitempty" yaml:"collector,omitempty"`
 	// FlowBuffer is how many flow records are kept in memory while the collector is away: 65536.
 	FlowBuffer uint32 `json:"flowBuffer" yaml:"flowBuffer"`
-	// FlowSpool is how much of the disk, below stateDir, flow records take that the collector has not taken within seconds: 256MiB.
+	// FlowSpool is how much of the disk, below stateDir, flow records take that the collector has not taken within seconds: 512MiB.
 	// 0B: none, they are in memory alone.
 	FlowSpool Size `json:"flowSpool" yaml:"flowSpool"`
 	// Metrics is the address that serves Prometheus metrics. Left out: none.
@@ -190,7 +190,7 @@ func DefaultAgentConfig() AgentConfig {
 			XDP:         XDPConfig{Mode: "auto"},
 			Lease:       Duration{15 * time.Second},
 			FlowBuffer:  65536,
-			FlowSpool:   256 << 20,
+			FlowSpool:   512 << 20,
 			Operators:   OperatorsConfig{UIDs: []uint32{0}},
 			Proxy: ProxyConfig{
 				UID: 65532, GID: 65532, ListenPort: 15001, MaxConnections: 10000,

@@ -28,7 +28,7 @@ spec:
   lease: 15s
   collector: {address: "10.9.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   flowBuffer: 65536
-  flowSpool: 256MiB
+  flowSpool: 512MiB
   metrics: "127.0.0.1:9469"
   operators: {uids: [0], gids: []}
   proxy: {uid: 65532, gid: 65532, listenPort: 15001, maxConnections: 10000, handshakeTimeout: 5s, idleTimeout: 1h, dialTimeout: 5s, drainTimeout: 10s}
@@ -182,9 +182,9 @@ var wrongConfigs = []wrong{
 	{"no flow buffer", "flowBuffer: 65536", "flowBuffer: 0", "flowBuffer", "spec.flowBuffer", "0 is not from 1"},
 	{"huge flow buffer", "flowBuffer: 65536", "flowBuffer: 99999999", "flowBuffer", "spec.flowBuffer", "is not from 1"},
 	{"negative flow buffer", "flowBuffer: 65536", "flowBuffer: -1", "flowBuffer", "spec.flowBuffer", "got -1"},
-	{"small flow spool", "flowSpool: 256MiB", "flowSpool: 1023KiB", "flowSpool", "spec.flowSpool", "1023KiB is neither 0B nor from 1MiB to 1TiB"},
-	{"huge flow spool", "flowSpool: 256MiB", "flowSpool: 2TiB", "flowSpool", "spec.flowSpool", "2TiB is neither"},
-	{"flow spool without unit", "flowSpool: 256MiB", "flowSpool: 256", "flowSpool", "spec.flowSpool", "is not a size"},
+	{"small flow spool", "flowSpool: 512MiB", "flowSpool: 1023KiB", "flowSpool", "spec.flowSpool", "1023KiB is neither 0B nor from 1MiB to 1TiB"},
+	{"huge flow spool", "flowSpool: 512MiB", "flowSpool: 2TiB", "flowSpool", "spec.flowSpool", "2TiB is neither"},
+	{"flow spool without unit", "flowSpool: 512MiB", "flowSpool: 256", "flowSpool", "spec.flowSpool", "is not a size"},
 	{"metrics without address", "127.0.0.1:9469", ":9469", "metrics", "spec.metrics", "address to listen on"},
 	{"metrics at port 0", "127.0.0.1:9469", "127.0.0.1:0", "metrics", "spec.metrics", "address to listen on"},
 	{"operator by name", "uids: [0]", "uids: [root]", "operators", "spec.operators.uids[0]", "want a whole number"},
