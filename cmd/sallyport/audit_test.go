@@ -132,6 +132,9 @@ func TestGaps(t *testing.T) {
 		t.Errorf("a broken chain: %+v", r)
 	}
 	c.nodes[0].ChainBreaks = 0
+	if r := command(t.Context(), nil, "audit", "gaps", "--node", "nosuch", "--collector", "unix:"+socket); r.code != exitFailed || !strings.Contains(r.stderr, `no node "nosuch"`) {
+		t.Errorf("a node that is none: %+v", r)
+	}
 	if r := ask(); r.code != exitDone || !strings.Contains(r.stdout, "1 to 5") {
 		t.Errorf("nothing missing: %+v", r)
 	}

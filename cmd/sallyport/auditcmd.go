@@ -129,7 +129,7 @@ func judged(v proof.Verdict, what, why string) error {
 		return nil
 	case proof.Disproved:
 		return withHint(&exitError{exitDisproved, fmt.Errorf("%s is disproved: %w", what, err)},
-			"keep it as it is, and compare it with another copy; `sallyport audit verify --help` says what this can mean")
+			"check that --key is that log's; if it is, keep the file as it is, and compare it with another copy: `sallyport audit verify --help` says what this can mean")
 	}
 	return withHint(&exitError{exitCannotTell, fmt.Errorf("cannot tell whether %s is true: %w", what, err)},
 		"export it again with `sallyport audit export`, and check that --key is that log's")

@@ -100,6 +100,9 @@ func (e export) request(c *cli) (*api.EvidenceRequest, error) {
 			return nil, &exitError{exitUsage, err}
 		}
 	}
+	if r.Since != nil && r.Until != nil && !r.Since.AsTime().Before(r.Until.AsTime()) {
+		return nil, withHint(usagef("--since %s is not before --until %s", e.since, e.until), "an age counts back from now: the older one is --since")
+	}
 	return r, nil
 }
 

@@ -84,6 +84,9 @@ func (c *cli) findGaps(ctx context.Context, a *client.Audit, node string) (*gaps
 			g.Breaks += n.GetChainBreaks()
 		}
 	}
+	if node != "" && err == nil && len(g.states) == 0 {
+		return nil, withHint(fmt.Errorf("no node %q has sent this collector anything", node), "`sallyport audit gaps` without --node lists those that have")
+	}
 	for l, err := range a.Losses(ctx, &api.LossQuery{Node: node, Limit: math.MaxInt32}) {
 		if err != nil {
 			return nil, err

@@ -25,7 +25,7 @@ var known = []struct {
 	{store.ErrFinal, codes.FailedPrecondition, "that is final: ask for a new grant, if it is still needed"},
 	{store.ErrStated, codes.AlreadyExists, "nothing is left to do"},
 	{store.ErrClockBehind, codes.FailedPrecondition, hintVouch},
-	{store.ErrDoubt, codes.FailedPrecondition, hintVouch},
+	{store.ErrDoubt, codes.FailedPrecondition, "have " + vouching},
 	{ErrOverlap, codes.AlreadyExists, "wait for its end, or revoke it first"},
 	{ErrNoGrant, codes.NotFound, "`sallyport grants` lists the grants of this node"},
 	{ErrHeld, codes.Unavailable, "ask again: a stream that broke is noticed within 15 s, and its path is closed then"},
@@ -57,7 +57,10 @@ var known = []struct {
 	{fs.ErrNotExist, codes.FailedPrecondition, "create it, or name another one in the configuration"},
 }
 
-const hintVouch = "set the clock right, and if that does not end it, have somebody with a key of the use resources vouch for the node: `sallyport grant vouch --key KEY --why TEXT`"
+const (
+	hintVouch = "set the clock right, and if that does not end it, have " + vouching
+	vouching  = "somebody with a key of the use resources vouch for the node: `sallyport grant vouch --key KEY --why TEXT`"
+)
 
 // Describe tells an error of this package in lines: each problem, and after it "hint: " with its next step.
 func Describe(err error) string {

@@ -114,7 +114,7 @@ func (n *node) auditStatus(ctx context.Context, reply *api.StatusReply) error {
 	reply.SpoolCritical, reply.SpoolFlow, reply.LostFlow = s.CriticalPending, s.FlowPending+s.FlowSpooled, s.FlowLost
 	for _, problem := range []string{s.StoreProblem, s.SpoolProblem} {
 		if problem != "" {
-			reply.Problems = append(reply.Problems, "audit: "+oneLine(problem))
+			reply.Problems = append(reply.Problems, fmt.Sprintf("audit: %s; look at the disk of %s, and make room if it is full", oneLine(problem), n.cfg.Spec.StateDir))
 		}
 	}
 	if s.LogProblem != "" {
@@ -131,7 +131,10 @@ func collectorState(s audit.Status) string {
 	case s.Connected:
 		return fmt.Sprintf("connected to %s since %s, its log seen up to leaf %d", s.Address, s.Since.UTC().Format(time.RFC3339), s.LogSize)
 	}
-	return "away (" + s.Address + "): " + oneLine(s.Problem)
+	if s.Since.IsZero() {
+		return "not met yet (" + s.Address + ")"
+	}
+	return fmt.Sprintf("away since %s (%s): %s; records wait on this node", s.Since.UTC().Format(time.RFC3339), s.Address, oneLine(s.Problem))
 }
 
 // identityState tells of the agent's own identity, which only collector and workloads ask for.

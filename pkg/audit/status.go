@@ -67,7 +67,7 @@ func (s *Streamer) noteConn(ctx context.Context, err error) {
 	if err != nil {
 		s.state.problem = err.Error()
 	}
-	if s.state.connected != was.connected {
+	if s.state.connected != was.connected || was.since.IsZero() {
 		s.state.since = time.Now()
 	}
 	now := s.state

@@ -1,6 +1,7 @@
 package proof
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -26,6 +27,9 @@ func (c Checkpoint) Sign(signer note.Signer) ([]byte, error) { return sign(c.tex
 // OpenCheckpoint reads a checkpoint that the key signed; its origin is the key's name.
 func OpenCheckpoint(signed []byte, key note.Verifier) (Checkpoint, error) {
 	n, err := note.Open(signed, note.VerifierList(key))
+	if other := new(note.UnverifiedNoteError); errors.As(err, &other) {
+		return Checkpoint{}, fmt.Errorf("open checkpoint: it is signed by %s, and the key is %s: %w", signers(other.Note), keyName(key.Name(), key.KeyHash()), err)
+	}
 	if err != nil {
 		return Checkpoint{}, fmt.Errorf("open checkpoint: %w", err)
 	}
@@ -62,3 +66,14 @@ func (c Checkpoint) Grew(older Checkpoint, proof tlog.TreeProof) error {
 	}
 	return nil
 }
+
+// signers names who claims to have signed, as verifier keys begin.
+func signers(n *note.Note) string {
+	var names []string
+	for _, s := range n.UnverifiedSigs {
+		names = append(names, keyName(s.Name, s.Hash))
+	}
+	return strings.Join(names, ", ")
+}
+
+func keyName(name string, hash uint32) string { return fmt.Sprintf("%s+%08x", name, hash) }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"errors"
+	"strings"
 	"testing"
 
 	"golang.org/x/mod/sumdb/note"
@@ -127,6 +128,10 @@ func TestCheckpointGrew(t *testing.T) {
 	c, err := OpenCheckpoint(signed, key)
 	if err != nil || c != at(3) {
 		t.Fatalf("have %+v, %v", c, err)
+	}
+	_, foreign := keys(t, LogSigner("example.org", testEpoch))
+	if _, err := OpenCheckpoint(signed, foreign); err == nil || !strings.Contains(err.Error(), "signed by "+keyName(key.Name(), key.KeyHash())+", and the key is "+keyName(foreign.Name(), foreign.KeyHash())) {
+		t.Errorf("with another key: %v", err)
 	}
 	grown, err := tlog.ProveTree(3, 2, tree)
 	if err != nil {
