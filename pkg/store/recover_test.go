@@ -385,6 +385,34 @@ func TestRecoverTornLog(t *testing.T) {
 	}
 }
 
+// A header that SQLite does not read past leaves the log as it was.
+func TestRecoverKeepsLogOfUnreadable(t *testing.T) {
+	path := testPath(t)
+	openTest(t, path).Close()
+	child := startChild(t, path, 1)
+	child.waitLines(t, 60)
+	child.kill(t)
+	wal := must(os.ReadFile(path + "-wal"))(t)
+	for _, at := range []int{0, 16, 18, 20} {
+		spoilt := filepath.Join(copyStore(t, path, len(wal)), "node.db")
+		file := must(os.ReadFile(spoilt))(t)
+		file[at] ^= 0xff
+		if err := os.WriteFile(spoilt, file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, r := mended(t, spoilt)
+		if r == nil {
+			continue // the log has a first page of its own
+		}
+		if log, err := os.ReadFile(r.File + "-wal"); err != nil || !bytes.Equal(log, wal) {
+			t.Errorf("byte %d: the log is not kept as it was: %d bytes of %d, %v", at, len(log), len(wal), err)
+		}
+		if rest := must(filepath.Glob(spoilt + "-wal-seen*"))(t); rest != nil {
+			t.Errorf("byte %d: %v is left", at, rest)
+		}
+	}
+}
+
 // After a power loss nobody knows where the numbers of a lost head ended: the loss is a bound. A whole head knows.
 func TestRecoverAfterPowerLoss(t *testing.T) {
 	path := testPath(t)

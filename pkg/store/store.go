@@ -101,13 +101,48 @@ func openSized(path string, p pages) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{path: abs, boot: boot, pages: p, ballast: ballast{path: abs + "-kept", size: p.disk}}
+	second := secondLog(abs)
 	if err := classify(s.open()); err != nil {
 		if errors.Is(err, ErrDamaged) {
 			s.keepLog()
 		}
-		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(err, s.closeFiles()))
+		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(err, s.closeFiles(), second.backIf(err)))
 	}
-	return s, nil
+	return s, second.drop()
+}
+
+// secondName is another name of the log, from before SQLite looks at it: a connection that fails early deletes the log as it goes, and of
+// a damaged store that is part of what people look at.
+type secondName struct{ log, name string }
+
+// secondLog gives the log its second name.
+func secondLog(path string) secondName {
+	n := secondName{path + "-wal", path + "-wal-seen"}
+	_ = os.Remove(n.name)
+	if err := os.Link(n.log, n.name); err != nil {
+		return secondName{} // there is none, or the disk takes nothing: nothing is deleted from it either
+	}
+	return n
+}
+
+// backIf gives a damaged store its log back, if it is gone.
+func (n secondName) backIf(err error) error {
+	if n.name == "" {
+		return nil
+	}
+	if errors.Is(err, ErrDamaged) {
+		if err := os.Link(n.name, n.log); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return n.drop()
+}
+
+func (n secondName) drop() error {
+	if n.name == "" {
+		return nil
+	}
+	return os.Remove(n.name)
 }
 
 func (s *Store) open() error {
