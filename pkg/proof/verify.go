@@ -3,7 +3,6 @@ package proof
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,8 +11,11 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// maxLine bounds a line of a bundle: the largest message of a node fits, with its bytes in base64.
-const maxLine = 64 << 20
+// Bounds of what is read before anything of it is proven.
+const (
+	maxLine    = 24 << 20 // the largest message of a node fits, with its bytes in base64
+	maxEntries = 4096     // of a batch: a collector takes no more
+)
 
 // Report is what a verification came to.
 type Report struct {
@@ -141,14 +143,9 @@ func (v *verifier) conclude(err error) Report {
 }
 
 func (v *verifier) line(data []byte) error {
-	var l Line
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&l); err != nil {
-		return unclearf("it is no line of a bundle: %v", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return unclearf("it is more than one line of a bundle")
+	l, err := readLine(data)
+	if err != nil {
+		return err
 	}
 	if v.ended {
 		return unclearf("there is more after the end")
@@ -166,7 +163,7 @@ func (v *verifier) line(data []byte) error {
 		}
 		return nil
 	}
-	read := map[string]func(Line) error{LineKey: v.nodeKey, LineEvent: v.event, LineBatch: v.batch, LineRecord: v.record}[l.Kind]
+	read := map[string]func(line) error{LineKey: v.nodeKey, LineEvent: v.event, LineBatch: v.batch, LineRecord: v.record}[l.Kind]
 	switch {
 	case read == nil:
 		return unclearf("lines of the kind %q are not known here", l.Kind)
@@ -179,7 +176,7 @@ func (v *verifier) line(data []byte) error {
 	return read(l)
 }
 
-func (v *verifier) checkpoint(l Line) error {
+func (v *verifier) checkpoint(l line) error {
 	c, err := OpenCheckpoint([]byte(l.Note), v.key)
 	if err != nil {
 		return err
@@ -194,7 +191,7 @@ func (v *verifier) checkpoint(l Line) error {
 }
 
 // nodeKey takes the key that a node seals with. The log has one for each epoch, or somebody else could seal for the node.
-func (v *verifier) nodeKey(l Line) error {
+func (v *verifier) nodeKey(l line) error {
 	node, epoch, vkey, err := ParseKeyLeaf(l.Leaf)
 	if err != nil {
 		return err
@@ -214,7 +211,7 @@ func (v *verifier) nodeKey(l Line) error {
 	return nil
 }
 
-func (v *verifier) event(l Line) error {
+func (v *verifier) event(l line) error {
 	id, e, err := ParseEventLeaf(l.Leaf)
 	if err != nil {
 		return err
@@ -228,7 +225,7 @@ func (v *verifier) event(l Line) error {
 }
 
 // openSeal reads a signed seal whose node's key came before it, in the file and in the log.
-func (v *verifier) openSeal(l Line) (Seal, error) {
+func (v *verifier) openSeal(l line) (Seal, error) {
 	claimed, err := sealOf(l.Leaf)
 	if err != nil {
 		return Seal{}, err
@@ -252,18 +249,24 @@ func sealOf(signed []byte) (Seal, error) {
 	return parseSeal(string(text) + "\n")
 }
 
-func (v *verifier) batch(l Line) error {
+func (v *verifier) batch(l line) error {
 	seal, err := v.openSeal(l)
 	if err != nil {
 		return err
 	}
-	if err := seal.Check(l.Entries); err != nil {
+	if seal.Entries > maxEntries {
+		return unclearf("%s: seal %d was made over %d records: more than %d are not read", seal.name(), seal.Number, seal.Entries, maxEntries)
+	}
+	if l.Entries, err = l.readEntries(seal.Entries); err == nil {
+		err = seal.Check(l.Entries)
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", seal.name(), err)
 	}
 	s := v.sequence(seal.Sequence)
 	losses, err := s.read(seal, l.Entries)
 	if err == nil {
-		err = s.follow(seal, l, losses)
+		err = s.follow(seal, l.Line, losses)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", seal.name(), err)
@@ -271,13 +274,13 @@ func (v *verifier) batch(l Line) error {
 	return nil
 }
 
-func (v *verifier) record(l Line) error {
+func (v *verifier) record(l line) error {
 	seal, err := v.openSeal(l)
 	if err != nil {
 		return err
 	}
-	if len(l.Entries) != 1 {
-		return unclearf("it is to have one record, and has %d", len(l.Entries))
+	if l.Entries, err = l.readEntries(1); err != nil || len(l.Entries) != 1 {
+		return unclearf("it is to have one record, and has none, or more")
 	}
 	e := l.Entries[0]
 	if err := tlog.CheckRecord(l.Path, int64(seal.Entries), seal.Root, l.At, e.Hash()); err != nil {

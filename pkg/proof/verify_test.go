@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -376,6 +377,58 @@ func (endless) Read(p []byte) (int, error) {
 		p[i] = 'x'
 	}
 	return len(p), nil
+}
+
+// TestVerifyNeedsLittleMemory: what nobody signed makes a reader hold little more than a line. It is not parallel: all memory is its own.
+func TestVerifyNeedsLittleMemory(t *testing.T) {
+	l, lines := some(t)
+	begin := evidence.Write(t, lines[:atFlows1])
+	one := string(bytes.TrimSuffix(evidence.Write(t, lines[atFlows1:atFlows1+1]), []byte("\n")))
+	signed, _, _ := strings.Cut(one, `"entries":`)
+	long := func(head, element string) []byte {
+		const room = 4 << 20
+		return append(bytes.Clone(begin), head+"["+strings.Repeat(element+",", room/(len(element)+1))+element+"]}\n"...)
+	}
+	for name, test := range map[string]struct {
+		file []byte
+		want proof.Verdict
+	}{
+		"records of no seal":        {long(`{"kind":"batch","entries":`, "{}"), proof.Disproved},
+		"more records than sealed":  {long(signed+`"entries":`, "{}"), proof.Disproved},
+		"records where none belong": {long(`{"kind":"checkpoint","entries":`, "{}"), proof.CannotTell},
+	} {
+		for reader, read := range map[string]func() bool{
+			"verify": func() bool {
+				r, err := proof.Verify(bytes.NewReader(test.file), l.Verifier)
+				return err == nil && r.Verdict == test.want
+			},
+			"checkpoints": func() bool {
+				for range proof.Checkpoints(bytes.NewReader(test.file)) {
+				}
+				return true
+			},
+		} {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			ok := read()
+			runtime.ReadMemStats(&after)
+			if took := (after.TotalAlloc - before.TotalAlloc) >> 20; !ok || took > 48 {
+				t.Errorf("%s of %s: as it should be: %t, with %d MiB", reader, name, ok, took)
+			}
+		}
+	}
+}
+
+// TestVerifyReadsWhatACollectorTakes: a batch of more records than that is not decoded, and nothing said of it.
+func TestVerifyReadsWhatACollectorTakes(t *testing.T) {
+	t.Parallel()
+	for count, want := range map[int]proof.Verdict{4096: proof.Proven, 4097: proof.CannotTell} {
+		l := evidence.NewLog(t, "")
+		l.Node("node-a").Batch("flow", slices.Repeat([]*api.Entry{evidence.Flow("f")}, count)...)
+		if r := verify(t, l, l.Bundle(nil)); r.Verdict != want {
+			t.Errorf("%d records: %s, %s", count, r.Verdict, r.Why)
+		}
+	}
 }
 
 // TestVerifyFindsEveryByte: whichever byte of a bundle has another bit, it is not proven, or says the same.
