@@ -71,7 +71,7 @@ func isUnclear(err error) bool {
 //
 // What is Proven is proven of what the bundle has: what came before its first batch of a sequence, or after its last, is not in it.
 func Verify(r io.Reader, logKey note.Verifier) (Report, error) {
-	v := &verifier{key: logKey, nodes: map[nodeEpoch]nodeKey{}, sequences: map[Sequence]*sequence{}, seen: map[place]bool{}}
+	v := &verifier{key: logKey, nodes: map[nodeEpoch]nodeKey{}, sequences: map[Sequence]*sequence{}, seen: map[place]bool{}, shown: map[int64]string{}}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxLine)
 	var err error
@@ -104,7 +104,8 @@ type verifier struct {
 	nodes     map[nodeEpoch]nodeKey
 	sequences map[Sequence]*sequence
 	order     []*sequence
-	seen      map[place]bool
+	seen      map[place]bool   // events and single records
+	shown     map[int64]string // by the leaf of a seal: kind of its lines
 }
 
 type nodeEpoch struct{ node, epoch string }
@@ -224,7 +225,8 @@ func (v *verifier) event(l line) error {
 	return s.same(e)
 }
 
-// openSeal reads a signed seal whose node's key came before it, in the file and in the log.
+// openSeal reads a signed seal whose node's key came before it, in the file and in the log. Its records are shown once: all of them by one
+// line, or single ones, or they would be counted twice.
 func (v *verifier) openSeal(l line) (Seal, error) {
 	claimed, err := sealOf(l.Leaf)
 	if err != nil {
@@ -237,7 +239,15 @@ func (v *verifier) openSeal(l line) (Seal, error) {
 	if key.index >= l.Index {
 		return Seal{}, fmt.Errorf("the log has a seal of node %s at leaf %d, before the node's key at %d", claimed.Node, l.Index, key.index)
 	}
-	return OpenSeal(l.Leaf, key)
+	seal, err := OpenSeal(l.Leaf, key)
+	if err != nil {
+		return Seal{}, err
+	}
+	if kind, ok := v.shown[l.Index]; ok && (kind != l.Kind || kind == LineBatch) {
+		return Seal{}, fmt.Errorf("%s: records of seal %d stand in the bundle twice", seal.name(), seal.Number)
+	}
+	v.shown[l.Index] = l.Kind
+	return seal, nil
 }
 
 // sealOf reads a seal before its key is known. Nothing that it says counts before OpenSeal.
@@ -294,6 +304,8 @@ func (v *verifier) record(l line) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: record %d: %w", seal.name(), e.Seq, err)
+	case e.Seq < seal.First || e.Seq > seal.Last || loss != nil && (loss.Count == 0 || loss.Count > seal.Lost):
+		return fmt.Errorf("%s: record %d is none that seal %d can have", seal.name(), e.Seq, seal.Number)
 	case loss != nil:
 		s.lose(*loss)
 		return nil
@@ -339,7 +351,7 @@ func (s *sequence) read(seal Seal, entries []Entry) ([]Loss, error) {
 		} else {
 			records++
 		}
-		if takes == 0 || takes > seal.Last || e.Seq != next+takes-1 {
+		if takes == 0 || takes > seal.Last || e.Seq > seal.Last || e.Seq != next+takes-1 { // in this order: numbers do not wrap
 			return nil, fmt.Errorf("seal %d: number %d does not follow %d", seal.Number, e.Seq, next-1)
 		}
 		next = e.Seq + 1

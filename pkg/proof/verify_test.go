@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"reflect"
 	"runtime"
 	"slices"
@@ -193,6 +194,13 @@ func TestVerifyDisprovesEveryChange(t *testing.T) {
 	if r := verify(t, l, evidence.End([]proof.Line{whole[0], whole[atKeyA], one, one})); r.Verdict != proof.Disproved {
 		t.Errorf("record twice: %s", r.Verdict)
 	}
+	batch := whole[atFlows1]
+	for name, both := range map[string][]proof.Line{"batch, then its record": {batch, one}, "record, then its batch": {one, batch}, "batch twice": {batch, batch}} {
+		lines := append([]proof.Line{whole[0], whole[atKeyA]}, both...)
+		if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved || !strings.Contains(r.Why, "twice") {
+			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
+		}
+	}
 }
 
 // TestVerifyDisprovesWhatTheLogItselfHas: a node, or a collector, that signs what does not fit.
@@ -225,6 +233,11 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 		},
 		"a loss of none": func(_ *evidence.Log, n *evidence.Node) {
 			n.Batch("flow", evidence.Flow("f2"), evidence.Loss("a", "b", 0), evidence.Flow("f3"))
+		},
+		"numbers that go round": func(_ *evidence.Log, n *evidence.Node) { // 2 to math.MaxInt64 are lost, and again, and it still fits in 64 bits
+			const last = math.MaxInt64
+			entries := []*api.Entry{evidence.Loss("a", "b", last-1), evidence.Loss("a", "b", last), evidence.Loss("a", "b", 4), evidence.Loss("a", "b", last-2)}
+			n.Seal("flow", func(s *proof.Seal) { s.Last, s.Lost = last, last-1 }, entries...)
 		},
 		"the first follows another": func(l *evidence.Log, _ *evidence.Node) {
 			l.Node("node-b").Seal("flow", func(s *proof.Seal) { s.Before[0] ^= 1 }, evidence.Flow("f2"))
@@ -282,6 +295,29 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 			}
 		}
 		if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved {
+			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
+		}
+	}
+}
+
+// TestVerifyHoldsASingleRecordToItsSeal: it has a number of its seal, and loses no more than that says.
+func TestVerifyHoldsASingleRecordToItsSeal(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		change func(*proof.Seal)
+		lost   uint64
+		want   proof.Verdict
+	}{
+		"as it is":   {nil, 2, proof.Proven},
+		"before":     {func(s *proof.Seal) { s.First, s.Last = 5, 6 }, 2, proof.Disproved},
+		"behind":     {func(s *proof.Seal) { s.Last = 2 }, 2, proof.Disproved},
+		"loses more": {func(s *proof.Seal) { s.Lost = 1 }, 2, proof.Disproved},
+		"loses none": {nil, 0, proof.Disproved},
+	} {
+		l := evidence.NewLog(t, "")
+		batch := l.Node("node-a").Seal("flow", test.change, evidence.Flow("f1"), evidence.Flow("f2"), evidence.Loss("a", "b", test.lost))
+		lines := l.Bundle(func(line proof.Line) bool { return line.Kind == proof.LineKey })
+		if r := verify(t, l, evidence.End(append(lines[:2], l.Record(batch, 2)))); r.Verdict != test.want {
 			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
 		}
 	}
