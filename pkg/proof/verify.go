@@ -69,7 +69,8 @@ func isUnclear(err error) bool {
 // seal, and within each sequence that numbers and seals go on without a gap. It stops at the first thing that does not fit. The error
 // is that of the reader; the report then cannot tell either.
 //
-// What is Proven is proven of what the bundle has: what came before its first batch of a sequence, or after its last, is not in it.
+// What is Proven is proven of what the bundle has: what came before its first batch of a sequence, or after its last, is not in it, and
+// of events and single records nothing tells whether they are all.
 func Verify(r io.Reader, logKey note.Verifier) (Report, error) {
 	v := &verifier{key: logKey, nodes: map[nodeEpoch]nodeKey{}, sequences: map[Sequence]*sequence{}, seen: map[place]bool{}, shown: map[int64]string{}}
 	lines := bufio.NewScanner(r)
