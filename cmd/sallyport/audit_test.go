@@ -81,6 +81,29 @@ func TestVerdictsAreExitCodes(t *testing.T) {
 	}
 }
 
+// TestVerifyTellsThatEventsMayBeMissing: of a receipt, also beside batches of another sequence, and not of the node's batches themselves.
+func TestVerifyTellsThatEventsMayBeMissing(t *testing.T) {
+	t.Parallel()
+	l := evidence.NewLog(t, "")
+	n := l.Node("node-1")
+	n.Batch(proof.ClassFlow, evidence.Flow("f"))
+	n.Batch(proof.ClassCritical, evidence.Grant("G", "DENIED"), evidence.Grant("G", "ACTIVATED"))
+	for name, test := range map[string]struct {
+		lines []proof.Line
+		want  bool
+	}{
+		"one event of two":      {l.Bundle(func(line proof.Line) bool { return line.Index == 3 }), true},
+		"beside batches":        {l.Bundle(func(line proof.Line) bool { return line.Index <= 3 }), true},
+		"the node's own batch":  {l.Bundle(nil), false},
+		"that batch and events": {l.Bundle(func(proof.Line) bool { return true }), false},
+	} {
+		r := command(t.Context(), nil, "audit", "verify", write(t, "bundle", evidence.Write(t, test.lines)), "--key", l.VKey)
+		if has := strings.Contains(r.stdout, "others of this grant may be missing"); r.code != 0 || has != test.want {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
+
 // TestConsistencyAsksTheCollector: it is held to what somebody kept, also when it answers with another history; that answer is kept.
 func TestConsistencyAsksTheCollector(t *testing.T) {
 	t.Parallel()

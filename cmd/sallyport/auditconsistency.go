@@ -54,11 +54,11 @@ new file, for the next time and for others: whoever sees two checkpoints that do
 
 // oldCheckpoint reads the one to hold the log to. If the key did not sign it nothing can be told by it.
 func (c *cli) oldCheckpoint(path string, key note.Verifier) (proof.Checkpoint, error) {
-	lines, err := c.readCheckpoints(path)
+	line, err := c.readCheckpoint(path, noSize)
 	if err != nil {
 		return proof.Checkpoint{}, err
 	}
-	old, err := proof.OpenCheckpoint([]byte(lines[len(lines)-1].Note), key)
+	old, err := proof.OpenCheckpoint([]byte(line.Note), key)
 	if err != nil {
 		return proof.Checkpoint{}, judged(proof.CannotTell, path, err.Error())
 	}
@@ -66,15 +66,9 @@ func (c *cli) oldCheckpoint(path string, key note.Verifier) (proof.Checkpoint, e
 }
 
 func (c *cli) compareFile(oldPath string, old proof.Checkpoint, path string, key note.Verifier) error {
-	lines, err := c.readCheckpoints(path)
+	line, err := c.readCheckpoint(path, old.Size)
 	if err != nil {
 		return err
-	}
-	line := lines[len(lines)-1]
-	for _, l := range lines {
-		if l.From == old.Size && len(l.Proof) > 0 {
-			line = l // one that was made for this
-		}
 	}
 	return c.compare(oldPath, old, path, line, key)
 }
@@ -158,40 +152,40 @@ func growthTable(t *table, g growth) {
 	}
 }
 
-// maxCheckpoint bounds one that stands alone in a file.
-const maxCheckpoint = 1 << 20
+const (
+	maxCheckpoint = 1 << 20 // bounds one that stands alone in a file
+	noSize        = -1      // of no log
+)
 
-// readCheckpoints reads those of a bundle, or the one that a file is. There is at least one.
-func (c *cli) readCheckpoints(path string) ([]proof.Line, error) {
+// readCheckpoint reads the last one of a bundle, or the one that a file is. One with a proof of growth from the wanted size on comes first.
+func (c *cli) readCheckpoint(path string, from int64) (proof.Line, error) {
 	in, err := c.openFile(path)
 	if err != nil {
-		return nil, &exitError{exitCannotTell, fmt.Errorf("read checkpoint: %w", err)}
+		return proof.Line{}, &exitError{exitCannotTell, fmt.Errorf("read checkpoint: %w", err)}
 	}
 	defer in.Close()
 	r := bufio.NewReader(in)
 	if first, err := r.Peek(1); err == nil && first[0] != '{' {
 		data, err := io.ReadAll(io.LimitReader(r, maxCheckpoint))
 		if err != nil {
-			return nil, &exitError{exitCannotTell, fmt.Errorf("read checkpoint: %w", err)}
+			return proof.Line{}, &exitError{exitCannotTell, fmt.Errorf("read checkpoint: %w", err)}
 		}
-		return []proof.Line{{Kind: proof.LineCheckpoint, Note: string(data)}}, nil
+		return proof.Line{Kind: proof.LineCheckpoint, Note: string(data)}, nil
 	}
-	var found []proof.Line
-	for d := json.NewDecoder(r); ; {
-		var l proof.Line
-		err := d.Decode(&l)
-		if errors.Is(err, io.EOF) {
-			break
-		}
+	var last, grown proof.Line
+	for l, err := range proof.Checkpoints(r) {
 		if err != nil {
-			return nil, judged(proof.CannotTell, path, fmt.Sprintf("it is neither a checkpoint nor a bundle: %v", err))
+			return proof.Line{}, judged(proof.CannotTell, path, fmt.Sprintf("it is neither a checkpoint nor a bundle: %v", err))
 		}
-		if l.Kind == proof.LineCheckpoint {
-			found = append(found, l)
+		if last = l; l.From == from && len(l.Proof) > 0 {
+			grown = l
 		}
 	}
-	if len(found) == 0 {
-		return nil, judged(proof.CannotTell, path, "it has no checkpoint")
+	switch {
+	case grown.Kind != "":
+		return grown, nil
+	case last.Kind == "":
+		return proof.Line{}, judged(proof.CannotTell, path, "it has no checkpoint")
 	}
-	return found, nil
+	return last, nil
 }

@@ -38,7 +38,8 @@ func (c *cli) auditExport() *cobra.Command {
 		Long: `Write records of the collector to a new file.
 
 As a bundle (the default) they come with what proves them: "audit verify" needs the file and the log's public key, and nothing else. It has
-whole batches, by the time at which the collector received them. With --grant it is a receipt: the grant's events, as they stand in the log.
+whole batches, by the time at which the collector received them. With --grant it is a receipt: the grant's events, as they stand in the log,
+which does not prove that they are all.
 With --record it is one record.
 
 As OCSF events (version ` + ocsfVersion + `, one in JSON on each line) they are for a SIEM, by the time at which they happened, and prove nothing:

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -22,6 +23,9 @@ first and the last number that is shown for a sequence nothing is missing but wh
 that a node saw everything or told the truth, and it says nothing about records before or behind those numbers. A node and the
 collector together could still make up another story for whoever never saw the first: "audit consistency" holds the log to a
 checkpoint that you kept.
+
+A receipt ("audit export --grant") has single events of the log: each is one that the log has, and whether they are all, the file cannot
+show. An event that was left out, a denial or the end of a grant, is not found by it.
 
 Disproved means that the file is not what the log has, or that the log contradicts itself. If another copy of the file is proven, this
 copy was changed; if none is, the collector's log was.
@@ -73,7 +77,7 @@ func reportTable(t *table, r proof.Report) {
 	t.row("log", fmt.Sprintf("%s, at %s", r.Checkpoint.Origin, leaves(r.Checkpoint.Size)))
 	t.row("records", choose(r.Records == 0, "none", fmt.Sprintf("%d, each as its node sealed it", r.Records)))
 	if r.Events > 0 {
-		t.row("grant events", fmt.Sprintf("%d in the log%s", r.Events, choose(r.Records == 0, ", as the collector took them: the nodes' seals are not in this file", "")))
+		t.row("grant events", fmt.Sprintf("%d in the log%s", r.Events, choose(alone(r), ", as the collector took them; others of this grant may be missing: the nodes' seals are not in this file", "")))
 	}
 	t.row("lost", choose(r.Lost == 0, "none", fmt.Sprintf("%d, counted by the nodes themselves", r.Lost)))
 	t.line("")
@@ -89,6 +93,11 @@ func reportTable(t *table, r proof.Report) {
 			t.line("%s (%s): the collector was set back %s; the node counted what it had forgotten", s.Node, s.Class, times(s.Breaks))
 		}
 	}
+}
+
+// alone tells whether there are grant events of a sequence that the file has no batch of.
+func alone(r proof.Report) bool {
+	return slices.ContainsFunc(r.Sequences, func(s proof.SequenceReport) bool { return s.Events > 0 && s.Seals == 0 })
 }
 
 func numbers(s proof.SequenceReport) string {

@@ -3,7 +3,6 @@ package proof
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,8 +11,11 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// maxLine bounds a line of a bundle: the largest message of a node fits, with its bytes in base64.
-const maxLine = 64 << 20
+// Bounds of what is read before anything of it is proven.
+const (
+	maxLine    = 24 << 20 // the largest message of a node fits, with its bytes in base64
+	maxEntries = 4096     // of a batch: a collector takes no more
+)
 
 // Report is what a verification came to.
 type Report struct {
@@ -67,9 +69,10 @@ func isUnclear(err error) bool {
 // seal, and within each sequence that numbers and seals go on without a gap. It stops at the first thing that does not fit. The error
 // is that of the reader; the report then cannot tell either.
 //
-// What is Proven is proven of what the bundle has: what came before its first batch of a sequence, or after its last, is not in it.
+// What is Proven is proven of what the bundle has: what came before its first batch of a sequence, or after its last, is not in it, and
+// of events and single records nothing tells whether they are all.
 func Verify(r io.Reader, logKey note.Verifier) (Report, error) {
-	v := &verifier{key: logKey, nodes: map[nodeEpoch]nodeKey{}, sequences: map[Sequence]*sequence{}, seen: map[place]bool{}}
+	v := &verifier{key: logKey, nodes: map[nodeEpoch]nodeKey{}, sequences: map[Sequence]*sequence{}, seen: map[place]bool{}, shown: map[int64]string{}}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxLine)
 	var err error
@@ -102,7 +105,8 @@ type verifier struct {
 	nodes     map[nodeEpoch]nodeKey
 	sequences map[Sequence]*sequence
 	order     []*sequence
-	seen      map[place]bool
+	seen      map[place]bool   // events and single records
+	shown     map[int64]string // by the leaf of a seal: kind of its lines
 }
 
 type nodeEpoch struct{ node, epoch string }
@@ -141,14 +145,9 @@ func (v *verifier) conclude(err error) Report {
 }
 
 func (v *verifier) line(data []byte) error {
-	var l Line
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&l); err != nil {
-		return unclearf("it is no line of a bundle: %v", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return unclearf("it is more than one line of a bundle")
+	l, err := readLine(data)
+	if err != nil {
+		return err
 	}
 	if v.ended {
 		return unclearf("there is more after the end")
@@ -166,7 +165,7 @@ func (v *verifier) line(data []byte) error {
 		}
 		return nil
 	}
-	read := map[string]func(Line) error{LineKey: v.nodeKey, LineEvent: v.event, LineBatch: v.batch, LineRecord: v.record}[l.Kind]
+	read := map[string]func(line) error{LineKey: v.nodeKey, LineEvent: v.event, LineBatch: v.batch, LineRecord: v.record}[l.Kind]
 	switch {
 	case read == nil:
 		return unclearf("lines of the kind %q are not known here", l.Kind)
@@ -179,7 +178,7 @@ func (v *verifier) line(data []byte) error {
 	return read(l)
 }
 
-func (v *verifier) checkpoint(l Line) error {
+func (v *verifier) checkpoint(l line) error {
 	c, err := OpenCheckpoint([]byte(l.Note), v.key)
 	if err != nil {
 		return err
@@ -194,7 +193,7 @@ func (v *verifier) checkpoint(l Line) error {
 }
 
 // nodeKey takes the key that a node seals with. The log has one for each epoch, or somebody else could seal for the node.
-func (v *verifier) nodeKey(l Line) error {
+func (v *verifier) nodeKey(l line) error {
 	node, epoch, vkey, err := ParseKeyLeaf(l.Leaf)
 	if err != nil {
 		return err
@@ -214,7 +213,7 @@ func (v *verifier) nodeKey(l Line) error {
 	return nil
 }
 
-func (v *verifier) event(l Line) error {
+func (v *verifier) event(l line) error {
 	id, e, err := ParseEventLeaf(l.Leaf)
 	if err != nil {
 		return err
@@ -227,8 +226,9 @@ func (v *verifier) event(l Line) error {
 	return s.same(e)
 }
 
-// openSeal reads a signed seal whose node's key came before it, in the file and in the log.
-func (v *verifier) openSeal(l Line) (Seal, error) {
+// openSeal reads a signed seal whose node's key came before it, in the file and in the log. Its records are shown once: all of them by one
+// line, or single ones, or they would be counted twice.
+func (v *verifier) openSeal(l line) (Seal, error) {
 	claimed, err := sealOf(l.Leaf)
 	if err != nil {
 		return Seal{}, err
@@ -240,7 +240,15 @@ func (v *verifier) openSeal(l Line) (Seal, error) {
 	if key.index >= l.Index {
 		return Seal{}, fmt.Errorf("the log has a seal of node %s at leaf %d, before the node's key at %d", claimed.Node, l.Index, key.index)
 	}
-	return OpenSeal(l.Leaf, key)
+	seal, err := OpenSeal(l.Leaf, key)
+	if err != nil {
+		return Seal{}, err
+	}
+	if kind, ok := v.shown[l.Index]; ok && (kind != l.Kind || kind == LineBatch) {
+		return Seal{}, fmt.Errorf("%s: records of seal %d stand in the bundle twice", seal.name(), seal.Number)
+	}
+	v.shown[l.Index] = l.Kind
+	return seal, nil
 }
 
 // sealOf reads a seal before its key is known. Nothing that it says counts before OpenSeal.
@@ -252,18 +260,24 @@ func sealOf(signed []byte) (Seal, error) {
 	return parseSeal(string(text) + "\n")
 }
 
-func (v *verifier) batch(l Line) error {
+func (v *verifier) batch(l line) error {
 	seal, err := v.openSeal(l)
 	if err != nil {
 		return err
 	}
-	if err := seal.Check(l.Entries); err != nil {
+	if seal.Entries > maxEntries {
+		return unclearf("%s: seal %d was made over %d records: more than %d are not read", seal.name(), seal.Number, seal.Entries, maxEntries)
+	}
+	if l.Entries, err = l.readEntries(seal.Entries); err == nil {
+		err = seal.Check(l.Entries)
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", seal.name(), err)
 	}
 	s := v.sequence(seal.Sequence)
 	losses, err := s.read(seal, l.Entries)
 	if err == nil {
-		err = s.follow(seal, l, losses)
+		err = s.follow(seal, l.Line, losses)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", seal.name(), err)
@@ -271,13 +285,13 @@ func (v *verifier) batch(l Line) error {
 	return nil
 }
 
-func (v *verifier) record(l Line) error {
+func (v *verifier) record(l line) error {
 	seal, err := v.openSeal(l)
 	if err != nil {
 		return err
 	}
-	if len(l.Entries) != 1 {
-		return unclearf("it is to have one record, and has %d", len(l.Entries))
+	if l.Entries, err = l.readEntries(1); err != nil || len(l.Entries) != 1 {
+		return unclearf("it is to have one record, and has none, or more")
 	}
 	e := l.Entries[0]
 	if err := tlog.CheckRecord(l.Path, int64(seal.Entries), seal.Root, l.At, e.Hash()); err != nil {
@@ -291,6 +305,8 @@ func (v *verifier) record(l Line) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: record %d: %w", seal.name(), e.Seq, err)
+	case e.Seq < seal.First || e.Seq > seal.Last || loss != nil && (loss.Count == 0 || loss.Count > seal.Lost):
+		return fmt.Errorf("%s: record %d is none that seal %d can have", seal.name(), e.Seq, seal.Number)
 	case loss != nil:
 		s.lose(*loss)
 		return nil
@@ -336,7 +352,7 @@ func (s *sequence) read(seal Seal, entries []Entry) ([]Loss, error) {
 		} else {
 			records++
 		}
-		if takes == 0 || takes > seal.Last || e.Seq != next+takes-1 {
+		if takes == 0 || takes > seal.Last || e.Seq > seal.Last || e.Seq != next+takes-1 { // in this order: numbers do not wrap
 			return nil, fmt.Errorf("seal %d: number %d does not follow %d", seal.Number, e.Seq, next-1)
 		}
 		next = e.Seq + 1

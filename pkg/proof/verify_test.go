@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -192,6 +194,13 @@ func TestVerifyDisprovesEveryChange(t *testing.T) {
 	if r := verify(t, l, evidence.End([]proof.Line{whole[0], whole[atKeyA], one, one})); r.Verdict != proof.Disproved {
 		t.Errorf("record twice: %s", r.Verdict)
 	}
+	batch := whole[atFlows1]
+	for name, both := range map[string][]proof.Line{"batch, then its record": {batch, one}, "record, then its batch": {one, batch}, "batch twice": {batch, batch}} {
+		lines := append([]proof.Line{whole[0], whole[atKeyA]}, both...)
+		if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved || !strings.Contains(r.Why, "twice") {
+			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
+		}
+	}
 }
 
 // TestVerifyDisprovesWhatTheLogItselfHas: a node, or a collector, that signs what does not fit.
@@ -224,6 +233,11 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 		},
 		"a loss of none": func(_ *evidence.Log, n *evidence.Node) {
 			n.Batch("flow", evidence.Flow("f2"), evidence.Loss("a", "b", 0), evidence.Flow("f3"))
+		},
+		"numbers that go round": func(_ *evidence.Log, n *evidence.Node) { // 2 to math.MaxInt64 are lost, and again, and it still fits in 64 bits
+			const last = math.MaxInt64
+			entries := []*api.Entry{evidence.Loss("a", "b", last-1), evidence.Loss("a", "b", last), evidence.Loss("a", "b", 4), evidence.Loss("a", "b", last-2)}
+			n.Seal("flow", func(s *proof.Seal) { s.Last, s.Lost = last, last-1 }, entries...)
 		},
 		"the first follows another": func(l *evidence.Log, _ *evidence.Node) {
 			l.Node("node-b").Seal("flow", func(s *proof.Seal) { s.Before[0] ^= 1 }, evidence.Flow("f2"))
@@ -281,6 +295,29 @@ func TestVerifyDisprovesWhatTheLogItselfHas(t *testing.T) {
 			}
 		}
 		if r := verify(t, l, evidence.End(lines)); r.Verdict != proof.Disproved {
+			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
+		}
+	}
+}
+
+// TestVerifyHoldsASingleRecordToItsSeal: it has a number of its seal, and loses no more than that says.
+func TestVerifyHoldsASingleRecordToItsSeal(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		change func(*proof.Seal)
+		lost   uint64
+		want   proof.Verdict
+	}{
+		"as it is":   {nil, 2, proof.Proven},
+		"before":     {func(s *proof.Seal) { s.First, s.Last = 5, 6 }, 2, proof.Disproved},
+		"behind":     {func(s *proof.Seal) { s.Last = 2 }, 2, proof.Disproved},
+		"loses more": {func(s *proof.Seal) { s.Lost = 1 }, 2, proof.Disproved},
+		"loses none": {nil, 0, proof.Disproved},
+	} {
+		l := evidence.NewLog(t, "")
+		batch := l.Node("node-a").Seal("flow", test.change, evidence.Flow("f1"), evidence.Flow("f2"), evidence.Loss("a", "b", test.lost))
+		lines := l.Bundle(func(line proof.Line) bool { return line.Kind == proof.LineKey })
+		if r := verify(t, l, evidence.End(append(lines[:2], l.Record(batch, 2)))); r.Verdict != test.want {
 			t.Errorf("%s: %s, %s", name, r.Verdict, r.Why)
 		}
 	}
@@ -376,6 +413,58 @@ func (endless) Read(p []byte) (int, error) {
 		p[i] = 'x'
 	}
 	return len(p), nil
+}
+
+// TestVerifyNeedsLittleMemory: what nobody signed makes a reader hold little more than a line. It is not parallel: all memory is its own.
+func TestVerifyNeedsLittleMemory(t *testing.T) {
+	l, lines := some(t)
+	begin := evidence.Write(t, lines[:atFlows1])
+	one := string(bytes.TrimSuffix(evidence.Write(t, lines[atFlows1:atFlows1+1]), []byte("\n")))
+	signed, _, _ := strings.Cut(one, `"entries":`)
+	long := func(head, element string) []byte {
+		const room = 4 << 20
+		return append(bytes.Clone(begin), head+"["+strings.Repeat(element+",", room/(len(element)+1))+element+"]}\n"...)
+	}
+	for name, test := range map[string]struct {
+		file []byte
+		want proof.Verdict
+	}{
+		"records of no seal":        {long(`{"kind":"batch","entries":`, "{}"), proof.Disproved},
+		"more records than sealed":  {long(signed+`"entries":`, "{}"), proof.Disproved},
+		"records where none belong": {long(`{"kind":"checkpoint","entries":`, "{}"), proof.CannotTell},
+	} {
+		for reader, read := range map[string]func() bool{
+			"verify": func() bool {
+				r, err := proof.Verify(bytes.NewReader(test.file), l.Verifier)
+				return err == nil && r.Verdict == test.want
+			},
+			"checkpoints": func() bool {
+				for range proof.Checkpoints(bytes.NewReader(test.file)) {
+				}
+				return true
+			},
+		} {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			ok := read()
+			runtime.ReadMemStats(&after)
+			if took := (after.TotalAlloc - before.TotalAlloc) >> 20; !ok || took > 48 {
+				t.Errorf("%s of %s: as it should be: %t, with %d MiB", reader, name, ok, took)
+			}
+		}
+	}
+}
+
+// TestVerifyReadsWhatACollectorTakes: a batch of more records than that is not decoded, and nothing said of it.
+func TestVerifyReadsWhatACollectorTakes(t *testing.T) {
+	t.Parallel()
+	for count, want := range map[int]proof.Verdict{4096: proof.Proven, 4097: proof.CannotTell} {
+		l := evidence.NewLog(t, "")
+		l.Node("node-a").Batch("flow", slices.Repeat([]*api.Entry{evidence.Flow("f")}, count)...)
+		if r := verify(t, l, l.Bundle(nil)); r.Verdict != want {
+			t.Errorf("%d records: %s, %s", count, r.Verdict, r.Why)
+		}
+	}
 }
 
 // TestVerifyFindsEveryByte: whichever byte of a bundle has another bit, it is not proven, or says the same.
