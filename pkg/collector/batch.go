@@ -25,13 +25,25 @@ type batch struct {
 func (b *batch) decode(raw []*api.Raw) error {
 	for _, r := range raw {
 		e := &api.Entry{}
-		if err := proto.Unmarshal(r.GetData(), e); err != nil {
+		err := proto.Unmarshal(r.GetData(), e)
+		if err == nil {
+			err = proof.CheckEntry(r.GetData(), proofLoss(e.GetLoss()), e.GetGrant() != nil)
+		}
+		if err != nil {
 			return fmt.Errorf("%w: entry %d: %w", errEntry, r.GetSeq(), err)
 		}
 		e.Seq = r.GetSeq() // the number that is sealed
 		b.entries, b.data = append(b.entries, e), append(b.data, r.GetData())
 	}
 	return nil
+}
+
+// proofLoss is a loss as proofs know it.
+func proofLoss(l *api.LossRecord) *proof.Loss {
+	if l == nil {
+		return nil
+	}
+	return &proof.Loss{Stage: l.GetStage(), Cause: l.GetCause(), Count: l.GetCount()}
 }
 
 // open holds the batch against its seal, as far as that can be done without knowing what is stored.

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -105,6 +106,34 @@ func TestSealedBatchRefused(t *testing.T) {
 	}
 	if got := r.write.head().size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
+	}
+}
+
+// rawBatch is the first batch of a node, of one entry in any bytes.
+func (n *node) rawBatch(data []byte) *api.Batch {
+	n.t.Helper()
+	e := proof.Entry{Seq: 1, Data: data}
+	signer, _ := nodeSigner(n.t, n.name, n.epoch)
+	s := proof.Seal{Sequence: sequence{n.name, n.epoch, flows}.proofSequence(), Number: 1, Before: proof.Follows(nil), First: 1, Last: 1, Entries: 1,
+		Root: proof.Root([]proof.Entry{e})}
+	return &api.Batch{Class: flows, Epoch: n.epoch, Raw: []*api.Raw{{Seq: e.Seq, Data: data}}, Seal: must(s.Sign(signer))(n.t)}
+}
+
+// A node cannot store what would make evidence of the log worthless: two records in one are refused, and what protobuf leaves alone proofs do too.
+func TestOddEntries(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	flow := must(proto.Marshal(&api.Entry{Record: flowEntry(1, nil).GetRecord()}))(t)
+	grant := must(proto.Marshal(&api.Entry{Record: grantEntry(1, "g", "ACTIVATED").GetRecord()}))(t)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.sendBatch(n.rawBatch(append(bytes.Clone(grant), flow...)))
+	n.refused(codes.InvalidArgument)
+	n, _ = r.connect(t, "node-1", epoch1)
+	n.sendBatch(n.rawBatch(protowire.AppendVarint(protowire.AppendTag(flow, 3, protowire.VarintType), 1)))
+	if a := n.ack(); a.GetSeq() != 1 {
+		t.Fatalf("acknowledged is %v", a)
+	}
+	if report, err := proof.Verify(bytes.NewReader(r.evidence(t, &api.EvidenceRequest{})), r.logKeyOf(t)); err != nil || report.Verdict != proof.Proven {
+		t.Errorf("%v: %s, %v", report.Verdict, report.Why, err)
 	}
 }
 
