@@ -10,6 +10,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
+// maxEntries is how many entries a batch has at most. A node sends a few hundred; each costs the writer a row, and all nodes wait for it.
+const maxEntries = 4096
+
 // batch is what a node sent of one sequence, and how it is kept.
 type batch struct {
 	sequence
@@ -23,6 +26,9 @@ type batch struct {
 
 // decode reads entries from the bytes that are kept of them.
 func (b *batch) decode(raw []*api.Raw) error {
+	if len(raw) > maxEntries {
+		return fmt.Errorf("%w: batch has %d entries, at most %d are taken", errEntry, len(raw), maxEntries)
+	}
 	for _, r := range raw {
 		e := &api.Entry{}
 		err := proto.Unmarshal(r.GetData(), e)

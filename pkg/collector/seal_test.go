@@ -137,6 +137,18 @@ func TestOddEntries(t *testing.T) {
 	}
 }
 
+// One batch cannot keep the writer from the other nodes for long.
+func TestBatchOfTooMany(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, maxEntries)...)
+	n.batch(flows, flowEntries(maxEntries+1, 2*maxEntries+1)...)
+	n.refused(codes.InvalidArgument)
+	if got := r.write.mark(sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
+		t.Errorf("stored is up to %d", got)
+	}
+}
+
 // A batch that is sent again is acknowledged again, and is there once: the last one, an older one, and after a restart.
 func TestSealedTwice(t *testing.T) {
 	dir := t.TempDir()
