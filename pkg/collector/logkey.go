@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -49,7 +50,16 @@ func openLogKey(dir string, td spiffeid.TrustDomain) (logKey, error) {
 	if err != nil {
 		return logKey{}, fmt.Errorf("read %s: %w", filepath.Join(dir, keyFile), err)
 	}
-	return k, writeWhole(filepath.Join(dir, publicKeyFile), []byte(k.vkey+"\n"), 0o644)
+	return k, k.publish(filepath.Join(dir, publicKeyFile))
+}
+
+// publish writes the public half, unless it is there: a start on a full disk is not to fail because of it.
+func (k logKey) publish(path string) error {
+	text := []byte(k.vkey + "\n")
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
+		return nil
+	}
+	return writeWhole(path, text, 0o644)
 }
 
 // hadKey tells whether there is anything that a log left: a day, one that was set aside as well, or the public half of its key.

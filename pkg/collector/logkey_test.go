@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"bytes"
 	"database/sql"
 	"os"
 	"path/filepath"
@@ -112,6 +113,33 @@ func TestLogKeyIsNotMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	start(t, r.ids, func(c *Config) { *c = r.cfg }) // nothing is left of the log
+}
+
+// The public half is written where it is missing or another one, and is left alone where it is right.
+func TestPublicHalf(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	path := filepath.Join(r.cfg.Dir, publicKeyFile)
+	right, was := must(os.ReadFile(path))(t), must(os.Stat(path))(t)
+	again := func() {
+		t.Helper()
+		r.stop()
+		r = start(t, r.ids, func(c *Config) { *c = r.cfg })
+		if text := must(os.ReadFile(path))(t); !bytes.Equal(text, right) {
+			t.Errorf("public half is %q", text)
+		}
+	}
+	again()
+	if !os.SameFile(was, must(os.Stat(path))(t)) {
+		t.Error("it was written again")
+	}
+	if err := os.WriteFile(path, []byte("other\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	again()
 }
 
 // Days of the layout before are not touched, and the sentence says what to do.
