@@ -2,8 +2,11 @@ package collector
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"reflect"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc/codes"
@@ -146,6 +149,47 @@ func TestBatchOfTooMany(t *testing.T) {
 	n.refused(codes.InvalidArgument)
 	if got := r.write.mark(sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
 		t.Errorf("stored is up to %d", got)
+	}
+}
+
+// A node cannot fill the days of all nodes with epochs. Those that it has go on, and the day after it may begin others.
+func TestEpochsOfADay(t *testing.T) {
+	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot = at.now, at.boot })
+	chains := map[string]*chain{}
+	put := func(node string, epoch int) error {
+		name := fmt.Sprintf("01HZZZZZZZZZZZZZZZZZZZ%04d", epoch)
+		signer, vkey := nodeSigner(t, node, name)
+		s := &session{node: node, epoch: name, vkey: vkey, key: must(note.NewVerifier(vkey))(t)}
+		id := node + name
+		if chains[id] == nil {
+			chains[id] = &chain{}
+		}
+		next := chains[id].number + 1
+		sent := must(chains[id].seal(sequence{node, name, flows}, flowEntries(next, next), signer, nil))(t)
+		_, err := r.write.put(must(s.read(sent))(t))
+		return err
+	}
+	for epoch := range maxNewEpochs {
+		if err := put("node-1", epoch); err != nil {
+			t.Fatalf("epoch %d: %v", epoch, err)
+		}
+	}
+	size := r.write.head().size
+	if err := put("node-1", maxNewEpochs); !errors.Is(err, errGap) {
+		t.Errorf("one more: %v", err)
+	}
+	if got := r.write.head().size; got != size {
+		t.Errorf("the log grew from %d leaves to %d", size, got)
+	}
+	for node, epoch := range map[string]int{"node-1": 0, "node-2": maxNewEpochs} {
+		if err := put(node, epoch); err != nil {
+			t.Errorf("epoch %d of %s: %v", epoch, node, err)
+		}
+	}
+	at.pass(24 * time.Hour)
+	if err := put("node-1", maxNewEpochs+1); err != nil {
+		t.Errorf("the day after: %v", err)
 	}
 }
 
