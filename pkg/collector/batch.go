@@ -10,6 +10,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
+// maxEntries is how many entries a batch has at most. A node sends a few hundred; each costs the writer a row, and all nodes wait for it.
+const maxEntries = 4096
+
 // batch is what a node sent of one sequence, and how it is kept.
 type batch struct {
 	sequence
@@ -23,15 +26,30 @@ type batch struct {
 
 // decode reads entries from the bytes that are kept of them.
 func (b *batch) decode(raw []*api.Raw) error {
+	if len(raw) > maxEntries {
+		return fmt.Errorf("%w: batch has %d entries, at most %d are taken", errEntry, len(raw), maxEntries)
+	}
 	for _, r := range raw {
 		e := &api.Entry{}
-		if err := proto.Unmarshal(r.GetData(), e); err != nil {
+		err := proto.Unmarshal(r.GetData(), e)
+		if err == nil {
+			err = proof.CheckEntry(r.GetData(), proofLoss(e.GetLoss()), e.GetGrant() != nil)
+		}
+		if err != nil {
 			return fmt.Errorf("%w: entry %d: %w", errEntry, r.GetSeq(), err)
 		}
 		e.Seq = r.GetSeq() // the number that is sealed
 		b.entries, b.data = append(b.entries, e), append(b.data, r.GetData())
 	}
 	return nil
+}
+
+// proofLoss is a loss as proofs know it.
+func proofLoss(l *api.LossRecord) *proof.Loss {
+	if l == nil {
+		return nil
+	}
+	return &proof.Loss{Stage: l.GetStage(), Cause: l.GetCause(), Count: l.GetCount()}
 }
 
 // open holds the batch against its seal, as far as that can be done without knowing what is stored.

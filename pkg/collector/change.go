@@ -18,6 +18,10 @@ const (
 	causeForgotten = "forgotten"
 )
 
+// maxNewEpochs is how many epochs a node may begin in one day. Each stays in every day from then on; an honest node begins one when its
+// store is new.
+const maxNewEpochs = 64
+
 // change is a transaction, with what it adds to the state.
 type change struct {
 	state // marks and keys that are new, and the log as it will be
@@ -52,6 +56,9 @@ func (c *change) put(b batch) (result, error) {
 	if err != nil {
 		return result{err: err}, nil
 	}
+	if full, err := c.epochsFull(b); full || err != nil {
+		return result{err: fmt.Errorf("%w: node %q has begun %d epochs today, at most that many are taken", errGap, b.node, maxNewEpochs)}, err
+	}
 	if breaks {
 		m.breaks++
 	}
@@ -79,6 +86,16 @@ func (c *change) follows(b batch, m mark) (breaks bool, err error) {
 	default:
 		return false, fmt.Errorf("%w: seal %d does not follow on the one that is stored, %d", errGap, s.Number, m.number)
 	}
+}
+
+// epochsFull tells whether a batch would begin one epoch too many.
+func (c *change) epochsFull(b batch) (bool, error) {
+	if _, known := c.nodeKey(nodeEpoch{b.node, b.epoch}); known {
+		return false, nil
+	}
+	var today int
+	err := c.tx.QueryRowContext(c.ctx, `SELECT count(*) FROM keys WHERE node = ? AND leaf >= (SELECT base FROM head)`, b.node).Scan(&today)
+	return today >= maxNewEpochs, err
 }
 
 func errOtherKey(node, epoch string) error {

@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -37,12 +38,9 @@ func (k logKey) KeyHash() uint32 { return k.Signer.KeyHash() }
 
 // openLogKey reads the key of a directory, and makes it where nothing was stored yet. Records without their key are not gone on with:
 // a second log over the same records would look like a forged one.
-func openLogKey(dir string, td spiffeid.TrustDomain, empty bool) (logKey, error) {
+func openLogKey(dir string, td spiffeid.TrustDomain) (logKey, error) {
 	text, err := os.ReadFile(filepath.Join(dir, keyFile))
 	if errors.Is(err, fs.ErrNotExist) {
-		if !empty {
-			return logKey{}, fmt.Errorf("%s has records and no %s: put the key back, or move the records away and begin with an empty directory", dir, keyFile)
-		}
 		text, err = makeLogKey(dir, td)
 	}
 	if err != nil {
@@ -52,10 +50,35 @@ func openLogKey(dir string, td spiffeid.TrustDomain, empty bool) (logKey, error)
 	if err != nil {
 		return logKey{}, fmt.Errorf("read %s: %w", filepath.Join(dir, keyFile), err)
 	}
-	return k, writeWhole(filepath.Join(dir, publicKeyFile), []byte(k.vkey+"\n"), 0o644)
+	return k, k.publish(filepath.Join(dir, publicKeyFile))
+}
+
+// publish writes the public half, unless it is there: a start on a full disk is not to fail because of it.
+func (k logKey) publish(path string) error {
+	text := []byte(k.vkey + "\n")
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
+		return nil
+	}
+	return writeWhole(path, text, 0o644)
+}
+
+// hadKey tells whether there is anything that a log left: a day, one that was set aside as well, or the public half of its key.
+func hadKey(dir string) (bool, error) {
+	for _, pattern := range []string{"*" + daySuffix + "*", publicKeyFile} {
+		if names, err := fs.Glob(os.DirFS(dir), pattern); err != nil || len(names) > 0 {
+			return len(names) > 0, err
+		}
+	}
+	return false, nil
 }
 
 func makeLogKey(dir string, td spiffeid.TrustDomain) ([]byte, error) {
+	switch had, err := hadKey(dir); {
+	case err != nil:
+		return nil, err
+	case had:
+		return nil, fmt.Errorf("%s has records of a log and no %s: put the key back, or move the records away and begin with an empty directory", dir, keyFile)
+	}
 	skey, vkey, err := note.GenerateKey(rand.Reader, proof.LogSigner(td.Name(), ulid.Make().String()))
 	if err != nil {
 		return nil, err

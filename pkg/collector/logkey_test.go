@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"bytes"
 	"database/sql"
 	"os"
 	"path/filepath"
@@ -71,6 +72,74 @@ func TestLogKey(t *testing.T) {
 		t.Errorf("welcome: %v", w)
 	}
 	n.store(flows, flowEntries(3, 4)...)
+}
+
+// A key that is gone is not made anew where only files are left that a log was in: a second log would look like a forged one.
+func TestLogKeyIsNotMadeAnew(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 2)...)
+	day := r.days.all()[0].path
+	r.stop()
+	if err := os.Remove(filepath.Join(r.cfg.Dir, keyFile)); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(what string) {
+		t.Helper()
+		if got, err := New(r.cfg); err == nil || !strings.Contains(err.Error(), "put the key back") {
+			if err == nil {
+				got.Close()
+			}
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := os.Rename(day, day+damagedMark+"1"); err != nil {
+		t.Fatal(err)
+	}
+	public := filepath.Join(r.cfg.Dir, publicKeyFile)
+	text := must(os.ReadFile(public))(t)
+	if err := os.Remove(public); err != nil {
+		t.Fatal(err)
+	}
+	refused("a day that was set aside")
+	if err := os.Remove(day + damagedMark + "1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(public, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	refused("the public half")
+	if err := os.Remove(public); err != nil {
+		t.Fatal(err)
+	}
+	start(t, r.ids, func(c *Config) { *c = r.cfg }) // nothing is left of the log
+}
+
+// The public half is written where it is missing or another one, and is left alone where it is right.
+func TestPublicHalf(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	path := filepath.Join(r.cfg.Dir, publicKeyFile)
+	right, was := must(os.ReadFile(path))(t), must(os.Stat(path))(t)
+	again := func() {
+		t.Helper()
+		r.stop()
+		r = start(t, r.ids, func(c *Config) { *c = r.cfg })
+		if text := must(os.ReadFile(path))(t); !bytes.Equal(text, right) {
+			t.Errorf("public half is %q", text)
+		}
+	}
+	again()
+	if !os.SameFile(was, must(os.Stat(path))(t)) {
+		t.Error("it was written again")
+	}
+	if err := os.WriteFile(path, []byte("other\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	again()
 }
 
 // Days of the layout before are not touched, and the sentence says what to do.

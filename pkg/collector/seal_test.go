@@ -2,12 +2,16 @@ package collector
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"reflect"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -105,6 +109,87 @@ func TestSealedBatchRefused(t *testing.T) {
 	}
 	if got := r.write.head().size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
+	}
+}
+
+// rawBatch is the first batch of a node, of one entry in any bytes.
+func (n *node) rawBatch(data []byte) *api.Batch {
+	n.t.Helper()
+	e := proof.Entry{Seq: 1, Data: data}
+	signer, _ := nodeSigner(n.t, n.name, n.epoch)
+	s := proof.Seal{Sequence: sequence{n.name, n.epoch, flows}.proofSequence(), Number: 1, Before: proof.Follows(nil), First: 1, Last: 1, Entries: 1,
+		Root: proof.Root([]proof.Entry{e})}
+	return &api.Batch{Class: flows, Epoch: n.epoch, Raw: []*api.Raw{{Seq: e.Seq, Data: data}}, Seal: must(s.Sign(signer))(n.t)}
+}
+
+// A node cannot store what would make evidence of the log worthless: two records in one are refused, and what protobuf leaves alone proofs do too.
+func TestOddEntries(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	flow := must(proto.Marshal(&api.Entry{Record: flowEntry(1, nil).GetRecord()}))(t)
+	grant := must(proto.Marshal(&api.Entry{Record: grantEntry(1, "g", "ACTIVATED").GetRecord()}))(t)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.sendBatch(n.rawBatch(append(bytes.Clone(grant), flow...)))
+	n.refused(codes.InvalidArgument)
+	n, _ = r.connect(t, "node-1", epoch1)
+	n.sendBatch(n.rawBatch(protowire.AppendVarint(protowire.AppendTag(flow, 3, protowire.VarintType), 1)))
+	if a := n.ack(); a.GetSeq() != 1 {
+		t.Fatalf("acknowledged is %v", a)
+	}
+	if report, err := proof.Verify(bytes.NewReader(r.evidence(t, &api.EvidenceRequest{})), r.logKeyOf(t)); err != nil || report.Verdict != proof.Proven {
+		t.Errorf("%v: %s, %v", report.Verdict, report.Why, err)
+	}
+}
+
+// One batch cannot keep the writer from the other nodes for long.
+func TestBatchOfTooMany(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, maxEntries)...)
+	n.batch(flows, flowEntries(maxEntries+1, 2*maxEntries+1)...)
+	n.refused(codes.InvalidArgument)
+	if got := r.write.mark(sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
+		t.Errorf("stored is up to %d", got)
+	}
+}
+
+// A node cannot fill the days of all nodes with epochs. Those that it has go on, and the day after it may begin others.
+func TestEpochsOfADay(t *testing.T) {
+	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot = at.now, at.boot })
+	chains := map[string]*chain{}
+	put := func(node string, epoch int) error {
+		name := fmt.Sprintf("01HZZZZZZZZZZZZZZZZZZZ%04d", epoch)
+		signer, vkey := nodeSigner(t, node, name)
+		s := &session{node: node, epoch: name, vkey: vkey, key: must(note.NewVerifier(vkey))(t)}
+		id := node + name
+		if chains[id] == nil {
+			chains[id] = &chain{}
+		}
+		next := chains[id].number + 1
+		sent := must(chains[id].seal(sequence{node, name, flows}, flowEntries(next, next), signer, nil))(t)
+		_, err := r.write.put(must(s.read(sent))(t))
+		return err
+	}
+	for epoch := range maxNewEpochs {
+		if err := put("node-1", epoch); err != nil {
+			t.Fatalf("epoch %d: %v", epoch, err)
+		}
+	}
+	size := r.write.head().size
+	if err := put("node-1", maxNewEpochs); !errors.Is(err, errGap) {
+		t.Errorf("one more: %v", err)
+	}
+	if got := r.write.head().size; got != size {
+		t.Errorf("the log grew from %d leaves to %d", size, got)
+	}
+	for node, epoch := range map[string]int{"node-1": 0, "node-2": maxNewEpochs} {
+		if err := put(node, epoch); err != nil {
+			t.Errorf("epoch %d of %s: %v", epoch, node, err)
+		}
+	}
+	at.pass(24 * time.Hour)
+	if err := put("node-1", maxNewEpochs+1); err != nil {
+		t.Errorf("the day after: %v", err)
 	}
 }
 

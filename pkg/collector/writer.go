@@ -60,7 +60,7 @@ func newWriter(d *days, td spiffeid.TrustDomain) (*writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if w.key, err = openLogKey(d.dir, td, newest == nil); err != nil {
+	if w.key, err = openLogKey(d.dir, td); err != nil {
 		return nil, err
 	}
 	if w.state, err = w.sound(ctx, s, newest); err != nil {

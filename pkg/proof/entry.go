@@ -23,10 +23,11 @@ const (
 // in the log too. What is unknown is a record like others.
 func readEntry(data []byte) (loss *Loss, isGrant bool, err error) {
 	known := 0
-	err = fields(data, func(n protowire.Number, value []byte, _ uint64) error {
-		if n >= fieldFlow && n <= fieldTide {
-			known++
+	err = fields(data, func(n protowire.Number, kind protowire.Type, value []byte, _ uint64) error {
+		if n < fieldFlow || n > fieldTide || kind != protowire.BytesType {
+			return nil
 		}
+		known++
 		switch n {
 		case fieldGrant:
 			isGrant = true
@@ -42,22 +43,36 @@ func readEntry(data []byte) (loss *Loss, isGrant bool, err error) {
 	return loss, isGrant, err
 }
 
+// CheckEntry tells whether a proof takes an entry for what its reader took it for: the loss that it is, or nil, and whether it is a grant
+// event. A record that two readers read in two ways would make evidence of the whole log worthless, so a collector has to refuse it.
+func CheckEntry(data []byte, loss *Loss, isGrant bool) error {
+	have, haveGrant, err := readEntry(data)
+	switch {
+	case err != nil:
+		return err
+	case haveGrant != isGrant || (have == nil) != (loss == nil) || have != nil && *have != *loss:
+		return fmt.Errorf("%w: it can be read in two ways", ErrFormat)
+	}
+	return nil
+}
+
 func readLoss(data []byte, loss *Loss) error {
-	return fields(data, func(n protowire.Number, value []byte, count uint64) error {
-		switch n {
-		case fieldStage:
+	return fields(data, func(n protowire.Number, kind protowire.Type, value []byte, count uint64) error {
+		switch {
+		case n == fieldStage && kind == protowire.BytesType:
 			loss.Stage = string(value)
-		case fieldCause:
+		case n == fieldCause && kind == protowire.BytesType:
 			loss.Cause = string(value)
-		case fieldCount:
+		case n == fieldCount && kind == protowire.VarintType:
 			loss.Count = count
 		}
 		return nil
 	})
 }
 
-// fields visits those of a message that are varints or have a length.
-func fields(data []byte, visit func(n protowire.Number, value []byte, varint uint64) error) error {
+// fields visits those of a message, each with what it holds if it is a varint or has a length. A field of another type than its own is
+// unknown, as it is to protobuf: whoever visits looks at the type.
+func fields(data []byte, visit func(n protowire.Number, kind protowire.Type, value []byte, varint uint64) error) error {
 	for len(data) > 0 {
 		number, kind, n := protowire.ConsumeTag(data)
 		if n < 0 {
@@ -78,7 +93,7 @@ func fields(data []byte, visit func(n protowire.Number, value []byte, varint uin
 			return fmt.Errorf("%w: it is no record", ErrFormat)
 		}
 		data = data[n:]
-		if err := visit(number, value, varint); err != nil {
+		if err := visit(number, kind, value, varint); err != nil {
 			return err
 		}
 	}
