@@ -231,7 +231,7 @@ func TestLyingWelcome(t *testing.T) {
 		"no seal":        {func(_ *hands, w *api.Welcome) { w.CriticalSeal = nil }, "shows no seal of this node", ""},
 		"other class":    {func(_ *hands, w *api.Welcome) { w.CriticalSeal = w.FlowSeal }, "shows no seal of this node", ""},
 		"signed by more": {func(_ *hands, w *api.Welcome) { w.CriticalSeal = forged(w) }, "shows no seal of this node", ""},
-		"higher":         {func(h *hands, w *api.Welcome) { w.CriticalSeq, h.classes[critical].seq = 2, 2 }, "shows no seal of this node", ""},
+		"higher":         {func(_ *hands, w *api.Welcome) { w.CriticalSeq = 2 }, "shows no seal of this node", ""},
 		"never given":    {func(_ *hands, w *api.Welcome) { w.CriticalSeq = 100 }, "", "the store was set back"},
 		"old version":    {func(_ *hands, w *api.Welcome) { w.Version = 1 }, "", "it speaks version 1"},
 	} {
@@ -260,6 +260,33 @@ func TestLyingWelcome(t *testing.T) {
 				t.Errorf("alarms are %v", told)
 			}
 		})
+	}
+}
+
+// TestClaimWithoutSeal: a collector that claims what it never got is not believed: every record is sent, and none is given up.
+func TestClaimWithoutSeal(t *testing.T) {
+	s := newSite(t)
+	n := s.startNode(100)
+	for i := range 5 {
+		n.event(t, fmt.Sprint(i))
+		n.Flow(proxied(fmt.Sprint(i)))
+	}
+	h := s.newHands(t)
+	h.with(func() {
+		h.welcome = func(w *api.Welcome) {
+			if h.hellos == 1 { // it was found out, and has it all by the next
+				w.CriticalSeq, w.FlowSeq = 5, 4
+			}
+		}
+	})
+	n.drained(t)
+	for _, class := range []api.Class{critical, flows} {
+		if c := h.have(class); c.seq != 5 || c.breaks != 0 || len(c.losses) != 0 {
+			t.Errorf("%s: the collector got up to number %d, in %d batches, losses %v", class, c.seq, len(c.seals), c.losses)
+		}
+	}
+	if told := s.alarmed(); len(told) != 2 || !strings.Contains(told[0], "shows no seal of this node") {
+		t.Errorf("alarms are %v", told)
 	}
 }
 

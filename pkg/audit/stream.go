@@ -144,28 +144,27 @@ func (ss *session) resume(ctx context.Context, w *api.Welcome) error {
 		return fmt.Errorf("collector has entries up to %d (critical) and %d (flow) of epoch %s, this node only to %d and %d: "+
 			"the store was set back; move it aside to begin a new epoch", w.GetCriticalSeq(), w.GetFlowSeq(), ss.cfg.Store.Epoch(), last, lastFlow)
 	}
-	critical := ss.place(ctx, api.Class_CLASS_CRITICAL, kept.critical, w.GetCriticalSeq(), w.GetCriticalSeal())
-	flow := ss.place(ctx, api.Class_CLASS_FLOW, kept.flow, w.GetFlowSeq(), w.GetFlowSeal())
-	ss.critical, ss.flow = cursor{sent: w.GetCriticalSeq(), seal: critical}, cursor{sent: w.GetFlowSeq(), seal: flow}
-	if err := ss.ackCritical(ctx, critical); err != nil {
+	ss.critical = ss.place(ctx, api.Class_CLASS_CRITICAL, kept.critical, w.GetCriticalSeq(), w.GetCriticalSeal())
+	ss.flow = ss.place(ctx, api.Class_CLASS_FLOW, kept.flow, w.GetFlowSeq(), w.GetFlowSeal())
+	if err := ss.ackCritical(ctx, ss.critical.seal); err != nil {
 		return err
 	}
-	ss.ackFlow(flow)
+	ss.ackFlow(ss.flow.seal)
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	ss.buf.forgotten(w.GetFlowSeq())
+	ss.buf.forgotten(ss.flow.sent)
 	ss.queue.dirty = true
 	return nil
 }
 
-// place is the seal after which a class goes on, told loudly where the collector is not as it was left.
-func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) link {
-	l, why := ss.sealer.judge(class, kept, at, signed)
+// place is where a class goes on, told loudly where the collector is not as it was left.
+func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) cursor {
+	c, why := ss.sealer.judge(class, kept, at, signed)
 	if why != "" {
 		ss.log.ErrorContext(ctx, "collector is not as it was left", "why", why)
 		ss.cfg.Alarm("the collector " + ss.cfg.Address + ": " + why)
 	}
-	return l
+	return c
 }
 
 func (ss *session) receive(ctx context.Context) {
