@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 
@@ -286,6 +287,25 @@ func TestClaimWithoutSeal(t *testing.T) {
 		}
 	}
 	if told := s.alarmed(); len(told) != 2 || !strings.Contains(told[0], "shows no seal of this node") {
+		t.Errorf("alarms are %v", told)
+	}
+}
+
+// TestGreetsAndHangsUp: a collector that welcomes the node with a lie and hangs up is met ever less often, and told of once.
+func TestGreetsAndHangsUp(t *testing.T) {
+	s := newSite(t)
+	h := s.newHands(t)
+	h.with(func() { h.hangUp, h.welcome = true, func(w *api.Welcome) { w.CriticalSeq = 1 } })
+	began := time.Now()
+	n := s.startNode(100)
+	n.event(t, "a")
+	waitFor(t, func() bool { return h.greeted() >= 7 }, func() string { return fmt.Sprintf("greeted %d times", h.greeted()) })
+	if took := time.Since(began); took < 3*time.Second { // the least that six waits take, each twice as long: 50 ms to 1.6 s
+		t.Errorf("it was met 7 times within %s", took)
+	}
+	h.with(func() { h.hangUp = false })
+	n.drained(t)
+	if told := s.alarmed(); len(told) != 1 {
 		t.Errorf("alarms are %v", told)
 	}
 }

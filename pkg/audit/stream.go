@@ -23,18 +23,20 @@ const (
 	batchBytes    = 1 << 20
 	batchesAhead  = 8 // batches of one class on the way, not acknowledged yet
 	welcomeWithin = 30 * time.Second
+	goodAfter     = time.Minute // a connection that lasts as long was worth something
 )
 
-// runStream connects again and again.
+// runStream connects again and again, and waits longer each time that nothing comes of it: a collector that only greets and hangs up
+// would be met without end.
 func (s *Streamer) runStream(ctx context.Context) {
 	var retry backoff
 	for {
-		welcomed, err := s.connect(ctx)
+		good, err := s.connect(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		s.noteConn(ctx, err)
-		if welcomed {
+		if good {
 			retry = backoff{}
 		}
 		if !retry.wait(ctx) {
@@ -43,8 +45,10 @@ func (s *Streamer) runStream(ctx context.Context) {
 	}
 }
 
-// connect makes one connection and works on it until it breaks. It returns no nil error.
-func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
+// connect makes one connection and works on it until it breaks. It returns no nil error, and whether the connection was good for
+// anything: the collector took records, or it lasted.
+func (s *Streamer) connect(ctx context.Context) (good bool, err error) {
+	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	creds := grpccredentials.MTLSClientCredentials(s.cfg.Source, s.cfg.Source, tlsconfig.AuthorizeID(s.cfg.ServerID))
@@ -64,7 +68,8 @@ func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
 	}
 	s.noteConn(ctx, nil)
 	go ss.receive(ctx)
-	return true, ss.send(ctx)
+	err = ss.send(ctx)
+	return ss.taken || time.Since(began) >= goodAfter, err
 }
 
 // session is one stream to the collector. It is owned by send, but for receive's channels.
@@ -75,6 +80,7 @@ type session struct {
 	broken chan error // capacity 1
 
 	critical, flow cursor
+	taken          bool // the collector acknowledged something
 	disputed       bool // the log that the collector shows is not the one that the node knows
 }
 
@@ -157,10 +163,11 @@ func (ss *session) resume(ctx context.Context, w *api.Welcome) error {
 	return nil
 }
 
-// place is where a class goes on, told loudly where the collector is not as it was left.
+// place is where a class goes on, told loudly where the collector is not as it was left: once, however often it says the same.
 func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) cursor {
 	c, why := ss.sealer.judge(class, kept, at, signed)
-	if why != "" {
+	if why != "" && why != ss.told[class] {
+		ss.told[class] = why
 		ss.log.ErrorContext(ctx, "collector is not as it was left", "why", why)
 		ss.cfg.Alarm("the collector " + ss.cfg.Address + ": " + why)
 	}
@@ -238,12 +245,14 @@ func (ss *session) takeAck(ctx context.Context, a *api.Ack) error {
 		if err != nil {
 			return err
 		}
+		ss.taken = true
 		return ss.ackCritical(ctx, l)
 	case api.Class_CLASS_FLOW:
 		l, err := ss.flow.ack(a)
 		if err != nil {
 			return err
 		}
+		ss.taken = true
 		ss.ackFlow(l)
 		return nil
 	}
