@@ -122,6 +122,7 @@ type Streamer struct {
 
 	unsettled unsettled            // owned by whoever writes the queue
 	sealer    *sealer              // owned by the goroutine of the stream; nil until its key is kept
+	kept      witness              // as the store has it; owned by the goroutine of the stream
 	told      map[api.Class]string // what was last told of the collector's claims; owned by the goroutine of the stream
 	spool     *store.Spool         // nil: there is none
 

@@ -63,6 +63,7 @@ func (s *Streamer) connect(ctx context.Context) (good bool, err error) {
 		return false, fmt.Errorf("open stream: %w", err)
 	}
 	ss := &session{Streamer: s, stream: stream, frames: make(chan *api.CollectorFrame, 2*batchesAhead), broken: make(chan error, 1)}
+	defer func() { err = errors.Join(err, ss.keepLast(ctx)) }()
 	if err := ss.hello(ctx, cancel); err != nil {
 		return false, err
 	}
@@ -191,6 +192,8 @@ func (ss *session) receive(ctx context.Context) {
 
 // send sends what there is and waits for more, critical entries first.
 func (ss *session) send(ctx context.Context) error {
+	keep := time.NewTicker(keepEvery)
+	defer keep.Stop()
 	for {
 		if err := ss.sendReady(ctx); err != nil {
 			return err
@@ -201,6 +204,10 @@ func (ss *session) send(ctx context.Context) error {
 				return err
 			}
 		case <-ss.wakeSend:
+		case <-keep.C:
+			if err := ss.keepWitness(ctx); err != nil {
+				return err
+			}
 		case err := <-ss.broken:
 			return err
 		case <-ctx.Done():
@@ -230,7 +237,8 @@ func (ss *session) take(ctx context.Context, f *api.CollectorFrame) error {
 	case f.GetAck() != nil:
 		return ss.takeAck(ctx, f.GetAck())
 	case f.GetGrown() != nil:
-		return ss.grow(ctx, f.GetGrown())
+		ss.grow(ctx, f.GetGrown())
+		return nil
 	}
 	return errors.New("collector sent neither an acknowledgement nor a checkpoint")
 }
