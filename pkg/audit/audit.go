@@ -36,6 +36,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
@@ -119,9 +120,11 @@ type Streamer struct {
 	acked    acked
 	witness  witness // written by the goroutine of the stream alone
 
-	unsettled unsettled    // owned by whoever writes the queue
-	sealer    *sealer      // owned by the goroutine of the stream; nil until its key is kept
-	spool     *store.Spool // nil: there is none
+	unsettled unsettled            // owned by whoever writes the queue
+	sealer    *sealer              // owned by the goroutine of the stream; nil until its key is kept
+	kept      witness              // as the store has it; owned by the goroutine of the stream
+	told      map[api.Class]string // what was last told of the collector's claims; owned by the goroutine of the stream
+	spool     *store.Spool         // nil: there is none
 
 	wakeSend    chan struct{} // capacity 1: there may be something to send
 	wakeReserve chan struct{} // capacity 1: numbers are running low
@@ -151,7 +154,7 @@ func New(cfg Config) (*Streamer, error) {
 		cfg.Alarm = func(string) {}
 	}
 	s := &Streamer{
-		cfg: cfg, log: cfg.Logger.With("collector", cfg.Address), state: connState{since: time.Now()},
+		cfg: cfg, log: cfg.Logger.With("collector", cfg.Address), state: connState{since: time.Now()}, told: map[api.Class]string{},
 		wakeSend: make(chan struct{}, 1), wakeReserve: make(chan struct{}, 1), wakeWrite: make(chan struct{}, 1),
 		wakeSpool: make(chan struct{}, 1),
 	}

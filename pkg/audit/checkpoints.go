@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -20,6 +21,9 @@ const (
 	noteCheckpoint = "checkpoint"
 	noteConflict   = "checkpoint-conflict" // two checkpoints that cannot both be true, for people
 )
+
+// keepEvery is how often a log that grows is written to the disk. What a kill takes of that, the collector proves again.
+const keepEvery = 5 * time.Second
 
 // maxShown is how long a key and a checkpoint may be that a collector shows.
 const maxShown = 4096
@@ -94,14 +98,19 @@ func (s *Streamer) takeWitness(ctx context.Context) error {
 	if s.witness, err = newWitness(vkey); err != nil {
 		return fmt.Errorf("read key of the collector's log: %w", err)
 	}
+	if vkey != string(pinned) {
+		return nil
+	}
+	s.kept = s.witness
 	signed, err := readNote(ctx, s.cfg.Store, noteCheckpoint)
-	if err != nil || signed == nil || vkey != string(pinned) {
+	if err != nil || signed == nil {
 		return err
 	}
 	s.witness.signed = signed
 	if s.witness.latest, err = proof.OpenCheckpoint(signed, s.witness.key); err != nil {
 		return fmt.Errorf("read note %s: %w", noteCheckpoint, err)
 	}
+	s.kept = s.witness
 	return nil
 }
 
@@ -115,12 +124,11 @@ func (ss *session) meetLog(ctx context.Context, w *api.Welcome) error {
 			ss.dispute(ctx, w.GetLogKey(), nil, "it shows no key of its log")
 			return nil
 		}
-		if err := ss.keepWitness(ctx, first); err != nil {
-			return err
-		}
+		ss.setWitness(first)
 	}
 	if w.GetLogKey() == ss.witness.vkey {
-		return ss.grow(ctx, w.GetGrown())
+		ss.grow(ctx, w.GetGrown())
+		return ss.keepWitness(ctx)
 	}
 	if ss.cfg.LogKey == "" {
 		ss.dispute(ctx, w.GetLogKey(), w.GetGrown(), "its log has another key; if that is meant to be, configure it as collector.logKey")
@@ -133,31 +141,43 @@ func (ss *session) meetLog(ctx context.Context, w *api.Welcome) error {
 
 // grow takes a later checkpoint. A proof is from the one that the collector sent before it on the same stream: after one that was not
 // taken there is none that could be.
-func (ss *session) grow(ctx context.Context, g *api.Grown) error {
+func (ss *session) grow(ctx context.Context, g *api.Grown) {
 	if ss.disputed {
-		return nil
+		return
 	}
 	later, err := ss.witness.grown(g)
 	if err != nil {
 		ss.dispute(ctx, ss.witness.vkey, g, err.Error())
-		return nil
+		return
 	}
-	if bytes.Equal(later.signed, ss.witness.signed) {
-		ss.setWitness(later)
-		return nil
-	}
-	return ss.keepWitness(ctx, later)
+	ss.setWitness(later)
 }
 
-// keepWitness goes on with w also where the disk does not take it: it may take the next one.
-func (ss *session) keepWitness(ctx context.Context, w witness) error {
-	err := ss.cfg.Store.KeepUrgent(ctx, w.notes())
-	ss.noteStore(ctx, err)
-	if err != nil && !store.Unwritable(err) {
+// keepWitness writes the witness, if the disk has another. It goes on also where the disk does not take it: it may take the next one.
+func (s *Streamer) keepWitness(ctx context.Context) error {
+	if s.witness.vkey == s.kept.vkey && bytes.Equal(s.witness.signed, s.kept.signed) {
+		return nil
+	}
+	err := s.cfg.Store.KeepUrgent(ctx, s.witness.notes())
+	s.noteStore(ctx, err)
+	switch {
+	case err == nil:
+		s.kept = s.witness
+	case !store.Unwritable(err):
 		return err
 	}
-	ss.setWitness(w)
 	return nil
+}
+
+// keepLast is keepWitness when a connection is over, also by an orderly stop. A key that is configured and that no log was seen with
+// does not take the place of what the store has.
+func (s *Streamer) keepLast(ctx context.Context) error {
+	if s.witness.signed == nil {
+		return nil
+	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	return s.keepWitness(last)
 }
 
 func (s *Streamer) setWitness(w witness) {

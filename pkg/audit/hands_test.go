@@ -90,6 +90,7 @@ type hands struct {
 	hellos  int
 	classes map[api.Class]*taken
 	welcome func(*api.Welcome)        // changes it
+	hangUp  bool                      // after the welcome
 	answer  func(*api.Ack) []*api.Ack // what is said for it
 	batches []*api.Batch              // in the order in which they came
 	push    chan *api.Grown           // to be sent
@@ -123,6 +124,9 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 	if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: h.greet(f.GetHello())}}); err != nil {
 		return err
 	}
+	if h.hangsUp() {
+		return nil
+	}
 	frames := make(chan *api.AgentFrame)
 	go func() {
 		defer close(frames)
@@ -151,6 +155,12 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 			}
 		}
 	}
+}
+
+func (h *hands) hangsUp() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.hangUp
 }
 
 func (h *hands) greet(hello *api.Hello) *api.Welcome {

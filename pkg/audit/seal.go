@@ -143,31 +143,32 @@ func (k *sealer) open(class api.Class, signed []byte) (link, error) {
 	return link{s.Number, s.Last, made}, nil
 }
 
-// judge says after which seal a class goes on at a collector that has it up to number at, and shows the last seal that it has of it.
-// What is wrong with that comes back in words for people. A collector that lies gets its records all the same: they must not fill
-// the node, and what it does with them is its own.
+// judge says from which number and after which seal a class goes on at a collector that has it up to number at, and shows the last
+// seal that it has of it. What is wrong with that comes back in words for people. A collector that lies gets its records all the
+// same: they must not fill the node, and what it does with them is its own. But it gets all of them: a number that no seal bears out
+// is not one up to which anything was sent.
 //
 // Its seal may be later than the one that the node keeps: an acknowledgement was lost. If it is an earlier one, the chain goes on
 // from the node's own, so that no number is used twice, behind the loss that counts what the collector no longer has. Two that reach
 // as far, or one that reaches further and is not later, are of two collectors that do not know of each other: what this one
 // has is all that can be gone on from.
-func (k *sealer) judge(class api.Class, kept link, at uint64, signed []byte) (link, string) {
+func (k *sealer) judge(class api.Class, kept link, at uint64, signed []byte) (cursor, string) {
 	var theirs link
 	if at > 0 || len(signed) > 0 {
 		var err error
 		if theirs, err = k.open(class, signed); err != nil || theirs.last != at {
-			return kept, fmt.Sprintf("it claims the %s class up to number %d, and shows no seal of this node for that", k.sequence(class).Class, at)
+			return cursor{sent: min(at, kept.last), seal: kept}, fmt.Sprintf("it claims the %s class up to number %d, and shows no seal of this node for that", k.sequence(class).Class, at)
 		}
 	}
 	switch {
 	case bytes.Equal(theirs.signed, kept.signed), theirs.number > kept.number && theirs.last > kept.last:
-		return theirs, ""
+		return cursor{sent: at, seal: theirs}, ""
 	case theirs.last >= kept.last:
-		return theirs, fmt.Sprintf("it shows seal %d of the %s class, up to number %d, which is not the one that was acknowledged: there is another collector",
+		return cursor{sent: at, seal: theirs}, fmt.Sprintf("it shows seal %d of the %s class, up to number %d, which is not the one that was acknowledged: there is another collector",
 			theirs.number, k.sequence(class).Class, at)
 	}
 	after := link{max(kept.number, theirs.number), kept.last, kept.signed}
-	return after, fmt.Sprintf("it was set back: it has the %s class up to number %d, and acknowledged it up to %d", k.sequence(class).Class, at, kept.last)
+	return cursor{sent: at, seal: after}, fmt.Sprintf("it was set back: it has the %s class up to number %d, and acknowledged it up to %d", k.sequence(class).Class, at, kept.last)
 }
 
 // takeSeals reads the node's key and the seals that the collector has, or makes the key of a new epoch.

@@ -23,18 +23,20 @@ const (
 	batchBytes    = 1 << 20
 	batchesAhead  = 8 // batches of one class on the way, not acknowledged yet
 	welcomeWithin = 30 * time.Second
+	goodAfter     = time.Minute // a connection that lasts as long was worth something
 )
 
-// runStream connects again and again.
+// runStream connects again and again, and waits longer each time that nothing comes of it: a collector that only greets and hangs up
+// would be met without end.
 func (s *Streamer) runStream(ctx context.Context) {
 	var retry backoff
 	for {
-		welcomed, err := s.connect(ctx)
+		good, err := s.connect(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		s.noteConn(ctx, err)
-		if welcomed {
+		if good {
 			retry = backoff{}
 		}
 		if !retry.wait(ctx) {
@@ -43,8 +45,10 @@ func (s *Streamer) runStream(ctx context.Context) {
 	}
 }
 
-// connect makes one connection and works on it until it breaks. It returns no nil error.
-func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
+// connect makes one connection and works on it until it breaks. It returns no nil error, and whether the connection was good for
+// anything: the collector took records, or it lasted.
+func (s *Streamer) connect(ctx context.Context) (good bool, err error) {
+	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	creds := grpccredentials.MTLSClientCredentials(s.cfg.Source, s.cfg.Source, tlsconfig.AuthorizeID(s.cfg.ServerID))
@@ -59,12 +63,14 @@ func (s *Streamer) connect(ctx context.Context) (welcomed bool, err error) {
 		return false, fmt.Errorf("open stream: %w", err)
 	}
 	ss := &session{Streamer: s, stream: stream, frames: make(chan *api.CollectorFrame, 2*batchesAhead), broken: make(chan error, 1)}
+	defer func() { err = errors.Join(err, ss.keepLast(ctx)) }()
 	if err := ss.hello(ctx, cancel); err != nil {
 		return false, err
 	}
 	s.noteConn(ctx, nil)
 	go ss.receive(ctx)
-	return true, ss.send(ctx)
+	err = ss.send(ctx)
+	return ss.taken || time.Since(began) >= goodAfter, err
 }
 
 // session is one stream to the collector. It is owned by send, but for receive's channels.
@@ -75,6 +81,7 @@ type session struct {
 	broken chan error // capacity 1
 
 	critical, flow cursor
+	taken          bool // the collector acknowledged something
 	disputed       bool // the log that the collector shows is not the one that the node knows
 }
 
@@ -144,28 +151,28 @@ func (ss *session) resume(ctx context.Context, w *api.Welcome) error {
 		return fmt.Errorf("collector has entries up to %d (critical) and %d (flow) of epoch %s, this node only to %d and %d: "+
 			"the store was set back; move it aside to begin a new epoch", w.GetCriticalSeq(), w.GetFlowSeq(), ss.cfg.Store.Epoch(), last, lastFlow)
 	}
-	critical := ss.place(ctx, api.Class_CLASS_CRITICAL, kept.critical, w.GetCriticalSeq(), w.GetCriticalSeal())
-	flow := ss.place(ctx, api.Class_CLASS_FLOW, kept.flow, w.GetFlowSeq(), w.GetFlowSeal())
-	ss.critical, ss.flow = cursor{sent: w.GetCriticalSeq(), seal: critical}, cursor{sent: w.GetFlowSeq(), seal: flow}
-	if err := ss.ackCritical(ctx, critical); err != nil {
+	ss.critical = ss.place(ctx, api.Class_CLASS_CRITICAL, kept.critical, w.GetCriticalSeq(), w.GetCriticalSeal())
+	ss.flow = ss.place(ctx, api.Class_CLASS_FLOW, kept.flow, w.GetFlowSeq(), w.GetFlowSeal())
+	if err := ss.ackCritical(ctx, ss.critical.seal); err != nil {
 		return err
 	}
-	ss.ackFlow(flow)
+	ss.ackFlow(ss.flow.seal)
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	ss.buf.forgotten(w.GetFlowSeq())
+	ss.buf.forgotten(ss.flow.sent)
 	ss.queue.dirty = true
 	return nil
 }
 
-// place is the seal after which a class goes on, told loudly where the collector is not as it was left.
-func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) link {
-	l, why := ss.sealer.judge(class, kept, at, signed)
-	if why != "" {
+// place is where a class goes on, told loudly where the collector is not as it was left: once, however often it says the same.
+func (ss *session) place(ctx context.Context, class api.Class, kept link, at uint64, signed []byte) cursor {
+	c, why := ss.sealer.judge(class, kept, at, signed)
+	if why != "" && why != ss.told[class] {
+		ss.told[class] = why
 		ss.log.ErrorContext(ctx, "collector is not as it was left", "why", why)
 		ss.cfg.Alarm("the collector " + ss.cfg.Address + ": " + why)
 	}
-	return l
+	return c
 }
 
 func (ss *session) receive(ctx context.Context) {
@@ -185,6 +192,8 @@ func (ss *session) receive(ctx context.Context) {
 
 // send sends what there is and waits for more, critical entries first.
 func (ss *session) send(ctx context.Context) error {
+	keep := time.NewTicker(keepEvery)
+	defer keep.Stop()
 	for {
 		if err := ss.sendReady(ctx); err != nil {
 			return err
@@ -195,6 +204,10 @@ func (ss *session) send(ctx context.Context) error {
 				return err
 			}
 		case <-ss.wakeSend:
+		case <-keep.C:
+			if err := ss.keepWitness(ctx); err != nil {
+				return err
+			}
 		case err := <-ss.broken:
 			return err
 		case <-ctx.Done():
@@ -224,7 +237,8 @@ func (ss *session) take(ctx context.Context, f *api.CollectorFrame) error {
 	case f.GetAck() != nil:
 		return ss.takeAck(ctx, f.GetAck())
 	case f.GetGrown() != nil:
-		return ss.grow(ctx, f.GetGrown())
+		ss.grow(ctx, f.GetGrown())
+		return nil
 	}
 	return errors.New("collector sent neither an acknowledgement nor a checkpoint")
 }
@@ -239,12 +253,14 @@ func (ss *session) takeAck(ctx context.Context, a *api.Ack) error {
 		if err != nil {
 			return err
 		}
+		ss.taken = true
 		return ss.ackCritical(ctx, l)
 	case api.Class_CLASS_FLOW:
 		l, err := ss.flow.ack(a)
 		if err != nil {
 			return err
 		}
+		ss.taken = true
 		ss.ackFlow(l)
 		return nil
 	}

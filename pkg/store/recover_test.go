@@ -476,6 +476,7 @@ func TestRecoverStopped(t *testing.T) {
 		if s, err := Open(p); !errors.Is(err, ErrDamaged) {
 			t.Fatal(s, err)
 		}
+		damaged := must(os.ReadFile(p))(t)
 		r := must(begin(p, pages{most: maxPages, kept: keptPages}, tell))(t)
 		for _, step := range replaceSteps(p, r.Epoch)[:done] {
 			if err := step(); err != nil {
@@ -491,8 +492,8 @@ func TestRecoverStopped(t *testing.T) {
 				t.Errorf("after %d steps another store follows: %+v, not %+v", done, again, r)
 			}
 		}
-		if _, err := os.Stat(r.File); err != nil {
-			t.Error(err)
+		if kept, err := os.ReadFile(r.File); err != nil || !bytes.Equal(kept, damaged) {
+			t.Errorf("after %d steps the damaged file is not kept as it was: %d bytes of %d, %v", done, len(kept), len(damaged), err)
 		}
 		if w.survives(t, openTest(t, p), r); t.Failed() {
 			t.Fatalf("stopped after %d steps", done)

@@ -146,6 +146,9 @@ func (n secondName) drop() error {
 }
 
 func (s *Store) open() error {
+	if err := s.whole(); err != nil {
+		return err
+	}
 	err := makePrivate(s.path)
 	if errors.Is(err, unix.EROFS) {
 		s.readOnly.Store(true)
@@ -176,8 +179,9 @@ func (s *Store) open() error {
 	return s.adopt(ctx, h)
 }
 
-// inPlace finds a file that is not the store, before SQLite takes it for a new one.
-func (s *Store) inPlace() error {
+// whole finds a recovery that was stopped, before anything is made in the store's place: Recover would take that for what was
+// damaged, and put it over what it set aside.
+func (s *Store) whole() error {
 	epoch, err := nextEpoch(s.path)
 	if err != nil {
 		return err
@@ -185,6 +189,11 @@ func (s *Store) inPlace() error {
 	if epoch != "" {
 		return fmt.Errorf("%w: its recovery is not finished", ErrDamaged)
 	}
+	return nil
+}
+
+// inPlace finds a file that is not the store, before SQLite takes it for a new one.
+func (s *Store) inPlace() error {
 	file, err := os.Stat(s.path)
 	if err != nil {
 		return nil // on a disk that takes none
