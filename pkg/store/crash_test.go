@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,6 +22,7 @@ func TestMain(m *testing.M) {
 		seed, _ := strconv.ParseUint(os.Getenv(childEnv+"_SEED"), 10, 64)
 		err := error(nil)
 		if os.Getenv(recoverEnv) != "" {
+			runtime.LockOSThread() // strace counts the calls of each thread
 			err = recoverLoudly(path)
 		} else {
 			err = work(path, seed)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -516,6 +517,33 @@ func recoverLoudly(path string) error {
 		err = s.Close()
 	}
 	return err
+}
+
+// A disk that fails to read once is not a damaged store: it is read again before anything is set aside.
+func TestReadFailsOnce(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("strace, which has a read fail, is not installed")
+	}
+	path := testPath(t)
+	w := fillAll(t, path)
+	log := filepath.Join(t.TempDir(), "calls")
+	child := exec.Command(strace, "-f", "-qq", "-o", log, "-P", path,
+		"-e", "trace=pread64", "-e", "inject=pread64:error=EIO:when=2", os.Args[0])
+	child.Env = append(os.Environ(), childEnv+"="+path, recoverEnv+"=1")
+	if out, err := child.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	calls := must(os.ReadFile(log))(t)
+	if n := bytes.Count(calls, []byte("EIO")); n != 1 {
+		t.Errorf("%d reads failed", n)
+	}
+	if kept := must(filepath.Glob(path + sufDamaged + "*"))(t); len(kept) > 0 {
+		t.Errorf("set aside were %v", kept)
+	}
+	if now := whatIs(t, openTest(t, path)); !reflect.DeepEqual(now, w) {
+		t.Error("the store is another")
+	}
 }
 
 // Kills at any moment, time after time, until one start comes through.

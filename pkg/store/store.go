@@ -100,13 +100,24 @@ func openSized(path string, p pages) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{path: abs, boot: boot, pages: p, ballast: ballast{path: abs + "-kept", size: p.disk}}
-	second := secondLog(abs)
+	s, err := openOnce(abs, boot, p)
+	if errors.Is(err, ErrDamaged) { // a disk may fail to read once; what is damaged stays so
+		s, err = openOnce(abs, boot, p)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open store %s: %w", abs, err)
+	}
+	return s, nil
+}
+
+func openOnce(path, boot string, p pages) (*Store, error) {
+	s := &Store{path: path, boot: boot, pages: p, ballast: ballast{path: path + "-kept", size: p.disk}}
+	second := secondLog(path)
 	if err := classify(s.open()); err != nil {
 		if errors.Is(err, ErrDamaged) {
 			s.keepLog()
 		}
-		return nil, fmt.Errorf("open store %s: %w", abs, errors.Join(err, s.closeFiles(), second.backIf(err)))
+		return nil, errors.Join(err, s.closeFiles(), second.backIf(err))
 	}
 	return s, second.drop()
 }
