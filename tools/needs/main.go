@@ -29,6 +29,7 @@ var needs = map[string][]need{
 		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
 		{"promtool", "it tests the alert rules", []string{"prometheus"}},
+		{"strace", "it has reads of the disk fail", []string{"strace"}},
 	},
 	"test-alerts": {
 		{"prometheus", "it scrapes and evaluates the alert rules", []string{"prometheus"}},
