@@ -48,7 +48,7 @@ soak-away: ## have the collector away for AWAY=1h with 500 flow records a second
 
 test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
 	go run ./tools/needs test test-alerts
-	SALLYPORT_ALERTS=1 go test -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
+	go test -tags alerts -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...

@@ -68,9 +68,10 @@ type pathPlan struct {
 	idle    []uint32              // ended slots of grants that have ended
 }
 
-// byGrant are paths by the grants that they have. It brings them into another order.
+// byGrant are paths by the grants that they have. It changes the list that it is given.
 func byGrant(paths []datapath.PathStatus) map[string][]datapath.PathStatus {
 	out := make(map[string][]datapath.PathStatus, len(paths))
+	paths = slices.DeleteFunc(paths, func(p datapath.PathStatus) bool { return p.State == datapath.PathFree })
 	slices.SortStableFunc(paths, func(a, b datapath.PathStatus) int { return strings.Compare(a.Grant, b.Grant) })
 	for len(paths) > 0 {
 		n := slices.IndexFunc(paths, func(p datapath.PathStatus) bool { return p.Grant != paths[0].Grant })

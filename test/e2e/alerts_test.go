@@ -1,3 +1,5 @@
+//go:build alerts
+
 package e2e_test
 
 import (
@@ -19,18 +21,12 @@ import (
 	"github.com/sallyport-dev/sallyport/test/leak"
 )
 
-// alertsEnv asks for TestAlerts: `make test-alerts`.
-const alertsEnv = "SALLYPORT_ALERTS"
-
 // alertTime bounds how long an alert takes to come, or to go.
 var alertTime = bound(90 * time.Second)
 
-// TestAlerts has a real Prometheus scrape a real agent and a real collector and evaluate the rules as they are shipped, but for their times and
+// TestAlerts (`make test-alerts`) has a real Prometheus scrape a real agent and a real collector and evaluate the rules as they are shipped, but for their times and
 // thresholds; a real Alertmanager is told. Each alert comes from what it is about, and goes.
 func TestAlerts(t *testing.T) {
-	if os.Getenv(alertsEnv) == "" {
-		t.Skip("`make test-alerts` runs it")
-	}
 	leak.Check(t)
 	w := newWorld(t, options{plain: true, resource: unseenService()})
 	key := func(name string) string { return filepath.Join(w.Dir, name+".key") }
