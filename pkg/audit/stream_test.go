@@ -83,7 +83,8 @@ func (s *site) alarmed() []string {
 
 func newSite(t testing.TB) *site {
 	t.Helper()
-	auth := must(devauthority.New(domain, devauthority.Options{}))(t)
+	// Longer than TestHourAway lasts: these identities are not renewed.
+	auth := must(devauthority.New(domain, devauthority.Options{TTL: 24 * time.Hour}))(t)
 	l := must(net.Listen("tcp", "127.0.0.1:0"))(t) // a port of our own
 	defer l.Close()
 	return &site{t: t, dir: t.TempDir(), address: l.Addr().String(),
