@@ -1111,6 +1111,7 @@ type Hello struct {
 	Oldest        uint32                 `protobuf:"varint,5,opt,name=oldest,proto3" json:"oldest,omitempty"`                 // and the oldest; 0: version
 	NodeKey       string                 `protobuf:"bytes,6,opt,name=node_key,json=nodeKey,proto3" json:"node_key,omitempty"` // verifier of the node's seals (a C2SP vkey), one for each epoch
 	Checkpoint    []byte                 `protobuf:"bytes,7,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`          // the latest of the collector's log that the node keeps; empty: none
+	Acts          bool                   `protobuf:"varint,8,opt,name=acts,proto3" json:"acts,omitempty"`                     // the node takes Act frames
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1194,6 +1195,13 @@ func (x *Hello) GetCheckpoint() []byte {
 	return nil
 }
 
+func (x *Hello) GetActs() bool {
+	if x != nil {
+		return x.Acts
+	}
+	return false
+}
+
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Class         Class                  `protobuf:"varint,1,opt,name=class,proto3,enum=sallyport.v1alpha1.Class" json:"class,omitempty"`
@@ -1268,6 +1276,7 @@ type AgentFrame struct {
 	//
 	//	*AgentFrame_Hello
 	//	*AgentFrame_Batch
+	//	*AgentFrame_Acted
 	Frame         isAgentFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1328,6 +1337,15 @@ func (x *AgentFrame) GetBatch() *Batch {
 	return nil
 }
 
+func (x *AgentFrame) GetActed() *Acted {
+	if x != nil {
+		if x, ok := x.Frame.(*AgentFrame_Acted); ok {
+			return x.Acted
+		}
+	}
+	return nil
+}
+
 type isAgentFrame_Frame interface {
 	isAgentFrame_Frame()
 }
@@ -1340,9 +1358,235 @@ type AgentFrame_Batch struct {
 	Batch *Batch `protobuf:"bytes,2,opt,name=batch,proto3,oneof"`
 }
 
+type AgentFrame_Acted struct {
+	Acted *Acted `protobuf:"bytes,3,opt,name=acted,proto3,oneof"`
+}
+
 func (*AgentFrame_Hello) isAgentFrame_Frame() {}
 
 func (*AgentFrame_Batch) isAgentFrame_Frame() {}
+
+func (*AgentFrame_Acted) isAgentFrame_Frame() {}
+
+// Act has a node end what somebody at the collector wants ended. It only ever takes: nothing is opened or prolonged by it.
+type Act struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"` // of this stream
+	// Types that are valid to be assigned to What:
+	//
+	//	*Act_Revoke
+	//	*Act_Statement
+	What          isAct_What `protobuf_oneof:"what"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Act) Reset() {
+	*x = Act{}
+	mi := &file_sallyport_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Act) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Act) ProtoMessage() {}
+
+func (x *Act) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Act.ProtoReflect.Descriptor instead.
+func (*Act) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Act) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Act) GetWhat() isAct_What {
+	if x != nil {
+		return x.What
+	}
+	return nil
+}
+
+func (x *Act) GetRevoke() *Revocation {
+	if x != nil {
+		if x, ok := x.What.(*Act_Revoke); ok {
+			return x.Revoke
+		}
+	}
+	return nil
+}
+
+func (x *Act) GetStatement() []byte {
+	if x != nil {
+		if x, ok := x.What.(*Act_Statement); ok {
+			return x.Statement
+		}
+	}
+	return nil
+}
+
+type isAct_What interface {
+	isAct_What()
+}
+
+type Act_Revoke struct {
+	Revoke *Revocation `protobuf:"bytes,2,opt,name=revoke,proto3,oneof"` // on the collector's word: the node takes it only where its configuration says so
+}
+
+type Act_Statement struct {
+	Statement []byte `protobuf:"bytes,3,opt,name=statement,proto3,oneof"` // DSSE, JSON: withdrawn, denied or reviewed; the node verifies who signed it
+}
+
+func (*Act_Revoke) isAct_What() {}
+
+func (*Act_Statement) isAct_What() {}
+
+type Revocation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	Actor         string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // who asks, as the collector proved it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_sallyport_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Revocation) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
+func (x *Revocation) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Revocation) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+// Acted answers an Act when what it asked for is durable and done, or refused.
+type Acted struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Grant         *Grant                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"` // empty where the node never activated it
+	Code          uint32                 `protobuf:"varint,3,opt,name=code,proto3" json:"code,omitempty"`  // of gRPC; 0: done
+	Refusal       string                 `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Acted) Reset() {
+	*x = Acted{}
+	mi := &file_sallyport_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Acted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Acted) ProtoMessage() {}
+
+func (x *Acted) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Acted.ProtoReflect.Descriptor instead.
+func (*Acted) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Acted) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Acted) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *Acted) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *Acted) GetRefusal() string {
+	if x != nil {
+		return x.Refusal
+	}
+	return ""
+}
 
 // Welcome answers Hello with what the collector already has durably.
 type Welcome struct {
@@ -1361,7 +1605,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1617,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1630,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{13}
+	return file_sallyport_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Welcome) GetCriticalSeq() uint64 {
@@ -1456,7 +1700,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1712,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1725,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{14}
+	return file_sallyport_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Range) GetFirst() uint64 {
@@ -1510,7 +1754,7 @@ type Grown struct {
 
 func (x *Grown) Reset() {
 	*x = Grown{}
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1766,7 @@ func (x *Grown) String() string {
 func (*Grown) ProtoMessage() {}
 
 func (x *Grown) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1779,7 @@ func (x *Grown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grown.ProtoReflect.Descriptor instead.
 func (*Grown) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{15}
+	return file_sallyport_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Grown) GetCheckpoint() []byte {
@@ -1573,7 +1817,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +1829,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +1842,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{16}
+	return file_sallyport_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Ack) GetClass() Class {
@@ -1643,6 +1887,7 @@ type CollectorFrame struct {
 	//	*CollectorFrame_Welcome
 	//	*CollectorFrame_Ack
 	//	*CollectorFrame_Grown
+	//	*CollectorFrame_Act
 	Frame         isCollectorFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1650,7 +1895,7 @@ type CollectorFrame struct {
 
 func (x *CollectorFrame) Reset() {
 	*x = CollectorFrame{}
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1907,7 @@ func (x *CollectorFrame) String() string {
 func (*CollectorFrame) ProtoMessage() {}
 
 func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1920,7 @@ func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectorFrame.ProtoReflect.Descriptor instead.
 func (*CollectorFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{17}
+	return file_sallyport_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CollectorFrame) GetFrame() isCollectorFrame_Frame {
@@ -1712,6 +1957,15 @@ func (x *CollectorFrame) GetGrown() *Grown {
 	return nil
 }
 
+func (x *CollectorFrame) GetAct() *Act {
+	if x != nil {
+		if x, ok := x.Frame.(*CollectorFrame_Act); ok {
+			return x.Act
+		}
+	}
+	return nil
+}
+
 type isCollectorFrame_Frame interface {
 	isCollectorFrame_Frame()
 }
@@ -1728,11 +1982,17 @@ type CollectorFrame_Grown struct {
 	Grown *Grown `protobuf:"bytes,3,opt,name=grown,proto3,oneof"` // now and then; from is what was told last
 }
 
+type CollectorFrame_Act struct {
+	Act *Act `protobuf:"bytes,4,opt,name=act,proto3,oneof"`
+}
+
 func (*CollectorFrame_Welcome) isCollectorFrame_Frame() {}
 
 func (*CollectorFrame_Ack) isCollectorFrame_Frame() {}
 
 func (*CollectorFrame_Grown) isCollectorFrame_Frame() {}
+
+func (*CollectorFrame_Act) isCollectorFrame_Frame() {}
 
 type StoredFlow struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1749,7 +2009,7 @@ type StoredFlow struct {
 
 func (x *StoredFlow) Reset() {
 	*x = StoredFlow{}
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +2021,7 @@ func (x *StoredFlow) String() string {
 func (*StoredFlow) ProtoMessage() {}
 
 func (x *StoredFlow) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +2034,7 @@ func (x *StoredFlow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredFlow.ProtoReflect.Descriptor instead.
 func (*StoredFlow) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{18}
+	return file_sallyport_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StoredFlow) GetNode() string {
@@ -1840,7 +2100,7 @@ type StoredGrantEvent struct {
 
 func (x *StoredGrantEvent) Reset() {
 	*x = StoredGrantEvent{}
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1852,7 +2112,7 @@ func (x *StoredGrantEvent) String() string {
 func (*StoredGrantEvent) ProtoMessage() {}
 
 func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1865,7 +2125,7 @@ func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredGrantEvent.ProtoReflect.Descriptor instead.
 func (*StoredGrantEvent) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{19}
+	return file_sallyport_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StoredGrantEvent) GetNode() string {
@@ -1925,7 +2185,7 @@ type StoredLoss struct {
 
 func (x *StoredLoss) Reset() {
 	*x = StoredLoss{}
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1937,7 +2197,7 @@ func (x *StoredLoss) String() string {
 func (*StoredLoss) ProtoMessage() {}
 
 func (x *StoredLoss) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1950,7 +2210,7 @@ func (x *StoredLoss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredLoss.ProtoReflect.Descriptor instead.
 func (*StoredLoss) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{20}
+	return file_sallyport_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StoredLoss) GetNode() string {
@@ -2016,7 +2276,7 @@ type StoredTide struct {
 
 func (x *StoredTide) Reset() {
 	*x = StoredTide{}
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2028,7 +2288,7 @@ func (x *StoredTide) String() string {
 func (*StoredTide) ProtoMessage() {}
 
 func (x *StoredTide) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2041,7 +2301,7 @@ func (x *StoredTide) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredTide.ProtoReflect.Descriptor instead.
 func (*StoredTide) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{21}
+	return file_sallyport_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StoredTide) GetNode() string {
@@ -2107,7 +2367,7 @@ type FlowQuery struct {
 
 func (x *FlowQuery) Reset() {
 	*x = FlowQuery{}
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2119,7 +2379,7 @@ func (x *FlowQuery) String() string {
 func (*FlowQuery) ProtoMessage() {}
 
 func (x *FlowQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2132,7 +2392,7 @@ func (x *FlowQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowQuery.ProtoReflect.Descriptor instead.
 func (*FlowQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{22}
+	return file_sallyport_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FlowQuery) GetNode() string {
@@ -2242,7 +2502,7 @@ type GrantQuery struct {
 
 func (x *GrantQuery) Reset() {
 	*x = GrantQuery{}
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2254,7 +2514,7 @@ func (x *GrantQuery) String() string {
 func (*GrantQuery) ProtoMessage() {}
 
 func (x *GrantQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2267,7 +2527,7 @@ func (x *GrantQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantQuery.ProtoReflect.Descriptor instead.
 func (*GrantQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{23}
+	return file_sallyport_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GrantQuery) GetNode() string {
@@ -2338,7 +2598,7 @@ type LossQuery struct {
 
 func (x *LossQuery) Reset() {
 	*x = LossQuery{}
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2350,7 +2610,7 @@ func (x *LossQuery) String() string {
 func (*LossQuery) ProtoMessage() {}
 
 func (x *LossQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2363,7 +2623,7 @@ func (x *LossQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LossQuery.ProtoReflect.Descriptor instead.
 func (*LossQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{24}
+	return file_sallyport_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *LossQuery) GetNode() string {
@@ -2407,7 +2667,7 @@ type TideQuery struct {
 
 func (x *TideQuery) Reset() {
 	*x = TideQuery{}
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +2679,7 @@ func (x *TideQuery) String() string {
 func (*TideQuery) ProtoMessage() {}
 
 func (x *TideQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +2692,7 @@ func (x *TideQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TideQuery.ProtoReflect.Descriptor instead.
 func (*TideQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{25}
+	return file_sallyport_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TideQuery) GetNode() string {
@@ -2478,7 +2738,7 @@ type NodesRequest struct {
 
 func (x *NodesRequest) Reset() {
 	*x = NodesRequest{}
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2490,7 +2750,7 @@ func (x *NodesRequest) String() string {
 func (*NodesRequest) ProtoMessage() {}
 
 func (x *NodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2503,7 +2763,7 @@ func (x *NodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesRequest.ProtoReflect.Descriptor instead.
 func (*NodesRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{26}
+	return file_sallyport_proto_rawDescGZIP(), []int{29}
 }
 
 type NodesReply struct {
@@ -2515,7 +2775,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2787,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2800,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{27}
+	return file_sallyport_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NodesReply) GetNodes() []*NodeState {
@@ -2568,7 +2828,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2840,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2853,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{28}
+	return file_sallyport_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NodeState) GetNode() string {
@@ -2668,7 +2928,7 @@ type LogRequest struct {
 
 func (x *LogRequest) Reset() {
 	*x = LogRequest{}
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +2940,7 @@ func (x *LogRequest) String() string {
 func (*LogRequest) ProtoMessage() {}
 
 func (x *LogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +2953,7 @@ func (x *LogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
 func (*LogRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{29}
+	return file_sallyport_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *LogRequest) GetFrom() uint64 {
@@ -2713,7 +2973,7 @@ type LogReply struct {
 
 func (x *LogReply) Reset() {
 	*x = LogReply{}
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2725,7 +2985,7 @@ func (x *LogReply) String() string {
 func (*LogReply) ProtoMessage() {}
 
 func (x *LogReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2738,7 +2998,7 @@ func (x *LogReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogReply.ProtoReflect.Descriptor instead.
 func (*LogReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{30}
+	return file_sallyport_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LogReply) GetGrown() *Grown {
@@ -2771,7 +3031,7 @@ type EvidenceRequest struct {
 
 func (x *EvidenceRequest) Reset() {
 	*x = EvidenceRequest{}
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2783,7 +3043,7 @@ func (x *EvidenceRequest) String() string {
 func (*EvidenceRequest) ProtoMessage() {}
 
 func (x *EvidenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2796,7 +3056,7 @@ func (x *EvidenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvidenceRequest.ProtoReflect.Descriptor instead.
 func (*EvidenceRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{31}
+	return file_sallyport_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *EvidenceRequest) GetSince() *timestamppb.Timestamp {
@@ -2857,7 +3117,7 @@ type EvidenceChunk struct {
 
 func (x *EvidenceChunk) Reset() {
 	*x = EvidenceChunk{}
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2869,7 +3129,7 @@ func (x *EvidenceChunk) String() string {
 func (*EvidenceChunk) ProtoMessage() {}
 
 func (x *EvidenceChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2882,12 +3142,147 @@ func (x *EvidenceChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvidenceChunk.ProtoReflect.Descriptor instead.
 func (*EvidenceChunk) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{32}
+	return file_sallyport_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EvidenceChunk) GetData() []byte {
 	if x != nil {
 		return x.Data
+	}
+	return nil
+}
+
+// ActRequest is an Act on its way to a node that is connected. Who asks is whom the caller's connection proves.
+type ActRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// Types that are valid to be assigned to What:
+	//
+	//	*ActRequest_Revoke
+	//	*ActRequest_Statement
+	What          isActRequest_What `protobuf_oneof:"what"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActRequest) Reset() {
+	*x = ActRequest{}
+	mi := &file_sallyport_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActRequest) ProtoMessage() {}
+
+func (x *ActRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActRequest.ProtoReflect.Descriptor instead.
+func (*ActRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ActRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ActRequest) GetWhat() isActRequest_What {
+	if x != nil {
+		return x.What
+	}
+	return nil
+}
+
+func (x *ActRequest) GetRevoke() *Revocation {
+	if x != nil {
+		if x, ok := x.What.(*ActRequest_Revoke); ok {
+			return x.Revoke
+		}
+	}
+	return nil
+}
+
+func (x *ActRequest) GetStatement() []byte {
+	if x != nil {
+		if x, ok := x.What.(*ActRequest_Statement); ok {
+			return x.Statement
+		}
+	}
+	return nil
+}
+
+type isActRequest_What interface {
+	isActRequest_What()
+}
+
+type ActRequest_Revoke struct {
+	Revoke *Revocation `protobuf:"bytes,2,opt,name=revoke,proto3,oneof"` // its actor is the collector's to fill in
+}
+
+type ActRequest_Statement struct {
+	Statement []byte `protobuf:"bytes,3,opt,name=statement,proto3,oneof"`
+}
+
+func (*ActRequest_Revoke) isActRequest_What() {}
+
+func (*ActRequest_Statement) isActRequest_What() {}
+
+type ActReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActReply) Reset() {
+	*x = ActReply{}
+	mi := &file_sallyport_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActReply) ProtoMessage() {}
+
+func (x *ActReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActReply.ProtoReflect.Descriptor instead.
+func (*ActReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ActReply) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
 	}
 	return nil
 }
@@ -2900,7 +3295,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2912,7 +3307,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2925,7 +3320,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{33}
+	return file_sallyport_proto_rawDescGZIP(), []int{38}
 }
 
 type HookStatus struct {
@@ -2942,7 +3337,7 @@ type HookStatus struct {
 
 func (x *HookStatus) Reset() {
 	*x = HookStatus{}
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2954,7 +3349,7 @@ func (x *HookStatus) String() string {
 func (*HookStatus) ProtoMessage() {}
 
 func (x *HookStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2967,7 +3362,7 @@ func (x *HookStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookStatus.ProtoReflect.Descriptor instead.
 func (*HookStatus) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{34}
+	return file_sallyport_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *HookStatus) GetDevice() string {
@@ -3042,7 +3437,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3054,7 +3449,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3067,7 +3462,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{35}
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -3232,7 +3627,7 @@ type ServicesRequest struct {
 
 func (x *ServicesRequest) Reset() {
 	*x = ServicesRequest{}
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3244,7 +3639,7 @@ func (x *ServicesRequest) String() string {
 func (*ServicesRequest) ProtoMessage() {}
 
 func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3257,7 +3652,7 @@ func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesRequest.ProtoReflect.Descriptor instead.
 func (*ServicesRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{36}
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
 }
 
 type Service struct {
@@ -3279,7 +3674,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3686,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3699,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{37}
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Service) GetName() string {
@@ -3397,7 +3792,7 @@ type Watched struct {
 
 func (x *Watched) Reset() {
 	*x = Watched{}
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3409,7 +3804,7 @@ func (x *Watched) String() string {
 func (*Watched) ProtoMessage() {}
 
 func (x *Watched) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3422,7 +3817,7 @@ func (x *Watched) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watched.ProtoReflect.Descriptor instead.
 func (*Watched) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{38}
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Watched) GetSeen() *Seen {
@@ -3464,7 +3859,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3476,7 +3871,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3489,7 +3884,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{39}
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Seen) GetOpens() uint64 {
@@ -3522,7 +3917,7 @@ type ServicesReply struct {
 
 func (x *ServicesReply) Reset() {
 	*x = ServicesReply{}
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3534,7 +3929,7 @@ func (x *ServicesReply) String() string {
 func (*ServicesReply) ProtoMessage() {}
 
 func (x *ServicesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3547,7 +3942,7 @@ func (x *ServicesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesReply.ProtoReflect.Descriptor instead.
 func (*ServicesReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{40}
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ServicesReply) GetServices() []*Service {
@@ -3565,7 +3960,7 @@ type PathsRequest struct {
 
 func (x *PathsRequest) Reset() {
 	*x = PathsRequest{}
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3577,7 +3972,7 @@ func (x *PathsRequest) String() string {
 func (*PathsRequest) ProtoMessage() {}
 
 func (x *PathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3590,7 +3985,7 @@ func (x *PathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsRequest.ProtoReflect.Descriptor instead.
 func (*PathsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{41}
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
 }
 
 type Path struct {
@@ -3614,7 +4009,7 @@ type Path struct {
 
 func (x *Path) Reset() {
 	*x = Path{}
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +4021,7 @@ func (x *Path) String() string {
 func (*Path) ProtoMessage() {}
 
 func (x *Path) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +4034,7 @@ func (x *Path) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Path.ProtoReflect.Descriptor instead.
 func (*Path) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{42}
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Path) GetSlot() uint32 {
@@ -3746,7 +4141,7 @@ type Budget struct {
 
 func (x *Budget) Reset() {
 	*x = Budget{}
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3758,7 +4153,7 @@ func (x *Budget) String() string {
 func (*Budget) ProtoMessage() {}
 
 func (x *Budget) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3771,7 +4166,7 @@ func (x *Budget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Budget.ProtoReflect.Descriptor instead.
 func (*Budget) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{43}
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Budget) GetBytes() uint64 {
@@ -3811,7 +4206,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3823,7 +4218,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3836,7 +4231,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{44}
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PathsReply) GetPaths() []*Path {
@@ -3854,7 +4249,7 @@ type GrantsRequest struct {
 
 func (x *GrantsRequest) Reset() {
 	*x = GrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3866,7 +4261,7 @@ func (x *GrantsRequest) String() string {
 func (*GrantsRequest) ProtoMessage() {}
 
 func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3879,7 +4274,7 @@ func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsRequest.ProtoReflect.Descriptor instead.
 func (*GrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{45}
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
 }
 
 type Grant struct {
@@ -3909,7 +4304,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3921,7 +4316,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3934,7 +4329,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{46}
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Grant) GetId() string {
@@ -4079,7 +4474,7 @@ type GrantsReply struct {
 
 func (x *GrantsReply) Reset() {
 	*x = GrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4486,7 @@ func (x *GrantsReply) String() string {
 func (*GrantsReply) ProtoMessage() {}
 
 func (x *GrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4499,7 @@ func (x *GrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsReply.ProtoReflect.Descriptor instead.
 func (*GrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{47}
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GrantsReply) GetGrants() []*Grant {
@@ -4122,7 +4517,7 @@ type ChallengeRequest struct {
 
 func (x *ChallengeRequest) Reset() {
 	*x = ChallengeRequest{}
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4134,7 +4529,7 @@ func (x *ChallengeRequest) String() string {
 func (*ChallengeRequest) ProtoMessage() {}
 
 func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4147,7 +4542,7 @@ func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
 func (*ChallengeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{48}
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
 }
 
 type ChallengeReply struct {
@@ -4159,7 +4554,7 @@ type ChallengeReply struct {
 
 func (x *ChallengeReply) Reset() {
 	*x = ChallengeReply{}
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4171,7 +4566,7 @@ func (x *ChallengeReply) String() string {
 func (*ChallengeReply) ProtoMessage() {}
 
 func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4184,7 +4579,7 @@ func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeReply.ProtoReflect.Descriptor instead.
 func (*ChallengeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{49}
+	return file_sallyport_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ChallengeReply) GetChallenge() []byte {
@@ -4204,7 +4599,7 @@ type ActivateRequest struct {
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4216,7 +4611,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4229,7 +4624,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{50}
+	return file_sallyport_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ActivateRequest) GetEnvelope() []byte {
@@ -4255,7 +4650,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4267,7 +4662,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4280,7 +4675,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{51}
+	return file_sallyport_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ActivateReply) GetGrant() *Grant {
@@ -4300,7 +4695,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4312,7 +4707,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4325,7 +4720,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{52}
+	return file_sallyport_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RevokeRequest) GetGrant() string {
@@ -4351,7 +4746,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4363,7 +4758,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4376,7 +4771,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{53}
+	return file_sallyport_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RevokeReply) GetGrant() *Grant {
@@ -4396,7 +4791,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4408,7 +4803,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4421,7 +4816,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{54}
+	return file_sallyport_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StateRequest) GetStatement() []byte {
@@ -4447,7 +4842,7 @@ type StateReply struct {
 
 func (x *StateReply) Reset() {
 	*x = StateReply{}
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4459,7 +4854,7 @@ func (x *StateReply) String() string {
 func (*StateReply) ProtoMessage() {}
 
 func (x *StateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4472,7 +4867,7 @@ func (x *StateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateReply.ProtoReflect.Descriptor instead.
 func (*StateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{55}
+	return file_sallyport_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StateReply) GetGrant() *Grant {
@@ -4491,7 +4886,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4503,7 +4898,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4516,7 +4911,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{56}
+	return file_sallyport_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *VouchRequest) GetStatement() []byte {
@@ -4534,7 +4929,7 @@ type VouchReply struct {
 
 func (x *VouchReply) Reset() {
 	*x = VouchReply{}
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4546,7 +4941,7 @@ func (x *VouchReply) String() string {
 func (*VouchReply) ProtoMessage() {}
 
 func (x *VouchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4559,7 +4954,7 @@ func (x *VouchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchReply.ProtoReflect.Descriptor instead.
 func (*VouchReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{57}
+	return file_sallyport_proto_rawDescGZIP(), []int{62}
 }
 
 type ExplainRequest struct {
@@ -4574,7 +4969,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4586,7 +4981,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4599,7 +4994,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{58}
+	return file_sallyport_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ExplainRequest) GetClient() string {
@@ -4643,7 +5038,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4655,7 +5050,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4668,7 +5063,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{59}
+	return file_sallyport_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ExplainReply) GetVerdict() string {
@@ -4716,7 +5111,7 @@ type AgentFlowsRequest struct {
 
 func (x *AgentFlowsRequest) Reset() {
 	*x = AgentFlowsRequest{}
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4728,7 +5123,7 @@ func (x *AgentFlowsRequest) String() string {
 func (*AgentFlowsRequest) ProtoMessage() {}
 
 func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4741,7 +5136,7 @@ func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFlowsRequest.ProtoReflect.Descriptor instead.
 func (*AgentFlowsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{60}
+	return file_sallyport_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AgentFlowsRequest) GetFollow() bool {
@@ -4769,7 +5164,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4781,7 +5176,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4794,7 +5189,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{61}
+	return file_sallyport_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -4829,7 +5224,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[62]
+	mi := &file_sallyport_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4841,7 +5236,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[62]
+	mi := &file_sallyport_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4854,7 +5249,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{62}
+	return file_sallyport_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -4891,7 +5286,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[63]
+	mi := &file_sallyport_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4903,7 +5298,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[63]
+	mi := &file_sallyport_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4916,7 +5311,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{63}
+	return file_sallyport_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -4969,7 +5364,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[64]
+	mi := &file_sallyport_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4981,7 +5376,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[64]
+	mi := &file_sallyport_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4994,7 +5389,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{64}
+	return file_sallyport_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -5013,7 +5408,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[65]
+	mi := &file_sallyport_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5025,7 +5420,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[65]
+	mi := &file_sallyport_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5038,7 +5433,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{65}
+	return file_sallyport_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -5057,7 +5452,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[66]
+	mi := &file_sallyport_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5069,7 +5464,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[66]
+	mi := &file_sallyport_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5082,7 +5477,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{66}
+	return file_sallyport_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -5101,7 +5496,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[67]
+	mi := &file_sallyport_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5113,7 +5508,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[67]
+	mi := &file_sallyport_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5126,7 +5521,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{67}
+	return file_sallyport_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -5144,7 +5539,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5156,7 +5551,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5169,7 +5564,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{68}
+	return file_sallyport_proto_rawDescGZIP(), []int{73}
 }
 
 type WatchGrantsRequest struct {
@@ -5181,7 +5576,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5193,7 +5588,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5206,7 +5601,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{69}
+	return file_sallyport_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -5228,7 +5623,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5240,7 +5635,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5253,7 +5648,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{70}
+	return file_sallyport_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -5299,7 +5694,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5311,7 +5706,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5324,7 +5719,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{71}
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -5386,7 +5781,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5398,7 +5793,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5411,7 +5806,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{72}
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -5436,7 +5831,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5448,7 +5843,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5461,7 +5856,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{73}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 type UsedGrantsReply struct {
@@ -5473,7 +5868,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5485,7 +5880,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5498,7 +5893,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{74}
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -5529,7 +5924,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5541,7 +5936,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5554,7 +5949,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{75}
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -5661,7 +6056,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5673,7 +6068,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5686,7 +6081,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{76}
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Suggestion) GetField() string {
@@ -5737,7 +6132,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5749,7 +6144,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5762,7 +6157,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{77}
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -5844,7 +6239,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5856,7 +6251,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5869,7 +6264,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{78}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -5975,7 +6370,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06record\"+\n" +
 	"\x03Raw\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"\xb7\x01\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\xcb\x01\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x14\n" +
@@ -5985,17 +6380,34 @@ const file_sallyport_proto_rawDesc = "" +
 	"\bnode_key\x18\x06 \x01(\tR\anodeKey\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\a \x01(\fR\n" +
-	"checkpoint\"\x93\x01\n" +
+	"checkpoint\x12\x12\n" +
+	"\x04acts\x18\b \x01(\bR\x04acts\"\x93\x01\n" +
 	"\x05Batch\x12/\n" +
 	"\x05class\x18\x01 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12)\n" +
 	"\x03raw\x18\x04 \x03(\v2\x17.sallyport.v1alpha1.RawR\x03raw\x12\x12\n" +
-	"\x04seal\x18\x05 \x01(\fR\x04sealJ\x04\b\x03\x10\x04\"{\n" +
+	"\x04seal\x18\x05 \x01(\fR\x04sealJ\x04\b\x03\x10\x04\"\xae\x01\n" +
 	"\n" +
 	"AgentFrame\x121\n" +
 	"\x05hello\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.HelloH\x00R\x05hello\x121\n" +
-	"\x05batch\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.BatchH\x00R\x05batchB\a\n" +
-	"\x05frame\"\xa7\x02\n" +
+	"\x05batch\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.BatchH\x00R\x05batch\x121\n" +
+	"\x05acted\x18\x03 \x01(\v2\x19.sallyport.v1alpha1.ActedH\x00R\x05actedB\a\n" +
+	"\x05frame\"w\n" +
+	"\x03Act\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x128\n" +
+	"\x06revoke\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.RevocationH\x00R\x06revoke\x12\x1e\n" +
+	"\tstatement\x18\x03 \x01(\fH\x00R\tstatementB\x06\n" +
+	"\x04what\"J\n" +
+	"\n" +
+	"Revocation\x12\x14\n" +
+	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\x12\x14\n" +
+	"\x05actor\x18\x03 \x01(\tR\x05actor\"v\n" +
+	"\x05Acted\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
+	"\x05grant\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\x12\x12\n" +
+	"\x04code\x18\x03 \x01(\rR\x04code\x12\x18\n" +
+	"\arefusal\x18\x04 \x01(\tR\arefusal\"\xa7\x02\n" +
 	"\aWelcome\x12!\n" +
 	"\fcritical_seq\x18\x01 \x01(\x04R\vcriticalSeq\x12\x19\n" +
 	"\bflow_seq\x18\x02 \x01(\x04R\aflowSeq\x12\x18\n" +
@@ -6020,11 +6432,12 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x16\n" +
 	"\x06number\x18\x04 \x01(\x04R\x06number\x12/\n" +
-	"\x05above\x18\x05 \x03(\v2\x19.sallyport.v1alpha1.RangeR\x05above\"\xb2\x01\n" +
+	"\x05above\x18\x05 \x03(\v2\x19.sallyport.v1alpha1.RangeR\x05above\"\xdf\x01\n" +
 	"\x0eCollectorFrame\x127\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1b.sallyport.v1alpha1.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x03ack\x18\x02 \x01(\v2\x17.sallyport.v1alpha1.AckH\x00R\x03ack\x121\n" +
-	"\x05grown\x18\x03 \x01(\v2\x19.sallyport.v1alpha1.GrownH\x00R\x05grownB\a\n" +
+	"\x05grown\x18\x03 \x01(\v2\x19.sallyport.v1alpha1.GrownH\x00R\x05grown\x12+\n" +
+	"\x03act\x18\x04 \x01(\v2\x17.sallyport.v1alpha1.ActH\x00R\x03actB\a\n" +
 	"\x05frame\"\xfd\x01\n" +
 	"\n" +
 	"StoredFlow\x12\x12\n" +
@@ -6124,7 +6537,15 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
 	"\x03seq\x18\a \x01(\x04R\x03seq\"#\n" +
 	"\rEvidenceChunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x82\x01\n" +
+	"\n" +
+	"ActRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
+	"\x06revoke\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.RevocationH\x00R\x06revoke\x12\x1e\n" +
+	"\tstatement\x18\x03 \x01(\fH\x00R\tstatementB\x06\n" +
+	"\x04what\";\n" +
+	"\bActReply\x12/\n" +
+	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"\x0f\n" +
 	"\rStatusRequest\"\x96\x01\n" +
 	"\n" +
 	"HookStatus\x12\x16\n" +
@@ -6364,7 +6785,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\n" +
 	"CLASS_FLOW\x10\x022_\n" +
 	"\vAuditIngest\x12P\n" +
-	"\x06Stream\x12\x1e.sallyport.v1alpha1.AgentFrame\x1a\".sallyport.v1alpha1.CollectorFrame(\x010\x012\xa3\x04\n" +
+	"\x06Stream\x12\x1e.sallyport.v1alpha1.AgentFrame\x1a\".sallyport.v1alpha1.CollectorFrame(\x010\x012\xe8\x04\n" +
 	"\x05Audit\x12H\n" +
 	"\x05Flows\x12\x1d.sallyport.v1alpha1.FlowQuery\x1a\x1e.sallyport.v1alpha1.StoredFlow0\x01\x12U\n" +
 	"\vGrantEvents\x12\x1e.sallyport.v1alpha1.GrantQuery\x1a$.sallyport.v1alpha1.StoredGrantEvent0\x01\x12I\n" +
@@ -6372,7 +6793,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Tides\x12\x1d.sallyport.v1alpha1.TideQuery\x1a\x1e.sallyport.v1alpha1.StoredTide0\x01\x12I\n" +
 	"\x05Nodes\x12 .sallyport.v1alpha1.NodesRequest\x1a\x1e.sallyport.v1alpha1.NodesReply\x12C\n" +
 	"\x03Log\x12\x1e.sallyport.v1alpha1.LogRequest\x1a\x1c.sallyport.v1alpha1.LogReply\x12T\n" +
-	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x012\x97\n" +
+	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x01\x12C\n" +
+	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\x97\n" +
 	"\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
@@ -6408,7 +6830,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 85)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -6424,87 +6846,92 @@ var file_sallyport_proto_goTypes = []any{
 	(*Hello)(nil),                 // 11: sallyport.v1alpha1.Hello
 	(*Batch)(nil),                 // 12: sallyport.v1alpha1.Batch
 	(*AgentFrame)(nil),            // 13: sallyport.v1alpha1.AgentFrame
-	(*Welcome)(nil),               // 14: sallyport.v1alpha1.Welcome
-	(*Range)(nil),                 // 15: sallyport.v1alpha1.Range
-	(*Grown)(nil),                 // 16: sallyport.v1alpha1.Grown
-	(*Ack)(nil),                   // 17: sallyport.v1alpha1.Ack
-	(*CollectorFrame)(nil),        // 18: sallyport.v1alpha1.CollectorFrame
-	(*StoredFlow)(nil),            // 19: sallyport.v1alpha1.StoredFlow
-	(*StoredGrantEvent)(nil),      // 20: sallyport.v1alpha1.StoredGrantEvent
-	(*StoredLoss)(nil),            // 21: sallyport.v1alpha1.StoredLoss
-	(*StoredTide)(nil),            // 22: sallyport.v1alpha1.StoredTide
-	(*FlowQuery)(nil),             // 23: sallyport.v1alpha1.FlowQuery
-	(*GrantQuery)(nil),            // 24: sallyport.v1alpha1.GrantQuery
-	(*LossQuery)(nil),             // 25: sallyport.v1alpha1.LossQuery
-	(*TideQuery)(nil),             // 26: sallyport.v1alpha1.TideQuery
-	(*NodesRequest)(nil),          // 27: sallyport.v1alpha1.NodesRequest
-	(*NodesReply)(nil),            // 28: sallyport.v1alpha1.NodesReply
-	(*NodeState)(nil),             // 29: sallyport.v1alpha1.NodeState
-	(*LogRequest)(nil),            // 30: sallyport.v1alpha1.LogRequest
-	(*LogReply)(nil),              // 31: sallyport.v1alpha1.LogReply
-	(*EvidenceRequest)(nil),       // 32: sallyport.v1alpha1.EvidenceRequest
-	(*EvidenceChunk)(nil),         // 33: sallyport.v1alpha1.EvidenceChunk
-	(*StatusRequest)(nil),         // 34: sallyport.v1alpha1.StatusRequest
-	(*HookStatus)(nil),            // 35: sallyport.v1alpha1.HookStatus
-	(*StatusReply)(nil),           // 36: sallyport.v1alpha1.StatusReply
-	(*ServicesRequest)(nil),       // 37: sallyport.v1alpha1.ServicesRequest
-	(*Service)(nil),               // 38: sallyport.v1alpha1.Service
-	(*Watched)(nil),               // 39: sallyport.v1alpha1.Watched
-	(*Seen)(nil),                  // 40: sallyport.v1alpha1.Seen
-	(*ServicesReply)(nil),         // 41: sallyport.v1alpha1.ServicesReply
-	(*PathsRequest)(nil),          // 42: sallyport.v1alpha1.PathsRequest
-	(*Path)(nil),                  // 43: sallyport.v1alpha1.Path
-	(*Budget)(nil),                // 44: sallyport.v1alpha1.Budget
-	(*PathsReply)(nil),            // 45: sallyport.v1alpha1.PathsReply
-	(*GrantsRequest)(nil),         // 46: sallyport.v1alpha1.GrantsRequest
-	(*Grant)(nil),                 // 47: sallyport.v1alpha1.Grant
-	(*GrantsReply)(nil),           // 48: sallyport.v1alpha1.GrantsReply
-	(*ChallengeRequest)(nil),      // 49: sallyport.v1alpha1.ChallengeRequest
-	(*ChallengeReply)(nil),        // 50: sallyport.v1alpha1.ChallengeReply
-	(*ActivateRequest)(nil),       // 51: sallyport.v1alpha1.ActivateRequest
-	(*ActivateReply)(nil),         // 52: sallyport.v1alpha1.ActivateReply
-	(*RevokeRequest)(nil),         // 53: sallyport.v1alpha1.RevokeRequest
-	(*RevokeReply)(nil),           // 54: sallyport.v1alpha1.RevokeReply
-	(*StateRequest)(nil),          // 55: sallyport.v1alpha1.StateRequest
-	(*StateReply)(nil),            // 56: sallyport.v1alpha1.StateReply
-	(*VouchRequest)(nil),          // 57: sallyport.v1alpha1.VouchRequest
-	(*VouchReply)(nil),            // 58: sallyport.v1alpha1.VouchReply
-	(*ExplainRequest)(nil),        // 59: sallyport.v1alpha1.ExplainRequest
-	(*ExplainReply)(nil),          // 60: sallyport.v1alpha1.ExplainReply
-	(*AgentFlowsRequest)(nil),     // 61: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 62: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 63: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 64: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 65: sallyport.v1alpha1.ProxyAck
-	(*PanicRequest)(nil),          // 66: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 67: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 68: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 69: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 70: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 71: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 72: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 73: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 74: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 75: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 76: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 77: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 78: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 79: sallyport.v1alpha1.SignalReply
-	nil,                           // 80: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 81: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 82: google.protobuf.Duration
+	(*Act)(nil),                   // 14: sallyport.v1alpha1.Act
+	(*Revocation)(nil),            // 15: sallyport.v1alpha1.Revocation
+	(*Acted)(nil),                 // 16: sallyport.v1alpha1.Acted
+	(*Welcome)(nil),               // 17: sallyport.v1alpha1.Welcome
+	(*Range)(nil),                 // 18: sallyport.v1alpha1.Range
+	(*Grown)(nil),                 // 19: sallyport.v1alpha1.Grown
+	(*Ack)(nil),                   // 20: sallyport.v1alpha1.Ack
+	(*CollectorFrame)(nil),        // 21: sallyport.v1alpha1.CollectorFrame
+	(*StoredFlow)(nil),            // 22: sallyport.v1alpha1.StoredFlow
+	(*StoredGrantEvent)(nil),      // 23: sallyport.v1alpha1.StoredGrantEvent
+	(*StoredLoss)(nil),            // 24: sallyport.v1alpha1.StoredLoss
+	(*StoredTide)(nil),            // 25: sallyport.v1alpha1.StoredTide
+	(*FlowQuery)(nil),             // 26: sallyport.v1alpha1.FlowQuery
+	(*GrantQuery)(nil),            // 27: sallyport.v1alpha1.GrantQuery
+	(*LossQuery)(nil),             // 28: sallyport.v1alpha1.LossQuery
+	(*TideQuery)(nil),             // 29: sallyport.v1alpha1.TideQuery
+	(*NodesRequest)(nil),          // 30: sallyport.v1alpha1.NodesRequest
+	(*NodesReply)(nil),            // 31: sallyport.v1alpha1.NodesReply
+	(*NodeState)(nil),             // 32: sallyport.v1alpha1.NodeState
+	(*LogRequest)(nil),            // 33: sallyport.v1alpha1.LogRequest
+	(*LogReply)(nil),              // 34: sallyport.v1alpha1.LogReply
+	(*EvidenceRequest)(nil),       // 35: sallyport.v1alpha1.EvidenceRequest
+	(*EvidenceChunk)(nil),         // 36: sallyport.v1alpha1.EvidenceChunk
+	(*ActRequest)(nil),            // 37: sallyport.v1alpha1.ActRequest
+	(*ActReply)(nil),              // 38: sallyport.v1alpha1.ActReply
+	(*StatusRequest)(nil),         // 39: sallyport.v1alpha1.StatusRequest
+	(*HookStatus)(nil),            // 40: sallyport.v1alpha1.HookStatus
+	(*StatusReply)(nil),           // 41: sallyport.v1alpha1.StatusReply
+	(*ServicesRequest)(nil),       // 42: sallyport.v1alpha1.ServicesRequest
+	(*Service)(nil),               // 43: sallyport.v1alpha1.Service
+	(*Watched)(nil),               // 44: sallyport.v1alpha1.Watched
+	(*Seen)(nil),                  // 45: sallyport.v1alpha1.Seen
+	(*ServicesReply)(nil),         // 46: sallyport.v1alpha1.ServicesReply
+	(*PathsRequest)(nil),          // 47: sallyport.v1alpha1.PathsRequest
+	(*Path)(nil),                  // 48: sallyport.v1alpha1.Path
+	(*Budget)(nil),                // 49: sallyport.v1alpha1.Budget
+	(*PathsReply)(nil),            // 50: sallyport.v1alpha1.PathsReply
+	(*GrantsRequest)(nil),         // 51: sallyport.v1alpha1.GrantsRequest
+	(*Grant)(nil),                 // 52: sallyport.v1alpha1.Grant
+	(*GrantsReply)(nil),           // 53: sallyport.v1alpha1.GrantsReply
+	(*ChallengeRequest)(nil),      // 54: sallyport.v1alpha1.ChallengeRequest
+	(*ChallengeReply)(nil),        // 55: sallyport.v1alpha1.ChallengeReply
+	(*ActivateRequest)(nil),       // 56: sallyport.v1alpha1.ActivateRequest
+	(*ActivateReply)(nil),         // 57: sallyport.v1alpha1.ActivateReply
+	(*RevokeRequest)(nil),         // 58: sallyport.v1alpha1.RevokeRequest
+	(*RevokeReply)(nil),           // 59: sallyport.v1alpha1.RevokeReply
+	(*StateRequest)(nil),          // 60: sallyport.v1alpha1.StateRequest
+	(*StateReply)(nil),            // 61: sallyport.v1alpha1.StateReply
+	(*VouchRequest)(nil),          // 62: sallyport.v1alpha1.VouchRequest
+	(*VouchReply)(nil),            // 63: sallyport.v1alpha1.VouchReply
+	(*ExplainRequest)(nil),        // 64: sallyport.v1alpha1.ExplainRequest
+	(*ExplainReply)(nil),          // 65: sallyport.v1alpha1.ExplainReply
+	(*AgentFlowsRequest)(nil),     // 66: sallyport.v1alpha1.AgentFlowsRequest
+	(*ProxyHello)(nil),            // 67: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 68: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 69: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 70: sallyport.v1alpha1.ProxyAck
+	(*PanicRequest)(nil),          // 71: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 72: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 73: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 74: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 75: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 76: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 77: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 78: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 79: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 80: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 81: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 82: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 83: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 84: sallyport.v1alpha1.SignalReply
+	nil,                           // 85: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 86: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 87: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	81,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	82,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	81,  // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	82,  // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	81,  // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	81,  // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	81,  // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	86,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	87,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	86,  // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	87,  // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	86,  // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	86,  // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	86,  // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	4,   // 7: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	81,  // 8: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	82,  // 9: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	86,  // 8: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	87,  // 9: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	6,   // 10: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	7,   // 11: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	8,   // 12: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -6519,136 +6946,144 @@ var file_sallyport_proto_depIdxs = []int32{
 	10,  // 21: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
 	11,  // 22: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
 	12,  // 23: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
-	16,  // 24: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
-	15,  // 25: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
-	0,   // 26: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
-	15,  // 27: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
-	14,  // 28: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
-	17,  // 29: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	16,  // 30: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
-	81,  // 31: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
-	1,   // 32: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	0,   // 33: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 34: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
-	2,   // 35: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
-	0,   // 36: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
-	3,   // 37: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	81,  // 38: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	81,  // 39: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
-	5,   // 40: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	81,  // 41: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	81,  // 42: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	81,  // 43: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	81,  // 44: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	81,  // 45: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
-	29,  // 46: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
-	0,   // 47: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 48: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
-	16,  // 49: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	81,  // 50: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	81,  // 51: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
-	0,   // 52: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
-	81,  // 53: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
-	35,  // 54: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	82,  // 55: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	80,  // 56: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	39,  // 57: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
-	40,  // 58: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
-	40,  // 59: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
-	40,  // 60: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
-	40,  // 61: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
-	38,  // 62: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	81,  // 63: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	82,  // 64: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	44,  // 65: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
-	43,  // 66: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	81,  // 67: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	81,  // 68: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	44,  // 69: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	82,  // 70: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
-	47,  // 71: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	47,  // 72: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	47,  // 73: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	47,  // 74: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	81,  // 75: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 76: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	62,  // 77: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	63,  // 78: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	82,  // 79: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	81,  // 80: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	72,  // 81: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	47,  // 82: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	47,  // 83: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	82,  // 84: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	82,  // 85: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	43,  // 86: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	73,  // 87: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	81,  // 88: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	76,  // 89: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	47,  // 90: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	82,  // 91: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	82,  // 92: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	82,  // 93: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	82,  // 94: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	77,  // 95: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	81,  // 96: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	44,  // 97: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	81,  // 98: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	13,  // 99: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	23,  // 100: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	24,  // 101: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	25,  // 102: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	26,  // 103: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	27,  // 104: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	30,  // 105: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	32,  // 106: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	34,  // 107: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	37,  // 108: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	42,  // 109: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	46,  // 110: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	49,  // 111: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	51,  // 112: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	55,  // 113: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	57,  // 114: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	53,  // 115: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	59,  // 116: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	61,  // 117: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	66,  // 118: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	68,  // 119: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	78,  // 120: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	74,  // 121: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	70,  // 122: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	64,  // 123: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	18,  // 124: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	19,  // 125: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	20,  // 126: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	21,  // 127: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	22,  // 128: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	28,  // 129: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	31,  // 130: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	33,  // 131: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	36,  // 132: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	41,  // 133: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	45,  // 134: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	48,  // 135: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	50,  // 136: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	52,  // 137: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	56,  // 138: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	58,  // 139: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	54,  // 140: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	60,  // 141: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 142: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	67,  // 143: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	69,  // 144: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	79,  // 145: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	75,  // 146: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	71,  // 147: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	65,  // 148: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	124, // [124:149] is the sub-list for method output_type
-	99,  // [99:124] is the sub-list for method input_type
-	99,  // [99:99] is the sub-list for extension type_name
-	99,  // [99:99] is the sub-list for extension extendee
-	0,   // [0:99] is the sub-list for field type_name
+	16,  // 24: sallyport.v1alpha1.AgentFrame.acted:type_name -> sallyport.v1alpha1.Acted
+	15,  // 25: sallyport.v1alpha1.Act.revoke:type_name -> sallyport.v1alpha1.Revocation
+	52,  // 26: sallyport.v1alpha1.Acted.grant:type_name -> sallyport.v1alpha1.Grant
+	19,  // 27: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
+	18,  // 28: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
+	0,   // 29: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
+	18,  // 30: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
+	17,  // 31: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
+	20,  // 32: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
+	19,  // 33: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
+	14,  // 34: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
+	86,  // 35: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	1,   // 36: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	0,   // 37: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
+	86,  // 38: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	2,   // 39: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
+	0,   // 40: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
+	3,   // 41: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
+	86,  // 42: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	86,  // 43: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	5,   // 44: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
+	86,  // 45: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	86,  // 46: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	86,  // 47: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	86,  // 48: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	86,  // 49: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	32,  // 50: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
+	0,   // 51: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
+	86,  // 52: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	19,  // 53: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
+	86,  // 54: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	86,  // 55: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	0,   // 56: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
+	15,  // 57: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
+	52,  // 58: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
+	86,  // 59: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	40,  // 60: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
+	87,  // 61: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	85,  // 62: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	44,  // 63: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
+	45,  // 64: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
+	45,  // 65: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
+	45,  // 66: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
+	45,  // 67: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
+	43,  // 68: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	86,  // 69: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	87,  // 70: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	49,  // 71: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
+	48,  // 72: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	86,  // 73: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	86,  // 74: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	49,  // 75: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
+	87,  // 76: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	52,  // 77: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	52,  // 78: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	52,  // 79: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	52,  // 80: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	86,  // 81: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 82: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	67,  // 83: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	68,  // 84: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	87,  // 85: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	86,  // 86: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	77,  // 87: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	52,  // 88: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	52,  // 89: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	87,  // 90: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	87,  // 91: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	48,  // 92: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	78,  // 93: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	86,  // 94: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	81,  // 95: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	52,  // 96: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	87,  // 97: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	87,  // 98: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	87,  // 99: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	87,  // 100: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	82,  // 101: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	86,  // 102: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	49,  // 103: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	86,  // 104: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	13,  // 105: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	26,  // 106: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	27,  // 107: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	28,  // 108: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	29,  // 109: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	30,  // 110: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	33,  // 111: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	35,  // 112: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	37,  // 113: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	39,  // 114: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	42,  // 115: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	47,  // 116: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	51,  // 117: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	54,  // 118: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	56,  // 119: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	60,  // 120: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	62,  // 121: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	58,  // 122: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	64,  // 123: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	66,  // 124: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	71,  // 125: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	73,  // 126: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	83,  // 127: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	79,  // 128: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	75,  // 129: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	69,  // 130: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	21,  // 131: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	22,  // 132: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	23,  // 133: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	24,  // 134: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	25,  // 135: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	31,  // 136: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	34,  // 137: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	36,  // 138: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	38,  // 139: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	41,  // 140: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	46,  // 141: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	50,  // 142: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	53,  // 143: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	55,  // 144: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	57,  // 145: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	61,  // 146: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	63,  // 147: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	59,  // 148: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	65,  // 149: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 150: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	72,  // 151: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	74,  // 152: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	84,  // 153: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	80,  // 154: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	76,  // 155: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	70,  // 156: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	131, // [131:157] is the sub-list for method output_type
+	105, // [105:131] is the sub-list for method input_type
+	105, // [105:105] is the sub-list for extension type_name
+	105, // [105:105] is the sub-list for extension extendee
+	0,   // [0:105] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -6665,13 +7100,23 @@ func file_sallyport_proto_init() {
 	file_sallyport_proto_msgTypes[12].OneofWrappers = []any{
 		(*AgentFrame_Hello)(nil),
 		(*AgentFrame_Batch)(nil),
+		(*AgentFrame_Acted)(nil),
 	}
-	file_sallyport_proto_msgTypes[17].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[13].OneofWrappers = []any{
+		(*Act_Revoke)(nil),
+		(*Act_Statement)(nil),
+	}
+	file_sallyport_proto_msgTypes[20].OneofWrappers = []any{
 		(*CollectorFrame_Welcome)(nil),
 		(*CollectorFrame_Ack)(nil),
 		(*CollectorFrame_Grown)(nil),
+		(*CollectorFrame_Act)(nil),
 	}
-	file_sallyport_proto_msgTypes[63].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[36].OneofWrappers = []any{
+		(*ActRequest_Revoke)(nil),
+		(*ActRequest_Statement)(nil),
+	}
+	file_sallyport_proto_msgTypes[68].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -6681,7 +7126,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   80,
+			NumMessages:   85,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

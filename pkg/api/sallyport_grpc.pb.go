@@ -128,6 +128,7 @@ const (
 	Audit_Nodes_FullMethodName       = "/sallyport.v1alpha1.Audit/Nodes"
 	Audit_Log_FullMethodName         = "/sallyport.v1alpha1.Audit/Log"
 	Audit_Evidence_FullMethodName    = "/sallyport.v1alpha1.Audit/Evidence"
+	Audit_Act_FullMethodName         = "/sallyport.v1alpha1.Audit/Act"
 )
 
 // AuditClient is the client API for Audit service.
@@ -143,6 +144,8 @@ type AuditClient interface {
 	Nodes(ctx context.Context, in *NodesRequest, opts ...grpc.CallOption) (*NodesReply, error)
 	Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (*LogReply, error)
 	Evidence(ctx context.Context, in *EvidenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[EvidenceChunk], error)
+	// Act returns when the node has done it, or refused.
+	Act(ctx context.Context, in *ActRequest, opts ...grpc.CallOption) (*ActReply, error)
 }
 
 type auditClient struct {
@@ -268,6 +271,16 @@ func (c *auditClient) Evidence(ctx context.Context, in *EvidenceRequest, opts ..
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Audit_EvidenceClient = grpc.ServerStreamingClient[EvidenceChunk]
 
+func (c *auditClient) Act(ctx context.Context, in *ActRequest, opts ...grpc.CallOption) (*ActReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ActReply)
+	err := c.cc.Invoke(ctx, Audit_Act_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AuditServer is the server API for Audit service.
 // All implementations must embed UnimplementedAuditServer
 // for forward compatibility.
@@ -281,6 +294,8 @@ type AuditServer interface {
 	Nodes(context.Context, *NodesRequest) (*NodesReply, error)
 	Log(context.Context, *LogRequest) (*LogReply, error)
 	Evidence(*EvidenceRequest, grpc.ServerStreamingServer[EvidenceChunk]) error
+	// Act returns when the node has done it, or refused.
+	Act(context.Context, *ActRequest) (*ActReply, error)
 	mustEmbedUnimplementedAuditServer()
 }
 
@@ -311,6 +326,9 @@ func (UnimplementedAuditServer) Log(context.Context, *LogRequest) (*LogReply, er
 }
 func (UnimplementedAuditServer) Evidence(*EvidenceRequest, grpc.ServerStreamingServer[EvidenceChunk]) error {
 	return status.Error(codes.Unimplemented, "method Evidence not implemented")
+}
+func (UnimplementedAuditServer) Act(context.Context, *ActRequest) (*ActReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Act not implemented")
 }
 func (UnimplementedAuditServer) mustEmbedUnimplementedAuditServer() {}
 func (UnimplementedAuditServer) testEmbeddedByValue()               {}
@@ -424,6 +442,24 @@ func _Audit_Evidence_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Audit_EvidenceServer = grpc.ServerStreamingServer[EvidenceChunk]
 
+func _Audit_Act_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ActRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AuditServer).Act(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Audit_Act_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AuditServer).Act(ctx, req.(*ActRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Audit_ServiceDesc is the grpc.ServiceDesc for Audit service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -438,6 +474,10 @@ var Audit_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Log",
 			Handler:    _Audit_Log_Handler,
+		},
+		{
+			MethodName: "Act",
+			Handler:    _Audit_Act_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
