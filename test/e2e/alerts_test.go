@@ -5,6 +5,8 @@ package e2e_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -13,9 +15,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
@@ -37,6 +42,7 @@ func TestAlerts(t *testing.T) {
 	config, err := os.ReadFile(w.files.collector)
 	must(t, err)
 	write(t, w.files.collector, string(config)+"  metrics: \"127.0.0.1:9470\"\n")
+	fill, free := w.smallDisk(t)
 	for _, d := range []*daemon{w.collector, w.agent, w.guard, w.proxy} {
 		d.start(t)
 	}
@@ -79,10 +85,57 @@ func TestAlerts(t *testing.T) {
 	must(t, os.Rename(ids+".away", ids))
 	a.clear(t, "SilentNode", "BackstopHit", "UnexplainedTraffic", "IdentityStale")
 
+	fill()
+	a.await(t, "CollectorCannotStore fires", func(active []string) bool {
+		reaches(w.Pod, netip.AddrPortFrom(w.Node.Addr(lab.IPv4), hostPort)) // for a record
+		return slices.Contains(active, "CollectorCannotStore")
+	})
+	free()
+	a.clear(t, "CollectorCannotStore")
+
 	must(t, os.RemoveAll(filepath.Join(w.bpffs, "sallyport")))
 	a.fire(t, "EnforcementAttacked")
 	a.clear(t, "EnforcementAttacked")
+
+	w.writeResources(t, "30-wrong.yaml", "kind: Nothing\n")
+	a.fire(t, "Problem")
+	must(t, os.Remove(filepath.Join(w.files.resources, "30-wrong.yaml")))
+	a.clear(t, "Problem")
+
+	drop := "table inet closed { chain out { type filter hook output priority 0; oif lo tcp dport " + strconv.Itoa(hostPort) + " drop; }; }"
+	_, err = w.Node.Run(t.Context(), "nft", drop) // probes are lost before they come to a hook
+	must(t, err)
+	w.agent.stop(t)
+	must(t, w.agent.launch())
+	a.fire(t, "NotReady")
+	_, err = w.Node.Run(t.Context(), "nft", "delete table inet closed")
+	must(t, err)
+	a.clear(t, "NotReady")
 }
+
+// smallDisk has the collector's records on a disk of their own. What it returns fills that disk, and empties it again.
+func (w *world) smallDisk(t *testing.T) (fill, free func()) {
+	t.Helper()
+	must(t, os.MkdirAll(w.files.records, 0o700))
+	must(t, unix.Mount("tmpfs", w.files.records, "tmpfs", 0, "size=64m,mode=0700"))
+	t.Cleanup(func() {
+		w.collector.stop(t)
+		must(t, unix.Unmount(w.files.records, 0))
+	})
+	ballast := filepath.Join(w.files.records, "ballast")
+	return func() {
+		f, err := os.Create(ballast)
+		must(t, err)
+		defer f.Close()
+		if _, err := io.Copy(f, zeros{}); !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("fill the collector's disk: %v", err)
+		}
+	}, func() { must(t, os.Remove(ballast)) }
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
 // breakGlass opens a path as people do when nothing else works.
 func (w *world) breakGlass(t *testing.T, key func(string) string) activated {
