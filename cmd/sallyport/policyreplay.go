@@ -19,7 +19,6 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/client"
-	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -217,17 +216,11 @@ func replayed(set *policy.Set, r recording) replayReport {
 func (r recording) seen(f seenFlow, keys map[string]policy.KnownKey) (s policy.Seen, ok bool) {
 	rec := f.Flow
 	server, err := netip.ParseAddrPort(rec.Server)
-	watched := rec.Event == flow.EventWatched.String()
-	decides := rec.Event == flow.EventOpen.String() || rec.Event == flow.EventDeny.String() || watched
-	if err != nil || !decides {
-		return s, false
+	s, ok = policy.SeenOf(rec.Event, rec.Verdict, rec.Reason)
+	if err != nil || !ok {
+		return policy.Seen{}, false
 	}
-	s = policy.Seen{Protocol: rec.Protocol, Server: server, Service: rec.Service, At: rec.Time,
-		Passed: rec.Verdict != flow.VerdictDenied.String(), Bypassed: rec.Verdict == flow.VerdictBypassed.String(),
-		Unauthorised: rec.Reason == flow.ReasonNotAuthorised.String()}
-	if watched && !s.Passed {
-		s.Passed, s.Refusal = true, rec.Reason // it went on: the verdict is what Enforce would have said
-	}
+	s.Protocol, s.Server, s.Service, s.At = rec.Protocol, server, rec.Service, rec.Time
 	if rec.Identity != "" {
 		s.Identity, _ = spiffeid.FromString(rec.Identity) // one that is none proves nothing
 	}

@@ -98,27 +98,14 @@ func (c *candidate) current() *policy.Set {
 	return c.set
 }
 
-// seenOf is the record of a flow that was begun, refused or only watched, in the evaluator's words; ok is false for what decides nothing.
-// What is watched passed, whatever its verdict says of Enforce, and of a path that would take it no grant is known.
-func seenOf(rec flow.Record) (seen policy.Seen, ok bool) {
-	seen = policy.Seen{Protocol: rec.Protocol, Server: rec.Server, Service: rec.Service, Passed: rec.Verdict != flow.VerdictDenied,
-		Bypassed: rec.Verdict == flow.VerdictBypassed, Unauthorised: rec.Reason == flow.ReasonNotAuthorised, At: rec.Time}
-	if rec.Event == flow.EventWatched {
-		if !seen.Passed {
-			seen.Refusal = rec.Reason.String()
-		}
-		seen.Passed = true
-	}
-	return seen, rec.Event == flow.EventOpen || rec.Event == flow.EventDeny || rec.Event == flow.EventWatched
-}
-
 // take counts what would become of a flow. A record that stands for several of what was refused or watched counts as so many.
 func (c *candidate) take(rec flow.Record) {
 	set := c.current()
-	seen, ok := seenOf(rec)
+	seen, ok := policy.SeenOf(rec.Event.String(), rec.Verdict.String(), rec.Reason.String())
 	if set == nil || !ok {
 		return
 	}
+	seen.Protocol, seen.Server, seen.Service, seen.At = rec.Protocol, rec.Server, rec.Service, rec.Time
 	if id, err := spiffeid.FromString(rec.Identity); err == nil {
 		seen.Identity = id
 	}

@@ -84,9 +84,7 @@ func (o *operators) Paths(context.Context, *api.PathsRequest) (*api.PathsReply, 
 	}
 	reply := &api.PathsReply{}
 	for _, p := range paths {
-		if p.State != datapath.PathFree {
-			reply.Paths = append(reply.Paths, describePath(p, o.clock))
-		}
+		reply.Paths = append(reply.Paths, describePath(p, o.clock))
 	}
 	return reply, nil
 }

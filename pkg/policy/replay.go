@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
 // Seen is a flow that a node has decided on, as its record tells.
@@ -28,6 +30,18 @@ type Seen struct {
 	// Refusal is for what Enforce would have refused it, whoever it was, while it passed at a service that is not enforced.
 	Refusal string
 	At      time.Time // by the wall clock
+}
+
+// SeenOf is what a record of a flow says was decided, by the names in it; ok is false for one that decides nothing. What is only watched
+// passed, whatever its verdict says of Enforce.
+func SeenOf(event, verdict, reason string) (s Seen, ok bool) {
+	s = Seen{Passed: verdict != flow.VerdictDenied.String(), Bypassed: verdict == flow.VerdictBypassed.String(),
+		Unauthorised: reason == flow.ReasonNotAuthorised.String()}
+	watched := event == flow.EventWatched.String()
+	if watched && !s.Passed {
+		s.Passed, s.Refusal = true, reason
+	}
+	return s, watched || event == flow.EventOpen.String() || event == flow.EventDeny.String()
 }
 
 // Fate is what becomes of a flow under another set.
