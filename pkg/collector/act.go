@@ -129,11 +129,10 @@ func actOf(r *api.ActRequest, actor string) (*api.Act, error) {
 	return act, nil
 }
 
-// act has the node do it, and gives what it says. An error tells whether the node was asked.
+// act has the node do it, and gives what it says. An error tells whether the node was asked. A stop ends the streams, and this with them.
 func (g *ingest) act(ctx context.Context, node string, act *api.Act) (*api.Acted, error) {
 	ctx, cancel := context.WithTimeout(ctx, actPatience(ctx))
 	defer cancel()
-	defer context.AfterFunc(g.stopping, cancel)()
 	g.mu.Lock()
 	s := g.active[node]
 	g.mu.Unlock()

@@ -177,6 +177,14 @@ func TestHostileActed(t *testing.T) {
 	if m := status.Convert(g.err).Message(); len(m) > maxRefusal+100 || !utf8.ValidString(m) {
 		t.Errorf("%d bytes of refusal", len(m))
 	}
+	alone := newActs(true)
+	id, answer, _ := alone.begin()
+	for range 3 { // before anybody has heard the first: nothing waits for that
+		alone.answer(&api.Acted{Id: id})
+	}
+	if <-answer; len(answer) != 0 {
+		t.Error("a second answer")
+	}
 }
 
 // So much is under way at a time, and who leaves makes room. What a node never answers ends with its caller's patience, in words.
