@@ -56,6 +56,9 @@ func TestHostileActs(t *testing.T) {
 			t.Error("two acts at a time")
 		}
 		defer atOnce.Add(-1)
+		if len(act.GetStatement()) > 0 {
+			t.Errorf("a statement of %d bytes", len(act.GetStatement()))
+		}
 		begun <- act.GetRevoke().GetGrant()
 		<-proceed
 		return &api.Acted{Code: uint32(codes.NotFound), Refusal: "no such grant"}
@@ -66,7 +69,7 @@ func TestHostileActs(t *testing.T) {
 	const many = 3000
 	for i := range uint64(many) {
 		switch id := i + 2; {
-		case i%1000 == 50:
+		case i%1000 == 0:
 			h.acts <- &api.Act{Id: id, What: &api.Act_Statement{Statement: make([]byte, 3<<20)}}
 		case i%2 == 0:
 			h.acts <- revoke(id, "unknown")
