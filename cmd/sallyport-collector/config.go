@@ -48,6 +48,8 @@ type spec struct {
 	DataDir string `yaml:"dataDir"`
 	// Readers are SPIFFE IDs that may read over the network, exact or a prefix ending in /*: none.
 	Readers []string `yaml:"readers"`
+	// Actors are SPIFFE IDs, written like Readers, that may have nodes end grants: none. The users of the socket may, too.
+	Actors []string `yaml:"actors"`
 	// Socket is the Unix socket of local readers: /run/sallyport-collector/collector.sock.
 	Socket string `yaml:"socket"`
 	// Operators may use the socket.
@@ -104,7 +106,7 @@ func (c config) id() spiffeid.ID { return spiffeid.RequireFromString(c.Spec.ID) 
 
 func (c config) collector(source collector.Source, log *slog.Logger) collector.Config {
 	return collector.Config{
-		Dir: c.Spec.DataDir, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers,
+		Dir: c.Spec.DataDir, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers, Actors: c.Spec.Actors,
 		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Metrics: c.Spec.Metrics, Logger: log,
 		Limits: collector.Limits{RecordsPerSecond: c.Spec.Limits.RecordsPerSecond, BytesPerSecond: c.Spec.Limits.BytesPerSecond},
 	}
@@ -160,9 +162,15 @@ func (c *config) validate(r *reader) {
 	r.check(s.Socket == "" || len(s.Operators.UIDs) > 0, "spec.operators.uids", "nobody may use the socket", `list user ids, or write socket: ""`)
 	for i, reader := range s.Readers {
 		err := collector.CheckReaders([]string{reader})
-		r.check(err == nil, fmt.Sprintf("spec.readers[%d]", i), fmt.Sprint(err), "write a SPIFFE ID, or a prefix ending in /*")
+		r.check(err == nil, fmt.Sprintf("spec.readers[%d]", i), fmt.Sprint(err), peopleHint)
+	}
+	for i, actor := range s.Actors {
+		err := collector.CheckActors([]string{actor})
+		r.check(err == nil, fmt.Sprintf("spec.actors[%d]", i), fmt.Sprint(err), peopleHint)
 	}
 }
+
+const peopleHint = "write a SPIFFE ID, or a prefix ending in /*"
 
 const addressHint = "write HOST:PORT with a port from 1 to 65535, or :PORT for every address"
 

@@ -37,7 +37,7 @@ func TestExample(t *testing.T) {
 	}
 	want := defaultSpec()
 	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
-	want.Readers, want.Metrics = []string{"spiffe://example.org/ops/*"}, "127.0.0.1:9470"
+	want.Readers, want.Actors, want.Metrics = []string{"spiffe://example.org/ops/*"}, []string{}, "127.0.0.1:9470"
 	if !reflect.DeepEqual(c.Spec, want) {
 		t.Errorf("have %+v, want %+v", c.Spec, want)
 	}
@@ -65,6 +65,7 @@ func TestWrongConfig(t *testing.T) {
 		"retain":          {head + "  retain: 1h\n", []string{"c.yaml:6: spec.retain: 1h is less than a day"}},
 		"no duration":     {head + "  retain: ninety\n", []string{`c.yaml:6: spec.retain: "ninety" is not a duration`}},
 		"readers":         {head + "  readers:\n    - spiffe://example.org/a\n    - 'spiffe://*'\n    - bob\n", []string{"c.yaml:8: spec.readers[1]", "c.yaml:9: spec.readers[2]"}},
+		"actors":          {head + "  actors:\n    - spiffe://example.org/a\n    - 'spiffe://*'\n    - bob\n", []string{"c.yaml:8: spec.actors[1]", "c.yaml:9: spec.actors[2]"}},
 		"nobody":          {head + "  operators: {uids: []}\n", []string{"c.yaml:6: spec.operators.uids"}},
 		"uid":             {head + "  operators: {uids: [root]}\n", []string{"c.yaml:6: cannot unmarshal"}},
 		"metrics":         {head + "  metrics: '9470'\n", []string{`c.yaml:6: spec.metrics: "9470" is no address with a port`}},

@@ -70,10 +70,12 @@ func (c *cli) collectorSPIFFEID(me *self) (spiffeid.ID, error) {
 
 func auditHint(err error) error {
 	switch {
+	case err == nil, hinted(err):
+		return err
 	case errors.Is(err, client.ErrUnreachable):
 		return withHint(err, "check the address of --collector, and the collector with `systemctl status sallyport-collector`")
 	case errors.Is(err, client.ErrForbidden):
-		return withHint(err, "readers are listed in the collector's configuration; our own identity is the Workload API's")
+		return withHint(err, "readers and actors are listed in the collector's configuration; our own identity is the Workload API's")
 	case errors.Is(err, client.ErrUnknownCall):
 		return withHint(err, "the collector is of an older version: install this one there, too")
 	}

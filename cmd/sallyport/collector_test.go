@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -23,6 +25,7 @@ type collector struct {
 	losses []*api.StoredLoss
 	nodes  []*api.NodeState
 	log    *evidence.Log
+	node   *node // that is connected; nil: none is
 }
 
 func newCollector(t testing.TB) *collector {
@@ -64,13 +67,40 @@ func (c *collector) Flows(q *api.FlowQuery, stream grpc.ServerStreamingServer[ap
 	return nil
 }
 
-func (c *collector) GrantEvents(_ *api.GrantQuery, stream grpc.ServerStreamingServer[api.StoredGrantEvent]) error {
-	for _, e := range c.events {
+func (c *collector) GrantEvents(q *api.GrantQuery, stream grpc.ServerStreamingServer[api.StoredGrantEvent]) error {
+	events := c.events
+	if envelope := c.envelope(q.GetGrant()); envelope != nil {
+		events = []*api.StoredGrantEvent{{Node: c.node.name, Event: &api.GrantEvent{Grant: q.GetGrant(), Step: "ACTIVATED", Envelope: envelope}}}
+	}
+	for _, e := range events {
 		if err := stream.Send(e); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// envelope is that of a grant that the connected node has begun.
+func (c *collector) envelope(grant string) []byte {
+	if c.node == nil {
+		return nil
+	}
+	c.node.mu.Lock()
+	defer c.node.mu.Unlock()
+	return c.node.begun[grant]
+}
+
+// Act hands on what is for the node, in the words of a collector.
+func (c *collector) Act(ctx context.Context, r *api.ActRequest) (*api.ActReply, error) {
+	if c.node == nil || r.GetNode() != c.node.name {
+		return nil, status.Errorf(codes.FailedPrecondition, "node %q is not connected to this collector\nhint: log in to the node", r.GetNode())
+	}
+	if v := r.GetRevoke(); v != nil {
+		reply, err := c.node.Revoke(ctx, &api.RevokeRequest{Grant: v.GetGrant(), Why: v.GetWhy()})
+		return &api.ActReply{Grant: reply.GetGrant()}, err
+	}
+	reply, err := c.node.State(ctx, &api.StateRequest{Statement: r.GetStatement(), Envelope: r.GetEnvelope()})
+	return &api.ActReply{Grant: reply.GetGrant()}, err
 }
 
 func (c *collector) Losses(q *api.LossQuery, stream grpc.ServerStreamingServer[api.StoredLoss]) error {

@@ -54,13 +54,23 @@ func refusalHint(err error) error {
 
 func (c *cli) grantRevoke() *cobra.Command {
 	var why string
+	var node elsewhere
 	cmd := &cobra.Command{
-		Use:               "revoke ID",
-		Short:             "End a grant now: its paths are closed when the command is done",
-		Example:           `  sallyport grant revoke 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --why "backup is done"`,
+		Use:   "revoke ID",
+		Short: "End a grant now: its paths are closed when the command is done",
+		Long: `End a grant of this node, or with --node of another, by way of the collector. The collector's configuration says who
+may (actors), and the node's whether it takes the collector's word (mayRevoke).`,
+		Example: `  sallyport grant revoke 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --why "backup is done"
+  sallyport grant revoke 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --collector 10.9.0.1:9443 --node db-1 --why "backup is done"`,
 		Args:              exactly(1),
 		ValidArgsFunction: c.completeGrant,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := node.check(cmd, c); err != nil {
+				return err
+			}
+			if node != "" {
+				return c.revokeThere(cmd.Context(), node, args[0], why)
+			}
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				g, err := a.Revoke(ctx, args[0], why)
 				if err != nil {
@@ -71,6 +81,7 @@ func (c *cli) grantRevoke() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&why, "why", "", "`TEXT` for the record")
+	node.add(cmd)
 	return cmd
 }
 

@@ -101,7 +101,9 @@ func setUpStory(e *testscript.Env) error {
 	n := newNode(t, text)
 	n.record(someFlows()...)
 	e.Defer(n.serve(t, filepath.Join(runDir, "agent.sock")))
-	e.Defer(newCollector(t).serve(t, filepath.Join(runDir, "collector.sock")))
+	c := newCollector(t)
+	c.node = n
+	e.Defer(c.serve(t, filepath.Join(runDir, "collector.sock")))
 	e.Setenv("SALLYPORT_RUN_DIR", runDir)
 	e.Setenv("RUN", runDir)
 	e.Setenv("COLLECTOR", "unix:"+filepath.Join(runDir, "collector.sock"))

@@ -34,6 +34,7 @@ type node struct {
 	mu       sync.Mutex
 	panicked string
 	grants   []*api.Grant
+	begun    map[string][]byte // envelopes of grants, by their ids
 	asked    []grant.Challenge // that nobody answered yet
 	said     []grant.Statement
 	records  []*api.FlowRecord
@@ -49,7 +50,7 @@ func newNode(t testing.TB, resources string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &node{name: "node-1", policy: set, changed: make(chan struct{})}
+	return &node{name: "node-1", policy: set, changed: make(chan struct{}), begun: map[string][]byte{}}
 }
 
 // serveUnix serves on a Unix socket until the function that it gives is called.
@@ -246,7 +247,7 @@ func (n *node) Activate(_ context.Context, r *api.ActivateRequest) (*api.Activat
 				g.Clients[0], g.Service, o.Id, o.Deadline.AsTime().UTC().Format(time.RFC3339))
 		}
 	}
-	n.grants = append(n.grants, g)
+	n.grants, n.begun[g.Id] = append(n.grants, g), r.Envelope
 	return &api.ActivateReply{Grant: g}, nil
 }
 

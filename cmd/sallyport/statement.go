@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -25,6 +24,7 @@ type statement struct {
 	challenge string
 	out       string
 	yes       bool
+	node      elsewhere
 }
 
 func (s *statement) add(f *pflag.FlagSet) {
@@ -42,7 +42,7 @@ func (c *cli) grantWithdraw() *cobra.Command {
 		Use:   "withdraw GRANT",
 		Short: "Say that what you asked for is not wanted any more",
 		Long: `Say that a grant that you asked for is not wanted any more. On the nodes that have taken this it can never be
-activated, and ends if it is active. GRANT is its file, or its id where the node activated it.`,
+activated, and ends if it is active. GRANT is its file, or its id where the node activated it. ` + thereHelp,
 		Example: `  sallyport grant withdraw backup.grant --key alice.key --why "the backup went through"`,
 	})
 }
@@ -52,7 +52,7 @@ func (c *cli) grantDeny() *cobra.Command {
 		Use:   "deny GRANT",
 		Short: "Say that what somebody else asks for shall not be",
 		Long: `Say that a grant shall not be. Whoever could approve it may deny it. On the nodes that have taken this it can
-never be activated, and ends if it is active. GRANT is its file, or its id where the node activated it.`,
+never be activated, and ends if it is active. GRANT is its file, or its id where the node activated it. ` + thereHelp,
 		Example: `  sallyport grant deny backup.grant --key bob.key --by bob --why "not during the migration"`,
 	})
 }
@@ -63,17 +63,27 @@ func (c *cli) grantReview() *cobra.Command {
 		Short: "Say that you looked at what was done with a grant",
 		Long: `Say that you looked at what was done with a grant, after its end. Policy names the reviewers; who asked for it
 or approved it is none. Whoever signed a break-glass grant can sign no other on the node before this
-one was reviewed, and its alarm lasts until then. GRANT is its id, or its file.`,
-		Example: `  sallyport grant review 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --key carol.key --by carol --why "restarted the primary, nothing else"`,
+one was reviewed, and its alarm lasts until then. GRANT is its id, or its file. ` + thereHelp,
+		Example: `  sallyport grant review 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --key carol.key --by carol --why "restarted the primary, nothing else"
+  sallyport grant review 01J8ZQ4X5M3T9V0Y2B7C6D1E4F --collector 10.9.0.1:9443 --node db-1 --key carol.key --by carol --why "as agreed"`,
 	})
 }
+
+const thereHelp = `With --node it
+is handed to that node by way of the collector, whose configuration says who may (actors).`
 
 // about is a command that says something about a grant.
 func (c *cli) about(step grant.Step, cmd *cobra.Command) *cobra.Command {
 	s := statement{step: step}
 	cmd.Args = exactly(1)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error { return c.sayAbout(cmd.Context(), &s, args[0]) }
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := s.node.check(cmd, c); err != nil {
+			return err
+		}
+		return c.sayAbout(cmd.Context(), &s, args[0])
+	}
 	s.add(cmd.Flags())
+	s.node.add(cmd)
 	return cmd
 }
 
@@ -86,7 +96,10 @@ type target struct {
 }
 
 // find reads a grant's file, or asks the node by its id.
-func (c *cli) find(ctx context.Context, name string) (t target, err error) {
+func (c *cli) find(ctx context.Context, node elsewhere, name string) (t target, err error) {
+	if isGrantID(name) && node != "" {
+		return c.findThere(ctx, node, name)
+	}
 	if isGrantID(name) {
 		err = c.withAgent(ctx, func(ctx context.Context, a *client.Agent) error {
 			g, err := a.Grant(ctx, name)
@@ -99,13 +112,7 @@ func (c *cli) find(ctx context.Context, name string) (t target, err error) {
 	if err != nil {
 		return t, err
 	}
-	p, err := grant.Peek(envelope)
-	if err != nil {
-		return t, explained("read grant", err)
-	}
-	digest, err := grant.Digest(envelope)
-	facts := grant.Verified{Payload: p}.Facts(nil, time.Time{})
-	return target{p.ID, digest, p.Requester, envelope, facts, func(t *table) { payloadTable(t, p) }}, explained("read grant", err)
+	return describedBy(envelope)
 }
 
 // factsOf is what the node says of a grant that it activated.
@@ -118,7 +125,7 @@ func factsOf(g *api.Grant) policy.GrantFacts {
 }
 
 func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
-	about, err := c.find(ctx, name)
+	about, err := c.find(ctx, s.node, name)
 	if err != nil {
 		return err
 	}
@@ -140,7 +147,7 @@ func (c *cli) sayAbout(ctx context.Context, s *statement, name string) error {
 	if s.out != "" {
 		return c.writeSigned(s.out, signed, commandLine("grant", "record", s.out, name))
 	}
-	return c.record(ctx, signed, about.envelope)
+	return c.record(ctx, s.node, signed, about.envelope)
 }
 
 // sign checks that it counts, asks, and makes the statement.
@@ -225,7 +232,7 @@ func (c *cli) vouch(ctx context.Context, s *statement) error {
 	if s.out != "" {
 		return c.writeSigned(s.out, signed, commandLine("grant", "record", s.out))
 	}
-	return c.record(ctx, signed, nil)
+	return c.record(ctx, "", signed, nil)
 }
 
 func (c *cli) challengeFrom(ctx context.Context, file string) ([]byte, error) {
@@ -236,15 +243,19 @@ func (c *cli) challengeFrom(ctx context.Context, file string) ([]byte, error) {
 }
 
 func (c *cli) grantRecord() *cobra.Command {
-	return &cobra.Command{
+	var node elsewhere
+	cmd := &cobra.Command{
 		Use:   "record STATEMENT [GRANT]",
 		Short: "Have the node take a statement that was signed elsewhere",
 		Long: `Hand a statement to the node's agent: what "grant withdraw", "deny", "review" and "vouch" wrote with --out.
-GRANT is the file of the grant that it is about; where the node activated the grant, none is needed.`,
+GRANT is the file of the grant that it is about; where the node activated the grant, none is needed. ` + thereHelp,
 		Example: `  sallyport grant deny backup.grant --key bob.key --by bob --why "not during the migration" --out backup.denied
   sudo sallyport grant record backup.denied backup.grant`,
 		Args: between(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := node.check(cmd, c); err != nil {
+				return err
+			}
 			signed, err := readSmall(args[0], grant.MaxEnvelope, "read statement", "`sallyport grant withdraw --out`, deny, review and vouch write such a file")
 			if err != nil {
 				return err
@@ -255,9 +266,11 @@ GRANT is the file of the grant that it is about; where the node activated the gr
 					return err
 				}
 			}
-			return c.record(cmd.Context(), signed, envelope)
+			return c.record(cmd.Context(), node, signed, envelope)
 		},
 	}
+	node.add(cmd)
+	return cmd
 }
 
 // recorded is what the node took, for machines.
@@ -269,22 +282,12 @@ type recorded struct {
 }
 
 // record hands a statement to the node, by what it says.
-func (c *cli) record(ctx context.Context, signed, envelope []byte) error {
+func (c *cli) record(ctx context.Context, node elsewhere, signed, envelope []byte) error {
 	said, err := grant.PeekStatement(signed)
 	if err != nil {
 		return explained("read statement", err)
 	}
-	return c.withAgent(ctx, func(ctx context.Context, a *client.Agent) error {
-		var g *api.Grant
-		var err error
-		if said.Step == grant.StepVouched {
-			err = a.Vouch(ctx, signed)
-		} else {
-			g, err = a.State(ctx, signed, envelope)
-		}
-		if err != nil {
-			return err
-		}
+	return c.hand(ctx, node, said.Step, signed, envelope, func(g *api.Grant) error {
 		return c.show(recorded{said.Step, said.By, said.Grant, g.GetState()}, func(t *table) {
 			t.row("recorded", fmt.Sprintf("%s by %s, for good", said.Step, said.By))
 			if said.Step == grant.StepVouched {

@@ -64,6 +64,7 @@ type node struct {
 	stopping  chan struct{}
 
 	automation *automation // nil: workloads cannot ask
+	acts       *acts       // nil: there is no collector
 }
 
 // Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
@@ -227,6 +228,8 @@ func (n *node) makeAudit(context.Context) (err error) {
 		SpoolBudget: int64(n.cfg.Spec.FlowSpool), Logger: n.log, Alarm: func(why string) { n.alarms.raise(alarmLog, why) }}
 	if c := n.cfg.Spec.Collector; c != nil {
 		cfg.Address, cfg.Source, cfg.ServerID, cfg.LogKey = c.Address, n.identity, n.cfg.CollectorID(), c.LogKey
+		n.acts = &acts{mayRevoke: c.MayRevoke, log: n.log}
+		cfg.Act = n.acts.do
 	}
 	if n.audit, err = audit.New(cfg); err != nil {
 		return err
@@ -301,7 +304,14 @@ func (n *node) devicesChanged() {
 	n.readiness.poke()
 }
 
-func (n *node) adoptGrants(ctx context.Context) error { return n.grants.adopt(ctx) }
+// adoptGrants settles what an earlier agent left; from then on the collector may have grants ended.
+func (n *node) adoptGrants(ctx context.Context) error {
+	err := n.grants.adopt(ctx)
+	if err == nil && n.acts != nil {
+		n.acts.grants.Store(n.grants)
+	}
+	return err
+}
 
 func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapath, sink: n.sink} }
 

@@ -1377,6 +1377,8 @@ type Act struct {
 	//	*Act_Revoke
 	//	*Act_Statement
 	What          isAct_What `protobuf_oneof:"what"`
+	Envelope      []byte     `protobuf:"bytes,4,opt,name=envelope,proto3" json:"envelope,omitempty"` // with a statement: of the grant that it is about, where the node may never have activated it
+	Actor         string     `protobuf:"bytes,5,opt,name=actor,proto3" json:"actor,omitempty"`       // who asks, as the collector proved it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1443,6 +1445,20 @@ func (x *Act) GetStatement() []byte {
 	return nil
 }
 
+func (x *Act) GetEnvelope() []byte {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+func (x *Act) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
 type isAct_What interface {
 	isAct_What()
 }
@@ -1463,7 +1479,6 @@ type Revocation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
 	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
-	Actor         string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // who asks, as the collector proved it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1508,13 +1523,6 @@ func (x *Revocation) GetGrant() string {
 func (x *Revocation) GetWhy() string {
 	if x != nil {
 		return x.Why
-	}
-	return ""
-}
-
-func (x *Revocation) GetActor() string {
-	if x != nil {
-		return x.Actor
 	}
 	return ""
 }
@@ -3161,6 +3169,7 @@ type ActRequest struct {
 	//	*ActRequest_Revoke
 	//	*ActRequest_Statement
 	What          isActRequest_What `protobuf_oneof:"what"`
+	Envelope      []byte            `protobuf:"bytes,4,opt,name=envelope,proto3" json:"envelope,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3227,12 +3236,19 @@ func (x *ActRequest) GetStatement() []byte {
 	return nil
 }
 
+func (x *ActRequest) GetEnvelope() []byte {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
 type isActRequest_What interface {
 	isActRequest_What()
 }
 
 type ActRequest_Revoke struct {
-	Revoke *Revocation `protobuf:"bytes,2,opt,name=revoke,proto3,oneof"` // its actor is the collector's to fill in
+	Revoke *Revocation `protobuf:"bytes,2,opt,name=revoke,proto3,oneof"`
 }
 
 type ActRequest_Statement struct {
@@ -6392,17 +6408,18 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.HelloH\x00R\x05hello\x121\n" +
 	"\x05batch\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.BatchH\x00R\x05batch\x121\n" +
 	"\x05acted\x18\x03 \x01(\v2\x19.sallyport.v1alpha1.ActedH\x00R\x05actedB\a\n" +
-	"\x05frame\"w\n" +
+	"\x05frame\"\xa9\x01\n" +
 	"\x03Act\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x128\n" +
 	"\x06revoke\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.RevocationH\x00R\x06revoke\x12\x1e\n" +
-	"\tstatement\x18\x03 \x01(\fH\x00R\tstatementB\x06\n" +
-	"\x04what\"J\n" +
+	"\tstatement\x18\x03 \x01(\fH\x00R\tstatement\x12\x1a\n" +
+	"\benvelope\x18\x04 \x01(\fR\benvelope\x12\x14\n" +
+	"\x05actor\x18\x05 \x01(\tR\x05actorB\x06\n" +
+	"\x04what\"4\n" +
 	"\n" +
 	"Revocation\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x10\n" +
-	"\x03why\x18\x02 \x01(\tR\x03why\x12\x14\n" +
-	"\x05actor\x18\x03 \x01(\tR\x05actor\"v\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"v\n" +
 	"\x05Acted\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05grant\x18\x02 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\x12\x12\n" +
@@ -6537,12 +6554,13 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05class\x18\x06 \x01(\x0e2\x19.sallyport.v1alpha1.ClassR\x05class\x12\x10\n" +
 	"\x03seq\x18\a \x01(\x04R\x03seq\"#\n" +
 	"\rEvidenceChunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\x82\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x9e\x01\n" +
 	"\n" +
 	"ActRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x06revoke\x18\x02 \x01(\v2\x1e.sallyport.v1alpha1.RevocationH\x00R\x06revoke\x12\x1e\n" +
-	"\tstatement\x18\x03 \x01(\fH\x00R\tstatementB\x06\n" +
+	"\tstatement\x18\x03 \x01(\fH\x00R\tstatement\x12\x1a\n" +
+	"\benvelope\x18\x04 \x01(\fR\benvelopeB\x06\n" +
 	"\x04what\";\n" +
 	"\bActReply\x12/\n" +
 	"\x05grant\x18\x01 \x01(\v2\x19.sallyport.v1alpha1.GrantR\x05grant\"\x0f\n" +

@@ -82,6 +82,9 @@ type Config struct {
 	LogKey string
 	// Alarm is told when the collector shows another history than it did before. It must not wait. Nil: nobody is.
 	Alarm func(why string)
+	// Act does what somebody at the collector wants ended, and says so when it is durable, or why not; its id is filled in. Acts come one
+	// after the other, from this collector alone, and may be anything at all. Nil: none are taken.
+	Act func(ctx context.Context, act *api.Act) *api.Acted
 	// FlowBuffer is how many records of the flow class are kept in memory. 0: 65536.
 	FlowBuffer int
 	// SpoolDir keeps records of the flow class that the collector does not take, up to SpoolBudget bytes. Empty: there is no
@@ -126,6 +129,8 @@ type Streamer struct {
 	told      map[api.Class]string // what was last told of the collector's claims; owned by the goroutine of the stream
 	spool     *store.Spool         // nil: there is none
 
+	orders chan order // acts that wait for their turn
+
 	wakeSend    chan struct{} // capacity 1: there may be something to send
 	wakeReserve chan struct{} // capacity 1: numbers are running low
 	wakeWrite   chan struct{} // capacity 1: the queue is not empty
@@ -156,7 +161,7 @@ func New(cfg Config) (*Streamer, error) {
 	s := &Streamer{
 		cfg: cfg, log: cfg.Logger.With("collector", cfg.Address), state: connState{since: time.Now()}, told: map[api.Class]string{},
 		wakeSend: make(chan struct{}, 1), wakeReserve: make(chan struct{}, 1), wakeWrite: make(chan struct{}, 1),
-		wakeSpool: make(chan struct{}, 1),
+		wakeSpool: make(chan struct{}, 1), orders: make(chan order, actsWaiting),
 	}
 	if err := s.takeOver(context.Background()); err != nil {
 		return nil, fmt.Errorf("create audit stream: %w", err)
@@ -285,6 +290,9 @@ func (s *Streamer) Run(ctx context.Context) error {
 	}
 	if s.cfg.Address != "" {
 		wg.Go(func() { s.runStream(ctx) })
+	}
+	if s.cfg.Act != nil {
+		wg.Go(func() { s.runActs(ctx) })
 	}
 	wg.Wait()
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)

@@ -94,12 +94,17 @@ type hands struct {
 	answer  func(*api.Ack) []*api.Ack // what is said for it
 	batches []*api.Batch              // in the order in which they came
 	push    chan *api.Grown           // to be sent
+	acts    chan *api.Act             // to be sent
+	cut     chan struct{}             // ends a stream
+	acted   map[uint64]*api.Acted     // by id
+	streams int                       // that are open
 }
 
 // newHands listen where the site's collector would.
 func (s *site) newHands(t *testing.T) *hands {
 	t.Helper()
-	h := &hands{t: t, log: newLedger(t), push: make(chan *api.Grown),
+	h := &hands{t: t, log: newLedger(t), push: make(chan *api.Grown), acts: make(chan *api.Act), cut: make(chan struct{}),
+		acted:   map[uint64]*api.Acted{},
 		classes: map[api.Class]*taken{api.Class_CLASS_CRITICAL: {}, api.Class_CLASS_FLOW: {}}}
 	l := must(net.Listen("tcp", s.address))(t)
 	server := grpc.NewServer(grpc.Creds(grpccredentials.MTLSServerCredentials(s.collector, s.collector, tlsconfig.AuthorizeID(agentID))))
@@ -127,6 +132,8 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 	if h.hangsUp() {
 		return nil
 	}
+	h.with(func() { h.streams++ })
+	defer h.with(func() { h.streams-- })
 	frames := make(chan *api.AgentFrame)
 	go func() {
 		defer close(frames)
@@ -135,7 +142,11 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 			if err != nil {
 				return
 			}
-			frames <- f
+			select {
+			case frames <- f:
+			case <-stream.Context().Done():
+				return
+			}
 		}
 	}()
 	for {
@@ -143,6 +154,10 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 		case f, ok := <-frames:
 			if !ok {
 				return nil
+			}
+			if a := f.GetActed(); a != nil {
+				h.with(func() { h.acted[a.GetId()] = a })
+				continue
 			}
 			for _, a := range h.take(f.GetBatch()) {
 				if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Ack{Ack: a}}); err != nil {
@@ -153,6 +168,12 @@ func (h *hands) Stream(stream api.AuditIngest_StreamServer) error {
 			if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Grown{Grown: g}}); err != nil {
 				return err
 			}
+		case a := <-h.acts:
+			if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Act{Act: a}}); err != nil {
+				return err
+			}
+		case <-h.cut:
+			return nil
 		}
 	}
 }

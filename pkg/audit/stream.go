@@ -51,6 +51,7 @@ func (s *Streamer) connect(ctx context.Context) (good bool, err error) {
 	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	// Nobody but the collector of our configuration gets past this: records go to it alone, and acts come from it alone.
 	creds := grpccredentials.MTLSClientCredentials(s.cfg.Source, s.cfg.Source, tlsconfig.AuthorizeID(s.cfg.ServerID))
 	conn, err := grpc.NewClient("passthrough:///"+s.cfg.Address, grpc.WithTransportCredentials(creds),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}))
@@ -62,7 +63,8 @@ func (s *Streamer) connect(ctx context.Context) (good bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("open stream: %w", err)
 	}
-	ss := &session{Streamer: s, stream: stream, frames: make(chan *api.CollectorFrame, 2*batchesAhead), broken: make(chan error, 1)}
+	ss := &session{Streamer: s, stream: stream, frames: make(chan *api.CollectorFrame, 2*batchesAhead), broken: make(chan error, 1),
+		answers: make(chan *api.Acted, 2*actsWaiting)}
 	defer func() { err = errors.Join(err, ss.keepLast(ctx)) }()
 	if err := ss.hello(ctx, cancel); err != nil {
 		return false, err
@@ -79,6 +81,8 @@ type session struct {
 	stream api.AuditIngest_StreamClient
 	frames chan *api.CollectorFrame
 	broken chan error // capacity 1
+
+	answers chan *api.Acted // to acts
 
 	critical, flow cursor
 	taken          bool // the collector acknowledged something
@@ -119,7 +123,7 @@ func (ss *session) hello(ctx context.Context, cancel context.CancelFunc) error {
 	defer late.Stop()
 	err := ss.stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: &api.Hello{
 		Node: ss.cfg.Node, BootId: ss.cfg.BootID, Epoch: ss.cfg.Store.Epoch(), Version: wireVersion,
-		NodeKey: ss.sealer.vkey, Checkpoint: ss.witness.signed,
+		NodeKey: ss.sealer.vkey, Checkpoint: ss.witness.signed, Acts: ss.cfg.Act != nil,
 	}}})
 	frame, recvErr := ss.stream.Recv() // it has the reason when Send has none
 	if err := errors.Join(err, recvErr); err != nil {
@@ -182,6 +186,10 @@ func (ss *session) receive(ctx context.Context) {
 			ss.broken <- fmt.Errorf("read from collector: %w", err)
 			return
 		}
+		if act := frame.GetAct(); act != nil {
+			ss.order(ctx, act)
+			continue
+		}
 		select {
 		case ss.frames <- frame:
 		case <-ctx.Done():
@@ -201,6 +209,10 @@ func (ss *session) send(ctx context.Context) error {
 		select {
 		case f := <-ss.frames:
 			if err := ss.take(ctx, f); err != nil {
+				return err
+			}
+		case a := <-ss.answers:
+			if err := ss.deliver(&api.AgentFrame{Frame: &api.AgentFrame_Acted{Acted: a}}); err != nil {
 				return err
 			}
 		case <-ss.wakeSend:
@@ -382,15 +394,20 @@ func (ss *session) sendBatch(class api.Class, c *cursor, entries []entry) (bool,
 	for _, e := range entries {
 		raw = append(raw, &api.Raw{Seq: e.Seq, Data: e.Data})
 	}
-	err = ss.stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{
+	err = ss.deliver(&api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: &api.Batch{
 		Class: class, Epoch: ss.cfg.Store.Epoch(), Raw: raw, Seal: seal.signed,
 	}}})
+	return err == nil, err
+}
+
+func (ss *session) deliver(f *api.AgentFrame) error {
+	err := ss.stream.Send(f)
 	if err == nil {
-		return true, nil
+		return nil
 	}
 	select { // the status is with Recv
 	case err = <-ss.broken:
 	case <-time.After(time.Second):
 	}
-	return false, fmt.Errorf("send batch: %w", err)
+	return fmt.Errorf("send to collector: %w", err)
 }

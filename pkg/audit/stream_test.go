@@ -63,6 +63,7 @@ type site struct {
 	agent     identity
 	collector identity
 	logKey    string // in the node's configuration
+	act       func(context.Context, *api.Act) *api.Acted
 
 	mu     sync.Mutex
 	alarms []string // of the node; guarded by mu
@@ -141,7 +142,7 @@ func (s *site) startNode(flowBuffer int) *node {
 
 func (s *site) nodeConfig(st *store.Store, flowBuffer int) audit.Config {
 	return audit.Config{Store: st, Node: "node-1", Address: s.address, Source: s.agent, ServerID: collectorID, FlowBuffer: flowBuffer,
-		SpoolDir: s.spoolDir, SpoolBudget: s.spool, Logger: silent, LogKey: s.logKey, Alarm: s.alarm}
+		SpoolDir: s.spoolDir, SpoolBudget: s.spool, Logger: silent, LogKey: s.logKey, Alarm: s.alarm, Act: s.act}
 }
 
 // drained waits until the collector has everything.

@@ -76,3 +76,16 @@ func (a *Audit) Log(ctx context.Context, from uint64) (*api.LogReply, error) {
 func (a *Audit) Evidence(ctx context.Context, r *api.EvidenceRequest) iter.Seq2[*api.EvidenceChunk, error] {
 	return streaming(ctx, a.conn, "read evidence", a.rpc.Evidence, r)
 }
+
+// Revoke has a node end a grant, by way of the collector. When it returns without error, the grant's paths are closed there.
+func (a *Audit) Revoke(ctx context.Context, node, id, why string) (*api.Grant, error) {
+	reply, err := unary(ctx, a.conn, "revoke grant", a.rpc.Act, &api.ActRequest{Node: node, What: &api.ActRequest_Revoke{Revoke: &api.Revocation{Grant: id, Why: why}}})
+	return reply.GetGrant(), err
+}
+
+// State hands a statement about a grant to a node, by way of the collector, with the grant's envelope where that node may never have activated
+// it. When it returns without error, the statement is durable there. The grant is nil where the node never activated it.
+func (a *Audit) State(ctx context.Context, node string, statement, envelope []byte) (*api.Grant, error) {
+	reply, err := unary(ctx, a.conn, "record statement", a.rpc.Act, &api.ActRequest{Node: node, What: &api.ActRequest_Statement{Statement: statement}, Envelope: envelope})
+	return reply.GetGrant(), err
+}

@@ -48,7 +48,10 @@ type Config struct {
 	// Readers are SPIFFE IDs that may read over the network: exact, or a prefix of whole segments
 	// ending in "/*".
 	Readers []string
-	// Socket is a Unix socket for local readers; empty: none. SocketUIDs may use it, empty: 0.
+	// Actors are SPIFFE IDs, written as Readers are, that may have nodes end grants, and hand in statements. Who reads alone may not, and
+	// who acts does not read by that.
+	Actors []string
+	// Socket is a Unix socket for local readers and actors; empty: none. SocketUIDs may use it, empty: 0.
 	Socket     string
 	SocketUIDs []uint32
 	// Retain is how long a day is kept after it ended; 0: for ever.
@@ -108,7 +111,7 @@ func New(cfg Config) (_ *Collector, err error) {
 			err = fmt.Errorf("create collector: %w", err)
 		}
 	}()
-	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers); err != nil {
+	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers, cfg.Actors); err != nil {
 		return nil, err
 	}
 	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, c.log); err != nil {
@@ -206,11 +209,13 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 		ingest.every = c.cfg.growEvery
 	}
 	api.RegisterAuditIngestServer(remote, ingest)
-	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL})
+	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL,
+		acts: ingest.actsOf(c.peers.actor)})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
-		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: func(context.Context) error { return nil }})
+		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: func(context.Context) error { return nil },
+			acts: ingest.actsOf(localActor)})
 		servers[c.unix] = local
 	}
 	return servers

@@ -51,6 +51,9 @@ type session struct {
 	over  chan struct{} // closed when another took over
 	told  int64         // leaves of the log that the node knows of; owned by Stream
 
+	gone chan struct{} // closed when the stream has ended
+	acts *acts
+
 	presence *presence
 
 	mu    sync.Mutex
@@ -75,24 +78,23 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 	defer tick.Stop()
 	s.presence = g.nodes.heard(node, 1)
 	defer g.nodes.heard(node, -1)
+	acks, ended, stop := g.work(stream.Context(), s, frames, broken)
+	defer stop()
 	for {
 		select {
-		case f := <-frames:
-			if err := g.hold(stream.Context(), s, f.GetBatch()); err != nil {
-				return err
-			}
-			ack, err := g.take(s, f)
-			if err != nil {
-				return err
-			}
+		case ack := <-acks:
 			if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Ack{Ack: ack}}); err != nil {
+				return err
+			}
+		case act := <-s.acts.out:
+			if err := stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Act{Act: act}}); err != nil {
 				return err
 			}
 		case <-tick.C:
 			if err := g.tell(stream, s); err != nil {
 				return err
 			}
-		case err := <-broken:
+		case err := <-ended:
 			return err
 		case <-s.over:
 			return status.Errorf(codes.Aborted, "node %q opened another stream", node)
@@ -100,6 +102,47 @@ func (g *ingest) Stream(stream api.AuditIngest_StreamServer) error {
 			return status.Error(codes.Unavailable, "identity must be proven again")
 		case <-g.stopping.Done():
 			return status.Error(codes.Unavailable, errStopping.Error())
+		}
+	}
+}
+
+// work takes frames in a goroutine of its own, until stop returns: the stream's own is the only one that sends, and what it has to send
+// does not wait for a batch that is being stored. Answers of the node come behind the batches that it sent before.
+func (g *ingest) work(ctx context.Context, s *session, frames <-chan *api.AgentFrame, broken <-chan error) (_ <-chan *api.Ack, _ <-chan error, stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	acks, ended, done := make(chan *api.Ack), make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(done)
+		ended <- g.takeAll(ctx, s, frames, broken, acks)
+	}()
+	return acks, ended, func() { cancel(); <-done }
+}
+
+func (g *ingest) takeAll(ctx context.Context, s *session, frames <-chan *api.AgentFrame, broken <-chan error, acks chan<- *api.Ack) error {
+	for {
+		var f *api.AgentFrame
+		select {
+		case f = <-frames:
+		case err := <-broken:
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if a := f.GetActed(); a != nil {
+			s.acts.answer(a)
+			continue
+		}
+		if err := g.hold(ctx, s, f.GetBatch()); err != nil {
+			return err
+		}
+		ack, err := g.take(s, f)
+		if err != nil {
+			return err
+		}
+		select {
+		case acks <- ack:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }
@@ -170,7 +213,7 @@ func (g *ingest) open(h *api.Hello, node string) (*session, error) {
 	if _, err := ulid.ParseStrict(h.GetEpoch()); err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "epoch %q: %v", h.GetEpoch(), err)
 	}
-	s := &session{node: node, epoch: h.GetEpoch(), vkey: h.GetNodeKey(), over: make(chan struct{})}
+	s := &session{node: node, epoch: h.GetEpoch(), vkey: h.GetNodeKey(), over: make(chan struct{}), gone: make(chan struct{}), acts: newActs(h.GetActs())}
 	var err error
 	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) {
 		return nil, status.Errorf(codes.InvalidArgument, "node key %q is none of node %q in epoch %s", s.vkey, node, s.epoch)
@@ -238,6 +281,7 @@ func (g *ingest) enter(s *session) {
 }
 
 func (g *ingest) leave(s *session) {
+	close(s.gone)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.active[s.node] == s {

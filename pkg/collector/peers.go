@@ -21,19 +21,30 @@ const proofTTL = time.Hour
 
 // peers says who may do what, by SPIFFE ID.
 type peers struct {
-	trustDomain spiffeid.TrustDomain
-	exact       map[spiffeid.ID]bool
-	prefixes    []string // ending in "/"
+	trustDomain     spiffeid.TrustDomain
+	readers, actors people
 }
 
-func newPeers(td spiffeid.TrustDomain, readers []string) (peers, error) {
-	p := peers{trustDomain: td, exact: map[spiffeid.ID]bool{}}
+// people are SPIFFE IDs that may do one thing.
+type people struct {
+	exact    map[spiffeid.ID]bool
+	prefixes []string // ending in "/"
+}
+
+func newPeers(td spiffeid.TrustDomain, readers, actors []string) (peers, error) {
+	may, err := newPeople("reader", readers)
+	act, actErr := newPeople("actor", actors)
+	return peers{trustDomain: td, readers: may, actors: act}, errors.Join(err, actErr)
+}
+
+func newPeople(what string, ids []string) (people, error) {
+	p := people{exact: map[spiffeid.ID]bool{}}
 	var errs []error
-	for _, r := range readers {
-		base, isPrefix := strings.CutSuffix(r, "/*")
+	for _, one := range ids {
+		base, isPrefix := strings.CutSuffix(one, "/*")
 		id, err := spiffeid.FromString(base)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("reader %q: %w", r, err))
+			errs = append(errs, fmt.Errorf("%s %q: %w", what, one, err))
 			continue
 		}
 		if isPrefix {
@@ -47,7 +58,13 @@ func newPeers(td spiffeid.TrustDomain, readers []string) (peers, error) {
 
 // CheckReaders says what is wrong with a list of readers, as New would.
 func CheckReaders(readers []string) error {
-	_, err := newPeers(spiffeid.TrustDomain{}, readers)
+	_, err := newPeople("reader", readers)
+	return err
+}
+
+// CheckActors says what is wrong with a list of actors, as New would.
+func CheckActors(actors []string) error {
+	_, err := newPeople("actor", actors)
 	return err
 }
 
@@ -60,7 +77,7 @@ func (p peers) nodeOf(id spiffeid.ID) (string, bool) {
 	return node, true
 }
 
-func (p peers) isReader(id spiffeid.ID) bool {
+func (p people) has(id spiffeid.ID) bool {
 	if p.exact[id] {
 		return true
 	}
@@ -74,10 +91,10 @@ func (p peers) isReader(id spiffeid.ID) bool {
 
 // handshake lets in whoever may do anything at all.
 func (p peers) handshake(id spiffeid.ID) error {
-	if _, ok := p.nodeOf(id); ok || p.isReader(id) {
+	if _, ok := p.nodeOf(id); ok || p.readers.has(id) || p.actors.has(id) {
 		return nil
 	}
-	return fmt.Errorf("%s is neither an agent of %s nor a reader", id, p.trustDomain)
+	return fmt.Errorf("%s is neither an agent of %s nor a reader nor an actor", id, p.trustDomain)
 }
 
 // node returns the node that the caller proved to be.
@@ -99,7 +116,7 @@ func (p peers) reader(ctx context.Context) error {
 	if !ok {
 		return status.Error(codes.Unauthenticated, "no SPIFFE ID proven")
 	}
-	if !p.isReader(id) {
+	if !p.readers.has(id) {
 		return status.Errorf(codes.PermissionDenied, "%s is not among the collector's readers", id)
 	}
 	return nil

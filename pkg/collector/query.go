@@ -33,6 +33,7 @@ type query struct {
 	connected func(node, epoch string) bool
 	admit     func(context.Context) error
 	proof     time.Duration // how long a caller's identity is good for; 0: for ever
+	acts      func(context.Context, *api.ActRequest) (*api.ActReply, error)
 }
 
 // feed is one table as a sequence of messages.

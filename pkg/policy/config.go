@@ -128,6 +128,8 @@ type CollectorConfig struct {
 	ID string `json:"id" yaml:"id"`
 	// LogKey is the key of its log, as its log.pub has it. Left out: the one that it shows first.
 	LogKey string `json:"logKey,omitempty" yaml:"logKey,omitempty"`
+	// MayRevoke says whether a grant ends on the collector's word: no. Who has taken over the collector could end them all.
+	MayRevoke bool `json:"mayRevoke,omitempty" yaml:"mayRevoke,omitempty"`
 }
 
 // AutomationConfig says where workloads ask for paths, and how much one identity may ask for.

@@ -132,7 +132,7 @@ type grantEvent struct {
 	Node  string
 	Epoch string
 	Seq   uint64
-	Event struct{ Grant, Step, Why string }
+	Event struct{ Grant, Step, Why, Actor string }
 }
 
 func (w *world) grantEvents(t *testing.T) []grantEvent {
