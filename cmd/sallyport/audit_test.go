@@ -164,6 +164,25 @@ func TestGaps(t *testing.T) {
 	}
 }
 
+// TestGapsShowNumbers: which of the kernel's records are missing, where it is known.
+func TestGapsShowNumbers(t *testing.T) {
+	t.Parallel()
+	c := newCollector(t)
+	c.losses = nil
+	for i := range 5 {
+		c.losses = append(c.losses, &api.StoredLoss{Node: "node-1", Class: api.Class_CLASS_FLOW, Loss: &api.LossRecord{Stage: "kernel_ring", Cause: "must_deliver_full", Count: 4,
+			Ranges: []*api.CPURange{{Cpu: int32(i), First: 5, Last: 5 + uint64(i)}}}})
+	}
+	socket := shortSocket(t)
+	defer c.serve(t, socket)()
+	for format, want := range map[string]string{"table": "cpu 0: 5, cpu 1: 5 to 6, cpu 2: 5 to 7, cpu 3: 5 to 8, and 1 more, with -o json\n",
+		"json": `"ranges":[{"cpu":0,"first":5,"last":5},{"cpu":1,"first":5,"last":6},{"cpu":2,"first":5,"last":7},{"cpu":3,"first":5,"last":8},{"cpu":4,"first":5,"last":9}]`} {
+		if r := command(t.Context(), nil, "audit", "gaps", "--collector", "unix:"+socket, "-o", format); !strings.Contains(r.stdout, want) {
+			t.Errorf("%s: %+v", format, r)
+		}
+	}
+}
+
 // TestGapsShowDifferences: what the kernel counted and nothing explains fails; a counted loss is shown, and what agreed later is not.
 func TestGapsShowDifferences(t *testing.T) {
 	t.Parallel()

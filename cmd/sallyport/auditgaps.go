@@ -20,7 +20,7 @@ func (c *cli) auditGaps() *cobra.Command {
 		Use:   "gaps",
 		Short: "What is missing from the collector's log, where it went, whose seals do not go on, and what the kernel counted besides",
 		Long: `Show how far the collector has the records of each node, and what is missing: a number that is no record is counted as lost,
-with its stage and cause. A break is a seal that does not follow the one before: the collector was set back, and the node counted what it
+with its stage and cause, and with the CPU and numbers of the kernel's records where these are known. A break is a seal that does not follow the one before: the collector was set back, and the node counted what it
 had forgotten. Once a minute, and at each path's end, a node compares what its kernel counted with its records: a path of which it counted
 more, or less, is shown with the cause. A counted loss is among what is missing; "unexplained" is a record that nobody counts.
 This is what the collector says; "audit verify" proves it for what was exported.
@@ -71,6 +71,43 @@ type gap struct {
 	AtMost bool   `json:"at_most"`
 	From   string `json:"from,omitempty"`
 	To     string `json:"to,omitempty"`
+	// Ranges are the kernel's numbers of what is missing, where they are known.
+	Ranges []cpuRange `json:"ranges,omitempty"`
+}
+
+// cpuRange are numbers that a kernel gave to records on one CPU.
+type cpuRange struct {
+	CPU   int32  `json:"cpu"`
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
+}
+
+func (r cpuRange) String() string {
+	if r.First == r.Last {
+		return fmt.Sprintf("cpu %d: %d", r.CPU, r.First)
+	}
+	return fmt.Sprintf("cpu %d: %d to %d", r.CPU, r.First, r.Last)
+}
+
+func rangesOf(l *api.LossRecord) (out []cpuRange) {
+	for _, r := range l.GetRanges() {
+		out = append(out, cpuRange{r.GetCpu(), r.GetFirst(), r.GetLast()})
+	}
+	return out
+}
+
+// shownRanges is how many of them a line has.
+const shownRanges = 4
+
+func (l *gap) numbers() string {
+	var words []string
+	for _, r := range l.Ranges[:min(len(l.Ranges), shownRanges)] {
+		words = append(words, r.String())
+	}
+	if more := len(l.Ranges) - shownRanges; more > 0 {
+		words = append(words, fmt.Sprintf("and %d more, with -o json", more))
+	}
+	return strings.Join(words, ", ")
 }
 
 func (c *cli) findGaps(ctx context.Context, a *client.Audit, node string) (*gaps, error) {
@@ -111,13 +148,14 @@ func (g *gaps) add(s *api.StoredLoss) {
 	for _, old := range g.Losses {
 		if old.Node == s.GetNode() && old.Class == class && old.Stage == l.GetStage() && old.Cause == l.GetCause() {
 			old.Count, old.AtMost = old.Count+l.GetCount(), old.AtMost || l.GetAtMost()
+			old.Ranges = append(old.Ranges, rangesOf(l)...)
 			if t := stamp(l.GetTo()); t > old.To {
 				old.To = t
 			}
 			return
 		}
 	}
-	g.Losses = append(g.Losses, &gap{s.GetNode(), class, l.GetStage(), l.GetCause(), l.GetCount(), l.GetAtMost(), stamp(l.GetFrom()), stamp(l.GetTo())})
+	g.Losses = append(g.Losses, &gap{s.GetNode(), class, l.GetStage(), l.GetCause(), l.GetCount(), l.GetAtMost(), stamp(l.GetFrom()), stamp(l.GetTo()), rangesOf(l)})
 }
 
 // className is a class as seals name it.
@@ -170,8 +208,8 @@ func gapsTable(t *table, g *gaps) {
 		t.line("nothing is counted as lost")
 		return
 	}
-	t.row("NODE", "CLASS", "MISSING", "STAGE", "CAUSE", "FROM", "TO")
+	t.row("NODE", "CLASS", "MISSING", "STAGE", "CAUSE", "FROM", "TO", "KERNEL'S NUMBERS")
 	for _, l := range g.Losses {
-		t.row(l.Node, l.Class, choose(l.AtMost, "at most ", "")+number(l.Count), l.Stage, l.Cause, l.From, l.To)
+		t.row(l.Node, l.Class, choose(l.AtMost, "at most ", "")+number(l.Count), l.Stage, l.Cause, l.From, l.To, l.numbers())
 	}
 }
