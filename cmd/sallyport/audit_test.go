@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proof"
@@ -160,6 +161,59 @@ func TestGaps(t *testing.T) {
 	}
 	if r := ask(); r.code != exitDone || !strings.Contains(r.stdout, "1 to 5") {
 		t.Errorf("nothing missing: %+v", r)
+	}
+}
+
+// TestGapsShowNumbers: which of the kernel's records are missing, where it is known.
+func TestGapsShowNumbers(t *testing.T) {
+	t.Parallel()
+	c := newCollector(t)
+	c.losses = nil
+	for i := range 5 {
+		c.losses = append(c.losses, &api.StoredLoss{Node: "node-1", Class: api.Class_CLASS_FLOW, Loss: &api.LossRecord{Stage: "kernel_ring", Cause: "must_deliver_full", Count: 4,
+			Ranges: []*api.CPURange{{Cpu: int32(i), First: 5, Last: 5 + uint64(i)}}}})
+	}
+	socket := shortSocket(t)
+	defer c.serve(t, socket)()
+	for format, want := range map[string]string{"table": "cpu 0: 5, cpu 1: 5 to 6, cpu 2: 5 to 7, cpu 3: 5 to 8, and 1 more, with -o json\n",
+		"json": `"ranges":[{"cpu":0,"first":5,"last":5},{"cpu":1,"first":5,"last":6},{"cpu":2,"first":5,"last":7},{"cpu":3,"first":5,"last":8},{"cpu":4,"first":5,"last":9}]`} {
+		if r := command(t.Context(), nil, "audit", "gaps", "--collector", "unix:"+socket, "-o", format); !strings.Contains(r.stdout, want) {
+			t.Errorf("%s: %+v", format, r)
+		}
+	}
+}
+
+// TestGapsShowDifferences: what the kernel counted and nothing explains fails; a counted loss is shown, and what agreed later is not.
+func TestGapsShowDifferences(t *testing.T) {
+	t.Parallel()
+	c := newCollector(t)
+	c.losses, c.nodes = nil, nil
+	socket := shortSocket(t)
+	defer c.serve(t, socket)()
+	tide := func(cause string, kernel uint64) *api.StoredTide {
+		return &api.StoredTide{Node: "node-1", Tide: &api.Tide{Time: timestamppb.New(began), BootId: "b", Paths: []*api.PathTide{
+			{Slot: 1, Grant: "fine", Kernel: &api.Volume{Flows: 1, BytesToServer: 10}, Recorded: &api.Volume{Flows: 1, BytesToServer: 10}},
+			{Slot: 2, Grant: "odd", Service: "postgres", Client: "10.1.0.2", Cause: cause, Kernel: &api.Volume{Flows: 3, BytesToServer: kernel, BytesToClient: 7},
+				Recorded: &api.Volume{Flows: 1, BytesToServer: 100}, Live: &api.Volume{Flows: 1, BytesToServer: 20, BytesToClient: 8}},
+		}}}
+	}
+	for _, step := range []struct {
+		tide   *api.StoredTide
+		code   int
+		stdout string
+		stderr string
+	}{
+		{tide("moving", 121), exitDone, "nothing is counted as lost\n", ""},
+		{tide("unexplained", 123), exitFailed, "node-1  odd    postgres  10.1.0.2  +1     +3 B/+0    -1 B/+0    unexplained  2026", "1 path of which the kernel counted what nothing explains"},
+		{tide("counted_loss", 124), exitDone, "+4 B/+0", ""},
+		{tide("unexplained", 125), exitFailed, "+5 B/+0", "1 path"},
+		{tide("", 120), exitDone, "nothing is counted as lost\n", ""},
+	} {
+		c.tides = append(c.tides, step.tide)
+		r := command(t.Context(), nil, "audit", "gaps", "--collector", "unix:"+socket)
+		if r.code != step.code || !strings.Contains(r.stdout, step.stdout) || !strings.Contains(r.stderr, step.stderr) || strings.Contains(r.stdout, "fine") {
+			t.Errorf("after %v: %+v", step.tide, r)
+		}
 	}
 }
 

@@ -24,6 +24,7 @@ type collector struct {
 	events []*api.StoredGrantEvent
 	losses []*api.StoredLoss
 	nodes  []*api.NodeState
+	tides  []*api.StoredTide
 	log    *evidence.Log
 	node   *node // that is connected; nil: none is
 }
@@ -50,6 +51,20 @@ func newCollector(t testing.TB) *collector {
 
 func (c *collector) serve(t testing.TB, path string) func() {
 	return serveUnix(t, path, func(s *grpc.Server) { api.RegisterAuditServer(s, c) })
+}
+
+func (c *collector) Tides(q *api.TideQuery, stream grpc.ServerStreamingServer[api.StoredTide]) error {
+	for _, s := range c.tides {
+		names := func(p *api.PathTide) bool { return p.Grant == q.Grant }
+		differs := func(p *api.PathTide) bool { return p.Cause != "" }
+		if q.Node != "" && q.Node != s.Node || q.Grant != "" && !slices.ContainsFunc(s.Tide.Paths, names) || q.Differing && !slices.ContainsFunc(s.Tide.Paths, differs) {
+			continue
+		}
+		if err := stream.Send(s); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *collector) Flows(q *api.FlowQuery, stream grpc.ServerStreamingServer[api.StoredFlow]) error {

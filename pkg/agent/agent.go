@@ -4,6 +4,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -55,6 +56,7 @@ type node struct {
 	grants    *grants
 	readiness *readiness
 	losses    *lossLedger
+	tides     *tides
 	reports   *reports
 	operators *endpoint
 	proxy     *endpoint
@@ -112,6 +114,7 @@ func (n *node) parts() []part {
 		{name: "hooks of devices", start: n.hookDevices},
 		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
 		{name: "grants", start: n.adoptGrants, stop: n.tellRefusals},
+		{name: "tides", start: n.makeTides},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
@@ -223,9 +226,17 @@ func (n *node) runIdentity(ctx context.Context) error {
 	return n.identity.Run(ctx)
 }
 
-func (n *node) makeAudit(context.Context) (err error) {
+func (n *node) makeAudit(ctx context.Context) (err error) {
+	taken, err := unkept(ctx, n.datapath, n.store)
+	if err == nil {
+		err = n.datapath.Allow(datapath.Count(taken), false)
+	}
+	if err != nil {
+		return fmt.Errorf("look for what an earlier agent had in hand: %w", err)
+	}
 	cfg := audit.Config{Store: n.store, Node: n.cfg.Name, FlowBuffer: int(n.cfg.Spec.FlowBuffer), SpoolDir: spoolDir(n.cfg),
-		SpoolBudget: int64(n.cfg.Spec.FlowSpool), Logger: n.log, Alarm: func(why string) { n.alarms.raise(alarmLog, why) }}
+		SpoolBudget: int64(n.cfg.Spec.FlowSpool), Logger: n.log, Alarm: func(why string) { n.alarms.raise(alarmLog, why) },
+		Taken: cpuRanges(taken), Kept: n.datapath.Kept}
 	if c := n.cfg.Spec.Collector; c != nil {
 		cfg.Address, cfg.Source, cfg.ServerID, cfg.LogKey = c.Address, n.identity, n.cfg.CollectorID(), c.LogKey
 		n.acts = &acts{mayRevoke: c.MayRevoke, log: n.log}
@@ -234,6 +245,7 @@ func (n *node) makeAudit(context.Context) (err error) {
 	if n.audit, err = audit.New(cfg); err != nil {
 		return err
 	}
+	n.datapath.SetKept(taken) // it is told of
 	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
 	return nil
 }
@@ -313,12 +325,22 @@ func (n *node) adoptGrants(ctx context.Context) error {
 	return err
 }
 
+// makeTides comes before anything takes flows from the kernel, or reads its rings.
+func (n *node) makeTides(context.Context) error {
+	n.tides = (&tides{datapath: n.datapath, store: n.store, clock: n.clock, alarm: n.alarms.raise,
+		lost:     func(stage, cause string, count uint64) { n.audit.Lost(stage, cause, count) },
+		recorded: func() { n.audit.Kick() }, ended: n.grants.endedSlots, service: n.serviceName, every: tideEvery, patience: tidePatience}).begin()
+	n.sink.tides, n.grants.parting = n.tides, n.tides.part
+	return n.tides.takeOver()
+}
+
 func (n *node) events() *kernelEvents { return &kernelEvents{datapath: n.datapath, sink: n.sink} }
 
 func (n *node) rebuildFlows(context.Context) error { return n.events().rebuild() }
 
 func (n *node) sweeper() *sweeper {
-	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, losses: n.losses, problems: n.problems, wake: n.sweepNow}
+	return &sweeper{datapath: n.datapath, grants: n.grants, sink: n.sink, tides: n.tides, problems: n.problems, wake: n.sweepNow,
+		losses: &ringLosses{datapath: n.datapath, ledger: n.losses, lost: n.audit.Lost, allow: n.tides.allow}}
 }
 
 // grantsMoved has the sender send what is recorded, and the sweeper cut what ended.

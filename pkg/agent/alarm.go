@@ -30,10 +30,11 @@ const (
 
 	alarmStoreDamaged alarmName = "store_damaged" // the node's records were, and begin anew
 	alarmLog          alarmName = "log"           // the collector showed another history than it did before
+	alarmUnreconciled alarmName = "unreconciled"  // the kernel counted another volume than records tell of, and no loss explains it
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog, alarmUnreconciled}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

@@ -23,11 +23,15 @@ type sink struct {
 	recent *recent
 	counts *flowCounter
 	ports  *portUse
+	tides  *tides
 }
 
 func (s *sink) take(source string, rec flow.Record) {
 	s.note(source, rec)
 	s.audit.Flow(rec)
+	if source == sourceKernel {
+		s.tides.note(rec)
+	}
 }
 
 func (s *sink) note(source string, rec flow.Record) {
@@ -48,7 +52,10 @@ func (k *kernelEvents) Run(ctx context.Context) error {
 	err := k.datapath.ReadEvents(ctx, func(rec flow.Record) {
 		k.sink.note(sourceKernel, rec)
 		// The error is that of ctx, and the record is then counted as lost.
-		_ = k.sink.audit.Critical(ctx, rec)
+		if err := k.sink.audit.Critical(ctx, rec); err != nil || !audit.IsCritical(rec) {
+			defer k.datapath.Kept(rec) // what is critical is kept once it is durable
+		}
+		k.sink.tides.note(rec)
 	})
 	if err != nil && ctx.Err() == nil {
 		return fmt.Errorf("read events: %w", err)

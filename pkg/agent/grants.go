@@ -102,6 +102,8 @@ type grants struct {
 	serving map[clientOf][]*held     // guarded by mu; the active ones by whom they let in
 	ended   map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
 
+	parting func(datapath.PathStatus) // a path leaves its slot; nil: nobody wants to know
+
 	leavers leavers
 
 	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
@@ -374,7 +376,7 @@ func (g *grants) freeSlot(slot uint32) (freed bool, err error) {
 	if freed {
 		err = g.datapath.EndPath(slot, datapath.PathRevoked)
 		if err == nil {
-			err = g.datapath.FreePath(slot)
+			err = g.leaveSlot(slot)
 		}
 		if err != nil {
 			return false, fmt.Errorf("free slot %d: %w", slot, err)
@@ -382,6 +384,29 @@ func (g *grants) freeSlot(slot uint32) (freed bool, err error) {
 	}
 	delete(g.ended, slot)
 	return freed, nil
+}
+
+// leaveSlot gives back the slot of a path that is closed. g.mu is held.
+func (g *grants) leaveSlot(slot uint32) error {
+	if g.parting != nil {
+		p, err := g.datapath.Path(slot)
+		if err != nil {
+			return err
+		}
+		g.parting(p)
+	}
+	return g.datapath.FreePath(slot)
+}
+
+// endedSlots are those of paths whose grants have ended.
+func (g *grants) endedSlots() map[uint32]bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	all := make(map[uint32]bool, len(g.ended))
+	for slot := range g.ended {
+		all[slot] = true
+	}
+	return all
 }
 
 // all lists every grant that the node ever activated, oldest first.

@@ -7,7 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 )
 
@@ -147,7 +146,8 @@ type sweeper struct {
 	datapath *datapath.Datapath
 	grants   *grants
 	sink     *sink
-	losses   *lossLedger
+	losses   *ringLosses
+	tides    *tides
 	problems *problems
 	wake     <-chan struct{} // a grant ended
 }
@@ -190,7 +190,8 @@ func (s *sweeper) sweep(ctx context.Context) (next time.Duration) {
 	s.problems.report(problemGrants, "refusals", s.grants.tellRefusals(ctx, refusalsTold))
 	s.problems.report(problemGrants, "forget", s.grants.Forget(ctx))
 	s.problems.report(problemEvents, "sweep", s.flows())
-	s.problems.report(problemEvents, "losses", s.settle())
+	s.problems.report(problemEvents, "losses", s.losses.settle())
+	s.problems.report(problemEvents, "tides", s.tides.Look(ctx))
 	return next
 }
 
@@ -203,12 +204,4 @@ func (s *sweeper) flows() error {
 		return fmt.Errorf("sweep flows: %w", err)
 	}
 	return nil
-}
-
-func (s *sweeper) settle() error {
-	now, err := s.datapath.Losses()
-	if err != nil {
-		return fmt.Errorf("read losses: %w", err)
-	}
-	return s.losses.settle(now, func(cause string, n uint64) { s.sink.audit.Lost(audit.StageKernelRing, cause, n) })
 }

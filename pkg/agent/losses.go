@@ -17,6 +17,17 @@ type lossLedger struct {
 	seen lossFile
 }
 
+// Causes of losses in the kernel, by the ring that was full.
+const (
+	causeMustDeliver = "must_deliver_full"
+	causeBestEffort  = "best_effort_full"
+)
+
+// told tells whether these losses were reported.
+func (l *lossLedger) told(now datapath.Losses) bool {
+	return now.MustDeliver == l.seen.MustDeliver && now.BestEffort == l.seen.BestEffort
+}
+
 // lossFile is the form on disk. Another boot begins at zero.
 type lossFile struct {
 	BootID      string `json:"bootID"`
@@ -51,8 +62,8 @@ func (l *lossLedger) settle(now datapath.Losses, report func(cause string, n uin
 		cause    string
 		was, now uint64
 	}{
-		{"must_deliver_full", l.seen.MustDeliver, now.MustDeliver},
-		{"best_effort_full", l.seen.BestEffort, now.BestEffort},
+		{causeMustDeliver, l.seen.MustDeliver, now.MustDeliver},
+		{causeBestEffort, l.seen.BestEffort, now.BestEffort},
 	} {
 		if c.now < c.was {
 			c.was = 0

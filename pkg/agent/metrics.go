@@ -27,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
-	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused *prometheus.Desc
+	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -64,12 +64,14 @@ func newMetrics(n *node) *metrics {
 			"service", "would"),
 		seenBytes: desc("watched_bytes_total", "IP bytes of services that are not enforced, by what Enforce would make of them; NONE while they are observed.",
 			"service", "would"),
-		identity: desc("identity", "1 for the state that the agent's own identity is in; none without a collector and automation.", "state"),
-		longest:  desc("grant_longest_seconds", "How long the longest of the active grants lives in all."),
-		widest:   desc("grant_widest_paths", "How many paths the widest of the active grants has."),
-		unused:   desc("grant_unused_seconds", "How long the paths of that active grant have carried nothing for which it is longest; an agent that has just come counts from its start."),
-		panic:    desc("panic", "1 while a panic stands: every path ended, and none is opened."),
-		failed:   desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
+		identity:     desc("identity", "1 for the state that the agent's own identity is in; none without a collector and automation.", "state"),
+		longest:      desc("grant_longest_seconds", "How long the longest of the active grants lives in all."),
+		widest:       desc("grant_widest_paths", "How many paths the widest of the active grants has."),
+		unused:       desc("grant_unused_seconds", "How long the paths of that active grant have carried nothing for which it is longest; an agent that has just come counts from its start."),
+		unreconciled: desc("unreconciled_bytes", "Bytes by which the kernel's counters of paths and their records differ, by cause, as of the last comparison.", "cause"),
+
+		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
+		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
 }
 
@@ -78,7 +80,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
-		m.identity, m.longest, m.widest, m.unused} {
+		m.identity, m.longest, m.widest, m.unused, m.unreconciled} {
 		ch <- d
 	}
 }
@@ -138,6 +140,9 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 		gauge(ch, m.xdp, float64(n), string(x.Mode), string(x.Cause))
 	}
 	m.grantTerms(ch)
+	for cause, n := range m.node.tides.unreconciled() {
+		gauge(ch, m.unreconciled, float64(n), cause)
+	}
 	if m.node.identity != nil {
 		now := m.node.identity.Status().State
 		for _, s := range identity.States() {

@@ -91,7 +91,11 @@ type Config struct {
 	// spool. With a budget of 0 what is in it is sent, and nothing more goes there.
 	SpoolDir    string
 	SpoolBudget int64
-	Logger      *slog.Logger // nil: slog.Default
+	// Taken are records that the process before had read from the kernel's rings and not kept: they went with it.
+	Taken []*api.CPURange
+	// Kept is told of opens of bypassed flows once they are durable. It must not wait. Nil: nobody is.
+	Kept   func(...flow.Record)
+	Logger *slog.Logger // nil: slog.Default
 }
 
 const (
@@ -163,6 +167,9 @@ func New(cfg Config) (*Streamer, error) {
 		wakeSend: make(chan struct{}, 1), wakeReserve: make(chan struct{}, 1), wakeWrite: make(chan struct{}, 1),
 		wakeSpool: make(chan struct{}, 1), orders: make(chan order, actsWaiting),
 	}
+	if cfg.Kept == nil {
+		s.cfg.Kept = func(...flow.Record) {}
+	}
 	if err := s.takeOver(context.Background()); err != nil {
 		return nil, fmt.Errorf("create audit stream: %w", err)
 	}
@@ -171,7 +178,7 @@ func New(cfg Config) (*Streamer, error) {
 
 func (s *Streamer) takeOver(ctx context.Context) error {
 	var err error
-	if s.unsettled, err = readUnsettled(ctx, s.cfg.Store); err != nil {
+	if s.unsettled, err = readUnsettled(ctx, s.cfg.Store, s.cfg.Taken); err != nil {
 		return err
 	}
 	s.queue = queue{taken: s.unsettled.queued, room: make(chan struct{})}
@@ -181,6 +188,7 @@ func (s *Streamer) takeOver(ctx context.Context) error {
 	}
 	from, to := s.openSpool(ctx)
 	s.buf, s.block = restore(st, from, to, s.cfg.FlowBuffer, time.Now()), minBlock
+	s.Lost(StageAgentMemory, CauseAgentRestart, s.unsettled.inHand, s.unsettled.ranges...)
 	if err := s.takeWitness(ctx); err != nil {
 		return err
 	}
@@ -201,7 +209,7 @@ func (s *Streamer) takeOver(ctx context.Context) error {
 func (s *Streamer) Flow(r flow.Record) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if isCritical(r) && s.enqueue(r) {
+	if IsCritical(r) && s.enqueue(r) {
 		return
 	}
 	s.number(func() { s.buf.add(r) })
@@ -212,7 +220,7 @@ func (s *Streamer) Flow(r flow.Record) {
 // kernel lets no more flows by. Records that are not critical are taken as by Flow. The error is that
 // of the context, and the record is then counted as lost.
 func (s *Streamer) Critical(ctx context.Context, r flow.Record) error {
-	if !isCritical(r) {
+	if !IsCritical(r) {
 		s.Flow(r)
 		return nil
 	}
@@ -232,19 +240,41 @@ func (s *Streamer) Critical(ctx context.Context, r flow.Record) error {
 	}
 }
 
-func isCritical(r flow.Record) bool {
+// IsCritical tells whether a record belongs to the critical class.
+func IsCritical(r flow.Record) bool {
 	return r.Verdict == flow.VerdictBypassed && r.Event == flow.EventOpen
 }
 
-// Lost counts n records of the flow class that were lost before they got here. It never blocks.
-func (s *Streamer) Lost(stage, cause string, n uint64) {
+// Lost counts n records of the flow class that were lost before they got here, with those of the kernel's numbers that they had, where
+// that is known. It never blocks.
+func (s *Streamer) Lost(stage, cause string, n uint64, ranges ...*api.CPURange) {
 	if n == 0 {
 		return
 	}
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.number(func() { s.buf.lose(span{stage: stage, cause: cause, from: now, to: now}, min(n, maxLost)) })
+	s.number(func() {
+		s.buf.lose(span{stage: stage, cause: cause, from: now, to: now, ranges: known(ranges, n)}, min(n, maxLost))
+	})
+}
+
+// maxRanges bounds a loss record.
+const maxRanges = 1024
+
+// known are ranges that stand for no more than n records.
+func known(ranges []*api.CPURange, n uint64) []*api.CPURange {
+	if len(ranges) > maxRanges || inRanges(ranges) > n {
+		return nil
+	}
+	return ranges
+}
+
+func inRanges(ranges []*api.CPURange) (n uint64) {
+	for _, r := range ranges {
+		n += r.GetLast() - r.GetFirst() + 1
+	}
+	return n
 }
 
 // number gives out numbers and notes them where the next process finds them. After an orderly stop

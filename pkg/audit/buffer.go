@@ -38,10 +38,11 @@ type span struct {
 	stage, cause string
 	from, to     time.Time
 	atMost       bool
+	ranges       []*api.CPURange // which of the kernel's records, where that is known
 }
 
 func (s span) alike(o span) bool {
-	return s.stage == o.stage && s.cause == o.cause && s.atMost == o.atMost
+	return s.stage == o.stage && s.cause == o.cause && s.atMost == o.atMost && len(s.ranges)+len(o.ranges) == 0
 }
 
 // item is a record, or losses that were reported in its place.
@@ -111,7 +112,8 @@ func (l *spans) add(s span) {
 	*l = append(*l, s)
 	if len(*l) > maxSpans {
 		two := (*l)[:2]
-		two[1] = span{two[0].first, two[1].last, StageAgentMemory, CauseSeveral, two[0].from, two[1].to, two[0].atMost || two[1].atMost}
+		two[1] = span{first: two[0].first, last: two[1].last, stage: StageAgentMemory, cause: CauseSeveral, from: two[0].from, to: two[1].to,
+			atMost: two[0].atMost || two[1].atMost}
 		*l = (*l)[1:]
 	}
 }
@@ -121,8 +123,8 @@ func (l *spans) drop(n uint64) {
 	for len(*l) > 0 && (*l)[0].last <= n {
 		*l = (*l)[1:]
 	}
-	if len(*l) > 0 {
-		(*l)[0].first = max((*l)[0].first, n+1)
+	if len(*l) > 0 && (*l)[0].first <= n {
+		(*l)[0].first, (*l)[0].ranges = n+1, nil
 	}
 }
 
@@ -158,7 +160,7 @@ func (b *buffer) dropMemory(n uint64) {
 		return
 	}
 	if h := b.held.at(0); h.first <= n {
-		h.first, h.loss.first = n+1, n+1
+		h.first, h.loss.first, h.loss.ranges = n+1, n+1, nil
 	}
 }
 
@@ -257,11 +259,14 @@ func (i *item) entry(cursor, reserved uint64) *api.Entry {
 	return &api.Entry{Seq: i.last, Record: &api.Entry_Flow{Flow: FlowToAPI(i.rec)}}
 }
 
-// entry is the part of the span between cursor and reserved.
+// entry is the part of the span between cursor and reserved. Of a part nobody knows which of the kernel's records it stands for.
 func (s span) entry(cursor, reserved uint64) *api.Entry {
+	if s.first <= cursor || s.last > reserved {
+		s.ranges = nil
+	}
 	s.first, s.last = max(s.first, cursor+1), min(s.last, reserved)
 	return &api.Entry{Seq: s.last, Record: &api.Entry_Loss{Loss: &api.LossRecord{
-		Stage: s.stage, Cause: s.cause, Count: s.last - s.first + 1, From: timestamp(s.from), To: timestamp(s.to), AtMost: s.atMost,
+		Stage: s.stage, Cause: s.cause, Count: s.last - s.first + 1, From: timestamp(s.from), To: timestamp(s.to), AtMost: s.atMost, Ranges: s.ranges,
 	}}}
 }
 
@@ -322,7 +327,11 @@ func (b *buffer) take(seq uint64, e *api.Entry, unsure uint64, now time.Time) {
 	if l := e.GetLoss(); l != nil {
 		n := min(l.GetCount(), seq-b.last)
 		b.restart(seq-n, unsure, now)
-		b.lose(span{stage: l.GetStage(), cause: l.GetCause(), from: wireTime(l.GetFrom()), to: wireTime(l.GetTo()), atMost: l.GetAtMost()}, n)
+		s := span{stage: l.GetStage(), cause: l.GetCause(), from: wireTime(l.GetFrom()), to: wireTime(l.GetTo()), atMost: l.GetAtMost()}
+		if n == l.GetCount() {
+			s.ranges = l.GetRanges()
+		}
+		b.lose(s, n)
 		return
 	}
 	b.restart(seq-1, unsure, now)

@@ -71,6 +71,7 @@ func (s *Streamer) writeQueue(ctx context.Context) error {
 		s.queue.waiting = append(batch, s.queue.waiting...)
 		return err
 	}
+	s.cfg.Kept(batch...)
 	s.queue.dirty = true
 	close(s.queue.room)
 	s.queue.room = make(chan struct{})
@@ -94,27 +95,41 @@ func (s *Streamer) appendFlows(ctx context.Context, batch []flow.Record) error {
 // unsettled is what the process before had taken in and not made durable, to be told before anything else is.
 type unsettled struct {
 	items  []store.Item
-	queued uint64 // ever, when it was read
+	queued uint64          // ever, when it was read
+	inHand uint64          // records that it had read from the kernel, and did not get to queue or to number
+	ranges []*api.CPURange // of these, where they are known
 }
 
-func readUnsettled(ctx context.Context, st *store.Store) (unsettled, error) {
+// readUnsettled says what is gone; taken are the kernel's numbers of what was read and not kept, those in the queue among them.
+func readUnsettled(ctx context.Context, st *store.Store, taken []*api.CPURange) (unsettled, error) {
 	u := unsettled{queued: st.Queued()}
 	n, unsure, err := st.Unsettled(ctx)
 	if err != nil {
 		return u, err
 	}
-	add := func(n uint64, atMost bool) error {
+	if all := inRanges(taken); all > n {
+		u.inHand = all - n
+	}
+	if n == 0 {
+		u.ranges = taken
+	}
+	add := func(n uint64, atMost bool, ranges []*api.CPURange) error {
 		data, err := proto.Marshal(&api.Entry{Record: &api.Entry_Loss{Loss: &api.LossRecord{
 			Stage: StageAgentMemory, Cause: CauseAgentRestart, Count: n, To: timestamp(time.Now()), AtMost: atMost,
+			Ranges: ranges,
 		}}})
 		u.items = append(u.items, store.Item{Data: data, Numbers: n})
 		return err
 	}
 	if n > 0 {
-		err = add(n, false)
+		var ranges []*api.CPURange
+		if inRanges(taken) == n {
+			ranges = known(taken, n)
+		}
+		err = add(n, false, ranges)
 	}
 	if unsure {
-		err = errors.Join(err, add(queueLimit, true))
+		err = errors.Join(err, add(queueLimit, true, nil))
 	}
 	return u, err
 }

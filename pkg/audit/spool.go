@@ -152,7 +152,7 @@ func spooledItem(k store.Spooled) item {
 	}
 	switch l, f := e.GetLoss(), e.GetFlow(); {
 	case l != nil:
-		i.loss = &span{first: k.First, last: k.Last, stage: l.GetStage(), cause: l.GetCause(), from: wireTime(l.GetFrom()), to: wireTime(l.GetTo()), atMost: l.GetAtMost()}
+		i.loss = &span{first: k.First, last: k.Last, stage: l.GetStage(), cause: l.GetCause(), from: wireTime(l.GetFrom()), to: wireTime(l.GetTo()), atMost: l.GetAtMost(), ranges: l.GetRanges()}
 	case f != nil && k.First == k.Last:
 		i.wire = f
 	default:

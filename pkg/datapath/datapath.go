@@ -58,13 +58,15 @@ type Config struct {
 // Datapath is the loaded and pinned datapath of one node. Its methods may be called from several
 // goroutines.
 type Datapath struct {
-	cfg     Config
-	profile Profile // settled
-	objs    objects
-	table   *ebpf.MapSpec // of the inner services map
-	adopted bool
-	frags   bool // XDP may have frames in several buffers
-	cuts    cuts // owned by Sweep
+	cfg      Config
+	profile  Profile // settled
+	objs     objects
+	table    *ebpf.MapSpec // of the inner services map
+	adopted  bool
+	frags    bool // XDP may have frames in several buffers
+	cuts     cuts // owned by Sweep
+	tallies  tallies
+	received received
 
 	mu       sync.Mutex // guards what follows
 	devices  map[string]attachment
@@ -140,9 +142,11 @@ func Open(cfg Config) (*Datapath, error) {
 		}
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
-	if err := errors.Join(d.restore(), d.keepPrograms()); err != nil {
-		d.Close()
-		return nil, err
+	for _, step := range []func() error{d.openTallies, d.openReceived, d.restore, d.keepPrograms} {
+		if err := step(); err != nil {
+			d.Close()
+			return nil, err
+		}
 	}
 	return d, nil
 }
@@ -166,7 +170,7 @@ func (d *Datapath) Close() error {
 		errs = append(errs, l.Close())
 	}
 	d.devices, d.backstop = map[string]attachment{}, map[string]link.Link{}
-	return errors.Join(append(errs, d.objs.Close())...)
+	return errors.Join(append(errs, d.tallies.m.Close(), d.received.close(), d.objs.Close())...)
 }
 
 func version(dir string) string  { return filepath.Join(dir, fmt.Sprintf("v%d", schema)) }

@@ -20,7 +20,7 @@ import (
 // called from two goroutines.
 func (d *Datapath) ReadEvents(ctx context.Context, f EventFunc) error {
 	g, ctx := errgroup.WithContext(ctx)
-	for _, ring := range []*ebpf.Map{d.objs.SpMustDeliver, d.objs.SpBestEffort} {
+	for i, ring := range []*ebpf.Map{d.objs.SpMustDeliver, d.objs.SpBestEffort} {
 		r, err := ringbuf.NewReader(ring)
 		if err != nil {
 			return fmt.Errorf("open ring: %w", err)
@@ -29,7 +29,7 @@ func (d *Datapath) ReadEvents(ctx context.Context, f EventFunc) error {
 			<-ctx.Done()
 			return r.Close()
 		})
-		g.Go(func() error { return d.readRing(r, f) })
+		g.Go(func() error { return d.readRing(i, r, f) })
 	}
 	return g.Wait()
 }
@@ -38,13 +38,15 @@ func (d *Datapath) ReadEvents(ctx context.Context, f EventFunc) error {
 // the first of them only.
 const lookInterval = 100 * time.Millisecond
 
-func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
+func (d *Datapath) readRing(ring int, r *ringbuf.Reader, f EventFunc) error {
 	var rec ringbuf.Record
 	for {
 		r.SetDeadline(time.Now().Add(lookInterval))
+		since := BootTime()
 		if err := r.ReadInto(&rec); errors.Is(err, ringbuf.ErrClosed) {
 			return nil
 		} else if errors.Is(err, os.ErrDeadlineExceeded) {
+			d.received.upTo[ring].Store(int64(since)) // nothing came since
 			continue
 		} else if err != nil {
 			return fmt.Errorf("read ring: %w", err)
@@ -53,6 +55,7 @@ func (d *Datapath) readRing(r *ringbuf.Reader, f EventFunc) error {
 		if err != nil {
 			return err
 		}
+		d.received.read(ring, e)
 		record := fromEvent(e)
 		if record.Service == "" {
 			record.Service = d.serviceAt(record.Server, Protocol(e.Protocol), true)
@@ -115,14 +118,6 @@ func (d *Datapath) Counters() (map[flow.Reason]Counter, error) {
 
 // Losses counts the records that did not fit into their ring.
 func (d *Datapath) Losses() (Losses, error) {
-	var perCPU []bpf.Sequence
-	if err := d.objs.SpSequence.Lookup(uint32(0), &perCPU); err != nil {
-		return Losses{}, fmt.Errorf("read sequences: %w", err)
-	}
-	var l Losses
-	for _, s := range perCPU {
-		l.MustDeliver += s.MustDeliverLost
-		l.BestEffort += s.BestEffortLost
-	}
-	return l, nil
+	m, err := d.Mark()
+	return m.Losses(), err
 }

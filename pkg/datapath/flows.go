@@ -56,10 +56,13 @@ func (d *Datapath) LiveFlows() ([]flow.Record, error) {
 }
 
 // Sweep removes what is over: bypassed flows that closed or whose path ended, legs of closed or dead
-// connections, and denials not yet told. It returns the final records of the flows. The kernel never
+// connections, and denials not yet told. It returns the final records of the flows, of which Told is to be called. The kernel never
 // relies on it. Connections whose path ended are cut first, also where nobody says a word; their flows are taken by a
 // later sweep. One at a time.
 func (d *Datapath) Sweep() ([]flow.Record, error) {
+	if err := d.handedOver(); err != nil {
+		return nil, err
+	}
 	full, err := d.fullPaths() // before the flows: what is full takes no more of them
 	if err != nil {
 		return nil, err
@@ -121,7 +124,23 @@ func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
 	if err = destroySockets(cut.keys, cut.flows); errors.Is(err, ErrNoDestroy) {
 		err = nil // CanDestroy tells of it
 	}
-	var out []flow.Record
+	out, takeErr := d.takeFlows(done)
+	return out, errors.Join(err, takeErr)
+}
+
+// takeFlows takes flows from the kernel. Before it does it notes how many: whoever is killed with their records has not told of these.
+func (d *Datapath) takeFlows(done over) (out []flow.Record, err error) {
+	if len(done.keys) == 0 {
+		return nil, nil
+	}
+	if err := d.taking(len(done.keys)); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if rest := len(done.keys) - len(out); rest > 0 {
+			err = errors.Join(err, d.notTaken(rest))
+		}
+	}()
 	for i := range done.keys {
 		var last bpf.Flow
 		if err := d.objs.SpFlows.LookupAndDelete(&done.keys[i], &last); isMissing(err) {
@@ -131,7 +150,7 @@ func (d *Datapath) sweepFlows(full map[uint32]bool) ([]flow.Record, error) {
 		}
 		out = append(out, fromFlow(&done.keys[i], &last, &done.paths[i], flow.EventClose, done.reasons[i]))
 	}
-	return out, err
+	return out, nil
 }
 
 // overFlows sorts the flows that are over into those to cut, because their path ended, those that only a RST says are over, and

@@ -49,7 +49,7 @@ func ReadPaths(dir string) ([]PathStatus, error) {
 
 func fromPath(slot uint32, state PathState, p *bpf.Path) PathStatus {
 	return PathStatus{
-		Slot: slot, State: state,
+		Slot: slot, Epoch: p.Epoch, State: state,
 		Path: Path{Grant: fromLabel(p.Grant), Client: fromAddr(p.Client), ServiceID: p.ServiceId,
 			Service: fromLabel(p.Service), Deadline: time.Duration(p.DeadlineNs),
 			Budget: Budget{p.BytesLimit, p.PacketsLimit, p.ConnectionsLimit, p.RateLimit}, Ingress: Ingress(p.Ingress),

@@ -94,6 +94,9 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 		RateLimit: p.Budget.ConnectionsPerSecond, Ingress: bpf.SallyportSpIngress(p.Ingress),
 		ClientPort: uint32(p.ClientPort), Cgroup: p.Cgroup,
 	}
+	if err := d.tallies.begin(slot, v.Epoch, fromLabel(v.Grant)); err != nil {
+		return err
+	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)
 	}
@@ -373,6 +376,9 @@ func (d *Datapath) restorePaths() error {
 			return err
 		}
 		d.live[slot] = s.Path
+		if err := d.tallies.adopt(slot, s.Epoch, s.Grant); err != nil {
+			return err
+		}
 	}
 	return d.recountBound(index)
 }

@@ -46,6 +46,8 @@ func (d *Datapath) pins() map[string]pinned {
 	for name, m := range d.objs.maps() {
 		all[filepath.Join(mapsDir(d.cfg.Dir), name)] = m
 	}
+	all[filepath.Join(mapsDir(d.cfg.Dir), recordedMap)] = d.tallies.m
+	all[filepath.Join(mapsDir(d.cfg.Dir), receivedMap)] = d.received.m
 	for name, p := range d.objs.programs() {
 		all[filepath.Join(currentDir(d.cfg.Dir), name)] = p
 	}

@@ -116,6 +116,7 @@ type Budget struct {
 // PathStatus is a path slot as the kernel has it.
 type PathStatus struct {
 	Slot  uint32
+	Epoch uint32 // counts the uses of the slot
 	State PathState
 	Path
 	Flows                            uint64 // opened so far

@@ -1,7 +1,6 @@
 package datapath
 
 import (
-	"fmt"
 	"slices"
 
 	"github.com/sallyport-dev/sallyport/bpf"
@@ -62,23 +61,20 @@ func (d *Datapath) endWatchedFlows(services []Service) error {
 	if err != nil {
 		return err
 	}
+	var done over
 	for i := range keys {
 		if !slices.ContainsFunc(services, func(s Service) bool { return s.ID == flows[i].ServiceId }) {
 			continue
 		}
-		var last bpf.Flow
-		if err := d.objs.SpFlows.LookupAndDelete(&keys[i], &last); isMissing(err) {
-			continue
-		} else if err != nil {
-			return fmt.Errorf("take flow: %w", err)
-		}
-		path, _, err := d.pathOf(&last)
+		path, _, err := d.pathOf(&flows[i])
 		if err != nil {
 			return err
 		}
-		d.ended = append(d.ended, fromFlow(&keys[i], &last, &path, flow.EventClose, flow.ReasonPolicyChanged))
+		done.add(keys[i], flows[i], flow.ReasonPolicyChanged, path)
 	}
-	return nil
+	ended, err := d.takeFlows(done)
+	d.ended = append(d.ended, ended...)
+	return err
 }
 
 // takeEnded gives what endWatchedFlows ended since it was asked last.
