@@ -74,11 +74,11 @@ const maxFrame = 16 << 20
 
 // Collector serves nodes and readers. Make it with New, then Run it once.
 type Collector struct {
-	cfg   Config
-	log   *slog.Logger
-	days  *days
-	write *writer
-	peers peers
+	cfg    Config
+	log    *slog.Logger
+	engine engine
+	write  *writer
+	peers  peers
 
 	nodes  *nodes
 	meters *meters
@@ -111,18 +111,28 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers); err != nil {
 		return nil, err
 	}
-	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, c.log); err != nil {
+	var key logKey
+	if c.engine, key, err = openEngine(cfg); err != nil {
 		return nil, err
 	}
-	if c.write, err = newWriter(c.days, cfg.TrustDomain); err != nil {
+	c.write = newWriter(c.engine, key)
+	if err := c.nodes.remember(context.Background(), c.engine); err != nil {
 		return nil, err
-	}
-	if files := c.days.all(); len(files) > 0 {
-		if err := c.nodes.remember(context.Background(), files[len(files)-1]); err != nil {
-			return nil, err
-		}
 	}
 	return c, c.listen()
+}
+
+// openEngine takes what is stored, with the key of its log.
+func openEngine(cfg Config) (engine, logKey, error) {
+	d, err := openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, cfg.Logger)
+	if err != nil {
+		return nil, logKey{}, err
+	}
+	e, err := openSQLite(context.Background(), d, cfg.TrustDomain)
+	if err != nil {
+		return nil, logKey{}, errors.Join(err, d.close())
+	}
+	return e, e.key, nil
 }
 
 func (c *Collector) listen() (err error) {
@@ -153,11 +163,8 @@ func (c *Collector) Close() error {
 			}
 		}
 	}
-	if c.write != nil {
-		errs = append(errs, c.write.close())
-	}
-	if c.days != nil {
-		errs = append(errs, c.days.close())
+	if c.engine != nil {
+		errs = append(errs, c.engine.close())
 	}
 	return errors.Join(errs...)
 }
@@ -206,11 +213,11 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 		ingest.every = c.cfg.growEvery
 	}
 	api.RegisterAuditIngestServer(remote, ingest)
-	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL})
+	api.RegisterAuditServer(remote, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
-		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: func(context.Context) error { return nil }})
+		api.RegisterAuditServer(local, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: func(context.Context) error { return nil }})
 		servers[c.unix] = local
 	}
 	return servers

@@ -107,18 +107,6 @@ func (d *days) all() []*dayFile {
 	return slices.Clone(d.files)
 }
 
-// next returns the first file after the day.
-func (d *days) next(day string) (*dayFile, bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, f := range d.files {
-		if f.day > day {
-			return f, true
-		}
-	}
-	return nil, false
-}
-
 // today returns the file to write to. It never goes back to an older one, whatever the clock does, or
 // a reader who follows would miss what is written there.
 func (d *days) today() (*dayFile, bool) {

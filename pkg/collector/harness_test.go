@@ -130,6 +130,19 @@ func start(t *testing.T, ids ids, change func(*Config)) *running {
 	return r
 }
 
+// files are those of a collector with SQLite.
+func (r *running) files() *days { return r.engine.(*sqliteEngine).files }
+
+func (r *running) head(t *testing.T) head {
+	t.Helper()
+	return must(r.engine.stored(t.Context()).head())(t)
+}
+
+func (r *running) mark(t *testing.T, s sequence) mark {
+	t.Helper()
+	return must(r.engine.stored(t.Context()).mark(s))(t)
+}
+
 func (r *running) dial(t *testing.T, as identity) *grpc.ClientConn {
 	t.Helper()
 	server := spiffeid.RequireFromPath(domain, "/sallyport/collector")

@@ -305,7 +305,7 @@ func TestDiskFull(t *testing.T) {
 	n.store(flows, flowEntries(1, 3)...)
 	limit := func(pages int) {
 		t.Helper()
-		must(r.days.all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
+		must(r.files().all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
 	}
 	limit(40)
 	n.batch(flows, flowEntries(4, 2000)...)
@@ -328,7 +328,7 @@ func TestTakenOver(t *testing.T) {
 	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	signer, vkey := nodeSigner(t, "node-1", epoch1)
 	session := func() *session {
-		return must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)
+		return must(g.open(t.Context(), &api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)
 	}
 	sealed := must((&chain{}).seal(sequence{"node-1", epoch1, flows}, flowEntries(1, 3), signer, nil))(t)
 	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: sealed}}
@@ -348,9 +348,10 @@ func TestCommitUnknown(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
-	r.write.mu.Lock()
-	clear(r.write.state.marks) // as if the answer to that commit had been an error
-	r.write.mu.Unlock()
+	e := r.engine.(*sqliteEngine)
+	e.mu.Lock()
+	clear(e.state.marks) // as if the answer to that commit had been an error
+	e.mu.Unlock()
 	n.chains[flows] = &chain{}
 	n.batch(flows, flowEntries(1, 3)...)
 	n.refused(codes.Unavailable)
@@ -368,7 +369,7 @@ func TestSynchronous(t *testing.T) {
 	n.store(flows, flowEntries(1, 1)...)
 	for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal"} {
 		var got string
-		if err := r.days.all()[0].writer.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
+		if err := r.files().all()[0].writer.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
 			t.Errorf("%s is %s, %v; want %s", pragma, got, err, want)
 		}
 	}

@@ -29,14 +29,11 @@ const killNodes = 4
 
 // work stores sealed batches until it is killed, and says on stdout what was acknowledged.
 func work(dir string) error {
-	d, err := openDays(dir, time.Now, bootTime, 0, slog.New(slog.DiscardHandler))
+	e, key, err := openEngine(Config{Dir: dir, TrustDomain: domain, Now: time.Now, Boot: bootTime, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return err
 	}
-	w, err := newWriter(d, domain)
-	if err != nil {
-		return err
-	}
+	w := newWriter(e, key)
 	go w.run()
 	failed := make(chan error)
 	for i := range killNodes {
@@ -58,11 +55,17 @@ func workNode(w *writer, name string) error {
 	}
 	for i := 0; ; i++ {
 		of := sequence{name, epoch1, flows}
-		m := w.mark(of)
+		stored := w.engine.stored(context.Background())
+		m, err := stored.mark(of)
+		if err != nil {
+			return err
+		}
 		entries := flowEntries(m.seq+1, m.seq+1+rand.Uint64N(20))
 		if i%2 == 0 {
 			of.class = critical
-			m = w.mark(of)
+			if m, err = stored.mark(of); err != nil {
+				return err
+			}
 			entries = []*api.Entry{grantEntry(m.seq+1, "g", "ACTIVATED"), lossEntry(m.seq+4, 3)}
 		}
 		c := chain{m.number, m.seal}
@@ -74,11 +77,16 @@ func workNode(w *writer, name string) error {
 		if err != nil {
 			return err
 		}
-		if m, err = w.put(b); err != nil {
+		r, err := w.put(b)
+		if err != nil {
+			return err
+		}
+		h, err := stored.head()
+		if err != nil {
 			return err
 		}
 		stdout.Lock()
-		fmt.Println(name, int(of.class), m.seq, m.number, w.head().size)
+		fmt.Println(name, int(of.class), r.mark.seq, r.mark.number, h.size)
 		stdout.Unlock()
 	}
 }
@@ -101,7 +109,7 @@ func TestKilled(t *testing.T) {
 		r := start(t, i, func(c *Config) { c.Dir = dir })
 		key := r.logKeyOf(t)
 		for s, m := range acked {
-			if got := r.write.mark(s); got.seq < m.seq || got.number < m.number {
+			if got := r.mark(t, s); got.seq < m.seq || got.number < m.number {
 				t.Errorf("%v is stored up to %d, seal %d; acknowledged was %d, seal %d", s, got.seq, got.number, m.seq, m.number)
 			}
 		}

@@ -327,7 +327,7 @@ func TestLogOverDays(t *testing.T) {
 		n.store(flows, flowEntry(w.GetFlowSeq()+1, nil))
 	}
 	for range 2 {
-		if first := r.days.all()[0].day; first != "2026-03-03" {
+		if first := r.files().all()[0].day; first != "2026-03-03" {
 			t.Fatalf("the first day is %s", first)
 		}
 		check(24+2, 4)

@@ -32,7 +32,7 @@ func TestSealedBatchRefused(t *testing.T) {
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
 	n.store(flows, flowEntries(4, 5)...)
-	size := r.write.head().size
+	size := r.head(t).size
 	otherKey := func(t *testing.T, n *node) note.Signer {
 		s, _ := signerOf(t, proof.NodeSigner(n.name, n.epoch), [32]byte{1})
 		return s
@@ -107,7 +107,7 @@ func TestSealedBatchRefused(t *testing.T) {
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{1, 2, 3, 4, 5}) {
 		t.Errorf("stored are %v", got)
 	}
-	if got := r.write.head().size; got != size {
+	if got := r.head(t).size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
 	}
 }
@@ -147,7 +147,7 @@ func TestBatchOfTooMany(t *testing.T) {
 	n.store(flows, flowEntries(1, maxEntries)...)
 	n.batch(flows, flowEntries(maxEntries+1, 2*maxEntries+1)...)
 	n.refused(codes.InvalidArgument)
-	if got := r.write.mark(sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
+	if got := r.mark(t, sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
 		t.Errorf("stored is up to %d", got)
 	}
 }
@@ -175,11 +175,11 @@ func TestEpochsOfADay(t *testing.T) {
 			t.Fatalf("epoch %d: %v", epoch, err)
 		}
 	}
-	size := r.write.head().size
+	size := r.head(t).size
 	if err := put("node-1", maxNewEpochs); !errors.Is(err, errGap) {
 		t.Errorf("one more: %v", err)
 	}
-	if got := r.write.head().size; got != size {
+	if got := r.head(t).size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
 	}
 	for node, epoch := range map[string]int{"node-1": 0, "node-2": maxNewEpochs} {
@@ -207,7 +207,7 @@ func TestSealedTwice(t *testing.T) {
 			t.Fatalf("acknowledged is %v", a)
 		}
 	}
-	size := r.write.head().size
+	size := r.head(t).size
 	again := func(b *api.Batch) {
 		t.Helper()
 		n.sendBatch(b)
@@ -226,7 +226,7 @@ func TestSealedTwice(t *testing.T) {
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{1, 2, 3, 4, 5, 6, 7, 8}) {
 		t.Errorf("stored are %v", got)
 	}
-	if got := r.write.head().size; got != size+1 {
+	if got := r.head(t).size; got != size+1 {
 		t.Errorf("the log has %d leaves, it had %d before the last seal", got, size)
 	}
 }
@@ -287,7 +287,7 @@ func TestKeyIsTheStoredOne(t *testing.T) {
 	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	session := func(seed byte, c *chain) (*session, *api.AgentFrame) {
 		signer, vkey := signerOf(t, proof.NodeSigner("node-1", epoch1), [32]byte{seed})
-		s := must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: 2, NodeKey: vkey}, "node-1"))(t)
+		s := must(g.open(t.Context(), &api.Hello{Node: "node-1", Epoch: epoch1, Version: 2, NodeKey: vkey}, "node-1"))(t)
 		b := must(c.seal(sequence{"node-1", epoch1, critical}, []*api.Entry{grantEntry(c.number+1, "g", "ACTIVATED")}, signer, nil))(t)
 		return s, &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: b}}
 	}

@@ -1,7 +1,6 @@
 package collector
 
 import (
-	"context"
 	"sync"
 	"time"
 
@@ -59,12 +58,4 @@ func bootTime() time.Duration {
 		return 0 // which no kernel does; nothing is dropped then
 	}
 	return time.Duration(ts.Nano())
-}
-
-// keep does what is due without a write.
-func (w *writer) keep(ctx context.Context) {
-	if err := w.mendFound(ctx); err != nil {
-		w.days.log.ErrorContext(ctx, "damaged day stays in use", "err", err)
-	}
-	w.days.drop(ctx)
 }
