@@ -10,9 +10,11 @@ import (
 )
 
 // TestRate tells how many records a second go from streams of several nodes to the disk. It fails at a tenth of what a small machine does.
-func TestRate(t *testing.T) {
+func TestRate(t *testing.T) { onEngines(t, testRate) }
+
+func testRate(t *testing.T, i ids) {
 	const nodes, batches, size = 4, 20, 500
-	r := start(t, newIDs(t), nil)
+	r := start(t, i, nil)
 	var sent [nodes][]*api.Batch
 	var streams [nodes]*node
 	for i := range nodes {

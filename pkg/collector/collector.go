@@ -6,7 +6,8 @@
 // collector has everything is written in the transaction that writes the records, so that what is
 // acknowledged, what is answered to a returning node and what is in the tables cannot differ.
 //
-// Records lie in one SQLite file per day of receipt. A day is dropped by removing its file.
+// Records lie in one SQLite file per day of receipt, or in one partition per day of a PostgreSQL database, which several collectors may share. A day is
+// dropped by removing its file or its partitions.
 //
 // Each sealed batch, each grant event and each node's key is a leaf of one transparency log. Its hashes and its signed checkpoint are
 // written with the records. A day that goes leaves its hashes behind, so that the log is proven to have only grown for ever.
@@ -41,10 +42,13 @@ type Source interface {
 
 // Config of a Collector.
 type Config struct {
-	Dir         string // of the daily files; created with mode 0700
+	Dir         string // of the log's key and of the daily files; created with mode 0700
 	TrustDomain spiffeid.TrustDomain
 	Source      Source
 	Listen      string // host:port for nodes and remote readers
+	// Postgres is where a database keeps the records, as a URL or as key=value; empty: daily files. Several collectors with the same log.key may
+	// share one. CheckPostgres tells what is wrong with it.
+	Postgres string
 	// Readers are SPIFFE IDs that may read over the network: exact, or a prefix of whole segments
 	// ending in "/*".
 	Readers []string
@@ -124,7 +128,10 @@ func New(cfg Config) (_ *Collector, err error) {
 
 // openEngine takes what is stored, with the key of its log.
 func openEngine(cfg Config) (engine, logKey, error) {
-	d, err := openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, cfg.Logger)
+	if cfg.Postgres != "" {
+		return openPostgres(context.Background(), cfg)
+	}
+	d, err := openDays(cfg)
 	if err != nil {
 		return nil, logKey{}, err
 	}

@@ -22,14 +22,17 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
-const killEnv = "SALLYPORT_COLLECTOR_TEST_KILL"
+const (
+	killEnv   = "SALLYPORT_COLLECTOR_TEST_KILL"
+	killAtEnv = "SALLYPORT_COLLECTOR_TEST_KILL_AT" // a database
+)
 
 // killNodes write at once, each its two classes in turn.
 const killNodes = 4
 
 // work stores sealed batches until it is killed, and says on stdout what was acknowledged.
-func work(dir string) error {
-	e, key, err := openEngine(Config{Dir: dir, TrustDomain: domain, Now: time.Now, Boot: bootTime, Logger: slog.New(slog.DiscardHandler)})
+func work(dir, at string) error {
+	e, key, err := openEngine(Config{Dir: dir, Postgres: at, TrustDomain: domain, Now: time.Now, Boot: bootTime, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return err
 	}
@@ -93,19 +96,23 @@ func workNode(w *writer, name string) error {
 
 // A kill at any moment leaves what was acknowledged, and of everything either all or nothing: records, their seals, the log's leaves
 // and hashes, and the checkpoint.
-func TestKilled(t *testing.T) {
+func TestKilled(t *testing.T) { onEngines(t, testKilled) }
+
+func testKilled(t *testing.T, i ids) {
 	rounds, _ := strconv.Atoi(os.Getenv("SALLYPORT_KILLS"))
 	if rounds == 0 {
 		rounds = 2
 	}
-	i := newIDs(t)
 	var dir string
 	var older proof.Checkpoint
 	for round := range rounds {
 		if round%20 == 0 { // all of it is proven in each round
 			dir, older = filepath.Join(t.TempDir(), "days"), proof.Checkpoint{}
+			if i.at != "" {
+				i.at = newDatabase(t)
+			}
 		}
-		acked := killChild(t, dir)
+		acked := killChild(t, dir, i.at)
 		r := start(t, i, func(c *Config) { c.Dir = dir })
 		key := r.logKeyOf(t)
 		for s, m := range acked {
@@ -115,11 +122,11 @@ func TestKilled(t *testing.T) {
 		}
 		older = grownTo(t, key, older, r.treeHead(t, older.Size).GetGrown())
 		got, err := proven(r.evidence(t, &api.EvidenceRequest{}), key)
-		if err != nil || len(got) != countRecords(t, dir) {
-			t.Fatalf("%d entries are proven, %d are there: %v", len(got), countRecords(t, dir), err)
+		if err != nil || len(got) != r.countRecords(t) {
+			t.Fatalf("%d entries are proven, %d are there: %v", len(got), r.countRecords(t), err)
 		}
+		r.everyLeaf(t, key)
 		r.stop()
-		everyLeaf(t, dir, key)
 	}
 	if older.Size == 0 {
 		t.Error("the log is empty")
@@ -127,12 +134,12 @@ func TestKilled(t *testing.T) {
 }
 
 // killChild lets a process of its own write for a while, and returns what it acknowledged before it was killed.
-func killChild(t *testing.T, dir string) map[sequence]mark {
+func killChild(t *testing.T, dir, at string) map[sequence]mark {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel() // kills
 	cmd := exec.CommandContext(ctx, must(os.Executable())(t))
-	cmd.Env = append(os.Environ(), killEnv+"="+dir)
+	cmd.Env = append(os.Environ(), killEnv+"="+dir, killAtEnv+"="+at)
 	cmd.Stderr = os.Stderr
 	out := must(cmd.StdoutPipe())(t)
 	if err := cmd.Start(); err != nil {
@@ -160,17 +167,18 @@ func killChild(t *testing.T, dir string) map[sequence]mark {
 	return acked
 }
 
-func countRecords(t *testing.T, dir string) (n int) {
+func (r *running) countRecords(t *testing.T) (n int) {
 	t.Helper()
-	for _, path := range must(filepath.Glob(filepath.Join(dir, "2*"+daySuffix)))(t) {
-		db := must(sql.Open("sqlite", path))(t)
-		var here int
-		err := db.QueryRow(`SELECT (SELECT count(*) FROM flows) + (SELECT count(*) FROM grant_events) + (SELECT count(*) FROM losses)`).Scan(&here)
-		if err := errors.Join(err, db.Close()); err != nil {
-			t.Fatal(err)
+	r.eachDay(t, func(db tables) error {
+		for _, table := range recordTables {
+			var here int
+			if err := db.QueryRow(`SELECT count(*) FROM ` + table + db.suffix).Scan(&here); err != nil {
+				return err
+			}
+			n += here
 		}
-		n += here
-	}
+		return nil
+	})
 	return n
 }
 
