@@ -51,6 +51,9 @@ type postgresEngine struct {
 	listening sync.WaitGroup
 }
 
+// ErrDatabase says that the database is away, or is not one that this collector may write to.
+var ErrDatabase = errors.New("database cannot be used")
+
 // CheckPostgres says what is wrong with the address of a database, and nothing of what is in it: that may be a password.
 func CheckPostgres(address string) error {
 	_, err := parsePostgres(address)
@@ -99,7 +102,7 @@ func openPostgres(ctx context.Context, cfg Config) (_ engine, key logKey, err er
 		}
 	}
 	if err != nil {
-		return nil, logKey{}, fmt.Errorf("open database %s at %s: %w", e.config.Database, e.config.Host, err)
+		return nil, logKey{}, fmt.Errorf("%w: %s at %s: %v", ErrDatabase, e.config.Database, e.config.Host, err)
 	}
 	listening, stop := context.WithCancel(ctx)
 	e.stop = stop
