@@ -25,6 +25,8 @@ type engine interface {
 	changed() <-chan struct{}
 	// keep does what is due without a write: it is called now and then.
 	keep(ctx context.Context)
+	// kind tells cursors of one kind of engine from those of the other.
+	kind() byte
 	// damaged counts days that this process set aside.
 	damaged() uint64
 	close() error

@@ -404,6 +404,8 @@ func (e *postgresEngine) away(err error) error {
 	return err
 }
 
+func (*postgresEngine) kind() byte { return 'p' }
+
 func (e *postgresEngine) damaged() uint64 { return 0 }
 
 // keep makes the next day's partitions, and drops a day that is over its time.

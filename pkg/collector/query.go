@@ -40,9 +40,12 @@ type feed[M any] struct {
 	table   string
 	columns string // after id
 	scan    func(rows *sql.Rows, id *int64) (M, error)
+	stamp   func(M, string) // with its cursor
 	limit   uint32
 	follow  bool
+	after   string // a cursor
 	filter
+	cursors cursors
 }
 
 // filter is what rows have to fit.
@@ -69,7 +72,8 @@ func (f *filter) condition() string {
 
 // Flows sends the newest records that fit, oldest first, and with follow those that come.
 func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
-	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow, limit: r.GetLimit(), follow: r.GetFollow()}
+	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow,
+		stamp: func(m *api.StoredFlow, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	f.equals("service", r.GetService())
 	f.equals("identity", r.GetIdentity())
@@ -95,10 +99,12 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 
 // GrantEvents sends the newest grant events that fit, oldest first, and with follow those that come.
 func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
-	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent, limit: r.GetLimit(), follow: r.GetFollow()}
+	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent,
+		stamp: func(m *api.StoredGrantEvent, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	f.equals("grant_id", r.GetGrant())
-	if err := f.times(r.GetSince(), nil); err != nil {
+	f.equals("step", strings.ToUpper(r.GetStep()))
+	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
 		return err
 	}
 	return serve(q, stream.Context(), f, stream.Send)
@@ -106,30 +112,37 @@ func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServe
 
 // Losses sends the newest counted losses that fit, oldest first.
 func (q *query) Losses(r *api.LossQuery, stream api.Audit_LossesServer) error {
-	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss, limit: r.GetLimit()}
+	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss,
+		stamp: func(m *api.StoredLoss, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
+	if err := f.time("since", "received >= ?", r.GetSince()); err != nil {
+		return err
+	}
 	return serve(q, stream.Context(), f, stream.Send)
 }
 
 func (f *filter) times(since, until *timestamppb.Timestamp) error {
-	for _, t := range []struct {
-		name, condition string
-		at              *timestamppb.Timestamp
-	}{{"since", "time >= ?", since}, {"until", "time < ?", until}} {
-		if t.at == nil {
-			continue
-		}
-		if err := t.at.CheckValid(); err != nil {
-			return status.Errorf(codes.InvalidArgument, "%s: %v", t.name, err)
-		}
-		f.add(t.condition, t.at.AsTime().UnixNano())
+	if err := f.time("since", "time >= ?", since); err != nil {
+		return err
 	}
+	return f.time("until", "time < ?", until)
+}
+
+func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
+	if at == nil {
+		return nil
+	}
+	if err := at.CheckValid(); err != nil {
+		return status.Errorf(codes.InvalidArgument, "%s: %v", name, err)
+	}
+	f.add(condition, at.AsTime().UnixNano())
 	return nil
 }
 
 // Tides sends the newest tides that fit, oldest first.
 func (q *query) Tides(r *api.TideQuery, stream api.Audit_TidesServer) error {
-	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide, limit: r.GetLimit()}
+	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide,
+		stamp: func(m *api.StoredTide, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	if r.GetGrant() != "" {
 		f.add("replace(grants, ?, '') <> grants", " "+word(r.GetGrant())+" ") // which every engine has
@@ -145,6 +158,7 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if f.limit == 0 {
 		f.limit = defaultLimit
 	}
+	f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
 	return q.guard(ctx, func(ctx context.Context) error { return f.run(ctx, q, send) })
 }
 
@@ -217,16 +231,16 @@ func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
 	}
 }
 
-// position is behind the last row that was looked at. Rows are in order of receipt: by day, and by id
-// within one.
-type position struct {
-	day string
-	id  int64
-}
-
-// start finds the position before the newest rows that fit, or the end if none does. The end is
+// start is where the caller was, or the position before the newest rows that fit, or the end if none does. The end is
 // looked up first: a row that comes meanwhile lies behind it.
 func (f *feed[M]) start(ctx context.Context, e engine) (position, error) {
+	if f.after != "" {
+		at, err := f.cursors.read(f.after)
+		if err != nil {
+			err = status.Errorf(codes.InvalidArgument, "after: %v", err)
+		}
+		return at, err
+	}
 	days, err := e.days(ctx)
 	if err != nil || len(days) == 0 {
 		return position{}, err
@@ -305,6 +319,7 @@ func (f *feed[M]) rows(ctx context.Context, db tables, at *position) (page []M, 
 		if err != nil {
 			return nil, false, err
 		}
+		f.stamp(m, f.cursors.of(position{at.day, id}))
 		page = append(page, m)
 	}
 	if err := rows.Err(); err != nil {

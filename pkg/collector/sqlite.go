@@ -111,6 +111,8 @@ func (e *sqliteEngine) days(context.Context) (all []day, err error) {
 	return all, nil
 }
 
+func (*sqliteEngine) kind() byte { return 's' }
+
 func (e *sqliteEngine) damaged() uint64 {
 	e.files.mu.Lock()
 	defer e.files.mu.Unlock()
