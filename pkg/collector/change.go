@@ -47,6 +47,10 @@ func (c *change) nodeKey(of nodeEpoch) (nodeKey, bool, error) {
 
 // put checks the whole batch before it writes any of it. Its error is the disk's, the one in the result is the batch's.
 func (c *change) put(b batch) (result, error) {
+	turn, err := c.tx.turn(b.node)
+	if err != nil || turn != b.turn {
+		return result{err: errTakenOver}, err
+	}
 	m, err := c.mark(b.sequence)
 	if err != nil {
 		return result{}, err

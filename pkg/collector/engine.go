@@ -15,6 +15,8 @@ import (
 type engine interface {
 	// stored is what is durable.
 	stored(ctx context.Context) stored
+	// enter says that a node has a new stream, and returns its turn. What an earlier one has on the way is not stored from then on, at whichever collector.
+	enter(ctx context.Context, node string) (turn int64, err error)
 	// write runs do in one transaction on the day that it is, and makes it durable with what do says that it adds.
 	write(ctx context.Context, do func(*transaction) (state, error)) error
 	// days are those that have records, oldest first. Once there is a newer one, nothing is written to a day.
@@ -38,6 +40,7 @@ type stored interface {
 	marks() (marks, error)
 	nodeKey(nodeEpoch) (nodeKey, bool, error)
 	head() (head, error)
+	turn(node string) (int64, error) // of the node's last stream
 }
 
 // day is one day of receipt (UTC).

@@ -49,6 +49,7 @@ type session struct {
 	vkey  string        // of the node's seals
 	key   note.Verifier // of vkey
 	over  chan struct{} // closed when another took over
+	turn  int64         // among the node's streams
 	told  int64         // leaves of the log that the node knows of; owned by Stream
 
 	presence *presence
@@ -143,7 +144,9 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 		g.log.WarnContext(stream.Context(), "hello refused", "node", node, "err", err)
 		return nil, err
 	}
-	g.enter(s)
+	if err := g.enter(stream.Context(), s); err != nil {
+		return nil, err
+	}
 	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId())
 	w, err := g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())
 	if err == nil {
@@ -250,7 +253,7 @@ func (g *ingest) connected(node, epoch string) bool {
 
 // enter ends the node's other stream and waits until it stores nothing any more: only then does the
 // Welcome say where the sequence goes on.
-func (g *ingest) enter(s *session) {
+func (g *ingest) enter(ctx context.Context, s *session) (err error) {
 	g.mu.Lock()
 	old := g.active[s.node]
 	g.active[s.node] = s
@@ -261,6 +264,11 @@ func (g *ingest) enter(s *session) {
 		old.ended = true
 		old.mu.Unlock()
 	}
+	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
+		g.leave(s)
+		return g.unread(err)
+	}
+	return nil
 }
 
 func (g *ingest) leave(s *session) {
@@ -301,7 +309,7 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 
 // read decodes a batch, and holds a sealed one against its seal.
 func (s *session) read(b *api.Batch) (batch, error) {
-	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, signed: b.GetSeal()}
+	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, turn: s.turn, signed: b.GetSeal()}
 	if err := out.decode(b.GetRaw()); err != nil {
 		return batch{}, err
 	}
@@ -317,6 +325,8 @@ func (g *ingest) refuse(s *session, err error) error {
 	case errors.Is(err, errEntry):
 		g.log.Error("malformed entry", "node", s.node, "epoch", s.epoch, "err", err)
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, errTakenOver):
+		return status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	case errors.Is(err, errStopping):
 		return status.Error(codes.Unavailable, err.Error())
 	}

@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -344,8 +345,9 @@ func testTakenOver(t *testing.T, i ids) {
 	sealed := must((&chain{}).seal(sequence{"node-1", epoch1, flows}, flowEntries(1, 3), signer, nil))(t)
 	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: sealed}}
 	first, second := session(), session()
-	g.enter(first)
-	g.enter(second)
+	if err := errors.Join(g.enter(t.Context(), first), g.enter(t.Context(), second)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := g.take(first, batch); status.Code(err) != codes.Aborted {
 		t.Errorf("batch of the old stream: %v", err)
 	}

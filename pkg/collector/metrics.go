@@ -116,7 +116,7 @@ func (m *meters) stored(class api.Class, entries []*api.Entry, before, after uin
 // refuse counts a batch that was not stored; one that only came too late is none.
 func (m *meters) refuse(err error) {
 	switch {
-	case errors.Is(err, errStopping):
+	case errors.Is(err, errStopping), errors.Is(err, errTakenOver):
 	case errors.Is(err, errGap):
 		m.refused.WithLabelValues(refusedGap).Inc()
 	case errors.Is(err, errEntry):

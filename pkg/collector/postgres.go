@@ -217,6 +217,25 @@ func (e *postgresEngine) write(ctx context.Context, do func(*transaction) (state
 	return err
 }
 
+// enter waits for who is writing: his batch may be of the node.
+func (e *postgresEngine) enter(ctx context.Context, node string) (turn int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, postgresWithin)
+	defer cancel()
+	err = e.transact(ctx, func(_ *sql.Conn, tx *sql.Tx) error {
+		if err := take(ctx, tx); err != nil {
+			return err
+		}
+		return tx.QueryRowContext(ctx, `INSERT INTO streams (node, turn) VALUES ($1, 1) ON CONFLICT (node) DO UPDATE SET turn = streams.turn + 1 RETURNING turn`, node).Scan(&turn)
+	})
+	return turn, err
+}
+
+// take has head for the transaction: nobody else writes then.
+func take(ctx context.Context, tx *sql.Tx) error {
+	_, err := tx.ExecContext(ctx, `SELECT one FROM head FOR UPDATE`)
+	return err
+}
+
 // today takes head for the transaction, and returns the day to write to and the last id. It begins a day that is new. It never goes back to an older
 // one, whatever the clocks of collectors do, or a reader who follows would miss what is written there.
 func (e *postgresEngine) today(ctx context.Context, tx *sql.Tx) (day string, last int64, isNew bool, err error) {
@@ -303,6 +322,14 @@ func (a asked) nodeKey(of nodeEpoch) (k nodeKey, known bool, err error) {
 		return k, false, nil
 	}
 	return k, err == nil, a.e.away(err)
+}
+
+func (a asked) turn(node string) (turn int64, err error) {
+	err = a.q.QueryRowContext(a.ctx, `SELECT turn FROM streams WHERE node = $1`, node).Scan(&turn)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, nil
+	}
+	return turn, a.e.away(err)
 }
 
 func (a asked) head() (h head, err error) {
@@ -423,7 +450,7 @@ func (e *postgresEngine) keep(ctx context.Context) {
 func (e *postgresEngine) ahead(ctx context.Context) error {
 	day := e.now().UTC().AddDate(0, 0, 1).Format(dayLayout)
 	return e.transact(ctx, func(_ *sql.Conn, tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, `SELECT one FROM head FOR UPDATE`); err != nil {
+		if err := take(ctx, tx); err != nil {
 			return err
 		}
 		return partitions(ctx, tx, day)
@@ -446,7 +473,7 @@ func (e *postgresEngine) drop(ctx context.Context) error {
 		if _, err := tx.ExecContext(ctx, `SET LOCAL lock_timeout = '`+lockWithin+`'`); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `SELECT one FROM head FOR UPDATE`); err != nil {
+		if err := take(ctx, tx); err != nil {
 			return err
 		}
 		return removeDay(ctx, tx, names[0])

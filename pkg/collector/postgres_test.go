@@ -2,6 +2,7 @@ package collector
 
 import (
 	"bytes"
+	"database/sql/driver"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
 )
 
 // postgres is a server of the test's own, which listens at a socket in its directory.
@@ -149,4 +151,12 @@ func (p *postgres) sql(t *testing.T, database string, statements ...string) {
 			t.Fatalf("%s: %v", s, err)
 		}
 	}
+}
+
+func sqlConnector(address string) (driver.Connector, error) {
+	c, err := pgx.ParseConfig(address)
+	if err != nil {
+		return nil, err
+	}
+	return stdlib.GetConnector(*c), nil
 }

@@ -16,6 +16,8 @@ var (
 	errGap = errors.New("batch does not continue the sequence")
 	// errEntry says that an entry is not one.
 	errEntry = errors.New("entry is malformed")
+	// errTakenOver says that the node has another stream by now.
+	errTakenOver = errors.New("node opened another stream")
 	// errStopping says that the collector is going.
 	errStopping = errors.New("collector stops")
 )
