@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -44,8 +45,10 @@ type spec struct {
 	Listen string `yaml:"listen"`
 	// WorkloadAPI gives the collector its identity: unix:///run/spire/sockets/agent.sock.
 	WorkloadAPI string `yaml:"workloadAPI"`
-	// DataDir keeps the records, one file per day: /var/lib/sallyport-collector.
+	// DataDir keeps the log's key, and the records, one file per day: /var/lib/sallyport-collector.
 	DataDir string `yaml:"dataDir"`
+	// Postgres keeps the records in the place of files: none.
+	Postgres postgres `yaml:"postgres"`
 	// Readers are SPIFFE IDs that may read over the network, exact or a prefix ending in /*: none.
 	Readers []string `yaml:"readers"`
 	// Actors are SPIFFE IDs, written like Readers, that may have nodes end grants: none. The users of the socket may, too.
@@ -76,6 +79,33 @@ type limits struct {
 	BytesPerSecond int `yaml:"bytesPerSecond"`
 }
 
+// postgres is a database, named in one of two ways.
+type postgres struct {
+	// URL is postgres://USER@HOST/NAME or host=HOST user=USER dbname=NAME, without a password.
+	URL string `yaml:"url"`
+	// URLFile has the URL, with a password or not, and is read at the start.
+	URLFile string `yaml:"urlFile"`
+}
+
+// address is the URL, from wherever it is.
+func (p postgres) address() (string, error) {
+	if p.URLFile == "" {
+		return p.URL, nil
+	}
+	text, err := os.ReadFile(p.URLFile)
+	address := strings.TrimSpace(string(text))
+	if err == nil && address == "" {
+		err = errors.New("it is empty")
+	}
+	if err == nil {
+		err = collector.CheckPostgres(address)
+	}
+	if err != nil {
+		return "", &policy.Error{File: p.URLFile, Field: "spec.postgres.urlFile", Msg: err.Error(), Hint: "write the URL of the database in it, alone", Err: err}
+	}
+	return address, nil
+}
+
 func defaultSpec() spec {
 	return spec{
 		Listen: ":9443", WorkloadAPI: "unix:///run/spire/sockets/agent.sock", DataDir: "/var/lib/sallyport-collector",
@@ -104,9 +134,9 @@ func (c config) trustDomain() spiffeid.TrustDomain {
 
 func (c config) id() spiffeid.ID { return spiffeid.RequireFromString(c.Spec.ID) }
 
-func (c config) collector(source collector.Source, log *slog.Logger) collector.Config {
+func (c config) collector(source collector.Source, database string, log *slog.Logger) collector.Config {
 	return collector.Config{
-		Dir: c.Spec.DataDir, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers, Actors: c.Spec.Actors,
+		Dir: c.Spec.DataDir, Postgres: database, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers, Actors: c.Spec.Actors,
 		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Metrics: c.Spec.Metrics, Logger: log,
 		Limits: collector.Limits{RecordsPerSecond: c.Spec.Limits.RecordsPerSecond, BytesPerSecond: c.Spec.Limits.BytesPerSecond},
 	}
@@ -155,6 +185,10 @@ func (c *config) validate(r *reader) {
 	r.check(strings.HasPrefix(s.WorkloadAPI, "unix:///") || strings.HasPrefix(s.WorkloadAPI, "tcp://"), "spec.workloadAPI",
 		fmt.Sprintf("%q is no Workload API address", s.WorkloadAPI), "write unix:///PATH")
 	r.check(filepath.IsAbs(s.DataDir), "spec.dataDir", fmt.Sprintf("%q is no absolute path", s.DataDir), "begin it with /")
+	p := s.Postgres
+	r.check(p.URL == "" || collector.CheckPostgres(p.URL) == nil, "spec.postgres.url", "is no address of a database", "write postgres://USER@HOST/NAME or host=HOST user=USER dbname=NAME")
+	r.check(p.URLFile == "" || filepath.IsAbs(p.URLFile), "spec.postgres.urlFile", fmt.Sprintf("%q is no absolute path", p.URLFile), "begin it with /")
+	r.check(p.URL == "" || p.URLFile == "", "spec.postgres.urlFile", "stands beside a url", "write one of the two")
 	r.check(s.Socket == "" || filepath.IsAbs(s.Socket), "spec.socket", fmt.Sprintf("%q is no absolute path", s.Socket), `begin it with /, or write "" for none`)
 	c.Spec.retain, err = time.ParseDuration(s.Retain)
 	r.check(err == nil, "spec.retain", fmt.Sprintf("%q is not a duration", s.Retain), "write a number with its unit, like 2160h")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -62,6 +63,9 @@ func TestWrongConfig(t *testing.T) {
 		"no port":         {head + "  listen: localhost\n", []string{"c.yaml:6: spec.listen"}},
 		"workload API":    {head + "  workloadAPI: /run/spire.sock\n", []string{"c.yaml:6: spec.workloadAPI"}},
 		"relative":        {head + "  dataDir: data\n  socket: sock\n", []string{"c.yaml:6: spec.dataDir", "c.yaml:7: spec.socket"}},
+		"database":        {head + "  postgres: {url: 'postgres://x:secret@h:port/'}\n", []string{"c.yaml:6: spec.postgres.url: is no address of a database"}},
+		"two databases":   {head + "  postgres: {url: 'host=h', urlFile: /f}\n", []string{"c.yaml:6: spec.postgres.urlFile: stands beside"}},
+		"database's file": {head + "  postgres:\n    urlFile: f\n", []string{`c.yaml:7: spec.postgres.urlFile: "f" is no absolute path`}},
 		"retain":          {head + "  retain: 1h\n", []string{"c.yaml:6: spec.retain: 1h is less than a day"}},
 		"no duration":     {head + "  retain: ninety\n", []string{`c.yaml:6: spec.retain: "ninety" is not a duration`}},
 		"readers":         {head + "  readers:\n    - spiffe://example.org/a\n    - 'spiffe://*'\n    - bob\n", []string{"c.yaml:8: spec.readers[1]", "c.yaml:9: spec.readers[2]"}},
@@ -98,6 +102,36 @@ func TestOverride(t *testing.T) {
 	override{listen: "127.0.0.1:1", dataDir: "/d"}.apply(&c)
 	if c.Spec.Listen != "127.0.0.1:1" || c.Spec.DataDir != "/d" || c.Spec.Socket != defaultSpec().Socket || c.Spec.retain != 0 {
 		t.Errorf("have %+v", c.Spec)
+	}
+}
+
+// A database's address comes from the file as it is, and no error shows what is in it.
+func TestDatabase(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "url")
+	for text, want := range map[string]string{
+		"":                                     "it is empty",
+		"postgres://x:secret@h:port/":          "is neither",
+		"host=h password=secret sslmode=never": "is neither",
+		"postgres://x:secret@h/d?sslmode=no\n": "is neither",
+		"postgres://x:secret@h/d\n":            "",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := parseConfig("c.yaml", []byte(head+"  postgres: {urlFile: "+path+"}\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		address, err := c.Spec.Postgres.address()
+		if want == "" {
+			if err != nil || address != strings.TrimSpace(text) || c.collector(nil, address, nil).Postgres != address {
+				t.Errorf("%q: %q, %v", text, address, err)
+			}
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%q: %v, want %s", text, err, want)
+		}
 	}
 }
 

@@ -74,10 +74,13 @@ func (p *process) check() *cobra.Command {
 		Short: "Read the configuration and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if _, err := p.read(); err != nil {
-				return err
+			c, err := p.read()
+			if err == nil {
+				_, err = c.Spec.Postgres.address()
 			}
-			_, err := fmt.Fprintln(p.stdout, "ok")
+			if err == nil {
+				_, err = fmt.Fprintln(p.stdout, "ok")
+			}
 			return err
 		},
 	}

@@ -21,12 +21,16 @@ func (p *process) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	database, err := cfg.Spec.Postgres.address()
+	if err != nil {
+		return err
+	}
 	log := slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: p.level}))
 	source, err := identity.New(identity.Config{Address: cfg.Spec.WorkloadAPI, ID: cfg.id(), Logger: log})
 	if err != nil {
 		return err
 	}
-	c, err := collector.New(cfg.collector(source, log))
+	c, err := collector.New(cfg.collector(source, database, log))
 	if err != nil {
 		return withHint(err)
 	}
@@ -51,6 +55,8 @@ func withHint(err error) error {
 	switch {
 	case errors.Is(err, collector.ErrInUse):
 		hint = "stop the other collector, or give this one a dataDir of its own"
+	case errors.Is(err, collector.ErrDatabase):
+		hint = "look at the database that spec.postgres names, and at log.key in dataDir"
 	case errors.As(err, &op):
 		hint = "set spec.listen, spec.socket and spec.metrics to what is free on this machine"
 	default:

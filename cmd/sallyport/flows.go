@@ -44,6 +44,9 @@ log: where records are missing, a note says how many.`,
 }
 
 func (c *cli) agentFlows(ctx context.Context, q *api.FlowQuery) error {
+	if q.GetAfter() != "" {
+		return withHint(usagef("--after needs the collector: the agent's memory has no cursors"), "name the collector with --collector")
+	}
 	if q.GetNode() != "" {
 		return withHint(usagef("--node needs the collector: the agent knows its own node only"), "name the collector with --collector")
 	}
@@ -72,9 +75,14 @@ var flowColumns = []column{
 
 // showFlows says so where the limit may have left older records out.
 func (c *cli) showFlows(q *api.FlowQuery, flows iter.Seq2[*api.StoredFlow, error]) error {
-	shown, err := showStream(c, flowColumns, flows, flowCells)
-	if err == nil && !q.GetFollow() && shown == int(q.GetLimit()) {
+	last := ""
+	shown, err := showStream(c, flowColumns, flows, func(s *api.StoredFlow) []string { last = s.GetCursor(); return flowCells(s) })
+	switch {
+	case err != nil || q.GetFollow() || shown != int(q.GetLimit()):
+	case q.GetAfter() == "":
 		c.note("only the newest %s; --limit shows more", plural(shown, "record"))
+	case last != "":
+		c.note("only the oldest %s; --after %s shows those that follow", plural(shown, "record"), last)
 	}
 	return err
 }

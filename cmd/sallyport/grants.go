@@ -54,7 +54,8 @@ func (c *cli) grants() *cobra.Command {
 	f.StringVar(&q.Node, "node", "", "only of this `NODE` (collector only)")
 	f.StringVar(&q.Grant, "grant", "", "only of this grant `ID` (collector only)")
 	f.StringVar(&since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now (collector only)")
-	f.Uint32Var(&q.Limit, "limit", newestRecords, "the newest `N` events (collector only)")
+	f.Uint32Var(&q.Limit, "limit", newestRecords, "the newest `N` events, with --after the oldest (collector only)")
+	f.StringVar(&q.After, "after", "", "only what came after the event with this `CURSOR`, as -o json shows it (collector only)")
 	return cmd
 }
 
@@ -63,7 +64,7 @@ func nodeOnly(cmd *cobra.Command, look looks) error {
 	if look.watch && look.used {
 		return withHint(usagef("--watch and --used are two views"), "give one of them")
 	}
-	for _, flag := range []string{"collector", "follow", "node", "grant", "since", "limit"} {
+	for _, flag := range []string{"collector", "follow", "node", "grant", "since", "limit", "after"} {
 		if cmd.Flags().Changed(flag) {
 			return withHint(usagef("--%s asks the collector; --watch and --used show the grants of this node", flag), "leave one of them out")
 		}
@@ -73,7 +74,7 @@ func nodeOnly(cmd *cobra.Command, look looks) error {
 
 // nodeGrants shows the grants that the agent knows.
 func (c *cli) nodeGrants(ctx context.Context, cmd *cobra.Command) error {
-	for _, flag := range []string{"follow", "node", "grant", "since", "limit"} {
+	for _, flag := range []string{"follow", "node", "grant", "since", "limit", "after"} {
 		if cmd.Flags().Changed(flag) {
 			return withHint(usagef("--%s needs the collector", flag), "name the collector with --collector, or SALLYPORT_COLLECTOR")
 		}

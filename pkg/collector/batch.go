@@ -22,6 +22,7 @@ type batch struct {
 	seal   proof.Seal
 	signed []byte // the seal as it came
 	vkey   string // of the node
+	turn   int64  // of the stream
 }
 
 // decode reads entries from the bytes that are kept of them.

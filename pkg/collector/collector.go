@@ -6,7 +6,8 @@
 // collector has everything is written in the transaction that writes the records, so that what is
 // acknowledged, what is answered to a returning node and what is in the tables cannot differ.
 //
-// Records lie in one SQLite file per day of receipt. A day is dropped by removing its file.
+// Records lie in one SQLite file per day of receipt, or in one partition per day of a PostgreSQL database, which several collectors may share. A day is
+// dropped by removing its file or its partitions.
 //
 // Each sealed batch, each grant event and each node's key is a leaf of one transparency log. Its hashes and its signed checkpoint are
 // written with the records. A day that goes leaves its hashes behind, so that the log is proven to have only grown for ever.
@@ -41,10 +42,13 @@ type Source interface {
 
 // Config of a Collector.
 type Config struct {
-	Dir         string // of the daily files; created with mode 0700
+	Dir         string // of the log's key and of the daily files; created with mode 0700
 	TrustDomain spiffeid.TrustDomain
 	Source      Source
 	Listen      string // host:port for nodes and remote readers
+	// Postgres is where a database keeps the records, as a URL or as key=value; empty: daily files. Several collectors with the same log.key may
+	// share one. CheckPostgres tells what is wrong with it.
+	Postgres string
 	// Readers are SPIFFE IDs that may read over the network: exact, or a prefix of whole segments
 	// ending in "/*".
 	Readers []string
@@ -77,11 +81,11 @@ const maxFrame = 16 << 20
 
 // Collector serves nodes and readers. Make it with New, then Run it once.
 type Collector struct {
-	cfg   Config
-	log   *slog.Logger
-	days  *days
-	write *writer
-	peers peers
+	cfg    Config
+	log    *slog.Logger
+	engine engine
+	write  *writer
+	peers  peers
 
 	nodes  *nodes
 	meters *meters
@@ -114,18 +118,31 @@ func New(cfg Config) (_ *Collector, err error) {
 	if c.peers, err = newPeers(cfg.TrustDomain, cfg.Readers, cfg.Actors); err != nil {
 		return nil, err
 	}
-	if c.days, err = openDays(cfg.Dir, cfg.Now, cfg.Boot, cfg.Retain, c.log); err != nil {
+	var key logKey
+	if c.engine, key, err = openEngine(cfg); err != nil {
 		return nil, err
 	}
-	if c.write, err = newWriter(c.days, cfg.TrustDomain); err != nil {
+	c.write = newWriter(c.engine, key)
+	if err := c.nodes.remember(context.Background(), c.engine); err != nil {
 		return nil, err
-	}
-	if files := c.days.all(); len(files) > 0 {
-		if err := c.nodes.remember(context.Background(), files[len(files)-1]); err != nil {
-			return nil, err
-		}
 	}
 	return c, c.listen()
+}
+
+// openEngine takes what is stored, with the key of its log.
+func openEngine(cfg Config) (engine, logKey, error) {
+	if cfg.Postgres != "" {
+		return openPostgres(context.Background(), cfg)
+	}
+	d, err := openDays(cfg)
+	if err != nil {
+		return nil, logKey{}, err
+	}
+	e, err := openSQLite(context.Background(), d, cfg.TrustDomain)
+	if err != nil {
+		return nil, logKey{}, errors.Join(err, d.close())
+	}
+	return e, e.key, nil
 }
 
 func (c *Collector) listen() (err error) {
@@ -156,11 +173,8 @@ func (c *Collector) Close() error {
 			}
 		}
 	}
-	if c.write != nil {
-		errs = append(errs, c.write.close())
-	}
-	if c.days != nil {
-		errs = append(errs, c.days.close())
+	if c.engine != nil {
+		errs = append(errs, c.engine.close())
 	}
 	return errors.Join(errs...)
 }
@@ -209,12 +223,12 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 		ingest.every = c.cfg.growEvery
 	}
 	api.RegisterAuditIngestServer(remote, ingest)
-	api.RegisterAuditServer(remote, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL,
+	api.RegisterAuditServer(remote, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL,
 		acts: ingest.actsOf(c.peers.actor)})
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
-		api.RegisterAuditServer(local, &query{stop: stop, days: c.days, write: c.write, connected: ingest.connected, admit: func(context.Context) error { return nil },
+		api.RegisterAuditServer(local, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: func(context.Context) error { return nil },
 			acts: ingest.actsOf(localActor)})
 		servers[c.unix] = local
 	}

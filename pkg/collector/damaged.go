@@ -161,7 +161,7 @@ func schemaOf(ctx context.Context) (schema, error) {
 	}
 	defer db.Close()
 	db.SetMaxOpenConns(1) // each connection has a memory of its own
-	if _, err := db.ExecContext(ctx, tables); err != nil {
+	if _, err := db.ExecContext(ctx, sqliteTables); err != nil {
 		return nil, err
 	}
 	return readSchema(ctx, db)
@@ -205,7 +205,7 @@ func (f *dayFile) verify(ctx context.Context, m, before marks) error {
 				return fmt.Errorf("%w: node %q has class %d of epoch %s up to %d, and had it up to %d the day before", errDamaged, s.node, s.class, s.epoch, m[s].seq, was.seq)
 			}
 		}
-		tables, err := recordTables(ctx, db)
+		tables, err := numberedTables(ctx, db)
 		if err != nil {
 			return err
 		}
@@ -230,7 +230,7 @@ func (f *dayFile) verify(ctx context.Context, m, before marks) error {
 
 // hasMarks tells whether every sequence that has records has a mark.
 func hasMarks(ctx context.Context, db *sql.DB, m marks) error {
-	tables, err := recordTables(ctx, db)
+	tables, err := numberedTables(ctx, db)
 	if err != nil {
 		return err
 	}
@@ -256,8 +256,8 @@ func hasMarks(ctx context.Context, db *sql.DB, m marks) error {
 	return nil
 }
 
-// recordTables are those whose rows have numbers.
-func recordTables(ctx context.Context, db *sql.DB) (names []string, err error) {
+// numberedTables are those whose rows have numbers.
+func numberedTables(ctx context.Context, db *sql.DB) (names []string, err error) {
 	rows, err := db.QueryContext(ctx, `SELECT t.name FROM sqlite_schema t JOIN pragma_table_info(t.name) c ON c.name = 'seq'
 		WHERE t.type = 'table' AND t.name <> 'marks' ORDER BY t.name`)
 	if err != nil {
@@ -325,8 +325,13 @@ func moveDay(from, to string) error {
 	return nil
 }
 
-// found takes note of damage that a reader met. The newest day is the writer's to set aside, because its marks go with it.
-func (d *days) found(ctx context.Context, bad *damage) error {
+// found takes note of damage that a reader met, and says so: asked again, the collector answers without that day. The newest day is the writer's to
+// set aside, because its marks go with it.
+func (d *days) found(ctx context.Context, err error) error {
+	var bad *damage
+	if !errors.As(err, &bad) {
+		return err
+	}
 	d.mu.Lock()
 	n := len(d.files)
 	newest := n > 0 && d.files[n-1] == bad.file
@@ -334,10 +339,12 @@ func (d *days) found(ctx context.Context, bad *damage) error {
 		d.hurt = bad
 	}
 	d.mu.Unlock()
-	if newest {
-		return nil
+	if !newest {
+		if err := d.setAside(ctx, bad); err != nil {
+			return err
+		}
 	}
-	return d.setAside(ctx, bad)
+	return fmt.Errorf("%w; it is set aside at the collector: ask again for what the other days have", bad)
 }
 
 // toMend returns what a reader found in the newest day, once.
@@ -347,32 +354,6 @@ func (d *days) toMend() *damage {
 	bad := d.hurt
 	d.hurt = nil
 	return bad
-}
-
-// mend sets the newest day aside and goes back to the marks of the one before, so that nodes see what is gone.
-func (w *writer) mend(ctx context.Context, bad *damage) error {
-	if err := w.days.setAside(ctx, bad); err != nil {
-		return err
-	}
-	s, newest, err := w.days.recover(ctx)
-	if err == nil {
-		s, err = w.sound(ctx, s, newest)
-	}
-	if err != nil {
-		return err
-	}
-	w.mu.Lock()
-	w.state = s
-	w.mu.Unlock()
-	return nil
-}
-
-// mendFound is mend of what a reader found.
-func (w *writer) mendFound(ctx context.Context) error {
-	if bad := w.days.toMend(); bad != nil {
-		return w.mend(ctx, bad)
-	}
-	return nil
 }
 
 // removeDamaged removes the oldest file that was set aside, if it is past its time.

@@ -330,7 +330,7 @@ func TestClockSetForward(t *testing.T) {
 	run := func() *running {
 		return start(t, h.ids, func(c *Config) { c.Dir, c.Now, c.Boot, c.Retain = h.dir, h.at.now, h.at.boot, 48*time.Hour })
 	}
-	days := func(r *running) int { return len(r.days.all()) }
+	days := func(r *running) int { return len(r.files().all()) }
 	r := run()
 	h.at.set(h.at.now().Add(3650 * 24 * time.Hour))
 	goesOn(t, r, 120, 120)
@@ -338,13 +338,13 @@ func TestClockSetForward(t *testing.T) {
 		t.Fatalf("%d days are left", n)
 	}
 	h.at.pass(30 * time.Minute)
-	if r.days.drop(t.Context()); days(r) != 4 {
+	if r.files().drop(t.Context()); days(r) != 4 {
 		t.Errorf("%d days are left after half an hour", days(r))
 	}
 	h.at.set(h.at.now().Add(-3650 * 24 * time.Hour)) // somebody saw it
 	goesOn(t, r, 125, 125)
 	h.at.pass(2 * time.Hour)
-	if r.days.drop(t.Context()); days(r) != 4 {
+	if r.files().drop(t.Context()); days(r) != 4 {
 		t.Errorf("%d days are left after the clock was set back", days(r))
 	}
 	if got := len(r.flows(t, &api.FlowQuery{})); got != 130 {
@@ -359,7 +359,7 @@ func TestClockSetForward(t *testing.T) {
 		}
 		h.at.pass(time.Hour)
 		for range 3 {
-			r.days.drop(t.Context())
+			r.files().drop(t.Context())
 		}
 	}
 }
@@ -373,7 +373,7 @@ func TestDamagedDayIsDropped(t *testing.T) {
 	must(os.Stat(aside))(t)
 	for range 2 {
 		h.at.pass(90 * time.Minute)
-		r.days.drop(t.Context())
+		r.files().drop(t.Context())
 	}
 	if _, err := os.Stat(aside); !os.IsNotExist(err) {
 		t.Errorf("it is still there: %v", err)

@@ -28,12 +28,10 @@ var ErrInUse = errors.New("another collector uses it")
 
 // days are the daily files of one directory.
 type days struct {
-	dir    string
-	now    func() time.Time
-	retain time.Duration
-	log    *slog.Logger
-	lock   *os.File
-	steady steadiness
+	dir  string
+	log  *slog.Logger
+	lock *os.File
+	*retention
 
 	archive func(context.Context, *dayFile) error // what is to be kept of a day, before it is removed
 
@@ -57,22 +55,30 @@ type dayFile struct {
 	gone    bool
 }
 
-// openDays takes the directory for this process alone.
-func openDays(dir string, now func() time.Time, boot func() time.Duration, retain time.Duration, log *slog.Logger) (_ *days, err error) {
-	if dir, err = filepath.Abs(dir); err != nil {
-		return nil, err
-	}
+// lockDir takes the directory for this process alone, and makes it.
+func lockDir(dir string) (lock *os.File, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create directory: %w", err)
 	}
-	d := &days{dir: dir, now: now, retain: retain, log: log, steady: steadiness{wall: now, boot: boot}}
-	d.steady.look()
-	if d.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+	if lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		d.lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
 		return nil, fmt.Errorf("lock %s: %w: %w", dir, ErrInUse, err)
+	}
+	return lock, nil
+}
+
+// openDays finds the files in the directory.
+func openDays(cfg Config) (_ *days, err error) {
+	dir, err := filepath.Abs(cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	d := &days{dir: dir, log: cfg.Logger, retention: newRetention(cfg)}
+	if d.lock, err = lockDir(dir); err != nil {
+		return nil, err
 	}
 	names, err := filepath.Glob(filepath.Join(dir, "*"+daySuffix))
 	if err != nil {
@@ -107,18 +113,6 @@ func (d *days) all() []*dayFile {
 	return slices.Clone(d.files)
 }
 
-// next returns the first file after the day.
-func (d *days) next(day string) (*dayFile, bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, f := range d.files {
-		if f.day > day {
-			return f, true
-		}
-	}
-	return nil, false
-}
-
 // today returns the file to write to. It never goes back to an older one, whatever the clock does, or
 // a reader who follows would miss what is written there.
 func (d *days) today() (*dayFile, bool) {
@@ -139,20 +133,20 @@ func (d *days) add(ctx context.Context, f *dayFile) {
 	d.drop(ctx)
 }
 
-// drop removes a day that ended longer ago than days are to be kept, but never the newest. A wall clock that was set forward makes every day
-// old at once. So a day must be old against the newest day too, the clock must have run steadily for a while, and days go one by one: people
-// have time to see it.
+// drop removes a day that ended longer ago than days are to be kept, but never the newest.
 func (d *days) drop(ctx context.Context) {
-	if d.retain <= 0 || !d.steady.look() {
+	files := d.all()
+	if len(files) == 0 || d.retain <= 0 || !d.steady.look() {
 		return
 	}
-	d.mu.Lock()
-	oldest, n := d.oldest(), 0
-	if len(d.files) > 1 && d.files[0].day < oldest && d.steady.spend() {
-		n = 1
+	var names []string
+	for _, f := range files {
+		names = append(names, f.day)
 	}
-	old := slices.Clone(d.files[:n])
-	d.mu.Unlock()
+	old := files[:0]
+	if d.due(names) {
+		old = files[:1]
+	}
 	for i, f := range old { // while they can still be read
 		if err := d.archive(ctx, f); err != nil {
 			d.log.ErrorContext(ctx, "day cannot be removed", "day", f.day, "err", err)
@@ -170,19 +164,7 @@ func (d *days) drop(ctx context.Context) {
 		}
 		d.log.InfoContext(ctx, "day removed", "day", f.day)
 	}
-	d.removeDamaged(ctx, oldest)
-}
-
-// oldest is the first day to keep, by the wall clock and by the newest day. d.mu is held.
-func (d *days) oldest() string {
-	if len(d.files) == 0 {
-		return ""
-	}
-	newest, _ := time.Parse(dayLayout, d.files[len(d.files)-1].day) // it was made of a time, or has been parsed
-	if now := d.now().UTC(); now.Before(newest) {
-		newest = now
-	}
-	return newest.Add(-d.retain).Format(dayLayout)
+	d.removeDamaged(ctx, d.oldest(names[len(names)-1]))
 }
 
 // read runs do with the file's database, which stays open meanwhile. It returns false, and does

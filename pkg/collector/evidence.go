@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -26,12 +27,15 @@ const (
 // Log returns the log's checkpoint, with the proof that it grew from an older one.
 func (q *query) Log(ctx context.Context, r *api.LogRequest) (reply *api.LogReply, err error) {
 	err = q.guard(ctx, func(ctx context.Context) error {
-		h := q.write.head()
+		h, err := q.engine.stored(ctx).head()
+		if err != nil {
+			return err
+		}
 		if r.GetFrom() > uint64(h.size) {
 			return status.Errorf(codes.OutOfRange, "the log has %d leaves, the older checkpoint %d: it is of another log, or this one was set back", h.size, r.GetFrom())
 		}
-		grown, err := q.write.grown(ctx, h, int64(r.GetFrom()))
-		reply = &api.LogReply{Grown: grown, Key: q.write.key.vkey}
+		grown, err := grown(ctx, q.engine, h, int64(r.GetFrom()))
+		reply = &api.LogReply{Grown: grown, Key: q.key.vkey}
 		return err
 	})
 	if err != nil {
@@ -42,9 +46,13 @@ func (q *query) Log(ctx context.Context, r *api.LogRequest) (reply *api.LogReply
 
 // Nodes returns how far each sequence is stored.
 func (q *query) Nodes(ctx context.Context, _ *api.NodesRequest) (reply *api.NodesReply, err error) {
-	err = q.guard(ctx, func(context.Context) error {
+	err = q.guard(ctx, func(ctx context.Context) error {
 		reply = &api.NodesReply{}
-		for s, m := range q.write.marks() {
+		all, err := q.engine.stored(ctx).marks()
+		if err != nil {
+			return err
+		}
+		for s, m := range all {
 			reply.Nodes = append(reply.Nodes, &api.NodeState{Node: s.node, Epoch: s.epoch, Class: s.class, Seq: m.seq, Lost: m.lost, Seals: m.number,
 				Received: timestamppb.New(m.received), Connected: q.connected(s.node, s.epoch), ChainBreaks: m.breaks})
 		}
@@ -69,8 +77,15 @@ func (q *query) Evidence(r *api.EvidenceRequest, stream api.Audit_EvidenceServer
 	}
 	return q.guard(stream.Context(), func(ctx context.Context) error {
 		out := bufio.NewWriterSize(chunks{stream}, chunkBytes)
-		h := q.write.head()
-		b := &bundle{ctx: ctx, q: q, head: h, hashes: q.write.hashes(ctx), out: json.NewEncoder(out), told: map[nodeEpoch]bool{}}
+		h, err := q.engine.stored(ctx).head()
+		if err != nil {
+			return err
+		}
+		days, err := q.engine.days(ctx)
+		if err != nil {
+			return err
+		}
+		b := &bundle{ctx: ctx, engine: q.engine, days: days, head: h, hashes: newHashReader(ctx, q.engine), out: json.NewEncoder(out), told: map[nodeEpoch]bool{}}
 		if err := b.write(r); err != nil {
 			return err
 		}
@@ -110,7 +125,8 @@ func (c chunks) Write(p []byte) (int, error) {
 // bundle is one on its way out. Everything in it is proven against one head of the log.
 type bundle struct {
 	ctx    context.Context
-	q      *query
+	engine engine
+	days   []day
 	head   head
 	hashes tlog.HashReader
 	out    *json.Encoder
@@ -153,38 +169,38 @@ func (b *bundle) leaf(l proof.Line) error {
 
 // key adds a node's key, before what it is needed for.
 func (b *bundle) key(of nodeEpoch) error {
-	k, ok := b.q.write.nodeKey(of)
-	if !ok || b.told[of] {
+	if b.told[of] {
 		return nil
+	}
+	k, ok, err := b.engine.stored(b.ctx).nodeKey(of)
+	if err != nil || !ok {
+		return err
 	}
 	b.told[of] = true
 	return b.leaf(proof.Line{Kind: proof.LineKey, Index: k.leaf, Leaf: proof.KeyLeaf(of.node, of.epoch, k.vkey)})
 }
 
 // filter says which rows of a day are asked for, after a leaf.
-func (b *bundle) filter(r *api.EvidenceRequest, after int64) (condition string, args []any) {
-	condition, args = "leaf > ? AND leaf < ?", []any{after, b.head.size}
-	add := func(c string, arg any) { condition, args = condition+" AND "+c, append(args, arg) }
-	if r.GetNode() != "" {
-		add("node = ?", r.GetNode())
-	}
-	if r.GetGrant() != "" {
-		add("grant_id = ?", r.GetGrant())
-	}
+func (b *bundle) filter(r *api.EvidenceRequest, after int64) filter {
+	var f filter
+	f.add("leaf > ?", after)
+	f.add("leaf < ?", b.head.size)
+	f.equals("node", r.GetNode())
+	f.equals("grant_id", r.GetGrant())
 	if r.GetSince() != nil {
-		add("received >= ?", r.GetSince().AsTime().UnixNano())
+		f.add("received >= ?", r.GetSince().AsTime().UnixNano())
 	}
 	if r.GetUntil() != nil {
-		add("received < ?", r.GetUntil().AsTime().UnixNano())
+		f.add("received < ?", r.GetUntil().AsTime().UnixNano())
 	}
-	return condition, args
+	return f
 }
 
 // read is for a day that has to be there: evidence that leaves out a day without a word is none.
-func (b *bundle) read(f *dayFile, do func(*sql.DB) error) error {
-	ok, err := f.read(do)
+func (b *bundle) read(d day, do func(tables) error) error {
+	ok, err := d.read(do)
 	if err == nil && !ok {
-		err = status.Errorf(codes.Aborted, "day %s is removed just now: ask again", f.day)
+		err = status.Errorf(codes.Aborted, "day %s is removed just now: ask again", d.name())
 	}
 	return err
 }
@@ -199,8 +215,8 @@ type event struct {
 // receipt adds the events of a grant. A leaf is made of the record that is kept, so that a changed one is found.
 func (b *bundle) receipt(r *api.EvidenceRequest) error {
 	before := b.lines
-	for _, f := range b.q.days.all() {
-		events, err := b.events(f, r)
+	for _, d := range b.days {
+		events, err := b.events(d, r)
 		if err != nil {
 			return err
 		}
@@ -216,10 +232,11 @@ func (b *bundle) receipt(r *api.EvidenceRequest) error {
 	return nil
 }
 
-func (b *bundle) events(f *dayFile, r *api.EvidenceRequest) (events []event, err error) {
-	condition, args := b.filter(r, -1)
-	err = b.read(f, func(db *sql.DB) error {
-		rows, err := db.QueryContext(b.ctx, `SELECT node, epoch, class, leaf, seq, data FROM grant_events WHERE `+condition+` ORDER BY leaf`, args...)
+func (b *bundle) events(d day, r *api.EvidenceRequest) (events []event, err error) {
+	f := b.filter(r, -1)
+	err = b.read(d, func(db tables) error {
+		q := fmt.Sprintf(`SELECT node, epoch, class, leaf, seq, data FROM grant_events%s WHERE %s ORDER BY leaf`, db.suffix, f.condition())
+		rows, err := db.QueryContext(b.ctx, q, f.args...)
 		if err != nil {
 			return err
 		}
@@ -251,14 +268,14 @@ func (s *storedBatch) fields() []any {
 
 // records adds all batches of a time.
 func (b *bundle) records(r *api.EvidenceRequest) error {
-	for _, f := range b.q.days.all() {
+	for _, d := range b.days {
 		for after, more := int64(-1), true; more; {
-			page, err := b.page(f, r, after)
+			page, err := b.page(d, r, after)
 			if err != nil {
 				return err
 			}
 			for _, s := range page {
-				if err := b.batch(f, s); err != nil {
+				if err := b.batch(d, s); err != nil {
 					return err
 				}
 				after = s.leaf
@@ -269,10 +286,11 @@ func (b *bundle) records(r *api.EvidenceRequest) error {
 	return nil
 }
 
-func (b *bundle) page(f *dayFile, r *api.EvidenceRequest, after int64) (page []storedBatch, err error) {
-	condition, args := b.filter(r, after)
-	err = b.read(f, func(db *sql.DB) error {
-		rows, err := db.QueryContext(b.ctx, `SELECT `+batchColumns+` FROM batches WHERE `+condition+` ORDER BY leaf LIMIT ?`, append(args, pageBatches)...)
+func (b *bundle) page(d day, r *api.EvidenceRequest, after int64) (page []storedBatch, err error) {
+	f := b.filter(r, after)
+	err = b.read(d, func(db tables) error {
+		q := fmt.Sprintf(`SELECT %s FROM batches%s WHERE %s ORDER BY leaf LIMIT %d`, batchColumns, db.suffix, f.condition(), pageBatches)
+		rows, err := db.QueryContext(b.ctx, q, f.args...)
 		if err != nil {
 			return err
 		}
@@ -289,8 +307,8 @@ func (b *bundle) page(f *dayFile, r *api.EvidenceRequest, after int64) (page []s
 	return page, err
 }
 
-func (b *bundle) batch(f *dayFile, s storedBatch) error {
-	signed, entries, err := b.contents(f, s)
+func (b *bundle) batch(d day, s storedBatch) error {
+	signed, entries, err := b.contents(d, s)
 	if err != nil {
 		return err
 	}
@@ -302,17 +320,17 @@ func (b *bundle) batch(f *dayFile, s storedBatch) error {
 
 // record adds one entry with its place in its batch: the record itself, or the loss that counts its number.
 func (b *bundle) record(of sequence, seq uint64) error {
-	f, s, err := b.find(of, seq)
+	d, s, err := b.find(of, seq)
 	if err != nil {
 		return err
 	}
-	signed, entries, err := b.contents(f, s)
+	signed, entries, err := b.contents(d, s)
 	if err != nil {
 		return err
 	}
 	at := slices.IndexFunc(entries, func(e proof.Entry) bool { return e.Seq >= seq })
 	if at < 0 {
-		return status.Errorf(codes.DataLoss, "day %s has batch %d to %d without its number %d", f.day, s.first, s.last, seq)
+		return status.Errorf(codes.DataLoss, "day %s has batch %d to %d without its number %d", d.name(), s.first, s.last, seq)
 	}
 	path, err := proof.Path(entries, at)
 	if err != nil {
@@ -325,16 +343,15 @@ func (b *bundle) record(of sequence, seq uint64) error {
 }
 
 // find looks for the batch that a number is in, in the newest days first.
-func (b *bundle) find(of sequence, seq uint64) (*dayFile, storedBatch, error) {
-	files := b.q.days.all()
-	for _, f := range slices.Backward(files) {
+func (b *bundle) find(of sequence, seq uint64) (day, storedBatch, error) {
+	for _, d := range slices.Backward(b.days) {
 		var s storedBatch
-		err := b.read(f, func(db *sql.DB) error {
-			return db.QueryRowContext(b.ctx, `SELECT `+batchColumns+` FROM batches WHERE node = ? AND epoch = ? AND class = ? AND last >= ? AND leaf < ? ORDER BY last LIMIT 1`,
-				of.node, of.epoch, of.class, seq, b.head.size).Scan(s.fields()...)
+		err := b.read(d, func(db tables) error {
+			return db.QueryRowContext(b.ctx, fmt.Sprintf(`SELECT %s FROM batches%s WHERE node = $1 AND epoch = $2 AND class = $3 AND last >= $4 AND leaf < $5
+				ORDER BY last LIMIT 1`, batchColumns, db.suffix), of.node, of.epoch, int64(of.class), seq, b.head.size).Scan(s.fields()...)
 		})
 		if err == nil && s.first <= seq {
-			return f, s, nil
+			return d, s, nil
 		}
 		if err != nil && !errors.Is(err, sql.ErrNoRows) {
 			return nil, s, err
@@ -345,11 +362,11 @@ func (b *bundle) find(of sequence, seq uint64) (*dayFile, storedBatch, error) {
 }
 
 // contents reads a batch's seal and its entries.
-func (b *bundle) contents(f *dayFile, s storedBatch) (signed []byte, entries []proof.Entry, err error) {
-	err = b.read(f, func(db *sql.DB) error {
-		err := db.QueryRowContext(b.ctx, `SELECT data FROM leaves WHERE idx = ?`, s.leaf).Scan(&signed)
+func (b *bundle) contents(d day, s storedBatch) (signed []byte, entries []proof.Entry, err error) {
+	err = b.read(d, func(db tables) error {
+		err := db.QueryRowContext(b.ctx, fmt.Sprintf(`SELECT data FROM leaves%s WHERE idx = $1`, db.suffix), s.leaf).Scan(&signed)
 		if errors.Is(err, sql.ErrNoRows) {
-			return status.Errorf(codes.DataLoss, "day %s has leaf %d of the log no more", f.day, s.leaf)
+			return status.Errorf(codes.DataLoss, "day %s has leaf %d of the log no more", d.name(), s.leaf)
 		}
 		if err != nil {
 			return err
@@ -361,14 +378,12 @@ func (b *bundle) contents(f *dayFile, s storedBatch) (signed []byte, entries []p
 }
 
 // readEntries reads what is stored of a batch, whatever kind of record it is.
-func readEntries(ctx context.Context, db *sql.DB, s storedBatch) (entries []proof.Entry, err error) {
+func readEntries(ctx context.Context, db tables, s storedBatch) (entries []proof.Entry, err error) {
 	var parts []string
-	var args []any
-	for _, table := range []string{"flows", "grant_events", "losses", "tides"} {
-		parts = append(parts, `SELECT seq, data FROM `+table+` WHERE node = ? AND epoch = ? AND class = ? AND seq BETWEEN ? AND ?`)
-		args = append(args, s.node, s.epoch, s.class, s.first, s.last)
+	for _, table := range recordTables {
+		parts = append(parts, fmt.Sprintf(`SELECT seq, data FROM %s%s WHERE node = $1 AND epoch = $2 AND class = $3 AND seq BETWEEN $4 AND $5`, table, db.suffix))
 	}
-	rows, err := db.QueryContext(ctx, strings.Join(parts, ` UNION ALL `)+` ORDER BY seq`, args...)
+	rows, err := db.QueryContext(ctx, strings.Join(parts, ` UNION ALL `)+` ORDER BY seq`, s.node, s.epoch, int64(s.class), s.first, s.last)
 	if err != nil {
 		return nil, err
 	}

@@ -43,6 +43,17 @@ var domain = spiffeid.RequireTrustDomainFromString("example.org")
 type ids struct {
 	t    *testing.T
 	auth *devauthority.Authority
+	at   string // a database; empty: files
+}
+
+// onEngines runs a test with files and with a database of its own.
+func onEngines(t *testing.T, test func(*testing.T, ids)) {
+	t.Run("sqlite", func(t *testing.T) { test(t, newIDs(t)) })
+	t.Run("postgres", func(t *testing.T) {
+		i := newIDs(t)
+		i.at = newDatabase(t)
+		test(t, i)
+	})
 }
 
 type identity struct {
@@ -52,7 +63,7 @@ type identity struct {
 
 func newIDs(t *testing.T) ids {
 	t.Helper()
-	return ids{t, must(devauthority.New(domain, devauthority.Options{}))(t)}
+	return ids{t: t, auth: must(devauthority.New(domain, devauthority.Options{}))(t)}
 }
 
 func (i ids) of(path string) identity {
@@ -113,6 +124,7 @@ func start(t *testing.T, ids ids, change func(*Config)) *running {
 	t.Helper()
 	cfg := Config{Dir: filepath.Join(t.TempDir(), "days"), TrustDomain: domain, Source: ids.of("/sallyport/collector"), Listen: "127.0.0.1:0",
 		Readers: []string{"spiffe://example.org/ops/*", "spiffe://example.org/auditor"}, Logger: slog.New(slog.DiscardHandler)}
+	cfg.Postgres = ids.at
 	if change != nil {
 		change(&cfg)
 	}
@@ -128,6 +140,36 @@ func start(t *testing.T, ids ids, change func(*Config)) *running {
 	})}
 	t.Cleanup(r.stop)
 	return r
+}
+
+// files are those of a collector with SQLite.
+func (r *running) files() *days { return r.engine.(*sqliteEngine).files }
+
+func (r *running) eachDay(t *testing.T, do func(tables) error) {
+	t.Helper()
+	for _, d := range must(r.engine.days(t.Context()))(t) {
+		if ok, err := d.read(do); err != nil || !ok {
+			t.Fatalf("day %s: %v, %v", d.name(), ok, err)
+		}
+	}
+}
+
+func (r *running) dayNames(t *testing.T) (names []string) {
+	t.Helper()
+	for _, d := range must(r.engine.days(t.Context()))(t) {
+		names = append(names, d.name())
+	}
+	return names
+}
+
+func (r *running) head(t *testing.T) head {
+	t.Helper()
+	return must(r.engine.stored(t.Context()).head())(t)
+}
+
+func (r *running) mark(t *testing.T, s sequence) mark {
+	t.Helper()
+	return must(r.engine.stored(t.Context()).mark(s))(t)
 }
 
 func (r *running) dial(t *testing.T, as identity) *grpc.ClientConn {

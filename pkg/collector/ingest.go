@@ -49,6 +49,7 @@ type session struct {
 	vkey  string        // of the node's seals
 	key   note.Verifier // of vkey
 	over  chan struct{} // closed when another took over
+	turn  int64         // among the node's streams
 	told  int64         // leaves of the log that the node knows of; owned by Stream
 
 	gone chan struct{} // closed when the stream has ended
@@ -181,14 +182,19 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 	case <-g.stopping.Done():
 		return nil, status.Error(codes.Unavailable, errStopping.Error())
 	}
-	s, err := g.open(frame.GetHello(), node)
+	s, err := g.open(stream.Context(), frame.GetHello(), node)
 	if err != nil {
 		g.log.WarnContext(stream.Context(), "hello refused", "node", node, "err", err)
 		return nil, err
 	}
-	g.enter(s)
+	if err := g.enter(stream.Context(), s); err != nil {
+		return nil, err
+	}
 	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId())
-	err = stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())}})
+	w, err := g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())
+	if err == nil {
+		err = stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: w}})
+	}
 	if err != nil {
 		g.leave(s)
 		return nil, err
@@ -197,7 +203,7 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 }
 
 // open makes the session that a Hello asks for.
-func (g *ingest) open(h *api.Hello, node string) (*session, error) {
+func (g *ingest) open(ctx context.Context, h *api.Hello, node string) (*session, error) {
 	oldest := h.GetOldest()
 	if oldest == 0 {
 		oldest = h.GetVersion()
@@ -218,43 +224,66 @@ func (g *ingest) open(h *api.Hello, node string) (*session, error) {
 	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) {
 		return nil, status.Errorf(codes.InvalidArgument, "node key %q is none of node %q in epoch %s", s.vkey, node, s.epoch)
 	}
-	if k, known := g.write.nodeKey(nodeEpoch{node, s.epoch}); known && k.vkey != s.vkey {
+	switch k, known, err := g.write.engine.stored(ctx).nodeKey(nodeEpoch{node, s.epoch}); {
+	case err != nil:
+		return nil, g.unread(err)
+	case known && k.vkey != s.vkey:
 		return nil, status.Error(codes.FailedPrecondition, errOtherKey(node, s.epoch).Error())
 	}
 	return s, nil
 }
 
-func (g *ingest) welcome(ctx context.Context, s *session, checkpoint []byte) *api.Welcome {
-	critical := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_CRITICAL})
-	flow := g.write.mark(sequence{s.node, s.epoch, api.Class_CLASS_FLOW})
+// unread is what a node is told when its state cannot be read now.
+func (g *ingest) unread(err error) error {
+	g.log.Error("state cannot be read", "err", err)
+	return status.Error(codes.Unavailable, "state cannot be read") // the node need not know our disk
+}
+
+func (g *ingest) welcome(ctx context.Context, s *session, checkpoint []byte) (*api.Welcome, error) {
+	stored := g.write.engine.stored(ctx)
+	critical, err := stored.mark(sequence{s.node, s.epoch, api.Class_CLASS_CRITICAL})
+	if err != nil {
+		return nil, g.unread(err)
+	}
+	flow, err := stored.mark(sequence{s.node, s.epoch, api.Class_CLASS_FLOW})
+	if err != nil {
+		return nil, g.unread(err)
+	}
 	w := &api.Welcome{Version: wireVersion, CriticalSeq: critical.seq, FlowSeq: flow.seq, CriticalSeal: critical.seal, FlowSeal: flow.seal,
 		LogKey: g.write.key.vkey}
 	if c, err := proof.OpenCheckpoint(checkpoint, g.write.key); err == nil {
 		s.told = c.Size
 	}
-	w.Grown = g.grown(ctx, s)
-	return w
+	h, err := stored.head()
+	if err != nil {
+		return nil, g.unread(err)
+	}
+	w.Grown = g.grown(ctx, s, h)
+	return w, nil
 }
 
 // grown is the log's checkpoint for a node. What cannot be proven now, because this log is shorter or has lost hashes, goes without
 // proof, and the node judges: its records come all the same.
-func (g *ingest) grown(ctx context.Context, s *session) *api.Grown {
-	h := g.write.head()
-	grown, err := g.write.grown(ctx, h, s.told)
+func (g *ingest) grown(ctx context.Context, s *session, h head) *api.Grown {
+	out, err := grown(ctx, g.write.engine, h, s.told)
 	if err != nil {
 		g.log.ErrorContext(ctx, "growth of the log cannot be proven", "node", s.node, "from", s.told, "err", err)
-		grown = &api.Grown{Checkpoint: h.checkpoint}
+		out = &api.Grown{Checkpoint: h.checkpoint}
 	}
 	s.told = h.size
-	return grown
+	return out
 }
 
 // tell sends a checkpoint if the log grew since the last one.
 func (g *ingest) tell(stream api.AuditIngest_StreamServer, s *session) error {
-	if g.write.head().size == s.told {
+	h, err := g.write.engine.stored(stream.Context()).head()
+	if err != nil {
+		return g.unread(err)
+	}
+	if h.size == s.told {
 		return nil
 	}
-	return stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Grown{Grown: g.grown(stream.Context(), s)}})
+	return stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Grown{Grown: g.grown(stream.Context(), s, h)}})
 }
 
 // connected tells whether a node has a stream in this epoch.
@@ -267,7 +296,7 @@ func (g *ingest) connected(node, epoch string) bool {
 
 // enter ends the node's other stream and waits until it stores nothing any more: only then does the
 // Welcome say where the sequence goes on.
-func (g *ingest) enter(s *session) {
+func (g *ingest) enter(ctx context.Context, s *session) (err error) {
 	g.mu.Lock()
 	old := g.active[s.node]
 	g.active[s.node] = s
@@ -278,6 +307,11 @@ func (g *ingest) enter(s *session) {
 		old.ended = true
 		old.mu.Unlock()
 	}
+	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
+		g.leave(s)
+		return g.unread(err)
+	}
+	return nil
 }
 
 func (g *ingest) leave(s *session) {
@@ -309,18 +343,17 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
-	before := g.write.mark(read.sequence)
-	m, err := g.write.put(read)
+	r, err := g.write.put(read)
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}
-	g.meters.stored(b.GetClass(), read.entries, before.seq, m.seq)
-	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: m.seq, Number: m.number}, nil
+	g.meters.stored(b.GetClass(), read.entries, r.before, r.mark.seq)
+	return &api.Ack{Class: b.GetClass(), Epoch: s.epoch, Seq: r.mark.seq, Number: r.mark.number}, nil
 }
 
 // read decodes a batch, and holds a sealed one against its seal.
 func (s *session) read(b *api.Batch) (batch, error) {
-	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, signed: b.GetSeal()}
+	out := batch{sequence: sequence{s.node, s.epoch, b.GetClass()}, vkey: s.vkey, turn: s.turn, signed: b.GetSeal()}
 	if err := out.decode(b.GetRaw()); err != nil {
 		return batch{}, err
 	}
@@ -336,6 +369,8 @@ func (g *ingest) refuse(s *session, err error) error {
 	case errors.Is(err, errEntry):
 		g.log.Error("malformed entry", "node", s.node, "epoch", s.epoch, "err", err)
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, errTakenOver):
+		return status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	case errors.Is(err, errStopping):
 		return status.Error(codes.Unavailable, err.Error())
 	}

@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -86,7 +87,7 @@ func TestWhoMay(t *testing.T) {
 		})
 	}
 	t.Run("other authority", func(t *testing.T) {
-		stranger := ids{t, must(devauthority.New(domain, devauthority.Options{}))(t)}.of(agentPath + "node-1")
+		stranger := ids{t: t, auth: must(devauthority.New(domain, devauthority.Options{}))(t)}.of(agentPath + "node-1")
 		stranger.Bundle = r.ids.auth.Bundle()
 		if got := tryWrite(t, api.NewAuditIngestClient(r.dial(t, stranger))); got != codes.Unavailable {
 			t.Errorf("write: %s", got)
@@ -105,8 +106,10 @@ func tryWrite(t *testing.T, c api.AuditIngestClient) codes.Code {
 }
 
 // A new stream takes over from the node's other one and goes on where that was. Nodes and epochs are apart.
-func TestSequences(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestSequences(t *testing.T) { onEngines(t, testSequences) }
+
+func testSequences(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, w := r.connect(t, "node-1", epoch1)
 	if w.GetCriticalSeq() != 0 || w.GetFlowSeq() != 0 {
 		t.Fatalf("welcome to a new node: %v", w)
@@ -141,8 +144,10 @@ func TestSequences(t *testing.T) {
 }
 
 // What is no batch is refused, under whatever seal.
-func TestBatchRefused(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestBatchRefused(t *testing.T) { onEngines(t, testBatchRefused) }
+
+func testBatchRefused(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
 	wrongClass := func(n *node) { n.batch(api.Class_CLASS_UNSPECIFIED, flowEntry(4, nil)) }
@@ -182,8 +187,10 @@ func TestBatchRefused(t *testing.T) {
 }
 
 // Many nodes at once share commits and keep apart.
-func TestManyNodes(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestManyNodes(t *testing.T) { onEngines(t, testManyNodes) }
+
+func testManyNodes(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	const nodes, batches, size = 8, 20, 25
 	var wg sync.WaitGroup
 	for i := range nodes {
@@ -205,10 +212,11 @@ func TestManyNodes(t *testing.T) {
 }
 
 // The next collector goes on where this one ended, in the same file or on another day.
-func TestRestart(t *testing.T) {
+func TestRestart(t *testing.T) { onEngines(t, testRestart) }
+
+func testRestart(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 23, 59, 0, 0, time.UTC)}
 	dir := filepath.Join(t.TempDir(), "days")
-	i := newIDs(t)
 	run := func() *running { return start(t, i, func(c *Config) { c.Dir, c.Now = dir, at.now }) }
 	next := uint64(1)
 	for _, step := range []time.Duration{0, 0, 2 * time.Minute, 24 * time.Hour, -48 * time.Hour, 0} {
@@ -232,10 +240,10 @@ func TestRestart(t *testing.T) {
 	if len(all) != int(next-1) {
 		t.Errorf("%d records, want %d", len(all), next-1)
 	}
-	files := must(filepath.Glob(filepath.Join(dir, "*.db")))(t)
-	if len(files) != 3 { // the clock that went back made none
-		t.Errorf("files are %v", files)
+	if days := r.dayNames(t); len(days) != 3 { // the clock that went back made none
+		t.Errorf("days are %v", days)
 	}
+	files := must(filepath.Glob(filepath.Join(dir, "*.db")))(t)
 	for _, f := range append(files, dir) {
 		if mode := must(os.Stat(f))(t).Mode().Perm() & 0o077; mode != 0 {
 			t.Errorf("%s can be used by others (%#o)", f, mode)
@@ -274,8 +282,10 @@ func TestOneCollectorPerDirectory(t *testing.T) {
 }
 
 // What is read is what was sent.
-func TestRecordsKeepTheirContent(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestRecordsKeepTheirContent(t *testing.T) { onEngines(t, testRecordsKeepTheirContent) }
+
+func testRecordsKeepTheirContent(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	flow := flowEntry(1, func(f *api.FlowRecord) {
 		f.Client, f.Identity, f.Detail = "[::ffff:10.1.0.2]:4000", "spiffe://example.org/app/web", "ok"
@@ -305,7 +315,7 @@ func TestDiskFull(t *testing.T) {
 	n.store(flows, flowEntries(1, 3)...)
 	limit := func(pages int) {
 		t.Helper()
-		must(r.days.all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
+		must(r.files().all()[0].writer.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))(t)
 	}
 	limit(40)
 	n.batch(flows, flowEntries(4, 2000)...)
@@ -323,18 +333,21 @@ func TestDiskFull(t *testing.T) {
 
 // After a take-over the old stream stores nothing, even a batch that had already arrived: the Welcome
 // was an answer for good.
-func TestTakenOver(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestTakenOver(t *testing.T) { onEngines(t, testTakenOver) }
+
+func testTakenOver(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	signer, vkey := nodeSigner(t, "node-1", epoch1)
 	session := func() *session {
-		return must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)
+		return must(g.open(t.Context(), &api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, "node-1"))(t)
 	}
 	sealed := must((&chain{}).seal(sequence{"node-1", epoch1, flows}, flowEntries(1, 3), signer, nil))(t)
 	batch := &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: sealed}}
 	first, second := session(), session()
-	g.enter(first)
-	g.enter(second)
+	if err := errors.Join(g.enter(t.Context(), first), g.enter(t.Context(), second)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := g.take(first, batch); status.Code(err) != codes.Aborted {
 		t.Errorf("batch of the old stream: %v", err)
 	}
@@ -348,9 +361,10 @@ func TestCommitUnknown(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
-	r.write.mu.Lock()
-	clear(r.write.state.marks) // as if the answer to that commit had been an error
-	r.write.mu.Unlock()
+	e := r.engine.(*sqliteEngine)
+	e.mu.Lock()
+	clear(e.state.marks) // as if the answer to that commit had been an error
+	e.mu.Unlock()
 	n.chains[flows] = &chain{}
 	n.batch(flows, flowEntries(1, 3)...)
 	n.refused(codes.Unavailable)
@@ -368,7 +382,7 @@ func TestSynchronous(t *testing.T) {
 	n.store(flows, flowEntries(1, 1)...)
 	for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal"} {
 		var got string
-		if err := r.days.all()[0].writer.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
+		if err := r.files().all()[0].writer.QueryRow("PRAGMA " + pragma).Scan(&got); err != nil || got != want {
 			t.Errorf("%s is %s, %v; want %s", pragma, got, err, want)
 		}
 	}

@@ -22,21 +22,21 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
-const killEnv = "SALLYPORT_COLLECTOR_TEST_KILL"
+const (
+	killEnv   = "SALLYPORT_COLLECTOR_TEST_KILL"
+	killAtEnv = "SALLYPORT_COLLECTOR_TEST_KILL_AT" // a database
+)
 
 // killNodes write at once, each its two classes in turn.
 const killNodes = 4
 
 // work stores sealed batches until it is killed, and says on stdout what was acknowledged.
-func work(dir string) error {
-	d, err := openDays(dir, time.Now, bootTime, 0, slog.New(slog.DiscardHandler))
+func work(dir, at string) error {
+	e, key, err := openEngine(Config{Dir: dir, Postgres: at, TrustDomain: domain, Now: time.Now, Boot: bootTime, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return err
 	}
-	w, err := newWriter(d, domain)
-	if err != nil {
-		return err
-	}
+	w := newWriter(e, key)
 	go w.run()
 	failed := make(chan error)
 	for i := range killNodes {
@@ -58,11 +58,17 @@ func workNode(w *writer, name string) error {
 	}
 	for i := 0; ; i++ {
 		of := sequence{name, epoch1, flows}
-		m := w.mark(of)
+		stored := w.engine.stored(context.Background())
+		m, err := stored.mark(of)
+		if err != nil {
+			return err
+		}
 		entries := flowEntries(m.seq+1, m.seq+1+rand.Uint64N(20))
 		if i%2 == 0 {
 			of.class = critical
-			m = w.mark(of)
+			if m, err = stored.mark(of); err != nil {
+				return err
+			}
 			entries = []*api.Entry{grantEntry(m.seq+1, "g", "ACTIVATED"), lossEntry(m.seq+4, 3)}
 		}
 		c := chain{m.number, m.seal}
@@ -74,44 +80,53 @@ func workNode(w *writer, name string) error {
 		if err != nil {
 			return err
 		}
-		if m, err = w.put(b); err != nil {
+		r, err := w.put(b)
+		if err != nil {
+			return err
+		}
+		h, err := stored.head()
+		if err != nil {
 			return err
 		}
 		stdout.Lock()
-		fmt.Println(name, int(of.class), m.seq, m.number, w.head().size)
+		fmt.Println(name, int(of.class), r.mark.seq, r.mark.number, h.size)
 		stdout.Unlock()
 	}
 }
 
 // A kill at any moment leaves what was acknowledged, and of everything either all or nothing: records, their seals, the log's leaves
 // and hashes, and the checkpoint.
-func TestKilled(t *testing.T) {
+func TestKilled(t *testing.T) { onEngines(t, testKilled) }
+
+func testKilled(t *testing.T, i ids) {
 	rounds, _ := strconv.Atoi(os.Getenv("SALLYPORT_KILLS"))
 	if rounds == 0 {
 		rounds = 2
 	}
-	i := newIDs(t)
 	var dir string
 	var older proof.Checkpoint
 	for round := range rounds {
 		if round%20 == 0 { // all of it is proven in each round
 			dir, older = filepath.Join(t.TempDir(), "days"), proof.Checkpoint{}
+			if i.at != "" {
+				i.at = newDatabase(t)
+			}
 		}
-		acked := killChild(t, dir)
+		acked := killChild(t, dir, i.at)
 		r := start(t, i, func(c *Config) { c.Dir = dir })
 		key := r.logKeyOf(t)
 		for s, m := range acked {
-			if got := r.write.mark(s); got.seq < m.seq || got.number < m.number {
+			if got := r.mark(t, s); got.seq < m.seq || got.number < m.number {
 				t.Errorf("%v is stored up to %d, seal %d; acknowledged was %d, seal %d", s, got.seq, got.number, m.seq, m.number)
 			}
 		}
 		older = grownTo(t, key, older, r.treeHead(t, older.Size).GetGrown())
 		got, err := proven(r.evidence(t, &api.EvidenceRequest{}), key)
-		if err != nil || len(got) != countRecords(t, dir) {
-			t.Fatalf("%d entries are proven, %d are there: %v", len(got), countRecords(t, dir), err)
+		if err != nil || len(got) != r.countRecords(t) {
+			t.Fatalf("%d entries are proven, %d are there: %v", len(got), r.countRecords(t), err)
 		}
+		r.everyLeaf(t, key)
 		r.stop()
-		everyLeaf(t, dir, key)
 	}
 	if older.Size == 0 {
 		t.Error("the log is empty")
@@ -119,12 +134,12 @@ func TestKilled(t *testing.T) {
 }
 
 // killChild lets a process of its own write for a while, and returns what it acknowledged before it was killed.
-func killChild(t *testing.T, dir string) map[sequence]mark {
+func killChild(t *testing.T, dir, at string) map[sequence]mark {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel() // kills
 	cmd := exec.CommandContext(ctx, must(os.Executable())(t))
-	cmd.Env = append(os.Environ(), killEnv+"="+dir)
+	cmd.Env = append(os.Environ(), killEnv+"="+dir, killAtEnv+"="+at)
 	cmd.Stderr = os.Stderr
 	out := must(cmd.StdoutPipe())(t)
 	if err := cmd.Start(); err != nil {
@@ -152,17 +167,18 @@ func killChild(t *testing.T, dir string) map[sequence]mark {
 	return acked
 }
 
-func countRecords(t *testing.T, dir string) (n int) {
+func (r *running) countRecords(t *testing.T) (n int) {
 	t.Helper()
-	for _, path := range must(filepath.Glob(filepath.Join(dir, "2*"+daySuffix)))(t) {
-		db := must(sql.Open("sqlite", path))(t)
-		var here int
-		err := db.QueryRow(`SELECT (SELECT count(*) FROM flows) + (SELECT count(*) FROM grant_events) + (SELECT count(*) FROM losses)`).Scan(&here)
-		if err := errors.Join(err, db.Close()); err != nil {
-			t.Fatal(err)
+	r.eachDay(t, func(db tables) error {
+		for _, table := range recordTables {
+			var here int
+			if err := db.QueryRow(`SELECT count(*) FROM ` + table + db.suffix).Scan(&here); err != nil {
+				return err
+			}
+			n += here
 		}
-		n += here
-	}
+		return nil
+	})
 	return n
 }
 

@@ -63,16 +63,17 @@ func newNodes(limits Limits, boot func() time.Duration, log *slog.Logger) *nodes
 	return &nodes{limits: limits, boot: boot, log: log, known: map[string]*presence{}}
 }
 
-// remember notes the nodes of a day: those that do not come back are missed.
-func (n *nodes) remember(ctx context.Context, f *dayFile) error {
-	_, err := f.read(func(db *sql.DB) error {
-		tables, err := recordTables(ctx, db)
-		if err != nil {
-			return err
-		}
-		for _, t := range tables {
+// remember notes the nodes of the newest day: those that do not come back are missed.
+func (n *nodes) remember(ctx context.Context, e engine) error {
+	days, err := e.days(ctx)
+	if err != nil || len(days) == 0 {
+		return err
+	}
+	_, err = days[len(days)-1].read(func(db tables) error {
+		for _, t := range recordTables {
+			q := fmt.Sprintf(`SELECT node FROM %s%s WHERE node > $1 ORDER BY node LIMIT 1`, t, db.suffix)
 			for node := ""; ; { // each step goes down the index once, however many records a node has
-				err := db.QueryRowContext(ctx, fmt.Sprintf(`SELECT node FROM "%s" WHERE node > ? ORDER BY node LIMIT 1`, t), node).Scan(&node)
+				err := db.QueryRowContext(ctx, q, node).Scan(&node)
 				if errors.Is(err, sql.ErrNoRows) {
 					break
 				}

@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -80,12 +79,12 @@ func (h head) check(key note.Verifier) error {
 }
 
 // grown is a checkpoint, with the proof that the log has only grown since it had from leaves; 0: no proof.
-func (w *writer) grown(ctx context.Context, h head, from int64) (*api.Grown, error) {
+func grown(ctx context.Context, e engine, h head, from int64) (*api.Grown, error) {
 	g := &api.Grown{Checkpoint: h.checkpoint}
 	if from == 0 {
 		return g, nil
 	}
-	p, err := tlog.ProveTree(h.size, from, w.hashes(ctx))
+	p, err := tlog.ProveTree(h.size, from, newHashReader(ctx, e))
 	if err != nil {
 		return nil, err
 	}
@@ -160,61 +159,4 @@ func (a archive) keep(ctx context.Context, f *dayFile) error {
 		return fmt.Errorf("keep the hashes of day %s: %w", f.day, err)
 	}
 	return nil
-}
-
-// hashCache bounds what a reader remembers.
-const hashCache = 1 << 16
-
-// hashReader reads the log's hashes for one caller, wherever they are.
-type hashReader struct {
-	ctx     context.Context
-	days    *days
-	archive archive
-	seen    map[int64]tlog.Hash
-}
-
-func (r *hashReader) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
-	out := make([]tlog.Hash, len(indexes))
-	for i, x := range indexes {
-		h, ok := r.seen[x]
-		if !ok {
-			var err error
-			if h, err = r.read(x); err != nil {
-				return nil, fmt.Errorf("read hash %d of the log: %w", x, err)
-			}
-			if len(r.seen) >= hashCache {
-				clear(r.seen)
-			}
-			r.seen[x] = h
-		}
-		out[i] = h
-	}
-	return out, nil
-}
-
-// read looks in the day in which the leaf came, then in the archive, and last in later days: they began with a few of the hashes.
-func (r *hashReader) read(at int64) (h tlog.Hash, err error) {
-	files := r.days.all()
-	slices.Reverse(files)
-	after := slices.IndexFunc(files, func(f *dayFile) bool { return tlog.StoredHashCount(f.base) <= at })
-	places := slices.Clone(files)
-	if after >= 0 {
-		places = append([]*dayFile{files[after]}, files[:after]...)
-	}
-	if _, err := os.Stat(r.archive.file.path); err == nil {
-		places = slices.Insert(places, min(1, len(places)), r.archive.file)
-	}
-	for _, f := range places {
-		ok, err := f.read(func(db *sql.DB) (err error) {
-			h, err = readHash(r.ctx, db, at)
-			return err
-		})
-		if ok && err == nil {
-			return h, nil
-		}
-		if err != nil && !errors.Is(err, sql.ErrNoRows) {
-			return h, err
-		}
-	}
-	return h, errors.New("it is gone with its day")
 }

@@ -2,7 +2,6 @@ package collector
 
 import (
 	"bytes"
-	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -160,8 +159,10 @@ func numbers(entries []proof.Entry) (out []uint64) {
 }
 
 // What a node seals is in the log, and is proven by it: all of a time, a grant's events, and one record.
-func TestEvidence(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestEvidence(t *testing.T) { onEngines(t, testEvidence) }
+
+func testEvidence(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, w := r.connect(t, "node-1", epoch1)
 	if w.GetVersion() != 2 || w.GetLogKey() == "" || len(w.GetFlowSeal()) != 0 {
 		t.Fatalf("welcome: %v", w)
@@ -218,8 +219,10 @@ func TestEvidence(t *testing.T) {
 }
 
 // A checkpoint of any size is proven to be a beginning of the latest one.
-func TestLogGrows(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestLogGrows(t *testing.T) { onEngines(t, testLogGrows) }
+
+func testLogGrows(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	key := r.logKeyOf(t)
 	n, _ := r.connect(t, "node-1", epoch1)
 	var was []proof.Checkpoint
@@ -238,13 +241,14 @@ func TestLogGrows(t *testing.T) {
 }
 
 // everyLeaf reads the whole log, and holds its checkpoint against hashes that are made anew.
-func everyLeaf(t *testing.T, dir string, key note.Verifier) (leaves [][]byte) {
+func (r *running) everyLeaf(t *testing.T, key note.Verifier) (leaves [][]byte) {
 	t.Helper()
-	days := must(filepath.Glob(filepath.Join(dir, "2*"+daySuffix)))(t)
-	var checkpoint []byte
-	for _, path := range days {
-		db := must(sql.Open("sqlite", path))(t)
-		rows := must(db.Query(`SELECT idx, data FROM leaves ORDER BY idx`))(t)
+	r.eachDay(t, func(db tables) error {
+		rows, err := db.Query(`SELECT idx, data FROM leaves` + db.suffix + ` ORDER BY idx`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
 		for rows.Next() {
 			var at int
 			var data []byte
@@ -253,11 +257,9 @@ func everyLeaf(t *testing.T, dir string, key note.Verifier) (leaves [][]byte) {
 			}
 			leaves = append(leaves, data)
 		}
-		if err := errors.Join(rows.Err(), db.QueryRow(`SELECT checkpoint FROM head`).Scan(&checkpoint), db.Close()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	c := must(proof.OpenCheckpoint(checkpoint, key))(t)
+		return rows.Err()
+	})
+	c := must(proof.OpenCheckpoint(r.head(t).checkpoint, key))(t)
 	if c.Size != int64(len(leaves)) || c.Root != rootOf(t, leaves) {
 		t.Errorf("checkpoint is of %d leaves, there are %d, or its root is another", c.Size, len(leaves))
 	}
@@ -280,10 +282,11 @@ func rootOf(t *testing.T, leaves [][]byte) tlog.Hash {
 }
 
 // The log goes on over days and restarts, and what is of a day that was removed can be proven to have been there.
-func TestLogOverDays(t *testing.T) {
+func TestLogOverDays(t *testing.T) { onEngines(t, testLogOverDays) }
+
+func testLogOverDays(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
 	dir := filepath.Join(t.TempDir(), "days")
-	i := newIDs(t)
 	run := func() *running {
 		return start(t, i, func(c *Config) { c.Dir, c.Now, c.Boot, c.Retain = dir, at.now, at.boot, 3*24*time.Hour })
 	}
@@ -318,7 +321,7 @@ func TestLogOverDays(t *testing.T) {
 		}
 	}
 	check(48, 8)
-	if leaves := everyLeaf(t, dir, key); len(leaves) != 1+8+16 {
+	if leaves := r.everyLeaf(t, key); len(leaves) != 1+8+16 {
 		t.Errorf("log has %d leaves", len(leaves))
 	}
 	for range 2 { // the first two days are over their time, and go one by one
@@ -327,7 +330,7 @@ func TestLogOverDays(t *testing.T) {
 		n.store(flows, flowEntry(w.GetFlowSeq()+1, nil))
 	}
 	for range 2 {
-		if first := r.days.all()[0].day; first != "2026-03-03" {
+		if first := r.dayNames(t)[0]; first != "2026-03-03" {
 			t.Fatalf("the first day is %s", first)
 		}
 		check(24+2, 4)

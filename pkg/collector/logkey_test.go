@@ -79,7 +79,7 @@ func TestLogKeyIsNotMadeAnew(t *testing.T) {
 	r := start(t, newIDs(t), nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 2)...)
-	day := r.days.all()[0].path
+	day := r.files().all()[0].path
 	r.stop()
 	if err := os.Remove(filepath.Join(r.cfg.Dir, keyFile)); err != nil {
 		t.Fatal(err)
@@ -187,7 +187,7 @@ func TestForeignHead(t *testing.T) {
 				n.store(flows, flowEntry(2*day+2, nil))
 				at.pass(24 * time.Hour)
 			}
-			path := r.days.all()[1].path
+			path := r.files().all()[1].path
 			r.stop()
 			db := must(sql.Open("sqlite", path))(t)
 			must(db.Exec(change))(t)

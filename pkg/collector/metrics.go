@@ -116,7 +116,7 @@ func (m *meters) stored(class api.Class, entries []*api.Entry, before, after uin
 // refuse counts a batch that was not stored; one that only came too late is none.
 func (m *meters) refuse(err error) {
 	switch {
-	case errors.Is(err, errStopping):
+	case errors.Is(err, errStopping), errors.Is(err, errTakenOver):
 	case errors.Is(err, errGap):
 		m.refused.WithLabelValues(refusedGap).Inc()
 	case errors.Is(err, errEntry):
@@ -129,14 +129,14 @@ func (m *meters) refuse(err error) {
 // Names of what is read at a scrape.
 var (
 	descNodes   = prometheus.NewDesc("sallyport_collector_nodes", "Nodes by state: connected, away, or silent for 5 minutes and more.", []string{"state"}, nil)
-	descDays    = prometheus.NewDesc("sallyport_collector_days", "Daily files in use.", nil, nil)
-	descDamaged = prometheus.NewDesc("sallyport_collector_damaged_days_total", "Daily files that this process found damaged and set aside.", nil, nil)
+	descDays    = prometheus.NewDesc("sallyport_collector_days", "Days that have records.", nil, nil)
+	descDamaged = prometheus.NewDesc("sallyport_collector_damaged_days_total", "Days that this process found damaged and set aside.", nil, nil)
 )
 
 // gauges are read from the parts when somebody scrapes.
 type gauges struct {
-	days  *days
-	nodes *nodes
+	engine engine
+	nodes  *nodes
 }
 
 // Describe implements prometheus.Collector.
@@ -151,22 +151,22 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	for state, n := range g.nodes.count() {
 		ch <- prometheus.MustNewConstMetric(descNodes, prometheus.GaugeValue, float64(n), string(state))
 	}
-	days, damaged := g.days.count()
-	ch <- prometheus.MustNewConstMetric(descDays, prometheus.GaugeValue, float64(days))
-	ch <- prometheus.MustNewConstMetric(descDamaged, prometheus.CounterValue, float64(damaged))
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeWithin)
+	defer cancel()
+	if days, err := g.engine.days(ctx); err == nil {
+		ch <- prometheus.MustNewConstMetric(descDays, prometheus.GaugeValue, float64(len(days)))
+	}
+	ch <- prometheus.MustNewConstMetric(descDamaged, prometheus.CounterValue, float64(g.engine.damaged()))
 }
 
-func (d *days) count() (files int, damaged uint64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return len(d.files), d.damaged
-}
+// scrapeWithin is how long a scrape waits for a database.
+const scrapeWithin = 5 * time.Second
 
 // serveMetrics answers scrapes until ctx ends.
 func (c *Collector) serveMetrics(ctx context.Context, l net.Listener) error {
 	registry := prometheus.NewRegistry()
 	m := c.meters
-	for _, p := range []prometheus.Collector{gauges{c.days, c.nodes}, m.acknowledged, m.lost, m.refused, m.flows, m.events, m.delayed,
+	for _, p := range []prometheus.Collector{gauges{c.engine, c.nodes}, m.acknowledged, m.lost, m.refused, m.flows, m.events, m.delayed,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
 		if err := registry.Register(p); err != nil {
 			return err

@@ -21,8 +21,10 @@ func (r *running) scrape(t *testing.T) string {
 }
 
 // What was stored, lost and refused is counted once, and no label is what a node said if the collector does not know it.
-func TestMetrics(t *testing.T) {
-	r := start(t, newIDs(t), func(c *Config) { c.Metrics = "127.0.0.1:0" })
+func TestMetrics(t *testing.T) { onEngines(t, testMetrics) }
+
+func testMetrics(t *testing.T, i ids) {
+	r := start(t, i, func(c *Config) { c.Metrics = "127.0.0.1:0" })
 	lacks := func(wanted ...string) {
 		t.Helper()
 		body := r.scrape(t)
@@ -132,8 +134,10 @@ func TestLimits(t *testing.T) {
 }
 
 // A stop does not wait for those who wait.
-func TestLimitsStop(t *testing.T) {
-	r := start(t, newIDs(t), func(c *Config) { c.Limits = Limits{RecordsPerSecond: 1} })
+func TestLimitsStop(t *testing.T) { onEngines(t, testLimitsStop) }
+
+func testLimitsStop(t *testing.T, i ids) {
+	r := start(t, i, func(c *Config) { c.Limits = Limits{RecordsPerSecond: 1} })
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.batch(flows, flowEntries(1, 1000)...)
 	r.stop()

@@ -28,8 +28,8 @@ const (
 type query struct {
 	api.UnimplementedAuditServer
 	stop      context.Context
-	days      *days
-	write     *writer // asked for its state alone
+	engine    engine
+	key       logKey
 	connected func(node, epoch string) bool
 	admit     func(context.Context) error
 	proof     time.Duration // how long a caller's identity is good for; 0: for ever
@@ -41,29 +41,40 @@ type feed[M any] struct {
 	table   string
 	columns string // after id
 	scan    func(rows *sql.Rows, id *int64) (M, error)
-	where   []string
-	args    []any
+	stamp   func(M, string) // with its cursor
 	limit   uint32
 	follow  bool
+	after   string // a cursor
+	filter
+	cursors cursors
 }
 
-func (f *feed[M]) filter(condition string, arg any) {
-	f.where, f.args = append(f.where, condition), append(f.args, arg)
+// filter is what rows have to fit.
+type filter struct {
+	where []string
+	args  []any
 }
 
-func (f *feed[M]) equals(column, value string) {
+// add takes a condition with one parameter, written as ?.
+func (f *filter) add(condition string, arg any) {
+	f.args = append(f.args, arg)
+	f.where = append(f.where, strings.Replace(condition, "?", fmt.Sprintf("$%d", len(f.args)), 1))
+}
+
+func (f *filter) equals(column, value string) {
 	if value != "" {
-		f.filter(column+" = ?", value)
+		f.add(column+" = ?", word(value))
 	}
 }
 
-func (f *feed[M]) condition() string {
+func (f *filter) condition() string {
 	return strings.Join(append([]string{"TRUE"}, f.where...), " AND ")
 }
 
 // Flows sends the newest records that fit, oldest first, and with follow those that come.
 func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
-	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow, limit: r.GetLimit(), follow: r.GetFollow()}
+	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow,
+		stamp: func(m *api.StoredFlow, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	f.equals("service", r.GetService())
 	f.equals("identity", r.GetIdentity())
@@ -72,7 +83,7 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 	f.equals("reason", strings.ToUpper(r.GetReason()))
 	f.equals("event", strings.ToUpper(r.GetEvent()))
 	if r.GetVerdict() != "" && r.GetEvent() == "" {
-		f.filter("event <> ?", flow.EventWatched.String()) // nobody decided that: it is what Enforce would say
+		f.add("event <> ?", flow.EventWatched.String()) // nobody decided that: it is what Enforce would say
 	}
 	if c := r.GetClient(); c != "" {
 		addr, err := netip.ParseAddr(c)
@@ -89,10 +100,12 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 
 // GrantEvents sends the newest grant events that fit, oldest first, and with follow those that come.
 func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
-	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent, limit: r.GetLimit(), follow: r.GetFollow()}
+	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent,
+		stamp: func(m *api.StoredGrantEvent, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	f.equals("grant_id", r.GetGrant())
-	if err := f.times(r.GetSince(), nil); err != nil {
+	f.equals("step", strings.ToUpper(r.GetStep()))
+	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
 		return err
 	}
 	return serve(q, stream.Context(), f, stream.Send)
@@ -100,36 +113,43 @@ func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServe
 
 // Losses sends the newest counted losses that fit, oldest first.
 func (q *query) Losses(r *api.LossQuery, stream api.Audit_LossesServer) error {
-	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss, limit: r.GetLimit()}
+	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss,
+		stamp: func(m *api.StoredLoss, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
+	if err := f.time("since", "received >= ?", r.GetSince()); err != nil {
+		return err
+	}
 	return serve(q, stream.Context(), f, stream.Send)
 }
 
-func (f *feed[M]) times(since, until *timestamppb.Timestamp) error {
-	for _, t := range []struct {
-		name, condition string
-		at              *timestamppb.Timestamp
-	}{{"since", "time >= ?", since}, {"until", "time < ?", until}} {
-		if t.at == nil {
-			continue
-		}
-		if err := t.at.CheckValid(); err != nil {
-			return status.Errorf(codes.InvalidArgument, "%s: %v", t.name, err)
-		}
-		f.filter(t.condition, t.at.AsTime().UnixNano())
+func (f *filter) times(since, until *timestamppb.Timestamp) error {
+	if err := f.time("since", "time >= ?", since); err != nil {
+		return err
 	}
+	return f.time("until", "time < ?", until)
+}
+
+func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
+	if at == nil {
+		return nil
+	}
+	if err := at.CheckValid(); err != nil {
+		return status.Errorf(codes.InvalidArgument, "%s: %v", name, err)
+	}
+	f.add(condition, at.AsTime().UnixNano())
 	return nil
 }
 
 // Tides sends the newest tides that fit, oldest first.
 func (q *query) Tides(r *api.TideQuery, stream api.Audit_TidesServer) error {
-	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide, limit: r.GetLimit()}
+	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide,
+		stamp: func(m *api.StoredTide, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	if r.GetGrant() != "" {
-		f.filter("instr(grants, ?) > 0", " "+r.GetGrant()+" ")
+		f.add("replace(grants, ?, '') <> grants", " "+word(r.GetGrant())+" ") // which every engine has
 	}
 	if r.GetDiffering() {
-		f.filter("differing = ?", true)
+		f.where = append(f.where, "differing")
 	}
 	return serve(q, stream.Context(), f, stream.Send)
 }
@@ -139,6 +159,7 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if f.limit == 0 {
 		f.limit = defaultLimit
 	}
+	f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
 	return q.guard(ctx, func(ctx context.Context) error { return f.run(ctx, q, send) })
 }
 
@@ -157,34 +178,33 @@ func (q *query) guard(ctx context.Context, do func(context.Context) error) error
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	var bad *damage
-	if errors.As(err, &bad) {
-		return q.damaged(ctx, bad)
-	}
-	if _, isStatus := status.FromError(err); err != nil && !isStatus {
-		return status.Errorf(codes.Internal, "read records: %v", err)
-	}
-	return err
+	return readError(err)
 }
 
-// damaged tells a reader that a day is missing from the answer. Asked again, the collector answers without that day.
-func (q *query) damaged(ctx context.Context, bad *damage) error {
-	if err := q.days.found(context.WithoutCancel(ctx), bad); err != nil {
+// readError is what a reader is told.
+func readError(err error) error {
+	var bad *damage
+	switch _, isStatus := status.FromError(err); {
+	case err == nil || isStatus:
+		return err
+	case errors.As(err, &bad), errors.Is(err, errDamaged):
 		return status.Error(codes.DataLoss, err.Error())
+	case errors.Is(err, errAway):
+		return status.Error(codes.Unavailable, err.Error())
 	}
-	return status.Errorf(codes.DataLoss, "%v; it is set aside at the collector: ask again for what the other days have", bad)
+	return status.Errorf(codes.Internal, "read records: %v", err)
 }
 
 func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
-	at, err := f.start(ctx, q.days)
+	at, err := f.start(ctx, q.engine)
 	if err != nil {
 		return err
 	}
 	sent := uint32(0)
 	for {
-		changed := q.write.changed() // before the look, so that nothing falls in between
+		changed := q.engine.changed() // before the look, so that nothing falls in between
 		for {
-			page, more, err := f.page(ctx, q.days, &at)
+			page, more, err := f.page(ctx, q.engine, &at)
 			if err != nil {
 				return err
 			}
@@ -212,98 +232,84 @@ func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
 	}
 }
 
-// position is behind the last row that was looked at. Rows are in order of receipt: by day, and by id
-// within one.
-type position struct {
-	day string
-	id  int64
-}
-
-// start finds the position before the newest rows that fit, or the end if none does. The end is
+// start is where the caller was, or the position before the newest rows that fit, or the end if none does. The end is
 // looked up first: a row that comes meanwhile lies behind it.
-func (f *feed[M]) start(ctx context.Context, d *days) (position, error) {
-	files := d.all()
-	if len(files) == 0 {
-		return position{}, nil
+func (f *feed[M]) start(ctx context.Context, e engine) (position, error) {
+	if f.after != "" {
+		at, err := f.cursors.read(f.after)
+		if err != nil {
+			err = status.Errorf(codes.InvalidArgument, "after: %v", err)
+		}
+		return at, err
 	}
-	at, err := f.end(ctx, files[len(files)-1])
-	if err != nil {
+	days, err := e.days(ctx)
+	if err != nil || len(days) == 0 {
+		return position{}, err
+	}
+	at := position{day: days[len(days)-1].name()}
+	if _, err := days[len(days)-1].read(func(db tables) error { return f.lastID(ctx, db, &at.id) }); err != nil {
 		return position{}, err
 	}
 	left := int64(f.limit)
-	q := fmt.Sprintf(`SELECT min(id), count(*) FROM (SELECT id FROM %s WHERE %s ORDER BY id DESC LIMIT ?)`, f.table, f.condition())
-	for i := len(files) - 1; i >= 0 && left > 0; i-- {
+	for i := len(days) - 1; i >= 0 && left > 0; i-- {
 		var first sql.NullInt64
 		var n int64
-		_, err := files[i].read(func(db *sql.DB) error {
-			return db.QueryRowContext(ctx, q, append(slices.Clone(f.args), left)...).Scan(&first, &n)
+		_, err := days[i].read(func(db tables) error {
+			q := fmt.Sprintf(`SELECT min(id), count(*) FROM (SELECT id FROM %s%s WHERE %s ORDER BY id DESC LIMIT %d) AS newest`, f.table, db.suffix, f.condition(), left)
+			return db.QueryRowContext(ctx, q, f.args...).Scan(&first, &n)
 		})
 		if err != nil {
 			return position{}, err
 		}
 		if left -= n; n > 0 {
-			at = position{files[i].day, first.Int64 - 1}
+			at = position{days[i].name(), first.Int64 - 1}
 		}
 	}
 	return at, nil
 }
 
-func (f *feed[M]) end(ctx context.Context, file *dayFile) (position, error) {
-	at := position{day: file.day}
-	_, err := file.read(func(db *sql.DB) error { return f.lastID(ctx, db, &at.id) })
-	return at, err
-}
-
-func (f *feed[M]) lastID(ctx context.Context, db *sql.DB, id *int64) error {
-	return db.QueryRowContext(ctx, fmt.Sprintf(`SELECT coalesce(max(id), 0) FROM %s`, f.table)).Scan(id)
+func (f *feed[M]) lastID(ctx context.Context, db tables, id *int64) error {
+	return db.QueryRowContext(ctx, fmt.Sprintf(`SELECT coalesce(max(id), 0) FROM %s%s`, f.table, db.suffix)).Scan(id)
 }
 
 // page reads the next rows behind at and moves it. more says that it is worth asking again now. The
 // rows are read whole before they are sent: a slow reader holds up no checkpoint.
-func (f *feed[M]) page(ctx context.Context, d *days, at *position) (page []M, more bool, err error) {
-	file, isLast := f.locate(d, at)
-	if file == nil {
+func (f *feed[M]) page(ctx context.Context, e engine, at *position) (page []M, more bool, err error) {
+	days, err := e.days(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	i := slices.IndexFunc(days, func(d day) bool { return d.name() >= at.day })
+	if i < 0 {
 		return nil, false, nil
 	}
-	ok, err := file.read(func(db *sql.DB) error {
+	if name := days[i].name(); name > at.day { // the position's was removed
+		*at = position{day: name}
+	}
+	ok, err := days[i].read(func(db tables) error {
 		page, more, err = f.rows(ctx, db, at)
 		return err
 	})
 	if err != nil {
 		return nil, false, err
 	}
-	if !ok || (!more && !isLast) { // this day is done
-		if next, found := d.next(at.day); found {
-			*at = position{day: next.day}
-			return page, true, nil
-		}
+	if i+1 < len(days) && (!ok || !more) { // this day is done
+		*at = position{day: days[i+1].name()}
+		return page, true, nil
 	}
 	return page, more, nil
 }
 
-// locate returns the file of the position, or the one after it if that day was removed.
-func (f *feed[M]) locate(d *days, at *position) (file *dayFile, isLast bool) {
-	files := d.all()
-	for i, c := range files {
-		if c.day < at.day {
-			continue
-		}
-		if c.day > at.day {
-			*at = position{day: c.day}
-		}
-		return c, i == len(files)-1
-	}
-	return nil, true
-}
-
-func (f *feed[M]) rows(ctx context.Context, db *sql.DB, at *position) (page []M, more bool, err error) {
+func (f *feed[M]) rows(ctx context.Context, db tables, at *position) (page []M, more bool, err error) {
 	var last int64
 	if err := f.lastID(ctx, db, &last); err != nil {
 		return nil, false, err
 	}
-	q := fmt.Sprintf(`SELECT id, %s FROM %s WHERE id > ? AND id <= ? AND %s ORDER BY id LIMIT ?`, f.columns, f.table, f.condition())
-	args := append([]any{at.id, last}, f.args...)
-	rows, err := db.QueryContext(ctx, q, append(args, pageRows)...)
+	filter := filter{slices.Clone(f.where), slices.Clone(f.args)}
+	filter.add("id > ?", at.id)
+	filter.add("id <= ?", last)
+	rows, err := db.QueryContext(ctx, fmt.Sprintf(`SELECT id, %s FROM %s%s WHERE %s ORDER BY id LIMIT %d`,
+		f.columns, f.table, db.suffix, filter.condition(), pageRows), filter.args...)
 	if err != nil {
 		return nil, false, err
 	}
@@ -314,6 +320,7 @@ func (f *feed[M]) rows(ctx context.Context, db *sql.DB, at *position) (page []M,
 		if err != nil {
 			return nil, false, err
 		}
+		f.stamp(m, f.cursors.of(position{at.day, id}))
 		page = append(page, m)
 	}
 	if err := rows.Err(); err != nil {

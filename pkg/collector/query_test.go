@@ -18,8 +18,10 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
-func TestFilters(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestFilters(t *testing.T) { onEngines(t, testFilters) }
+
+func testFilters(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows,
 		flowEntry(1, nil),
@@ -75,9 +77,11 @@ func TestFilters(t *testing.T) {
 }
 
 // More rows than a page holds, over several days, in order.
-func TestPages(t *testing.T) {
+func TestPages(t *testing.T) { onEngines(t, testPages) }
+
+func testPages(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	r := start(t, newIDs(t), func(c *Config) { c.Now = at.now })
+	r := start(t, i, func(c *Config) { c.Now = at.now })
 	n, _ := r.connect(t, "node-1", epoch1)
 	const perDay = pageRows + 100
 	for day := range uint64(3) {
@@ -96,9 +100,11 @@ func TestPages(t *testing.T) {
 }
 
 // One who follows sees each record once, in order, also when the day changes under way.
-func TestFollow(t *testing.T) {
+func TestFollow(t *testing.T) { onEngines(t, testFollow) }
+
+func testFollow(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 23, 0, 0, 0, time.UTC)}
-	r := start(t, newIDs(t), func(c *Config) { c.Now = at.now })
+	r := start(t, i, func(c *Config) { c.Now = at.now })
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 10)...)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -136,8 +142,10 @@ func TestFollow(t *testing.T) {
 }
 
 // One who follows an empty collector sees the first record.
-func TestFollowFromNothing(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestFollowFromNothing(t *testing.T) { onEngines(t, testFollowFromNothing) }
+
+func testFollowFromNothing(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	stream := must(r.reader(t).GrantEvents(t.Context(), &api.GrantQuery{Follow: true}))(t)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(critical, grantEntry(1, "g", "ACTIVATED"))
@@ -146,9 +154,11 @@ func TestFollowFromNothing(t *testing.T) {
 	}
 }
 
-func TestRetain(t *testing.T) {
+func TestRetain(t *testing.T) { onEngines(t, testRetain) }
+
+func testRetain(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot, c.Retain = at.now, at.boot, 48*time.Hour })
+	r := start(t, i, func(c *Config) { c.Now, c.Boot, c.Retain = at.now, at.boot, 48*time.Hour })
 	n, _ := r.connect(t, "node-1", epoch1)
 	for seq := uint64(1); seq <= 10; seq++ {
 		n.store(flows, flowEntry(seq, nil))
@@ -156,6 +166,9 @@ func TestRetain(t *testing.T) {
 	}
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{8, 9, 10}) {
 		t.Errorf("have %v", got)
+	}
+	if days := r.dayNames(t); !reflect.DeepEqual(days, []string{"2026-03-08", "2026-03-09", "2026-03-10"}) {
+		t.Errorf("days are %v", days)
 	}
 	if files := must(filepath.Glob(filepath.Join(r.cfg.Dir, "2026-*")))(t); len(files) > 3*3 {
 		t.Errorf("files are %v", files)
@@ -169,7 +182,7 @@ const childEnv = "SALLYPORT_COLLECTOR_TEST_SOCKET"
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(killEnv); dir != "" {
-		fmt.Fprintln(os.Stderr, work(dir))
+		fmt.Fprintln(os.Stderr, work(dir, os.Getenv(killAtEnv)))
 		os.Exit(1)
 	}
 	if path := os.Getenv(childEnv); path != "" {
@@ -177,7 +190,9 @@ func TestMain(m *testing.M) {
 		fmt.Println(n, status.Code(err))
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	stopShared()
+	os.Exit(code)
 }
 
 func readLocal(path string) (int, error) {

@@ -5,13 +5,9 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"math"
-	"net/netip"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
-	"golang.org/x/mod/sumdb/tlog"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proof"
@@ -22,7 +18,7 @@ const layout = 2
 
 // The columns beside data are what queries filter by; data is the entry as it came, in the bytes that its node sealed. Times are
 // Unix nanoseconds. Marks, keys and head are copied from day to day, and so are the hashes that the log needs to grow.
-const tables = `
+const sqliteTables = `
 CREATE TABLE marks (
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL,
 	seq INTEGER NOT NULL, lost INTEGER NOT NULL, received INTEGER NOT NULL,
@@ -162,12 +158,12 @@ func (f *dayFile) create(ctx context.Context, s state) error {
 			return err
 		}
 		defer tx.Rollback()
-		for _, q := range []string{tables, fmt.Sprintf("PRAGMA user_version = %d", layout)} {
+		for _, q := range []string{sqliteTables, fmt.Sprintf("PRAGMA user_version = %d", layout)} {
 			if _, err := tx.ExecContext(ctx, q); err != nil {
 				return err
 			}
 		}
-		if err := copyState(ctx, tx, s); err != nil {
+		if err := copyState(&transaction{ctx: ctx, Tx: tx, sink: newInserts(ctx, tx)}, s); err != nil {
 			return err
 		}
 		return tx.Commit()
@@ -179,23 +175,23 @@ func (f *dayFile) create(ctx context.Context, s state) error {
 	return nil
 }
 
-func copyState(ctx context.Context, tx *sql.Tx, s state) error {
+func copyState(tx *transaction, s state) error {
 	for seq, m := range s.marks {
-		if err := putMark(ctx, tx, seq, m); err != nil {
+		if err := tx.put(seq, m); err != nil {
 			return err
 		}
 	}
 	for of, k := range s.keys {
-		if err := putKey(ctx, tx, of, k); err != nil {
+		if err := tx.add("keys", of.node, of.epoch, k.vkey, k.leaf); err != nil {
 			return err
 		}
 	}
 	for at, h := range s.log.edge {
-		if err := putHash(ctx, tx, at, h); err != nil {
+		if err := tx.add("hashes", at, h[:]); err != nil {
 			return err
 		}
 	}
-	_, err := tx.ExecContext(ctx, `INSERT INTO head (one, base, size, checkpoint) VALUES (1, ?, ?, ?)`, s.log.size, s.log.size, s.log.checkpoint)
+	_, err := tx.ExecContext(tx.ctx, `INSERT INTO head (one, base, size, checkpoint) VALUES (1, $1, $1, $2)`, s.log.size, s.log.checkpoint)
 	return err
 }
 
@@ -240,36 +236,6 @@ func (f *dayFile) readState(ctx context.Context, db *sql.DB) (s state, err error
 	return s, err
 }
 
-func readMarks(ctx context.Context, db *sql.DB) (marks, error) {
-	rows, err := db.QueryContext(ctx, `SELECT node, epoch, class, seq, lost, received, number, seal, breaks FROM marks`)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	all := marks{}
-	for rows.Next() {
-		var s sequence
-		var m mark
-		var received int64
-		if err := rows.Scan(&s.node, &s.epoch, &s.class, &m.seq, &m.lost, &received, &m.number, &m.seal, &m.breaks); err != nil {
-			return nil, err
-		}
-		m.received = time.Unix(0, received)
-		all[s] = m
-	}
-	return all, rows.Err()
-}
-
-func putMark(ctx context.Context, tx *sql.Tx, s sequence, m mark) error {
-	seal := m.seal
-	if seal == nil {
-		seal = []byte{} // nil would be NULL
-	}
-	_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO marks (node, epoch, class, seq, lost, received, number, seal, breaks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		s.node, s.epoch, s.class, m.seq, m.lost, m.received.UnixNano(), m.number, seal, m.breaks)
-	return err
-}
-
 func readKeys(ctx context.Context, db *sql.DB) (nodeKeys, error) {
 	rows, err := db.QueryContext(ctx, `SELECT node, epoch, vkey, leaf FROM keys`)
 	if err != nil {
@@ -286,84 +252,4 @@ func readKeys(ctx context.Context, db *sql.DB) (nodeKeys, error) {
 		all[of] = k
 	}
 	return all, rows.Err()
-}
-
-func putKey(ctx context.Context, tx *sql.Tx, of nodeEpoch, k nodeKey) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO keys (node, epoch, vkey, leaf) VALUES (?, ?, ?, ?)`, of.node, of.epoch, k.vkey, k.leaf)
-	return err
-}
-
-func putHash(ctx context.Context, tx *sql.Tx, at int64, h tlog.Hash) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO hashes (idx, hash) VALUES (?, ?)`, at, h[:])
-	return err
-}
-
-func putBatch(ctx context.Context, tx *sql.Tx, s sequence, seal proof.Seal, leaf int64, received time.Time) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO batches (leaf, node, epoch, class, number, first, last, received) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
-		leaf, s.node, s.epoch, s.class, seal.Number, seal.First, seal.Last, received.UnixNano())
-	return err
-}
-
-// row is an entry on its way into its table.
-type row struct {
-	sequence
-	entry    *api.Entry
-	data     []byte
-	leaf     sql.NullInt64 // of a grant event
-	received time.Time
-}
-
-// insert writes one entry into its table.
-func insert(ctx context.Context, tx *sql.Tx, r row) error {
-	var err error
-	seq, received := r.entry.GetSeq(), r.received.UnixNano()
-	switch e := r.entry.GetRecord().(type) {
-	case *api.Entry_Flow:
-		client, clientPort := splitAddr(e.Flow.GetClient())
-		server, serverPort := splitAddr(e.Flow.GetServer())
-		_, err = tx.ExecContext(ctx, `INSERT INTO flows (node, epoch, class, seq, received, time, event, verdict, reason, service, identity, grant_id,
-			client, client_port, server, server_port, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			r.node, r.epoch, r.class, seq, received, nanos(e.Flow.GetTime(), r.received), e.Flow.GetEvent(), e.Flow.GetVerdict(), e.Flow.GetReason(),
-			e.Flow.GetService(), e.Flow.GetIdentity(), e.Flow.GetGrant(), client, clientPort, server, serverPort, r.data)
-	case *api.Entry_Grant:
-		_, err = tx.ExecContext(ctx, `INSERT INTO grant_events (node, epoch, class, seq, received, time, grant_id, step, leaf, data)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			r.node, r.epoch, r.class, seq, received, nanos(e.Grant.GetTime(), r.received), e.Grant.GetGrant(), e.Grant.GetStep(), r.leaf, r.data)
-	case *api.Entry_Loss:
-		_, err = tx.ExecContext(ctx, `INSERT INTO losses (node, epoch, class, seq, received, stage, cause, count, at_most, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			r.node, r.epoch, r.class, seq, received, e.Loss.GetStage(), e.Loss.GetCause(), e.Loss.GetCount(), e.Loss.GetAtMost(), r.data)
-	case *api.Entry_Tide:
-		grants, differing := summary(e.Tide)
-		_, err = tx.ExecContext(ctx, `INSERT INTO tides (node, epoch, class, seq, received, time, grants, differing, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			r.node, r.epoch, r.class, seq, received, nanos(e.Tide.GetTime(), r.received), grants, differing, r.data)
-	default:
-		err = fmt.Errorf("entry %d has no record", seq)
-	}
-	return err
-}
-
-// summary is what queries look for in a tide: the grants that it names, each between blanks, and whether any path differs.
-func summary(t *api.Tide) (grants string, differing bool) {
-	for _, p := range t.GetPaths() {
-		grants += " " + p.GetGrant()
-		differing = differing || p.GetCause() != ""
-	}
-	return grants + " ", differing
-}
-
-// splitAddr takes address and port apart, so that one address has one spelling. What is no address is
-// kept as it is.
-func splitAddr(s string) (addr string, port uint16) {
-	if ap, err := netip.ParseAddrPort(s); err == nil {
-		return ap.Addr().Unmap().String(), ap.Port()
-	}
-	return s, 0
-}
-
-// nanos is the time for the index. A node's clock may say anything; the record keeps what it said.
-func nanos(ts *timestamppb.Timestamp, received time.Time) int64 {
-	if ts == nil || ts.CheckValid() != nil || ts.GetSeconds() < 0 || ts.GetSeconds() > math.MaxInt64/int64(time.Second)-1 {
-		return received.UnixNano()
-	}
-	return ts.AsTime().UnixNano()
 }

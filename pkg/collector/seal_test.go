@@ -27,12 +27,14 @@ func forgotten(seq, count uint64) *api.Entry {
 }
 
 // A sealed batch that is not the next one, or not what its seal says, is refused whole: neither records nor log know of it.
-func TestSealedBatchRefused(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestSealedBatchRefused(t *testing.T) { onEngines(t, testSealedBatchRefused) }
+
+func testSealedBatchRefused(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, 3)...)
 	n.store(flows, flowEntries(4, 5)...)
-	size := r.write.head().size
+	size := r.head(t).size
 	otherKey := func(t *testing.T, n *node) note.Signer {
 		s, _ := signerOf(t, proof.NodeSigner(n.name, n.epoch), [32]byte{1})
 		return s
@@ -107,7 +109,7 @@ func TestSealedBatchRefused(t *testing.T) {
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{1, 2, 3, 4, 5}) {
 		t.Errorf("stored are %v", got)
 	}
-	if got := r.write.head().size; got != size {
+	if got := r.head(t).size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
 	}
 }
@@ -123,8 +125,10 @@ func (n *node) rawBatch(data []byte) *api.Batch {
 }
 
 // A node cannot store what would make evidence of the log worthless: two records in one are refused, and what protobuf leaves alone proofs do too.
-func TestOddEntries(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestOddEntries(t *testing.T) { onEngines(t, testOddEntries) }
+
+func testOddEntries(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	flow := must(proto.Marshal(&api.Entry{Record: flowEntry(1, nil).GetRecord()}))(t)
 	grant := must(proto.Marshal(&api.Entry{Record: grantEntry(1, "g", "ACTIVATED").GetRecord()}))(t)
 	n, _ := r.connect(t, "node-1", epoch1)
@@ -141,21 +145,25 @@ func TestOddEntries(t *testing.T) {
 }
 
 // One batch cannot keep the writer from the other nodes for long.
-func TestBatchOfTooMany(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestBatchOfTooMany(t *testing.T) { onEngines(t, testBatchOfTooMany) }
+
+func testBatchOfTooMany(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntries(1, maxEntries)...)
 	n.batch(flows, flowEntries(maxEntries+1, 2*maxEntries+1)...)
 	n.refused(codes.InvalidArgument)
-	if got := r.write.mark(sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
+	if got := r.mark(t, sequence{"node-1", epoch1, flows}).seq; got != maxEntries {
 		t.Errorf("stored is up to %d", got)
 	}
 }
 
 // A node cannot fill the days of all nodes with epochs. Those that it has go on, and the day after it may begin others.
-func TestEpochsOfADay(t *testing.T) {
+func TestEpochsOfADay(t *testing.T) { onEngines(t, testEpochsOfADay) }
+
+func testEpochsOfADay(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	r := start(t, newIDs(t), func(c *Config) { c.Now, c.Boot = at.now, at.boot })
+	r := start(t, i, func(c *Config) { c.Now, c.Boot = at.now, at.boot })
 	chains := map[string]*chain{}
 	put := func(node string, epoch int) error {
 		name := fmt.Sprintf("01HZZZZZZZZZZZZZZZZZZZ%04d", epoch)
@@ -175,11 +183,11 @@ func TestEpochsOfADay(t *testing.T) {
 			t.Fatalf("epoch %d: %v", epoch, err)
 		}
 	}
-	size := r.write.head().size
+	size := r.head(t).size
 	if err := put("node-1", maxNewEpochs); !errors.Is(err, errGap) {
 		t.Errorf("one more: %v", err)
 	}
-	if got := r.write.head().size; got != size {
+	if got := r.head(t).size; got != size {
 		t.Errorf("the log grew from %d leaves to %d", size, got)
 	}
 	for node, epoch := range map[string]int{"node-1": 0, "node-2": maxNewEpochs} {
@@ -194,9 +202,10 @@ func TestEpochsOfADay(t *testing.T) {
 }
 
 // A batch that is sent again is acknowledged again, and is there once: the last one, an older one, and after a restart.
-func TestSealedTwice(t *testing.T) {
+func TestSealedTwice(t *testing.T) { onEngines(t, testSealedTwice) }
+
+func testSealedTwice(t *testing.T, i ids) {
 	dir := t.TempDir()
-	i := newIDs(t)
 	r := start(t, i, func(c *Config) { c.Dir = dir })
 	n, _ := r.connect(t, "node-1", epoch1)
 	var sent []*api.Batch
@@ -207,7 +216,7 @@ func TestSealedTwice(t *testing.T) {
 			t.Fatalf("acknowledged is %v", a)
 		}
 	}
-	size := r.write.head().size
+	size := r.head(t).size
 	again := func(b *api.Batch) {
 		t.Helper()
 		n.sendBatch(b)
@@ -226,14 +235,16 @@ func TestSealedTwice(t *testing.T) {
 	if got := seqs(r.flows(t, &api.FlowQuery{})); !reflect.DeepEqual(got, []uint64{1, 2, 3, 4, 5, 6, 7, 8}) {
 		t.Errorf("stored are %v", got)
 	}
-	if got := r.write.head().size; got != size+1 {
+	if got := r.head(t).size; got != size+1 {
 		t.Errorf("the log has %d leaves, it had %d before the last seal", got, size)
 	}
 }
 
 // A chain that does not go on is taken where the node says that this collector forgot, and is counted.
-func TestChainBreaks(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestChainBreaks(t *testing.T) { onEngines(t, testChainBreaks) }
+
+func testChainBreaks(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.chains[flows] = &chain{6, []byte("a seal that this collector lost")}
 	n.store(flows, forgotten(40, 40), flowEntry(41, nil))
@@ -251,8 +262,10 @@ func TestChainBreaks(t *testing.T) {
 }
 
 // A node has one key in an epoch.
-func TestOneKeyPerEpoch(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestOneKeyPerEpoch(t *testing.T) { onEngines(t, testOneKeyPerEpoch) }
+
+func testOneKeyPerEpoch(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	_, vkey := nodeSigner(t, "node-1", epoch1)
 	otherSigner, otherKey := signerOf(t, proof.NodeSigner("node-1", epoch1), [32]byte{1})
 	n := &node{t: t}
@@ -282,12 +295,14 @@ func TestOneKeyPerEpoch(t *testing.T) {
 }
 
 // The key of a batch is looked at again when it is stored: two streams may have begun before there was one.
-func TestKeyIsTheStoredOne(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestKeyIsTheStoredOne(t *testing.T) { onEngines(t, testKeyIsTheStoredOne) }
+
+func testKeyIsTheStoredOne(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
 	session := func(seed byte, c *chain) (*session, *api.AgentFrame) {
 		signer, vkey := signerOf(t, proof.NodeSigner("node-1", epoch1), [32]byte{seed})
-		s := must(g.open(&api.Hello{Node: "node-1", Epoch: epoch1, Version: 2, NodeKey: vkey}, "node-1"))(t)
+		s := must(g.open(t.Context(), &api.Hello{Node: "node-1", Epoch: epoch1, Version: 2, NodeKey: vkey}, "node-1"))(t)
 		b := must(c.seal(sequence{"node-1", epoch1, critical}, []*api.Entry{grantEntry(c.number+1, "g", "ACTIVATED")}, signer, nil))(t)
 		return s, &api.AgentFrame{Frame: &api.AgentFrame_Batch{Batch: b}}
 	}
@@ -318,8 +333,10 @@ func TestNegotiation(t *testing.T) {
 }
 
 // What the collector does not know of a record is kept and proven all the same.
-func TestBytesAreKept(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestBytesAreKept(t *testing.T) { onEngines(t, testBytesAreKept) }
+
+func testBytesAreKept(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	data := must(proto.Marshal(&api.Entry{Record: grantEntry(1, "g", "ACTIVATED").GetRecord()}))(t)
 	data = append(data, 0xf2, 0x3f, 1, 'x') // field 1022, of a later version
@@ -338,8 +355,10 @@ func TestBytesAreKept(t *testing.T) {
 }
 
 // A node hears of the log when it comes, against the checkpoint that it keeps, and then while it grows.
-func TestNodesHearOfTheLog(t *testing.T) {
-	r := start(t, newIDs(t), func(c *Config) { c.growEvery = 1 })
+func TestNodesHearOfTheLog(t *testing.T) { onEngines(t, testNodesHearOfTheLog) }
+
+func testNodesHearOfTheLog(t *testing.T, i ids) {
+	r := start(t, i, func(c *Config) { c.growEvery = 1 })
 	key := r.logKeyOf(t)
 	n, w := r.connect(t, "node-1", epoch1)
 	if k, err := note.NewVerifier(w.GetLogKey()); err != nil || k.Name() != key.Name() || k.KeyHash() != key.KeyHash() {
@@ -379,8 +398,10 @@ func TestNodesHearOfTheLog(t *testing.T) {
 	}
 }
 
-func TestTides(t *testing.T) {
-	r := start(t, newIDs(t), nil)
+func TestTides(t *testing.T) { onEngines(t, testTides) }
+
+func testTides(t *testing.T, i ids) {
+	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	tide := func(seq uint64, grant, cause string) *api.Entry {
 		return &api.Entry{Seq: seq, Record: &api.Entry_Tide{Tide: &api.Tide{Time: timestamppb.Now(), Paths: []*api.PathTide{

@@ -1,7 +1,6 @@
 package collector
 
 import (
-	"context"
 	"sync"
 	"time"
 
@@ -61,10 +60,30 @@ func bootTime() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// keep does what is due without a write.
-func (w *writer) keep(ctx context.Context) {
-	if err := w.mendFound(ctx); err != nil {
-		w.days.log.ErrorContext(ctx, "damaged day stays in use", "err", err)
+// retention says which day goes, whatever days are kept in.
+type retention struct {
+	retain time.Duration // 0: for ever
+	now    func() time.Time
+	steady steadiness
+}
+
+func newRetention(cfg Config) *retention {
+	r := &retention{retain: cfg.Retain, now: cfg.Now, steady: steadiness{wall: cfg.Now, boot: cfg.Boot}}
+	r.steady.look()
+	return r
+}
+
+// due tells whether the first of days, oldest first, is to go now. A wall clock that was set forward makes every day old at once. So a day must be
+// old against the newest day too, the clock must have run steadily for a while, and days go one by one: people have time to see it.
+func (r *retention) due(days []string) bool {
+	return len(days) > 1 && r.retain > 0 && r.steady.look() && days[0] < r.oldest(days[len(days)-1]) && r.steady.spend()
+}
+
+// oldest is the first day to keep, by the wall clock and by the newest day.
+func (r *retention) oldest(newest string) string {
+	last, _ := time.Parse(dayLayout, newest) // it was made of a time, or has been parsed
+	if now := r.now().UTC(); now.Before(last) {
+		last = now
 	}
-	w.days.drop(ctx)
+	return last.Add(-r.retain).Format(dayLayout)
 }

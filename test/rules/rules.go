@@ -61,6 +61,11 @@ var rules = []rule{
 		why:     "what has to survive a crash is written by two packages that are tested for it",
 	},
 	{
+		imports: []string{"github.com/jackc/pgx/..."},
+		only:    []string{"./pkg/collector"},
+		why:     "a node needs no database server: the collector alone may have one",
+	},
+	{
 		imports: []string{"github.com/spf13/cobra", "flag"},
 		only:    []string{"./cmd/...", "./tools/...", "./test/bench"},
 		why:     "packages take a Config; only commands read flags",
