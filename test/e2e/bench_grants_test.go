@@ -176,16 +176,22 @@ func memoryVerdict(paths, before, after int) string {
 // residentKiB is what of a process is in memory.
 func residentKiB(t *testing.T, pid int) int {
 	t.Helper()
+	return memoryKiB(t, pid, "VmRSS:")
+}
+
+// memoryKiB is a line of a process's status.
+func memoryKiB(t *testing.T, pid int, name string) int {
+	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	must(t, err)
 	for line := range strings.Lines(string(text)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+		if rest, ok := strings.CutPrefix(line, name); ok {
 			n, err := strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(rest), " kB"))
 			must(t, err)
 			return n
 		}
 	}
-	t.Fatal("no VmRSS")
+	t.Fatalf("no %s", name)
 	return 0
 }
 
