@@ -58,8 +58,11 @@ CREATE TABLE flows (
 	PRIMARY KEY (id, day),
 	UNIQUE (node, epoch, class, seq, day)
 ) PARTITION BY RANGE (day);
-CREATE INDEX flows_time ON flows (time);
+CREATE INDEX flows_time ON flows (time, service);
 CREATE INDEX flows_grant ON flows (grant_id) WHERE grant_id <> '';
+CREATE INDEX flows_identity ON flows (identity, id) WHERE identity <> '';
+CREATE INDEX flows_reason ON flows (reason, id) WHERE reason <> 'IDENTITY' AND reason <> 'CLOSED';
+CREATE INDEX flows_verdict ON flows (verdict, id) WHERE verdict <> 'PROXIED';
 CREATE TABLE grant_events (
 	day DATE NOT NULL, id BIGINT NOT NULL,
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL, seq BIGINT NOT NULL,

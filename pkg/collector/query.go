@@ -42,7 +42,7 @@ type feed[M any] struct {
 	columns string // after id
 	scan    func(rows *sql.Rows, id *int64) (M, error)
 	stamp   func(M, string) // with its cursor
-	limit   uint32
+	limit   uint32          // rows that are yet to be sent; with follow it is where to begin
 	follow  bool
 	after   string // a cursor
 	filter
@@ -51,8 +51,9 @@ type feed[M any] struct {
 
 // filter is what rows have to fit.
 type filter struct {
-	where []string
-	args  []any
+	where   []string
+	args    []any
+	indexed bool // where names what an index is for
 }
 
 // add takes a condition with one parameter, written as ?.
@@ -67,20 +68,41 @@ func (f *filter) equals(column, value string) {
 	}
 }
 
+// rarely is equals, of a column with an index that leaves out its common values. The first that is asked for is the one that is used:
+// SQLite does not know which of them finds less.
+func (f *filter) rarely(column, value string) {
+	f.equals(column, value)
+	if value == "" || f.indexed || slices.Contains(common[column], value) {
+		return
+	}
+	f.indexed = true
+	for _, c := range common[column] {
+		f.where = append(f.where, fmt.Sprintf("%s <> '%s'", column, c))
+	}
+}
+
 func (f *filter) condition() string {
 	return strings.Join(append([]string{"TRUE"}, f.where...), " AND ")
 }
 
 // Flows sends the newest records that fit, oldest first, and with follow those that come.
 func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
+	f, err := flowFeed(r)
+	if err != nil {
+		return err
+	}
+	return serve(q, stream.Context(), f, stream.Send)
+}
+
+func flowFeed(r *api.FlowQuery) (feed[*api.StoredFlow], error) {
 	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow,
 		stamp: func(m *api.StoredFlow, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
 	f.equals("node", r.GetNode())
 	f.equals("service", r.GetService())
-	f.equals("identity", r.GetIdentity())
-	f.equals("grant_id", r.GetGrant())
-	f.equals("verdict", strings.ToUpper(r.GetVerdict()))
-	f.equals("reason", strings.ToUpper(r.GetReason()))
+	f.rarely("grant_id", r.GetGrant())
+	f.rarely("identity", r.GetIdentity())
+	f.rarely("reason", strings.ToUpper(r.GetReason()))
+	f.rarely("verdict", strings.ToUpper(r.GetVerdict()))
 	f.equals("event", strings.ToUpper(r.GetEvent()))
 	if r.GetVerdict() != "" && r.GetEvent() == "" {
 		f.add("event <> ?", flow.EventWatched.String()) // nobody decided that: it is what Enforce would say
@@ -88,14 +110,11 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 	if c := r.GetClient(); c != "" {
 		addr, err := netip.ParseAddr(c)
 		if err != nil {
-			return status.Errorf(codes.InvalidArgument, "client: %v", err)
+			return f, status.Errorf(codes.InvalidArgument, "client: %v", err)
 		}
 		f.equals("client", addr.Unmap().String())
 	}
-	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
-		return err
-	}
-	return serve(q, stream.Context(), f, stream.Send)
+	return f, f.times(r.GetSince(), r.GetUntil())
 }
 
 // GrantEvents sends the newest grant events that fit, oldest first, and with follow those that come.
@@ -200,25 +219,21 @@ func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
 	if err != nil {
 		return err
 	}
-	sent := uint32(0)
 	for {
 		changed := q.engine.changed() // before the look, so that nothing falls in between
-		for {
-			page, more, err := f.page(ctx, q.engine, &at)
-			if err != nil {
+		for more := f.follow || f.limit > 0; more; {
+			var page []M
+			if page, more, err = f.page(ctx, q.engine, &at); err != nil {
 				return err
 			}
 			for _, m := range page {
-				if !f.follow && sent == f.limit {
-					return nil
-				}
 				if err := send(m); err != nil {
 					return err
 				}
-				sent++
 			}
-			if !more {
-				break
+			if !f.follow {
+				f.limit -= uint32(len(page))
+				more = more && f.limit > 0
 			}
 		}
 		if !f.follow {
@@ -232,8 +247,8 @@ func (f *feed[M]) run(ctx context.Context, q *query, send func(M) error) error {
 	}
 }
 
-// start is where the caller was, or the position before the newest rows that fit, or the end if none does. The end is
-// looked up first: a row that comes meanwhile lies behind it.
+// start is where the caller was, or the position before the newest rows that fit, or the end if none does: then it knows how
+// many there are, and behind the last of them nothing is looked at. The end is looked up first: a row that comes meanwhile lies behind it.
 func (f *feed[M]) start(ctx context.Context, e engine) (position, error) {
 	if f.after != "" {
 		at, err := f.cursors.read(f.after)
@@ -264,6 +279,9 @@ func (f *feed[M]) start(ctx context.Context, e engine) (position, error) {
 		if left -= n; n > 0 {
 			at = position{days[i].name(), first.Int64 - 1}
 		}
+	}
+	if !f.follow {
+		f.limit -= uint32(left)
 	}
 	return at, nil
 }
@@ -305,11 +323,15 @@ func (f *feed[M]) rows(ctx context.Context, db tables, at *position) (page []M, 
 	if err := f.lastID(ctx, db, &last); err != nil {
 		return nil, false, err
 	}
-	filter := filter{slices.Clone(f.where), slices.Clone(f.args)}
+	size := pageRows
+	if !f.follow {
+		size = min(size, int(f.limit))
+	}
+	filter := filter{where: slices.Clone(f.where), args: slices.Clone(f.args)}
 	filter.add("id > ?", at.id)
 	filter.add("id <= ?", last)
 	rows, err := db.QueryContext(ctx, fmt.Sprintf(`SELECT id, %s FROM %s%s WHERE %s ORDER BY id LIMIT %d`,
-		f.columns, f.table, db.suffix, filter.condition(), pageRows), filter.args...)
+		f.columns, f.table, db.suffix, filter.condition(), size), filter.args...)
 	if err != nil {
 		return nil, false, err
 	}
@@ -326,7 +348,7 @@ func (f *feed[M]) rows(ctx context.Context, db tables, at *position) (page []M, 
 	if err := rows.Err(); err != nil {
 		return nil, false, err
 	}
-	if more = len(page) == pageRows; !more {
+	if more = len(page) == size; !more {
 		id = last // what did not fit is not looked at again
 	}
 	at.id = id

@@ -54,8 +54,11 @@ CREATE TABLE flows (
 	data BLOB NOT NULL,
 	UNIQUE (node, epoch, class, seq)
 ) STRICT;
-CREATE INDEX flows_time ON flows (time);
+CREATE INDEX flows_time ON flows (time, service);
 CREATE INDEX flows_grant ON flows (grant_id) WHERE grant_id <> '';
+CREATE INDEX flows_identity ON flows (identity) WHERE identity <> '';
+CREATE INDEX flows_reason ON flows (reason) WHERE reason <> 'IDENTITY' AND reason <> 'CLOSED';
+CREATE INDEX flows_verdict ON flows (verdict) WHERE verdict <> 'PROXIED';
 CREATE TABLE grant_events (
 	id INTEGER PRIMARY KEY,
 	node TEXT NOT NULL, epoch TEXT NOT NULL, class INTEGER NOT NULL, seq INTEGER NOT NULL,
@@ -83,6 +86,9 @@ CREATE TABLE losses (
 	UNIQUE (node, epoch, class, seq)
 ) STRICT;
 `
+
+// common are values that most records have. Indexes leave them out, and SQLite takes such an index only where a query leaves them out too.
+var common = map[string][]string{"grant_id": {""}, "identity": {""}, "reason": {"IDENTITY", "CLOSED"}, "verdict": {"PROXIED"}}
 
 // sequence is one run of numbers of one node.
 type sequence struct {
