@@ -87,7 +87,7 @@ bench-grants: ## measure how long workloads wait for paths with PATHS=10000 acti
 	go run ./tools/needs test
 	BENCH_PATHS=$(or $(PATHS),10000) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchGrants$$' ./test/e2e
 
-bench-audit: ## measure records from the kernel to the collector's disk, 100 nodes at one collector, and questions with RECORDS=10000000 (ENGINE=sqlite; root); PUBLISH=docs writes it down
+bench-audit: ## measure records from the kernel to the collector's disk, 100 nodes at one collector, and questions with RECORDS=10000000 (ENGINE=sqlite, or sqlite,postgres; root); PUBLISH=docs writes it down
 	go run ./tools/needs test
 	BENCH_RECORDS=$(or $(RECORDS),10000000) BENCH_ENGINES=$(or $(ENGINE),sqlite) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchAudit$$' ./test/e2e
 

@@ -73,14 +73,14 @@ func (w *world) measureFleet(t *testing.T, plan auditPlan, kept storage) (f flee
 	must(t, err)
 	self, err := os.Executable()
 	must(t, err)
-	bytes, cpu := kept.bytes(t), cpuTime(t, kept.pid)
+	bytes, cpu := kept.bytes(t), kept.cpu(t)
 	p, err := w.Node.Start(exec.Command(self, fleetCommand, string(order)))
 	must(t, err)
 	<-p.Exited()
 	if err := json.Unmarshal([]byte(p.Output()), &f.fleetDone); err != nil {
 		t.Fatalf("simulated nodes: %s", p.Output())
 	}
-	f.records, f.collector, f.bytes = plan.records, cpuTime(t, kept.pid)-cpu, kept.bytes(t)-bytes
+	f.records, f.collector, f.bytes = plan.records, kept.cpu(t)-cpu, kept.bytes(t)-bytes
 	f.resident, f.peak = memoryKiB(t, kept.pid, "VmRSS:"), memoryKiB(t, kept.pid, "VmHWM:")
 	return f
 }
@@ -221,9 +221,9 @@ func (f fleetFigures) markdown(b *strings.Builder, p auditPlan) {
 | %[1]d nodes, %[2]s records | figure |
 | --- | --- |
 | records a second | %.0[3]f (in %[4]s) |
-| the collector's CPU time for a million records | %[5]s |
+| the collector's CPU time for a million records, that of its database included | %[5]s |
 | the nodes' CPU time for a million records, making them included | %[6]s |
-| the collector's resident memory after it, and the most of it | %[7]d MiB, %[8]d MiB |
+| the collector's own resident memory after it, and the most of it | %[7]d MiB, %[8]d MiB |
 | the nodes' resident memory, the most of all together | %[9]s |
 | the collector's disk for a million records | %[10]s |
 

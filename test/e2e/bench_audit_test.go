@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/client"
+	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
 )
 
@@ -73,19 +75,60 @@ type auditFigures struct {
 // engine starts a collector that keeps its records in a certain way.
 type engine func(*testing.T, *world) storage
 
-var engines = map[string]engine{"sqlite": startSQLite}
+var engines = map[string]engine{"sqlite": startSQLite, "postgres": startOnPostgres}
 
 // storage is a collector that serves, and what it keeps its records in.
 type storage struct {
-	pid   int
-	bytes func(*testing.T) int64 // on the disk
+	pid    int
+	server *lab.Process // of a database; nil: there is none
+	dir    string       // where records lie
+}
+
+func (s storage) bytes(t *testing.T) int64 {
+	t.Helper()
+	return bytesIn(t, s.dir)
+}
+
+// cpu is the CPU time of the collector, with that of its database.
+func (s storage) cpu(t *testing.T) time.Duration {
+	t.Helper()
+	sum := cpuTime(t, s.pid)
+	for _, pid := range s.servers(t) {
+		sum += cpuTime(t, pid)
+	}
+	return sum
+}
+
+// servers are the processes of the database that are there.
+func (s storage) servers(t *testing.T) (pids []int) {
+	t.Helper()
+	if s.server == nil {
+		return nil
+	}
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%[1]d/task/%[1]d/children", s.server.Pid()))
+	must(t, err)
+	for _, text := range append(strings.Fields(string(children)), strconv.Itoa(s.server.Pid())) {
+		pid, err := strconv.Atoi(text)
+		must(t, err)
+		pids = append(pids, pid)
+	}
+	return pids
 }
 
 func startSQLite(t *testing.T, w *world) storage {
 	t.Helper()
 	w.configureCollector(t, "")
 	w.collector.start(t)
-	return storage{pid: w.collector.proc.Pid(), bytes: func(t *testing.T) int64 { return bytesIn(t, w.files.records) }}
+	return storage{pid: w.collector.proc.Pid(), dir: w.files.records}
+}
+
+// startOnPostgres has an unchanged server beside the collector, with a buffer as its manual recommends for a machine of that size.
+func startOnPostgres(t *testing.T, w *world) storage {
+	t.Helper()
+	p, dir := w.startPostgres(t, w.Node, "-h", "", "-c", "shared_buffers=1GB", "-c", "max_wal_size=4GB")
+	w.configureCollector(t, fmt.Sprintf("  postgres: {url: \"host=%s port=%d user=postgres dbname=postgres\"}\n", dir, postgresPort))
+	w.collector.start(t)
+	return storage{pid: w.collector.proc.Pid(), server: p, dir: filepath.Join(dir, "data", "base")}
 }
 
 // configureCollector sets no limit to a node, for what is measured is what limits it by itself.
@@ -119,12 +162,14 @@ func measureAudit(t *testing.T, plan auditPlan, name string) auditFigures {
 func bytesIn(t *testing.T, dir string) (n int64) {
 	t.Helper()
 	must(t, filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
+		var info fs.FileInfo
+		if err == nil && !e.IsDir() {
+			if info, err = e.Info(); err == nil {
+				n += info.Size()
+			}
 		}
-		info, err := e.Info()
-		if err == nil {
-			n += info.Size()
+		if errors.Is(err, fs.ErrNotExist) { // a database has files that come and go
+			return nil
 		}
 		return err
 	}))

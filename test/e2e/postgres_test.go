@@ -29,7 +29,7 @@ func TestPostgres(t *testing.T) {
 	leak.Check(t)
 	w := newWorld(t, options{resource: postgresResources(t)})
 	for _, where := range []*lab.Namespace{w.Node, w.Pod} {
-		w.startPostgres(t, where)
+		w.startPostgres(t, where, "-h", "*", "-F")
 	}
 	for _, d := range []*daemon{w.collector, w.agent, w.guard, w.proxy} {
 		d.start(t)
@@ -76,8 +76,9 @@ func postgresBin(t *testing.T) string {
 	return filepath.Dir(found[len(found)-1])
 }
 
-// startPostgres makes a cluster of its own in the lab's directory, and runs it in the namespace as Debian's user.
-func (w *world) startPostgres(t *testing.T, where *lab.Namespace) {
+// startPostgres makes a cluster of its own in the lab's directory, and runs it in the namespace as Debian's user. Its socket is in the
+// folder that comes back.
+func (w *world) startPostgres(t *testing.T, where *lab.Namespace, flags ...string) (*lab.Process, string) {
 	t.Helper()
 	bin, owner := postgresBin(t), postgresUser(t)
 	dir := filepath.Join(w.Dir, "pg-"+where.Name)
@@ -91,7 +92,7 @@ func (w *world) startPostgres(t *testing.T, where *lab.Namespace) {
 		t.Fatalf("initdb: %s", s)
 	}
 	must(t, os.WriteFile(filepath.Join(data, "pg_hba.conf"), []byte("local all all trust\nhost all all all trust\n"), 0o600))
-	server := exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-h", "*", "-p", strconv.Itoa(postgresPort), "-k", dir, "-F")
+	server := exec.Command(filepath.Join(bin, "postgres"), append([]string{"-D", data, "-p", strconv.Itoa(postgresPort), "-k", dir}, flags...)...)
 	server.Dir, server.SysProcAttr = dir, &syscall.SysProcAttr{Credential: owner}
 	p, err := where.Start(server)
 	must(t, err)
@@ -99,6 +100,7 @@ func (w *world) startPostgres(t *testing.T, where *lab.Namespace) {
 	waitUntil(t, "PostgreSQL in "+where.Name, func() bool {
 		return exec.Command(filepath.Join(bin, "pg_isready"), "-h", dir, "-p", strconv.Itoa(postgresPort)).Run() == nil
 	})
+	return p, dir
 }
 
 func postgresUser(t *testing.T) *syscall.Credential {
