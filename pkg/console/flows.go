@@ -53,7 +53,8 @@ type flowRow struct {
 	Time  time.Time
 	Class string
 	*api.FlowRecord
-	Late bool // it came a while after it happened
+	Late    bool // it came a while after it happened
+	Watched bool // it was let by, and its verdict is what Enforce would say
 }
 
 // late is how long after its time a record counts as handed in later.
@@ -97,7 +98,7 @@ func rowsOf(stored []*api.StoredFlow) []flowRow {
 	rows := make([]flowRow, 0, len(stored))
 	for _, s := range stored {
 		t := at(s.GetFlow().GetTime())
-		rows = append(rows, flowRow{s.GetNode(), t, className(s.GetClass()), s.GetFlow(), at(s.GetReceived()).Sub(t) > late})
+		rows = append(rows, flowRow{s.GetNode(), t, className(s.GetClass()), s.GetFlow(), at(s.GetReceived()).Sub(t) > late, s.GetFlow().GetEvent() == flow.EventWatched.String()})
 	}
 	slices.Reverse(rows)
 	slices.SortStableFunc(rows, func(a, b flowRow) int { return b.Time.Compare(a.Time) })

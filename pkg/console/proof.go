@@ -33,17 +33,16 @@ type recordKey struct {
 
 // proofView is what came of verifying what the page shows.
 type proofView struct {
-	Verdict  proof.Verdict
-	Why      string
-	Key      string // that it was verified with
-	OwnWord  bool   // the collector told it itself
-	Log      proof.Checkpoint
-	InLog    int // events that the log has, as they are shown
-	Sealed   int // of those, in a batch that the node sealed
-	Looked   int // for how many that was looked up
-	Shown    int
-	Batches  []*sealView
-	NotAsked string // why nothing could be asked for; it is no word against the records
+	Verdict proof.Verdict
+	Why     string
+	Key     string // that it was verified with
+	OwnWord bool   // the collector told it itself
+	Log     proof.Checkpoint
+	InLog   int // events that the log has, as they are shown
+	Sealed  int // of those, in a batch that the node sealed
+	Looked  int // for how many that was looked up
+	Shown   int
+	Batches []*sealView
 }
 
 // The verdict in the page's words.
@@ -73,6 +72,10 @@ func (c *console) addProof(ctx context.Context, p *grantPage) error {
 	}
 	if err := matchEvents(p, lines); err != nil {
 		v.Verdict, v.Why = proof.Disproved, err.Error()
+		return nil
+	}
+	if v.InLog < v.Shown {
+		v.Verdict, v.Why = proof.CannotTell, fmt.Sprintf("%d of the %d events below are not in the receipt: the collector shows them and does not prove them", v.Shown-v.InLog, v.Shown)
 		return nil
 	}
 	return c.addSeals(ctx, p, key)
