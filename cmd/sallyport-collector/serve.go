@@ -52,7 +52,7 @@ func withHint(err error) error {
 	case errors.Is(err, collector.ErrInUse):
 		hint = "stop the other collector, or give this one a dataDir of its own"
 	case errors.As(err, &op):
-		hint = "set spec.listen, spec.socket and spec.metrics to what is free on this machine"
+		hint = "set spec.listen, spec.socket, spec.metrics and spec.console to what is free on this machine"
 	default:
 		return err
 	}

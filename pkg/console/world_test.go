@@ -1,4 +1,4 @@
-package console
+package console_test
 
 import (
 	"context"
@@ -26,6 +26,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/collector"
+	"github.com/sallyport-dev/sallyport/pkg/console"
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
@@ -98,7 +99,7 @@ func (w *world) start() {
 // serve is the console over HTTP, as a reader who was let in sees it.
 func (w *world) serve() *httptest.Server {
 	w.t.Helper()
-	h := must(New(Config{Audit: w.audit, LogKey: w.key, Who: func(*http.Request) string { return "carol" }, MayAct: func(*http.Request) bool { return w.mayAct }}))(w.t)
+	h := must(console.New(console.Config{Audit: w.audit, LogKey: w.key, Who: func(*http.Request) string { return "carol" }, MayAct: func(*http.Request) bool { return w.mayAct }}))(w.t)
 	s := httptest.NewServer(h)
 	w.t.Cleanup(s.Close)
 	return s
@@ -199,7 +200,7 @@ func newGrant(t testing.TB, now time.Time, change func(*grant.Payload)) asked {
 
 // activated is the event with which a node says that it opened the grant's paths.
 func (a asked) activated(at, deadline time.Time) *api.GrantEvent {
-	e := &api.GrantEvent{Grant: a.ID, Step: activated, Time: timestamppb.New(at), Requester: a.Requester, Actor: "uid:0", Service: a.Service, Deadline: timestamppb.New(deadline),
+	e := &api.GrantEvent{Grant: a.ID, Step: "ACTIVATED", Time: timestamppb.New(at), Requester: a.Requester, Actor: "uid:0", Service: a.Service, Deadline: timestamppb.New(deadline),
 		Slots: []uint32{3}, Why: a.Reason, Envelope: a.envelope, Signers: []string{a.key.Public().ID()}, Kind: string(a.Kind)}
 	for _, c := range a.Addresses {
 		e.Clients = append(e.Clients, c.String())
@@ -288,7 +289,7 @@ func (n *night) fillTwo(two *testNode) {
 	now := n.now
 	two.event(n.reviewed.activated(now.Add(-26*time.Hour), now.Add(-25*time.Hour)))
 	two.event(n.reviewed.ended("REVOKED", "done", now.Add(-25*time.Hour)))
-	done := n.reviewed.ended(reviewed, "reviewed by dave", now.Add(-20*time.Hour))
+	done := n.reviewed.ended("REVIEWED", "reviewed by dave", now.Add(-20*time.Hour))
 	done.Envelope, done.Actor = n.reviewed.statement(n.t, grant.StepReviewed, "dave", "restarted the primary, nothing else", now.Add(-20*time.Hour)), "uid:0"
 	two.event(done)
 	broke := n.broke.activated(now.Add(-5*time.Minute), now.Add(12*time.Minute))
