@@ -3,8 +3,6 @@ package collector
 import (
 	"context"
 	"crypto/tls"
-	"errors"
-	"log/slog"
 	"net"
 	"net/http"
 	"time"
@@ -70,28 +68,13 @@ func (c *Collector) serveConsole(ctx context.Context, l net.Listener, service *q
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: c.proven(pages), TLSConfig: c.consoleTLS(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelDebug)}
-	stopped := make(chan struct{})
-	defer context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-		defer cancel()
-		if server.Shutdown(patience) != nil {
-			server.Close()
-		}
-	})()
-	if err := server.ServeTLS(netutil.LimitListener(l, maxBrowsers), "", ""); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	<-stopped
-	return nil
+	return console.Serve(ctx, tls.NewListener(netutil.LimitListener(l, maxBrowsers), c.consoleTLS()), c.proven(pages), c.log)
 }
 
 // consoleTLS wants a certificate of a reader from each connection: none is taken up again without it.
 func (c *Collector) consoleTLS() *tls.Config {
 	t := tlsconfig.MTLSServerConfig(c.cfg.Source, c.cfg.Source, tlsconfig.AdaptMatcher(c.peers.browser))
-	t.MinVersion, t.SessionTicketsDisabled = tls.VersionTLS13, true
+	t.MinVersion, t.SessionTicketsDisabled, t.NextProtos = tls.VersionTLS13, true, []string{"h2", "http/1.1"}
 	if c.cfg.Console.Certificate != "" {
 		t.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			pair, err := tls.LoadX509KeyPair(c.cfg.Console.Certificate, c.cfg.Console.Key)
