@@ -81,11 +81,11 @@ func statementOf(r *http.Request) ([]byte, error) {
 
 // postForm reads what was posted, within bounds.
 func postForm(r *http.Request) error {
-	err := r.ParseMultipartForm(maxForm)
-	if errors.Is(err, http.ErrNotMultipart) {
-		err = r.ParseForm()
+	err := r.ParseForm()
+	if err == nil {
+		err = r.ParseMultipartForm(maxForm)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, http.ErrNotMultipart) {
 		return &problem{http.StatusBadRequest, "Nothing was done", "What was sent is too large, or no form of this page.", "Open the page again and fill it in there."}
 	}
 	return nil

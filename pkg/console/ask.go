@@ -35,6 +35,8 @@ func inWords(err error) *problem {
 		p.code, p.Title, p.Next = http.StatusForbidden, "The collector does not show this to you", "Whoever runs the collector lists its readers in its configuration (spec.readers), and who may act (spec.actors)."
 	case codes.InvalidArgument, codes.OutOfRange:
 		p.code, p.Title, p.Next = http.StatusBadRequest, "That cannot be looked up", "Mend what you asked for, and ask again."
+	case codes.FailedPrecondition, codes.AlreadyExists, codes.Aborted, codes.ResourceExhausted:
+		p.code, p.Title, p.Next = http.StatusConflict, "It was refused", "Read why, and try again if that has changed."
 	case codes.NotFound:
 		p.code, p.Title, p.Next = http.StatusNotFound, "It is not there", "What is older than the collector keeps is gone; else check what you asked for."
 	case codes.Unavailable:

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -96,6 +98,12 @@ func (w *world) start() {
 	})
 }
 
+// logKey is the public key of the collector's log.
+func (w *world) logKey() string {
+	w.t.Helper()
+	return strings.TrimSpace(string(must(os.ReadFile(w.dir + "/days/log.pub"))(w.t)))
+}
+
 // serve is the console over HTTP, as a reader who was let in sees it.
 func (w *world) serve() *httptest.Server {
 	w.t.Helper()
@@ -134,11 +142,26 @@ type testNode struct {
 	stop  func()
 }
 
-func (w *world) node(name string) *testNode {
+// ends is what the agent does when somebody at the collector revokes: it is in the record before it is answered. What a statement says is
+// for keyrings to judge, and this node has none.
+func (n *testNode) ends(_ context.Context, act *api.Act) *api.Acted {
+	r := act.GetRevoke()
+	if r == nil {
+		return &api.Acted{Code: uint32(codes.FailedPrecondition), Refusal: "by: no Keyring has the key\nhint: have it signed by somebody whom policy names"}
+	}
+	n.event(&api.GrantEvent{Grant: r.GetGrant(), Step: "REVOKED", Time: timestamppb.Now(), Actor: act.GetActor(), Why: r.GetWhy()})
+	return &api.Acted{Grant: &api.Grant{Id: r.GetGrant(), State: "revoked", EndedWhy: r.GetWhy()}}
+}
+
+// node connects one. What it has by then goes in one batch.
+func (w *world) node(name string, has ...*api.Entry) *testNode {
 	w.t.Helper()
 	n := &testNode{t: w.t, name: name, store: must(store.Open(filepath.Join(w.dir, name, "node.db")))(w.t)}
+	for _, e := range has {
+		must(n.store.Append(context.Background(), must(proto.Marshal(e))(w.t)))(w.t)
+	}
 	n.Streamer = must(audit.New(audit.Config{Store: n.store, Node: name, Address: w.collector.Addr().String(), Source: w.of("/sallyport/agent/" + name),
-		ServerID: spiffeid.RequireFromPath(domain, "/sallyport/collector"), Logger: slog.New(slog.DiscardHandler)}))(w.t)
+		ServerID: spiffeid.RequireFromPath(domain, "/sallyport/collector"), Act: n.ends, Logger: slog.New(slog.DiscardHandler)}))(w.t)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.Run(ctx) }()
