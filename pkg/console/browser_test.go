@@ -171,6 +171,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	b.follow(chromedp.Click(chromedp.CSS("tbody tr a.id")))
 	b.has("h1", n.backup.ID)
 	b.has("#proof", "Proof verified")
+	b.do(chromedp.Click(chromedp.CSS("#proof summary")))
 	b.has("#proof", "2 of 2")
 	for _, part := range []string{"alice", "nightly backup", "OPS-4711", n.backup.key.Public().ID(), "reconciled", "ACTIVATED", "sealed in batch", "until"} {
 		b.has("main", part)

@@ -90,6 +90,8 @@ func span(d time.Duration) string {
 		return "0 s"
 	case s < 60:
 		return fmt.Sprintf("%d s", s)
+	case s < 3600 && s%60 == 0:
+		return fmt.Sprintf("%d min", s/60)
 	case s < 3600:
 		return fmt.Sprintf("%d min %02d s", s/60, s%60)
 	case s < 86400:
