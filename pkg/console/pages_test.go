@@ -1,6 +1,7 @@
 package console_test
 
 import (
+	"context"
 	"io"
 	"net/http"
 	"net/http/cookiejar"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/grpc"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/console"
@@ -133,6 +135,66 @@ func TestTampered(t *testing.T) {
 	w.tamper(`UPDATE grant_events SET data = CAST(replace(data, 'mlice', 'alice') AS BLOB)`)
 	w.key = newWorld(t).logKey()
 	expect("under a foreign key", "the records are disproved")
+}
+
+// liar is a collector that shows other events than it has, or proves others than it was asked for.
+type liar struct {
+	api.AuditClient
+	event    func(*api.StoredGrantEvent)
+	evidence func(*api.EvidenceRequest)
+}
+
+func (l liar) GrantEvents(ctx context.Context, q *api.GrantQuery, o ...grpc.CallOption) (grpc.ServerStreamingClient[api.StoredGrantEvent], error) {
+	stream, err := l.AuditClient.GrantEvents(ctx, q, o...)
+	return changed{stream, l.event}, err
+}
+
+func (l liar) Evidence(ctx context.Context, r *api.EvidenceRequest, o ...grpc.CallOption) (grpc.ServerStreamingClient[api.EvidenceChunk], error) {
+	l.evidence(r)
+	return l.AuditClient.Evidence(ctx, r, o...)
+}
+
+type changed struct {
+	grpc.ServerStreamingClient[api.StoredGrantEvent]
+	change func(*api.StoredGrantEvent)
+}
+
+func (c changed) Recv() (*api.StoredGrantEvent, error) {
+	e, err := c.ServerStreamingClient.Recv()
+	if err == nil {
+		c.change(e)
+	}
+	return e, err
+}
+
+// TestLyingCollector: what is shown is held to what is proven, so that a true proof of something else proves nothing.
+func TestLyingCollector(t *testing.T) {
+	t.Parallel()
+	n := newNight(t)
+	honest := n.audit
+	for name, c := range map[string]struct {
+		event    func(*api.StoredGrantEvent)
+		evidence func(*api.EvidenceRequest)
+		want     string
+	}{
+		"another requester":   {event: func(e *api.StoredGrantEvent) { e.Event.Requester = "mallory" }, want: "is shown otherwise than leaf"},
+		"another number":      {event: func(e *api.StoredGrantEvent) { e.Seq += 1000 }, want: "2 of the 2 events below are not in the receipt"},
+		"another node":        {event: func(e *api.StoredGrantEvent) { e.Node = "node-2" }, want: "2 of the 2 events below are not in the receipt"},
+		"another grant's":     {evidence: func(r *api.EvidenceRequest) { r.Grant = strings.Replace(r.Grant, n.backup.ID, n.earlier.ID, 1) }, want: "2 of the 2 events below are not in the receipt"},
+		"another one's batch": {evidence: func(r *api.EvidenceRequest) { r.Seq = min(r.Seq, 1) }, want: "in which its node sealed another record"},
+	} {
+		l := liar{honest, func(*api.StoredGrantEvent) {}, func(*api.EvidenceRequest) {}}
+		if c.event != nil {
+			l.event = c.event
+		}
+		if c.evidence != nil {
+			l.evidence = c.evidence
+		}
+		n.audit = l
+		if body := get(t, n.serve().URL+"/grant?id="+n.backup.ID); strings.Contains(body, "Proof verified") || !strings.Contains(body, c.want) {
+			t.Errorf("%s: %s", name, words(body))
+		}
+	}
 }
 
 // TestActs: what came of it is told in words, a reason is needed, and nothing is taken from another site.

@@ -196,7 +196,11 @@ func (c *console) addSeals(ctx context.Context, p *grantPage, key note.Verifier)
 			p.Proof.Verdict, p.Proof.Why = one.Verdict, fmt.Sprintf("the batch that has the %s of %s: %s", s.Event.GetStep(), stamp(s.Time), one.Why)
 			return nil
 		}
-		if s.Seal = sealIn(lines, batches); s.Seal != nil {
+		if s.Seal, err = s.sealIn(lines, batches); err != nil {
+			p.Proof.Verdict, p.Proof.Why = proof.Disproved, err.Error()
+			return nil
+		}
+		if s.Seal != nil {
 			p.Proof.Sealed++
 		}
 	}
@@ -209,8 +213,8 @@ func (c *console) addSeals(ctx context.Context, p *grantPage, key note.Verifier)
 	return nil
 }
 
-// sealIn reads the seal of a verified record; one batch is one view.
-func sealIn(lines []proof.Line, known map[int64]*sealView) *sealView {
+// sealIn reads the seal of a verified record, which has to be over the event as it is shown; one batch is one view.
+func (s *step) sealIn(lines []proof.Line, known map[int64]*sealView) (*sealView, error) {
 	var key note.Verifier
 	for _, l := range lines {
 		switch l.Kind {
@@ -219,21 +223,26 @@ func sealIn(lines []proof.Line, known map[int64]*sealView) *sealView {
 				key, _ = note.NewVerifier(vkey) // it was verified with it
 			}
 		case proof.LineRecord:
-			if b := known[l.Index]; b != nil {
-				return b
-			}
-			if key == nil {
-				return nil
-			}
 			seal, err := proof.OpenSeal(l.Leaf, key)
 			if err != nil {
-				return nil
+				return nil, err
 			}
-			known[l.Index] = &sealView{seal, l.Index}
-			return known[l.Index]
+			if !s.sealedBy(seal, l.Entries) {
+				return nil, fmt.Errorf("for the %s of %s the collector has a batch in which its node sealed another record", s.Event.GetStep(), stamp(s.Time))
+			}
+			if known[l.Index] == nil {
+				known[l.Index] = &sealView{seal, l.Index}
+			}
+			return known[l.Index], nil
 		}
 	}
-	return nil
+	return nil, nil
+}
+
+func (s *step) sealedBy(seal proof.Seal, entries []proof.Entry) bool {
+	var entry api.Entry
+	return seal.Sequence == proof.Sequence{Node: s.key.node, Epoch: s.key.epoch, Class: proof.ClassCritical} && len(entries) == 1 &&
+		entries[0].Seq == s.key.seq && proto.Unmarshal(entries[0].Data, &entry) == nil && proto.Equal(entry.GetGrant(), s.Event)
 }
 
 var plainID = regexp.MustCompile(`^[0-9A-Za-z-]{1,64}$`)
