@@ -8,6 +8,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
 // problem is what the reader is told in the place of a page: what, where, what next.
@@ -54,16 +57,39 @@ func problemPage(err error) answer {
 	return answer{name: "problem", title: p.Title, data: p, code: p.code}
 }
 
+// maxAnswer bounds what a page holds of the collector's answer to one query, in bytes.
+const maxAnswer = 16 << 20
+
 // collect reads the answer to a query with a limit. full says that there may be more.
 func collect[M any](limit uint32, stream grpc.ServerStreamingClient[M], err error) (all []*M, full bool, _ error) {
-	for err == nil {
+	for size := 0; err == nil; {
 		var m *M
-		if m, err = stream.Recv(); err == nil {
-			all = append(all, m)
+		if m, err = stream.Recv(); err != nil {
+			break
 		}
+		if p, ok := any(m).(proto.Message); ok {
+			size += proto.Size(p)
+		}
+		if size > maxAnswer {
+			return nil, false, &problem{http.StatusInsufficientStorage, "That is too much for a page", "The records that fit are too large to be shown together.", "Ask for less: a shorter time, one node, or a filter more."}
+		}
+		all = append(all, m)
 	}
 	if !errors.Is(err, io.EOF) {
 		return nil, false, err
 	}
 	return all, len(all) >= int(limit), nil
+}
+
+// light leaves out the envelopes of events, by far their largest part, where many are read.
+type light struct {
+	grpc.ServerStreamingClient[api.StoredGrantEvent]
+}
+
+func (l light) Recv() (*api.StoredGrantEvent, error) {
+	e, err := l.ServerStreamingClient.Recv()
+	if e.GetEvent() != nil {
+		e.Event.Envelope = nil
+	}
+	return e, err
 }

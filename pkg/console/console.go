@@ -45,6 +45,7 @@ const (
 	pageTime     = 20 * time.Second // for the collector's answers to one page
 	maxForm      = 256 << 10        // of what is posted; a statement is 64 KiB at most
 	refreshEvery = 15               // seconds, of pages that show what is live
+	maxPages     = 16               // that are made at once; others wait
 )
 
 type console struct {
@@ -99,7 +100,20 @@ func (c *console) handler() (http.Handler, error) {
 	guard.SetDenyHandler(c.page(func(*http.Request) (answer, error) {
 		return answer{}, &problem{http.StatusForbidden, "That came from another site", "Nothing was done.", "Open the console itself, and act there."}
 	}))
-	return headers(guard.Handler(mux)), nil
+	return headers(atMost(maxPages, guard.Handler(mux))), nil
+}
+
+// atMost bounds how many requests are worked on at once.
+func atMost(n int, next http.Handler) http.Handler {
+	room := make(chan struct{}, n)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case room <- struct{}{}:
+			defer func() { <-room }()
+			next.ServeHTTP(w, r)
+		case <-r.Context().Done():
+		}
+	})
 }
 
 const contentPolicy = "default-src 'none'; style-src 'self'; img-src 'self'; script-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"

@@ -36,7 +36,7 @@ func placeOf(e *api.StoredGrantEvent) place { return place{e.GetEvent().GetGrant
 func (c *console) events(ctx context.Context, since time.Time, step string) (all []*api.StoredGrantEvent, full bool, err error) {
 	q := &api.GrantQuery{Since: timestamppb.New(since), Limit: maxEvents, Step: step}
 	stream, err := c.cfg.Audit.GrantEvents(ctx, q)
-	all, full, err = collect(q.GetLimit(), stream, err)
+	all, full, err = collect(q.GetLimit(), light{stream}, err)
 	all = slices.DeleteFunc(all, func(e *api.StoredGrantEvent) bool { return step != "" && e.GetEvent().GetStep() != step })
 	return all, full, err
 }

@@ -9,11 +9,13 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/console"
@@ -88,6 +90,31 @@ func TestPages(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestTooMuch: what would take more memory than a page may have is refused in words, and many pages at once come one after the other.
+func TestTooMuch(t *testing.T) {
+	t.Parallel()
+	w, now := newWorld(t), time.Now()
+	one := w.node("node-1")
+	for range 17 {
+		one.entry(&api.Entry{Record: &api.Entry_Flow{Flow: &api.FlowRecord{Event: "DENY", Time: timestamppb.New(now), Service: "big", Detail: strings.Repeat("x", 1<<20)}}})
+	}
+	one.entry(&api.Entry{Record: &api.Entry_Flow{Flow: &api.FlowRecord{Event: "OPEN", Time: timestamppb.New(now), Service: "small"}}})
+	one.delivered()
+	s := w.serve()
+	if body := get(t, s.URL+"/flows"); !strings.Contains(body, "too large to be shown together") {
+		t.Errorf("have %.300s", words(body))
+	}
+	var all sync.WaitGroup
+	for range 60 {
+		all.Go(func() {
+			if body := get(t, s.URL+"/flows?service=small"); !strings.Contains(body, "newest first: 1<") {
+				t.Errorf("have %.300s", words(body))
+			}
+		})
+	}
+	all.Wait()
 }
 
 // TestReceipt: the file that is downloaded is proven by the log's public key alone.

@@ -5,6 +5,7 @@ import (
 	"html/template"
 	"math"
 	"path"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -15,7 +16,7 @@ import (
 func parsePages() (map[string]*template.Template, error) {
 	const layout = "layout.html"
 	base, err := template.New(layout).Funcs(template.FuncMap{
-		"stamp": stamp, "machine": machine, "bytes": bytesText, "count": count, "span": span, "cut": cut, "lower": strings.ToLower,
+		"stamp": stamp, "machine": machine, "bytes": bytesText, "count": count, "span": span, "cut": cut, "first": first,
 	}).ParseFS(files, "templates/"+layout)
 	if err != nil {
 		return nil, err
@@ -119,4 +120,12 @@ func cut(most int, s string) string {
 		i += n
 	}
 	return fmt.Sprintf("%s… (%s more)", s[:i], bytesText(uint64(len(s)-i)))
+}
+
+// first bounds a list within a list. What is left out is said.
+func first(most int, all []string) []string {
+	if len(all) <= most {
+		return all
+	}
+	return append(slices.Clone(all[:most]), fmt.Sprintf("and %s more", count(len(all)-most)))
 }
