@@ -82,6 +82,9 @@ type step struct {
 }
 
 func (c *console) grant(r *http.Request) (answer, error) {
+	if r.FormValue("id") == "" {
+		return answer{name: "find", title: "A grant by its id"}, nil
+	}
 	id, err := grantID(r)
 	if err != nil {
 		return answer{}, err

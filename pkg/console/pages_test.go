@@ -64,7 +64,8 @@ func TestPages(t *testing.T) {
 		{"/grant?id=" + n.reviewed.ID, 200, []string{"It has been reviewed", "signed by dave", "restarted the primary", "3 of 3", "Proof verified"}, nil},
 		{"/grant?id=" + n.earlier.ID, 200, []string{"EXPIRED", "its time was over"}, []string{"Revoke it on"}},
 		{"/grant?id=01J8ZQ4X5M3T9V0Y2B7C6D1E4F", 404, []string{"No such grant"}, nil},
-		{"/grant?id=", 400, []string{"named by its id"}, nil},
+		{"/grant?id=", 200, []string{"The grant's id", `action="/grant"`}, nil},
+		{"/grant?id=" + strings.Repeat("x", 201), 400, []string{"named by its id"}, nil},
 		{"/nowhere", 404, []string{"no such page"}, nil},
 	} {
 		resp := must(http.Get(s.URL + c.path))(t)
