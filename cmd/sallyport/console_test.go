@@ -89,7 +89,9 @@ func TestConsoleRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			got := command(t.Context(), nil, append([]string{"console"}, c.args...)...)
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // it would serve for ever
+			defer cancel()
+			got := command(ctx, nil, append([]string{"console"}, c.args...)...)
 			if got.code != c.code || !strings.Contains(got.stderr, c.want) || got.stdout != "" {
 				t.Errorf("%+v", got)
 			}

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"net"
 	"net/http"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -90,7 +89,7 @@ func (c *Collector) consoleTLS() *tls.Config {
 // proven puts the identity of the connection into each request. A certificate that has ended since the handshake counts no more.
 func (c *Collector) proven(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || time.Now().After(r.TLS.PeerCertificates[0].NotAfter) {
+		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || c.cfg.Now().After(r.TLS.PeerCertificates[0].NotAfter) {
 			w.Header().Set("Connection", "close")
 			http.Error(w, "your certificate has ended: take a new one, and connect again", http.StatusForbidden)
 			return

@@ -2,6 +2,7 @@ package collector
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,6 +10,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"io"
+	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -21,6 +23,10 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
 // browse is a browser's side: it shows a certificate, and takes the collector's own.
@@ -81,6 +87,45 @@ func TestConsoleKnowsItsReaders(t *testing.T) {
 	nobody := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 	if resp, err := nobody.Get("https://" + r.ConsoleAddr().String() + "/"); err == nil {
 		t.Errorf("somebody without a certificate was let in: %s", resp.Status)
+	}
+}
+
+// TestBrowsersAreLookedAtAgain: what a handshake let in is asked for its rights at each call, as at the rpc.
+func TestBrowsersAreLookedAtAgain(t *testing.T) {
+	t.Parallel()
+	p := must(newPeers(domain, []string{"spiffe://example.org/ops/*"}, []string{"spiffe://example.org/robot"}))(t)
+	service := inside{p.browsers(&query{}, &ingest{log: slog.New(slog.DiscardHandler)})}
+	as := func(path string) context.Context {
+		return context.WithValue(t.Context(), browserKey{}, spiffeid.RequireFromPath(domain, path))
+	}
+	for name, ctx := range map[string]context.Context{"nobody": t.Context(), "an actor who is no reader": as("/robot"), "a stranger": as("/shop/checkout")} {
+		if _, err := service.Nodes(ctx, nil); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := drain(service.Flows(ctx, &api.FlowQuery{})); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, ctx := range map[string]context.Context{"nobody": t.Context(), "a reader": as("/ops/alice")} {
+		if _, err := service.Act(ctx, &api.ActRequest{Node: "node-1"}); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s acts: %v", name, err)
+		}
+	}
+}
+
+// TestConsoleForgetsWhoEnded: a connection outlives the certificate that it was opened with, and what it may does not.
+func TestConsoleForgetsWhoEnded(t *testing.T) {
+	t.Parallel()
+	now := &clock{t: time.Now()}
+	r := startConsole(t, func(c *Config) { c.Now = now.now })
+	browser := r.browse(r.ids.of("/ops/alice"))
+	browser.Transport.(*http.Transport).DisableKeepAlives = false
+	if code, body := r.page(t, browser, "/"); code != http.StatusOK {
+		t.Fatalf("at first: %d %s", code, body)
+	}
+	now.pass(2 * time.Hour)
+	if code, body := r.page(t, browser, "/"); code != http.StatusForbidden || !strings.Contains(body, "your certificate has ended") {
+		t.Errorf("after its end: %d %s", code, body)
 	}
 }
 
