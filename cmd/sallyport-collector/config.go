@@ -63,6 +63,8 @@ type spec struct {
 	Limits limits `yaml:"limits"`
 	// Metrics is the address that serves Prometheus metrics: none.
 	Metrics string `yaml:"metrics"`
+	// Console is where browsers are served.
+	Console consoleSpec `yaml:"console"`
 
 	retain time.Duration // Retain, read
 }
@@ -70,6 +72,15 @@ type spec struct {
 type operators struct {
 	// UIDs are user ids: root alone.
 	UIDs []uint32 `yaml:"uids"`
+}
+
+type consoleSpec struct {
+	// Listen is the address of the console, over HTTPS: none. Readers show their certificates there; those who are actors, too, may act.
+	Listen string `yaml:"listen"`
+	// Certificate and Key are files (PEM) of a certificate that browsers know; they are read anew for each connection. Left out, the
+	// collector shows its own identity.
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
 }
 
 type limits struct {
@@ -138,7 +149,8 @@ func (c config) collector(source collector.Source, database string, log *slog.Lo
 	return collector.Config{
 		Dir: c.Spec.DataDir, Postgres: database, TrustDomain: c.trustDomain(), Source: source, Listen: c.Spec.Listen, Readers: c.Spec.Readers, Actors: c.Spec.Actors,
 		Socket: c.Spec.Socket, SocketUIDs: c.Spec.Operators.UIDs, Retain: c.Spec.retain, Metrics: c.Spec.Metrics, Logger: log,
-		Limits: collector.Limits{RecordsPerSecond: c.Spec.Limits.RecordsPerSecond, BytesPerSecond: c.Spec.Limits.BytesPerSecond},
+		Console: collector.Console{Listen: c.Spec.Console.Listen, Certificate: c.Spec.Console.Certificate, Key: c.Spec.Console.Key},
+		Limits:  collector.Limits{RecordsPerSecond: c.Spec.Limits.RecordsPerSecond, BytesPerSecond: c.Spec.Limits.BytesPerSecond},
 	}
 }
 
@@ -194,6 +206,7 @@ func (c *config) validate(r *reader) {
 	r.check(err == nil, "spec.retain", fmt.Sprintf("%q is not a duration", s.Retain), "write a number with its unit, like 2160h")
 	r.check(c.Spec.retain == 0 || c.Spec.retain >= 24*time.Hour, "spec.retain", s.Retain+" is less than a day", "at least 24h, or 0s to keep records for ever")
 	r.check(s.Socket == "" || len(s.Operators.UIDs) > 0, "spec.operators.uids", "nobody may use the socket", `list user ids, or write socket: ""`)
+	s.Console.validate(r)
 	for i, reader := range s.Readers {
 		err := collector.CheckReaders([]string{reader})
 		r.check(err == nil, fmt.Sprintf("spec.readers[%d]", i), fmt.Sprint(err), peopleHint)
@@ -202,6 +215,15 @@ func (c *config) validate(r *reader) {
 		err := collector.CheckActors([]string{actor})
 		r.check(err == nil, fmt.Sprintf("spec.actors[%d]", i), fmt.Sprint(err), peopleHint)
 	}
+}
+
+func (s consoleSpec) validate(r *reader) {
+	r.check(s.Listen == "" || isAddress(s.Listen), "spec.console.listen", fmt.Sprintf("%q is no address with a port", s.Listen), addressHint)
+	r.check(s.Listen != "" || s.Certificate == "" && s.Key == "", "spec.console", "there is a certificate, and no address", "write listen: HOST:PORT, or leave it all out")
+	for field, path := range map[string]string{"certificate": s.Certificate, "key": s.Key} {
+		r.check(path == "" || filepath.IsAbs(path), "spec.console."+field, fmt.Sprintf("%q is no absolute path", path), "begin it with /")
+	}
+	r.check((s.Certificate == "") == (s.Key == ""), "spec.console", "a certificate and its key are named together", "name both, or none for the collector's own identity")
 }
 
 const peopleHint = "write a SPIFFE ID, or a prefix ending in /*"

@@ -39,6 +39,7 @@ func TestExample(t *testing.T) {
 	want := defaultSpec()
 	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
 	want.Readers, want.Actors, want.Metrics = []string{"spiffe://example.org/ops/*"}, []string{}, "127.0.0.1:9470"
+	want.Console = consoleSpec{Listen: ":8443", Certificate: "/etc/sallyport/console.pem", Key: "/etc/sallyport/console.key"}
 	if !reflect.DeepEqual(c.Spec, want) {
 		t.Errorf("have %+v, want %+v", c.Spec, want)
 	}
@@ -73,6 +74,8 @@ func TestWrongConfig(t *testing.T) {
 		"nobody":          {head + "  operators: {uids: []}\n", []string{"c.yaml:6: spec.operators.uids"}},
 		"uid":             {head + "  operators: {uids: [root]}\n", []string{"c.yaml:6: cannot unmarshal"}},
 		"metrics":         {head + "  metrics: '9470'\n", []string{`c.yaml:6: spec.metrics: "9470" is no address with a port`}},
+		"console":         {head + "  console:\n    listen: '8443'\n    certificate: web.pem\n", []string{"c.yaml:7: spec.console.listen: ", "c.yaml:8: spec.console.certificate: ", "c.yaml:6: spec.console: "}},
+		"no console":      {head + "  console:\n    certificate: /web.pem\n    key: /web.key\n", []string{"c.yaml:6: spec.console: there is a certificate, and no address"}},
 		"limits":          {head + "  limits:\n    recordsPerSecond: -1\n    bytesPerSecond: -2\n", []string{"c.yaml:7: spec.limits.recordsPerSecond: ", "c.yaml:8: spec.limits.bytesPerSecond: "}},
 		"several at once": {head + "  listen: x\n  lisen: y\n  retain: 1s\n", []string{"c.yaml:7: field lisen", "c.yaml:6: spec.listen", "c.yaml:8: spec.retain"}},
 	} {

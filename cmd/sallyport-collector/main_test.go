@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -94,7 +96,10 @@ func TestServe(t *testing.T) {
 	address := l.Addr().String()
 	l.Close()
 	configFile := filepath.Join(dir, "c.yaml")
-	text := head + "  workloadAPI: " + api1 + "\n  listen: " + address + "\n  dataDir: " + dir + "/data\n"
+	browsers := must(net.Listen("tcp", "127.0.0.1:0"))(t)
+	pages := browsers.Addr().String()
+	browsers.Close()
+	text := head + "  workloadAPI: " + api1 + "\n  listen: " + address + "\n  dataDir: " + dir + "/data\n  readers: [spiffe://example.org/ops/*]\n  console: {listen: '" + pages + "'}\n"
 	if err := os.WriteFile(configFile, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -112,6 +117,14 @@ func TestServe(t *testing.T) {
 	if f := must(stream.Recv())(t); f.GetNode() != "node-1" || f.GetFlow().GetFlowId() != "f1" {
 		t.Errorf("stored is %v", f)
 	}
+
+	me := must(auth.Issue(spiffeid.RequireFromPath(domain, "/ops/alice")))(t)
+	browser := &http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.MTLSClientConfig(me, auth.Bundle(), tlsconfig.AuthorizeMemberOf(domain))}}
+	resp := must(browser.Get("https://" + pages + "/nodes"))(t)
+	if body := string(must(io.ReadAll(resp.Body))(t)); !strings.Contains(body, "node-1") || !strings.Contains(body, "Read as spiffe://example.org/ops/alice") {
+		t.Errorf("a browser is shown %s: %s", resp.Status, body)
+	}
+	resp.Body.Close()
 
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)

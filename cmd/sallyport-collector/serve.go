@@ -58,7 +58,7 @@ func withHint(err error) error {
 	case errors.Is(err, collector.ErrDatabase):
 		hint = "look at the database that spec.postgres names, and at log.key in dataDir"
 	case errors.As(err, &op):
-		hint = "set spec.listen, spec.socket and spec.metrics to what is free on this machine"
+		hint = "set spec.listen, spec.socket, spec.metrics and spec.console to what is free on this machine"
 	default:
 		return err
 	}

@@ -97,23 +97,30 @@ func (c *cli) wantsCollector(command string) error {
 
 // verifierKey reads the log's key from a flag: the key itself, or a file with it. Without it nothing can be told.
 func verifierKey(flag string) (note.Verifier, error) {
+	key, _, err := readVerifierKey(flag)
+	return key, err
+}
+
+// readVerifierKey gives the key's text, too.
+func readVerifierKey(flag string) (note.Verifier, string, error) {
 	const hint = "give the log's public key, or the collector's log.pub, with --key"
 	if flag == "" {
-		return nil, withHint(usagef("no key to verify with"), hint)
+		return nil, "", withHint(usagef("no key to verify with"), hint)
 	}
 	text := flag
 	if !strings.Contains(flag, "+") || isFile(flag) {
 		data, err := os.ReadFile(flag)
 		if err != nil {
-			return nil, withHint(&exitError{exitCannotTell, fmt.Errorf("read key: %w", err)}, hint)
+			return nil, "", withHint(&exitError{exitCannotTell, fmt.Errorf("read key: %w", err)}, hint)
 		}
 		text = string(data)
 	}
-	key, err := note.NewVerifier(strings.TrimSpace(text))
+	text = strings.TrimSpace(text)
+	key, err := note.NewVerifier(text)
 	if err != nil {
-		return nil, withHint(&exitError{exitCannotTell, fmt.Errorf("read key: %w", err)}, hint)
+		return nil, "", withHint(&exitError{exitCannotTell, fmt.Errorf("read key: %w", err)}, hint)
 	}
-	return key, nil
+	return key, text, nil
 }
 
 func isFile(path string) bool {

@@ -38,6 +38,9 @@ func NewAudit(address string, creds credentials.TransportCredentials) (*Audit, e
 	return &Audit{conn: conn, rpc: api.NewAuditClient(conn)}, nil
 }
 
+// Service is the collector's interface as it is, whose errors are gRPC's. It lives as long as the client.
+func (a *Audit) Service() api.AuditClient { return a.rpc }
+
 // Close frees the connection.
 func (a *Audit) Close() error { return a.conn.Close() }
 

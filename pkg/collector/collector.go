@@ -64,6 +64,8 @@ type Config struct {
 	Limits Limits
 	// Metrics is the host:port that serves Prometheus metrics over plain HTTP; empty: none.
 	Metrics string
+	// Console is where browsers are served, by mutual TLS: Readers may look, and those of them who are Actors may act.
+	Console Console
 	// Now is the wall clock that chooses the daily file; nil: time.Now.
 	Now func() time.Time
 	// Boot is the time since boot, which nobody sets; nil: CLOCK_BOOTTIME. Days are dropped only while Now keeps to it.
@@ -90,7 +92,7 @@ type Collector struct {
 	nodes  *nodes
 	meters *meters
 
-	tcp, unix, metrics net.Listener
+	tcp, unix, metrics, console net.Listener
 }
 
 // New opens the daily files and the listeners. If Run is not going to be called, call Close.
@@ -155,7 +157,12 @@ func (c *Collector) listen() (err error) {
 		}
 	}
 	if c.cfg.Metrics != "" {
-		c.metrics, err = net.Listen("tcp", c.cfg.Metrics)
+		if c.metrics, err = net.Listen("tcp", c.cfg.Metrics); err != nil {
+			return err
+		}
+	}
+	if c.cfg.Console.Listen != "" {
+		c.console, err = net.Listen("tcp", c.cfg.Console.Listen)
 	}
 	return err
 }
@@ -163,10 +170,18 @@ func (c *Collector) listen() (err error) {
 // Addr is where nodes and remote readers are served.
 func (c *Collector) Addr() net.Addr { return c.tcp.Addr() }
 
+// ConsoleAddr is where browsers are served, or nil.
+func (c *Collector) ConsoleAddr() net.Addr {
+	if c.console == nil {
+		return nil
+	}
+	return c.console.Addr()
+}
+
 // Close gives back what New took. Run does it too.
 func (c *Collector) Close() error {
 	var errs []error
-	for _, l := range []net.Listener{c.tcp, c.unix, c.metrics} {
+	for _, l := range []net.Listener{c.tcp, c.unix, c.metrics, c.console} {
 		if l != nil {
 			if err := l.Close(); !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -184,16 +199,21 @@ func (c *Collector) Close() error {
 func (c *Collector) Run(ctx context.Context) error {
 	stop, stopped := context.WithCancel(ctx)
 	defer stopped()
-	servers := c.servers(stop)
-	failed := make(chan error, len(servers)+1)
+	servers, browsers := c.servers(stop)
+	failed := make(chan error, len(servers)+2)
 	var serving, writing sync.WaitGroup
-	if c.metrics != nil {
+	beside := func(l net.Listener, serve func(context.Context, net.Listener) error) {
+		if l == nil {
+			return
+		}
 		serving.Go(func() {
-			if err := c.serveMetrics(stop, c.metrics); err != nil {
+			if err := serve(stop, l); err != nil {
 				failed <- err
 			}
 		})
 	}
+	beside(c.metrics, c.serveMetrics)
+	beside(c.console, func(ctx context.Context, l net.Listener) error { return c.serveConsole(ctx, l, browsers) })
 	for l, s := range servers {
 		serving.Go(func() { failed <- s.Serve(l) })
 	}
@@ -215,7 +235,8 @@ func (c *Collector) Run(ctx context.Context) error {
 	return errors.Join(err, c.Close())
 }
 
-func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server {
+// servers are those of nodes and of readers. Browsers are answered by a service of their own.
+func (c *Collector) servers(stop context.Context) (_ map[net.Listener]*grpc.Server, browsers *query) {
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
 	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
 	ingest := newIngest(stop, c.write, c.peers, c.nodes, c.meters, c.log)
@@ -223,8 +244,9 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 		ingest.every = c.cfg.growEvery
 	}
 	api.RegisterAuditIngestServer(remote, ingest)
-	api.RegisterAuditServer(remote, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL,
-		acts: ingest.actsOf(c.peers.actor)})
+	service := &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: c.peers.reader, proof: proofTTL,
+		acts: ingest.actsOf(c.peers.actor)}
+	api.RegisterAuditServer(remote, service)
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
 		local := newServer(newPeerCred(c.cfg.SocketUIDs))
@@ -232,7 +254,7 @@ func (c *Collector) servers(stop context.Context) map[net.Listener]*grpc.Server 
 			acts: ingest.actsOf(localActor)})
 		servers[c.unix] = local
 	}
-	return servers
+	return servers, c.peers.browsers(service, ingest)
 }
 
 func newServer(creds credentials.TransportCredentials) *grpc.Server {

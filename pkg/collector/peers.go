@@ -97,6 +97,14 @@ func (p peers) handshake(id spiffeid.ID) error {
 	return fmt.Errorf("%s is neither an agent of %s nor a reader nor an actor", id, p.trustDomain)
 }
 
+// browser lets in whoever may read: what is acted on has to be read first.
+func (p peers) browser(id spiffeid.ID) error {
+	if !p.readers.has(id) {
+		return fmt.Errorf("%s is not among the collector's readers", id)
+	}
+	return nil
+}
+
 // node returns the node that the caller proved to be.
 func (p peers) node(ctx context.Context) (string, error) {
 	id, ok := grpccredentials.PeerIDFromContext(ctx)

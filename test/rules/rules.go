@@ -32,12 +32,12 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/...", "./test/evidence"},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/...", "./test/evidence"},
 		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant (proof reads sealed bytes, without the types)",
 	},
 	{
 		imports: []string{"google.golang.org/grpc/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity", "./pkg/devauthority", "./cmd/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity", "./pkg/devauthority", "./cmd/..."},
 		why:     "a package that does not speak to another process does not need the means to",
 	},
 	{
@@ -89,6 +89,11 @@ var rules = []rule{
 		imports: []string{"net"},
 		not:     []string{"./pkg/flow", "./pkg/grant"},
 		why:     "net/netip is enough for addresses; policy alone takes host names apart",
+	},
+	{
+		imports: []string{"./pkg/console"},
+		only:    []string{"./pkg/collector", "./cmd/sallyport"},
+		why:     "pages are shown by who serves the log and by the operator's command, and nothing is decided in them",
 	},
 	{
 		imports: []string{"./pkg/agent"},

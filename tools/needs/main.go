@@ -30,6 +30,7 @@ var needs = map[string][]need{
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
 		{"promtool", "it tests the alert rules", []string{"prometheus"}},
 		{"strace", "it has reads of the disk fail", []string{"strace"}},
+		{"chromium", "the browser that looks at the console", []string{"chromium"}},
 	},
 	"test-alerts": {
 		{"prometheus", "it scrapes and evaluates the alert rules", []string{"prometheus"}},
