@@ -46,6 +46,10 @@ soak-kills: ## kill -9 the store, the collector and the agent at KILLS=1000 poin
 soak-away: ## have the collector away for AWAY=1h with 500 flow records a second, and the agent restart: nothing lost, memory bounded
 	SALLYPORT_AWAY=$(or $(AWAY),1h) go test -count 1 -v -timeout 0 -run '^TestHourAway$$' ./pkg/audit
 
+soak-matrix: ## have everything happen to agent, collector, their disks and the line between them, under load for FOR=1h: produced = delivered + counted lost (root)
+	go run ./tools/needs test
+	SALLYPORT_MATRIX=$(or $(FOR),1h) go test -count 1 -v -timeout 0 -run '^TestAuditMatrix$$' ./test/e2e
+
 test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
 	go run ./tools/needs test test-alerts
 	go test -tags alerts -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
