@@ -27,42 +27,8 @@ const matrixEnv = "SALLYPORT_MATRIX"
 
 const (
 	matrixPace = 50 * time.Millisecond // between connections of one kind: 60 a second in all
-	matrixGrow = 15                    // connections before, during and after a fault
+	matrixGrow = 10                    // connections before, during and after a fault
 )
-
-// fault is one row of the matrix.
-type fault struct {
-	name  string
-	do    func(*auditor, *testing.T) losses
-	first func(*auditor, *testing.T) // before the cell; nil: nothing
-}
-
-// losses are what a fault may cost, by stage and cause. The zero value is nothing at all.
-type losses struct {
-	exactly map[string]uint64 // to the unit
-	only    []string          // as many as it takes, and nothing by another cause
-	atMost  func() uint64     // with only; nil: there is no such bound
-	twice   bool              // the proxy hands in again what a killed agent had not acknowledged
-}
-
-var faults = []fault{
-	{name: "kill -9 agent", do: (*auditor).killAgent},
-	{name: "kill -9 collector", do: (*auditor).killCollector},
-	{name: "collector away", do: (*auditor).away},
-	{name: "collector slow", do: (*auditor).slow},
-	{name: "collector forges acks", do: (*auditor).forge},
-	{name: "collector acks and drops", do: (*auditor).swallow},
-	{name: "duplicate delivery", do: (*auditor).twice},
-	{name: "disk full on the node", do: (*auditor).nodeFull, first: (*auditor).restartAgent},
-	{name: "disk full at the collector", do: (*auditor).collectorFull, first: (*auditor).restartCollector},
-	{name: "torn write at the collector", do: (*auditor).tearDay},
-	{name: "flipped bits at the collector", do: (*auditor).flipDay},
-	{name: "torn write in the node's spool", do: (*auditor).tearSpool},
-	{name: "flipped bits in the node's spool", do: (*auditor).flipSpool},
-	{name: "torn write in the node's store", do: (*auditor).tearStore},
-	{name: "flipped bits in the node's store", do: (*auditor).flipStore},
-	{name: "clock step", do: (*auditor).stepClocks},
-}
 
 // TestAuditMatrix: whatever happens to agent, collector, what is between them and what they write to, and whether connections are made
 // meanwhile or not: every record that was produced is at the collector once, or counted as lost there. What was produced is known by those
@@ -95,6 +61,7 @@ type auditor struct {
 	lost   map[string]uint64 // before this cell
 	flows  uint64            // of the path, by the kernel, before this cell
 	before int               // connections of this cell that bypassed the proxy under another path
+	over   made              // before the fault was over: of what came later nothing may be missing
 
 	mu   sync.Mutex
 	next int  // number of the next client without an identity; guarded by mu
@@ -181,6 +148,8 @@ func (m *auditor) cell(t *testing.T, f fault, loaded bool) {
 	m.grow(t)
 	lost := f.do(m, t)
 	m.grow(t)
+	m.over = m.all()
+	m.grow(t)
 	stop()
 	lasted := time.Since(m.began)
 	if !loaded {
@@ -208,7 +177,7 @@ func (m *auditor) begin(t *testing.T, loaded bool) {
 		p = m.kernelPath(t)
 	}
 	m.flows, m.before = p.Flows, 0
-	m.load, m.began, m.lost = loaded, time.Now(), m.lostRecords(t)
+	m.load, m.began, m.lost, m.over = loaded, time.Now(), m.lostRecords(t), made{}
 }
 
 // kernelPath is the cell's path, or nil where it is over.
@@ -352,21 +321,25 @@ func (m *auditor) lostNow(t *testing.T) map[string]uint64 {
 // books compares what clients made with what the collector has of it.
 func (m *auditor) books(t *testing.T, may losses) error {
 	t.Helper()
-	want := m.produced()
+	all := m.all()
+	want, late := produced(all), produced(all.since(m.over))
 	have := map[string]int{}
 	for _, s := range m.world.flows(t, &api.FlowQuery{Since: timestamppb.New(m.began.Add(-time.Second))}) {
 		have[recordOf(s.Flow)]++
 	}
-	missing, double := 0, 0
+	missing, double, lateMissing := 0, 0, 0
 	for r, n := range want {
 		missing += max(n-have[r], 0)
 		double += max(have[r]-n, 0)
+		lateMissing += max(late[r]-have[r], 0)
 	}
 	lost, total := m.lostNow(t), uint64(0)
 	for _, n := range lost {
 		total += n
 	}
 	switch {
+	case lateMissing > 0:
+		return fmt.Errorf("%d records of connections after the fault are missing", lateMissing)
 	case double > 0 && !may.twice:
 		return fmt.Errorf("%d records are there twice", double)
 	case uint64(missing) > total:
@@ -384,9 +357,14 @@ func (m *auditor) books(t *testing.T, may losses) error {
 	return nil
 }
 
-// produced are the records of the cell's connections: by client, verdict and event.
-func (m *auditor) produced() map[string]int {
-	made, out := m.all(), map[string]int{}
+// since is what came after an earlier look.
+func (m made) since(before made) made {
+	return made{bypassed: m.bypassed[len(before.bypassed):], proxied: m.proxied[len(before.proxied):], denied: m.denied[len(before.denied):]}
+}
+
+// produced are the records of connections: by client, verdict and event.
+func produced(made made) map[string]int {
+	out := map[string]int{}
 	for verdict, clients := range map[string][]netip.AddrPort{"BYPASSED": made.bypassed, "PROXIED": made.proxied} {
 		for _, c := range clients {
 			out[fmt.Sprint(c, " ", verdict, " OPEN")]++
@@ -418,12 +396,12 @@ type entry struct {
 // says that they end.
 func (m *auditor) complete(t *testing.T) {
 	t.Helper()
-	entries := m.entries(t)
 	reply, err := m.collected(t).Nodes(t.Context())
 	must(t, err)
+	entries := m.entries(t) // there may be later ones by now
 	for _, s := range reply.Nodes {
 		name := fmt.Sprint(s.Epoch, " ", s.Class)
-		all := entries[name]
+		all := slices.DeleteFunc(entries[name], func(e entry) bool { return e.last > s.Seq })
 		slices.SortFunc(all, func(a, b entry) int { return cmp.Compare(a.first, b.first) })
 		delivered, lost, next := uint64(0), uint64(0), uint64(1)
 		for _, e := range all {
@@ -490,247 +468,4 @@ func (m *auditor) numbers(t *testing.T) (n uint64) {
 		}
 	}
 	return n
-}
-
-// ---- faults ----
-
-func (m *auditor) killAgent(t *testing.T) losses {
-	m.agent.kill(t)
-	m.grow(t)
-	m.agent.start(t)
-	return losses{only: []string{"agent_spool/agent_restart", "kernel_ring/best_effort_full"}, twice: true}
-}
-
-func (m *auditor) killCollector(t *testing.T) losses {
-	m.collector.kill(t)
-	m.grow(t)
-	m.collector.start(t)
-	return losses{}
-}
-
-// between has the relay be of another manner for a while.
-func (m *auditor) between(t *testing.T, as manner) {
-	t.Helper()
-	m.relay.be(as)
-	m.grow(t)
-	m.relay.be(manner{})
-}
-
-func (m *auditor) away(t *testing.T) losses {
-	m.between(t, manner{away: true})
-	return losses{}
-}
-
-func (m *auditor) slow(t *testing.T) losses {
-	m.between(t, manner{delay: 200 * time.Millisecond})
-	return losses{}
-}
-
-func (m *auditor) twice(t *testing.T) losses {
-	m.relay.be(manner{twice: true})
-	m.each(t)
-	m.batches(t)
-	m.grow(t)
-	m.relay.be(manner{})
-	return losses{}
-}
-
-// batches waits until the relay has had some more.
-func (m *auditor) batches(t *testing.T) {
-	t.Helper()
-	_, before := m.relay.took()
-	waitUntil(t, "batches", func() bool { _, n := m.relay.took(); return n > before+1 })
-}
-
-func (m *auditor) forge(t *testing.T) losses {
-	m.relay.be(manner{forge: true})
-	m.each(t)
-	m.batches(t)
-	m.grow(t)
-	m.relay.be(manner{})
-	return losses{}
-}
-
-// swallow: what was acknowledged and is not there is lost, as the next honest word of the collector tells, to the unit. Under load some
-// acknowledgements are still on their way when the relay becomes honest: what those are for is sent again.
-func (m *auditor) swallow(t *testing.T) losses {
-	before, _ := m.relay.took()
-	m.relay.be(manner{swallow: true})
-	m.each(t)
-	m.batches(t)
-	m.grow(t)
-	swallowed := func() uint64 { after, _ := m.relay.took(); return after - before }
-	if !m.load {
-		m.settled(t)
-	}
-	m.relay.be(manner{})
-	if m.load {
-		return losses{only: []string{"collector/forgotten"}, atMost: swallowed}
-	}
-	return losses{exactly: map[string]uint64{"collector/forgotten": swallowed()}}
-}
-
-// restartAgent and restartCollector leave no write-ahead log behind: one that was longer before has room for a while on a full disk.
-func (m *auditor) restartAgent(t *testing.T)     { m.agent.stop(t); m.agent.start(t) }
-func (m *auditor) restartCollector(t *testing.T) { m.collector.stop(t); m.collector.start(t) }
-
-func (m *auditor) nodeFull(t *testing.T) losses {
-	m.full(t, m.files.state, m.agent, "audit store cannot be written")
-	return losses{}
-}
-
-func (m *auditor) collectorFull(t *testing.T) losses {
-	m.full(t, m.files.records, m.collector, "batch cannot be stored")
-	return losses{}
-}
-
-// full fills a program's disk for a while. The program says so when it has something to write.
-func (m *auditor) full(t *testing.T, dir string, d *daemon, says string) {
-	t.Helper()
-	filler := fillDisk(t, dir)
-	m.grow(t)
-	if m.load {
-		waitUntil(t, "the disk to be too full", func() bool { return strings.Contains(d.proc.Output(), says) })
-	}
-	must(t, os.Remove(filler))
-}
-
-// pending has records of each kind wait on the node, and gives a client of each.
-func (m *auditor) pending(t *testing.T) (bypassed, denied netip.AddrPort) {
-	t.Helper()
-	m.relay.be(manner{away: true})
-	m.each(t)
-	m.grow(t)
-	made := m.all()
-	return made.bypassed[len(made.bypassed)-1], made.denied[len(made.denied)-1]
-}
-
-func (m *auditor) storeFiles(t *testing.T) []string { return glob(t, m.files.state, "node.db*") }
-func (m *auditor) spoolFiles(t *testing.T) []string {
-	return glob(t, m.files.state, "flows", "*", "*.flow")
-}
-func (m *auditor) dayFiles(t *testing.T, suffix string) []string {
-	return glob(t, m.files.records, "2*.db"+suffix)
-}
-
-// spooled waits until a denial is on the disk, and gives its client as it stands there.
-func (m *auditor) spooled(t *testing.T) string {
-	t.Helper()
-	_, denied := m.pending(t)
-	text := denied.Addr().String() + ":"
-	waitUntil(t, "the spool to have a record", func() bool { return has(t, m.spoolFiles(t), text) })
-	return text
-}
-
-func (m *auditor) flipSpool(t *testing.T) losses {
-	text := m.spooled(t)
-	m.agent.stop(t)
-	flipIn(t, m.spoolFiles(t), text)
-	m.agent.start(t)
-	m.relay.be(manner{})
-	return losses{exactly: map[string]uint64{"flow_spool/damaged": 1}}
-}
-
-func (m *auditor) tearSpool(t *testing.T) losses {
-	m.spooled(t)
-	m.agent.kill(t)
-	tearEnd(t, slices.Max(m.spoolFiles(t)))
-	m.agent.start(t)
-	m.relay.be(manner{})
-	return losses{only: []string{"agent_spool/agent_restart", "flow_spool/damaged"}, twice: true}
-}
-
-func (m *auditor) flipStore(t *testing.T) losses {
-	bypassed, _ := m.pending(t)
-	waitUntil(t, "the store to have a record", func() bool { return has(t, m.storeFiles(t), bypassed.String()) })
-	m.agent.stop(t)
-	flipIn(t, m.storeFiles(t), bypassed.String())
-	return m.recovered(t)
-}
-
-func (m *auditor) tearStore(t *testing.T) losses {
-	bypassed, _ := m.pending(t)
-	waitUntil(t, "the store to have a record", func() bool { return has(t, m.storeFiles(t), bypassed.String()) })
-	m.agent.kill(t)
-	tearLog(t, filepath.Join(m.files.state, "node.db-wal"))
-	return m.recovered(t)
-}
-
-// recovered starts an agent on a damaged store: it ends every path, and somebody has to vouch for the node before the next is opened.
-func (m *auditor) recovered(t *testing.T) losses {
-	t.Helper()
-	m.agent.start(t)
-	m.relay.be(manner{})
-	if p := m.kernelPath(t); p != nil {
-		t.Errorf("the store was damaged, and a path is open: %+v", p)
-	}
-	m.vouch(t)
-	m.reopen(t)
-	return losses{only: []string{"agent_store/damaged", "agent_spool/agent_restart", "flow_spool/damaged"}, twice: true}
-}
-
-func (m *auditor) vouch(t *testing.T) {
-	t.Helper()
-	m.cli(t, "grant", "vouch", "--key", m.carol(), "--by", "carol", "--why", "a test did it", "--yes")
-}
-
-// holding breaks the line, and gives how many numbers the collector has then of what the agent goes on with. The node knows of each when no
-// connection is made; under load some acknowledgements are lost, and what those are for is sent again.
-func (m *auditor) holding(t *testing.T) uint64 {
-	t.Helper()
-	if !m.load {
-		m.settled(t)
-	}
-	m.relay.be(manner{away: true})
-	m.grow(t)
-	return m.numbers(t)
-}
-
-// forgotten is what a collector has to be told of that has lost as many numbers.
-func (m *auditor) forgotten(n uint64) losses {
-	if m.load {
-		return losses{only: []string{"collector/forgotten"}, atMost: func() uint64 { return n }}
-	}
-	return losses{exactly: map[string]uint64{"collector/forgotten": n}}
-}
-
-// flipDay leaves a collector with nothing, also of what it knew to be lost.
-func (m *auditor) flipDay(t *testing.T) losses {
-	had := m.holding(t)
-	m.collector.stop(t)
-	for _, day := range m.dayFiles(t, "") {
-		flipAll(t, day)
-	}
-	m.collector.start(t)
-	m.relay.be(manner{})
-	m.lost = nil
-	return m.forgotten(had)
-}
-
-func (m *auditor) tearDay(t *testing.T) losses {
-	had := m.holding(t)
-	m.collector.kill(t)
-	tearLog(t, slices.Max(m.dayFiles(t, "-wal")))
-	m.collector.start(t)
-	has := m.numbers(t)
-	m.relay.be(manner{})
-	if has >= had {
-		t.Errorf("the collector has %d numbers, and had %d: nothing was torn", has, had)
-	}
-	return m.forgotten(had - has)
-}
-
-// stepClocks sets the clocks of agent and collector ahead and back again. The agent ends every path both times; when its clock is behind
-// what it saw, somebody has to vouch for the node.
-func (m *auditor) stepClocks(t *testing.T) losses {
-	setClock(t, m.agent.proc, 20*time.Minute)
-	setClock(t, m.collector.proc, 26*time.Hour)
-	waitUntil(t, "the path to end", func() bool { return m.kernelPath(t) == nil })
-	m.grow(t)
-	setClock(t, m.agent.proc, 0)
-	setClock(t, m.collector.proc, 0)
-	waitUntil(t, "the agent to doubt its clock", func() bool { return len(m.status(t).Problems) > 0 })
-	m.vouch(t)
-	m.reopen(t)
-	return losses{}
 }
