@@ -38,13 +38,17 @@ soak-leaks: ## probe without an identity while everything is killed and replaced
 	SOAK_DURATION=$(or $(DURATION),$(if $(PROBES),,35m)) SOAK_PROBES=$(PROBES) SOAK_SEED=$(if $(filter file,$(origin SEED)),,$(SEED)) SOAK_JSON=$(abspath $(JSON)) \
 		go test -count 1 -v -timeout 0 -run '^TestSoakLeaks$$' ./test/e2e
 
-soak-kills: ## kill -9 the store and the agent at KILLS=1000 points each: nothing lost, nothing revived; and SEQUENCES=200 random ones of calls, deaths and clocks
+soak-kills: ## kill -9 the store, the collector and the agent at KILLS=1000 points each: nothing lost, nothing revived, each grant event at the collector once; and SEQUENCES=200 random ones of calls, deaths and clocks
 	go run ./tools/needs test
 	SALLYPORT_KILLS=$(or $(KILLS),1000) go test -count 1 -v -timeout 0 -run '^TestKilled$$' ./pkg/store ./pkg/collector
 	SALLYPORT_KILLS=$(or $(KILLS),1000) SALLYPORT_SEQUENCES=$(or $(SEQUENCES),200) go test -count 1 -v -timeout 0 -run '^(TestKillAgentAtRandom|TestNoSequenceOpensTooMuch)$$' ./pkg/agent
 
 soak-away: ## have the collector away for AWAY=1h with 500 flow records a second, and the agent restart: nothing lost, memory bounded
 	SALLYPORT_AWAY=$(or $(AWAY),1h) go test -count 1 -v -timeout 0 -run '^TestHourAway$$' ./pkg/audit
+
+soak-matrix: ## have everything happen to agent, collector, their disks and the line between them, under load for FOR=1h: produced = delivered + counted lost (root)
+	go run ./tools/needs test
+	SALLYPORT_MATRIX=$(or $(FOR),1h) go test -count 1 -v -timeout 0 -run '^TestAuditMatrix$$' ./test/e2e
 
 test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
 	go run ./tools/needs test test-alerts

@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -11,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -340,118 +338,4 @@ func (in *installed) scrape() string {
 	must(in.t, err)
 	defer reply.Body.Close()
 	return readAll(in.t, reply)
-}
-
-// killsEnv asks for another number of kills than the common run has.
-const killsEnv = "SALLYPORT_KILLS"
-
-// TestKillAgentAtRandom is invariant 5 from outside: whenever the agent is killed, each open path has its active row, and
-// what it had said is so: nothing is lost, and nothing that is over begins again.
-func TestKillAgentAtRandom(t *testing.T) {
-	in := install(t)
-	told := &toldLedger{active: map[string][]byte{}, over: map[string][]byte{}}
-	for range fromEnv(t, killsEnv, 8) {
-		agent := in.ready("run")
-		in.tryOver(told)
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			in.churn(ctx, told)
-		}()
-		pause := time.NewTimer(time.Duration(rand.IntN(150)) * time.Millisecond)
-		<-pause.C
-		must(t, agent.Kill())
-		cancel()
-		<-done
-		in.checkRows(told)
-	}
-	agent := in.ready("run")
-	s := in.status()
-	if len(s.Problems) != 0 {
-		t.Errorf("problems after all kills: %v", s.Problems)
-	}
-	t.Logf("%d grants were active to the end, %d were over", len(told.active), len(told.over))
-	must(t, agent.Signal(syscall.SIGKILL))
-	<-agent.Exited()
-	in.uninstall()
-}
-
-// toldLedger is what the agent had said before it died, by the ids of grants.
-type toldLedger struct{ active, over map[string][]byte }
-
-// churn activates, revokes and withdraws until the agent is gone.
-func (in *installed) churn(ctx context.Context, told *toldLedger) {
-	agent := in.agent()
-	alice := crew{"alice": in.signer.key}
-	for i := 0; ctx.Err() == nil; i++ {
-		a, b := byte(rand.IntN(250)), byte(rand.IntN(250))
-		envelope := in.signer.envelope(in.t, func(p *grant.Payload) {
-			p.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 1, a, b}), netip.AddrFrom4([4]byte{10, 2, a, b})}
-		})
-		said := alice.says(in.t, "alice", grant.StepWithdrawn, envelope, time.Now())
-		if i%4 == 3 { // before it begins
-			if reply, err := agent.State(ctx, &api.StateRequest{Statement: said, Envelope: envelope}); err != nil || reply.Grant != nil {
-				return
-			}
-			p, err := grant.Peek(envelope)
-			must(in.t, err)
-			told.over[p.ID] = envelope
-			continue
-		}
-		reply, err := in.activate(ctx, agent, envelope)
-		if err != nil {
-			return
-		}
-		id := reply.Grant.Id
-		told.active[id] = envelope
-		switch i % 4 {
-		case 0:
-			_, err = agent.Revoke(ctx, &api.RevokeRequest{Grant: id})
-		case 1:
-			_, err = agent.State(ctx, &api.StateRequest{Statement: said})
-		default:
-			continue
-		}
-		delete(told.active, id) // it may be over, whether we are told or not
-		if err != nil {
-			return
-		}
-		told.over[id] = envelope
-	}
-}
-
-// tryOver activates some of what is over once more.
-func (in *installed) tryOver(told *toldLedger) {
-	in.t.Helper()
-	agent, tries := in.agent(), 5
-	for id, envelope := range told.over {
-		if _, err := in.activate(in.t.Context(), agent, envelope); err == nil {
-			in.t.Errorf("grant %s, which was over, is active again", id)
-		}
-		if tries--; tries == 0 {
-			return
-		}
-	}
-}
-
-// checkRows looks at kernel and store while no agent lives.
-func (in *installed) checkRows(told *toldLedger) {
-	in.t.Helper()
-	rows, open := in.offline()
-	for id, n := range open {
-		if rows[id] != stateActive {
-			in.t.Errorf("%d open paths of grant %s, whose row is %q", n, id, rows[id])
-		}
-	}
-	for id := range told.active {
-		if rows[id] == "" {
-			in.t.Errorf("grant %s is lost", id)
-		}
-	}
-	for id := range told.over {
-		if rows[id] == stateActive || open[id] > 0 {
-			in.t.Errorf("grant %s is over, and its row is %q with %d open paths", id, rows[id], open[id])
-		}
-	}
 }

@@ -9,8 +9,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/store"
 )
 
-// offline reads the rows and the open paths of a node on which no agent lives, as its operator would: no program is loaded. It
-// acknowledges what the agents recorded, in the collector's place: each start reads what is there.
+// offline reads the rows and the open paths of a node on which no agent lives, as its operator would: no program is loaded.
 func (in *installed) offline() (rows map[string]string, open map[string]int) {
 	in.t.Helper()
 	s, err := store.Open(storeFile(in.cfg))
@@ -22,9 +21,6 @@ func (in *installed) offline() (rows map[string]string, open map[string]int) {
 	for _, row := range all {
 		rows[row.ID] = row.State
 	}
-	last, _, err := s.Seqs(in.t.Context())
-	must(in.t, err)
-	must(in.t, s.Ack(in.t.Context(), last))
 	paths, err := datapath.ReadPaths(in.cfg.PinDir())
 	must(in.t, err)
 	for _, p := range paths {

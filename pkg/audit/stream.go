@@ -293,12 +293,14 @@ func (ss *session) ackCritical(ctx context.Context, l link) error {
 	return nil
 }
 
-// ackFlow forgets what the seal covers. Both are durable with the next reservation: until then the collector's Welcome tells it.
+// ackFlow forgets what the seal covers. Both are durable with the next reservation: until then the collector's Welcome tells it, and to a
+// store that was damaged its count, as no collector knows of the epoch that begins then.
 func (ss *session) ackFlow(l link) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.acked.flow = l
 	ss.buf.ack(l.last)
+	ss.cfg.Store.CountFlowAcked(l.last)
 }
 
 func (ss *session) sendFlow() (bool, error) {

@@ -31,7 +31,8 @@ const (
 	offFlow   = 136
 	offQueued = 144
 
-	// Where the head stood at the last write, for a store whose head is damaged.
+	// Where the head stood at the last write, for a store whose head is damaged. The collector may have been known to have more
+	// of the flow class since.
 	offSeq       = 152
 	offBase      = 160
 	offSettled   = 168 // of offQueued, in the store
@@ -170,6 +171,10 @@ func (c *countFile) close() error {
 // CountFlow notes that flow numbers up to n are given out. It does no I/O; what it notes survives a
 // kill of the process, but not a power loss. After Close it does nothing.
 func (s *Store) CountFlow(n uint64) { s.count.raise(offFlow, n) }
+
+// CountFlowAcked notes that the collector has flow numbers up to n, for a store that is damaged before that is durable: they are not
+// lost then. Like CountFlow it survives a kill of the process.
+func (s *Store) CountFlowAcked(n uint64) { s.count.raise(offFlowAcked, n) }
 
 // CountQueued notes that n entries were ever taken into a queue for AppendAll in this epoch. Like
 // CountFlow it survives a kill of the process.

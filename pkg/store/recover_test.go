@@ -459,3 +459,19 @@ func TestRecoverCountsTheQueue(t *testing.T) {
 		t.Errorf("recovered %+v", r)
 	}
 }
+
+// What the collector acknowledged is not lost, also where that was not durable yet when the store was damaged.
+func TestRecoverKnowsWhatTheCollectorHas(t *testing.T) {
+	path := testPath(t)
+	s := openTest(t, path)
+	if err := s.ReserveFlow(t.Context(), 100, 10); err != nil {
+		t.Fatal(err)
+	}
+	s.CountFlow(70)
+	s.CountFlowAcked(60)
+	s.Close()
+	s, _ = mended(t, damagedCopy(t, path, func([]byte) []byte { return nil }))
+	if flow := must(s.Flow(t.Context()))(t); flow.Acked != 0 || flow.Produced != 10 {
+		t.Errorf("flow numbers up to %d, of which the collector has %d; 10 are gone", flow.Produced, flow.Acked)
+	}
+}

@@ -4,11 +4,16 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/client"
 )
 
 // stored is a flow record as the collector keeps it.
@@ -150,4 +155,56 @@ func lines[T any](t *testing.T, text string) (out []T) {
 		out = append(out, v)
 	}
 	return out
+}
+
+// collected is a client of the collector, on its local socket.
+func (w *world) collected(t *testing.T) *client.Audit {
+	t.Helper()
+	c, err := client.NewAudit("unix:"+w.files.recordsSocket, nil)
+	must(t, err)
+	t.Cleanup(func() { must(t, c.Close()) })
+	return c
+}
+
+// everything makes a query one for all that there is.
+const everything = math.MaxInt32
+
+// flows are the stored flow records that match.
+func (w *world) flows(t *testing.T, q *api.FlowQuery) (all []*api.StoredFlow) {
+	t.Helper()
+	q.Limit = everything
+	for s, err := range w.collected(t).Flows(t.Context(), q) {
+		must(t, err)
+		all = append(all, s)
+	}
+	return all
+}
+
+// lostRecords counts what the collector knows to be missing, by class, stage and cause.
+func (w *world) lostRecords(t *testing.T) map[string]uint64 {
+	t.Helper()
+	all := map[string]uint64{}
+	for l, err := range w.collected(t).Losses(t.Context(), &api.LossQuery{Limit: everything}) {
+		must(t, err)
+		all[fmt.Sprintf("%s %s/%s", l.Class, l.Loss.Stage, l.Loss.Cause)] += l.Loss.Count
+	}
+	return all
+}
+
+// settled waits until the agent has no live flow, and nothing that the collector does not have.
+func (w *world) settled(t *testing.T) {
+	t.Helper()
+	agent, err := client.NewAgent(filepath.Join(w.files.run, "agent.sock"))
+	must(t, err)
+	defer func() { must(t, agent.Close()) }()
+	var s *api.StatusReply
+	for end := time.Now().Add(3 * patience); ; time.Sleep(20 * time.Millisecond) {
+		s, err = agent.Status(t.Context())
+		if err == nil && s.LiveFlows == 0 && s.SpoolCritical == 0 && s.SpoolFlow == 0 && s.LostFlow == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the collector does not have everything: %v, %v", s, err)
+		}
+	}
 }
