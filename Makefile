@@ -20,8 +20,8 @@ PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
 
-demo: build ## show the main job on this machine, in namespaces of its own (root)
-	bin/sallyport demo
+demo: build ## show the main job on this machine, in namespaces of its own (root); IDENTITY=spire SPIRE_BIN_DIR=folder: with a real SPIRE
+	bin/sallyport demo $(if $(IDENTITY),--identity $(IDENTITY))
 
 # One package at a time: what the kernel holds does not say whose it is, and the leak checks want to know.
 test: ## run every test under the race detector (root; installs what it needs from Debian)
