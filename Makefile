@@ -20,8 +20,8 @@ PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
 
-demo: build ## show the main job on this machine, in namespaces of its own (root)
-	bin/sallyport demo
+demo: build ## show the main job on this machine, in namespaces of its own (root); IDENTITY=spire SPIRE_BIN_DIR=folder: with a real SPIRE
+	bin/sallyport demo $(if $(IDENTITY),--identity $(IDENTITY))
 
 # One package at a time: what the kernel holds does not say whose it is, and the leak checks want to know.
 test: ## run every test under the race detector (root; installs what it needs from Debian)
@@ -53,6 +53,10 @@ soak-matrix: ## have everything happen to agent, collector, their disks and the 
 test-alerts: ## have a real Prometheus and Alertmanager see each alert come from the programs, and go (root)
 	go run ./tools/needs test test-alerts
 	go test -tags alerts -count 1 -v -timeout 20m -run '^TestAlerts$$' ./test/e2e
+
+test-spire: ## have the programs live on identities of a real SPIRE, of SPIRE_BIN_DIR=folder: rotated, withdrawn, away (root; a quarter of an hour)
+	go run ./tools/needs test
+	go test -p 1 -tags spire -count 1 -v -timeout 40m -run '^(TestSPIRE|TestDemoWithSPIRE)$$' ./cmd/sallyport ./test/e2e
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...

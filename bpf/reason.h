@@ -116,6 +116,7 @@ enum sp_reason {
 	SP_REASON_DRAINED = 110,	/* proxy stopped */
 	SP_REASON_CLOSED = 111,		/* both ends closed in order */
 	SP_REASON_POLICY_CHANGED = 112,	/* policy no longer allows it */
+	SP_REASON_IDENTITY_EXPIRED = 113,	/* what proved the identity has expired since */
 };
 
 /* Which edge of a flow a record tells of. Append only. */

@@ -450,6 +450,7 @@ const (
 	SallyportSpReasonSP_REASON_DRAINED           SallyportSpReason = 110
 	SallyportSpReasonSP_REASON_CLOSED            SallyportSpReason = 111
 	SallyportSpReasonSP_REASON_POLICY_CHANGED    SallyportSpReason = 112
+	SallyportSpReasonSP_REASON_IDENTITY_EXPIRED  SallyportSpReason = 113
 )
 
 type SallyportSpSeen struct {

@@ -67,6 +67,8 @@ type bench struct {
 // settings that tests change.
 type settings struct {
 	handshake, idle, drain, dial time.Duration
+	grace                        time.Duration
+	ttl                          time.Duration // of identities; 0: an hour
 	connections                  int
 	noIdentity, noAgent, noPx    bool
 }
@@ -84,7 +86,7 @@ func newBench(t *testing.T, change func(*settings)) *bench {
 	b.run = filepath.Join(b.Dir, "run")
 	b.must(os.Chmod(b.Dir, 0o755))
 	b.must(os.Mkdir(b.run, 0o755))
-	authority, err := devauthority.New(domain, devauthority.Options{})
+	authority, err := devauthority.New(domain, devauthority.Options{TTL: s.ttl})
 	b.must(err)
 	b.authority = authority
 	b.writePolicy(policyFor(web))
@@ -235,8 +237,8 @@ spec:
   trustDomain: example.org
   runDir: %s
   workloadAPI: unix://%s
-  proxy: {listenPort: %d, maxConnections: %d, handshakeTimeout: %s, idleTimeout: %s, dialTimeout: %s, drainTimeout: %s}
-`, b.run, b.workloadSocket(), port, s.connections, s.handshake, s.idle, s.dial, s.drain)
+  proxy: {listenPort: %d, maxConnections: %d, handshakeTimeout: %s, idleTimeout: %s, dialTimeout: %s, drainTimeout: %s, expiryGrace: %s}
+`, b.run, b.workloadSocket(), port, s.connections, s.handshake, s.idle, s.dial, s.drain, s.grace)
 }
 
 // target is the service's address; somebody listens there when the test has started it.

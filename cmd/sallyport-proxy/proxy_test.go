@@ -438,6 +438,43 @@ func TestChangesCutLiveConnections(t *testing.T) {
 	b.resets(stays)
 }
 
+// TestExpiryEndsLiveConnections: a connection lasts as long as the certificate that it was let in by, and the
+// grace; that the proxy's own is renewed meanwhile cuts nothing.
+func TestExpiryEndsLiveConnections(t *testing.T) {
+	const ttl, grace = 3 * time.Second, time.Second
+	b := newBench(t, func(s *settings) { s.ttl, s.grace = ttl, grace })
+	_, err := b.Pod.WhoAnswers(b.target(lab.IPv4))
+	b.must(err)
+	svid, err := b.authority.Issue(web)
+	b.must(err)
+	old := b.tlsWith(b.plain(b.target(lab.IPv4)), svid)
+	end := svid.Certificates[0].NotAfter.Add(grace)
+	for time.Until(end) > 200*time.Millisecond {
+		if _, err := lab.Ask(old); err != nil {
+			t.Fatalf("%s before the end: %v", time.Until(end), err)
+		}
+		time.Sleep(50 * time.Millisecond) // between two requests
+	}
+	young := b.dialAs(lab.IPv4, web)
+	b.must(old.SetDeadline(time.Now().Add(wait)))
+	b.resets(old)
+	if late := time.Since(end); late < 0 || late > 3*time.Second {
+		t.Errorf("reset %s after the end of certificate and grace", late)
+	}
+	if _, err := lab.Ask(young); err != nil {
+		t.Errorf("a connection with a newer certificate: %v", err)
+	}
+	r := b.find("CLOSE", "IDENTITY_EXPIRED")
+	if r.Identity != web.String() || !strings.Contains(r.Detail, svid.Certificates[0].NotAfter.UTC().Format(time.RFC3339)) {
+		t.Errorf("record %v", r)
+	}
+	late := b.tlsWith(b.plain(b.target(lab.IPv4)), svid)
+	if _, err := lab.Ask(late); err == nil {
+		t.Error("a certificate that has expired let somebody in")
+	}
+	b.find("DENY", "HANDSHAKE_FAILED")
+}
+
 func TestDrain(t *testing.T) {
 	b := newBench(t, func(s *settings) { s.drain = 2 * time.Second })
 	_, err := b.Pod.WhoAnswers(b.target(lab.IPv4))

@@ -80,6 +80,7 @@ func newProxy(c policy.ProxyConfig, source *identity.Source, file *proxy.PolicyF
 		MaxConnections:   connections,
 		HandshakeTimeout: c.HandshakeTimeout.Duration,
 		IdleTimeout:      c.IdleTimeout.Duration,
+		ExpiryGrace:      c.ExpiryGrace.Duration,
 		DialTimeout:      c.DialTimeout.Duration,
 		DrainTimeout:     c.DrainTimeout.Duration,
 		Identity:         source,

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 )
 
 // demoLimit ends a demo that hangs.
@@ -52,6 +54,7 @@ func (r *demoReport) failed() bool {
 
 func (c *cli) demo() *cobra.Command {
 	var keep bool
+	provider := demoEmbedded
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show the main job on this machine, in network namespaces of its own",
@@ -59,23 +62,32 @@ func (c *cli) demo() *cobra.Command {
 embedded SPIFFE authority in SPIRE's place, and tell what happens: a plain client is refused, a
 client with an identity is served through the proxy, a signed grant lets the plain client go
 around it for five seconds, the agent is killed, and the kernel ends the path on time.
+With --identity spire a real spire-server and spire-agent issue the identities: the variable SPIRE_BIN_DIR
+names the folder of both.
 It needs root, and removes everything it made, also on Ctrl-C.`,
 		Example: `  sudo bin/sallyport demo
-  sudo bin/sallyport demo -o json`,
+  sudo bin/sallyport demo -o json
+  sudo SPIRE_BIN_DIR=/opt/spire/bin bin/sallyport demo --identity spire`,
 		Args: exactly(0),
-		RunE: func(cmd *cobra.Command, _ []string) error { return c.runDemo(cmd.Context(), keep) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.runDemo(cmd.Context(), provider, keep) },
 	}
+	cmd.Flags().Var(&provider, "identity", "who issues the identities: `embedded` or spire")
 	cmd.Flags().BoolVar(&keep, "keep-logs", false, "keep what the processes wrote")
 	return cmd
 }
 
-func (c *cli) runDemo(ctx context.Context, keep bool) (err error) {
+func (c *cli) runDemo(ctx context.Context, provider demoProvider, keep bool) (err error) {
+	if provider == demoSPIRE {
+		if err := devauthority.CheckSPIRE(c.getenv(devauthority.SPIREVariable)); err != nil {
+			return withHint(fmt.Errorf("run demo: %w", err), devauthority.SPIREHint)
+		}
+	}
 	if os.Geteuid() != 0 {
 		return withHint(errors.New("run demo: needs root: it makes network namespaces and loads BPF programs"), "run it with sudo")
 	}
 	ctx, cancel := context.WithTimeout(ctx, demoLimit)
 	defer cancel()
-	w, err := c.newDemoWorld(ctx, keep)
+	w, err := c.newDemoWorld(ctx, provider, keep)
 	if err != nil {
 		return withHint(fmt.Errorf("set up demo: %w", err), "it wants Linux 6.6 or later with BTF, and the four binaries in one folder (`make build`)")
 	}

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// demoProcess is one of the binaries, running in the node's namespace.
+// demoProcess is a program, running in the node's namespace.
 type demoProcess struct {
 	name   string
 	cmd    *exec.Cmd
@@ -35,7 +35,7 @@ func (w *demoWorld) start(ctx context.Context, name string, args ...string) (*de
 	if err := os.Chmod(socket, 0o666); err != nil { // the proxy is not root
 		return nil, errors.Join(fmt.Errorf("open socket to users: %w", err), notifications.Close())
 	}
-	p, err := w.spawn(name, socket, args)
+	p, err := w.spawn(name, socket, exec.Command(filepath.Join(w.bin, name), args...))
 	if err != nil {
 		return nil, errors.Join(err, notifications.Close())
 	}
@@ -69,13 +69,13 @@ func (p *demoProcess) listen(notifications *net.UnixConn, ready func()) {
 	}
 }
 
-func (w *demoWorld) spawn(name, notify string, args []string) (*demoProcess, error) {
+// spawn starts a program in the node's namespace.
+func (w *demoWorld) spawn(name, notify string, cmd *exec.Cmd) (*demoProcess, error) {
 	output, err := os.Create(filepath.Join(w.dir, fmt.Sprintf("%s-%d.log", name, len(w.processes))))
 	if err != nil {
 		return nil, fmt.Errorf("make log: %w", err)
 	}
-	p := &demoProcess{name: name, output: output, done: make(chan struct{})}
-	p.cmd = exec.Command(filepath.Join(w.bin, name), args...)
+	p := &demoProcess{name: name, cmd: cmd, output: output, done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify)
 	p.cmd.Stdout, p.cmd.Stderr = output, output
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}

@@ -10,6 +10,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -50,11 +53,14 @@ type demoStory struct {
 	resetTime time.Time
 }
 
+// demoChapter is a step before it was told.
+type demoChapter struct {
+	name string
+	tell func(context.Context) (string, error)
+}
+
 func (s *demoStory) tell(ctx context.Context) *demoReport {
-	chapters := []struct {
-		name string
-		tell func(context.Context) (string, error)
-	}{
+	chapters := []demoChapter{
 		{"collector, agent and proxy run, and the hooks are proven", s.begin},
 		{"a plain client is refused at the protected port", s.plainRefused},
 		{"a client with a SPIFFE identity is served through the proxy", s.identityServed},
@@ -63,6 +69,9 @@ func (s *demoStory) tell(ctx context.Context) *demoReport {
 		{"at the deadline the kernel resets the connection, and the retry is on the proxy", s.deadlineCuts},
 		{"a restarted agent adopts, and log and kernel agree to the byte", s.bytesAgree},
 		{"uninstall leaves nothing attached", s.uninstalled},
+	}
+	if s.w.spire != nil {
+		chapters = slices.Insert(chapters, 0, demoChapter{"a real spire-server and spire-agent know the demo's programs", s.spireKnows})
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -426,7 +435,7 @@ func (s *demoStory) uninstalled(ctx context.Context) (string, error) {
 	if err := errors.Join(s.proxy.stop(), s.agent.stop()); err != nil {
 		return "", err
 	}
-	p, err := s.w.spawn("sallyport-agent", "", []string{"uninstall", "--config", s.w.path("agent.yaml")})
+	p, err := s.w.spawn("sallyport-agent", "", exec.Command(filepath.Join(s.w.bin, "sallyport-agent"), "uninstall", "--config", s.w.path("agent.yaml")))
 	if err != nil {
 		return "", err
 	}

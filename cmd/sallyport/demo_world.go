@@ -39,6 +39,7 @@ type demoWorld struct {
 	agent    *client.Agent
 	audit    *client.Audit
 
+	spire         *devauthority.SPIRE // nil: the embedded authority
 	stopAuthority context.CancelFunc
 	authority     sync.WaitGroup
 	processes     []*demoProcess
@@ -47,7 +48,7 @@ type demoWorld struct {
 
 // newDemoWorld makes namespaces, authority, configuration and service; the processes are started by
 // the story. It leaves nothing behind when it fails.
-func (c *cli) newDemoWorld(ctx context.Context, keep bool) (w *demoWorld, err error) {
+func (c *cli) newDemoWorld(ctx context.Context, provider demoProvider, keep bool) (w *demoWorld, err error) {
 	w = &demoWorld{keep: keep, stopAuthority: func() {}}
 	defer func() {
 		if err != nil {
@@ -59,7 +60,11 @@ func (c *cli) newDemoWorld(ctx context.Context, keep bool) (w *demoWorld, err er
 		return w, fmt.Errorf("find own binary: %w", err)
 	}
 	w.bin = filepath.Dir(self)
-	for _, step := range []func() error{w.makeDir, w.makeCgroup, w.makeSpaces, func() error { return w.makeAuthority(ctx) }, w.writeConfig} {
+	authority := func() error { return w.makeAuthority(ctx) }
+	if provider == demoSPIRE {
+		authority = func() error { return w.makeSPIRE(c.getenv(devauthority.SPIREVariable)) }
+	}
+	for _, step := range []func() error{w.makeDir, w.makeCgroup, w.makeSpaces, authority, w.writeConfig} {
 		if err := step(); err != nil {
 			return w, err
 		}
@@ -102,7 +107,7 @@ func (w *demoWorld) makeSpaces() (err error) {
 	return connect(w.node, w.client)
 }
 
-// demoIdentities has a Workload API socket for each.
+// demoIdentities are all that the demo knows; the embedded authority has a Workload API socket for each.
 var demoIdentities = map[string]string{
 	"agent": "/sallyport/agent/" + demoName, "proxy": "/sallyport/proxy/" + demoName,
 	"collector": "/sallyport/collector", "app": "/app/web",
@@ -130,7 +135,12 @@ func (w *demoWorld) makeAuthority(ctx context.Context) error {
 	return nil
 }
 
-func (w *demoWorld) workloadAPI(name string) string { return "unix://" + w.path("workload/"+name) }
+func (w *demoWorld) workloadAPI(name string) string {
+	if w.spire != nil {
+		return w.spire.Address() // which tells them apart itself
+	}
+	return "unix://" + w.path("workload/"+name)
+}
 
 func (w *demoWorld) writeConfig() (err error) {
 	if w.key, err = grant.GenerateKey(); err != nil {
@@ -148,7 +158,7 @@ func (w *demoWorld) writeConfig() (err error) {
 	return nil
 }
 
-// agentConfig is for the agent and the proxy: here each has its identity from a socket of its own.
+// agentConfig is for the agent and the proxy: each may have its identity from a socket of its own.
 func (w *demoWorld) agentConfig(who string) string {
 	return fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: AgentConfig

@@ -8,6 +8,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -143,8 +144,15 @@ func (n *node) identityState() string {
 		return "not needed: no collector, no automation"
 	}
 	s := n.identity.Status()
-	if s.Err != nil {
-		return fmt.Sprintf("%s: %s", s.State, oneLine(s.Err.Error()))
+	text := string(s.State)
+	switch s.State {
+	case identity.StaleValid:
+		text += " until " + s.NotAfter.UTC().Format(time.RFC3339)
+	case identity.Expired:
+		text += " since " + s.NotAfter.UTC().Format(time.RFC3339)
 	}
-	return string(s.State)
+	if s.Err != nil {
+		text += ": " + oneLine(s.Err.Error())
+	}
+	return text
 }

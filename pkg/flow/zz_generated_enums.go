@@ -103,6 +103,7 @@ const (
 	ReasonDrained          Reason = 110
 	ReasonClosed           Reason = 111
 	ReasonPolicyChanged    Reason = 112
+	ReasonIdentityExpired  Reason = 113
 )
 
 var reasonNames = map[Reason]string{
@@ -184,6 +185,7 @@ var reasonNames = map[Reason]string{
 	ReasonDrained:          "DRAINED",
 	ReasonClosed:           "CLOSED",
 	ReasonPolicyChanged:    "POLICY_CHANGED",
+	ReasonIdentityExpired:  "IDENTITY_EXPIRED",
 }
 
 // Event is the edge of a flow that a record tells of.

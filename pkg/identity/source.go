@@ -113,12 +113,15 @@ func (s *Source) Run(ctx context.Context) error {
 	}
 }
 
+// errOverdue is for people: nothing but the state follows from it.
+var errOverdue = errors.New("source answers, but has not renewed the identity in time")
+
 // Status is what people are told about the source.
 type Status struct {
 	State    State
 	ID       spiffeid.ID // zero: none was ever held
 	NotAfter time.Time   // wall clock
-	Err      error       // last trouble with the source; nil while connected
+	Err      error       // last trouble with the source; nil while it is connected and renews
 }
 
 // Status of this moment.
@@ -126,6 +129,9 @@ func (s *Source) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Status{State: s.state(), NotAfter: s.evidence.notAfter, Err: s.lastErr}
+	if st.Err == nil && s.evidence.overdue(s.cfg.Clock()) {
+		st.Err = errOverdue
+	}
 	if s.svid != nil {
 		st.ID = s.svid.ID
 	}
@@ -210,7 +216,7 @@ func (w *watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
 		}
 		s.lastErr = nil
 		s.svid = svid
-		s.evidence = s.evidence.updated(svid.Certificates[0].NotAfter)
+		s.evidence = s.evidence.updated(now, svid.Certificates[0].NotAfter)
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -157,6 +158,25 @@ func TestExpires(t *testing.T) {
 	if _, err := b.GetX509BundleForTrustDomain(domain); err != nil {
 		t.Errorf("bundle went with the identity: %v", err)
 	}
+}
+
+// TestNotRenewed: a source that is connected and does not renew is not fresh. SPIRE's agent, its
+// server stopped, said nothing on the stream: no error, no update of a 2-minute identity for 58 s.
+func TestNotRenewed(t *testing.T) {
+	b := newBench(t, time.Hour, nil)
+	b.serve()
+	b.until(Fresh)
+	if err := b.Status().Err; err != nil {
+		t.Errorf("fresh with %v", err)
+	}
+	b.advance(46 * time.Minute)
+	b.until(StaleValid)
+	b.mustGet()
+	if err := b.Status().Err; err == nil || !strings.Contains(err.Error(), "not renewed") {
+		t.Errorf("trouble is told as %v", err)
+	}
+	b.authority.Rotate()
+	b.until(Fresh)
 }
 
 func TestWithdrawnAndRestored(t *testing.T) {

@@ -17,7 +17,8 @@ const (
 	Unissued State = "unissued"
 	// Fresh: the identity is valid and the source is connected.
 	Fresh State = "fresh"
-	// StaleValid: the identity is valid, but the source is gone or a withdrawal is not confirmed.
+	// StaleValid: the identity is valid, but the source is gone, does not renew it, or has taken it away and
+	// not confirmed that.
 	StaleValid State = "stale-valid"
 	// Expired: the identity that is held has passed its not-after time.
 	Expired State = "expired"
@@ -57,6 +58,7 @@ func (s State) err() error {
 // evidence is everything that the state follows from. It is a plain value.
 type evidence struct {
 	notAfter    time.Time // of the identity that is held; zero: none is
+	renewal     time.Time // when it ought to have been renewed
 	connected   bool      // the stream is up and has told an identity
 	denials     int       // answers since the last identity, of a healthy source, that there is none
 	firstDenied time.Time
@@ -64,10 +66,18 @@ type evidence struct {
 	withdrawn   bool // once confirmed, until a new identity comes
 }
 
-// updated: the source told an identity.
-func (e evidence) updated(notAfter time.Time) evidence {
-	return evidence{notAfter: notAfter, connected: true}
+// lateMost bounds how long before the end of an identity its renewal counts as late: sources that are told to
+// may renew a long-lived one a day before it ends.
+const lateMost = 12 * time.Hour
+
+// updated: the source told an identity. Sources renew at half of its time; one that has not when a quarter is
+// left may be connected and yet cut off from who signs.
+func (e evidence) updated(now, notAfter time.Time) evidence {
+	return evidence{notAfter: notAfter, renewal: notAfter.Add(-min(notAfter.Sub(now)/4, lateMost)), connected: true}
 }
+
+// overdue: the source is connected and has not renewed the identity.
+func (e evidence) overdue(now time.Time) bool { return e.connected && !now.Before(e.renewal) }
 
 // unreachable: the source could not be asked. What it said before stands.
 func (e evidence) unreachable() evidence {
@@ -108,7 +118,7 @@ func (e evidence) state(now time.Time, c Confirm) State {
 		return Unreachable
 	case !now.Before(e.notAfter):
 		return Expired
-	case e.connected:
+	case e.connected && !e.overdue(now):
 		return Fresh
 	default:
 		return StaleValid

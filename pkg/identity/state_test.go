@@ -10,7 +10,8 @@ func TestStates(t *testing.T) {
 	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	confirm := Confirm{Answers: 2, Window: 10 * time.Second}
 	type step func(evidence, time.Time) evidence
-	issued := func(e evidence, _ time.Time) evidence { return e.updated(start.Add(time.Hour)) }
+	issued := func(e evidence, now time.Time) evidence { return e.updated(now, start.Add(time.Hour)) }
+	long := func(e evidence, now time.Time) evidence { return e.updated(now, start.Add(10*24*time.Hour)) }
 	gone := func(e evidence, _ time.Time) evidence { return e.unreachable() }
 	denied := func(e evidence, now time.Time) evidence { return e.denied(now, confirm) }
 	missing := func(e evidence, now time.Time) evidence { return e.missing(now, confirm) }
@@ -27,6 +28,9 @@ func TestStates(t *testing.T) {
 		"source gone, then back":       {{0, issued, Fresh}, {s, gone, StaleValid}, {m, gone, StaleValid}, {s, issued, Fresh}},
 		"source gone until expiry":     {{0, issued, Fresh}, {s, gone, StaleValid}, {time.Hour, nil, Expired}, {s, gone, Expired}, {s, issued, Expired}},
 		"expired while connected":      {{0, issued, Fresh}, {time.Hour, nil, Expired}},
+		"not renewed":                  {{0, issued, Fresh}, {44 * m, nil, Fresh}, {m, nil, StaleValid}, {14 * m, nil, StaleValid}, {m, nil, Expired}},
+		"told late in its time":        {{40 * m, issued, Fresh}, {14 * m, nil, Fresh}, {m, nil, StaleValid}},
+		"renewed a day before its end": {{0, long, Fresh}, {9 * 24 * time.Hour, nil, Fresh}, {12 * time.Hour, nil, StaleValid}},
 		"one denial proves nothing":    {{0, issued, Fresh}, {s, denied, StaleValid}, {m, nil, StaleValid}},
 		"two quick denials neither":    {{0, issued, Fresh}, {s, denied, StaleValid}, {s, denied, StaleValid}, {s, issued, Fresh}},
 		"confirmed":                    {{0, issued, Fresh}, {s, denied, StaleValid}, {10 * s, denied, Withdrawn}},

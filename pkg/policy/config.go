@@ -166,6 +166,8 @@ type ProxyConfig struct {
 	HandshakeTimeout Duration `json:"handshakeTimeout" yaml:"handshakeTimeout"`
 	// IdleTimeout ends a connection on which nothing is said: 1h.
 	IdleTimeout Duration `json:"idleTimeout" yaml:"idleTimeout"`
+	// ExpiryGrace is how long a connection outlives the certificate that it was let in by: 30s.
+	ExpiryGrace Duration `json:"expiryGrace" yaml:"expiryGrace"`
 	// DialTimeout ends a dial of the service: 5s.
 	DialTimeout Duration `json:"dialTimeout" yaml:"dialTimeout"`
 	// DrainTimeout is how long live connections have at a stop: 10s.
@@ -197,7 +199,8 @@ func DefaultAgentConfig() AgentConfig {
 			Proxy: ProxyConfig{
 				UID: 65532, GID: 65532, ListenPort: 15001, MaxConnections: 10000,
 				HandshakeTimeout: Duration{5 * time.Second}, IdleTimeout: Duration{time.Hour},
-				DialTimeout: Duration{5 * time.Second}, DrainTimeout: Duration{10 * time.Second},
+				ExpiryGrace: Duration{30 * time.Second}, DialTimeout: Duration{5 * time.Second},
+				DrainTimeout: Duration{10 * time.Second},
 			},
 		},
 	}

@@ -31,7 +31,7 @@ spec:
   flowSpool: 512MiB
   metrics: "127.0.0.1:9469"
   operators: {uids: [0], gids: []}
-  proxy: {uid: 65532, gid: 65532, listenPort: 15001, maxConnections: 10000, handshakeTimeout: 5s, idleTimeout: 1h, dialTimeout: 5s, drainTimeout: 10s}
+  proxy: {uid: 65532, gid: 65532, listenPort: 15001, maxConnections: 10000, handshakeTimeout: 5s, idleTimeout: 1h, expiryGrace: 30s, dialTimeout: 5s, drainTimeout: 10s}
 `
 
 const shortConfig = `apiVersion: sallyport.dev/v1alpha1
@@ -103,6 +103,7 @@ func TestAgentConfigTakes(t *testing.T) {
 		{"127.0.0.1:9469", "[::]:9469"},
 		{"name: node-1", "name: ip-10-0-0-1.eu-west-1.compute.internal"},
 		{"drainTimeout: 10s", "drainTimeout: 0s"},
+		{"expiryGrace: 30s", "expiryGrace: 0s"},
 		{"uids: [0]", "uids: [0, 1000, 4294967295]"},
 		{"spiffe://example.org/sallyport/collector", "spiffe://other.org/collector"},
 	} {
@@ -195,6 +196,7 @@ var wrongConfigs = []wrong{
 	{"no handshake time", "handshakeTimeout: 5s", "handshakeTimeout: 0s", "proxy:", "spec.proxy.handshakeTimeout", "0s is not from"},
 	{"no idle time", "idleTimeout: 1h", "idleTimeout: 0s", "proxy:", "spec.proxy.idleTimeout", "0s is not from"},
 	{"endless dial", "dialTimeout: 5s", "dialTimeout: 1h", "proxy:", "spec.proxy.dialTimeout", "1h is not from"},
+	{"grace of more than a day", "expiryGrace: 30s", "expiryGrace: 25h", "proxy:", "spec.proxy.expiryGrace", "25h is not from"},
 	{"negative drain", "drainTimeout: 10s", "drainTimeout: -1s", "proxy:", "spec.proxy.drainTimeout", "-1s is not from"},
 	{"second document", "drainTimeout: 10s}\n", "drainTimeout: 10s}\n---\nkind: Keyring\n", "kind: Keyring", "", "alone in its file"},
 }

@@ -29,6 +29,7 @@ const (
 	maxHeld        = 65536
 	maxTimeout     = 10 * time.Minute
 	maxIdle        = 7 * 24 * time.Hour
+	maxGrace       = 24 * time.Hour
 )
 
 func (c *AgentConfig) validate(d *document) {
@@ -184,6 +185,7 @@ func (p *ProxyConfig) validate(d *document) {
 	d.report("spec.proxy.handshakeTimeout", checkRange(p.HandshakeTimeout, 100*time.Millisecond, maxTimeout))
 	d.report("spec.proxy.dialTimeout", checkRange(p.DialTimeout, 100*time.Millisecond, maxTimeout))
 	d.report("spec.proxy.idleTimeout", checkRange(p.IdleTimeout, time.Second, maxIdle))
+	d.report("spec.proxy.expiryGrace", checkRange(p.ExpiryGrace, 0, maxGrace))
 	d.report("spec.proxy.drainTimeout", checkRange(p.DrainTimeout, 0, maxTimeout))
 }
 

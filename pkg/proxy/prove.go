@@ -153,7 +153,7 @@ func (s *session) handshakeRefusal(err error) *refusal {
 }
 
 // objection tells why a connection that was let in would not be let in now, or gives nil. That its
-// certificate has expired since is none: it was valid when it was shown.
+// certificate has expired since is none: it was valid when it was shown, and expire looks after that.
 func (p *Proxy) objection(who proven, server netip.AddrPort, shown time.Time) error {
 	set := p.cfg.Policy.Set()
 	service, ok := set.ServiceAt(policy.ProtocolTCP, server)

@@ -28,7 +28,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but DrainTimeout and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -39,6 +39,8 @@ type Config struct {
 	HandshakeTimeout time.Duration
 	// IdleTimeout ends a connection on which nothing moved in either direction.
 	IdleTimeout time.Duration
+	// ExpiryGrace is how long a connection goes on after the certificate that it was let in by has expired.
+	ExpiryGrace time.Duration
 	// DialTimeout is how long a service has to accept, all attempts together.
 	DialTimeout time.Duration
 	// DrainTimeout is how long live connections have after Run's context ended; 0: they are reset at once.
@@ -112,6 +114,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	var acceptors, helpers sync.WaitGroup
 	helpers.Go(func() { p.denials.run(draining) })
 	helpers.Go(func() { p.recheck(draining) })
+	helpers.Go(func() { p.expire(draining) })
 	for _, l := range p.listeners {
 		acceptors.Go(func() { stop(p.accept(accepting, l)) })
 	}
@@ -240,6 +243,27 @@ func (p *Proxy) recheck(ctx context.Context) {
 		select {
 		case <-policy:
 		case <-identity:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// expiryLook is how often live connections are held against the wall clock: a timer for each would sleep
+// through a suspended machine and through a clock that was set.
+const expiryLook = time.Second
+
+// expire cuts live connections whose proof of identity is over.
+func (p *Proxy) expire(ctx context.Context) {
+	tick := time.NewTicker(expiryLook)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			now := time.Now()
+			for _, s := range p.snapshot() {
+				s.expire(now)
+			}
 		case <-ctx.Done():
 			return
 		}

@@ -185,6 +185,20 @@ func (s *session) recheck() {
 	}
 }
 
+// expire cuts a live connection when what its client proved is too long over. A client that has a newer
+// certificate shows it with its next connection: on this one it cannot.
+func (s *session) expire(now time.Time) {
+	who := s.identity()
+	if !s.isOpen() || len(who.chain) == 0 {
+		return
+	}
+	notAfter := who.chain[0].NotAfter
+	if now.Before(notAfter.Add(s.p.cfg.ExpiryGrace)) {
+		return
+	}
+	s.cut(flow.ReasonIdentityExpired, fmt.Sprintf("its certificate was valid until %s", notAfter.UTC().Format(time.RFC3339)))
+}
+
 // carry copies both ways until both are done, or one fails, or the session is cut.
 func (s *session) carry(conn *client) {
 	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, began: s.accepted}

@@ -68,6 +68,7 @@ type status struct {
 	LiveFlows   uint32 `json:"live_flows"`
 	LostFlow    uint64 `json:"lost_flow"`
 	Collector   string
+	Identity    string `json:"identity_state"`
 	Problems    []string
 	Hooks       []struct{ Device, Role string }
 }

@@ -42,6 +42,9 @@ type options struct {
 
 	config     string        // more lines of the agent's configuration
 	identities []spiffeid.ID // that are served, beside the world's own
+
+	// provider serves identities in the embedded authority's place, all of them at the socket that it gives.
+	provider func(*testing.T, *world) string
 }
 
 // world is a lab whose node has a Sallyport of real programs, and two services that say whom they saw: host-echo on
@@ -50,6 +53,7 @@ type world struct {
 	*lab.Lab
 	bin       string
 	authority *devauthority.Authority
+	provider  string // socket of all identities; empty: each has its own
 	bpffs     string
 	key       string // file of alice's key
 	files     files
@@ -75,7 +79,9 @@ func newWorld(t *testing.T, o options) *world {
 		agent: dir + "/agent.yaml", proxy: dir + "/proxy.yaml", collector: dir + "/collector.yaml", resources: dir + "/resources.d",
 		run: dir + "/run", state: dir + "/state", records: dir + "/records", recordsSocket: dir + "/records.sock",
 	}
-	if !o.booting {
+	if o.provider != nil {
+		w.provider = o.provider(t, w)
+	} else if !o.booting {
 		w.serveIdentities(t, o.identities)
 	}
 	w.writeConfig(t, o)
@@ -110,6 +116,9 @@ func (w *world) daemon(program string, args ...string) *daemon {
 }
 
 func (w *world) socket(id spiffeid.ID) string {
+	if w.provider != "" {
+		return w.provider
+	}
 	return filepath.Join(w.Dir, "id", strings.ReplaceAll(strings.Trim(id.Path(), "/"), "/", "-"))
 }
 
