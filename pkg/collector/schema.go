@@ -14,7 +14,7 @@ import (
 )
 
 // layout is the version of the tables, kept in user_version.
-const layout = 2
+const layout = 3
 
 // The columns beside data are what queries filter by; data is the entry as it came, in the bytes that its node sealed. Times are
 // Unix nanoseconds. Marks, keys and head are copied from day to day, and so are the hashes that the log needs to grow.
