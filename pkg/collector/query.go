@@ -66,6 +66,13 @@ func (f *filter) equals(column, value string) {
 	}
 }
 
+// node is not cut: it is the one in a certificate.
+func (f *filter) node(name string) {
+	if name != "" {
+		f.add("node = ?", clean(name))
+	}
+}
+
 func (f *filter) condition() string {
 	return strings.Join(append([]string{"TRUE"}, f.where...), " AND ")
 }
@@ -74,7 +81,7 @@ func (f *filter) condition() string {
 func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow,
 		stamp: func(m *api.StoredFlow, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	f.equals("service", r.GetService())
 	f.equals("identity", r.GetIdentity())
 	f.equals("grant_id", r.GetGrant())
@@ -101,7 +108,7 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
 	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent,
 		stamp: func(m *api.StoredGrantEvent, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	f.equals("grant_id", r.GetGrant())
 	f.equals("step", strings.ToUpper(r.GetStep()))
 	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
@@ -114,7 +121,7 @@ func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServe
 func (q *query) Losses(r *api.LossQuery, stream api.Audit_LossesServer) error {
 	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss,
 		stamp: func(m *api.StoredLoss, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	if err := f.time("since", "received >= ?", r.GetSince()); err != nil {
 		return err
 	}
@@ -143,7 +150,7 @@ func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
 func (q *query) Tides(r *api.TideQuery, stream api.Audit_TidesServer) error {
 	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide,
 		stamp: func(m *api.StoredTide, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	if r.GetGrant() != "" {
 		f.add("replace(grants, ?, '') <> grants", " "+word(r.GetGrant())+" ") // which every engine has
 	}
