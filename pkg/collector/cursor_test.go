@@ -2,7 +2,9 @@ package collector
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
+	"fmt"
 	"reflect"
 	"slices"
 	"testing"
@@ -111,8 +113,12 @@ func testQueries(t *testing.T, i ids) {
 	at := &clock{t: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
 	r := start(t, i, func(c *Config) { c.Now, c.Boot = at.now, at.boot })
 	n, _ := r.connect(t, "node-1", epoch1)
+	long := "g\x00"
+	for k := range byte(200) { // of which no index makes less
+		long += fmt.Sprintf("%x", sha256.Sum256([]byte{k}))
+	}
 	event := func(seq uint64, step string) *api.Entry {
-		e := grantEntry(seq, "g\x00"+string(make([]byte, 4000)), step) // no column takes that
+		e := grantEntry(seq, long, step) // no column takes that
 		e.GetGrant().Time = timestamppb.New(time.Unix(1700000000+int64(seq), 0))
 		return e
 	}

@@ -185,7 +185,7 @@ func (b *bundle) filter(r *api.EvidenceRequest, after int64) filter {
 	var f filter
 	f.add("leaf > ?", after)
 	f.add("leaf < ?", b.head.size)
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	f.equals("grant_id", r.GetGrant())
 	if r.GetSince() != nil {
 		f.add("received >= ?", r.GetSince().AsTime().UnixNano())

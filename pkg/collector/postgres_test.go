@@ -101,7 +101,7 @@ func (p *postgres) run() error {
 	var out bytes.Buffer
 	for deadline := time.Now().Add(30 * time.Second); ; {
 		p.server = exec.Command(postgres[len(postgres)-1], "-D", p.data(), "-k", p.dir, "-F", "-c", "listen_addresses=", "-c", "max_connections=200", "-c", "shared_buffers=16MB")
-		p.server.Dir, p.server.SysProcAttr = p.dir, p.as
+		p.server.Dir, p.server.SysProcAttr = p.dir, &syscall.SysProcAttr{Credential: p.as.Credential, Pdeathsig: syscall.SIGQUIT} // a test that is killed leaves none behind
 		p.server.Stdout, p.server.Stderr = &out, &out
 		if err := p.server.Start(); err != nil {
 			return err

@@ -81,6 +81,13 @@ func (f *filter) rarely(column, value string) {
 	}
 }
 
+// node is not cut: it is the one in a certificate.
+func (f *filter) node(name string) {
+	if name != "" {
+		f.add("node = ?", clean(name))
+	}
+}
+
 func (f *filter) condition() string {
 	return strings.Join(append([]string{"TRUE"}, f.where...), " AND ")
 }
@@ -97,7 +104,7 @@ func (q *query) Flows(r *api.FlowQuery, stream api.Audit_FlowsServer) error {
 func flowFeed(r *api.FlowQuery) (feed[*api.StoredFlow], error) {
 	f := feed[*api.StoredFlow]{table: "flows", columns: "node, epoch, class, seq, received, data", scan: scanFlow,
 		stamp: func(m *api.StoredFlow, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	f.equals("service", r.GetService())
 	f.rarely("grant_id", r.GetGrant())
 	f.rarely("identity", r.GetIdentity())
@@ -121,7 +128,7 @@ func flowFeed(r *api.FlowQuery) (feed[*api.StoredFlow], error) {
 func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServer) error {
 	f := feed[*api.StoredGrantEvent]{table: "grant_events", columns: "node, epoch, class, seq, received, data", scan: scanGrantEvent,
 		stamp: func(m *api.StoredGrantEvent, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), follow: r.GetFollow(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	f.equals("grant_id", r.GetGrant())
 	f.equals("step", strings.ToUpper(r.GetStep()))
 	if err := f.times(r.GetSince(), r.GetUntil()); err != nil {
@@ -134,7 +141,7 @@ func (q *query) GrantEvents(r *api.GrantQuery, stream api.Audit_GrantEventsServe
 func (q *query) Losses(r *api.LossQuery, stream api.Audit_LossesServer) error {
 	f := feed[*api.StoredLoss]{table: "losses", columns: "node, epoch, class, seq, received, data", scan: scanLoss,
 		stamp: func(m *api.StoredLoss, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	if err := f.time("since", "received >= ?", r.GetSince()); err != nil {
 		return err
 	}
@@ -163,7 +170,7 @@ func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
 func (q *query) Tides(r *api.TideQuery, stream api.Audit_TidesServer) error {
 	f := feed[*api.StoredTide]{table: "tides", columns: "node, epoch, class, seq, received, data", scan: scanTide,
 		stamp: func(m *api.StoredTide, cursor string) { m.Cursor = cursor }, limit: r.GetLimit(), after: r.GetAfter()}
-	f.equals("node", r.GetNode())
+	f.node(r.GetNode())
 	if r.GetGrant() != "" {
 		f.add("replace(grants, ?, '') <> grants", " "+word(r.GetGrant())+" ") // which every engine has
 	}
@@ -178,8 +185,10 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if f.limit == 0 {
 		f.limit = defaultLimit
 	}
-	f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
-	return q.guard(ctx, func(ctx context.Context) error { return f.run(ctx, q, send) })
+	return q.guard(ctx, func(ctx context.Context) error {
+		f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
+		return f.run(ctx, q, send)
+	})
 }
 
 // guard runs do for a caller who may read, for as long as he may.

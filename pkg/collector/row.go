@@ -51,9 +51,7 @@ const maxWord = 512
 
 // word is a node's text as columns have it and queries look for it. The record keeps what was said.
 func word(s string) string {
-	if strings.IndexByte(s, 0) >= 0 { // which PostgreSQL has not in a text
-		s = strings.ReplaceAll(s, "\x00", string(utf8.RuneError))
-	}
+	s = clean(s)
 	if len(s) <= maxWord {
 		return s
 	}
@@ -62,6 +60,11 @@ func word(s string) string {
 		cut--
 	}
 	return s[:cut]
+}
+
+// clean takes out what PostgreSQL has not in a text.
+func clean(s string) string {
+	return strings.ReplaceAll(s, "\x00", string(utf8.RuneError))
 }
 
 // summary is what queries look for in a tide: the grants that it names, each between blanks, and whether any path differs.

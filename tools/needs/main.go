@@ -27,7 +27,7 @@ var needs = map[string][]need{
 		{"setpriv", "tests start programs with fewer capabilities", []string{"util-linux"}},
 		{"ssh-keygen", "tests sign with keys of OpenSSH", []string{"openssh-client"}},
 		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
-		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test", []string{"postgresql"}},
+		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test, and the collector's database in its own", []string{"postgresql"}},
 		{"promtool", "it tests the alert rules", []string{"prometheus"}},
 		{"strace", "it has reads of the disk fail", []string{"strace"}},
 		{"chromium", "the browser that looks at the console", []string{"chromium"}},
