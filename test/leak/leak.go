@@ -62,31 +62,41 @@ type object struct{ kind, id string }
 // snapshot maps what is there to a line about it.
 type snapshot map[object]string
 
-// wait looks until nothing new is left or the time is over, and returns what is.
+// wait looks until nothing new is left or the time is over, and returns what is. The test is over: what one look found and another did
+// not is gone, and what comes later is of others.
 func wait(token string, before snapshot, limit time.Duration) ([]string, error) {
+	var left snapshot
 	for deadline := time.Now().Add(limit); ; {
 		now, err := take(token)
 		if err != nil {
 			return nil, err
 		}
-		left := now.since(before)
+		if left == nil {
+			left = now.since(before)
+		}
+		maps.DeleteFunc(left, func(o object, _ string) bool { _, still := now[o]; return !still })
 		if len(left) == 0 || time.Now().After(deadline) {
-			return left, nil
+			return left.lines(), nil
 		}
 		time.Sleep(50 * time.Millisecond) // between two looks at the condition
 	}
 }
 
-// since describes what is in s and not in before, in a stable order.
-func (s snapshot) since(before snapshot) []string {
-	var left []string
-	for o, line := range s {
-		if _, ok := before[o]; !ok {
-			left = append(left, strings.TrimSpace(fmt.Sprintf("%s %s: %s", o.kind, o.id, line)))
-		}
-	}
-	slices.Sort(left)
+// since is what is in s and not in before.
+func (s snapshot) since(before snapshot) snapshot {
+	left := maps.Clone(s)
+	maps.DeleteFunc(left, func(o object, _ string) bool { _, was := before[o]; return was })
 	return left
+}
+
+// lines describe what is there, in a stable order.
+func (s snapshot) lines() []string {
+	var out []string
+	for o, line := range s {
+		out = append(out, strings.TrimSpace(fmt.Sprintf("%s %s: %s", o.kind, o.id, line)))
+	}
+	slices.Sort(out)
+	return out
 }
 
 // take looks at everything, once the machine's processes are known.

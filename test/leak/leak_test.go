@@ -44,7 +44,7 @@ func sees(t *testing.T, before snapshot, patterns ...string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		left = now.since(before)
+		left = now.since(before).lines()
 		if slices.EqualFunc(left, patterns, func(line, pattern string) bool {
 			return regexp.MustCompile("^" + pattern).MatchString(line)
 		}) {
