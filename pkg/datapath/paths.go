@@ -79,13 +79,12 @@ func (d *Datapath) checkIndex(p Path) error {
 	return nil
 }
 
+// writePath opens a path in a free slot. Whoever looks after a kill sees a slot that is free, or one that says whose it is: the index
+// names none that is free.
 func (d *Datapath) writePath(slot uint32, p Path) error {
 	var old bpf.Path
 	if err := d.objs.SpPaths.Lookup(slot, &old); err != nil {
 		return fmt.Errorf("read slot: %w", err)
-	}
-	if err := d.setState(slot, PathPending); err != nil {
-		return err
 	}
 	v := bpf.Path{
 		Epoch: old.Epoch + 1, ServiceId: p.ServiceID, Client: toAddr(p.Client), DeadlineNs: uint64(p.Deadline),
@@ -99,6 +98,9 @@ func (d *Datapath) writePath(slot uint32, p Path) error {
 	}
 	if err := d.objs.SpPaths.Put(slot, &v); err != nil {
 		return fmt.Errorf("write slot: %w", err)
+	}
+	if err := d.setState(slot, PathPending); err != nil { // from here on the slot is seen to be in use, and by whom
+		return err
 	}
 	for _, k := range pathKeys(p) {
 		if err := d.enterIndex(k, bpf.PathRef{Slot: slot, Epoch: v.Epoch}); err != nil {
