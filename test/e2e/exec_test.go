@@ -69,7 +69,7 @@ func TestExecPostgres(t *testing.T) {
 	w := newWorld(t, options{resource: postgresResources(t) + automationPolicy("pg-host, pg-pod"), config: automationConfig, identities: []spiffeid.ID{nightly}})
 	bin := postgresBin(t)
 	for _, where := range []*lab.Namespace{w.Node, w.Pod} {
-		w.startPostgres(t, where)
+		w.startPostgres(t, where, "-h", "*", "-F")
 		local := filepath.Join(w.Dir, "pg-"+where.Name)
 		_, err := where.Run(within(t, patience), filepath.Join(bin, "psql"), "-X", "-h", local, "-U", "postgres", "-c",
 			"CREATE TABLE books AS SELECT n, 'title ' || n || ' of "+where.Name+"' AS title FROM generate_series(1, 20000) n")
