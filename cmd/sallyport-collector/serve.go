@@ -34,7 +34,10 @@ func (p *process) serve(ctx context.Context) error {
 	if err != nil {
 		return withHint(err)
 	}
-	log.InfoContext(ctx, "collector serves", "address", c.Addr().String(), "socket", cfg.Spec.Socket, "records", cfg.Spec.DataDir)
+	if err := cfg.Spec.Console.pair(); err != nil { // records are taken all the same, and the files may come yet
+		log.ErrorContext(ctx, "console has no certificate to show", "err", err)
+	}
+	log.InfoContext(ctx, "collector serves", "address", c.Addr().String(), "socket", cfg.Spec.Socket, "dataDir", cfg.Spec.DataDir, "postgres", database != "")
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return source.Run(ctx) })
 	g.Go(func() error { return c.Run(ctx) })
@@ -56,7 +59,7 @@ func withHint(err error) error {
 	case errors.Is(err, collector.ErrInUse):
 		hint = "stop the other collector, or give this one a dataDir of its own"
 	case errors.Is(err, collector.ErrDatabase):
-		hint = "look at the database that spec.postgres names, and at log.key in dataDir"
+		hint = "see that the database of spec.postgres answers and lets its user make tables, and that dataDir has the log.key of its log"
 	case errors.As(err, &op):
 		hint = "set spec.listen, spec.socket, spec.metrics and spec.console to what is free on this machine"
 	default:

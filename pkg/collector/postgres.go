@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -102,7 +103,8 @@ func openPostgres(ctx context.Context, cfg Config) (_ engine, key logKey, err er
 		}
 	}
 	if err != nil {
-		return nil, logKey{}, fmt.Errorf("%w: %s at %s: %v", ErrDatabase, e.config.Database, e.config.Host, err)
+		name := cmp.Or(e.config.Database, e.config.User) // as the server takes it
+		return nil, logKey{}, fmt.Errorf("%w: %s at %s: %v", ErrDatabase, name, e.config.Host, err)
 	}
 	listening, stop := context.WithCancel(ctx)
 	e.stop = stop
