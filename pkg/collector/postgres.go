@@ -131,8 +131,12 @@ func (e *postgresEngine) prepare(ctx context.Context, tx *sql.Tx, cfg Config) (k
 		return logKey{}, err
 	}
 	var made bool
-	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL`).Scan(&made); err != nil {
+	var encoding string
+	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL, current_setting('server_encoding')`).Scan(&made, &encoding); err != nil {
 		return logKey{}, err
+	}
+	if encoding != "UTF8" { // a text that it cannot write would hold up its node for ever
+		return logKey{}, fmt.Errorf("its encoding is %s: make one with ENCODING 'UTF8' TEMPLATE template0", encoding)
 	}
 	if !made {
 		return e.create(ctx, tx, cfg)

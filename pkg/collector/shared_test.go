@@ -291,6 +291,8 @@ func TestDatabaseRefused(t *testing.T) {
 	refused("database cannot be used", func(c *Config) { c.Postgres += " user=nobody password=secret" })
 	refused("database cannot be used", func(c *Config) { c.Postgres = "host=/nowhere password=secret" })
 	refused("is neither", func(c *Config) { c.Postgres = "postgres://x:secret@h:port/" })
+	shared.sql(t, "postgres", `CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0`)
+	refused("its encoding is LATIN1", func(c *Config) { c.Postgres = shared.address("latin") })
 	r.database(t, `UPDATE head SET layout = layout + 1`)
 	refused("it has layout 2, this program knows 1", func(*Config) {})
 	r.database(t, `UPDATE head SET layout = layout - 1`, `UPDATE head SET size = 1`)
