@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"syscall"
 
 	"golang.org/x/sync/errgroup"
 
@@ -62,6 +64,10 @@ func withHint(err error) error {
 		hint = "see that the database of spec.postgres answers and lets its user make tables, and that dataDir has the log.key of its log"
 	case errors.As(err, &op):
 		hint = "set spec.listen, spec.socket, spec.metrics and spec.console to what is free on this machine"
+	case errors.Is(err, syscall.ENOSPC):
+		hint = "make room on the disk of dataDir; nodes keep their records meanwhile"
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		hint = "let the collector's user write to dataDir and to the directory of socket, or name others"
 	default:
 		return err
 	}
