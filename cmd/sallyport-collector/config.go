@@ -221,7 +221,7 @@ func (c *config) validate(r *reader) {
 }
 
 // passwordInside finds a password in either form of a database's address.
-var passwordInside = regexp.MustCompile(`^[a-z]+://[^/?#]*:[^/?#@]*@|\bpassword\s*=`)
+var passwordInside = regexp.MustCompile(`^[a-z]+://[^/?#]*:[^/?#@]*@|password\s*=`)
 
 // pair reads what browsers are shown, if anything is named.
 func (s consoleSpec) pair() error {

@@ -66,7 +66,7 @@ func TestWrongConfig(t *testing.T) {
 		"relative":        {head + "  dataDir: data\n  socket: sock\n", []string{"c.yaml:6: spec.dataDir", "c.yaml:7: spec.socket"}},
 		"database":        {head + "  postgres: {url: 'postgres://x:secret@h:port/'}\n", []string{"c.yaml:6: spec.postgres.url: is no address of a database"}},
 		"password":        {head + "  postgres: {url: 'postgres://x:secret@h/d'}\n", []string{"c.yaml:6: spec.postgres.url: has a password"}},
-		"password's key":  {head + "  postgres: {url: 'host=h password = secret'}\n", []string{"c.yaml:6: spec.postgres.url: has a password"}},
+		"password's key":  {head + "  postgres: {url: 'host=h sslpassword = secret'}\n", []string{"c.yaml:6: spec.postgres.url: has a password"}},
 		"two databases":   {head + "  postgres: {url: 'host=h', urlFile: /f}\n", []string{"c.yaml:6: spec.postgres.urlFile: stands beside"}},
 		"database's file": {head + "  postgres:\n    urlFile: f\n", []string{`c.yaml:7: spec.postgres.urlFile: "f" is no absolute path`}},
 		"retain":          {head + "  retain: 1h\n", []string{"c.yaml:6: spec.retain: 1h is less than a day"}},
