@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -104,15 +105,16 @@ func (p postgres) address() (string, error) {
 		return p.URL, nil
 	}
 	text, err := os.ReadFile(p.URLFile)
+	hint := "name a file that the collector's user can read"
 	address := strings.TrimSpace(string(text))
-	if err == nil && address == "" {
-		err = errors.New("it is empty")
-	}
 	if err == nil {
-		err = collector.CheckPostgres(address)
+		hint = "write the URL of the database in it, alone"
+		if err = collector.CheckPostgres(address); address == "" {
+			err = errors.New("it is empty")
+		}
 	}
 	if err != nil {
-		return "", &policy.Error{File: p.URLFile, Field: "spec.postgres.urlFile", Msg: err.Error(), Hint: "write the URL of the database in it, alone", Err: err}
+		return "", &policy.Error{File: p.URLFile, Field: "spec.postgres.urlFile", Msg: err.Error(), Hint: hint, Err: err}
 	}
 	return address, nil
 }
@@ -199,6 +201,7 @@ func (c *config) validate(r *reader) {
 	r.check(filepath.IsAbs(s.DataDir), "spec.dataDir", fmt.Sprintf("%q is no absolute path", s.DataDir), "begin it with /")
 	p := s.Postgres
 	r.check(p.URL == "" || collector.CheckPostgres(p.URL) == nil, "spec.postgres.url", "is no address of a database", "write postgres://USER@HOST/NAME or host=HOST user=USER dbname=NAME")
+	r.check(!passwordInside.MatchString(p.URL), "spec.postgres.url", "has a password, and who reads this file is not to know it", "write the URL into a file that only the collector's user can read, and name that as urlFile")
 	r.check(p.URLFile == "" || filepath.IsAbs(p.URLFile), "spec.postgres.urlFile", fmt.Sprintf("%q is no absolute path", p.URLFile), "begin it with /")
 	r.check(p.URL == "" || p.URLFile == "", "spec.postgres.urlFile", "stands beside a url", "write one of the two")
 	r.check(s.Socket == "" || filepath.IsAbs(s.Socket), "spec.socket", fmt.Sprintf("%q is no absolute path", s.Socket), `begin it with /, or write "" for none`)
@@ -215,6 +218,22 @@ func (c *config) validate(r *reader) {
 		err := collector.CheckActors([]string{actor})
 		r.check(err == nil, fmt.Sprintf("spec.actors[%d]", i), fmt.Sprint(err), peopleHint)
 	}
+}
+
+// passwordInside finds a password in either form of a database's address.
+var passwordInside = regexp.MustCompile(`^[a-z]+://[^/?#]*:[^/?#@]*@|password\s*=`)
+
+// pair reads what browsers are shown, if anything is named.
+func (s consoleSpec) pair() error {
+	if s.Certificate == "" {
+		return nil
+	}
+	_, err := tls.LoadX509KeyPair(s.Certificate, s.Key)
+	if err == nil {
+		return nil
+	}
+	return &policy.Error{Field: "spec.console", Msg: "browsers cannot be shown the certificate: " + err.Error(), Err: err,
+		Hint: fmt.Sprintf("have %s and %s be a certificate and its key (PEM) that the collector's user can read", s.Certificate, s.Key)}
 }
 
 func (s consoleSpec) validate(r *reader) {

@@ -39,7 +39,7 @@ func TestExample(t *testing.T) {
 	want := defaultSpec()
 	want.TrustDomain, want.ID, want.retain = "example.org", "spiffe://example.org/sallyport/collector", 90*24*time.Hour
 	want.Readers, want.Actors, want.Metrics = []string{"spiffe://example.org/ops/*"}, []string{}, "127.0.0.1:9470"
-	want.Console = consoleSpec{Listen: ":8443", Certificate: "/etc/sallyport/console.pem", Key: "/etc/sallyport/console.key"}
+	want.Console = consoleSpec{Listen: ":8443"}
 	if !reflect.DeepEqual(c.Spec, want) {
 		t.Errorf("have %+v, want %+v", c.Spec, want)
 	}
@@ -65,6 +65,8 @@ func TestWrongConfig(t *testing.T) {
 		"workload API":    {head + "  workloadAPI: /run/spire.sock\n", []string{"c.yaml:6: spec.workloadAPI"}},
 		"relative":        {head + "  dataDir: data\n  socket: sock\n", []string{"c.yaml:6: spec.dataDir", "c.yaml:7: spec.socket"}},
 		"database":        {head + "  postgres: {url: 'postgres://x:secret@h:port/'}\n", []string{"c.yaml:6: spec.postgres.url: is no address of a database"}},
+		"password":        {head + "  postgres: {url: 'postgres://x:secret@h/d'}\n", []string{"c.yaml:6: spec.postgres.url: has a password"}},
+		"password's key":  {head + "  postgres: {url: 'host=h sslpassword = secret'}\n", []string{"c.yaml:6: spec.postgres.url: has a password"}},
 		"two databases":   {head + "  postgres: {url: 'host=h', urlFile: /f}\n", []string{"c.yaml:6: spec.postgres.urlFile: stands beside"}},
 		"database's file": {head + "  postgres:\n    urlFile: f\n", []string{`c.yaml:7: spec.postgres.urlFile: "f" is no absolute path`}},
 		"retain":          {head + "  retain: 1h\n", []string{"c.yaml:6: spec.retain: 1h is less than a day"}},
@@ -89,7 +91,7 @@ func TestWrongConfig(t *testing.T) {
 				t.Fatalf("have %q, want %q", got, c.want)
 			}
 			for i := range got {
-				if !strings.HasPrefix(got[i], c.want[i]) {
+				if !strings.HasPrefix(got[i], c.want[i]) || strings.Contains(got[i], "secret") {
 					t.Errorf("have %q, want %q", got[i], c.want[i])
 				}
 			}
@@ -134,6 +136,15 @@ func TestDatabase(t *testing.T) {
 		}
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%q: %v, want %s", text, err, want)
+		}
+	}
+}
+
+// An address without a password may stand in the configuration, whatever else it has.
+func TestAddressWithoutPassword(t *testing.T) {
+	for _, url := range []string{"postgres://sally@db.example.org:5432/records?sslmode=verify-full", "postgres://db/d?host=/run/postgresql", "host=h user=u dbname=d passfile=/p"} {
+		if _, err := parseConfig("c.yaml", []byte(head+"  postgres: {url: '"+url+"'}\n")); err != nil {
+			t.Errorf("%s: %v", url, err)
 		}
 	}
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -71,12 +72,13 @@ func (p *process) command() *cobra.Command {
 func (p *process) check() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "Read the configuration and change nothing",
+		Short: "Read the configuration, and the files that it names, and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			c, err := p.read()
 			if err == nil {
 				_, err = c.Spec.Postgres.address()
+				err = errors.Join(err, c.Spec.Console.pair())
 			}
 			if err == nil {
 				_, err = fmt.Fprintln(p.stdout, "ok")

@@ -181,13 +181,24 @@ func TestRefuses(t *testing.T) {
 	if err := os.WriteFile(bad, []byte(head+"  dataDir: "+dir+"/data\n  listen: nowhere\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	named := filepath.Join(dir, "named.yaml")
+	if err := os.WriteFile(named, []byte(head+"  postgres: {urlFile: "+dir+"/url}\n  console: {listen: ':8443', certificate: "+dir+"/web.pem, key: "+dir+"/web.key}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rights := filepath.Join(dir, "rights.yaml") // root may everything but what cannot be written at all
+	if err := os.WriteFile(rights, []byte(head+"  dataDir: /sys/sallyport\n  listen: '127.0.0.1:1'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		args []string
 		want []string
 	}{
-		"bad file":   {[]string{"--config", bad}, []string{"error: " + bad + ":7: spec.listen: ", "\nhint: write HOST:PORT"}},
-		"check":      {[]string{"check", "--config", bad}, []string{"error: " + bad + ":7: spec.listen: "}},
+		"bad file": {[]string{"--config", bad}, []string{"error: " + bad + ":7: spec.listen: ", "\nhint: write HOST:PORT"}},
+		"check":    {[]string{"check", "--config", bad}, []string{"error: " + bad + ":7: spec.listen: "}},
+		"no files": {[]string{"check", "--config", named}, []string{"error: " + dir + "/url: spec.postgres.urlFile: ", "hint: name a file that the collector's user can read",
+			"error: spec.console: browsers cannot be shown the certificate: open " + dir + "/web.pem", "hint: have " + dir + "/web.pem and "}},
 		"no file":    {[]string{"--config", dir + "/none"}, []string{"error: read configuration: ", "hint: name the file with --config"}},
+		"no rights":  {[]string{"--config", rights}, []string{"error: create collector: ", "hint: let the collector's user write to dataDir"}},
 		"no command": {[]string{"serve"}, []string{`error: unknown command "serve"`}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"syscall"
 
 	"golang.org/x/sync/errgroup"
 
@@ -34,7 +36,10 @@ func (p *process) serve(ctx context.Context) error {
 	if err != nil {
 		return withHint(err)
 	}
-	log.InfoContext(ctx, "collector serves", "address", c.Addr().String(), "socket", cfg.Spec.Socket, "records", cfg.Spec.DataDir)
+	if err := cfg.Spec.Console.pair(); err != nil { // records are taken all the same, and the files may come yet
+		log.ErrorContext(ctx, "console has no certificate to show", "err", err)
+	}
+	log.InfoContext(ctx, "collector serves", "address", c.Addr().String(), "socket", cfg.Spec.Socket, "dataDir", cfg.Spec.DataDir, "postgres", database != "")
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return source.Run(ctx) })
 	g.Go(func() error { return c.Run(ctx) })
@@ -56,9 +61,13 @@ func withHint(err error) error {
 	case errors.Is(err, collector.ErrInUse):
 		hint = "stop the other collector, or give this one a dataDir of its own"
 	case errors.Is(err, collector.ErrDatabase):
-		hint = "look at the database that spec.postgres names, and at log.key in dataDir"
+		hint = "see that the database of spec.postgres answers and lets its user make tables, and that dataDir has the log.key of its log"
 	case errors.As(err, &op):
 		hint = "set spec.listen, spec.socket, spec.metrics and spec.console to what is free on this machine"
+	case errors.Is(err, syscall.ENOSPC):
+		hint = "make room on the disk of dataDir; nodes keep their records meanwhile"
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		hint = "let the collector's user write to dataDir and to the directory of socket, or name others"
 	default:
 		return err
 	}

@@ -73,7 +73,7 @@ func auditHint(err error) error {
 	case err == nil, hinted(err):
 		return err
 	case errors.Is(err, client.ErrUnreachable):
-		return withHint(err, "check the address of --collector, and the collector with `systemctl status sallyport-collector`")
+		return withHint(err, "check the address of --collector, that its configuration lets us in (readers; operators for its socket), and `systemctl status sallyport-collector` there")
 	case errors.Is(err, client.ErrForbidden):
 		return withHint(err, "readers and actors are listed in the collector's configuration; our own identity is the Workload API's")
 	case errors.Is(err, client.ErrUnknownCall):

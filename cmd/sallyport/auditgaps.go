@@ -20,9 +20,10 @@ func (c *cli) auditGaps() *cobra.Command {
 		Use:   "gaps",
 		Short: "What is missing from the collector's log, where it went, whose seals do not go on, and what the kernel counted besides",
 		Long: `Show how far the collector has the records of each node, and what is missing: a number that is no record is counted as lost,
-with its stage and cause, and with the CPU and numbers of the kernel's records where these are known. A break is a seal that does not follow the one before: the collector was set back, and the node counted what it
-had forgotten. Once a minute, and at each path's end, a node compares what its kernel counted with its records: a path of which it counted
-more, or less, is shown with the cause. A counted loss is among what is missing; "unexplained" is a record that nobody counts.
+with its stage and cause, and with the CPU and numbers of the kernel's records where these are known. A break is a seal that
+does not follow the one before: the collector was set back, and the node counted what it had forgotten. Once a minute, and at
+each path's end, a node compares what its kernel counted with its records: a path of which it counted more, or less, is shown
+with the cause. A counted loss is among what is missing; "unexplained" is a record that nobody counts.
 This is what the collector says; "audit verify" proves it for what was exported.
 
 Exit codes:

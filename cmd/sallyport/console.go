@@ -24,7 +24,7 @@ proof, open reviews, and what the nodes delivered. It asks the collector as this
 what you do there is done as you.
 
 It prints an address that one browser can open, once, and ends with the command. Where the browser is on another machine, carry the port
-there: "ssh -L 8080:127.0.0.1:8080 HOST sallyport console --listen 127.0.0.1:8080 --collector ADDRESS".`,
+there: "ssh -t -L 8080:127.0.0.1:8080 HOST sallyport console --listen 127.0.0.1:8080 --collector ADDRESS".`,
 		Example: `  sallyport console --collector unix:/run/sallyport-collector/collector.sock
   sallyport console --collector 10.9.0.1:9443 --key log.pub --listen 127.0.0.1:8080`,
 		Args: exactly(0),

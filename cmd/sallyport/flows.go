@@ -29,6 +29,9 @@ log: where records are missing, a note says how many.`,
 			if err != nil {
 				return err
 			}
+			if losses && q.GetAfter() != "" {
+				return withHint(usagef("--losses --after: losses have no cursors"), "leave --after out")
+			}
 			if losses {
 				return c.showLosses(cmd.Context(), &api.LossQuery{Node: q.Node, Limit: q.Limit})
 			}

@@ -40,18 +40,18 @@ func (c cursors) of(p position) string {
 func (c cursors) read(s string) (position, error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
 	if err != nil || len(b) != cursorSize || binary.BigEndian.Uint32(b[cursorSize-4:]) != crc32.ChecksumIEEE(b[:cursorSize-4]) {
-		return position{}, errors.New("it is no cursor that a collector gave out")
+		return position{}, errors.New("it is no cursor that a collector gave out: take one from -o json whole, or begin without one")
 	}
 	if b[0] != c.engine || binary.BigEndian.Uint32(b[1:]) != c.log {
 		return position{}, errors.New("it is of another collector: begin without one")
 	}
 	if b[5] != byte(slices.Index(recordTables, c.table)) {
-		return position{}, errors.New("it is of other records than are asked for")
+		return position{}, errors.New("it is of other records than are asked for: flows and grant events have cursors of their own")
 	}
 	day := fmt.Sprintf("%08d", binary.BigEndian.Uint32(b[6:]))
 	t, err := time.Parse("20060102", day)
 	if err != nil {
-		return position{}, errors.New("it is no cursor that a collector gave out")
+		return position{}, errors.New("it is no cursor that a collector gave out: take one from -o json whole, or begin without one")
 	}
 	return position{t.Format(dayLayout), int64(binary.BigEndian.Uint64(b[10:]))}, nil
 }

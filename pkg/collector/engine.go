@@ -93,7 +93,7 @@ var columns = map[string]string{
 }
 
 // errAway says that what is stored cannot be asked now.
-var errAway = errors.New("database is away: ask again later")
+var errAway = errors.New("the collector's database is away: ask again later, and look at the collector's log for why; nodes keep their records meanwhile")
 
 // recordTables are those whose rows are records, with an id in the order of receipt.
 var recordTables = []string{"flows", "grant_events", "losses", "tides"}

@@ -233,8 +233,12 @@ func (g *ingest) open(ctx context.Context, h *api.Hello, node string) (*session,
 	return s, nil
 }
 
-// unread is what a node is told when its state cannot be read now.
+// unread is what a node is told when its state cannot be read now. As long as that is so nothing is stored, and no batch comes to be refused for it: each
+// attempt of a node counts as one.
 func (g *ingest) unread(err error) error {
+	if !errors.Is(err, context.Canceled) { // the node left
+		g.meters.refuse(err)
+	}
 	g.log.Error("state cannot be read", "err", err)
 	return status.Error(codes.Unavailable, "state cannot be read") // the node need not know our disk
 }

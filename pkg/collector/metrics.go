@@ -57,7 +57,7 @@ func newMeters() *meters {
 	m := &meters{
 		acknowledged: vec("acknowledged_total", "Numbers of records that were acknowledged, those that losses stand for included, by class.", "class"),
 		lost:         vec("lost_records_total", "Records that nodes counted as lost, by class, stage and cause.", "class", "stage", "cause"),
-		refused:      vec("refused_batches_total", "Batches that were not taken, by cause; a gap is a sequence that was not continued.", "cause"),
+		refused:      vec("refused_batches_total", "Batches that were not taken, by cause, and nodes that could not be greeted (storage); a gap is a sequence that was not continued.", "cause"),
 		flows:        vec("flow_records_total", "Flow records that were stored, by verdict.", "verdict"),
 		events:       vec("grant_events_total", "Grant events that were stored, by step.", "step"),
 		delayed: prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyport_collector_delayed_seconds_total",

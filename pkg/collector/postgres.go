@@ -1,6 +1,7 @@
 package collector
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -102,7 +103,8 @@ func openPostgres(ctx context.Context, cfg Config) (_ engine, key logKey, err er
 		}
 	}
 	if err != nil {
-		return nil, logKey{}, fmt.Errorf("%w: %s at %s: %v", ErrDatabase, e.config.Database, e.config.Host, err)
+		name := cmp.Or(e.config.Database, e.config.User) // as the server takes it
+		return nil, logKey{}, fmt.Errorf("%w: %s at %s: %v", ErrDatabase, name, e.config.Host, err)
 	}
 	listening, stop := context.WithCancel(ctx)
 	e.stop = stop
@@ -129,8 +131,12 @@ func (e *postgresEngine) prepare(ctx context.Context, tx *sql.Tx, cfg Config) (k
 		return logKey{}, err
 	}
 	var made bool
-	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL`).Scan(&made); err != nil {
+	var encoding string
+	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL, current_setting('server_encoding')`).Scan(&made, &encoding); err != nil {
 		return logKey{}, err
+	}
+	if encoding != "UTF8" { // a text that it cannot write would hold up its node for ever
+		return logKey{}, fmt.Errorf("its encoding is %s: make one with ENCODING 'UTF8' TEMPLATE template0", encoding)
 	}
 	if !made {
 		return e.create(ctx, tx, cfg)

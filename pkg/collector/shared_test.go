@@ -250,6 +250,34 @@ func TestDatabaseKilled(t *testing.T) {
 	exactlyOnce(t, r, nodes, last)
 }
 
+// While the database is away nothing is stored, and that shows for as long as nodes try: they do not get as far as a batch.
+func TestDatabaseAwayShows(t *testing.T) {
+	server := newPostgres(t)
+	if err := server.run(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.stop(syscall.SIGQUIT); os.RemoveAll(server.dir) })
+	i := newIDs(t)
+	i.at = server.address("postgres")
+	r := start(t, i, func(c *Config) { c.Metrics = "127.0.0.1:0" })
+	server.stop(syscall.SIGQUIT)
+	_, vkey := nodeSigner(t, "node-1", epoch1)
+	for tried := range 2 {
+		stream := must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+"node-1"))).Stream(t.Context()))(t)
+		hello := &api.Hello{Node: "node-1", Epoch: epoch1, Version: wireVersion, NodeKey: vkey}
+		if err := stream.Send(&api.AgentFrame{Frame: &api.AgentFrame_Hello{Hello: hello}}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stream.Recv(); status.Code(err) != codes.Unavailable {
+			t.Fatalf("node was told %v", err)
+		}
+		want := fmt.Sprintf("\nsallyport_collector_refused_batches_total{cause=\"storage\"} %d\n", tried+1)
+		if !strings.Contains(r.scrape(t), want) {
+			t.Errorf("metrics lack %s", want)
+		}
+	}
+}
+
 // A database has one log, with one key, in one layout. What does not fit is refused with words, and is left as it is.
 func TestDatabaseRefused(t *testing.T) {
 	i := onPostgres(t)
@@ -280,6 +308,8 @@ func TestDatabaseRefused(t *testing.T) {
 	refused("database cannot be used", func(c *Config) { c.Postgres += " user=nobody password=secret" })
 	refused("database cannot be used", func(c *Config) { c.Postgres = "host=/nowhere password=secret" })
 	refused("is neither", func(c *Config) { c.Postgres = "postgres://x:secret@h:port/" })
+	shared.sql(t, "postgres", `CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0`)
+	refused("its encoding is LATIN1", func(c *Config) { c.Postgres = shared.address("latin") })
 	r.database(t, `UPDATE head SET layout = layout + 1`)
 	refused("it has layout 2, this program knows 1", func(*Config) {})
 	r.database(t, `UPDATE head SET layout = layout - 1`, `UPDATE head SET size = 1`)

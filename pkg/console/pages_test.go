@@ -61,7 +61,7 @@ func TestPages(t *testing.T) {
 		{"/flows?from=yesterday", 400, []string{"2026-11-23T03:15"}, nil},
 		{"/flows?last=ever", 400, []string{"no period"}, nil},
 		{"/flows?show=1000000", 400, []string{"100, 500 or 2000"}, nil},
-		{"/grant?id=" + n.reviewed.ID, 200, []string{"It has been reviewed", "signed by dave", "restarted the primary", "3 of 3", "Proof verified"}, nil},
+		{"/grant?id=" + n.reviewed.ID, 200, []string{"It has been reviewed", "signed by dave", "restarted the primary", "3 of 3", "Proof verified", "--key KEY --by NAME --why TEXT --out FILE"}, nil},
 		{"/grant?id=" + n.earlier.ID, 200, []string{"EXPIRED", "its time was over"}, []string{"Revoke it on"}},
 		{"/grant?id=01J8ZQ4X5M3T9V0Y2B7C6D1E4F", 404, []string{"No such grant"}, nil},
 		{"/grant?id=", 200, []string{"The grant's id", `action="/grant"`}, nil},

@@ -46,7 +46,7 @@ func measureQuestions(t *testing.T, plan auditPlan, audit *client.Audit) (all []
 		ask   func(context.Context) (int, error)
 	}{
 		{"newest 100", 100, q.flows(func(*api.FlowQuery) {})},
-		{"newest 100 of one identity of 2,000", 1, q.flows(func(r *api.FlowQuery) { r.Identity = drawnIdentity(q.node() * idsOfNode / 2) })},
+		{"newest 100 of one identity of 2,000", 1, q.flows(func(r *api.FlowQuery) { r.Identity = drawnRecord(q.node(), 0, q.end).Identity })},
 		{"an identity that came once", 1, q.flows(func(r *api.FlowQuery) { r.Identity = visitor })},
 		{"an identity that never came", 0, q.flows(func(r *api.FlowQuery) { r.Identity = visitor + "-no" })},
 		{"flows under one grant", 1, q.flows(func(r *api.FlowQuery) { r.Grant, r.Limit = q.grant(), 1000 })},
