@@ -19,7 +19,7 @@ type ringLosses struct {
 	datapath *datapath.Datapath
 	ledger   *lossLedger
 	lost     func(stage, cause string, n uint64, ranges ...*api.CPURange)
-	allow    func(uint64)
+	allow    func(uint64) // what an agent had may have been final records
 
 	mark   *datapath.Mark // owned by settle; what is waited for
 	looked bool           // owned by settle; what an earlier agent left was looked for
@@ -54,8 +54,7 @@ func (r *ringLosses) settle() error {
 		if cause == causeBestEffort {
 			ranges = gaps.BestEffort
 		}
-		r.lost(audit.StageKernelRing, cause, n, cpuRanges(ranges)...)
-		r.allow(n)
+		r.lost(audit.StageKernelRing, cause, n, cpuRanges(ranges)...) // no final record among them: the flow stays (tides)
 	})
 }
 
