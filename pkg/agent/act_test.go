@@ -63,7 +63,7 @@ func (l *life) watch() *awayNode {
 		Source: as("spiffe://example.org/sallyport/agent/" + testNode),
 		Act:    func(ctx context.Context, act *api.Act) *api.Acted { return w.acts.Load().do(ctx, act) }})
 	must(l.t, err)
-	l.grants.kick = s.Kick
+	l.kick = s.Kick
 	w.runs(s.Run)
 	me := as(eve)
 	conn, err := grpc.NewClient("passthrough:///"+c.Addr().String(), grpc.WithTransportCredentials(grpccredentials.MTLSClientCredentials(me, me, tlsconfig.AuthorizeID(server))))
