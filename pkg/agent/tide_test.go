@@ -355,6 +355,30 @@ func TestKilledSweepIsACountedLoss(t *testing.T) {
 	}
 }
 
+// TestEndedBeforeTakeOver: flows that the agent itself has ended since it came, of services that are not enforced any more, did not go with
+// the one before.
+func TestEndedBeforeTakeOver(t *testing.T) {
+	s := newShore(t, nil)
+	s.open()
+	c := s.connect()
+	_, err := s.d.SetServices([]datapath.Service{{ID: 1, Name: "postgres", Target: datapath.TargetHost, Ports: []uint16{5432}, Mode: datapath.Observe}})
+	must(t, err)
+	s.restart()
+	if allowed, err := s.d.Allowed(); s.lost != 0 || allowed != 0 || err != nil {
+		t.Errorf("%d records are counted as lost, %d excuse something (%v)", s.lost, allowed, err)
+	}
+	if gone := s.sweep(0, nil); len(gone) != 1 || gone[0].Reason != flow.ReasonPolicyChanged {
+		t.Errorf("final records are %v", gone)
+	}
+	s.end()
+	s.expect("at the end", s.look(), "", true, 0)
+	s.restart()
+	if s.lost != 0 {
+		t.Errorf("%d records are counted as lost after that", s.lost)
+	}
+	must(t, c.Close())
+}
+
 // TestDoubts: a difference has to stand by itself, and until the rings were read beyond it, whatever else differs meanwhile; and a path
 // that has left its slot is compared although the next one has left it, too.
 func TestDoubts(t *testing.T) {
