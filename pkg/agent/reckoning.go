@@ -28,6 +28,7 @@ type reckoning struct {
 	path      datapath.PathStatus
 	over      bool             // it has ended, and so have its flows
 	parted    bool             // it has left its slot
+	doubtful  bool             // what neither look explains may yet be
 	apart     apart            // what neither look explains
 	moving    uint64           // bytes that went between the looks
 	inherited datapath.Carried // what was recorded before there were tallies

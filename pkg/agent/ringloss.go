@@ -19,7 +19,7 @@ type ringLosses struct {
 	datapath *datapath.Datapath
 	ledger   *lossLedger
 	lost     func(stage, cause string, n uint64, ranges ...*api.CPURange)
-	allow    func(uint64)
+	allow    func(uint64) // what an agent had may have been final records
 
 	mark   *datapath.Mark // owned by settle; what is waited for
 	looked bool           // owned by settle; what an earlier agent left was looked for
@@ -43,20 +43,20 @@ func (r *ringLosses) settle() error {
 	if err != nil {
 		return fmt.Errorf("read losses: %w", err)
 	}
-	losses := r.mark.Losses()
-	r.mark, r.looked = nil, true
 	if gaps.Untold > 0 {
 		r.lost(audit.StageAgentMemory, audit.CauseAgentRestart, gaps.Untold, cpuRanges(gaps.Taken)...)
 		r.allow(gaps.Untold)
 	}
-	return r.ledger.settle(losses, func(cause string, n uint64) {
+	err = r.ledger.settle(r.mark.Losses(), func(cause string, n uint64) {
 		ranges := gaps.MustDeliver
 		if cause == causeBestEffort {
 			ranges = gaps.BestEffort
 		}
-		r.lost(audit.StageKernelRing, cause, n, cpuRanges(ranges)...)
-		r.allow(n)
+		r.lost(audit.StageKernelRing, cause, n, cpuRanges(ranges)...) // no final record is among them: its flow stays (tides)
 	})
+	r.datapath.SetGaps(*r.mark, gaps)
+	r.mark, r.looked = nil, true
+	return err
 }
 
 func cpuRanges(ranges []datapath.Range) (out []*api.CPURange) {

@@ -22,7 +22,7 @@ import (
 const (
 	// tideEvery is how often what moves is compared and told of.
 	tideEvery = time.Minute
-	// tidePatience is how long a difference has to stand: final records may be in a ring, and losses are counted a moment later.
+	// tidePatience is how long a difference has to stand at least: final records may be on their way, and losses are counted a moment later.
 	tidePatience = 5 * time.Second
 	// tideRetry is how soon a tide is tried again that the disk did not take.
 	tideRetry = 10 * time.Second
@@ -58,16 +58,23 @@ type tides struct {
 
 	// Owned by the sweeper.
 	next    time.Duration // CLOCK_BOOTTIME of the next regular tide
-	doubt   time.Duration // CLOCK_BOOTTIME since which something differs that may yet be explained; 0: nothing does
+	waiting time.Duration // CLOCK_BOOTTIME since which it waits for differences that may yet be explained; 0: it does not
+	doubts  map[datapath.Use]doubt
 	told    map[datapath.Use]datapath.Carried
 	alarmed map[datapath.Use]apart
 	passed  map[passage]datapath.Carried // by services, at the last tide
 
 	mu      sync.Mutex
-	settled map[uint32]bool    // guarded by mu; slots whose path has ended and was told of
-	parted  map[uint32]*parted // guarded by mu; by slot
-	wrong   error              // guarded by mu; of the latest record that could not be noted
-	bytes   map[string]uint64  // guarded by mu; what differs, by cause
+	settled map[uint32]bool          // guarded by mu; slots whose path has ended and was told of
+	parted  map[datapath.Use]*parted // guarded by mu
+	wrong   error                    // guarded by mu; of the latest record that could not be noted
+	bytes   map[string]uint64        // guarded by mu; what differs, by cause
+}
+
+// doubt is a difference that may yet be explained: by a record that is in a ring, or by a loss that is about to be counted.
+type doubt struct {
+	since time.Duration // CLOCK_BOOTTIME
+	mark  datapath.Mark // of then: records up to it are to be read first
 }
 
 // parted is a path that has left its slot before it was compared.
@@ -86,7 +93,8 @@ func (t *tides) begin() *tides {
 	t.next = t.clock.boot() + t.every
 	t.told, t.settled = make(map[datapath.Use]datapath.Carried), make(map[uint32]bool)
 	t.alarmed, t.passed = make(map[datapath.Use]apart), make(map[passage]datapath.Carried)
-	t.parted, t.bytes = make(map[uint32]*parted), map[string]uint64{audit.TideCountedLoss: 0, audit.TideMoving: 0, audit.TideUnexplained: 0}
+	t.doubts, t.parted = make(map[datapath.Use]doubt), make(map[datapath.Use]*parted)
+	t.bytes = map[string]uint64{audit.TideCountedLoss: 0, audit.TideMoving: 0, audit.TideUnexplained: 0}
 	return t
 }
 
@@ -108,7 +116,7 @@ func (t *tides) note(rec flow.Record) {
 	known, err := t.datapath.Told(rec)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if p := t.parted[rec.Slot]; p != nil && !known {
+	if p := t.leaver(rec); p != nil && !known {
 		p.tally.Recorded.Add(datapath.FinalOf(rec))
 	}
 	if err != nil {
@@ -116,7 +124,18 @@ func (t *tides) note(rec flow.Record) {
 	}
 }
 
-// allow notes that the kernel lost records: the final ones of paths may be among them.
+// leaver is the path that a record is of, if it has left its slot: the last that did, where the record does not know its grant any more.
+// t.mu is held.
+func (t *tides) leaver(rec flow.Record) (last *parted) {
+	for use, p := range t.parted {
+		if use.Slot == rec.Slot && (rec.Grant == "" || rec.Grant == p.path.Grant) && (last == nil || use.Epoch > last.path.Epoch) {
+			last = p
+		}
+	}
+	return last
+}
+
+// allow notes that records went with an agent before: the final ones of flows may be among them.
 func (t *tides) allow(n uint64) {
 	if t == nil {
 		return
@@ -137,7 +156,7 @@ func (t *tides) part(p datapath.PathStatus) {
 	if err != nil {
 		t.wrong = err
 	} else if !tally.Settled {
-		t.parted[p.Slot] = &parted{p, tally}
+		t.parted[datapath.Use{Slot: p.Slot, Epoch: p.Epoch}] = &parted{p, tally}
 	}
 }
 
@@ -149,10 +168,14 @@ func (t *tides) Look(ctx context.Context) error {
 	now := t.clock.boot()
 	regular := now >= t.next
 	if !regular && !t.due() {
+		clear(t.doubts) // what differed is not looked at from one moment to the next
 		return t.failed()
 	}
 	found, err := t.read()
-	if err == nil && !t.stands(found, now) {
+	if err == nil {
+		err = t.weigh(found, now)
+	}
+	if err == nil && regular && t.waits(found, now) {
 		return t.failed()
 	}
 	if err == nil {
@@ -186,20 +209,38 @@ func (t *tides) failed() error {
 	return err
 }
 
-// stands tells whether the findings are to be told: a difference is looked at again until it stands for a while.
-func (t *tides) stands(found []*reckoning, now time.Duration) bool {
-	if !slices.ContainsFunc(found, func(r *reckoning) bool { return r.apart != apart{} }) {
-		t.doubt = 0
+// weigh marks what is in doubt: each difference by itself has to stand for a while, at every look, and until the rings were read beyond it.
+func (t *tides) weigh(found []*reckoning, now time.Duration) error {
+	mark, err := t.datapath.Mark()
+	if err != nil {
+		return err
+	}
+	next := make(map[datapath.Use]doubt)
+	for _, r := range found {
+		if r.apart == (apart{}) {
+			continue
+		}
+		d, known := t.doubts[r.use()]
+		if !known {
+			d = doubt{now, mark}
+		}
+		next[r.use()] = d
+		r.doubtful = now-d.since < t.patience || !t.datapath.Passed(d.mark)
+	}
+	t.doubts = next
+	return nil
+}
+
+// waits tells whether a regular tide is put off for what is in doubt: that is told of with it if it can be, and else by a later one.
+func (t *tides) waits(found []*reckoning, now time.Duration) bool {
+	if t.waiting == 0 {
+		t.waiting = now
+	}
+	if slices.ContainsFunc(found, func(r *reckoning) bool { return r.doubtful }) && now-t.waiting < t.patience {
 		return true
 	}
-	if t.doubt == 0 {
-		t.doubt = now
-	}
-	if now-t.doubt < t.patience {
-		return false
-	}
-	t.doubt = 0
-	return true
+	t.waiting = 0
+	return false
 }
 
 // read looks at every path that was not told of since its end.
@@ -281,7 +322,12 @@ func (t *tides) tell(ctx context.Context, found []*reckoning, regular bool) erro
 		return err
 	}
 	var listed []*reckoning
+	doubtful := false
 	for _, r := range found {
+		if r.doubtful {
+			doubtful = true
+			continue
+		}
 		if told, known := t.told[r.use()]; r.over || regular && (r.apart != apart{} || !known || told != r.path.Carried()) {
 			allowed -= r.judge(allowed)
 			listed = append(listed, r)
@@ -292,6 +338,8 @@ func (t *tides) tell(ctx context.Context, found []*reckoning, regular bool) erro
 		if services, err = t.services(); err != nil {
 			return err
 		}
+	}
+	if regular && !doubtful {
 		allowed = 0 // what was lost so far is in no path
 	}
 	if err := t.write(ctx, listed, services, regular && len(found) > 0); err != nil {
@@ -356,9 +404,7 @@ func (t *tides) conclude(listed []*reckoning) error {
 			delete(t.alarmed, r.use())
 		}
 		if r.parted {
-			t.mu.Lock()
-			delete(t.parted, r.path.Slot)
-			t.mu.Unlock()
+			t.concludeParted(r)
 			continue
 		}
 		errs = append(errs, t.datapath.SettleTally(r.path.Slot, r.path.Epoch, r.tally, r.inherited))
@@ -367,13 +413,28 @@ func (t *tides) conclude(listed []*reckoning) error {
 	return errors.Join(errs...)
 }
 
+// concludeParted forgets a path that has left its slot and is told of, once its flows are over.
+func (t *tides) concludeParted(r *reckoning) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if r.over {
+		delete(t.parted, r.use())
+	} else if p := t.parted[r.use()]; p != nil {
+		p.tally.Excused, p.tally.Suspect, p.tally.Inherited = r.tally.Excused, r.tally.Suspect, r.tally.Inherited
+		p.tally.Recorded.Add(r.inherited)
+	}
+}
+
 // count is what the metric shows.
 func (t *tides) count(found []*reckoning) {
 	differ := map[string]uint64{audit.TideCountedLoss: 0, audit.TideMoving: 0, audit.TideUnexplained: 0}
 	for _, r := range found {
 		differ[audit.TideCountedLoss] += r.tally.Excused.BytesToServer + r.tally.Excused.BytesToClient
-		differ[audit.TideUnexplained] += r.apart.bytes()
-		differ[audit.TideMoving] += r.moving
+		if differ[audit.TideMoving] += r.moving; r.doubtful {
+			differ[audit.TideMoving] += r.apart.bytes()
+		} else {
+			differ[audit.TideUnexplained] += r.apart.bytes()
+		}
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

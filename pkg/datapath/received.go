@@ -275,9 +275,17 @@ type Gaps struct {
 	MustDeliver, BestEffort, Taken []Range
 	// Untold is how many of them the kernel did not count: they went with an agent.
 	Untold uint64
+
+	upTo []upTo // by CPU
 }
 
-// Gaps finds what is missing up to a mark that the rings were read beyond, and takes it for told.
+// upTo is what to note of one CPU once its gaps were told of.
+type upTo struct {
+	missing    []Range
+	must, best uint64 // losses that were told, of either ring
+}
+
+// Gaps finds what is missing up to a mark that the rings were read beyond, and was not told of. SetGaps notes that it was.
 func (d *Datapath) Gaps(m Mark) (g Gaps, err error) {
 	now, err := d.sequences() // what was lost since may be a number up to the mark, that was just being given out
 	if err != nil {
@@ -291,11 +299,22 @@ func (d *Datapath) Gaps(m Mark) (g Gaps, err error) {
 		must, best := now[cpu].MustDeliverLost-page[atTold], now[cpu].BestEffortLost-page[atTold+1]
 		missing := r.missing(cpu, atRead, s.Produced, func(uint64) bool { return true })
 		g.add(missing, must, best)
-		r.done(cpu, s, missing)
-		r.put(cpu, atTold, told(page[atTold], s.MustDeliverLost, now[cpu].MustDeliverLost, best == 0, missing))
-		r.put(cpu, atTold+1, told(page[atTold+1], s.BestEffortLost, now[cpu].BestEffortLost, must == 0, missing))
+		g.upTo = append(g.upTo, upTo{missing, told(page[atTold], s.MustDeliverLost, now[cpu].MustDeliverLost, best == 0, missing),
+			told(page[atTold+1], s.BestEffortLost, now[cpu].BestEffortLost, must == 0, missing)})
 	}
 	return g, nil
+}
+
+// SetGaps is for gaps up to a mark that were told of: whoever is killed before it tells twice rather than never.
+func (d *Datapath) SetGaps(m Mark, g Gaps) {
+	r := &d.received
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for cpu, u := range g.upTo {
+		r.done(cpu, m.seqs[cpu], u.missing)
+		r.put(cpu, atTold, u.must)
+		r.put(cpu, atTold+1, u.best)
+	}
 }
 
 // told is how many losses of a ring were told, of those that were counted at a mark and until now: all of the mark, and one of since if

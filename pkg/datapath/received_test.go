@@ -3,6 +3,7 @@ package datapath_test
 import (
 	"context"
 	"math/rand/v2"
+	"reflect"
 	"slices"
 	"testing"
 
@@ -42,8 +43,14 @@ func (n *node) gaps(t *testing.T) datapath.Gaps {
 	}
 	cancel()
 	must(t, <-done)
-	g, err := n.d.Gaps(m)
+	first, err := n.d.Gaps(m)
 	must(t, err)
+	g, err := n.d.Gaps(m) // whoever was killed before these were told of
+	must(t, err)
+	if !reflect.DeepEqual(first, g) {
+		t.Errorf("gaps that were not told of were %+v, and are %+v", first, g)
+	}
+	n.d.SetGaps(m, g)
 	return g
 }
 

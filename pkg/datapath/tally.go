@@ -172,21 +172,31 @@ func (d *Datapath) notTaken(n int) error {
 
 // handedOver notes that nobody has records of an earlier sweep in hand: who was not told of by now is not going to be.
 func (d *Datapath) handedOver() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.tallies.mu.Lock()
-	defer d.tallies.mu.Unlock()
-	waiting := uint64(len(d.ended))
+	waiting, done := d.lockTallies()
+	defer done()
 	if v, err := d.tallies.read(d.tallies.slots); err != nil || v.Recorded.Flows == waiting {
 		return err
 	}
 	return d.tallies.change(d.tallies.slots, func(v *tally) { v.Recorded.Flows = waiting })
 }
 
-// Untold is how many flows were taken from the kernel and never told of. At the start of an agent these went with the one before.
+// lockTallies keeps flows from being taken, and gives how many were that wait for the next sweep.
+func (d *Datapath) lockTallies() (waiting uint64, done func()) {
+	d.mu.Lock()
+	d.tallies.mu.Lock()
+	return uint64(len(d.ended)), func() {
+		d.tallies.mu.Unlock()
+		d.mu.Unlock()
+	}
+}
+
+// Untold is how many flows were taken from the kernel and never told of, but for those that wait here for the next sweep. At the start
+// of an agent these went with the one before.
 func (d *Datapath) Untold() (uint64, error) {
+	waiting, done := d.lockTallies()
+	defer done()
 	v, err := d.tallies.read(d.tallies.slots)
-	return v.Recorded.Flows, err
+	return v.Recorded.Flows - min(waiting, v.Recorded.Flows), err
 }
 
 // Allowed is how many final records were counted as lost, and are not excused of any path yet.
@@ -197,12 +207,12 @@ func (d *Datapath) Allowed() (uint64, error) {
 
 // Allow notes that n records are counted as lost; those that were untold are among them if it is said so.
 func (d *Datapath) Allow(n uint64, untold bool) error {
-	d.tallies.mu.Lock()
-	defer d.tallies.mu.Unlock()
+	waiting, done := d.lockTallies()
+	defer done()
 	return d.tallies.change(d.tallies.slots, func(v *tally) {
 		v.Excused.Flows += n
 		if untold {
-			v.Recorded.Flows = 0
+			v.Recorded.Flows = waiting
 		}
 	})
 }
