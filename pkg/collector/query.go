@@ -112,7 +112,7 @@ func flowFeed(r *api.FlowQuery) (feed[*api.StoredFlow], error) {
 		if err != nil {
 			return f, status.Errorf(codes.InvalidArgument, "client: %v", err)
 		}
-		f.equals("client", addr.Unmap().String())
+		f.equals("client", addr.Unmap().String()) // as splitAddr has it
 	}
 	return f, f.times(r.GetSince(), r.GetUntil())
 }
