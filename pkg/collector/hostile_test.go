@@ -19,7 +19,9 @@ func testZones(t *testing.T, i ids) {
 	r := start(t, i, nil)
 	n, _ := r.connect(t, "node-1", epoch1)
 	n.store(flows, flowEntry(1, func(f *api.FlowRecord) { f.Client = "[fe80::1%a\x00b]:4000" }),
-		flowEntry(2, func(f *api.FlowRecord) { f.Client, f.Server = "[fe80::1%eth0]:4000", "[fe80::2%"+strings.Repeat("z\x00", 1<<16)+"]:1" }))
+		flowEntry(2, func(f *api.FlowRecord) {
+			f.Client, f.Server = "[fe80::1%eth0]:4000", "[fe80::2%"+strings.Repeat("z\x00", 1<<16)+"]:1"
+		}))
 	if got := r.flows(t, &api.FlowQuery{}); len(got) != 2 {
 		t.Errorf("%d records", len(got))
 	}

@@ -178,8 +178,10 @@ func serve[M any](q *query, ctx context.Context, f feed[M], send func(M) error) 
 	if f.limit == 0 {
 		f.limit = defaultLimit
 	}
-	f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
-	return q.guard(ctx, func(ctx context.Context) error { return f.run(ctx, q, send) })
+	return q.guard(ctx, func(ctx context.Context) error {
+		f.cursors = cursors{q.engine.kind(), q.key.KeyHash(), f.table}
+		return f.run(ctx, q, send)
+	})
 }
 
 // guard runs do for a caller who may read, for as long as he may.
