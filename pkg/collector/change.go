@@ -26,8 +26,12 @@ type change struct {
 	tx    *transaction
 }
 
-func newChange(tx *transaction) (*change, error) {
+// newChange goes on from the log as the engine has it, if that is what its key signed: who can write to a database cannot have another log signed.
+func newChange(tx *transaction, key logKey) (*change, error) {
 	h, err := tx.head()
+	if err == nil {
+		err = h.check(key)
+	}
 	return &change{state: state{marks: marks{}, keys: nodeKeys{}, log: h}, tx: tx}, err
 }
 

@@ -224,6 +224,7 @@ func (c *Collector) Run(ctx context.Context) error {
 	case err = <-failed:
 	}
 	stopped()
+	defer time.AfterFunc(stopTimeout, c.write.abort).Stop() // a database that hangs: what was not acknowledged comes again
 	for _, s := range servers {
 		hard := time.AfterFunc(stopTimeout, s.Stop)
 		s.GracefulStop() // the handlers end by stop

@@ -2,10 +2,14 @@ package collector
 
 import (
 	"bytes"
+	"context"
+	"database/sql"
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/jackc/pgx/v5"
 	"google.golang.org/grpc/codes"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -73,4 +77,135 @@ func TestFlowClassHasFlows(t *testing.T) {
 func (r *running) open(t *testing.T, name string) *node {
 	t.Helper()
 	return &node{t: t, name: name, epoch: epoch1, chains: map[api.Class]*chain{}, stream: must(api.NewAuditIngestClient(r.dial(t, r.ids.of(agentPath+name))).Stream(t.Context()))(t)}
+}
+
+// What an engine cannot take of one node does not keep out those that share its commit.
+func TestGroupOfOthers(t *testing.T) { onEngines(t, testGroupOfOthers) }
+
+func testGroupOfOthers(t *testing.T, i ids) {
+	r := start(t, i, nil)
+	n, _ := r.connect(t, "node-0", epoch1)
+	n.store(flows, flowEntry(1, nil))
+	if i.at != "" {
+		r.database(t, `ALTER TABLE flows ADD CHECK (service <> 'poison')`)
+	} else if _, err := r.files().all()[0].writer.Exec(`CREATE TRIGGER poison BEFORE INSERT ON flows WHEN new.service = 'poison' BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
+		t.Fatal(err)
+	}
+	g := newIngest(t.Context(), r.write, r.peers, r.nodes, r.meters, r.log)
+	var group []job
+	for k, service := range []string{"a", "poison", "b"} {
+		name := fmt.Sprint("node-", k+1)
+		signer, vkey := nodeSigner(t, name, epoch1)
+		s := must(g.open(t.Context(), &api.Hello{Node: name, Epoch: epoch1, Version: wireVersion, NodeKey: vkey}, name))(t)
+		if err := g.enter(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+		sent := must((&chain{}).seal(sequence{name, epoch1, flows}, []*api.Entry{flowEntry(1, func(f *api.FlowRecord) { f.Service = service })}, signer, nil))(t)
+		group = append(group, job{must(s.read(sent))(t), make(chan result, 1)})
+	}
+	r.write.commit(group)
+	for k, j := range group {
+		if res := <-j.done; (res.err != nil) != (k == 1) {
+			t.Errorf("node-%d: %v", k+1, res.err)
+		}
+	}
+	if got := r.flows(t, &api.FlowQuery{}); len(got) != 3 {
+		t.Errorf("%d records", len(got))
+	}
+}
+
+// Who can write to the database has no log signed but the one that was: the key is not in it.
+func TestForgedHeadIsNotSigned(t *testing.T) {
+	r := start(t, onPostgres(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 3)...)
+	last := r.head(t)
+	r.database(t, `UPDATE hashes SET hash = sha256(hash) WHERE idx = 2`)
+	n.batch(flows, flowEntries(4, 5)...)
+	n.refused(codes.Unavailable)
+	if h := r.head(t); !bytes.Equal(h.checkpoint, last.checkpoint) {
+		t.Errorf("signed was\n%s", h.checkpoint)
+	}
+}
+
+// A database that hangs holds up no stop, however many batches wait for it.
+func TestStopWithHangingDatabase(t *testing.T) {
+	r := start(t, onPostgres(t), nil)
+	var nodes []*node
+	for k := range 4 {
+		n, _ := r.connect(t, fmt.Sprint("node-", k), epoch1)
+		n.store(flows, flowEntry(1, nil))
+		nodes = append(nodes, n)
+	}
+	db := sql.OpenDB(must(sqlConnector(r.cfg.Postgres))(t))
+	defer db.Close()
+	held := must(db.Begin())(t)
+	must(held.Exec(`SELECT one FROM head FOR UPDATE`))(t)
+	for _, n := range nodes {
+		n.batch(flows, flowEntry(2, nil))
+	}
+	r.waits(t)
+	began := time.Now()
+	r.stop()
+	if took := time.Since(began); took > 4*stopTimeout {
+		t.Errorf("the stop took %s", took)
+	}
+	if err := held.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// waits returns when a statement of the collector waits for a lock.
+func (r *running) waits(t *testing.T) {
+	t.Helper()
+	db := sql.OpenDB(must(sqlConnector(r.cfg.Postgres))(t))
+	defer db.Close()
+	for n := 0; n == 0; {
+		if err := db.QueryRow(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Readers who have all connections that there are for them hold up no node.
+func TestReadersHoldUpNoNode(t *testing.T) {
+	r := start(t, onPostgres(t), nil)
+	e := r.engine.(*postgresEngine)
+	for range e.readers.Stats().MaxOpenConnections {
+		defer must(e.readers.Conn(t.Context()))(t).Close()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := r.engine.stored(ctx).head(); err != nil {
+		t.Errorf("while others read: %v", err)
+	}
+}
+
+// A standby is no database for a collector, even to ask: what it has not heard of yet would count as lost.
+func TestStandbyRefused(t *testing.T) {
+	r := start(t, onPostgres(t), nil)
+	r.stop()
+	cfg := r.cfg
+	cfg.Postgres += " options='-c default_transaction_read_only=on'"
+	c, err := New(cfg)
+	if err == nil {
+		c.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "read only connection") {
+		t.Errorf("have %v", err)
+	}
+}
+
+// Not every encoding has what nodes may say.
+func TestEncodingRefused(t *testing.T) {
+	i := onPostgres(t)
+	name := must(pgx.ParseConfig(i.at))(t).Database + "latin"
+	shared.sql(t, "postgres", `CREATE DATABASE `+name+` TEMPLATE template0 ENCODING 'LATIN1'`)
+	c, err := New(Config{Dir: t.TempDir(), TrustDomain: domain, Source: i.of("/sallyport/collector"), Listen: "127.0.0.1:0", Postgres: shared.address(name)})
+	if err == nil {
+		c.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "encoding LATIN1") {
+		t.Errorf("have %v", err)
+	}
 }

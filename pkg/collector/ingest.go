@@ -351,7 +351,7 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
-	r, err := g.write.put(read)
+	r, err := g.write.put(g.stopping, read)
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}

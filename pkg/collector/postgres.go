@@ -46,6 +46,7 @@ type postgresEngine struct {
 	config  *pgx.ConnConfig
 	writer  *sql.DB // of its own, so that readers cannot hold up the writer
 	readers *sql.DB
+	states  *sql.DB // for what nodes are told, so that readers cannot hold up that either
 
 	stop      context.CancelFunc
 	listening sync.WaitGroup
@@ -71,6 +72,9 @@ func parsePostgres(address string) (*pgx.ConnConfig, error) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = postgresStart
 	}
+	if c.ValidateConnect == nil { // a standby is behind: nodes would be told that what they were acknowledged is gone
+		c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
 	return c, nil
 }
 
@@ -88,7 +92,7 @@ func openPostgres(ctx context.Context, cfg Config) (_ engine, key logKey, err er
 	if e.lock, err = lockDir(cfg.Dir); err != nil {
 		return nil, logKey{}, err
 	}
-	e.writer, e.readers = e.pool(1), e.pool(8)
+	e.writer, e.readers, e.states = e.pool(1), e.pool(8), e.pool(4)
 	starting, cancel := context.WithTimeout(ctx, postgresStart)
 	defer cancel()
 	err = e.transact(starting, func(_ *sql.Conn, tx *sql.Tx) (err error) {
@@ -129,8 +133,12 @@ func (e *postgresEngine) prepare(ctx context.Context, tx *sql.Tx, cfg Config) (k
 		return logKey{}, err
 	}
 	var made bool
-	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL`).Scan(&made); err != nil {
+	var encoding string
+	if err := tx.QueryRowContext(ctx, `SELECT to_regclass('head') IS NOT NULL, current_setting('server_encoding')`).Scan(&made, &encoding); err != nil {
 		return logKey{}, err
+	}
+	if encoding != "UTF8" && encoding != "SQL_ASCII" { // others refuse what nodes may say
+		return logKey{}, fmt.Errorf("it has the encoding %s: give it one with UTF8", encoding)
 	}
 	if !made {
 		return e.create(ctx, tx, cfg)
@@ -214,7 +222,7 @@ func (e *postgresEngine) write(ctx context.Context, do func(*transaction) (state
 	if began && err == nil {
 		e.keep(ctx)
 	}
-	return err
+	return e.away(err)
 }
 
 // enter waits for who is writing: his batch may be of the node.
@@ -294,7 +302,7 @@ func (c *copies) flush() error {
 }
 
 // stored asks the database.
-func (e *postgresEngine) stored(ctx context.Context) stored { return asked{e, ctx, e.readers} }
+func (e *postgresEngine) stored(ctx context.Context) stored { return asked{e, ctx, e.states} }
 
 // asked is what is durable, as the database says at each question.
 type asked struct {
@@ -379,7 +387,7 @@ func (a asked) hashes(indexes []int64) ([]tlog.Hash, error) {
 }
 
 func (e *postgresEngine) hashes(ctx context.Context, indexes []int64) ([]tlog.Hash, error) {
-	return asked{e, ctx, e.readers}.hashes(indexes)
+	return asked{e, ctx, e.states}.hashes(indexes)
 }
 
 func (e *postgresEngine) days(ctx context.Context) (all []day, err error) {
@@ -529,7 +537,7 @@ func (e *postgresEngine) close() error {
 	}
 	e.listening.Wait()
 	var errs []error
-	for _, db := range []*sql.DB{e.writer, e.readers} {
+	for _, db := range []*sql.DB{e.writer, e.readers, e.states} {
 		if db != nil {
 			errs = append(errs, db.Close())
 		}
