@@ -5,12 +5,18 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proof"
@@ -207,5 +213,39 @@ func TestEncodingRefused(t *testing.T) {
 	}
 	if err == nil || !strings.Contains(err.Error(), "encoding LATIN1") {
 		t.Errorf("have %v", err)
+	}
+}
+
+// Who was proven once is not for ever: a connection takes no calls any more when it is of an age.
+func TestConnectionsEnd(t *testing.T) {
+	r := start(t, newIDs(t), func(c *Config) { c.proofTTL = 100 * time.Millisecond })
+	as, dials := r.ids.of("/ops/alice"), make(chan struct{}, 1000)
+	conn := must(grpc.NewClient("passthrough:///"+r.Addr().String(), grpc.WithContextDialer(func(ctx context.Context, at string) (net.Conn, error) {
+		dials <- struct{}{}
+		return (&net.Dialer{}).DialContext(ctx, "tcp", at)
+	}), grpc.WithTransportCredentials(grpccredentials.MTLSClientCredentials(as, as, tlsconfig.AuthorizeID(spiffeid.RequireFromPath(domain, "/sallyport/collector"))))))(t)
+	defer conn.Close()
+	for began := time.Now(); len(dials) < 2; {
+		if _, err := api.NewAuditClient(conn).Nodes(t.Context(), &api.NodesRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		if time.Since(began) > 20*time.Second {
+			t.Fatal("one connection takes calls for ever")
+		}
+	}
+}
+
+// A time that no column has is before all records, or after.
+func TestFarTimes(t *testing.T) {
+	r := start(t, newIDs(t), nil)
+	n, _ := r.connect(t, "node-1", epoch1)
+	n.store(flows, flowEntries(1, 3)...)
+	first, last := &timestamppb.Timestamp{Seconds: -62135596800}, &timestamppb.Timestamp{Seconds: 253402300799}
+	if got := r.flows(t, &api.FlowQuery{Since: first, Until: last}); len(got) != 3 {
+		t.Errorf("from year 1 to 9999 are %d records", len(got))
+	}
+	report := must(proof.Verify(bytes.NewReader(r.evidence(t, &api.EvidenceRequest{Since: first, Until: last})), r.logKeyOf(t)))(t)
+	if report.Records != 3 {
+		t.Errorf("evidence from year 1 to 9999 is of %d records", report.Records)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -155,8 +156,19 @@ func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
 	if err := at.CheckValid(); err != nil {
 		return status.Errorf(codes.InvalidArgument, "%s: %v", name, err)
 	}
-	f.add(condition, at.AsTime().UnixNano())
+	f.add(condition, unixNano(at))
 	return nil
+}
+
+// unixNano is the time as columns have it. What lies beyond them is before all of them, or after.
+func unixNano(at *timestamppb.Timestamp) int64 {
+	switch first, last := time.Unix(0, math.MinInt64), time.Unix(0, math.MaxInt64); {
+	case at.AsTime().Before(first):
+		return math.MinInt64
+	case at.AsTime().After(last):
+		return math.MaxInt64
+	}
+	return at.AsTime().UnixNano()
 }
 
 // Tides sends the newest tides that fit, oldest first.
