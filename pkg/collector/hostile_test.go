@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -247,5 +248,35 @@ func TestFarTimes(t *testing.T) {
 	report := must(proof.Verify(bytes.NewReader(r.evidence(t, &api.EvidenceRequest{Since: first, Until: last})), r.logKeyOf(t)))(t)
 	if report.Records != 3 {
 		t.Errorf("evidence from year 1 to 9999 is of %d records", report.Records)
+	}
+}
+
+// A node that begins stream after stream has one that waits for the database, not all of them: others wait there, too.
+func TestManyStreams(t *testing.T) {
+	r := start(t, onPostgres(t), nil)
+	db := sql.OpenDB(must(sqlConnector(r.cfg.Postgres))(t))
+	defer db.Close()
+	held := must(db.Begin())(t)
+	defer held.Rollback()
+	must(held.Exec(`SELECT one FROM head FOR UPDATE`))(t)
+	var streams []*node
+	for range 10 {
+		n := r.open(t, "node-1")
+		n.send(hello("node-1", epoch1, wireVersion))
+		streams = append(streams, n)
+	}
+	ended := make(chan error, len(streams))
+	for _, n := range streams {
+		go func() { _, err := n.next(); ended <- err }()
+	}
+	for range len(streams) - 2 { // one has the turn, and one is the last
+		select {
+		case err := <-ended:
+			if status.Code(err) != codes.Aborted {
+				t.Errorf("a stream ended with %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("streams that are over wait for the database")
+		}
 	}
 }

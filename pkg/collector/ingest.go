@@ -315,8 +315,24 @@ func (g *ingest) enter(ctx context.Context, s *session) (err error) {
 		old.ended = true
 		old.mu.Unlock()
 	}
-	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
+	if err = g.turn(ctx, s); err != nil {
 		g.leave(s)
+	}
+	return err
+}
+
+// turn takes the session's. A node that begins streams as fast as it can waits for itself: a database gives a turn between two commits.
+func (g *ingest) turn(ctx context.Context, s *session) (err error) {
+	entering := g.nodes.heard(s.node, 0).entering
+	select {
+	case entering <- struct{}{}:
+		defer func() { <-entering }()
+	case <-s.over:
+		return status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
 		return g.unread(err)
 	}
 	return nil
