@@ -186,6 +186,9 @@ func TestReadersHoldUpNoNode(t *testing.T) {
 	if _, err := r.engine.stored(ctx).head(); err != nil {
 		t.Errorf("while others read: %v", err)
 	}
+	if e.keep(ctx); ctx.Err() != nil { // between two commits
+		t.Error("what is due waits for readers")
+	}
 }
 
 // A standby is no database for a collector, even to ask: what it has not heard of yet would count as lost.

@@ -390,8 +390,10 @@ func (e *postgresEngine) hashes(ctx context.Context, indexes []int64) ([]tlog.Ha
 	return asked{e, ctx, e.states}.hashes(indexes)
 }
 
-func (e *postgresEngine) days(ctx context.Context) (all []day, err error) {
-	rows, err := e.readers.QueryContext(ctx, `SELECT to_char(day, 'YYYY-MM-DD') FROM days ORDER BY day`)
+func (e *postgresEngine) days(ctx context.Context) ([]day, error) { return e.daysBy(ctx, e.readers) }
+
+func (e *postgresEngine) daysBy(ctx context.Context, q querier) (all []day, err error) {
+	rows, err := q.QueryContext(ctx, `SELECT to_char(day, 'YYYY-MM-DD') FROM days ORDER BY day`)
 	if err != nil {
 		return nil, e.away(err)
 	}
@@ -466,7 +468,7 @@ func (e *postgresEngine) ahead(ctx context.Context) error {
 }
 
 func (e *postgresEngine) drop(ctx context.Context) error {
-	days, err := e.days(ctx)
+	days, err := e.daysBy(ctx, e.states) // who writes waits for this
 	if err != nil {
 		return err
 	}
