@@ -39,6 +39,9 @@ func (b *batch) decode(raw []*api.Raw) error {
 		if err != nil {
 			return fmt.Errorf("%w: entry %d: %w", errEntry, r.GetSeq(), err)
 		}
+		if b.class == api.Class_CLASS_FLOW && e.GetFlow() == nil && e.GetLoss() == nil && e.GetRecord() != nil {
+			return fmt.Errorf("%w: entry %d is of the critical class", errEntry, r.GetSeq()) // readers know an event by its number in that class
+		}
 		e.Seq = r.GetSeq() // the number that is sealed
 		b.entries, b.data = append(b.entries, e), append(b.data, r.GetData())
 	}

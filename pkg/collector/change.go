@@ -26,8 +26,12 @@ type change struct {
 	tx    *transaction
 }
 
-func newChange(tx *transaction) (*change, error) {
+// newChange goes on from the log as the engine has it, if that is what its key signed: who can write to a database cannot have another log signed.
+func newChange(tx *transaction, key logKey) (*change, error) {
 	h, err := tx.head()
+	if err == nil {
+		err = h.check(key)
+	}
 	return &change{state: state{marks: marks{}, keys: nodeKeys{}, log: h}, tx: tx}, err
 }
 
@@ -94,7 +98,7 @@ func follows(b batch, m mark) (breaks bool, err error) {
 		return false, fmt.Errorf("%w: seal %d is over %d to %d, stored is up to %d", errGap, s.Number, s.First, s.Last, m.seq)
 	case s.Number == m.number+1 && s.Before == proof.Follows(m.seal):
 		return false, nil
-	case s.Number > m.number && isForgotten(b.entries[0]):
+	case s.Number > m.number && s.Number > 1 && isForgotten(b.entries[0]): // what is before seal 1 cannot be forgotten: no proof takes that
 		return true, nil
 	default:
 		return false, fmt.Errorf("%w: seal %d does not follow on the one that is stored, %d", errGap, s.Number, m.number)

@@ -73,6 +73,7 @@ type Config struct {
 	Logger *slog.Logger // nil: slog.Default
 
 	growEvery time.Duration // between checkpoints to a node, while the log grows; 0: as usual
+	proofTTL  time.Duration // of a connection; 0: as usual
 }
 
 // stopTimeout bounds how long a peer can hold up a stop.
@@ -224,6 +225,7 @@ func (c *Collector) Run(ctx context.Context) error {
 	case err = <-failed:
 	}
 	stopped()
+	defer time.AfterFunc(stopTimeout, c.write.abort).Stop() // a database that hangs: what was not acknowledged comes again
 	for _, s := range servers {
 		hard := time.AfterFunc(stopTimeout, s.Stop)
 		s.GracefulStop() // the handlers end by stop
@@ -238,7 +240,11 @@ func (c *Collector) Run(ctx context.Context) error {
 // servers are those of nodes and of readers. Browsers are answered by a service of their own.
 func (c *Collector) servers(stop context.Context) (_ map[net.Listener]*grpc.Server, browsers *query) {
 	authorise := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error { return c.peers.handshake(id) })
-	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise))
+	age := c.cfg.proofTTL
+	if age == 0 {
+		age = proofTTL
+	}
+	remote := newServer(grpccredentials.MTLSServerCredentials(c.cfg.Source, c.cfg.Source, authorise), age)
 	ingest := newIngest(stop, c.write, c.peers, c.nodes, c.meters, c.log)
 	if c.cfg.growEvery > 0 {
 		ingest.every = c.cfg.growEvery
@@ -249,7 +255,7 @@ func (c *Collector) servers(stop context.Context) (_ map[net.Listener]*grpc.Serv
 	api.RegisterAuditServer(remote, service)
 	servers := map[net.Listener]*grpc.Server{c.tcp: remote}
 	if c.unix != nil {
-		local := newServer(newPeerCred(c.cfg.SocketUIDs))
+		local := newServer(newPeerCred(c.cfg.SocketUIDs), 0)
 		api.RegisterAuditServer(local, &query{stop: stop, engine: c.engine, key: c.write.key, connected: ingest.connected, admit: func(context.Context) error { return nil },
 			acts: ingest.actsOf(localActor)})
 		servers[c.unix] = local
@@ -257,8 +263,9 @@ func (c *Collector) servers(stop context.Context) (_ map[net.Listener]*grpc.Serv
 	return servers, c.peers.browsers(service, ingest)
 }
 
-func newServer(creds credentials.TransportCredentials) *grpc.Server {
+// newServer takes no new call on a connection that is of an age: who it is was proven when it began. What is under way then has as long again. 0: none is too old.
+func newServer(creds credentials.TransportCredentials, age time.Duration) *grpc.Server {
 	return grpc.NewServer(grpc.Creds(creds), grpc.MaxRecvMsgSize(maxFrame), grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(10*time.Second),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionAge: age, MaxConnectionAgeGrace: age}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second}))
 }

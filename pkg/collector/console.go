@@ -59,7 +59,7 @@ func (p peers) browsers(remote *query, ingest *ingest) *query {
 // serveConsole answers browsers that prove to be a reader, until ctx ends.
 func (c *Collector) serveConsole(ctx context.Context, l net.Listener, service *query) error {
 	pages, err := console.New(console.Config{
-		Audit: inside{service}, LogKey: c.write.key.vkey,
+		Audit:  inside{service}, // with no key: what it says of its own log is its own word, and the pages say so
 		Who:    func(r *http.Request) string { id, _ := browserOf(r.Context()); return id.String() },
 		MayAct: func(r *http.Request) bool { id, ok := browserOf(r.Context()); return ok && c.peers.actors.has(id) },
 		Now:    c.cfg.Now,

@@ -68,7 +68,7 @@ func TestConsoleKnowsItsReaders(t *testing.T) {
 		}
 	}
 	_, body := r.page(t, r.browse(r.ids.of("/ops/alice")), grant)
-	if !strings.Contains(body, "Proof verified") || strings.Contains(body, "<form method=\"post\"") {
+	if !strings.Contains(body, "Proof verified") || !strings.Contains(body, "as the collector itself tells it") || strings.Contains(body, "<form method=\"post\"") {
 		t.Errorf("a reader sees %s", body)
 	}
 	if _, body := r.page(t, r.browse(r.ids.of("/ops/carol")), grant); !strings.Contains(body, "action=\"/statement\"") {

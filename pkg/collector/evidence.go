@@ -188,10 +188,10 @@ func (b *bundle) filter(r *api.EvidenceRequest, after int64) filter {
 	f.node(r.GetNode())
 	f.equals("grant_id", r.GetGrant())
 	if r.GetSince() != nil {
-		f.add("received >= ?", r.GetSince().AsTime().UnixNano())
+		f.add("received >= ?", unixNano(r.GetSince()))
 	}
 	if r.GetUntil() != nil {
-		f.add("received < ?", r.GetUntil().AsTime().UnixNano())
+		f.add("received < ?", unixNano(r.GetUntil()))
 	}
 	return f
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -190,7 +191,7 @@ func (g *ingest) greet(stream api.AuditIngest_StreamServer, node string, frames 
 	if err := g.enter(stream.Context(), s); err != nil {
 		return nil, err
 	}
-	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", frame.GetHello().GetBootId())
+	g.log.InfoContext(stream.Context(), "node connected", "node", node, "epoch", s.epoch, "boot", word(frame.GetHello().GetBootId()))
 	w, err := g.welcome(stream.Context(), s, frame.GetHello().GetCheckpoint())
 	if err == nil {
 		err = stream.Send(&api.CollectorFrame{Frame: &api.CollectorFrame_Welcome{Welcome: w}})
@@ -212,17 +213,17 @@ func (g *ingest) open(ctx context.Context, h *api.Hello, node string) (*session,
 	case h == nil:
 		return nil, status.Error(codes.InvalidArgument, "first frame is no hello")
 	case h.GetNode() != node:
-		return nil, status.Errorf(codes.PermissionDenied, "hello names node %q, the certificate %q", h.GetNode(), node)
+		return nil, status.Errorf(codes.PermissionDenied, "hello names node %.200q, the certificate %q", h.GetNode(), node)
 	case h.GetVersion() < wireVersion || oldest > wireVersion:
 		return nil, status.Errorf(codes.FailedPrecondition, "versions %d to %d of the stream, this collector speaks %d", oldest, h.GetVersion(), wireVersion)
 	}
 	if _, err := ulid.ParseStrict(h.GetEpoch()); err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "epoch %q: %v", h.GetEpoch(), err)
+		return nil, status.Errorf(codes.InvalidArgument, "epoch %.200q: %v", h.GetEpoch(), err)
 	}
 	s := &session{node: node, epoch: h.GetEpoch(), vkey: h.GetNodeKey(), over: make(chan struct{}), gone: make(chan struct{}), acts: newActs(h.GetActs())}
 	var err error
-	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) {
-		return nil, status.Errorf(codes.InvalidArgument, "node key %q is none of node %q in epoch %s", s.vkey, node, s.epoch)
+	if s.key, err = note.NewVerifier(s.vkey); err != nil || s.key.Name() != proof.NodeSigner(node, s.epoch) || !isKeyLeaf(node, s.epoch, s.vkey) {
+		return nil, status.Errorf(codes.InvalidArgument, "node key %.200q is none of node %q in epoch %s", s.vkey, node, s.epoch)
 	}
 	switch k, known, err := g.write.engine.stored(ctx).nodeKey(nodeEpoch{node, s.epoch}); {
 	case err != nil:
@@ -231,6 +232,13 @@ func (g *ingest) open(ctx context.Context, h *api.Hello, node string) (*session,
 		return nil, status.Error(codes.FailedPrecondition, errOtherKey(node, s.epoch).Error())
 	}
 	return s, nil
+}
+
+// isKeyLeaf tells whether a key can be read from its leaf again: base64 may be broken into lines, and a leaf may not. One that cannot would
+// make all evidence worthless that it is part of.
+func isKeyLeaf(node, epoch, vkey string) bool {
+	n, e, v, err := proof.ParseKeyLeaf(proof.KeyLeaf(node, epoch, vkey))
+	return err == nil && n == node && e == epoch && v == vkey && !strings.Contains(vkey, "\r")
 }
 
 // unread is what a node is told when its state cannot be read now. As long as that is so nothing is stored, and no batch comes to be refused for it: each
@@ -311,8 +319,24 @@ func (g *ingest) enter(ctx context.Context, s *session) (err error) {
 		old.ended = true
 		old.mu.Unlock()
 	}
-	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
+	if err = g.turn(ctx, s); err != nil {
 		g.leave(s)
+	}
+	return err
+}
+
+// turn takes the session's. A node that begins streams as fast as it can waits for itself: a database gives a turn between two commits.
+func (g *ingest) turn(ctx context.Context, s *session) (err error) {
+	entering := g.nodes.heard(s.node, 0).entering
+	select {
+	case entering <- struct{}{}:
+		defer func() { <-entering }()
+	case <-s.over:
+		return status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if s.turn, err = g.write.engine.enter(ctx, s.node); err != nil {
 		return g.unread(err)
 	}
 	return nil
@@ -334,7 +358,7 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	case b == nil:
 		return nil, status.Error(codes.InvalidArgument, "frame is no batch")
 	case b.GetEpoch() != s.epoch:
-		return nil, status.Errorf(codes.InvalidArgument, "batch of epoch %q in a stream of %q", b.GetEpoch(), s.epoch)
+		return nil, status.Errorf(codes.InvalidArgument, "batch of epoch %.200q in a stream of %q", b.GetEpoch(), s.epoch)
 	case b.GetClass() != api.Class_CLASS_CRITICAL && b.GetClass() != api.Class_CLASS_FLOW:
 		return nil, status.Errorf(codes.InvalidArgument, "class %d", b.GetClass())
 	}
@@ -347,7 +371,7 @@ func (g *ingest) take(s *session, f *api.AgentFrame) (*api.Ack, error) {
 	if s.ended {
 		return nil, status.Errorf(codes.Aborted, "node %q opened another stream", s.node)
 	}
-	r, err := g.write.put(read)
+	r, err := g.write.put(g.stopping, read)
 	if err != nil {
 		return nil, g.refuse(s, err)
 	}

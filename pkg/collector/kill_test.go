@@ -80,7 +80,7 @@ func workNode(w *writer, name string) error {
 		if err != nil {
 			return err
 		}
-		r, err := w.put(b)
+		r, err := w.put(context.Background(), b)
 		if err != nil {
 			return err
 		}

@@ -57,6 +57,7 @@ type presence struct {
 	told           bool          // that it is silent
 	heard          time.Duration // boot time at which it was last connected
 	records, bytes *rate.Limiter // nil: no limit
+	entering       chan struct{} // of capacity 1: full while a stream of the node begins
 }
 
 func newNodes(limits Limits, boot func() time.Duration, log *slog.Logger) *nodes {
@@ -94,7 +95,7 @@ func (n *nodes) heard(node string, streams int) *presence {
 	defer n.mu.Unlock()
 	p, ok := n.known[node]
 	if !ok {
-		p = &presence{records: limiter(n.limits.RecordsPerSecond), bytes: limiter(n.limits.BytesPerSecond)}
+		p = &presence{records: limiter(n.limits.RecordsPerSecond), bytes: limiter(n.limits.BytesPerSecond), entering: make(chan struct{}, 1)}
 		n.known[node] = p
 	}
 	p.heard, p.told = n.boot(), false

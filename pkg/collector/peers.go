@@ -15,7 +15,7 @@ import (
 
 const agentPath = "/sallyport/agent/"
 
-// proofTTL is how long a proven identity is good for one stream. A certificate is looked at in the
+// proofTTL is how long a proven identity is good for one stream, and for new calls on its connection. A certificate is looked at in the
 // handshake only, and streams have no end.
 const proofTTL = time.Hour
 

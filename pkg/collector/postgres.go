@@ -47,6 +47,7 @@ type postgresEngine struct {
 	config  *pgx.ConnConfig
 	writer  *sql.DB // of its own, so that readers cannot hold up the writer
 	readers *sql.DB
+	states  *sql.DB // for what nodes are told, so that readers cannot hold up that either
 
 	stop      context.CancelFunc
 	listening sync.WaitGroup
@@ -72,6 +73,9 @@ func parsePostgres(address string) (*pgx.ConnConfig, error) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = postgresStart
 	}
+	if c.ValidateConnect == nil { // a standby is behind: nodes would be told that what they were acknowledged is gone
+		c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
 	return c, nil
 }
 
@@ -89,7 +93,7 @@ func openPostgres(ctx context.Context, cfg Config) (_ engine, key logKey, err er
 	if e.lock, err = lockDir(cfg.Dir); err != nil {
 		return nil, logKey{}, err
 	}
-	e.writer, e.readers = e.pool(1), e.pool(8)
+	e.writer, e.readers, e.states = e.pool(1), e.pool(8), e.pool(4)
 	starting, cancel := context.WithTimeout(ctx, postgresStart)
 	defer cancel()
 	err = e.transact(starting, func(_ *sql.Conn, tx *sql.Tx) (err error) {
@@ -220,7 +224,7 @@ func (e *postgresEngine) write(ctx context.Context, do func(*transaction) (state
 	if began && err == nil {
 		e.keep(ctx)
 	}
-	return err
+	return e.away(err)
 }
 
 // enter waits for who is writing: his batch may be of the node.
@@ -300,7 +304,7 @@ func (c *copies) flush() error {
 }
 
 // stored asks the database.
-func (e *postgresEngine) stored(ctx context.Context) stored { return asked{e, ctx, e.readers} }
+func (e *postgresEngine) stored(ctx context.Context) stored { return asked{e, ctx, e.states} }
 
 // asked is what is durable, as the database says at each question.
 type asked struct {
@@ -385,11 +389,13 @@ func (a asked) hashes(indexes []int64) ([]tlog.Hash, error) {
 }
 
 func (e *postgresEngine) hashes(ctx context.Context, indexes []int64) ([]tlog.Hash, error) {
-	return asked{e, ctx, e.readers}.hashes(indexes)
+	return asked{e, ctx, e.states}.hashes(indexes)
 }
 
-func (e *postgresEngine) days(ctx context.Context) (all []day, err error) {
-	rows, err := e.readers.QueryContext(ctx, `SELECT to_char(day, 'YYYY-MM-DD') FROM days ORDER BY day`)
+func (e *postgresEngine) days(ctx context.Context) ([]day, error) { return e.daysBy(ctx, e.readers) }
+
+func (e *postgresEngine) daysBy(ctx context.Context, q querier) (all []day, err error) {
+	rows, err := q.QueryContext(ctx, `SELECT to_char(day, 'YYYY-MM-DD') FROM days ORDER BY day`)
 	if err != nil {
 		return nil, e.away(err)
 	}
@@ -464,7 +470,7 @@ func (e *postgresEngine) ahead(ctx context.Context) error {
 }
 
 func (e *postgresEngine) drop(ctx context.Context) error {
-	days, err := e.days(ctx)
+	days, err := e.daysBy(ctx, e.states) // who writes waits for this
 	if err != nil {
 		return err
 	}
@@ -535,7 +541,7 @@ func (e *postgresEngine) close() error {
 	}
 	e.listening.Wait()
 	var errs []error
-	for _, db := range []*sql.DB{e.writer, e.readers} {
+	for _, db := range []*sql.DB{e.writer, e.readers, e.states} {
 		if db != nil {
 			errs = append(errs, db.Close())
 		}

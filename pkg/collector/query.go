@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -119,7 +120,7 @@ func flowFeed(r *api.FlowQuery) (feed[*api.StoredFlow], error) {
 		if err != nil {
 			return f, status.Errorf(codes.InvalidArgument, "client: %v", err)
 		}
-		f.equals("client", addr.Unmap().String())
+		f.equals("client", addr.Unmap().String()) // as splitAddr has it
 	}
 	return f, f.times(r.GetSince(), r.GetUntil())
 }
@@ -162,8 +163,19 @@ func (f *filter) time(name, condition string, at *timestamppb.Timestamp) error {
 	if err := at.CheckValid(); err != nil {
 		return status.Errorf(codes.InvalidArgument, "%s: %v", name, err)
 	}
-	f.add(condition, at.AsTime().UnixNano())
+	f.add(condition, unixNano(at))
 	return nil
+}
+
+// unixNano is the time as columns have it. What lies beyond them is before all of them, or after.
+func unixNano(at *timestamppb.Timestamp) int64 {
+	switch first, last := time.Unix(0, math.MinInt64), time.Unix(0, math.MaxInt64); {
+	case at.AsTime().Before(first):
+		return math.MinInt64
+	case at.AsTime().After(last):
+		return math.MaxInt64
+	}
+	return at.AsTime().UnixNano()
 }
 
 // Tides sends the newest tides that fit, oldest first.

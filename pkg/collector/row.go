@@ -80,7 +80,7 @@ func summary(t *api.Tide) (grants string, differing bool) {
 // kept as it is.
 func splitAddr(s string) (addr string, port uint16) {
 	if ap, err := netip.ParseAddrPort(s); err == nil {
-		return ap.Addr().Unmap().String(), ap.Port()
+		return word(ap.Addr().Unmap().String()), ap.Port() // a zone is a text of the node's
 	}
 	return word(s), 0
 }

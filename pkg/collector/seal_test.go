@@ -175,7 +175,7 @@ func testEpochsOfADay(t *testing.T, i ids) {
 		}
 		next := chains[id].number + 1
 		sent := must(chains[id].seal(sequence{node, name, flows}, flowEntries(next, next), signer, nil))(t)
-		_, err := r.write.put(must(s.read(sent))(t))
+		_, err := r.write.put(t.Context(), must(s.read(sent))(t))
 		return err
 	}
 	for epoch := range maxNewEpochs {

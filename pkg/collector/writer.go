@@ -43,22 +43,28 @@ type writer struct {
 	key    logKey
 	jobs   chan job
 	quit   chan struct{}
+	life   context.Context    // of what is being written
+	abort  context.CancelFunc // of life
 }
 
 func newWriter(e engine, key logKey) *writer {
-	return &writer{engine: e, key: key, jobs: make(chan job), quit: make(chan struct{})}
+	w := &writer{engine: e, key: key, jobs: make(chan job), quit: make(chan struct{})}
+	w.life, w.abort = context.WithCancel(context.Background())
+	return w
 }
 
-// put stores what is new in a batch and returns how far the sequence is durable then.
-func (w *writer) put(b batch) (result, error) {
+// put stores what is new in a batch and returns how far the sequence is durable then. What nobody has taken when ctx ends is not stored; what
+// was taken is waited for.
+func (w *writer) put(ctx context.Context, b batch) (result, error) {
 	j := job{batch: b, done: make(chan result, 1)}
 	select {
 	case w.jobs <- j:
 		r := <-j.done
 		return r, r.err
+	case <-ctx.Done():
 	case <-w.quit:
-		return result{}, errStopping
 	}
+	return result{}, errStopping
 }
 
 // run writes until stop.
@@ -70,7 +76,7 @@ func (w *writer) run() {
 		case j := <-w.jobs:
 			w.commit(w.gather(j))
 		case <-look.C:
-			w.engine.keep(context.Background())
+			w.engine.keep(w.life)
 		case <-w.quit:
 			return
 		}
@@ -93,11 +99,28 @@ func (w *writer) gather(first job) []job {
 	return group
 }
 
-// commit writes a group in one transaction. A batch that is refused does not touch the others.
+// commit writes a group in one transaction. A batch that is refused does not touch the others; one that the engine cannot take, for whatever is in
+// it, would, so that each is then tried by itself.
 func (w *writer) commit(group []job) {
+	results, err := w.store(group)
+	if err != nil && len(group) > 1 && w.life.Err() == nil && !errors.Is(err, errAway) && !errors.Is(err, context.DeadlineExceeded) {
+		for _, j := range group {
+			w.commit([]job{j})
+		}
+		return
+	}
+	for i, j := range group {
+		if err != nil {
+			results[i] = result{err: fmt.Errorf("store batch: %w", err)}
+		}
+		j.done <- results[i]
+	}
+}
+
+func (w *writer) store(group []job) ([]result, error) {
 	results := make([]result, len(group))
-	err := w.engine.write(context.Background(), func(tx *transaction) (state, error) { // what was taken is finished
-		c, err := newChange(tx)
+	err := w.engine.write(w.life, func(tx *transaction) (state, error) {
+		c, err := newChange(tx, w.key)
 		if err != nil {
 			return state{}, err
 		}
@@ -108,12 +131,7 @@ func (w *writer) commit(group []job) {
 		}
 		return c.state, c.finish(w.key)
 	})
-	for i, j := range group {
-		if err != nil {
-			results[i] = result{err: fmt.Errorf("store batch: %w", err)}
-		}
-		j.done <- results[i]
-	}
+	return results, err
 }
 
 // continues tells how far entries reach above number end, and how many numbers losses among them count. Each must take up where the one

@@ -36,6 +36,7 @@ type grantPage struct {
 	FlowsAt    string // the address of the page with its flows
 	Proof      *proofView
 	Review     string // that is open
+	Reviewed   bool   // as a node told
 }
 
 // payload is what the grant itself says.
@@ -131,6 +132,7 @@ func (c *console) addSteps(ctx context.Context, p *grantPage) error {
 	for _, s := range p.Steps {
 		p.note(s, live)
 	}
+	p.Reviewed = len(only(events, reviewed)) > 0
 	if open := openReviews(only(events, activated), only(events, reviewed), now); len(open) > 0 {
 		p.Review = "is still live"
 		if open[0].Waiting != "" {

@@ -209,6 +209,7 @@ func TestLyingCollector(t *testing.T) {
 		"another number":      {event: func(e *api.StoredGrantEvent) { e.Seq += 1000 }, want: "2 of the 2 events below are not in the receipt"},
 		"another node":        {event: func(e *api.StoredGrantEvent) { e.Node = "node-2" }, want: "2 of the 2 events below are not in the receipt"},
 		"another grant's":     {evidence: func(r *api.EvidenceRequest) { r.Grant = strings.Replace(r.Grant, n.backup.ID, n.earlier.ID, 1) }, want: "2 of the 2 events below are not in the receipt"},
+		"no batch":            {evidence: func(r *api.EvidenceRequest) { r.Seq = min(r.Seq, 1) << 40 }, want: "2 of 2 events are in no batch that a node sealed"},
 		"another one's batch": {evidence: func(r *api.EvidenceRequest) { r.Seq = min(r.Seq, 1) }, want: "in which its node sealed another record"},
 	} {
 		l := liar{honest, func(*api.StoredGrantEvent) {}, func(*api.EvidenceRequest) {}}
@@ -222,6 +223,17 @@ func TestLyingCollector(t *testing.T) {
 		if body := get(t, n.serve().URL+"/grant?id="+n.backup.ID); strings.Contains(body, "Proof verified") || !strings.Contains(body, c.want) {
 			t.Errorf("%s: %s", name, words(body))
 		}
+	}
+}
+
+// TestReviewIsNotInferred: that a break-glass grant was reviewed is said if a node told so, and not because its activation is not on the page.
+func TestReviewIsNotInferred(t *testing.T) {
+	t.Parallel()
+	w, now := newWorld(t), time.Now()
+	one := w.node("node-1", &api.Entry{Record: &api.Entry_Grant{Grant: &api.GrantEvent{Grant: "g", Step: "REFUSED", Kind: string(grant.BreakGlass), Time: timestamppb.New(now)}}})
+	one.delivered()
+	if body := get(t, w.serve().URL+"/grant?id=g"); strings.Contains(body, "It has been reviewed") || !strings.Contains(body, "Here is neither its activation nor a review") {
+		t.Errorf("have %s", words(body))
 	}
 }
 

@@ -210,6 +210,9 @@ func (c *console) addSeals(ctx context.Context, p *grantPage, key note.Verifier)
 			delete(batches, b.Leaf)
 		}
 	}
+	if v := p.Proof; v.Sealed < v.Looked { // a collector puts an event into its log with the batch that has it
+		v.Verdict, v.Why = proof.CannotTell, fmt.Sprintf("%d of %d events are in no batch that a node sealed, as far as the collector shows: it alone could have made them up", v.Looked-v.Sealed, v.Looked)
+	}
 	return nil
 }
 
