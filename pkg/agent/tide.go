@@ -26,6 +26,9 @@ const (
 	tidePatience = 5 * time.Second
 	// tideRetry is how soon a tide is tried again that the disk did not take.
 	tideRetry = 10 * time.Second
+	// tideBehind is how many critical records may wait for the collector before a regular tide tells of differences alone: counters only
+	// rise, so that a later one tells what this one would have, and the store's room is for what cannot be told later.
+	tideBehind = 256
 	// tidePaths bounds one entry: thousands of paths may end at once.
 	tidePaths = 256
 )
@@ -315,12 +318,18 @@ func (t *tides) readParted(live map[datapath.Use]datapath.Carried) (found []*rec
 	return found
 }
 
-// tell writes down what was found: paths that are over, and at a regular tide all that moved or that differ.
+// tell writes down what was found: paths that are over, and at a regular tide those that differ and, unless many records wait for the
+// collector, all that moved.
 func (t *tides) tell(ctx context.Context, found []*reckoning, regular bool) error {
 	allowed, err := t.datapath.Allowed()
 	if err != nil {
 		return err
 	}
+	last, acked, err := t.store.Seqs(ctx)
+	if err != nil {
+		return err
+	}
+	all := regular && last-acked <= tideBehind
 	var listed []*reckoning
 	doubtful := false
 	for _, r := range found {
@@ -328,13 +337,13 @@ func (t *tides) tell(ctx context.Context, found []*reckoning, regular bool) erro
 			doubtful = true
 			continue
 		}
-		if told, known := t.told[r.use()]; r.over || regular && (r.apart != apart{} || !known || told != r.path.Carried()) {
+		if told, known := t.told[r.use()]; r.over || regular && r.apart != (apart{}) || all && (!known || told != r.path.Carried()) {
 			allowed -= r.judge(allowed)
 			listed = append(listed, r)
 		}
 	}
 	var services []*api.ServiceTide
-	if regular {
+	if all {
 		if services, err = t.services(); err != nil {
 			return err
 		}
@@ -342,7 +351,7 @@ func (t *tides) tell(ctx context.Context, found []*reckoning, regular bool) erro
 	if regular && !doubtful {
 		allowed = 0 // what was lost so far is in no path
 	}
-	if err := t.write(ctx, listed, services, regular && len(found) > 0); err != nil {
+	if err := t.write(ctx, listed, services, all && len(found) > 0); err != nil {
 		return err
 	}
 	t.count(found)

@@ -258,6 +258,11 @@ func TestTidesAgree(t *testing.T) {
 	}
 	s.reload()
 	third := s.connect()
+	delivered := s.behind()
+	if tides := s.minute(); len(tides) != 0 {
+		t.Errorf("the collector is behind, and tides are %v", tides)
+	}
+	delivered()
 	p := s.minute()
 	s.differs("after a kill", s.expect("after a kill", p, "", false, 2))
 	if services := p[0].GetServices(); len(services) == 0 || services[0].GetBy() != byPath || services[0].GetKernel().GetFlows() != 3 {
@@ -593,6 +598,19 @@ func (s *shore) entries() (entries []*api.Entry) {
 		entries = append(entries, &entry)
 	}
 	return entries
+}
+
+// behind has more wait for the collector than a regular tide adds to. What it returns has the collector take it.
+func (s *shore) behind() (delivered func()) {
+	s.t.Helper()
+	entry, err := audit.GrantEntry(&api.GrantEvent{Grant: tideGrant, Step: stepWarned})
+	must(s.t, err)
+	must(s.t, s.store.Keep(s.t.Context(), nil, slices.Repeat([][]byte{entry}, tideBehind+1)...))
+	return func() {
+		last, _, err := s.store.Seqs(s.t.Context())
+		must(s.t, err)
+		must(s.t, s.store.Ack(s.t.Context(), last))
+	}
 }
 
 func (s *shore) lossRecords() (losses []*api.LossRecord) {

@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -202,20 +201,6 @@ func TestStandbyRefused(t *testing.T) {
 		c.Close()
 	}
 	if err == nil || !strings.Contains(err.Error(), "read only connection") {
-		t.Errorf("have %v", err)
-	}
-}
-
-// Not every encoding has what nodes may say.
-func TestEncodingRefused(t *testing.T) {
-	i := onPostgres(t)
-	name := must(pgx.ParseConfig(i.at))(t).Database + "latin"
-	shared.sql(t, "postgres", `CREATE DATABASE `+name+` TEMPLATE template0 ENCODING 'LATIN1'`)
-	c, err := New(Config{Dir: t.TempDir(), TrustDomain: domain, Source: i.of("/sallyport/collector"), Listen: "127.0.0.1:0", Postgres: shared.address(name)})
-	if err == nil {
-		c.Close()
-	}
-	if err == nil || !strings.Contains(err.Error(), "encoding LATIN1") {
 		t.Errorf("have %v", err)
 	}
 }
