@@ -2,6 +2,7 @@ package leak
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -203,6 +204,29 @@ func TestIgnoresWhatAnotherProcessHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	sees(t, before, `program \d+: sp_foreign`) // we hold it as well
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, before)
+}
+
+// What is pinned in a lab of another process is that one's, as long as it lives.
+func TestIgnoresWhatAnotherLabPinned(t *testing.T) {
+	needRoot(t)
+	before := begin(t)
+	dir := filepath.Join(t.TempDir(), fmt.Sprintf("sallyport-lab-%d-1", os.Getppid()))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	p := program(t, "sp_pinned")
+	sees(t, before, `program \d+: sp_pinned`)
+	if err := p.Pin(filepath.Join(dir, "p")); err != nil {
+		t.Fatal(err)
+	}
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -99,13 +99,19 @@ func (v *view) foreignPins() error {
 	return nil
 }
 
-// note takes down a foreign object: a link with its program, a map with the maps in it.
+// note takes down a foreign object: a link with its program, a program with its maps, a map with the maps in it.
 func (v *view) note(p pin.Pinner) {
 	switch p := p.(type) {
 	case link.Link:
 		if info, err := p.Info(); err == nil {
 			v.foreign[object{kindLink, fmt.Sprint(info.ID)}] = true
-			v.foreign[object{kindProgram, fmt.Sprint(info.Program)}] = true
+			v.noteProgram(info.Program)
+		}
+	case *ebpf.Program:
+		if info, err := p.Info(); err == nil {
+			if id, ok := info.ID(); ok {
+				v.noteProgram(id)
+			}
 		}
 	case *ebpf.Map:
 		info, err := p.Info()
@@ -121,6 +127,21 @@ func (v *view) note(p pin.Pinner) {
 		var key, inner uint32
 		for it := p.Iterate(); it.Next(&key, &inner); {
 			v.foreign[object{kindMap, fmt.Sprint(inner)}] = true
+		}
+	}
+}
+
+func (v *view) noteProgram(id ebpf.ProgramID) {
+	v.foreign[object{kindProgram, fmt.Sprint(id)}] = true
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return // it is gone
+	}
+	defer p.Close()
+	if info, err := p.Info(); err == nil {
+		ids, _ := info.MapIDs()
+		for _, m := range ids {
+			v.foreign[object{kindMap, fmt.Sprint(m)}] = true
 		}
 	}
 }
