@@ -239,7 +239,9 @@ func (in *installed) collect() *collecting {
 	}))
 	in.background(c.Run)
 	agent := in.cfg.AgentID()
-	in.background(func(ctx context.Context) error { return authority.Serve(ctx, filepath.Join(in.lab.Dir, "workload.sock"), agent) })
+	in.background(func(ctx context.Context) error {
+		return authority.Serve(ctx, filepath.Join(in.lab.Dir, "workload.sock"), agent)
+	})
 	text, err := os.ReadFile(in.config)
 	must(in.t, err)
 	must(in.t, os.WriteFile(in.config, fmt.Appendf(text, "  collector: {address: \"127.0.0.1:9443\", id: %q}\n", id), 0o600))
