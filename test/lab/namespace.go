@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // Namespace is one network namespace of a Lab.
@@ -52,10 +54,28 @@ func (l *Lab) newNamespace(name string) (*Namespace, error) {
 }
 
 func (n *Namespace) close() error {
+	var err error
 	if n.Netlink != nil {
+		err = n.unhook()
 		n.Netlink.Close()
 	}
-	return n.handle.Close()
+	return errors.Join(err, n.handle.Close())
+}
+
+// unhook takes the filters of clsact off lo. Connections that nobody holds any more keep a namespace for minutes while they
+// wait for answers, and lo with it; other devices went with the peer, and links with who held them.
+func (n *Namespace) unhook() error {
+	lo, err := n.Netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo in %s: %w", n.Name, err)
+	}
+	err = n.Netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: lo.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}})
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		return nil // there is none
+	}
+	return err
 }
 
 // create unshares a namespace on a thread that then returns to its own.
