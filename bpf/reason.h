@@ -117,6 +117,13 @@ enum sp_reason {
 	SP_REASON_CLOSED = 111,		/* both ends closed in order */
 	SP_REASON_POLICY_CHANGED = 112,	/* policy no longer allows it */
 	SP_REASON_IDENTITY_EXPIRED = 113,	/* what proved the identity has expired since */
+	SP_REASON_TOKEN_REFUSED = 114,	/* a token or session that proves nobody */
+	SP_REASON_SESSION_ENDED = 115,	/* the token or login behind it ended since */
+	SP_REASON_LOGIN_NEEDED = 116,	/* a request that shows no identity */
+	SP_REASON_BAD_REQUEST = 117,	/* a request that could be read in two ways, or in none */
+	SP_REASON_REQUEST_LIMIT = 118,	/* requests too slow, too large or too many */
+	SP_REASON_UNATTESTED = 119,	/* a caller on this node whose workload nothing proves */
+	SP_REASON_LOOP = 120,		/* it came back to where it was */
 };
 
 /* Which edge of a flow a record tells of. Append only. */
@@ -129,6 +136,7 @@ enum sp_event_kind {
 	SP_EVENT_UPDATE = 5,	/* a flow goes on; counters so far */
 	SP_EVENT_WATCHED = 6,	/* seen, and nothing done: the service is not enforced. The verdict is what Enforce would have said, NONE where nobody asks */
 	SP_EVENT_BACKSTOP = 8,	/* traffic came around the hooks; count says how much of it */
+	SP_EVENT_REQUEST = 9,	/* one request of a proxied flow was answered, or refused */
 };
 
 #endif

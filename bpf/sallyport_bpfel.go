@@ -128,6 +128,7 @@ const (
 	SallyportSpEventKindSP_EVENT_UPDATE   SallyportSpEventKind = 5
 	SallyportSpEventKindSP_EVENT_WATCHED  SallyportSpEventKind = 6
 	SallyportSpEventKindSP_EVENT_BACKSTOP SallyportSpEventKind = 8
+	SallyportSpEventKindSP_EVENT_REQUEST  SallyportSpEventKind = 9
 )
 
 type SallyportSpFact uint32
@@ -451,6 +452,13 @@ const (
 	SallyportSpReasonSP_REASON_CLOSED            SallyportSpReason = 111
 	SallyportSpReasonSP_REASON_POLICY_CHANGED    SallyportSpReason = 112
 	SallyportSpReasonSP_REASON_IDENTITY_EXPIRED  SallyportSpReason = 113
+	SallyportSpReasonSP_REASON_TOKEN_REFUSED     SallyportSpReason = 114
+	SallyportSpReasonSP_REASON_SESSION_ENDED     SallyportSpReason = 115
+	SallyportSpReasonSP_REASON_LOGIN_NEEDED      SallyportSpReason = 116
+	SallyportSpReasonSP_REASON_BAD_REQUEST       SallyportSpReason = 117
+	SallyportSpReasonSP_REASON_REQUEST_LIMIT     SallyportSpReason = 118
+	SallyportSpReasonSP_REASON_UNATTESTED        SallyportSpReason = 119
+	SallyportSpReasonSP_REASON_LOOP              SallyportSpReason = 120
 )
 
 type SallyportSpSeen struct {

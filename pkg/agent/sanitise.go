@@ -14,13 +14,18 @@ const maxText = 2048
 // may have been taken over: it can tell nothing about paths, and its records stay marked as its own.
 func fromProxy(rec flow.Record) flow.Record {
 	rec.CPU = -1
-	rec.Grant, rec.Slot, rec.Device = "", 0, ""
+	rec.Grant, rec.Slot, rec.Device, rec.Caller = "", 0, "", nil
 	if rec.Verdict != flow.VerdictProxied {
 		rec.Verdict = flow.VerdictDenied
 	}
 	rec.Count = max(rec.Count, 1)
-	for _, field := range []*string{&rec.FlowID, &rec.Protocol, &rec.Service, &rec.Identity, &rec.Detail} {
+	for _, field := range []*string{&rec.FlowID, &rec.Protocol, &rec.Service, &rec.Identity, &rec.Detail, &rec.Proof, &rec.Application} {
 		*field = plain(*field)
+	}
+	if r := rec.Request; r != nil {
+		for _, field := range []*string{&r.Method, &r.Host, &r.Path, &r.Rule} {
+			*field = plain(*field)
+		}
 	}
 	return rec
 }

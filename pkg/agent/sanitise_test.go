@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"unicode"
@@ -11,9 +12,10 @@ import (
 
 func TestFromProxyCannotClaimAPath(t *testing.T) {
 	got := fromProxy(flow.Record{CPU: 3, Grant: "g", Slot: 7, Device: "eth0", Verdict: flow.VerdictBypassed,
-		Reason: flow.ReasonPathOpen, Detail: "a\x1b[31m\nb"})
-	want := flow.Record{CPU: -1, Verdict: flow.VerdictDenied, Reason: flow.ReasonPathOpen, Detail: "a[31mb", Count: 1}
-	if got != want {
+		Reason: flow.ReasonPathOpen, Detail: "a\x1b[31m\nb",
+		Caller: &flow.Workload{Identity: "spiffe://example.org/somebody"}, Request: &flow.Request{Path: "/\x1b[2J"}})
+	want := flow.Record{CPU: -1, Verdict: flow.VerdictDenied, Reason: flow.ReasonPathOpen, Detail: "a[31mb", Count: 1, Request: &flow.Request{Path: "/[2J"}}
+	if !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v", got)
 	}
 	if got := fromProxy(flow.Record{Verdict: flow.VerdictProxied, Reason: flow.ReasonIdentity, Count: 4}); got.Verdict != flow.VerdictProxied || got.Count != 4 {

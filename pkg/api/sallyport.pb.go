@@ -79,7 +79,7 @@ func (Class) EnumDescriptor() ([]byte, []int) {
 // shows a newer reason as it is.
 type FlowRecord struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
-	Event           string                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"` // OPEN, CLOSE, END, DENY, UPDATE
+	Event           string                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"` // OPEN, CLOSE, END, DENY, UPDATE, REQUEST
 	Time            *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	Boot            *durationpb.Duration   `protobuf:"bytes,3,opt,name=boot,proto3" json:"boot,omitempty"` // CLOCK_BOOTTIME
 	Cpu             int32                  `protobuf:"varint,4,opt,name=cpu,proto3" json:"cpu,omitempty"`  // -1: the proxy
@@ -101,6 +101,10 @@ type FlowRecord struct {
 	PacketsToClient uint64                 `protobuf:"varint,20,opt,name=packets_to_client,json=packetsToClient,proto3" json:"packets_to_client,omitempty"`
 	Count           uint64                 `protobuf:"varint,21,opt,name=count,proto3" json:"count,omitempty"`
 	Detail          string                 `protobuf:"bytes,22,opt,name=detail,proto3" json:"detail,omitempty"`
+	Caller          *Workload              `protobuf:"bytes,23,opt,name=caller,proto3" json:"caller,omitempty"`           // of a client on the node itself: whose socket it is; unset: it is elsewhere, or nobody knows
+	Request         *Request               `protobuf:"bytes,24,opt,name=request,proto3" json:"request,omitempty"`         // of event REQUEST
+	Proof           string                 `protobuf:"bytes,25,opt,name=proof,proto3" json:"proof,omitempty"`             // how identity was proven: spiffe, jwt, oidc, local; empty: it was not, or spiffe on older nodes
+	Application     string                 `protobuf:"bytes,26,opt,name=application,proto3" json:"application,omitempty"` // protocol inside, where the proxy knows it: http/1.1, h2, ssh; empty: bytes
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -289,6 +293,220 @@ func (x *FlowRecord) GetDetail() string {
 	return ""
 }
 
+func (x *FlowRecord) GetCaller() *Workload {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+func (x *FlowRecord) GetRequest() *Request {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *FlowRecord) GetProof() string {
+	if x != nil {
+		return x.Proof
+	}
+	return ""
+}
+
+func (x *FlowRecord) GetApplication() string {
+	if x != nil {
+		return x.Application
+	}
+	return ""
+}
+
+// Workload is whose socket it is, as far as the node proves it. What is not proven is left out.
+type Workload struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Identity      string                 `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`   // SPIFFE ID; empty: unattested
+	Pod           string                 `protobuf:"bytes,2,opt,name=pod,proto3" json:"pod,omitempty"`             // UID
+	Container     string                 `protobuf:"bytes,3,opt,name=container,proto3" json:"container,omitempty"` // id
+	Cgroup        uint64                 `protobuf:"varint,4,opt,name=cgroup,proto3" json:"cgroup,omitempty"`      // id of its control group
+	Pid           int32                  `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`            // of a process outside of pods
+	Started       uint64                 `protobuf:"varint,6,opt,name=started,proto3" json:"started,omitempty"`    // of that process, in clock ticks after boot (proc(5), starttime)
+	Why           string                 `protobuf:"bytes,7,opt,name=why,proto3" json:"why,omitempty"`             // it is unattested
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Workload) Reset() {
+	*x = Workload{}
+	mi := &file_sallyport_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Workload) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Workload) ProtoMessage() {}
+
+func (x *Workload) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Workload.ProtoReflect.Descriptor instead.
+func (*Workload) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Workload) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *Workload) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *Workload) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Workload) GetCgroup() uint64 {
+	if x != nil {
+		return x.Cgroup
+	}
+	return 0
+}
+
+func (x *Workload) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Workload) GetStarted() uint64 {
+	if x != nil {
+		return x.Started
+	}
+	return 0
+}
+
+func (x *Workload) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+// Request is one HTTP request. Its flow_id is that of its connection.
+type Request struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // on its connection, from 1 on
+	Method        string                 `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
+	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`      // canonical, without query
+	Status        uint32                 `protobuf:"varint,5,opt,name=status,proto3" json:"status,omitempty"` // of the answer; 0: there was none
+	Rule          string                 `protobuf:"bytes,6,opt,name=rule,proto3" json:"rule,omitempty"`      // that allowed it
+	Took          *durationpb.Duration   `protobuf:"bytes,7,opt,name=took,proto3" json:"took,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Request) Reset() {
+	*x = Request{}
+	mi := &file_sallyport_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Request) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Request) ProtoMessage() {}
+
+func (x *Request) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Request.ProtoReflect.Descriptor instead.
+func (*Request) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Request) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Request) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *Request) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Request) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Request) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *Request) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Request) GetTook() *durationpb.Duration {
+	if x != nil {
+		return x.Took
+	}
+	return nil
+}
+
 // GrantEvent is one step in the life of a grant on one node.
 type GrantEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -314,7 +532,7 @@ type GrantEvent struct {
 
 func (x *GrantEvent) Reset() {
 	*x = GrantEvent{}
-	mi := &file_sallyport_proto_msgTypes[1]
+	mi := &file_sallyport_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -326,7 +544,7 @@ func (x *GrantEvent) String() string {
 func (*GrantEvent) ProtoMessage() {}
 
 func (x *GrantEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[1]
+	mi := &file_sallyport_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -339,7 +557,7 @@ func (x *GrantEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantEvent.ProtoReflect.Descriptor instead.
 func (*GrantEvent) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{1}
+	return file_sallyport_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *GrantEvent) GetGrant() string {
@@ -463,7 +681,7 @@ type LossRecord struct {
 
 func (x *LossRecord) Reset() {
 	*x = LossRecord{}
-	mi := &file_sallyport_proto_msgTypes[2]
+	mi := &file_sallyport_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +693,7 @@ func (x *LossRecord) String() string {
 func (*LossRecord) ProtoMessage() {}
 
 func (x *LossRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[2]
+	mi := &file_sallyport_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +706,7 @@ func (x *LossRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LossRecord.ProtoReflect.Descriptor instead.
 func (*LossRecord) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{2}
+	return file_sallyport_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LossRecord) GetStage() string {
@@ -552,7 +770,7 @@ type CPURange struct {
 
 func (x *CPURange) Reset() {
 	*x = CPURange{}
-	mi := &file_sallyport_proto_msgTypes[3]
+	mi := &file_sallyport_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +782,7 @@ func (x *CPURange) String() string {
 func (*CPURange) ProtoMessage() {}
 
 func (x *CPURange) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[3]
+	mi := &file_sallyport_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +795,7 @@ func (x *CPURange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPURange.ProtoReflect.Descriptor instead.
 func (*CPURange) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{3}
+	return file_sallyport_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CPURange) GetCpu() int32 {
@@ -616,7 +834,7 @@ type Tide struct {
 
 func (x *Tide) Reset() {
 	*x = Tide{}
-	mi := &file_sallyport_proto_msgTypes[4]
+	mi := &file_sallyport_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -628,7 +846,7 @@ func (x *Tide) String() string {
 func (*Tide) ProtoMessage() {}
 
 func (x *Tide) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[4]
+	mi := &file_sallyport_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -641,7 +859,7 @@ func (x *Tide) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tide.ProtoReflect.Descriptor instead.
 func (*Tide) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{4}
+	return file_sallyport_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Tide) GetTime() *timestamppb.Timestamp {
@@ -697,7 +915,7 @@ type PathTide struct {
 
 func (x *PathTide) Reset() {
 	*x = PathTide{}
-	mi := &file_sallyport_proto_msgTypes[5]
+	mi := &file_sallyport_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -709,7 +927,7 @@ func (x *PathTide) String() string {
 func (*PathTide) ProtoMessage() {}
 
 func (x *PathTide) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[5]
+	mi := &file_sallyport_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -722,7 +940,7 @@ func (x *PathTide) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathTide.ProtoReflect.Descriptor instead.
 func (*PathTide) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{5}
+	return file_sallyport_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PathTide) GetSlot() uint32 {
@@ -799,7 +1017,7 @@ type ServiceTide struct {
 
 func (x *ServiceTide) Reset() {
 	*x = ServiceTide{}
-	mi := &file_sallyport_proto_msgTypes[6]
+	mi := &file_sallyport_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +1029,7 @@ func (x *ServiceTide) String() string {
 func (*ServiceTide) ProtoMessage() {}
 
 func (x *ServiceTide) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[6]
+	mi := &file_sallyport_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +1042,7 @@ func (x *ServiceTide) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceTide.ProtoReflect.Descriptor instead.
 func (*ServiceTide) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{6}
+	return file_sallyport_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ServiceTide) GetService() string {
@@ -861,7 +1079,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_sallyport_proto_msgTypes[7]
+	mi := &file_sallyport_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +1091,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[7]
+	mi := &file_sallyport_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +1104,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{7}
+	return file_sallyport_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Volume) GetFlows() uint64 {
@@ -943,7 +1161,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_sallyport_proto_msgTypes[8]
+	mi := &file_sallyport_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1173,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[8]
+	mi := &file_sallyport_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1186,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{8}
+	return file_sallyport_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Entry) GetSeq() uint64 {
@@ -1060,7 +1278,7 @@ type Raw struct {
 
 func (x *Raw) Reset() {
 	*x = Raw{}
-	mi := &file_sallyport_proto_msgTypes[9]
+	mi := &file_sallyport_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1290,7 @@ func (x *Raw) String() string {
 func (*Raw) ProtoMessage() {}
 
 func (x *Raw) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[9]
+	mi := &file_sallyport_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1303,7 @@ func (x *Raw) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Raw.ProtoReflect.Descriptor instead.
 func (*Raw) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{9}
+	return file_sallyport_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Raw) GetSeq() uint64 {
@@ -1118,7 +1336,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_sallyport_proto_msgTypes[10]
+	mi := &file_sallyport_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +1348,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[10]
+	mi := &file_sallyport_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +1361,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{10}
+	return file_sallyport_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Hello) GetNode() string {
@@ -1214,7 +1432,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_sallyport_proto_msgTypes[11]
+	mi := &file_sallyport_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1444,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[11]
+	mi := &file_sallyport_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1457,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{11}
+	return file_sallyport_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Batch) GetClass() Class {
@@ -1284,7 +1502,7 @@ type AgentFrame struct {
 
 func (x *AgentFrame) Reset() {
 	*x = AgentFrame{}
-	mi := &file_sallyport_proto_msgTypes[12]
+	mi := &file_sallyport_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1514,7 @@ func (x *AgentFrame) String() string {
 func (*AgentFrame) ProtoMessage() {}
 
 func (x *AgentFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[12]
+	mi := &file_sallyport_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1527,7 @@ func (x *AgentFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFrame.ProtoReflect.Descriptor instead.
 func (*AgentFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{12}
+	return file_sallyport_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AgentFrame) GetFrame() isAgentFrame_Frame {
@@ -1385,7 +1603,7 @@ type Act struct {
 
 func (x *Act) Reset() {
 	*x = Act{}
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1397,7 +1615,7 @@ func (x *Act) String() string {
 func (*Act) ProtoMessage() {}
 
 func (x *Act) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[13]
+	mi := &file_sallyport_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1410,7 +1628,7 @@ func (x *Act) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Act.ProtoReflect.Descriptor instead.
 func (*Act) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{13}
+	return file_sallyport_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Act) GetId() uint64 {
@@ -1485,7 +1703,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1715,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[14]
+	mi := &file_sallyport_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1728,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{14}
+	return file_sallyport_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Revocation) GetGrant() string {
@@ -1540,7 +1758,7 @@ type Acted struct {
 
 func (x *Acted) Reset() {
 	*x = Acted{}
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1770,7 @@ func (x *Acted) String() string {
 func (*Acted) ProtoMessage() {}
 
 func (x *Acted) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[15]
+	mi := &file_sallyport_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1783,7 @@ func (x *Acted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Acted.ProtoReflect.Descriptor instead.
 func (*Acted) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{15}
+	return file_sallyport_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Acted) GetId() uint64 {
@@ -1613,7 +1831,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +1843,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[16]
+	mi := &file_sallyport_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +1856,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{16}
+	return file_sallyport_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Welcome) GetCriticalSeq() uint64 {
@@ -1708,7 +1926,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1938,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[17]
+	mi := &file_sallyport_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1951,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{17}
+	return file_sallyport_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Range) GetFirst() uint64 {
@@ -1762,7 +1980,7 @@ type Grown struct {
 
 func (x *Grown) Reset() {
 	*x = Grown{}
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1992,7 @@ func (x *Grown) String() string {
 func (*Grown) ProtoMessage() {}
 
 func (x *Grown) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[18]
+	mi := &file_sallyport_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +2005,7 @@ func (x *Grown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grown.ProtoReflect.Descriptor instead.
 func (*Grown) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{18}
+	return file_sallyport_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Grown) GetCheckpoint() []byte {
@@ -1825,7 +2043,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +2055,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[19]
+	mi := &file_sallyport_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +2068,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{19}
+	return file_sallyport_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Ack) GetClass() Class {
@@ -1903,7 +2121,7 @@ type CollectorFrame struct {
 
 func (x *CollectorFrame) Reset() {
 	*x = CollectorFrame{}
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2133,7 @@ func (x *CollectorFrame) String() string {
 func (*CollectorFrame) ProtoMessage() {}
 
 func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[20]
+	mi := &file_sallyport_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2146,7 @@ func (x *CollectorFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectorFrame.ProtoReflect.Descriptor instead.
 func (*CollectorFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{20}
+	return file_sallyport_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CollectorFrame) GetFrame() isCollectorFrame_Frame {
@@ -2017,7 +2235,7 @@ type StoredFlow struct {
 
 func (x *StoredFlow) Reset() {
 	*x = StoredFlow{}
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2247,7 @@ func (x *StoredFlow) String() string {
 func (*StoredFlow) ProtoMessage() {}
 
 func (x *StoredFlow) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[21]
+	mi := &file_sallyport_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2260,7 @@ func (x *StoredFlow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredFlow.ProtoReflect.Descriptor instead.
 func (*StoredFlow) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{21}
+	return file_sallyport_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StoredFlow) GetNode() string {
@@ -2108,7 +2326,7 @@ type StoredGrantEvent struct {
 
 func (x *StoredGrantEvent) Reset() {
 	*x = StoredGrantEvent{}
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2338,7 @@ func (x *StoredGrantEvent) String() string {
 func (*StoredGrantEvent) ProtoMessage() {}
 
 func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[22]
+	mi := &file_sallyport_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2351,7 @@ func (x *StoredGrantEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredGrantEvent.ProtoReflect.Descriptor instead.
 func (*StoredGrantEvent) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{22}
+	return file_sallyport_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StoredGrantEvent) GetNode() string {
@@ -2193,7 +2411,7 @@ type StoredLoss struct {
 
 func (x *StoredLoss) Reset() {
 	*x = StoredLoss{}
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2205,7 +2423,7 @@ func (x *StoredLoss) String() string {
 func (*StoredLoss) ProtoMessage() {}
 
 func (x *StoredLoss) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[23]
+	mi := &file_sallyport_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2218,7 +2436,7 @@ func (x *StoredLoss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredLoss.ProtoReflect.Descriptor instead.
 func (*StoredLoss) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{23}
+	return file_sallyport_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StoredLoss) GetNode() string {
@@ -2284,7 +2502,7 @@ type StoredTide struct {
 
 func (x *StoredTide) Reset() {
 	*x = StoredTide{}
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2296,7 +2514,7 @@ func (x *StoredTide) String() string {
 func (*StoredTide) ProtoMessage() {}
 
 func (x *StoredTide) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[24]
+	mi := &file_sallyport_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2309,7 +2527,7 @@ func (x *StoredTide) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredTide.ProtoReflect.Descriptor instead.
 func (*StoredTide) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{24}
+	return file_sallyport_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StoredTide) GetNode() string {
@@ -2375,7 +2593,7 @@ type FlowQuery struct {
 
 func (x *FlowQuery) Reset() {
 	*x = FlowQuery{}
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2605,7 @@ func (x *FlowQuery) String() string {
 func (*FlowQuery) ProtoMessage() {}
 
 func (x *FlowQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[25]
+	mi := &file_sallyport_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2618,7 @@ func (x *FlowQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowQuery.ProtoReflect.Descriptor instead.
 func (*FlowQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{25}
+	return file_sallyport_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FlowQuery) GetNode() string {
@@ -2510,7 +2728,7 @@ type GrantQuery struct {
 
 func (x *GrantQuery) Reset() {
 	*x = GrantQuery{}
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2522,7 +2740,7 @@ func (x *GrantQuery) String() string {
 func (*GrantQuery) ProtoMessage() {}
 
 func (x *GrantQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[26]
+	mi := &file_sallyport_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2535,7 +2753,7 @@ func (x *GrantQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantQuery.ProtoReflect.Descriptor instead.
 func (*GrantQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{26}
+	return file_sallyport_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GrantQuery) GetNode() string {
@@ -2606,7 +2824,7 @@ type LossQuery struct {
 
 func (x *LossQuery) Reset() {
 	*x = LossQuery{}
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2618,7 +2836,7 @@ func (x *LossQuery) String() string {
 func (*LossQuery) ProtoMessage() {}
 
 func (x *LossQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[27]
+	mi := &file_sallyport_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2631,7 +2849,7 @@ func (x *LossQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LossQuery.ProtoReflect.Descriptor instead.
 func (*LossQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{27}
+	return file_sallyport_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LossQuery) GetNode() string {
@@ -2675,7 +2893,7 @@ type TideQuery struct {
 
 func (x *TideQuery) Reset() {
 	*x = TideQuery{}
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2687,7 +2905,7 @@ func (x *TideQuery) String() string {
 func (*TideQuery) ProtoMessage() {}
 
 func (x *TideQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[28]
+	mi := &file_sallyport_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2700,7 +2918,7 @@ func (x *TideQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TideQuery.ProtoReflect.Descriptor instead.
 func (*TideQuery) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{28}
+	return file_sallyport_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TideQuery) GetNode() string {
@@ -2746,7 +2964,7 @@ type NodesRequest struct {
 
 func (x *NodesRequest) Reset() {
 	*x = NodesRequest{}
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +2976,7 @@ func (x *NodesRequest) String() string {
 func (*NodesRequest) ProtoMessage() {}
 
 func (x *NodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[29]
+	mi := &file_sallyport_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +2989,7 @@ func (x *NodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesRequest.ProtoReflect.Descriptor instead.
 func (*NodesRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{29}
+	return file_sallyport_proto_rawDescGZIP(), []int{31}
 }
 
 type NodesReply struct {
@@ -2783,7 +3001,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2795,7 +3013,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[30]
+	mi := &file_sallyport_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2808,7 +3026,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{30}
+	return file_sallyport_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *NodesReply) GetNodes() []*NodeState {
@@ -2836,7 +3054,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +3066,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[31]
+	mi := &file_sallyport_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +3079,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{31}
+	return file_sallyport_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NodeState) GetNode() string {
@@ -2936,7 +3154,7 @@ type LogRequest struct {
 
 func (x *LogRequest) Reset() {
 	*x = LogRequest{}
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2948,7 +3166,7 @@ func (x *LogRequest) String() string {
 func (*LogRequest) ProtoMessage() {}
 
 func (x *LogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[32]
+	mi := &file_sallyport_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2961,7 +3179,7 @@ func (x *LogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
 func (*LogRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{32}
+	return file_sallyport_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *LogRequest) GetFrom() uint64 {
@@ -2981,7 +3199,7 @@ type LogReply struct {
 
 func (x *LogReply) Reset() {
 	*x = LogReply{}
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2993,7 +3211,7 @@ func (x *LogReply) String() string {
 func (*LogReply) ProtoMessage() {}
 
 func (x *LogReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[33]
+	mi := &file_sallyport_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3006,7 +3224,7 @@ func (x *LogReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogReply.ProtoReflect.Descriptor instead.
 func (*LogReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{33}
+	return file_sallyport_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *LogReply) GetGrown() *Grown {
@@ -3039,7 +3257,7 @@ type EvidenceRequest struct {
 
 func (x *EvidenceRequest) Reset() {
 	*x = EvidenceRequest{}
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3269,7 @@ func (x *EvidenceRequest) String() string {
 func (*EvidenceRequest) ProtoMessage() {}
 
 func (x *EvidenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[34]
+	mi := &file_sallyport_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3282,7 @@ func (x *EvidenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvidenceRequest.ProtoReflect.Descriptor instead.
 func (*EvidenceRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{34}
+	return file_sallyport_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EvidenceRequest) GetSince() *timestamppb.Timestamp {
@@ -3125,7 +3343,7 @@ type EvidenceChunk struct {
 
 func (x *EvidenceChunk) Reset() {
 	*x = EvidenceChunk{}
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3137,7 +3355,7 @@ func (x *EvidenceChunk) String() string {
 func (*EvidenceChunk) ProtoMessage() {}
 
 func (x *EvidenceChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[35]
+	mi := &file_sallyport_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3150,7 +3368,7 @@ func (x *EvidenceChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvidenceChunk.ProtoReflect.Descriptor instead.
 func (*EvidenceChunk) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{35}
+	return file_sallyport_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *EvidenceChunk) GetData() []byte {
@@ -3176,7 +3394,7 @@ type ActRequest struct {
 
 func (x *ActRequest) Reset() {
 	*x = ActRequest{}
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3406,7 @@ func (x *ActRequest) String() string {
 func (*ActRequest) ProtoMessage() {}
 
 func (x *ActRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[36]
+	mi := &file_sallyport_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3419,7 @@ func (x *ActRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActRequest.ProtoReflect.Descriptor instead.
 func (*ActRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{36}
+	return file_sallyport_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ActRequest) GetNode() string {
@@ -3268,7 +3486,7 @@ type ActReply struct {
 
 func (x *ActReply) Reset() {
 	*x = ActReply{}
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3280,7 +3498,7 @@ func (x *ActReply) String() string {
 func (*ActReply) ProtoMessage() {}
 
 func (x *ActReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[37]
+	mi := &file_sallyport_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3293,7 +3511,7 @@ func (x *ActReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActReply.ProtoReflect.Descriptor instead.
 func (*ActReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{37}
+	return file_sallyport_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ActReply) GetGrant() *Grant {
@@ -3311,7 +3529,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3323,7 +3541,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[38]
+	mi := &file_sallyport_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3336,7 +3554,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{38}
+	return file_sallyport_proto_rawDescGZIP(), []int{40}
 }
 
 type HookStatus struct {
@@ -3353,7 +3571,7 @@ type HookStatus struct {
 
 func (x *HookStatus) Reset() {
 	*x = HookStatus{}
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3365,7 +3583,7 @@ func (x *HookStatus) String() string {
 func (*HookStatus) ProtoMessage() {}
 
 func (x *HookStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[39]
+	mi := &file_sallyport_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3378,7 +3596,7 @@ func (x *HookStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookStatus.ProtoReflect.Descriptor instead.
 func (*HookStatus) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{39}
+	return file_sallyport_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *HookStatus) GetDevice() string {
@@ -3453,7 +3671,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3465,7 +3683,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[40]
+	mi := &file_sallyport_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3478,7 +3696,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{40}
+	return file_sallyport_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -3643,7 +3861,7 @@ type ServicesRequest struct {
 
 func (x *ServicesRequest) Reset() {
 	*x = ServicesRequest{}
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3655,7 +3873,7 @@ func (x *ServicesRequest) String() string {
 func (*ServicesRequest) ProtoMessage() {}
 
 func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[41]
+	mi := &file_sallyport_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3668,7 +3886,7 @@ func (x *ServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesRequest.ProtoReflect.Descriptor instead.
 func (*ServicesRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{41}
+	return file_sallyport_proto_rawDescGZIP(), []int{43}
 }
 
 type Service struct {
@@ -3690,7 +3908,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3702,7 +3920,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[42]
+	mi := &file_sallyport_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3715,7 +3933,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{42}
+	return file_sallyport_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Service) GetName() string {
@@ -3808,7 +4026,7 @@ type Watched struct {
 
 func (x *Watched) Reset() {
 	*x = Watched{}
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3820,7 +4038,7 @@ func (x *Watched) String() string {
 func (*Watched) ProtoMessage() {}
 
 func (x *Watched) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[43]
+	mi := &file_sallyport_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3833,7 +4051,7 @@ func (x *Watched) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watched.ProtoReflect.Descriptor instead.
 func (*Watched) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{43}
+	return file_sallyport_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Watched) GetSeen() *Seen {
@@ -3875,7 +4093,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3887,7 +4105,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[44]
+	mi := &file_sallyport_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3900,7 +4118,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{44}
+	return file_sallyport_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Seen) GetOpens() uint64 {
@@ -3933,7 +4151,7 @@ type ServicesReply struct {
 
 func (x *ServicesReply) Reset() {
 	*x = ServicesReply{}
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3945,7 +4163,7 @@ func (x *ServicesReply) String() string {
 func (*ServicesReply) ProtoMessage() {}
 
 func (x *ServicesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[45]
+	mi := &file_sallyport_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3958,7 +4176,7 @@ func (x *ServicesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicesReply.ProtoReflect.Descriptor instead.
 func (*ServicesReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{45}
+	return file_sallyport_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ServicesReply) GetServices() []*Service {
@@ -3976,7 +4194,7 @@ type PathsRequest struct {
 
 func (x *PathsRequest) Reset() {
 	*x = PathsRequest{}
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3988,7 +4206,7 @@ func (x *PathsRequest) String() string {
 func (*PathsRequest) ProtoMessage() {}
 
 func (x *PathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[46]
+	mi := &file_sallyport_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4001,7 +4219,7 @@ func (x *PathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsRequest.ProtoReflect.Descriptor instead.
 func (*PathsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{46}
+	return file_sallyport_proto_rawDescGZIP(), []int{48}
 }
 
 type Path struct {
@@ -4025,7 +4243,7 @@ type Path struct {
 
 func (x *Path) Reset() {
 	*x = Path{}
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4037,7 +4255,7 @@ func (x *Path) String() string {
 func (*Path) ProtoMessage() {}
 
 func (x *Path) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[47]
+	mi := &file_sallyport_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4050,7 +4268,7 @@ func (x *Path) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Path.ProtoReflect.Descriptor instead.
 func (*Path) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{47}
+	return file_sallyport_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Path) GetSlot() uint32 {
@@ -4157,7 +4375,7 @@ type Budget struct {
 
 func (x *Budget) Reset() {
 	*x = Budget{}
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4169,7 +4387,7 @@ func (x *Budget) String() string {
 func (*Budget) ProtoMessage() {}
 
 func (x *Budget) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[48]
+	mi := &file_sallyport_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4182,7 +4400,7 @@ func (x *Budget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Budget.ProtoReflect.Descriptor instead.
 func (*Budget) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{48}
+	return file_sallyport_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Budget) GetBytes() uint64 {
@@ -4222,7 +4440,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4234,7 +4452,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[49]
+	mi := &file_sallyport_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4247,7 +4465,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{49}
+	return file_sallyport_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PathsReply) GetPaths() []*Path {
@@ -4265,7 +4483,7 @@ type GrantsRequest struct {
 
 func (x *GrantsRequest) Reset() {
 	*x = GrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4277,7 +4495,7 @@ func (x *GrantsRequest) String() string {
 func (*GrantsRequest) ProtoMessage() {}
 
 func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[50]
+	mi := &file_sallyport_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4290,7 +4508,7 @@ func (x *GrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsRequest.ProtoReflect.Descriptor instead.
 func (*GrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{50}
+	return file_sallyport_proto_rawDescGZIP(), []int{52}
 }
 
 type Grant struct {
@@ -4320,7 +4538,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4332,7 +4550,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[51]
+	mi := &file_sallyport_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4345,7 +4563,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{51}
+	return file_sallyport_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Grant) GetId() string {
@@ -4490,7 +4708,7 @@ type GrantsReply struct {
 
 func (x *GrantsReply) Reset() {
 	*x = GrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4502,7 +4720,7 @@ func (x *GrantsReply) String() string {
 func (*GrantsReply) ProtoMessage() {}
 
 func (x *GrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[52]
+	mi := &file_sallyport_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4515,7 +4733,7 @@ func (x *GrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantsReply.ProtoReflect.Descriptor instead.
 func (*GrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{52}
+	return file_sallyport_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GrantsReply) GetGrants() []*Grant {
@@ -4533,7 +4751,7 @@ type ChallengeRequest struct {
 
 func (x *ChallengeRequest) Reset() {
 	*x = ChallengeRequest{}
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4545,7 +4763,7 @@ func (x *ChallengeRequest) String() string {
 func (*ChallengeRequest) ProtoMessage() {}
 
 func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[53]
+	mi := &file_sallyport_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4558,7 +4776,7 @@ func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
 func (*ChallengeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{53}
+	return file_sallyport_proto_rawDescGZIP(), []int{55}
 }
 
 type ChallengeReply struct {
@@ -4570,7 +4788,7 @@ type ChallengeReply struct {
 
 func (x *ChallengeReply) Reset() {
 	*x = ChallengeReply{}
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4582,7 +4800,7 @@ func (x *ChallengeReply) String() string {
 func (*ChallengeReply) ProtoMessage() {}
 
 func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[54]
+	mi := &file_sallyport_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4595,7 +4813,7 @@ func (x *ChallengeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeReply.ProtoReflect.Descriptor instead.
 func (*ChallengeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{54}
+	return file_sallyport_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ChallengeReply) GetChallenge() []byte {
@@ -4615,7 +4833,7 @@ type ActivateRequest struct {
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4627,7 +4845,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[55]
+	mi := &file_sallyport_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4640,7 +4858,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{55}
+	return file_sallyport_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ActivateRequest) GetEnvelope() []byte {
@@ -4666,7 +4884,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4678,7 +4896,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[56]
+	mi := &file_sallyport_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4691,7 +4909,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{56}
+	return file_sallyport_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ActivateReply) GetGrant() *Grant {
@@ -4711,7 +4929,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4723,7 +4941,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[57]
+	mi := &file_sallyport_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4736,7 +4954,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{57}
+	return file_sallyport_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RevokeRequest) GetGrant() string {
@@ -4762,7 +4980,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4774,7 +4992,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[58]
+	mi := &file_sallyport_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4787,7 +5005,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{58}
+	return file_sallyport_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RevokeReply) GetGrant() *Grant {
@@ -4807,7 +5025,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4819,7 +5037,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[59]
+	mi := &file_sallyport_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4832,7 +5050,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{59}
+	return file_sallyport_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *StateRequest) GetStatement() []byte {
@@ -4858,7 +5076,7 @@ type StateReply struct {
 
 func (x *StateReply) Reset() {
 	*x = StateReply{}
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4870,7 +5088,7 @@ func (x *StateReply) String() string {
 func (*StateReply) ProtoMessage() {}
 
 func (x *StateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[60]
+	mi := &file_sallyport_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4883,7 +5101,7 @@ func (x *StateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateReply.ProtoReflect.Descriptor instead.
 func (*StateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{60}
+	return file_sallyport_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *StateReply) GetGrant() *Grant {
@@ -4902,7 +5120,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4914,7 +5132,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[61]
+	mi := &file_sallyport_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4927,7 +5145,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{61}
+	return file_sallyport_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *VouchRequest) GetStatement() []byte {
@@ -4945,7 +5163,7 @@ type VouchReply struct {
 
 func (x *VouchReply) Reset() {
 	*x = VouchReply{}
-	mi := &file_sallyport_proto_msgTypes[62]
+	mi := &file_sallyport_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4957,7 +5175,7 @@ func (x *VouchReply) String() string {
 func (*VouchReply) ProtoMessage() {}
 
 func (x *VouchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[62]
+	mi := &file_sallyport_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4970,7 +5188,7 @@ func (x *VouchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchReply.ProtoReflect.Descriptor instead.
 func (*VouchReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{62}
+	return file_sallyport_proto_rawDescGZIP(), []int{64}
 }
 
 type ExplainRequest struct {
@@ -4985,7 +5203,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_sallyport_proto_msgTypes[63]
+	mi := &file_sallyport_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4997,7 +5215,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[63]
+	mi := &file_sallyport_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5010,7 +5228,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{63}
+	return file_sallyport_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ExplainRequest) GetClient() string {
@@ -5054,7 +5272,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_sallyport_proto_msgTypes[64]
+	mi := &file_sallyport_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5066,7 +5284,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[64]
+	mi := &file_sallyport_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5079,7 +5297,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{64}
+	return file_sallyport_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ExplainReply) GetVerdict() string {
@@ -5127,7 +5345,7 @@ type AgentFlowsRequest struct {
 
 func (x *AgentFlowsRequest) Reset() {
 	*x = AgentFlowsRequest{}
-	mi := &file_sallyport_proto_msgTypes[65]
+	mi := &file_sallyport_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5139,7 +5357,7 @@ func (x *AgentFlowsRequest) String() string {
 func (*AgentFlowsRequest) ProtoMessage() {}
 
 func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[65]
+	mi := &file_sallyport_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5152,7 +5370,7 @@ func (x *AgentFlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFlowsRequest.ProtoReflect.Descriptor instead.
 func (*AgentFlowsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{65}
+	return file_sallyport_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AgentFlowsRequest) GetFollow() bool {
@@ -5180,7 +5398,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[66]
+	mi := &file_sallyport_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5192,7 +5410,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[66]
+	mi := &file_sallyport_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5205,7 +5423,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{66}
+	return file_sallyport_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -5240,7 +5458,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[67]
+	mi := &file_sallyport_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5252,7 +5470,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[67]
+	mi := &file_sallyport_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5265,7 +5483,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{67}
+	return file_sallyport_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -5302,7 +5520,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5314,7 +5532,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5327,7 +5545,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{68}
+	return file_sallyport_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -5380,7 +5598,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5392,7 +5610,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5405,7 +5623,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{69}
+	return file_sallyport_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -5413,6 +5631,172 @@ func (x *ProxyAck) GetSeq() uint64 {
 		return x.Seq
 	}
 	return 0
+}
+
+// CallerRequest asks whose socket a connection of this node comes from.
+type CallerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp
+	Client        string                 `protobuf:"bytes,2,opt,name=client,proto3" json:"client,omitempty"`     // address:port
+	Server        string                 `protobuf:"bytes,3,opt,name=server,proto3" json:"server,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CallerRequest) Reset() {
+	*x = CallerRequest{}
+	mi := &file_sallyport_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CallerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CallerRequest) ProtoMessage() {}
+
+func (x *CallerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CallerRequest.ProtoReflect.Descriptor instead.
+func (*CallerRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *CallerRequest) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *CallerRequest) GetClient() string {
+	if x != nil {
+		return x.Client
+	}
+	return ""
+}
+
+func (x *CallerRequest) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+type CallerReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Caller        *Workload              `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CallerReply) Reset() {
+	*x = CallerReply{}
+	mi := &file_sallyport_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CallerReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CallerReply) ProtoMessage() {}
+
+func (x *CallerReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CallerReply.ProtoReflect.Descriptor instead.
+func (*CallerReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *CallerReply) GetCaller() *Workload {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+// RelayFrame carries bytes to and from an endpoint outside of px. The first one names it.
+type RelayFrame struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Endpoint      string                 `protobuf:"bytes,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"` // host:port, one that an IdentityProvider in force lists; in the first frame alone
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	End           bool                   `protobuf:"varint,3,opt,name=end,proto3" json:"end,omitempty"` // no more in this direction
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RelayFrame) Reset() {
+	*x = RelayFrame{}
+	mi := &file_sallyport_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RelayFrame) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RelayFrame) ProtoMessage() {}
+
+func (x *RelayFrame) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RelayFrame.ProtoReflect.Descriptor instead.
+func (*RelayFrame) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *RelayFrame) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *RelayFrame) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *RelayFrame) GetEnd() bool {
+	if x != nil {
+		return x.End
+	}
+	return false
 }
 
 type PanicRequest struct {
@@ -5424,7 +5808,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5436,7 +5820,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5449,7 +5833,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{70}
+	return file_sallyport_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -5468,7 +5852,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5480,7 +5864,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5493,7 +5877,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{71}
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -5512,7 +5896,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5524,7 +5908,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5537,7 +5921,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{72}
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -5555,7 +5939,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5567,7 +5951,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5580,7 +5964,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{73}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 type WatchGrantsRequest struct {
@@ -5592,7 +5976,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5604,7 +5988,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5617,7 +6001,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{74}
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -5639,7 +6023,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5651,7 +6035,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5664,7 +6048,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{75}
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -5710,7 +6094,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +6106,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +6119,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{76}
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -5797,7 +6181,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5809,7 +6193,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5822,7 +6206,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{77}
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -5847,7 +6231,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5859,7 +6243,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5872,7 +6256,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{78}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 type UsedGrantsReply struct {
@@ -5884,7 +6268,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5896,7 +6280,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5909,7 +6293,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{79}
+	return file_sallyport_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -5940,7 +6324,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5952,7 +6336,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5965,7 +6349,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{80}
+	return file_sallyport_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -6072,7 +6456,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6084,7 +6468,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6097,7 +6481,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{81}
+	return file_sallyport_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Suggestion) GetField() string {
@@ -6148,7 +6532,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6160,7 +6544,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6173,7 +6557,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{82}
+	return file_sallyport_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -6255,7 +6639,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6267,7 +6651,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6280,7 +6664,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{83}
+	return file_sallyport_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -6294,7 +6678,7 @@ var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
 	"\n" +
-	"\x0fsallyport.proto\x12\x12sallyport.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x8a\x05\n" +
+	"\x0fsallyport.proto\x12\x12sallyport.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x06\n" +
 	"\n" +
 	"FlowRecord\x12\x14\n" +
 	"\x05event\x18\x01 \x01(\tR\x05event\x12.\n" +
@@ -6319,7 +6703,27 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x11packets_to_server\x18\x13 \x01(\x04R\x0fpacketsToServer\x12*\n" +
 	"\x11packets_to_client\x18\x14 \x01(\x04R\x0fpacketsToClient\x12\x14\n" +
 	"\x05count\x18\x15 \x01(\x04R\x05count\x12\x16\n" +
-	"\x06detail\x18\x16 \x01(\tR\x06detail\"\xc1\x03\n" +
+	"\x06detail\x18\x16 \x01(\tR\x06detail\x124\n" +
+	"\x06caller\x18\x17 \x01(\v2\x1c.sallyport.v1alpha1.WorkloadR\x06caller\x125\n" +
+	"\arequest\x18\x18 \x01(\v2\x1b.sallyport.v1alpha1.RequestR\arequest\x12\x14\n" +
+	"\x05proof\x18\x19 \x01(\tR\x05proof\x12 \n" +
+	"\vapplication\x18\x1a \x01(\tR\vapplication\"\xac\x01\n" +
+	"\bWorkload\x12\x1a\n" +
+	"\bidentity\x18\x01 \x01(\tR\bidentity\x12\x10\n" +
+	"\x03pod\x18\x02 \x01(\tR\x03pod\x12\x1c\n" +
+	"\tcontainer\x18\x03 \x01(\tR\tcontainer\x12\x16\n" +
+	"\x06cgroup\x18\x04 \x01(\x04R\x06cgroup\x12\x10\n" +
+	"\x03pid\x18\x05 \x01(\x05R\x03pid\x12\x18\n" +
+	"\astarted\x18\x06 \x01(\x04R\astarted\x12\x10\n" +
+	"\x03why\x18\a \x01(\tR\x03why\"\xbc\x01\n" +
+	"\aRequest\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x16\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x12\x16\n" +
+	"\x06status\x18\x05 \x01(\rR\x06status\x12\x12\n" +
+	"\x04rule\x18\x06 \x01(\tR\x04rule\x12-\n" +
+	"\x04took\x18\a \x01(\v2\x19.google.protobuf.DurationR\x04took\"\xc1\x03\n" +
 	"\n" +
 	"GrantEvent\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12\x12\n" +
@@ -6730,7 +7134,18 @@ const file_sallyport_proto_rawDesc = "" +
 	"\arecords\x18\x02 \x01(\v2 .sallyport.v1alpha1.ProxyRecordsH\x00R\arecordsB\a\n" +
 	"\x05frame\"\x1c\n" +
 	"\bProxyAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq\" \n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\"[\n" +
+	"\rCallerRequest\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x16\n" +
+	"\x06client\x18\x02 \x01(\tR\x06client\x12\x16\n" +
+	"\x06server\x18\x03 \x01(\tR\x06server\"C\n" +
+	"\vCallerReply\x124\n" +
+	"\x06caller\x18\x01 \x01(\v2\x1c.sallyport.v1alpha1.WorkloadR\x06caller\"N\n" +
+	"\n" +
+	"RelayFrame\x12\x1a\n" +
+	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x10\n" +
+	"\x03end\x18\x03 \x01(\bR\x03end\" \n" +
 	"\fPanicRequest\x12\x10\n" +
 	"\x03why\x18\x01 \x01(\tR\x03why\"\"\n" +
 	"\n" +
@@ -6831,9 +7246,11 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
-	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012Y\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\xf4\x01\n" +
 	"\vProxyReport\x12J\n" +
-	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01B,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
+	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
+	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
+	"\x06Caller\x12!.sallyport.v1alpha1.CallerRequest\x1a\x1f.sallyport.v1alpha1.CallerReplyB,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
 
 var (
 	file_sallyport_proto_rawDescOnce sync.Once
@@ -6848,260 +7265,273 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 85)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 90)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
-	(*GrantEvent)(nil),            // 2: sallyport.v1alpha1.GrantEvent
-	(*LossRecord)(nil),            // 3: sallyport.v1alpha1.LossRecord
-	(*CPURange)(nil),              // 4: sallyport.v1alpha1.CPURange
-	(*Tide)(nil),                  // 5: sallyport.v1alpha1.Tide
-	(*PathTide)(nil),              // 6: sallyport.v1alpha1.PathTide
-	(*ServiceTide)(nil),           // 7: sallyport.v1alpha1.ServiceTide
-	(*Volume)(nil),                // 8: sallyport.v1alpha1.Volume
-	(*Entry)(nil),                 // 9: sallyport.v1alpha1.Entry
-	(*Raw)(nil),                   // 10: sallyport.v1alpha1.Raw
-	(*Hello)(nil),                 // 11: sallyport.v1alpha1.Hello
-	(*Batch)(nil),                 // 12: sallyport.v1alpha1.Batch
-	(*AgentFrame)(nil),            // 13: sallyport.v1alpha1.AgentFrame
-	(*Act)(nil),                   // 14: sallyport.v1alpha1.Act
-	(*Revocation)(nil),            // 15: sallyport.v1alpha1.Revocation
-	(*Acted)(nil),                 // 16: sallyport.v1alpha1.Acted
-	(*Welcome)(nil),               // 17: sallyport.v1alpha1.Welcome
-	(*Range)(nil),                 // 18: sallyport.v1alpha1.Range
-	(*Grown)(nil),                 // 19: sallyport.v1alpha1.Grown
-	(*Ack)(nil),                   // 20: sallyport.v1alpha1.Ack
-	(*CollectorFrame)(nil),        // 21: sallyport.v1alpha1.CollectorFrame
-	(*StoredFlow)(nil),            // 22: sallyport.v1alpha1.StoredFlow
-	(*StoredGrantEvent)(nil),      // 23: sallyport.v1alpha1.StoredGrantEvent
-	(*StoredLoss)(nil),            // 24: sallyport.v1alpha1.StoredLoss
-	(*StoredTide)(nil),            // 25: sallyport.v1alpha1.StoredTide
-	(*FlowQuery)(nil),             // 26: sallyport.v1alpha1.FlowQuery
-	(*GrantQuery)(nil),            // 27: sallyport.v1alpha1.GrantQuery
-	(*LossQuery)(nil),             // 28: sallyport.v1alpha1.LossQuery
-	(*TideQuery)(nil),             // 29: sallyport.v1alpha1.TideQuery
-	(*NodesRequest)(nil),          // 30: sallyport.v1alpha1.NodesRequest
-	(*NodesReply)(nil),            // 31: sallyport.v1alpha1.NodesReply
-	(*NodeState)(nil),             // 32: sallyport.v1alpha1.NodeState
-	(*LogRequest)(nil),            // 33: sallyport.v1alpha1.LogRequest
-	(*LogReply)(nil),              // 34: sallyport.v1alpha1.LogReply
-	(*EvidenceRequest)(nil),       // 35: sallyport.v1alpha1.EvidenceRequest
-	(*EvidenceChunk)(nil),         // 36: sallyport.v1alpha1.EvidenceChunk
-	(*ActRequest)(nil),            // 37: sallyport.v1alpha1.ActRequest
-	(*ActReply)(nil),              // 38: sallyport.v1alpha1.ActReply
-	(*StatusRequest)(nil),         // 39: sallyport.v1alpha1.StatusRequest
-	(*HookStatus)(nil),            // 40: sallyport.v1alpha1.HookStatus
-	(*StatusReply)(nil),           // 41: sallyport.v1alpha1.StatusReply
-	(*ServicesRequest)(nil),       // 42: sallyport.v1alpha1.ServicesRequest
-	(*Service)(nil),               // 43: sallyport.v1alpha1.Service
-	(*Watched)(nil),               // 44: sallyport.v1alpha1.Watched
-	(*Seen)(nil),                  // 45: sallyport.v1alpha1.Seen
-	(*ServicesReply)(nil),         // 46: sallyport.v1alpha1.ServicesReply
-	(*PathsRequest)(nil),          // 47: sallyport.v1alpha1.PathsRequest
-	(*Path)(nil),                  // 48: sallyport.v1alpha1.Path
-	(*Budget)(nil),                // 49: sallyport.v1alpha1.Budget
-	(*PathsReply)(nil),            // 50: sallyport.v1alpha1.PathsReply
-	(*GrantsRequest)(nil),         // 51: sallyport.v1alpha1.GrantsRequest
-	(*Grant)(nil),                 // 52: sallyport.v1alpha1.Grant
-	(*GrantsReply)(nil),           // 53: sallyport.v1alpha1.GrantsReply
-	(*ChallengeRequest)(nil),      // 54: sallyport.v1alpha1.ChallengeRequest
-	(*ChallengeReply)(nil),        // 55: sallyport.v1alpha1.ChallengeReply
-	(*ActivateRequest)(nil),       // 56: sallyport.v1alpha1.ActivateRequest
-	(*ActivateReply)(nil),         // 57: sallyport.v1alpha1.ActivateReply
-	(*RevokeRequest)(nil),         // 58: sallyport.v1alpha1.RevokeRequest
-	(*RevokeReply)(nil),           // 59: sallyport.v1alpha1.RevokeReply
-	(*StateRequest)(nil),          // 60: sallyport.v1alpha1.StateRequest
-	(*StateReply)(nil),            // 61: sallyport.v1alpha1.StateReply
-	(*VouchRequest)(nil),          // 62: sallyport.v1alpha1.VouchRequest
-	(*VouchReply)(nil),            // 63: sallyport.v1alpha1.VouchReply
-	(*ExplainRequest)(nil),        // 64: sallyport.v1alpha1.ExplainRequest
-	(*ExplainReply)(nil),          // 65: sallyport.v1alpha1.ExplainReply
-	(*AgentFlowsRequest)(nil),     // 66: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 67: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 68: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 69: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 70: sallyport.v1alpha1.ProxyAck
-	(*PanicRequest)(nil),          // 71: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 72: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 73: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 74: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 75: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 76: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 77: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 78: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 79: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 80: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 81: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 82: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 83: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 84: sallyport.v1alpha1.SignalReply
-	nil,                           // 85: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 86: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 87: google.protobuf.Duration
+	(*Workload)(nil),              // 2: sallyport.v1alpha1.Workload
+	(*Request)(nil),               // 3: sallyport.v1alpha1.Request
+	(*GrantEvent)(nil),            // 4: sallyport.v1alpha1.GrantEvent
+	(*LossRecord)(nil),            // 5: sallyport.v1alpha1.LossRecord
+	(*CPURange)(nil),              // 6: sallyport.v1alpha1.CPURange
+	(*Tide)(nil),                  // 7: sallyport.v1alpha1.Tide
+	(*PathTide)(nil),              // 8: sallyport.v1alpha1.PathTide
+	(*ServiceTide)(nil),           // 9: sallyport.v1alpha1.ServiceTide
+	(*Volume)(nil),                // 10: sallyport.v1alpha1.Volume
+	(*Entry)(nil),                 // 11: sallyport.v1alpha1.Entry
+	(*Raw)(nil),                   // 12: sallyport.v1alpha1.Raw
+	(*Hello)(nil),                 // 13: sallyport.v1alpha1.Hello
+	(*Batch)(nil),                 // 14: sallyport.v1alpha1.Batch
+	(*AgentFrame)(nil),            // 15: sallyport.v1alpha1.AgentFrame
+	(*Act)(nil),                   // 16: sallyport.v1alpha1.Act
+	(*Revocation)(nil),            // 17: sallyport.v1alpha1.Revocation
+	(*Acted)(nil),                 // 18: sallyport.v1alpha1.Acted
+	(*Welcome)(nil),               // 19: sallyport.v1alpha1.Welcome
+	(*Range)(nil),                 // 20: sallyport.v1alpha1.Range
+	(*Grown)(nil),                 // 21: sallyport.v1alpha1.Grown
+	(*Ack)(nil),                   // 22: sallyport.v1alpha1.Ack
+	(*CollectorFrame)(nil),        // 23: sallyport.v1alpha1.CollectorFrame
+	(*StoredFlow)(nil),            // 24: sallyport.v1alpha1.StoredFlow
+	(*StoredGrantEvent)(nil),      // 25: sallyport.v1alpha1.StoredGrantEvent
+	(*StoredLoss)(nil),            // 26: sallyport.v1alpha1.StoredLoss
+	(*StoredTide)(nil),            // 27: sallyport.v1alpha1.StoredTide
+	(*FlowQuery)(nil),             // 28: sallyport.v1alpha1.FlowQuery
+	(*GrantQuery)(nil),            // 29: sallyport.v1alpha1.GrantQuery
+	(*LossQuery)(nil),             // 30: sallyport.v1alpha1.LossQuery
+	(*TideQuery)(nil),             // 31: sallyport.v1alpha1.TideQuery
+	(*NodesRequest)(nil),          // 32: sallyport.v1alpha1.NodesRequest
+	(*NodesReply)(nil),            // 33: sallyport.v1alpha1.NodesReply
+	(*NodeState)(nil),             // 34: sallyport.v1alpha1.NodeState
+	(*LogRequest)(nil),            // 35: sallyport.v1alpha1.LogRequest
+	(*LogReply)(nil),              // 36: sallyport.v1alpha1.LogReply
+	(*EvidenceRequest)(nil),       // 37: sallyport.v1alpha1.EvidenceRequest
+	(*EvidenceChunk)(nil),         // 38: sallyport.v1alpha1.EvidenceChunk
+	(*ActRequest)(nil),            // 39: sallyport.v1alpha1.ActRequest
+	(*ActReply)(nil),              // 40: sallyport.v1alpha1.ActReply
+	(*StatusRequest)(nil),         // 41: sallyport.v1alpha1.StatusRequest
+	(*HookStatus)(nil),            // 42: sallyport.v1alpha1.HookStatus
+	(*StatusReply)(nil),           // 43: sallyport.v1alpha1.StatusReply
+	(*ServicesRequest)(nil),       // 44: sallyport.v1alpha1.ServicesRequest
+	(*Service)(nil),               // 45: sallyport.v1alpha1.Service
+	(*Watched)(nil),               // 46: sallyport.v1alpha1.Watched
+	(*Seen)(nil),                  // 47: sallyport.v1alpha1.Seen
+	(*ServicesReply)(nil),         // 48: sallyport.v1alpha1.ServicesReply
+	(*PathsRequest)(nil),          // 49: sallyport.v1alpha1.PathsRequest
+	(*Path)(nil),                  // 50: sallyport.v1alpha1.Path
+	(*Budget)(nil),                // 51: sallyport.v1alpha1.Budget
+	(*PathsReply)(nil),            // 52: sallyport.v1alpha1.PathsReply
+	(*GrantsRequest)(nil),         // 53: sallyport.v1alpha1.GrantsRequest
+	(*Grant)(nil),                 // 54: sallyport.v1alpha1.Grant
+	(*GrantsReply)(nil),           // 55: sallyport.v1alpha1.GrantsReply
+	(*ChallengeRequest)(nil),      // 56: sallyport.v1alpha1.ChallengeRequest
+	(*ChallengeReply)(nil),        // 57: sallyport.v1alpha1.ChallengeReply
+	(*ActivateRequest)(nil),       // 58: sallyport.v1alpha1.ActivateRequest
+	(*ActivateReply)(nil),         // 59: sallyport.v1alpha1.ActivateReply
+	(*RevokeRequest)(nil),         // 60: sallyport.v1alpha1.RevokeRequest
+	(*RevokeReply)(nil),           // 61: sallyport.v1alpha1.RevokeReply
+	(*StateRequest)(nil),          // 62: sallyport.v1alpha1.StateRequest
+	(*StateReply)(nil),            // 63: sallyport.v1alpha1.StateReply
+	(*VouchRequest)(nil),          // 64: sallyport.v1alpha1.VouchRequest
+	(*VouchReply)(nil),            // 65: sallyport.v1alpha1.VouchReply
+	(*ExplainRequest)(nil),        // 66: sallyport.v1alpha1.ExplainRequest
+	(*ExplainReply)(nil),          // 67: sallyport.v1alpha1.ExplainReply
+	(*AgentFlowsRequest)(nil),     // 68: sallyport.v1alpha1.AgentFlowsRequest
+	(*ProxyHello)(nil),            // 69: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 70: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 71: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 72: sallyport.v1alpha1.ProxyAck
+	(*CallerRequest)(nil),         // 73: sallyport.v1alpha1.CallerRequest
+	(*CallerReply)(nil),           // 74: sallyport.v1alpha1.CallerReply
+	(*RelayFrame)(nil),            // 75: sallyport.v1alpha1.RelayFrame
+	(*PanicRequest)(nil),          // 76: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 77: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 78: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 79: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 80: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 81: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 82: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 83: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 84: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 85: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 86: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 87: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 88: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 89: sallyport.v1alpha1.SignalReply
+	nil,                           // 90: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 91: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 92: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	86,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	87,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
-	86,  // 2: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	87,  // 3: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	86,  // 4: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	86,  // 5: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	86,  // 6: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
-	4,   // 7: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	86,  // 8: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	87,  // 9: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
-	6,   // 10: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
-	7,   // 11: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
-	8,   // 12: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
-	8,   // 13: sallyport.v1alpha1.PathTide.recorded:type_name -> sallyport.v1alpha1.Volume
-	8,   // 14: sallyport.v1alpha1.PathTide.live:type_name -> sallyport.v1alpha1.Volume
-	8,   // 15: sallyport.v1alpha1.ServiceTide.kernel:type_name -> sallyport.v1alpha1.Volume
-	1,   // 16: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	2,   // 17: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
-	3,   // 18: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
-	5,   // 19: sallyport.v1alpha1.Entry.tide:type_name -> sallyport.v1alpha1.Tide
-	0,   // 20: sallyport.v1alpha1.Batch.class:type_name -> sallyport.v1alpha1.Class
-	10,  // 21: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
-	11,  // 22: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
-	12,  // 23: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
-	16,  // 24: sallyport.v1alpha1.AgentFrame.acted:type_name -> sallyport.v1alpha1.Acted
-	15,  // 25: sallyport.v1alpha1.Act.revoke:type_name -> sallyport.v1alpha1.Revocation
-	52,  // 26: sallyport.v1alpha1.Acted.grant:type_name -> sallyport.v1alpha1.Grant
-	19,  // 27: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
-	18,  // 28: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
-	0,   // 29: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
-	18,  // 30: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
-	17,  // 31: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
-	20,  // 32: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
-	19,  // 33: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
-	14,  // 34: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	86,  // 35: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
-	1,   // 36: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
-	0,   // 37: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	86,  // 38: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
-	2,   // 39: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
-	0,   // 40: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
-	3,   // 41: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	86,  // 42: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	86,  // 43: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
-	5,   // 44: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	86,  // 45: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	86,  // 46: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	86,  // 47: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	86,  // 48: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	86,  // 49: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
-	32,  // 50: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
-	0,   // 51: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	86,  // 52: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
-	19,  // 53: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	86,  // 54: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	86,  // 55: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
-	0,   // 56: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
-	15,  // 57: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
-	52,  // 58: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	86,  // 59: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
-	40,  // 60: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	87,  // 61: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	85,  // 62: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	44,  // 63: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
-	45,  // 64: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
-	45,  // 65: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
-	45,  // 66: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
-	45,  // 67: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
-	43,  // 68: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	86,  // 69: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	87,  // 70: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	49,  // 71: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
-	48,  // 72: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	86,  // 73: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	86,  // 74: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	49,  // 75: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	87,  // 76: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
-	52,  // 77: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	52,  // 78: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	52,  // 79: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	52,  // 80: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	86,  // 81: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 82: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	67,  // 83: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	68,  // 84: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	87,  // 85: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	86,  // 86: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	77,  // 87: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	52,  // 88: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	52,  // 89: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	87,  // 90: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	87,  // 91: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	48,  // 92: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	78,  // 93: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	86,  // 94: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	81,  // 95: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	52,  // 96: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	87,  // 97: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	87,  // 98: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	87,  // 99: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	87,  // 100: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	82,  // 101: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	86,  // 102: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	49,  // 103: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	86,  // 104: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	13,  // 105: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	26,  // 106: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	27,  // 107: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	28,  // 108: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	29,  // 109: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	30,  // 110: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	33,  // 111: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	35,  // 112: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	37,  // 113: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
-	39,  // 114: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	42,  // 115: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	47,  // 116: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	51,  // 117: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	54,  // 118: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	56,  // 119: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	60,  // 120: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	62,  // 121: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	58,  // 122: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	64,  // 123: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	66,  // 124: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	71,  // 125: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	73,  // 126: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	83,  // 127: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	79,  // 128: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	75,  // 129: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	69,  // 130: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	21,  // 131: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	22,  // 132: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	23,  // 133: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	24,  // 134: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	25,  // 135: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	31,  // 136: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	34,  // 137: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	36,  // 138: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	38,  // 139: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	41,  // 140: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	46,  // 141: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	50,  // 142: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	53,  // 143: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	55,  // 144: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	57,  // 145: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	61,  // 146: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	63,  // 147: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	59,  // 148: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	65,  // 149: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 150: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	72,  // 151: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	74,  // 152: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	84,  // 153: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	80,  // 154: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	76,  // 155: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	70,  // 156: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	131, // [131:157] is the sub-list for method output_type
-	105, // [105:131] is the sub-list for method input_type
-	105, // [105:105] is the sub-list for extension type_name
-	105, // [105:105] is the sub-list for extension extendee
-	0,   // [0:105] is the sub-list for field type_name
+	91,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	92,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
+	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
+	92,  // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	91,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	92,  // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	91,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	91,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	91,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
+	91,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	92,  // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
+	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
+	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
+	10,  // 16: sallyport.v1alpha1.PathTide.recorded:type_name -> sallyport.v1alpha1.Volume
+	10,  // 17: sallyport.v1alpha1.PathTide.live:type_name -> sallyport.v1alpha1.Volume
+	10,  // 18: sallyport.v1alpha1.ServiceTide.kernel:type_name -> sallyport.v1alpha1.Volume
+	1,   // 19: sallyport.v1alpha1.Entry.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	4,   // 20: sallyport.v1alpha1.Entry.grant:type_name -> sallyport.v1alpha1.GrantEvent
+	5,   // 21: sallyport.v1alpha1.Entry.loss:type_name -> sallyport.v1alpha1.LossRecord
+	7,   // 22: sallyport.v1alpha1.Entry.tide:type_name -> sallyport.v1alpha1.Tide
+	0,   // 23: sallyport.v1alpha1.Batch.class:type_name -> sallyport.v1alpha1.Class
+	12,  // 24: sallyport.v1alpha1.Batch.raw:type_name -> sallyport.v1alpha1.Raw
+	13,  // 25: sallyport.v1alpha1.AgentFrame.hello:type_name -> sallyport.v1alpha1.Hello
+	14,  // 26: sallyport.v1alpha1.AgentFrame.batch:type_name -> sallyport.v1alpha1.Batch
+	18,  // 27: sallyport.v1alpha1.AgentFrame.acted:type_name -> sallyport.v1alpha1.Acted
+	17,  // 28: sallyport.v1alpha1.Act.revoke:type_name -> sallyport.v1alpha1.Revocation
+	54,  // 29: sallyport.v1alpha1.Acted.grant:type_name -> sallyport.v1alpha1.Grant
+	21,  // 30: sallyport.v1alpha1.Welcome.grown:type_name -> sallyport.v1alpha1.Grown
+	20,  // 31: sallyport.v1alpha1.Welcome.flow_above:type_name -> sallyport.v1alpha1.Range
+	0,   // 32: sallyport.v1alpha1.Ack.class:type_name -> sallyport.v1alpha1.Class
+	20,  // 33: sallyport.v1alpha1.Ack.above:type_name -> sallyport.v1alpha1.Range
+	19,  // 34: sallyport.v1alpha1.CollectorFrame.welcome:type_name -> sallyport.v1alpha1.Welcome
+	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
+	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
+	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
+	91,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
+	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
+	91,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
+	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
+	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
+	91,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	91,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
+	91,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	91,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	91,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	91,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	91,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
+	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
+	91,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
+	91,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	91,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
+	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
+	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
+	91,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
+	92,  // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	90,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	46,  // 66: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
+	47,  // 67: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
+	47,  // 68: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
+	47,  // 69: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
+	47,  // 70: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
+	45,  // 71: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	91,  // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	92,  // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	51,  // 74: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
+	50,  // 75: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	91,  // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	91,  // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	51,  // 78: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
+	92,  // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	54,  // 80: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	54,  // 81: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	54,  // 82: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	54,  // 83: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	91,  // 84: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 85: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	69,  // 86: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	70,  // 87: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	2,   // 88: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
+	92,  // 89: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	91,  // 90: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	82,  // 91: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	54,  // 92: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	54,  // 93: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	92,  // 94: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	92,  // 95: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	50,  // 96: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	83,  // 97: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	91,  // 98: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	86,  // 99: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	54,  // 100: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	92,  // 101: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	92,  // 102: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	92,  // 103: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	92,  // 104: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	87,  // 105: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	91,  // 106: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	51,  // 107: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	91,  // 108: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	15,  // 109: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	28,  // 110: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	29,  // 111: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	30,  // 112: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	31,  // 113: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	32,  // 114: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	35,  // 115: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	37,  // 116: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	39,  // 117: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	41,  // 118: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	44,  // 119: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	49,  // 120: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	53,  // 121: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	56,  // 122: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	58,  // 123: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	62,  // 124: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	64,  // 125: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	60,  // 126: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	66,  // 127: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	68,  // 128: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	76,  // 129: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	78,  // 130: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	88,  // 131: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	84,  // 132: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	80,  // 133: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	71,  // 134: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	75,  // 135: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	73,  // 136: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
+	23,  // 137: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 138: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 139: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 140: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 141: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 142: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 143: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 144: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 145: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 146: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 147: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 148: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 149: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 150: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 151: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 152: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 153: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 154: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 155: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 156: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	77,  // 157: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	79,  // 158: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	89,  // 159: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	85,  // 160: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	81,  // 161: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	72,  // 162: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	75,  // 163: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	74,  // 164: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	137, // [137:165] is the sub-list for method output_type
+	109, // [109:137] is the sub-list for method input_type
+	109, // [109:109] is the sub-list for extension type_name
+	109, // [109:109] is the sub-list for extension extendee
+	0,   // [0:109] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -7109,32 +7539,32 @@ func file_sallyport_proto_init() {
 	if File_sallyport_proto != nil {
 		return
 	}
-	file_sallyport_proto_msgTypes[8].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[10].OneofWrappers = []any{
 		(*Entry_Flow)(nil),
 		(*Entry_Grant)(nil),
 		(*Entry_Loss)(nil),
 		(*Entry_Tide)(nil),
 	}
-	file_sallyport_proto_msgTypes[12].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[14].OneofWrappers = []any{
 		(*AgentFrame_Hello)(nil),
 		(*AgentFrame_Batch)(nil),
 		(*AgentFrame_Acted)(nil),
 	}
-	file_sallyport_proto_msgTypes[13].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[15].OneofWrappers = []any{
 		(*Act_Revoke)(nil),
 		(*Act_Statement)(nil),
 	}
-	file_sallyport_proto_msgTypes[20].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[22].OneofWrappers = []any{
 		(*CollectorFrame_Welcome)(nil),
 		(*CollectorFrame_Ack)(nil),
 		(*CollectorFrame_Grown)(nil),
 		(*CollectorFrame_Act)(nil),
 	}
-	file_sallyport_proto_msgTypes[36].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[38].OneofWrappers = []any{
 		(*ActRequest_Revoke)(nil),
 		(*ActRequest_Statement)(nil),
 	}
-	file_sallyport_proto_msgTypes[68].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[70].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -7144,7 +7574,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   85,
+			NumMessages:   90,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -1211,15 +1211,20 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	ProxyReport_Report_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Report"
+	ProxyReport_Relay_FullMethodName  = "/sallyport.v1alpha1.ProxyReport/Relay"
+	ProxyReport_Caller_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Caller"
 )
 
 // ProxyReportClient is the client API for ProxyReport service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// ProxyReport takes the proxy's flow records, on a Unix socket of its own.
+// ProxyReport takes the proxy's flow records, and does for it what cannot be done inside px, on a Unix socket of its own.
 type ProxyReportClient interface {
 	Report(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ProxyFrame, ProxyAck], error)
+	// Relay carries opaque bytes to an endpoint that policy lists. The agent reads none of them.
+	Relay(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RelayFrame, RelayFrame], error)
+	Caller(ctx context.Context, in *CallerRequest, opts ...grpc.CallOption) (*CallerReply, error)
 }
 
 type proxyReportClient struct {
@@ -1243,13 +1248,39 @@ func (c *proxyReportClient) Report(ctx context.Context, opts ...grpc.CallOption)
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ProxyReport_ReportClient = grpc.BidiStreamingClient[ProxyFrame, ProxyAck]
 
+func (c *proxyReportClient) Relay(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RelayFrame, RelayFrame], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ProxyReport_ServiceDesc.Streams[1], ProxyReport_Relay_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RelayFrame, RelayFrame]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ProxyReport_RelayClient = grpc.BidiStreamingClient[RelayFrame, RelayFrame]
+
+func (c *proxyReportClient) Caller(ctx context.Context, in *CallerRequest, opts ...grpc.CallOption) (*CallerReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CallerReply)
+	err := c.cc.Invoke(ctx, ProxyReport_Caller_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ProxyReportServer is the server API for ProxyReport service.
 // All implementations must embed UnimplementedProxyReportServer
 // for forward compatibility.
 //
-// ProxyReport takes the proxy's flow records, on a Unix socket of its own.
+// ProxyReport takes the proxy's flow records, and does for it what cannot be done inside px, on a Unix socket of its own.
 type ProxyReportServer interface {
 	Report(grpc.BidiStreamingServer[ProxyFrame, ProxyAck]) error
+	// Relay carries opaque bytes to an endpoint that policy lists. The agent reads none of them.
+	Relay(grpc.BidiStreamingServer[RelayFrame, RelayFrame]) error
+	Caller(context.Context, *CallerRequest) (*CallerReply, error)
 	mustEmbedUnimplementedProxyReportServer()
 }
 
@@ -1262,6 +1293,12 @@ type UnimplementedProxyReportServer struct{}
 
 func (UnimplementedProxyReportServer) Report(grpc.BidiStreamingServer[ProxyFrame, ProxyAck]) error {
 	return status.Error(codes.Unimplemented, "method Report not implemented")
+}
+func (UnimplementedProxyReportServer) Relay(grpc.BidiStreamingServer[RelayFrame, RelayFrame]) error {
+	return status.Error(codes.Unimplemented, "method Relay not implemented")
+}
+func (UnimplementedProxyReportServer) Caller(context.Context, *CallerRequest) (*CallerReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Caller not implemented")
 }
 func (UnimplementedProxyReportServer) mustEmbedUnimplementedProxyReportServer() {}
 func (UnimplementedProxyReportServer) testEmbeddedByValue()                     {}
@@ -1291,17 +1328,53 @@ func _ProxyReport_Report_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ProxyReport_ReportServer = grpc.BidiStreamingServer[ProxyFrame, ProxyAck]
 
+func _ProxyReport_Relay_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ProxyReportServer).Relay(&grpc.GenericServerStream[RelayFrame, RelayFrame]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ProxyReport_RelayServer = grpc.BidiStreamingServer[RelayFrame, RelayFrame]
+
+func _ProxyReport_Caller_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CallerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProxyReportServer).Caller(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProxyReport_Caller_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProxyReportServer).Caller(ctx, req.(*CallerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ProxyReport_ServiceDesc is the grpc.ServiceDesc for ProxyReport service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var ProxyReport_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "sallyport.v1alpha1.ProxyReport",
 	HandlerType: (*ProxyReportServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Caller",
+			Handler:    _ProxyReport_Caller_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Report",
 			Handler:       _ProxyReport_Report_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Relay",
+			Handler:       _ProxyReport_Relay_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},

@@ -32,8 +32,22 @@ func FlowToAPI(r flow.Record) *api.FlowRecord {
 		Verdict: r.Verdict.String(), Reason: r.Reason.String(), Protocol: r.Protocol, Client: addrPort(r.Client), Server: addrPort(r.Server),
 		Service: r.Service, Device: r.Device, Identity: r.Identity, Grant: r.Grant, Slot: r.Slot,
 		BytesToServer: r.BytesToServer, BytesToClient: r.BytesToClient, PacketsToServer: r.PacketsToServer, PacketsToClient: r.PacketsToClient,
-		Count: r.Count, Detail: r.Detail,
+		Count: r.Count, Detail: r.Detail, Proof: r.Proof, Application: r.Application, Caller: workloadToAPI(r.Caller), Request: requestToAPI(r.Request),
 	}
+}
+
+func workloadToAPI(w *flow.Workload) *api.Workload {
+	if w == nil {
+		return nil
+	}
+	return &api.Workload{Identity: w.Identity, Pod: w.Pod, Container: w.Container, Cgroup: w.Cgroup, Pid: w.PID, Started: w.Started, Why: w.Why}
+}
+
+func requestToAPI(r *flow.Request) *api.Request {
+	if r == nil {
+		return nil
+	}
+	return &api.Request{Number: r.Number, Method: r.Method, Host: r.Host, Path: r.Path, Status: uint32(r.Status), Rule: r.Rule, Took: durationpb.New(r.Took)}
 }
 
 // FlowFromAPI reads a record of a sender that is not trusted: names must be known, addresses must be
@@ -53,11 +67,39 @@ func FlowFromAPI(m *api.FlowRecord) (flow.Record, error) {
 		BytesToServer: m.GetBytesToServer(), BytesToClient: m.GetBytesToClient(),
 		PacketsToServer: m.GetPacketsToServer(), PacketsToClient: m.GetPacketsToClient(),
 		Count: m.GetCount(), Detail: oneLine(m.GetDetail()),
+		Proof: field(&p, "proof", m.GetProof(), plain), Application: field(&p, "application", m.GetApplication(), plain),
+		Caller: field(&p, "caller", m.GetCaller(), parseWorkload), Request: field(&p, "request", m.GetRequest(), parseRequest),
 	}
 	if len(p.errs) > 0 {
 		return flow.Record{}, fmt.Errorf("%w: %w", ErrRecord, errors.Join(p.errs...))
 	}
 	return r, nil
+}
+
+func parseWorkload(m *api.Workload) (*flow.Workload, error) {
+	if m == nil {
+		return nil, nil
+	}
+	p := parser{}
+	w := &flow.Workload{
+		Identity: field(&p, "identity", m.GetIdentity(), plain), Pod: field(&p, "pod", m.GetPod(), plain),
+		Container: field(&p, "container", m.GetContainer(), plain), Why: oneLine(m.GetWhy()),
+		Cgroup: m.GetCgroup(), PID: m.GetPid(), Started: m.GetStarted(),
+	}
+	return w, errors.Join(p.errs...)
+}
+
+func parseRequest(m *api.Request) (*flow.Request, error) {
+	if m == nil {
+		return nil, nil
+	}
+	p := parser{}
+	r := &flow.Request{
+		Number: m.GetNumber(), Method: field(&p, "method", m.GetMethod(), plain), Host: field(&p, "host", m.GetHost(), plain),
+		Path: field(&p, "path", m.GetPath(), plain), Status: int(m.GetStatus()), Rule: field(&p, "rule", m.GetRule(), plain),
+		Took: field(&p, "took", m.GetTook(), parseDuration),
+	}
+	return r, errors.Join(p.errs...)
 }
 
 // GrantEntry makes the critical entry of a grant event, for the store.

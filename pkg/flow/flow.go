@@ -33,7 +33,8 @@ type Record struct {
 	Service  string // name of the protected service, empty if unknown
 	Device   string // device at which the flow was decided, empty if unknown
 
-	Identity string // SPIFFE ID that was proven, or "" (unattested)
+	Identity string // SPIFFE ID, or provider and subject of a token, that was proven, or "" (unattested)
+	Proof    string // how: "spiffe", "jwt", "oidc" or "local"; "" if it was not
 	Grant    string // id of the grant, for bypassed flows
 	Slot     uint32 // path slot, for bypassed flows
 
@@ -46,4 +47,33 @@ type Record struct {
 	Count uint64
 	// Detail is one line for people, already stripped of control characters.
 	Detail string
+
+	// Application is the protocol inside, where the proxy knows it: "http/1.1", "h2", "ssh"; "" for bytes.
+	Application string
+	// Caller is whose socket a client on the node itself has; nil: it is elsewhere, or nobody knows.
+	Caller *Workload
+	// Request is what an EventRequest tells of; nil in every other record.
+	Request *Request
+}
+
+// Workload is whose socket it is, as far as the node proves it. What is not proven is empty.
+type Workload struct {
+	Identity  string // SPIFFE ID; "": unattested, and Why says why
+	Pod       string // UID
+	Container string // id
+	Cgroup    uint64 // id of its control group
+	PID       int32  // of a process outside of pods, in the node's PID namespace
+	Started   uint64 // of that process, in clock ticks after boot (proc(5), starttime)
+	Why       string
+}
+
+// Request is one HTTP request; the FlowID of its record is that of its connection.
+type Request struct {
+	Number uint64 // on its connection, from 1 on
+	Method string
+	Host   string
+	Path   string // canonical, without query
+	Status int    // of the answer; 0: there was none
+	Rule   string // that allowed it
+	Took   time.Duration
 }

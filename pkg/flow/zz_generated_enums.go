@@ -104,6 +104,13 @@ const (
 	ReasonClosed           Reason = 111
 	ReasonPolicyChanged    Reason = 112
 	ReasonIdentityExpired  Reason = 113
+	ReasonTokenRefused     Reason = 114
+	ReasonSessionEnded     Reason = 115
+	ReasonLoginNeeded      Reason = 116
+	ReasonBadRequest       Reason = 117
+	ReasonRequestLimit     Reason = 118
+	ReasonUnattested       Reason = 119
+	ReasonLoop             Reason = 120
 )
 
 var reasonNames = map[Reason]string{
@@ -186,6 +193,13 @@ var reasonNames = map[Reason]string{
 	ReasonClosed:           "CLOSED",
 	ReasonPolicyChanged:    "POLICY_CHANGED",
 	ReasonIdentityExpired:  "IDENTITY_EXPIRED",
+	ReasonTokenRefused:     "TOKEN_REFUSED",
+	ReasonSessionEnded:     "SESSION_ENDED",
+	ReasonLoginNeeded:      "LOGIN_NEEDED",
+	ReasonBadRequest:       "BAD_REQUEST",
+	ReasonRequestLimit:     "REQUEST_LIMIT",
+	ReasonUnattested:       "UNATTESTED",
+	ReasonLoop:             "LOOP",
 }
 
 // Event is the edge of a flow that a record tells of.
@@ -201,6 +215,7 @@ const (
 	EventUpdate   Event = 5
 	EventWatched  Event = 6
 	EventBackstop Event = 8
+	EventRequest  Event = 9
 )
 
 var eventNames = map[Event]string{
@@ -212,4 +227,5 @@ var eventNames = map[Event]string{
 	EventUpdate:   "UPDATE",
 	EventWatched:  "WATCHED",
 	EventBackstop: "BACKSTOP",
+	EventRequest:  "REQUEST",
 }

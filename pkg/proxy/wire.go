@@ -32,6 +32,20 @@ func toWire(r flow.Record) *api.FlowRecord {
 		BytesToClient: r.BytesToClient,
 		Count:         r.Count,
 		Detail:        r.Detail,
+		Proof:         r.Proof,
+		Application:   r.Application,
+		Request:       requestToWire(r.Request),
+	}
+}
+
+// requestToWire leaves out nothing. Whose socket a caller has is for the agent to say.
+func requestToWire(r *flow.Request) *api.Request {
+	if r == nil {
+		return nil
+	}
+	return &api.Request{
+		Number: r.Number, Method: r.Method, Host: r.Host, Path: r.Path,
+		Status: uint32(r.Status), Rule: r.Rule, Took: durationpb.New(r.Took),
 	}
 }
 

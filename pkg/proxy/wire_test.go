@@ -18,7 +18,11 @@ func TestWireIsWhatTheAgentReads(t *testing.T) {
 			Verdict: flow.VerdictProxied, Reason: flow.ReasonIdleTimeout, Protocol: "tcp",
 			Client: netip.MustParseAddrPort("10.1.0.2:40000"), Server: netip.MustParseAddrPort("[fd00:2::2]:5432"),
 			Service: "postgres", Identity: "spiffe://example.org/app/web",
-			BytesToServer: 1, BytesToClient: 1 << 40, Count: 3, Detail: "why",
+			BytesToServer: 1, BytesToClient: 1 << 40, Count: 3, Detail: "why", Proof: "jwt", Application: "h2",
+		},
+		"request": {
+			Event: flow.EventRequest, Time: time.Unix(5, 0).UTC(), CPU: -1, Seq: 9, Count: 1, Verdict: flow.VerdictProxied, Reason: flow.ReasonIdentity,
+			Request: &flow.Request{Number: 2, Method: "GET", Host: "web.example.org", Path: "/a b", Status: 200, Rule: "access[0]", Took: time.Second},
 		},
 		"sparse": {Event: flow.EventDeny, Time: time.Unix(0, 1).UTC(), CPU: -1, Seq: 8, Count: 1},
 	}
