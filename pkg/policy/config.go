@@ -20,6 +20,9 @@ type AgentConfig struct {
 type AgentConfigSpec struct {
 	// TrustDomain of the node's identities, like example.org. It has no default.
 	TrustDomain string `json:"trustDomain" yaml:"trustDomain"`
+	// FederatesWith are other trust domains whose identities may come, as the Workload API gives their bundles: none. A service that
+	// lets in identities of none of these, nor of the node's own, is not taken.
+	FederatesWith []string `json:"federatesWith,omitempty" yaml:"federatesWith,omitempty"`
 	// Resources is the directory of the set of resources: /etc/sallyport/resources.d.
 	Resources string `json:"resources" yaml:"resources"`
 	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required.
@@ -255,6 +258,9 @@ func (c AgentConfig) PxPath() string { return filepath.Join(c.Spec.RunDir, "px")
 
 // PolicyFile is the path of the agent's last verified resources, which the proxy reads.
 func (c AgentConfig) PolicyFile() string { return filepath.Join(c.Spec.RunDir, "policy.yaml") }
+
+// SignalsFile is the path of what was said about callers, which the proxy reads.
+func (c AgentConfig) SignalsFile() string { return filepath.Join(c.Spec.RunDir, SignalsFile) }
 
 // LockFile is the path of the file that one agent holds locked.
 func (c AgentConfig) LockFile() string { return filepath.Join(c.Spec.RunDir, "agent.pid") }

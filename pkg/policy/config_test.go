@@ -145,6 +145,7 @@ var wrongConfigs = []wrong{
 	{"bad node name", "name: node-1", "name: Node_1", "Node_1", "metadata.name", "not the name of a node"},
 	{"no trust domain", "  trustDomain: example.org\n", "", "spec:", "spec.trustDomain", "is missing"},
 	{"trust domain as URI", "trustDomain: example.org", "trustDomain: spiffe://example.org", "spiffe", "spec.trustDomain", "not a trust domain"},
+	{"federation as URI", "trustDomain: example.org", "trustDomain: example.org\n  federatesWith: [\"spiffe://partner.org\"]", "federatesWith", "spec.federatesWith[0]", "not a trust domain"},
 	{"relative path", "stateDir: /var/lib/sallyport", "stateDir: var/lib", "stateDir", "spec.stateDir", "not such a path"},
 	{"path with dots", "runDir: /run/sallyport", "runDir: /run/../sallyport", "runDir", "spec.runDir", "not such a path"},
 	{"root as a path", "bpffs: /sys/fs/bpf", "bpffs: /", "bpffs", "spec.bpffs", "not such a path"},

@@ -35,6 +35,9 @@ const (
 func (c *AgentConfig) validate(d *document) {
 	d.report("metadata.name", CheckNodeName(c.Name))
 	d.report("spec.trustDomain", checkTrustDomain(c.Spec.TrustDomain))
+	for i, td := range c.Spec.FederatesWith {
+		d.report(fmt.Sprintf("spec.federatesWith[%d]", i), checkTrustDomain(td))
+	}
 	d.report("spec.resources", checkPath(c.Spec.Resources))
 	d.report("spec.stateDir", checkPath(c.Spec.StateDir))
 	d.report("spec.runDir", checkPath(c.Spec.RunDir))

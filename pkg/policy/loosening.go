@@ -265,6 +265,10 @@ func (c *comparison) service(old, next ProtectedServiceSpec) {
 	grows(c, "spec.access", entries(old.Access), &is, entry.covers)
 	next.Access = old.Access
 	c.http(old.HTTP, &next.HTTP)
+	if !same(old.Tests, next.Tests) {
+		c.note(Neither, "spec.tests", "are not what they were")
+	}
+	next.Tests = old.Tests // nothing follows from them on a node
 	rest(c, "spec", old, next)
 }
 

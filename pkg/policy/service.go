@@ -92,6 +92,8 @@ type ProtectedServiceSpec struct {
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
 	// HTTP makes the proxy speak HTTP with its clients. Left out: bytes are carried as they are.
 	HTTP *HTTPSpec `json:"http,omitempty" yaml:"http,omitempty"`
+	// Tests are callers and requests, and what the set must make of them: sallyport policy test.
+	Tests []AccessTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
 
 // Enforced says whether anything of the service is closed. One whose mode is not written is.
@@ -122,6 +124,9 @@ func (s *ProtectedService) validate(d *document) {
 	d.checkPorts("spec.ports", s.Spec.Ports)
 	s.validateHTTP(d)
 	s.validateAccess(d)
+	for i, t := range s.Spec.Tests {
+		t.validate(d, fmt.Sprintf("spec.tests[%d]", i), s.Spec)
+	}
 	switch s.Spec.Target {
 	case TargetHost:
 		s.validateHost(d)

@@ -8,6 +8,9 @@ import (
 	"time"
 )
 
+// SignalsFile is the name of the file beside the proxy's policy in which the agent hands it what was said about callers.
+const SignalsFile = "signals.json"
+
 // Said is what a source says about callers: for them, when Against is not set, or against them. What is empty fits all.
 type Said struct {
 	Source string `json:"source"`
