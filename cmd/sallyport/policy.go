@@ -19,21 +19,27 @@ func (c *cli) policy() *cobra.Command {
 
 		SuggestionsMinimumDistance: suggestWithin,
 	}
-	cmd.AddCommand(c.policyCheck(), c.policyTest(), c.policyDiff(), c.policySign(), c.policyVerify(), c.policyReplay())
+	cmd.AddCommand(c.policyCheck(), c.policyTest(), c.policyExplain(), c.policyDiff(), c.policySign(), c.policyVerify(), c.policyReplay())
 	return cmd
 }
 
 func (c *cli) policyCheck() *cobra.Command {
-	return &cobra.Command{
+	var config string
+	cmd := &cobra.Command{
 		Use:   "check FILE... | DIR",
 		Short: "Check resources as the agent would, without an agent",
 		Long: `Check one set of resources: all the FILEs together, or the *.yaml files of DIR. Every problem is
-shown at once, with its file and line and what to do. It is the agent's own evaluator.`,
-		Example: `  sallyport policy check /etc/sallyport/resources.d
+shown at once, with its file and line and what to do. It is the agent's own evaluator. With --config it
+also finds what a node of that configuration refuses: a service that nobody of its trust domains could
+ever come in at, or whose certificate it does not have.`,
+		Example: `  sallyport policy check /etc/sallyport/resources.d --config /etc/sallyport/agent.yaml
   sallyport policy check services.yaml bypass.yaml keyring.yaml`,
 		Args: between(1, -1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			set, err := loadPolicy(args)
+			if err == nil && config != "" {
+				err = fitsNode(set, config)
+			}
 			if c.output == formatTable {
 				if err != nil {
 					return err
@@ -46,14 +52,29 @@ shown at once, with its file and line and what to do. It is the agent's own eval
 			return err
 		},
 	}
+	cmd.Flags().StringVar(&config, "config", "", "check them for the node with this AgentConfig, a `FILE`")
+	return cmd
+}
+
+// fitsNode holds a set to the configuration of a node.
+func fitsNode(set *policy.Set, file string) error {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return withHint(err, "name the AgentConfig of the node, like /etc/sallyport/agent.yaml")
+	}
+	node, err := policy.ParseAgentConfig(file, data)
+	if err == nil {
+		err = set.CheckNode(node)
+	}
+	return explained("check resources for the node", err)
 }
 
 func (c *cli) policyTest() *cobra.Command {
 	return &cobra.Command{
 		Use:   "test FILE... | DIR",
 		Short: "Run the tests that policies have in their files",
-		Long: `Check one set of resources, and then run the tests that its bypass policies have (spec.tests): each is a grant,
-and what the whole set must make of it. It is the agent's own evaluator. A test that comes out otherwise fails the command.`,
+		Long: `Check one set of resources, and then run the tests that its bypass policies and services have (spec.tests): each is a grant,
+or a caller with a request, and what the whole set must make of it. It is the agent's own evaluator. A test that comes out otherwise fails the command.`,
 		Example: `  sallyport policy test /etc/sallyport/resources.d`,
 		Args:    between(1, -1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -97,6 +118,9 @@ func checkTable(t *table, set *policy.Set) {
 		if open := s.Open(); open != "" {
 			says += "; " + open
 		}
+		if h := s.Spec.HTTP; h != nil {
+			says += "; http, authenticates " + strings.Join(h.Authenticate, ", ")
+		}
 		t.row(policy.KindProtectedService, s.Name, s.Source, says)
 	}
 	for _, b := range set.BypassPolicies() {
@@ -110,6 +134,9 @@ func checkTable(t *table, set *policy.Set) {
 	}
 	for _, g := range set.GrantTemplates() {
 		t.row(policy.KindGrantTemplate, g.Name, g.Source, fmt.Sprintf("around %s for at most %s", g.Spec.Service, g.Spec.MaxDuration))
+	}
+	for _, p := range set.Providers() {
+		t.row(policy.KindIdentityProvider, p.Name, p.Source, "tokens of "+p.Spec.Issuer)
 	}
 	t.line("")
 	if set.Version() > 0 {

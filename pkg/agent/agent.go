@@ -263,7 +263,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), problems: n.problems, changed: n.resourcesChanged,
+		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.around = &surroundings{clock: n.clock}
@@ -272,11 +272,13 @@ func (n *node) loadResources(context.Context) error {
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
 		reviews:    &reviews{clock: n.clock, problems: n.problems, alarm: n.alarms.raise}, datapath: n.datapath, enforced: n.resources.current,
 		own: n.around.own, clock: n.clock, problems: n.problems, events: n.eventCounts, ports: n.ports, history: newHistory(), log: n.log,
-		panicMark: panicFile(n.cfg), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
+		panicMark: panicFile(n.cfg), saidFile: n.cfg.SignalsFile(), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}
 	return n.resources.load()
 }
+
+func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
 
 // resourcesChanged ends what the new resources would refuse and probes anew. The error says what could not be ended.
 func (n *node) resourcesChanged(e *enforced) error {

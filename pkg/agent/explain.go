@@ -167,7 +167,11 @@ func notBypassed(r *api.ExplainReply, q question, service policy.ProtectedServic
 	if q.identity.IsZero() {
 		return say(r, "the proxy asks for an identity; without TLS it resets the connection (NO_TLS)")
 	}
-	return authorised(r, set.Authorise(service.Name, q.identity, time.Now()), q.identity)
+	authorised(r, set.Authorise(service.Name, policy.Caller{ID: q.identity, Address: q.client}, nil, time.Now()), q.identity)
+	if service.Spec.HTTP != nil {
+		say(r, "requests are judged one by one: `sallyport policy explain` tries one")
+	}
+	return r
 }
 
 // whyNot says why a path, or none (the zero value), does not let a new connection through.

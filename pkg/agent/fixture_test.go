@@ -202,7 +202,7 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 		challenges: &challenges{node: testNode, boot: bootID, clock: b.clock.clock()},
 		reviews:    &reviews{clock: b.clock.clock(), problems: problems, alarm: func(name alarmName, _ string) { b.alarms = append(b.alarms, name) }},
 		own:        func([]netip.Addr) ([]netip.Addr, error) { return b.own, nil }, history: newHistory(),
-		panicMark: b.panicMark(), events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
+		panicMark: b.panicMark(), saidFile: filepath.Join(b.lab.Dir, policy.SignalsFile), events: newEventCounter(), log: log, recorded: func() {}, kick: func() {}, active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}

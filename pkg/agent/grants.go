@@ -106,9 +106,10 @@ type grants struct {
 
 	leavers leavers
 
-	signals map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
-	urged   []urgedSignal            // guarded by mu; the latest
-	history *history                 // guarded by mu
+	signals  map[string]signal.Signal // guarded by mu; that were given, by the names of their notes; made by adopt
+	urged    []urgedSignal            // guarded by mu; the latest
+	saidFile string                   // where the proxy reads what was said about callers; empty: nobody does
+	history  *history                 // guarded by mu
 
 	refused  map[refusedWhat]*refused // guarded by mu
 	ports    *portUse                 // what the records of flows tell

@@ -44,6 +44,7 @@ type resources struct {
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
+	fits     func(*policy.Set) error // the node's configuration; nil: whatever is valid does
 	problems *problems
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work
@@ -135,6 +136,9 @@ func (r *resources) read(last *policy.Set) (*policy.Set, error) {
 		return nil, err
 	}
 	set, err := policy.LoadDir(r.dir)
+	if err == nil && r.fits != nil {
+		err = r.fits(set)
+	}
 	switch {
 	case err != nil:
 	case r.signed != nil:

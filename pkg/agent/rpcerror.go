@@ -36,7 +36,7 @@ var known = []struct {
 	{ErrKept, codes.ResourceExhausted, "give back paths that are not needed"},
 	{ErrNoService, codes.NotFound, "`sallyport services` lists the services of this node"},
 	{ErrSignalled, codes.FailedPrecondition, "mend what they say, or ask who gave them"},
-	{ErrNotBelieved, codes.PermissionDenied, "name the source, and the uid of who speaks for it, in `signals` of a BypassPolicy"},
+	{ErrNotBelieved, codes.PermissionDenied, "name the source, and the uid of who speaks for it, in `signals` of a BypassPolicy or of an access rule"},
 	{ErrManySignals, codes.ResourceExhausted, "wait until some lapse, or speak of services and networks instead of single grants"},
 	{ErrPanic, codes.FailedPrecondition, "ask who called it; root lifts it: `sallyport panic --lift --why TEXT`"},
 	{ErrNoPanic, codes.NotFound, "`sallyport status` tells of one that stands"},

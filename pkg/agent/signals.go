@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -188,12 +189,14 @@ func (g *grants) said() []signal.Signal {
 }
 
 // Signal takes what a user says for a source, in the place of what that user said for it before about the same. When it returns without error that is
-// durable, and what it takes is taken. It gives the active grants that it concerns.
+// durable, what it takes is taken, and the proxy has it for callers. It gives the active grants that it concerns.
 func (g *grants) Signal(ctx context.Context, s signal.Signal, actor string) ([]string, error) {
 	if err := g.takeSignal(ctx, s, actor); err != nil {
 		return nil, err
 	}
-	return g.heedAll(ctx, s)
+	handed := g.handSignals()
+	concerned, err := g.heedAll(ctx, s)
+	return concerned, errors.Join(err, handed)
 }
 
 // takeSignal makes it durable. What is activated from then on heeds it.
@@ -221,6 +224,44 @@ func (g *grants) takeSignal(ctx context.Context, s signal.Signal, actor string) 
 	g.events.count(stepSignalled)
 	g.kick()
 	return nil
+}
+
+// handSignals gives the proxy what was said by now.
+func (g *grants) handSignals() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.hand()
+}
+
+// hand gives the proxy what was said, but for what is about one grant. Which of it counts, policy says there. g.mu is held.
+func (g *grants) hand() error {
+	all, now := []policy.Said{}, g.clock.wall()
+	for _, s := range g.said() {
+		if s.About.Grant == "" && now.Before(s.Until) {
+			all = append(all, aboutCallers(s))
+		}
+	}
+	if _, err := os.Stat(g.saidFile); g.saidFile == "" || len(all) == 0 && errors.Is(err, os.ErrNotExist) {
+		return nil // nobody has heard anything
+	}
+	data, err := policy.WriteSignals(all)
+	if err == nil {
+		err = keepFile(g.saidFile, data, 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("hand signals to the proxy: %w", err)
+	}
+	return nil
+}
+
+// aboutCallers is what a signal says about those who come by the proxy. A budget is nothing that they have.
+func aboutCallers(s signal.Signal) policy.Said {
+	said := policy.Said{Source: s.Source, UID: s.UID, Caller: s.About.Requester, Service: s.About.Service, Clients: s.About.Clients,
+		Against: s.Effect.Revoke || !s.Effect.End.IsZero(), Until: s.Until, Reason: s.Reason}
+	if !s.Effect.Revoke {
+		said.From = s.Effect.End
+	}
+	return said
 }
 
 // keepSignal makes a signal durable, with its record. In a full store one that takes something away has room all the same, if its source
@@ -319,7 +360,8 @@ func (g *grants) checkSignal(s signal.Signal) error {
 	if e == nil {
 		return fmt.Errorf("take signal: %w", ErrNoResources)
 	}
-	if !slices.ContainsFunc(e.set.BypassPolicies(), func(p policy.BypassPolicy) bool { return p.Hears(s.Source, s.UID) }) || policy.IsBuiltInSignal(s.Source) {
+	heard := e.set.Hears(s.Source, s.UID) || slices.ContainsFunc(e.set.BypassPolicies(), func(p policy.BypassPolicy) bool { return p.Hears(s.Source, s.UID) })
+	if !heard || policy.IsBuiltInSignal(s.Source) {
 		return fmt.Errorf("take signal of %q from uid %d: %w", plain(s.Source), s.UID, ErrNotBelieved)
 	}
 	if left := s.Until.Sub(now); left <= 0 || left > longestTerm {
@@ -377,6 +419,7 @@ func (g *grants) recallSignals(ctx context.Context, rows []store.GrantRow) error
 		}
 		g.signals[n.Name] = s
 	}
+	g.problems.report(problemGrants, "signals", g.hand()) // the proxy goes on with what it has heard
 	for _, row := range rows {
 		if p, ok := readPayload(row); ok {
 			g.history.note(p, row.Activated)

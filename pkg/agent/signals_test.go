@@ -15,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/signal"
 	"github.com/sallyport-dev/sallyport/pkg/store"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 )
 
@@ -54,6 +55,62 @@ func (l *life) look(id string) (state, why string) {
 	must(l.t, err)
 	i := slices.IndexFunc(rows, func(r store.GrantRow) bool { return r.ID == id })
 	return rows[i].State, rows[i].EndedWhy
+}
+
+// TestSignalsForCallers: what an access rule hears is taken, handed to the proxy, and again by the next agent, until it lapses.
+func TestSignalsForCallers(t *testing.T) {
+	b := newTestbed(t, 16)
+	set, err := policy.Parse("test.yaml", []byte(strings.Replace(b.signer.resources("15m"), "  ports: [5432, 5433]\n",
+		"  ports: [5432, 5433]\n  access: [{identities: [\"spiffe://example.org/app/*\"], signals: [{source: edr, uids: [7], required: true}]}]\n", 1)))
+	must(t, err)
+	b.set = set
+	l := b.begin()
+	must(t, l.adopt(t.Context()))
+	file := filepath.Join(b.lab.Dir, policy.SignalsFile)
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("nothing was said, and the proxy is told: %v", err)
+	}
+	allowed := func(name string) bool {
+		t.Helper()
+		data, err := os.ReadFile(file)
+		must(t, err)
+		signals, err := policy.ParseSignals(data)
+		must(t, err)
+		who := policy.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/app/" + name)}
+		return set.Heeding(signals).Authorise("postgres", who, nil, l.grants.clock.wall()).Allowed
+	}
+	say := func(s signal.Signal) error {
+		s.Source, s.Reason = "edr", "its disk is not encrypted"
+		s.Until = l.grants.clock.wall().Add(time.Minute)
+		_, err := l.Signal(t.Context(), s, "uid 7")
+		return err
+	}
+	if err := say(signal.Signal{}); !errors.Is(err, ErrNotBelieved) {
+		t.Errorf("of root, whom no rule hears: %v", err)
+	}
+	must(t, say(signal.Signal{UID: 7}))
+	must(t, say(signal.Signal{UID: 7, About: signal.About{Requester: "spiffe://example.org/app/bad"}, Effect: signal.Effect{Revoke: true}}))
+	must(t, say(signal.Signal{UID: 7, About: signal.About{Requester: "spiffe://example.org/app/late"}, Effect: signal.Effect{End: l.grants.clock.wall().Add(30 * time.Second)}}))
+	must(t, say(signal.Signal{UID: 7, About: signal.About{Grant: "01J8ZQ4X5M3T9V0Y2B7C6D1E4F"}, Effect: signal.Effect{Revoke: true}}))
+	for name, want := range map[string]bool{"good": true, "bad": false, "late": true} {
+		if allowed(name) != want {
+			t.Errorf("%s is let in: %t", name, !want)
+		}
+	}
+	must(t, os.Remove(file))
+	l = l.again()
+	if !allowed("good") || allowed("bad") {
+		t.Error("the next agent hands over something else")
+	}
+	b.clock.wall += 31 * time.Second
+	if allowed("late") || !allowed("good") {
+		t.Error("an end that has come is none")
+	}
+	b.clock.wall += time.Minute
+	must(t, say(signal.Signal{UID: 7, About: signal.About{Requester: "spiffe://example.org/app/bad"}}))
+	if data, err := os.ReadFile(file); err != nil || strings.Count(string(data), `"source"`) != 1 {
+		t.Errorf("what has lapsed is still said: %s, %v", data, err)
+	}
 }
 
 // TestSignalRevokes: the path is closed when the call returns, and stays so when the signal has lapsed.

@@ -119,12 +119,12 @@ func (u *uninstall) endGrants(ctx context.Context) error {
 
 func (u *uninstall) removeFiles() error {
 	var errs []error
-	for _, path := range []string{u.cfg.AgentSocket(), u.cfg.ProxySocket(), u.cfg.PolicyFile(), u.cfg.LockFile(), u.cfg.GuardFile(), witnessFile(u.cfg), string(panicFile(u.cfg))} {
+	for _, path := range []string{u.cfg.AgentSocket(), u.cfg.ProxySocket(), u.cfg.PolicyFile(), u.cfg.SignalsFile(), u.cfg.LockFile(), u.cfg.GuardFile(), witnessFile(u.cfg), string(panicFile(u.cfg))} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove file: %w", err))
 		}
 	}
-	return errors.Join(append(errs, removeHalfWritten(u.cfg.PolicyFile()))...)
+	return errors.Join(append(errs, removeHalfWritten(u.cfg.PolicyFile()), removeHalfWritten(u.cfg.SignalsFile()))...)
 }
 
 // left looks for what should be gone.

@@ -20,6 +20,9 @@ type AgentConfig struct {
 type AgentConfigSpec struct {
 	// TrustDomain of the node's identities, like example.org. It has no default.
 	TrustDomain string `json:"trustDomain" yaml:"trustDomain"`
+	// FederatesWith are other trust domains whose identities may come, as the Workload API gives their bundles: none. A service that
+	// lets in identities of none of these, nor of the node's own, is not taken.
+	FederatesWith []string `json:"federatesWith,omitempty" yaml:"federatesWith,omitempty"`
 	// Resources is the directory of the set of resources: /etc/sallyport/resources.d.
 	Resources string `json:"resources" yaml:"resources"`
 	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required.
@@ -172,6 +175,17 @@ type ProxyConfig struct {
 	DialTimeout Duration `json:"dialTimeout" yaml:"dialTimeout"`
 	// DrainTimeout is how long live connections have at a stop: 10s.
 	DrainTimeout Duration `json:"drainTimeout" yaml:"drainTimeout"`
+	// Certificates are web certificates for clients of HTTP services that know no SPIFFE: none.
+	Certificates []WebCertificate `json:"certificates,omitempty" yaml:"certificates,omitempty"`
+}
+
+// WebCertificate is a certificate that the proxy shows for HTTP services that name it. Its files are read again when they change.
+type WebCertificate struct {
+	// Name is what HTTPSpec.Certificate says.
+	Name string `json:"name" yaml:"name"`
+	// CertFile has the chain, and KeyFile the private key, in PEM. The proxy must be able to read both.
+	CertFile string `json:"certFile" yaml:"certFile"`
+	KeyFile  string `json:"keyFile" yaml:"keyFile"`
 }
 
 // DefaultAgentConfig is the configuration of which nothing but the trust domain and the name of the
@@ -244,6 +258,9 @@ func (c AgentConfig) PxPath() string { return filepath.Join(c.Spec.RunDir, "px")
 
 // PolicyFile is the path of the agent's last verified resources, which the proxy reads.
 func (c AgentConfig) PolicyFile() string { return filepath.Join(c.Spec.RunDir, "policy.yaml") }
+
+// SignalsFile is the path of what was said about callers, which the proxy reads.
+func (c AgentConfig) SignalsFile() string { return filepath.Join(c.Spec.RunDir, SignalsFile) }
 
 // LockFile is the path of the file that one agent holds locked.
 func (c AgentConfig) LockFile() string { return filepath.Join(c.Spec.RunDir, "agent.pid") }

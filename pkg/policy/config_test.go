@@ -145,6 +145,7 @@ var wrongConfigs = []wrong{
 	{"bad node name", "name: node-1", "name: Node_1", "Node_1", "metadata.name", "not the name of a node"},
 	{"no trust domain", "  trustDomain: example.org\n", "", "spec:", "spec.trustDomain", "is missing"},
 	{"trust domain as URI", "trustDomain: example.org", "trustDomain: spiffe://example.org", "spiffe", "spec.trustDomain", "not a trust domain"},
+	{"federation as URI", "trustDomain: example.org", "trustDomain: example.org\n  federatesWith: [\"spiffe://partner.org\"]", "federatesWith", "spec.federatesWith[0]", "not a trust domain"},
 	{"relative path", "stateDir: /var/lib/sallyport", "stateDir: var/lib", "stateDir", "spec.stateDir", "not such a path"},
 	{"path with dots", "runDir: /run/sallyport", "runDir: /run/../sallyport", "runDir", "spec.runDir", "not such a path"},
 	{"root as a path", "bpffs: /sys/fs/bpf", "bpffs: /", "bpffs", "spec.bpffs", "not such a path"},
@@ -198,6 +199,9 @@ var wrongConfigs = []wrong{
 	{"endless dial", "dialTimeout: 5s", "dialTimeout: 1h", "proxy:", "spec.proxy.dialTimeout", "1h is not from"},
 	{"grace of more than a day", "expiryGrace: 30s", "expiryGrace: 25h", "proxy:", "spec.proxy.expiryGrace", "25h is not from"},
 	{"negative drain", "drainTimeout: 10s", "drainTimeout: -1s", "proxy:", "spec.proxy.drainTimeout", "-1s is not from"},
+	{"certificate of no name", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{certFile: /a, keyFile: /b}]}", "proxy:", "spec.proxy.certificates[0].name", "is missing"},
+	{"certificate without key", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a}]}", "proxy:", "spec.proxy.certificates[0].keyFile", "not such a path"},
+	{"certificate twice", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a, keyFile: /b}, {name: a, certFile: /c, keyFile: /d}]}", "proxy:", "spec.proxy.certificates[1].name", "already"},
 	{"second document", "drainTimeout: 10s}\n", "drainTimeout: 10s}\n---\nkind: Keyring\n", "kind: Keyring", "", "alone in its file"},
 }
 

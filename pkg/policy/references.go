@@ -14,6 +14,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
 	checkUnique(p.denials, func(l DenyList) string { return l.Name })
 	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
+	checkUnique(p.providers, func(i IdentityProvider) string { return i.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {
@@ -151,6 +152,7 @@ func (p *parser) checkReferences() {
 			l.report("spec.service", faultf(suggest(name, services), "no ProtectedService is named %q", name))
 		}
 	}
+	p.checkHTTP()
 	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")

@@ -82,19 +82,30 @@ func (s *Set) Tests() (n int) {
 	for _, p := range s.BypassPolicies() {
 		n += len(p.Spec.Tests)
 	}
+	for _, svc := range s.Services() {
+		n += len(svc.Spec.Tests)
+	}
 	return n
 }
 
-// Test runs the tests of every policy against the whole set, and gives what does not come out as expected, as errors.Join of
+// Test runs the tests of every service and policy against the whole set, and gives what does not come out as expected, as errors.Join of
 // *Error with ErrTestFailed.
 func (s *Set) Test() error {
 	var errs []error
+	fail := func(at Source, i int, name, why string) {
+		if why != "" {
+			errs = append(errs, &Error{File: at.File, Line: at.Line, Field: fmt.Sprintf("spec.tests[%d]", i),
+				Msg: fmt.Sprintf("%s: %s", name, why), Hint: "correct the policy, or what the test expects of it", Err: ErrTestFailed})
+		}
+	}
+	for _, svc := range s.Services() {
+		for i, t := range svc.Spec.Tests {
+			fail(svc.Source, i, t.Name, s.wrongAccess(svc.Name, t))
+		}
+	}
 	for _, p := range s.BypassPolicies() {
 		for i, t := range p.Spec.Tests {
-			if why := s.wrong(t); why != "" {
-				errs = append(errs, &Error{File: p.Source.File, Line: p.Source.Line, Field: fmt.Sprintf("spec.tests[%d]", i),
-					Msg: fmt.Sprintf("%s: %s", t.Name, why), Hint: "correct the policy, or what the test expects of it", Err: ErrTestFailed})
-			}
+			fail(p.Source, i, t.Name, s.wrong(t))
 		}
 	}
 	return errors.Join(errs...)

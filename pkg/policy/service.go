@@ -90,12 +90,10 @@ type ProtectedServiceSpec struct {
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
 	// Access says who may come through the proxy. Empty: nobody. A UDP service has none.
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
-}
-
-// AccessRule lets identities through the proxy.
-type AccessRule struct {
-	// Identities are SPIFFE IDs, exact, or ending in /* for everything below.
-	Identities []string `json:"identities" yaml:"identities"`
+	// HTTP makes the proxy speak HTTP with its clients. Left out: bytes are carried as they are.
+	HTTP *HTTPSpec `json:"http,omitempty" yaml:"http,omitempty"`
+	// Tests are callers and requests, and what the set must make of them: sallyport policy test.
+	Tests []AccessTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
 
 // Enforced says whether anything of the service is closed. One whose mode is not written is.
@@ -124,7 +122,11 @@ func (s *ProtectedService) validate(d *document) {
 	d.report("metadata.name", CheckName(s.Name))
 	s.validateProtocol(d)
 	d.checkPorts("spec.ports", s.Spec.Ports)
-	d.checkAccess(s.Spec.Access)
+	s.validateHTTP(d)
+	s.validateAccess(d)
+	for i, t := range s.Spec.Tests {
+		t.validate(d, fmt.Sprintf("spec.tests[%d]", i), s.Spec)
+	}
 	switch s.Spec.Target {
 	case TargetHost:
 		s.validateHost(d)
@@ -219,18 +221,6 @@ func (d *document) checkPorts(field string, ports []uint16) {
 		}
 		if before, dup := first(seen, p, i); dup {
 			d.report(at, faultf("remove one of them", "port %d is already %s[%d]", p, field, before))
-		}
-	}
-}
-
-func (d *document) checkAccess(rules []AccessRule) {
-	for i, r := range rules {
-		field := fmt.Sprintf("spec.access[%d].identities", i)
-		if len(r.Identities) == 0 {
-			d.report(field, faultf("list SPIFFE IDs, or remove the rule", "a rule without identities lets nobody in"))
-		}
-		for j, p := range r.Identities {
-			d.report(fmt.Sprintf("%s[%d]", field, j), checkPattern(p))
 		}
 	}
 }

@@ -20,14 +20,19 @@ import (
 // resync covers what a watch cannot tell: a folder that was removed and made again.
 const resync = 5 * time.Second
 
-// PolicyFile is the last good policy of a file that the agent writes by rename. The agent need not
-// live. A file that cannot be read or is not valid changes nothing.
+// PolicyFile is the last good policy of a file that the agent writes by rename, heeding what was said in the file of signals
+// beside it. The agent need not live. A file that cannot be read or is not valid changes nothing.
 type PolicyFile struct {
-	path string
-	log  *slog.Logger
+	path    string
+	signals string
+	log     *slog.Logger
+
+	data  []byte          // owned by the reader; what was read last, good or bad
+	said  []byte          // owned by the reader; the same of the signals
+	good  *policy.Set     // owned by the reader; without signals
+	heard *policy.Signals // owned by the reader
 
 	mu      sync.Mutex
-	data    []byte        // guarded by mu; what was read last, good or bad
 	set     *policy.Set   // guarded by mu; nil: none was good yet
 	trouble string        // guarded by mu; what was logged last
 	changed chan struct{} // guarded by mu; closed and replaced with set
@@ -35,7 +40,7 @@ type PolicyFile struct {
 
 // NewPolicyFile reads the file once. That there is none yet is no error: nobody is let in until then.
 func NewPolicyFile(path string, log *slog.Logger) *PolicyFile {
-	f := &PolicyFile{path: path, log: log, changed: make(chan struct{})}
+	f := &PolicyFile{path: path, signals: filepath.Join(filepath.Dir(path), policy.SignalsFile), log: log, changed: make(chan struct{})}
 	f.read()
 	return f
 }
@@ -80,7 +85,7 @@ func (f *PolicyFile) await(ctx context.Context, w *fsnotify.Watcher, tick <-chan
 	for {
 		select {
 		case e := <-w.Events:
-			if filepath.Base(e.Name) == filepath.Base(f.path) {
+			if base := filepath.Base(e.Name); base == filepath.Base(f.path) || base == filepath.Base(f.signals) {
 				return true
 			}
 		case err := <-w.Errors: // the queue of events ran over: some were missed
@@ -96,36 +101,65 @@ func (f *PolicyFile) await(ctx context.Context, w *fsnotify.Watcher, tick <-chan
 }
 
 func (f *PolicyFile) read() {
+	changed, heard := f.readPolicy(), f.readSignals()
+	if f.good == nil || !changed && !heard {
+		return
+	}
+	f.swap(f.good.Heeding(f.heard))
+	if changed {
+		f.log.Info("policy in force", "digest", f.good.Digest(), "services", len(f.good.Services()))
+	}
+}
+
+// readPolicy tells whether there is another good one than before.
+func (f *PolicyFile) readPolicy() (changed bool) {
 	data, err := os.ReadFile(f.path)
-	if errors.Is(err, fs.ErrNotExist) && f.Set() == nil {
-		return // not written yet
+	if errors.Is(err, fs.ErrNotExist) && f.good == nil {
+		return false // not written yet
 	}
 	if err != nil {
 		f.complain(err)
-		return
+		return false
 	}
-	f.mu.Lock()
-	same := f.data != nil && bytes.Equal(f.data, data)
+	if f.data != nil && bytes.Equal(f.data, data) {
+		return false
+	}
 	f.data = data
-	f.mu.Unlock()
-	if same {
-		return
-	}
 	set, err := policy.Parse(f.path, data)
 	if err != nil {
 		f.complain(fmt.Errorf("keep last good policy: %w", err))
-		return
+		return false
 	}
-	f.swap(set)
+	f.good = set
+	return true
+}
+
+// readSignals tells whether something else was said than before. What cannot be read changes nothing, and neither does a file that is
+// gone: what was said counts until its end.
+func (f *PolicyFile) readSignals() (changed bool) {
+	data, err := os.ReadFile(f.signals)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && f.said != nil && bytes.Equal(f.said, data) {
+		return false
+	}
+	var heard *policy.Signals
+	if err == nil {
+		f.said = data
+		heard, err = policy.ParseSignals(data)
+	}
+	if err != nil {
+		f.complain(fmt.Errorf("keep last good signals: %w", err))
+		return false
+	}
+	f.heard = heard
+	return true
 }
 
 func (f *PolicyFile) swap(set *policy.Set) {
 	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.set, f.trouble = set, ""
 	close(f.changed)
 	f.changed = make(chan struct{})
-	f.mu.Unlock()
-	f.log.Info("policy in force", "digest", set.Digest(), "services", len(set.Services()))
 }
 
 // complain logs one trouble once.

@@ -8,6 +8,10 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 func writePolicy(t *testing.T, path, service string) {
@@ -46,6 +50,62 @@ func awaitPolicy(t *testing.T, f *PolicyFile, service string) {
 			t.Fatalf("%s does not come into force", service)
 		}
 	}
+}
+
+// TestSignalsFile: what was said counts at once, a bad file changes nothing, and one that is gone takes nothing back.
+func TestSignalsFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path, said := filepath.Join(dir, "policy.yaml"), filepath.Join(dir, policy.SignalsFile)
+	replace(t, path, "apiVersion: sallyport.dev/v1alpha1\nkind: ProtectedService\nmetadata: {name: a}\n"+
+		"spec: {target: Host, ports: [5432], access: [{identities: [\"spiffe://example.org/a\"], signals: [{source: edr}]}]}\n")
+	f := NewPolicyFile(path, slog.New(slog.DiscardHandler))
+	follow(t, f)
+	who := policy.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/a")}
+	await := func(want bool) {
+		t.Helper()
+		deadline := time.After(3 * resync)
+		for {
+			changed := f.Changed()
+			if f.Set().Authorise("a", who, nil, time.Now()).Allowed == want {
+				return
+			}
+			select {
+			case <-changed:
+			case <-deadline:
+				t.Fatalf("allowed does not become %t", want)
+			}
+		}
+	}
+	write := func(all ...policy.Said) {
+		t.Helper()
+		data, err := policy.WriteSignals(all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		replace(t, said, string(data))
+	}
+	until := time.Now().Add(time.Hour)
+	await(true)
+	write(policy.Said{Source: "edr", Against: true, Until: until})
+	await(false)
+	write()
+	await(true)
+	write(policy.Said{Source: "edr", Against: true, Until: until})
+	await(false)
+	g := NewPolicyFile(path, slog.New(slog.DiscardHandler)) // which only reads when it is told to
+	replace(t, said, "{")
+	if g.read(); g.Set().Authorise("a", who, nil, time.Now()).Allowed {
+		t.Error("a file that cannot be read takes back what was said")
+	}
+	if err := os.Remove(said); err != nil {
+		t.Fatal(err)
+	}
+	if g.read(); g.Set().Authorise("a", who, nil, time.Now()).Allowed {
+		t.Error("a file that is gone takes back what was said")
+	}
+	writePolicy(t, path, "b")
+	awaitPolicy(t, f, "b")
 }
 
 func follow(t *testing.T, f *PolicyFile) {
