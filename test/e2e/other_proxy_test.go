@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
@@ -76,7 +78,7 @@ func (w *world) startOther(t *testing.T, p otherProxy, program string) *lab.Proc
 	example, err := os.ReadFile("../../deploy/examples/other-proxies/" + p.example)
 	must(t, err)
 	must(t, os.WriteFile(config, []byte(strings.NewReplacer("/etc/sallyport/proxy", dir, "/run/sallyport-nginx", dir).Replace(string(example))), 0o644))
-	writePEM(t, w.authority, dir)
+	writePEM(t, w.authority, proxyID, dir)
 	must(t, os.Chown(dir, proxyUser, proxyUser))
 	args := slices.Concat([]string{"exec", "--config", w.files.proxy}, p.exec, []string{"--", program}, p.args(config))
 	process, err := w.Node.Start(exec.Command(filepath.Join(w.bin, "sallyport-proxy"), args...))
@@ -92,10 +94,10 @@ func (w *world) startOther(t *testing.T, p otherProxy, program string) *lab.Proc
 	return process
 }
 
-// writePEM writes svid.pem, with key and certificate of the proxy's identity, and bundle.pem for the proxy's user.
-func writePEM(t *testing.T, a *devauthority.Authority, dir string) {
+// writePEM writes svid.pem, with certificate and key of an identity, and bundle.pem for the proxy's user.
+func writePEM(t *testing.T, a *devauthority.Authority, id spiffeid.ID, dir string) {
 	t.Helper()
-	svid, err := a.Issue(proxyID)
+	svid, err := a.Issue(id)
 	must(t, err)
 	chain, key, err := svid.Marshal()
 	must(t, err)
@@ -131,13 +133,11 @@ func (w *world) servedByOther(t *testing.T, c way, reads bool) {
 		}
 	})
 	came := w.came()
-	refused := map[string]outcome{
-		"plain client":                      c.plain(within(t, patience)),
-		"client of another authority":       w.foreign(t, c),
-		"client with an identity not named": {who: denied},
-	}
+	refused := map[string]outcome{"plain client": c.plain(within(t, patience)), "client of another authority": w.foreign(t, c)}
 	if reads {
-		refused["client with an identity not named"] = c.identified(within(t, patience), w, mallory)
+		for _, id := range []spiffeid.ID{mallory, spiffeid.RequireFromPath(domain, web.Path()+"s")} {
+			refused[id.String()] = c.identified(within(t, patience), w, id)
+		}
 	}
 	for who, o := range refused {
 		if o.err == nil && o.own.IsValid() || o.who == direct || o.who == proxied {
