@@ -86,7 +86,7 @@ measurement. All have the same certificates (SPIFFE X.509-SVIDs, ECDSA P-256, as
 resumption, the same service and the same client (Go, IPv4). HAProxy and nginx (stream) are Debian's, with the buffers that they have by themselves. Both, and the
 bare forwarder (crypto/tls and io.Copy), run on the node without Sallyport: clients connect to them. They prove that a certificate is of the bundle; they have no
 px, no policy and no records, and the service sees their address. Sallyport is everything: steering through px, identities, policy, the client's own address, and
-records by the agent to a collector.
+records by the agent to a collector, which has the lowest priority, for it stands for another machine.
 
 ## What was aimed at
 
@@ -106,7 +106,7 @@ func (b *proxyBench) markdown(contenders []contender) string {
 		low, median, high := quartiles(all)
 		fmt.Fprintf(&out, "| %s | %s | %s | %.2f | %.2f to %.2f | %s |\n", a.beside, a.series, a.text(), median, low, high, a.judge(all))
 	}
-	out.WriteString("\n## Figures\n\nMedians of the rounds, with quartiles. CPU is that of the proxy's processes, and for Sallyport of agent and collector as well; memory is\nthe proxy's own (Pss), right after the connections were made.\n\n")
+	out.WriteString("\n## Figures\n\nMedians of the rounds, with quartiles. CPU is that of the proxy's processes, and for Sallyport of the agent as well; memory is\nthe proxy's own (Pss), right after the connections were made.\n\n")
 	b.table(&out, contenders[:3:3], contenders[len(contenders)-1])
 	out.WriteString("\n## Part by part\n\nA bare forwarder outside, the same one in px (steered, transparent, from the client's address), then with SPIFFE's rules for certificates, then sallyport-proxy\n" +
 		"(policy, limits, idle time, live re-evaluation) with nobody who takes its records, and the whole. In brackets: the ratio to the one before, of the same round.\n\n")

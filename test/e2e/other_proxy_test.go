@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -63,7 +64,8 @@ func TestAnotherProxy(t *testing.T) {
 				}
 			}
 			w.wantSaid(t, "listening", 0)
-			must(t, other.Kill())
+			must(t, other.Signal(syscall.SIGTERM)) // nginx takes its workers with it
+			_ = other.Wait(within(t, patience))
 			w.unserved(t)
 		})
 	}
