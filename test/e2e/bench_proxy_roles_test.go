@@ -111,7 +111,7 @@ const (
 )
 
 // sinkUnit is what the service acknowledges: half-closed connections are not everybody's.
-const sinkUnit = 1 << 20
+const sinkUnit = 64 << 10
 
 func benchAnswer(c *net.TCPConn) {
 	defer c.Close()
@@ -302,18 +302,14 @@ func (r role) upload(config *tls.Config) (gauged, error) {
 		return gauged{}, err
 	}
 	defer c.Close()
-	began := time.Now()
-	if err := c.SetDeadline(began.Add(r.Time)); err != nil {
-		return gauged{}, err
-	}
 	go func() {
 		for buf := make([]byte, 256<<10); ; {
 			if _, err := c.Write(buf); err != nil {
-				return // the time is over
+				return // closed: the time is over
 			}
 		}
 	}()
-	return gauge(c, began, sinkUnit)
+	return r.gauge(c, sinkUnit)
 }
 
 // download counts what comes.
@@ -323,30 +319,21 @@ func (r role) download(config *tls.Config) (gauged, error) {
 		return gauged{}, err
 	}
 	defer c.Close()
-	began := time.Now()
-	if err := c.SetDeadline(began.Add(r.Time)); err != nil {
-		return gauged{}, err
-	}
-	return gauge(c, began, 1)
+	return r.gauge(c, 1)
 }
 
-// gauge reads until the deadline; each byte stands for so many.
-func gauge(c net.Conn, began time.Time, worth int) (g gauged, err error) {
-	var last time.Time
-	for buf := make([]byte, 256<<10); ; {
+// gauge reads until its time is over and something has come; each byte stands for so many.
+func (r role) gauge(c net.Conn, worth int) (g gauged, err error) {
+	began := time.Now()
+	for buf := make([]byte, 256<<10); time.Since(began) < r.Time; {
 		n, err := c.Read(buf)
-		if n > 0 {
-			g.Done += n * worth
-			last = time.Now()
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) && g.Done > 0 {
-			g.Bits = 8 * float64(g.Done) / last.Sub(began).Seconds()
-			return g, nil
-		}
 		if err != nil {
 			return g, err
 		}
+		g.Done += n * worth
 	}
+	g.Bits = 8 * float64(g.Done) / time.Since(began).Seconds()
+	return g, nil
 }
 
 // requestSize is small: one TLS record and one packet.

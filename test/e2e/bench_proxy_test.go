@@ -31,9 +31,9 @@ func TestBenchProxy(t *testing.T) {
 	b := newProxyBench(t)
 	contenders := append(b.outside(t), b.inside(t)...)
 	for round := range b.rounds {
-		for _, k := range b.kinds() {
+		for _, kinds := range b.turns() {
 			for i := range contenders { // who comes first changes with the rounds
-				b.measure(t, contenders[(i+round)%len(contenders)], k)
+				b.measure(t, contenders[(i+round)%len(contenders)], kinds)
 			}
 		}
 		for i := range contenders {
@@ -324,31 +324,49 @@ func (b *proxyBench) serves(c contender) bool {
 	return errors.Join(err, secured.SetDeadline(deadline), exchange(secured, []byte{1})) == nil
 }
 
-// measure has a client put one load on the contender.
-func (b *proxyBench) measure(t *testing.T, c contender, k benchKind) {
+// turns are the kinds that a contender is measured in before the next one is: one, where that matters.
+func (b *proxyBench) turns() (all [][]benchKind) {
+	if b.short {
+		return [][]benchKind{b.kinds()}
+	}
+	for _, k := range b.kinds() {
+		all = append(all, []benchKind{k})
+	}
+	return all
+}
+
+func (b *proxyBench) measure(t *testing.T, c contender, kinds []benchKind) {
+	t.Helper()
+	b.run(t, c, func(p *lab.Process) {
+		for _, k := range kinds {
+			before := spent(t, p, c.besides)
+			g := b.put(t, c, k, p)
+			for name, v := range k.take(g) {
+				b.add(name, c.name, v)
+			}
+			if k.name == perHandshake {
+				b.add(cpuHandshake, c.name, float64(spent(t, p, c.besides)-before)/1e3/float64(g.Done))
+			}
+		}
+	})
+}
+
+// put has a client put one load on the contender.
+func (b *proxyBench) put(t *testing.T, c contender, k benchKind, p *lab.Process) (g gauged) {
 	t.Helper()
 	r := k.load
 	r.At, r.PEM, r.Time = c.at, b.web, benchCell
 	if b.short {
 		r.Time = benchCellShort
 	}
-	b.run(t, c, func(p *lab.Process) {
-		before := spent(t, p, c.besides)
-		out, err := c.lab.Client.Run(within(t, patience), b.self, benchProxyCommand, r.text())
-		var g gauged
-		if err == nil {
-			err = json.Unmarshal([]byte(out), &g)
-		}
-		if err != nil || g.Done == 0 {
-			t.Fatalf("%s, %s: %v, %+v\n%s", c.name, k.name, err, g, p.Output())
-		}
-		for name, v := range k.take(g) {
-			b.add(name, c.name, v)
-		}
-		if k.name == perHandshake {
-			b.add(cpuHandshake, c.name, float64(spent(t, p, c.besides)-before)/1e3/float64(g.Done))
-		}
-	})
+	out, err := c.lab.Client.Run(within(t, patience), b.self, benchProxyCommand, r.text())
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &g)
+	}
+	if err != nil || g.Done == 0 {
+		t.Fatalf("%s, %s: %v, %+v\n%s", c.name, k.name, err, g, p.Output())
+	}
+	return g
 }
 
 func (b *proxyBench) add(series, contender string, v float64) {
