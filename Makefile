@@ -99,6 +99,10 @@ bench-audit: ## measure records from the kernel to the collector's disk, 100 nod
 	go run ./tools/needs test
 	BENCH_RECORDS=$(or $(RECORDS),10000000) BENCH_ENGINES=$(or $(ENGINE),sqlite) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchAudit$$' ./test/e2e
 
+bench-proxy: ## measure the proxy with all that belongs to it beside HAProxy, nginx and a bare forwarder in Go, and part by part, ROUNDS=7 (root); PUBLISH=docs writes it down
+	go run ./tools/needs test
+	BENCH_ROUNDS=$(or $(ROUNDS),7) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchProxy$$' ./test/e2e
+
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...
 

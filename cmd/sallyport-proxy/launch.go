@@ -31,24 +31,34 @@ type launcher struct {
 
 // launch waits for px and becomes the second run. It returns only with an error or when ctx ends.
 func launch(ctx context.Context, l launcher) error {
-	if needs := privilege.Launcher(); os.Geteuid() != 0 {
-		return fmt.Errorf("needs root: start it by %s", needs.Unit)
-	} else if err := needs.Check(); err != nil {
-		return fmt.Errorf("%w\nhint: %s", err, needs.Hint())
-	}
-	if err := raiseFiles(l.config.Spec.Proxy.MaxConnections); err != nil {
+	if err := l.prepare(); err != nil {
 		return err
 	}
 	fd, err := handOver(l.data)
 	if err != nil {
 		return err
 	}
-	command := px.Command{
-		Path: l.config.PxPath(),
-		UID:  int(l.config.Spec.Proxy.UID), GID: int(l.config.Spec.Proxy.GID),
+	return l.enter(ctx, px.Command{
 		Args: []string{l.env.args[0], "--config", l.path, "--inside-fd", strconv.Itoa(fd)},
 		Env:  l.env.vars,
+	})
+}
+
+// prepare refuses a start that would fail half-way, and makes room for connections.
+func (l launcher) prepare() error {
+	if needs := privilege.Launcher(); os.Geteuid() != 0 {
+		return fmt.Errorf("needs root: start it by %s", needs.Unit)
+	} else if err := needs.Check(); err != nil {
+		return fmt.Errorf("%w\nhint: %s", err, needs.Hint())
 	}
+	return raiseFiles(l.config.Spec.Proxy.MaxConnections)
+}
+
+// enter waits for px and becomes the command, in px and as the proxy's user. It returns only with an error or when
+// ctx ends.
+func (l launcher) enter(ctx context.Context, command px.Command) error {
+	command.Path = l.config.PxPath()
+	command.UID, command.GID = int(l.config.Spec.Proxy.UID), int(l.config.Spec.Proxy.GID)
 	for waiting := false; ; waiting = true {
 		if err := px.Exec(command); !errors.Is(err, px.ErrNotThere) {
 			return err

@@ -2,6 +2,8 @@
 //
 // Started as root it waits for the px namespace, enters it, drops to its own user with CAP_NET_RAW
 // alone and executes itself again; that second run serves. It needs no agent.
+//
+// With `exec -- PROGRAM` it becomes another program there, in the same way: another proxy in its place.
 package main
 
 import (
@@ -48,6 +50,9 @@ type options struct {
 }
 
 func run(ctx context.Context, env environment) error {
+	if len(env.args) > 1 && env.args[1] == execCommand {
+		return runExec(ctx, env)
+	}
 	opts, err := parseOptions(env)
 	if err != nil {
 		return err

@@ -137,7 +137,7 @@ func newRoot(td spiffeid.TrustDomain) (root, error) {
 
 func (r root) issue(id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
 	template := x509.Certificate{
-		Subject:               pkix.Name{Organization: []string{"Sallyport development authority"}},
+		Subject:               pkix.Name{Organization: []string{"Sallyport development workload"}}, // OpenSSL takes one with its issuer's name for self-signed
 		URIs:                  []*url.URL{id.URL()},
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,

@@ -1,10 +1,12 @@
 package px
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,13 +22,16 @@ var ErrConfinement = errors.New("process is not confined")
 type Command struct {
 	Path     string   // namespace file of px
 	UID, GID int      // neither may be 0
+	Program  string   // file of the program; empty: the calling process' own
 	Args     []string // first one is the name of the program
 	Env      []string
+	// Inside, if it is set, is called inside px before any privilege is given up. What it gives is added to Env.
+	Inside func() (env []string, err error)
 }
 
-// Exec turns the calling process into a new run of its own executable inside px, as the given user,
-// with CAP_NET_RAW as its only capability in every set and no way to gain another. It needs root
-// and returns only with an error, after which the process should end.
+// Exec turns the calling process into a program inside px, as the given user, with CAP_NET_RAW as its
+// only capability in every set and no way to gain another. Without a name that is a new run of its own
+// executable. It needs root and returns only with an error, after which the process should end.
 func Exec(c Command) error {
 	if c.UID <= 0 || c.GID <= 0 {
 		return fmt.Errorf("confine to uid %d, gid %d: neither may be 0", c.UID, c.GID)
@@ -40,13 +45,26 @@ func Exec(c Command) error {
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter %s: %w", c.Path, err)
 		}
+		env, err := c.environment()
+		if err != nil {
+			return err
+		}
 		if err := confine(c.UID, c.GID); err != nil {
 			return err
 		}
-		// By this link the folders above the executable need not be open to the user.
-		err := syscall.Exec("/proc/self/exe", c.Args, c.Env)
-		return fmt.Errorf("execute own program as uid %d: %w", c.UID, err)
+		// By this link the folders above the own executable need not be open to the user.
+		program := cmp.Or(c.Program, "/proc/self/exe")
+		err = syscall.Exec(program, c.Args, env)
+		return fmt.Errorf("execute %s as uid %d: %w", program, c.UID, err)
 	})
+}
+
+func (c Command) environment() ([]string, error) {
+	if c.Inside == nil {
+		return c.Env, nil
+	}
+	more, err := c.Inside()
+	return slices.Concat(c.Env, more), err
 }
 
 // confine changes the calling thread alone: everything is a raw system call.

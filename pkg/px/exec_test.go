@@ -27,6 +27,16 @@ func TestMain(m *testing.M) {
 		})
 		fmt.Println("launch:", err)
 		os.Exit(1)
+	case "launch another":
+		err := Exec(Command{
+			Path: os.Getenv("PX_PATH"), UID: 65532, GID: 65532, Program: "/bin/sh",
+			Args: []string{"sh", "-c", `echo "$0 $GIVEN $MADE"; cat /proc/self/status`, "another"},
+			Env:  []string{"GIVEN=given"}, Inside: func() ([]string, error) {
+				return []string{"MADE=" + fmt.Sprint(CheckInside(os.Getenv("PX_PATH")))}, nil
+			},
+		})
+		fmt.Println("launch:", err)
+		os.Exit(1)
 	case "inside":
 		for _, line := range lookAround() {
 			fmt.Println(line)
@@ -125,6 +135,43 @@ func TestExecConfines(t *testing.T) {
 	if t.Failed() {
 		t.Logf("output:\n%s", out.String())
 	}
+}
+
+// TestExecOfAnother: another program is confined in the same way, and finds what was made for it inside px.
+func TestExecOfAnother(t *testing.T) {
+	n := newNode(t)
+	n.create()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleEnv+"=launch another", "PX_PATH="+n.path)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	n.in(func() error {
+		if err := cmd.Run(); err != nil {
+			t.Errorf("run: %v", err)
+		}
+		return nil
+	})
+	said, status, _ := strings.Cut(out.String(), "\n")
+	if want := "another given <nil>"; said != want {
+		t.Errorf("program says %q, want %q", said, want)
+	}
+	if err := confined(status); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestExecWithoutInside: what could not be made inside px is an error, and nothing is executed.
+func TestExecWithoutInside(t *testing.T) {
+	n := newNode(t)
+	n.create()
+	n.in(func() error {
+		broken := errors.New("broken")
+		err := Exec(Command{Path: n.path, UID: 1, GID: 1, Program: "/bin/true", Args: []string{"true"}, Inside: func() ([]string, error) { return nil, broken }})
+		if !errors.Is(err, broken) {
+			t.Errorf("exec: %v, want %v", err, broken)
+		}
+		return nil
+	})
 }
 
 func TestExecRefuses(t *testing.T) {

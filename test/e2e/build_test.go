@@ -28,6 +28,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 5 && os.Args[1] == crowdCommand {
 		os.Exit(runCrowd(os.Args[2:]))
 	}
+	if len(os.Args) == 3 && os.Args[1] == benchProxyCommand {
+		os.Exit(runBenchProxy(os.Args[2]))
+	}
 	if len(os.Args) == 3 && os.Args[1] == fleetCommand {
 		os.Exit(runFleet(os.Args[2]))
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/sallyport-dev/sallyport/test/lab"
 )
@@ -63,13 +64,22 @@ func (w way) plain(ctx context.Context) outcome {
 
 // identified does so inside mTLS, as the identity.
 func (w way) identified(ctx context.Context, world *world, id spiffeid.ID) outcome {
+	svid, err := world.authority.Issue(id)
+	if err != nil {
+		return outcome{who: stranger, err: err}
+	}
+	return w.with(ctx, world, svid)
+}
+
+// with does so with a certificate, whoever issued it.
+func (w way) with(ctx context.Context, world *world, svid *x509svid.SVID) outcome {
 	conn, err := w.dial(ctx)
 	if err != nil {
 		return judge(netip.AddrPort{}, netip.AddrPort{}, err)
 	}
 	defer conn.Close()
 	own := unmapped(conn.LocalAddr())
-	secured, err := world.secure(ctx, conn, id)
+	secured, err := world.handshake(ctx, conn, svid)
 	if err != nil {
 		return judge(own, netip.AddrPort{}, err)
 	}
@@ -87,6 +97,10 @@ func (w *world) secure(ctx context.Context, conn net.Conn, id spiffeid.ID) (*tls
 	if err != nil {
 		return nil, err
 	}
+	return w.handshake(ctx, conn, svid)
+}
+
+func (w *world) handshake(ctx context.Context, conn net.Conn, svid *x509svid.SVID) (*tls.Conn, error) {
 	secured := tls.Client(conn, tlsconfig.MTLSClientConfig(svid, w.authority.Bundle(), tlsconfig.AuthorizeID(proxyID)))
 	return secured, secured.HandshakeContext(ctx)
 }

@@ -352,10 +352,10 @@ func readProgram(id ebpf.ProgramID) (hookProgram, error) {
 	return hookProgram{name: info.Name, tag: info.Tag}, nil
 }
 
-func (m *mover) metrics(t *testing.T) string {
+func (w *world) metrics(t *testing.T) string {
 	t.Helper()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		return m.Node.Dial(ctx, netip.AddrPort{}, netip.MustParseAddrPort(address))
+		return w.Node.Dial(ctx, netip.AddrPort{}, netip.MustParseAddrPort(address))
 	}}}
 	reply, err := client.Get("http://127.0.0.1:9469/metrics")
 	must(t, err)

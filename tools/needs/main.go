@@ -30,6 +30,8 @@ var needs = map[string][]need{
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test, and the collector's database in its own", []string{"postgresql"}},
 		{"promtool", "it tests the alert rules", []string{"prometheus"}},
 		{"strace", "it has reads of the disk fail", []string{"strace"}},
+		{"haproxy", "a proxy in the place of ours, and one that ours is measured beside", []string{"haproxy"}},
+		{"/usr/lib/nginx/modules/ngx_stream_module.so", "another one", []string{"nginx-light", "libnginx-mod-stream"}},
 		{"chromium", "the browser that looks at the console", []string{"chromium"}},
 	},
 	"test-alerts": {
