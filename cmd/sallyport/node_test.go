@@ -288,7 +288,7 @@ func (n *node) Explain(_ context.Context, q *api.ExplainRequest) (*api.ExplainRe
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "identity: %v", err)
 	}
-	if d := n.policy.Authorise(name, id, time.Now()); !d.Allowed {
+	if d := n.policy.Authorise(name, policy.Caller{ID: id}, nil, time.Now()); !d.Allowed {
 		return &api.ExplainReply{Verdict: "DENIED", Reason: "NOT_AUTHORISED", Service: name, Lines: d.Near}, nil
 	}
 	return &api.ExplainReply{Verdict: "PROXIED", Reason: "IDENTITY", Service: name, Lines: []string{"no path is live", "steered to the proxy"}}, nil

@@ -167,7 +167,7 @@ func notBypassed(r *api.ExplainReply, q question, service policy.ProtectedServic
 	if q.identity.IsZero() {
 		return say(r, "the proxy asks for an identity; without TLS it resets the connection (NO_TLS)")
 	}
-	return authorised(r, set.Authorise(service.Name, q.identity, time.Now()), q.identity)
+	return authorised(r, set.Authorise(service.Name, policy.Caller{ID: q.identity, Address: q.client}, nil, time.Now()), q.identity)
 }
 
 // whyNot says why a path, or none (the zero value), does not let a new connection through.

@@ -22,29 +22,51 @@ type Decision struct {
 	Near []string
 }
 
-// Authorise decides whether a proven identity may come through the proxy to the service of that
-// name. What a deny list names is refused, and what no rule allows. now is by the
-// wall clock. It is the one evaluator, for proxy, check and explain.
-func (s *Set) Authorise(service string, id spiffeid.ID, now time.Time) Decision {
+// Authorise decides whether a proven caller may come through the proxy to the service of that name, and of a service with
+// http, whether with that request; r nil asks whether any request of the caller could be allowed. What a deny list names is
+// refused, and what no rule allows. now is by the wall clock. It is the one evaluator, for proxy, check and explain.
+func (s *Set) Authorise(service string, who Caller, r *Request, now time.Time) Decision {
 	svc, ok := s.Service(service)
 	if !ok {
 		return Decision{Near: []string{fmt.Sprintf("no ProtectedService is named %q", service)}}
 	}
-	if id.IsZero() {
+	if who.String() == "" {
 		return Decision{Near: []string{"no identity was proven"}}
 	}
-	if l, denied := s.deniedIdentity(id, now); denied {
-		return Decision{Near: []string{fmt.Sprintf("%s is denied by the list %q: %s", id, l.Name, l.Spec.Reason)}}
+	if l, denied := s.deniedCaller(who, now); denied {
+		return Decision{Near: []string{fmt.Sprintf("%s is denied by the list %q: %s", who, l.Name, l.Spec.Reason)}}
 	}
-	subject := id.String()
 	for i, rule := range svc.Spec.Access {
-		for _, pattern := range rule.Identities {
-			if matches(pattern, subject) {
-				return Decision{Allowed: true, Rule: fmt.Sprintf("access[%d]: %s", i, pattern)}
-			}
+		if by, ok := rule.names(who); ok {
+			return Decision{Allowed: true, Rule: fmt.Sprintf("access[%d]: %s", i, by)}
 		}
 	}
-	return Decision{Near: nearMisses(svc, id)}
+	return Decision{Near: nearMisses(svc, who.ID)}
+}
+
+// names says by which of its entries the rule is for a caller.
+func (r AccessRule) names(who Caller) (by string, ok bool) {
+	if !who.ID.IsZero() {
+		id := who.ID.String()
+		if i := slices.IndexFunc(r.Identities, func(p string) bool { return matches(p, id) }); i >= 0 {
+			return r.Identities[i], true
+		}
+	}
+	if who.Provider == "" {
+		return "", false
+	}
+	if who.Subject != "" {
+		subject := who.Provider + "/" + who.Subject
+		if i := slices.IndexFunc(r.Subjects, func(p string) bool { return matches(p, subject) }); i >= 0 {
+			return "subject " + r.Subjects[i], true
+		}
+	}
+	for _, g := range who.Groups {
+		if group := who.Provider + "/" + g; slices.Contains(r.Groups, group) {
+			return "group " + group, true
+		}
+	}
+	return "", false
 }
 
 // matches compares an identity with an exact SPIFFE ID, or with a prefix that ends in /*. The

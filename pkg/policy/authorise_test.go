@@ -39,7 +39,7 @@ func TestAuthorise(t *testing.T) {
 			if c.id != "" {
 				id = spiffeid.RequireFromString(c.id)
 			}
-			d := s.Authorise(c.service, id, time.Now())
+			d := s.Authorise(c.service, policy.Caller{ID: id}, nil, time.Now())
 			if d.Allowed != (c.rule != "") || d.Rule != c.rule {
 				t.Errorf("got %+v, want rule %q", d, c.rule)
 			}
@@ -55,7 +55,7 @@ func TestAuthorise(t *testing.T) {
 
 func TestNilSetAllowsNothing(t *testing.T) {
 	for _, s := range []*policy.Set{nil, {}} {
-		if d := s.Authorise("postgres", spiffeid.RequireFromString("spiffe://example.org/app/web"), time.Now()); d.Allowed {
+		if d := s.Authorise("postgres", policy.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/app/web")}, nil, time.Now()); d.Allowed {
 			t.Error("allowed an identity")
 		}
 		if _, ok := s.ServiceAt(policy.ProtocolTCP, netip.MustParseAddrPort("10.0.0.1:5432")); ok {
@@ -95,7 +95,7 @@ func TestAuthoriseAgainstSegments(t *testing.T) {
 		want := wantTD == gotTD && len(given) >= len(wanted) && fmt.Sprint(given[:len(wanted)]) == fmt.Sprint(wanted) &&
 			(below == (len(given) > len(wanted)))
 		s := mustParse(t, strings.Replace(good, "spiffe://example.org/app/web\", \"spiffe://example.org/ops/*", pattern, 1))
-		if d := s.Authorise("postgres", id, time.Now()); d.Allowed != want {
+		if d := s.Authorise("postgres", policy.Caller{ID: id}, nil, time.Now()); d.Allowed != want {
 			t.Fatalf("pattern %s, identity %s: got %+v, want %t", pattern, id, d, want)
 		}
 	}
@@ -144,7 +144,7 @@ func BenchmarkAuthorise(b *testing.B) {
 	s := mustParse(b, good)
 	id := spiffeid.RequireFromString("spiffe://example.org/ops/alice")
 	for b.Loop() {
-		if !s.Authorise("postgres", id, time.Now()).Allowed {
+		if !s.Authorise("postgres", policy.Caller{ID: id}, nil, time.Now()).Allowed {
 			b.Fatal("refused")
 		}
 	}

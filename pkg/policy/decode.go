@@ -36,6 +36,8 @@ func (d *document) decode(n *yaml.Node, v reflect.Value, field string) {
 		d.decodeStruct(n, v, field)
 	case reflect.Slice:
 		d.decodeSlice(n, v, field)
+	case reflect.Map:
+		d.decodeMap(n, v, field)
 	default:
 		d.report(field, decodeScalar(n, v))
 	}
@@ -77,6 +79,7 @@ func (d *document) decodeStruct(n *yaml.Node, v reflect.Value, field string) {
 	}
 }
 
+// checkKey takes any key where nobody says which there are.
 func checkKey(key *yaml.Node, fields map[string]reflect.Value, seen map[string]int) error {
 	if key.Kind != yaml.ScalarNode || key.Style&yaml.TaggedStyle != 0 || key.Anchor != "" {
 		return faultf("use plain text as the key", "a key is not plain text")
@@ -84,7 +87,7 @@ func checkKey(key *yaml.Node, fields map[string]reflect.Value, seen map[string]i
 	if line, ok := seen[key.Value]; ok {
 		return faultf("keep one of them", "is given twice, first on line %d", line)
 	}
-	if _, ok := fields[key.Value]; !ok {
+	if _, ok := fields[key.Value]; !ok && fields != nil {
 		return faultf(suggest(key.Value, fields), "unknown key")
 	}
 	return nil
@@ -116,6 +119,32 @@ func (d *document) decodeSlice(n *yaml.Node, v reflect.Value, field string) {
 	v.Set(reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content)))
 	for i, item := range n.Content {
 		d.decode(item, v.Index(i), fmt.Sprintf("%s[%d]", field, i))
+	}
+}
+
+// decodeMap fills a map from text to text.
+func (d *document) decodeMap(n *yaml.Node, v reflect.Value, field string) {
+	if n.Kind != yaml.MappingNode {
+		d.report(field, faultf("write it as key: value lines", "want a mapping, got %s", kindOf(n)))
+		return
+	}
+	v.SetZero() // an empty one is none, as in the canonical form
+	if len(n.Content) == 0 {
+		return
+	}
+	v.Set(reflect.MakeMap(v.Type()))
+	seen := map[string]int{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		path := join(field, key.Value)
+		if err := checkKey(key, nil, seen); err != nil {
+			d.problems.add(d.located(path, key.Line, err))
+			continue
+		}
+		seen[key.Value] = key.Line
+		item := reflect.New(v.Type().Elem()).Elem()
+		d.decode(value, item, path)
+		v.SetMapIndex(reflect.ValueOf(key.Value), item)
 	}
 }
 

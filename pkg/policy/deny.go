@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // DenyList names what is allowed nothing, whatever else allows it: neither the proxy's services nor grants, nor the paths
@@ -29,6 +28,8 @@ type DenyListSpec struct {
 	// Identities are SPIFFE IDs, exact, or ending in /* for everything below, that the proxy lets in nowhere, and that may
 	// not ask for grants.
 	Identities []string `json:"identities,omitempty" yaml:"identities,omitempty"`
+	// Subjects are those of tokens, PROVIDER/SUBJECT or PROVIDER/*, that the proxy lets in nowhere.
+	Subjects []string `json:"subjects,omitempty" yaml:"subjects,omitempty"`
 	// People may neither ask for grants nor approve them. They need not be in a keyring.
 	People []string `json:"people,omitempty" yaml:"people,omitempty"`
 	// Services get no grants.
@@ -48,7 +49,7 @@ func (l *DenyList) validate(d *document) {
 	l.Spec.NotAfter = l.Spec.NotAfter.UTC()
 	d.report("spec.notAfter", checkNotAfter(l.Spec.NotAfter))
 	if l.entries() == 0 {
-		d.report("spec", faultf("list identities, people, services, addresses or grants", "denies nothing"))
+		d.report("spec", faultf("list identities, subjects, people, services, addresses or grants", "denies nothing"))
 	}
 	for i, id := range l.Spec.Identities {
 		d.report(fmt.Sprintf("spec.identities[%d]", i), checkPattern(id))
@@ -65,7 +66,7 @@ func (l *DenyList) validate(d *document) {
 
 func (l *DenyList) entries() int {
 	s := l.Spec
-	return len(s.Identities) + len(s.People) + len(s.Services) + len(s.Addresses) + len(s.Grants)
+	return len(s.Identities) + len(s.Subjects) + len(s.People) + len(s.Services) + len(s.Addresses) + len(s.Grants)
 }
 
 // holds tells whether the list counts at now. At a time that nobody knows every list does.
@@ -83,10 +84,19 @@ func (l DenyList) hasIdentity(id string) bool {
 	return slices.ContainsFunc(l.Spec.Identities, func(p string) bool { return matches(p, id) })
 }
 
-// deniedIdentity is the list that keeps an identity out of everything.
-func (s *Set) deniedIdentity(id spiffeid.ID, now time.Time) (DenyList, bool) {
+// hasCaller reports whether the list has a caller, under any of its names.
+func (l DenyList) hasCaller(who Caller) bool {
+	if !who.ID.IsZero() && l.hasIdentity(who.ID.String()) {
+		return true
+	}
+	subject := who.Provider + "/" + who.Subject
+	return who.Provider != "" && slices.ContainsFunc(l.Spec.Subjects, func(p string) bool { return matches(p, subject) })
+}
+
+// deniedCaller is the list that keeps a caller out of everything.
+func (s *Set) deniedCaller(who Caller, now time.Time) (DenyList, bool) {
 	for _, l := range s.denials {
-		if l.holds(now) && l.hasIdentity(id.String()) {
+		if l.holds(now) && l.hasCaller(who) {
 			return l, true
 		}
 	}

@@ -61,12 +61,12 @@ func TestDeniedIdentity(t *testing.T) {
 		`identities: ["spiffe://example.org/app/web/*"]`:                               true,
 		`identities: ["spiffe://example.org/app/web"], notAfter: 2026-11-23T08:00:00Z`: true,
 	} {
-		d := denying(t, entries).Authorise("postgres", id, now)
+		d := denying(t, entries).Authorise("postgres", policy.Caller{ID: id}, nil, now)
 		if d.Allowed != allowed || !allowed && !strings.Contains(strings.Join(d.Near, ""), "stolen laptop") {
 			t.Errorf("%s: %+v", entries, d)
 		}
 	}
-	if d := denying(t, `identities: ["spiffe://example.org/app/web"]`).Authorise("postgres", id, time.Time{}); d.Allowed {
+	if d := denying(t, `identities: ["spiffe://example.org/app/web"]`).Authorise("postgres", policy.Caller{ID: id}, nil, time.Time{}); d.Allowed {
 		t.Error("at a time that nobody knows")
 	}
 }

@@ -482,6 +482,7 @@ func (c *comparison) key(field string, old []Key, next Key) {
 func (c *comparison) denyList(old, next DenyListSpec) {
 	settle(c, "spec.notAfter", old.NotAfter, &next.NotAfter, laterEnd(next.NotAfter, old.NotAfter))
 	shrinks(c, "spec.identities", old.Identities, &next.Identities, coversPattern)
+	shrinks(c, "spec.subjects", old.Subjects, &next.Subjects, coversPattern)
 	shrinks(c, "spec.people", old.People, &next.People, equal)
 	shrinks(c, "spec.services", old.Services, &next.Services, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, AddressRange.covers)

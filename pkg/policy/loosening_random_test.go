@@ -132,7 +132,7 @@ func noLooser(t *testing.T, r *rand.Rand, old, next *policy.Set) (allowed int) {
 	}
 	for _, id := range []string{"spiffe://example.org/app/web", "spiffe://example.org/ops/a", "spiffe://example.org/ops/b", "spiffe://example.org/x"} {
 		who := spiffeid.RequireFromString(id)
-		if next.Authorise("postgres", who, time.Time{}).Allowed && !old.Authorise("postgres", who, time.Time{}).Allowed {
+		if next.Authorise("postgres", policy.Caller{ID: who}, nil, time.Time{}).Allowed && !old.Authorise("postgres", policy.Caller{ID: who}, nil, time.Time{}).Allowed {
 			t.Fatalf("%s is let in:\n%s\n--- became ---\n%s", id, old.YAML(), next.YAML())
 		}
 	}

@@ -32,6 +32,7 @@ type parser struct {
 
 	templates []located[GrantTemplate]
 	sets      []located[ResourceSet]
+	providers []located[IdentityProvider]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
@@ -63,7 +64,7 @@ func (p *parser) set(where string) (*Set, error) {
 		return nil, err
 	}
 	return newSet(&Set{services: values(p.services), policies: values(p.policies), keyrings: values(p.keyrings),
-		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets)}), nil
+		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets), providers: values(p.providers)}), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -140,6 +141,8 @@ func (p *parser) resource(d *document) {
 		p.templates = append(p.templates, located[GrantTemplate]{d, decoded[GrantTemplate](d)})
 	case KindResourceSet:
 		p.sets = append(p.sets, located[ResourceSet]{d, decoded[ResourceSet](d)})
+	case KindIdentityProvider:
+		p.providers = append(p.providers, located[IdentityProvider]{d, decoded[IdentityProvider](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
@@ -170,8 +173,9 @@ func (k *Keyring) from(at Source)          { k.Source = at }
 func (l *DenyList) from(at Source)         { l.Source = at }
 func (t *GrantTemplate) from(at Source)    { t.Source = at }
 func (r *ResourceSet) from(at Source)      { r.Source = at }
+func (p *IdentityProvider) from(at Source) { p.Source = at }
 
-const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet"
+const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet, IdentityProvider"
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {

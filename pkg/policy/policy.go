@@ -15,6 +15,7 @@ const (
 	KindDenyList         = "DenyList"
 	KindGrantTemplate    = "GrantTemplate"
 	KindResourceSet      = "ResourceSet"
+	KindIdentityProvider = "IdentityProvider"
 	KindAgentConfig      = "AgentConfig"
 )
 

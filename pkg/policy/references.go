@@ -14,6 +14,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.keyrings, func(k Keyring) string { return k.Name })
 	checkUnique(p.denials, func(l DenyList) string { return l.Name })
 	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
+	checkUnique(p.providers, func(i IdentityProvider) string { return i.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {

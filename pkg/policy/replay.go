@@ -91,7 +91,7 @@ func (s *Set) would(f Seen) (passes, known bool, why string) {
 		}
 		return false, true, Errors(a.Err())[0].Error()
 	case !f.Identity.IsZero() && (f.Passed || f.Unauthorised) && svc.Spec.Protocol == ProtocolTCP:
-		d := s.Authorise(svc.Name, f.Identity, f.At)
+		d := s.Authorise(svc.Name, Caller{ID: f.Identity}, nil, f.At)
 		if d.Allowed {
 			return true, true, d.Rule
 		}

@@ -90,12 +90,8 @@ type ProtectedServiceSpec struct {
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
 	// Access says who may come through the proxy. Empty: nobody. A UDP service has none.
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
-}
-
-// AccessRule lets identities through the proxy.
-type AccessRule struct {
-	// Identities are SPIFFE IDs, exact, or ending in /* for everything below.
-	Identities []string `json:"identities" yaml:"identities"`
+	// HTTP makes the proxy speak HTTP with its clients. Left out: bytes are carried as they are.
+	HTTP *HTTPSpec `json:"http,omitempty" yaml:"http,omitempty"`
 }
 
 // Enforced says whether anything of the service is closed. One whose mode is not written is.
@@ -226,7 +222,7 @@ func (d *document) checkPorts(field string, ports []uint16) {
 func (d *document) checkAccess(rules []AccessRule) {
 	for i, r := range rules {
 		field := fmt.Sprintf("spec.access[%d].identities", i)
-		if len(r.Identities) == 0 {
+		if len(r.Identities)+len(r.Subjects)+len(r.Groups) == 0 {
 			d.report(field, faultf("list SPIFFE IDs, or remove the rule", "a rule without identities lets nobody in"))
 		}
 		for j, p := range r.Identities {

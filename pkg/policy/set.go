@@ -22,6 +22,7 @@ type Set struct {
 
 	templates []GrantTemplate
 	sets      []ResourceSet // one at most
+	providers []IdentityProvider
 
 	yaml   []byte
 	digest string
@@ -41,6 +42,7 @@ func newSet(s *Set) *Set {
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.denials, func(a, b DenyList) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.templates, func(a, b GrantTemplate) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.providers, func(a, b IdentityProvider) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -95,6 +97,9 @@ func (s *Set) resources() (all []resource) {
 	}
 	for _, v := range s.templates {
 		all = append(all, resource{KindGrantTemplate, v.Name, v})
+	}
+	for _, v := range s.providers {
+		all = append(all, resource{KindIdentityProvider, v.Name, v})
 	}
 	for _, v := range s.sets {
 		all = append(all, resource{KindResourceSet, v.Name, v})

@@ -131,7 +131,7 @@ func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error 
 		who.chain = chains[0]
 	}
 	s.setIdentity(who)
-	decision := s.p.cfg.Policy.Set().Authorise(who.service, id, time.Now())
+	decision := s.p.cfg.Policy.Set().Authorise(who.service, policy.Caller{ID: id, Proof: policy.ProofSPIFFE, Address: s.client.Addr()}, nil, time.Now())
 	if !decision.Allowed {
 		return fmt.Errorf("%w: %s", errNotAuthorised, strings.Join(decision.Near, "; "))
 	}
@@ -154,13 +154,13 @@ func (s *session) handshakeRefusal(err error) *refusal {
 
 // objection tells why a connection that was let in would not be let in now, or gives nil. That its
 // certificate has expired since is none: it was valid when it was shown, and expire looks after that.
-func (p *Proxy) objection(who proven, server netip.AddrPort, shown time.Time) error {
+func (p *Proxy) objection(who proven, client, server netip.AddrPort, shown time.Time) error {
 	set := p.cfg.Policy.Set()
 	service, ok := set.ServiceAt(policy.ProtocolTCP, server)
 	if !ok || service.Name != who.service {
 		return fmt.Errorf("%s is not service %s any more", bare(server), who.service)
 	}
-	if d := set.Authorise(who.service, who.id, time.Now()); !d.Allowed {
+	if d := set.Authorise(who.service, policy.Caller{ID: who.id, Proof: policy.ProofSPIFFE, Address: client.Addr()}, nil, time.Now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
 	}
 	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(shown)); err != nil {

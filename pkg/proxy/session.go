@@ -180,7 +180,7 @@ func (s *session) recheck() {
 	if !s.isOpen() {
 		return // asks for itself before it opens
 	}
-	if why := s.p.objection(s.identity(), s.server, s.accepted); why != nil {
+	if why := s.p.objection(s.identity(), s.client, s.server, s.accepted); why != nil {
 		s.cut(flow.ReasonPolicyChanged, why.Error())
 	}
 }

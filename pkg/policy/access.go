@@ -1,0 +1,95 @@
+package policy
+
+import (
+	"net/netip"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// AccessRule lets callers through the proxy. It names who by at least one of Identities, Subjects and Groups; the rest narrows.
+type AccessRule struct {
+	// Identities are SPIFFE IDs, exact, or ending in /* for everything below.
+	Identities []string `json:"identities,omitempty" yaml:"identities,omitempty"`
+	// Subjects are those of tokens: PROVIDER/SUBJECT, or PROVIDER/* for whoever that IdentityProvider knows.
+	Subjects []string `json:"subjects,omitempty" yaml:"subjects,omitempty"`
+	// Groups are those of tokens: PROVIDER/GROUP.
+	Groups []string `json:"groups,omitempty" yaml:"groups,omitempty"`
+	// From are the addresses that callers must come from. They identify nobody. Empty: any.
+	From []AddressRange `json:"from,omitempty" yaml:"from,omitempty"`
+	// During are the times at which the rule holds. Empty: always.
+	During []Window `json:"during,omitempty" yaml:"during,omitempty"`
+	// Routes are the requests that it is for, of a service with http. Empty: every request.
+	Routes []Route `json:"routes,omitempty" yaml:"routes,omitempty"`
+	// When is a condition in CEL. One that cannot be worked out does not hold.
+	When string `json:"when,omitempty" yaml:"when,omitempty"`
+	// Signals are the sources that can speak against a caller. They only ever take away.
+	Signals []AccessSignal `json:"signals,omitempty" yaml:"signals,omitempty"`
+}
+
+// Route is requests. Each of its lists that is not empty must have the request's.
+type Route struct {
+	// Methods like GET.
+	Methods []string `json:"methods,omitempty" yaml:"methods,omitempty"`
+	// Paths are canonical, and exact, or end in /* for everything below.
+	Paths []string `json:"paths,omitempty" yaml:"paths,omitempty"`
+	// Hosts are names without port.
+	Hosts []string `json:"hosts,omitempty" yaml:"hosts,omitempty"`
+	// Headers must be there once each, with exactly that value.
+	Headers map[string]string `json:"headers,omitempty" yaml:"headers,omitempty"`
+}
+
+// AccessSignal names a source whose word against a caller makes a rule not hold for that caller.
+type AccessSignal struct {
+	// Source is a name.
+	Source string `json:"source" yaml:"source"`
+	// UIDs are the users who may speak for it on the agent's socket: root alone.
+	UIDs []uint32 `json:"uids,omitempty" yaml:"uids,omitempty"`
+	// Required makes the rule not hold for callers about whom the source says nothing.
+	Required bool `json:"required,omitempty" yaml:"required,omitempty"`
+}
+
+// How a caller was proven.
+const (
+	ProofSPIFFE = "spiffe" // mTLS with an X.509-SVID
+	ProofJWT    = "jwt"    // a JWT-SVID
+	ProofOIDC   = "oidc"   // a token of an IdentityProvider, or a login with it
+	ProofLocal  = "local"  // the socket's process on this node, attested
+)
+
+// Caller is who comes, as it was proven, and how.
+type Caller struct {
+	// ID is the SPIFFE ID; zero where a token of an IdentityProvider proved the caller.
+	ID spiffeid.ID
+	// Provider is the name of the IdentityProvider whose token it was, and Subject whom it is about.
+	Provider, Subject string
+	// Groups of the token, without the provider.
+	Groups []string
+	// Claims of the token.
+	Claims map[string]any
+	// Proof is spiffe, also when it is not written, jwt, oidc or local.
+	Proof string
+	// Address that the caller comes from.
+	Address netip.Addr
+}
+
+// String is the SPIFFE ID, or provider/subject. Nobody is the empty string.
+func (c Caller) String() string {
+	switch {
+	case !c.ID.IsZero():
+		return c.ID.String()
+	case c.Provider == "" || c.Subject == "":
+		return ""
+	}
+	return c.Provider + "/" + c.Subject
+}
+
+// Request is what a caller wants of an HTTP service.
+type Request struct {
+	Method string
+	// Host is in lower case, without port.
+	Host string
+	// Path is canonical, as CanonicalPath has it and as it is sent on, without the query.
+	Path string
+	// Headers by their names in lower case.
+	Headers map[string][]string
+}
