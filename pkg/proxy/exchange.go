@@ -200,21 +200,20 @@ func (e *exchange) failed(rw http.ResponseWriter, err error) {
 	switch {
 	case errors.As(context.Cause(e.ctx), &end):
 		bad = badRequest{http.StatusForbidden, end.reason, "this is not allowed to you any more"}
-	case e.ctx.Err() != nil:
-		bad = badRequest{reason: flow.ReasonClosed}
-	case errors.As(err, &tooLarge):
-		bad = badRequest{http.StatusRequestEntityTooLarge, flow.ReasonRequestLimit, fmt.Sprintf("the body is larger than %d bytes", tooLarge.Limit)}
 	case e.body != nil && e.body.late.Load():
 		bad = badRequest{http.StatusRequestTimeout, flow.ReasonRequestLimit, "the body comes too slowly"}
+	case e.ctx.Err() != nil:
+		e.answer.fail = &rejection{badRequest: badRequest{reason: flow.ReasonClosed}, detail: "client gave the request up"}
+		panic(http.ErrAbortHandler) // a bare return would be an answer
+	case errors.As(err, &tooLarge):
+		bad = badRequest{http.StatusRequestEntityTooLarge, flow.ReasonRequestLimit, fmt.Sprintf("the body is larger than %d bytes", tooLarge.Limit)}
 	case errors.Is(err, errUpstreams):
 		bad = badRequest{http.StatusServiceUnavailable, flow.ReasonRequestLimit, err.Error()}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		bad.status = http.StatusGatewayTimeout
 	}
 	e.answer.fail = &rejection{badRequest: bad, detail: err.Error()}
-	if bad.reason != flow.ReasonClosed {
-		e.say(rw, bad, nil)
-	}
+	e.say(rw, bad, nil)
 }
 
 // say sends a short page.
@@ -273,7 +272,11 @@ func (e *exchange) outcome() (flow.Reason, string) {
 
 func (e *exchange) record(event flow.Event, verdict flow.Verdict, reason flow.Reason, detail string) flow.Record {
 	rec := e.w.s.record(event, verdict, reason, detail)
-	rec.Identity, rec.Proof = e.caller.String(), e.caller.Proof
+	who := e.caller
+	if proven := e.w.s.identity(); who.String() == "" && len(proven.chain) > 0 {
+		who = proven.caller // by the connection, which nobody got to ask for
+	}
+	rec.Identity, rec.Proof = who.String(), who.Proof
 	rec.Request = &flow.Request{Number: e.number, Method: e.request.Method, Host: e.target.host, Path: e.target.path}
 	return rec
 }

@@ -170,7 +170,7 @@ func (l *oneConn) follow(state http.ConnState) {
 // trouble is told of what net/http ends HTTP/2 streams and connections for.
 func (w *web) trouble(kind string) {
 	reason := flow.ReasonBadRequest
-	if strings.HasPrefix(kind, "over_max_streams") || kind == "too_many_early_resets" {
+	if strings.Contains(kind, "over_max_streams") || strings.Contains(kind, "too_many_early_resets") {
 		reason = flow.ReasonRequestLimit
 	}
 	w.refuse(badRequest{reason: reason, why: "HTTP/2: " + kind})

@@ -372,7 +372,8 @@ func TestLimits(t *testing.T) {
 			close(stop)
 			l.must(err)
 			if answer.StatusCode != c.status {
-				t.Errorf("answer %s", answer.Status)
+				text, _ := io.ReadAll(answer.Body)
+				t.Errorf("answer %s: %s", answer.Status, text)
 			}
 		})
 	}
