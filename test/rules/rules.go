@@ -47,8 +47,18 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/spiffegrpc/..."},
-		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./cmd/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./pkg/token", "./cmd/..."},
 		why:     "identities are proven at the edges; the rest handles their names",
+	},
+	{
+		imports: []string{"github.com/coreos/go-oidc/..."},
+		only:    []string{"./pkg/token", "./pkg/login"},
+		why:     "what a token proves is judged in one place",
+	},
+	{
+		imports: []string{"./pkg/agent", "./pkg/api", "./pkg/proxy", "./pkg/identity"},
+		not:     []string{"./pkg/token"},
+		why:     "tokens are judged by policy, bundles and keys that are given; where these come from is the proxy's business",
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/spiffeid"},
