@@ -3,7 +3,6 @@ package login
 import (
 	"context"
 	"crypto/rand"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"net/http"
@@ -190,14 +189,8 @@ func (v visit) redeem(code string, a attempt) (policy.Caller, error) {
 	if raw == "" {
 		return policy.Caller{}, errors.New("the provider gave no ID token")
 	}
-	who, err := v.h.verify(ctx, v.provider, raw, v.now)
-	if err != nil {
-		return policy.Caller{}, err
-	}
-	if nonce, _ := who.Claims["nonce"].(string); subtle.ConstantTimeCompare([]byte(nonce), []byte(a.Nonce)) != 1 {
-		return policy.Caller{}, errors.New("the ID token is of another login (its nonce)")
-	}
-	return who, nil
+	verified, err := v.h.tokens.IDToken(ctx, v.provider.Name, a.Nonce, raw)
+	return verified.Caller, err
 }
 
 // shorten takes from an error of the exchange what the provider's answer said beyond its code.
@@ -217,9 +210,10 @@ func (v visit) enter(c policy.Caller) error {
 	s := session{ID: rand.Text(), Provider: v.provider.Name, Issuer: v.provider.Spec.Issuer, Client: v.provider.Spec.Login.ClientID,
 		Subject: c.Subject, Groups: c.Groups, Claims: map[string]any{}, Begun: v.now, Seen: v.now, Ends: expiry(c.Claims)}
 	for name, value := range c.Claims {
-		if !slices.Contains(protocolClaims, name) {
-			s.Claims[name] = value
+		if _, list := value.([]any); slices.Contains(protocolClaims, name) || list && name == v.provider.Spec.GroupsClaim { // caller has it from Groups
+			continue
 		}
+		s.Claims[name] = value
 	}
 	if s.Subject == "" {
 		return errors.New("the ID token names nobody")
@@ -230,7 +224,7 @@ func (v visit) enter(c policy.Caller) error {
 	if err := v.h.write(v.service, v.w, v.r, s); err != nil {
 		return err
 	}
-	v.h.log.Info("browser logged in", "service", v.service.Name, "caller", s.caller().String())
+	v.h.log.Info("browser logged in", "service", v.service.Name, "caller", s.caller(v.provider).String())
 	return nil
 }
 

@@ -3,7 +3,6 @@
 package login
 
 import (
-	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // Prefix is where the login's own pages are, on every service that has one. The service itself cannot be asked there.
@@ -29,10 +29,10 @@ const (
 type Config struct {
 	// Policy gives the set in force.
 	Policy func() *policy.Set
-	// Verify says whom an ID token of the provider is about that is for the client of its login. The nonce is not its matter.
-	Verify func(ctx context.Context, p policy.IdentityProvider, raw string, now time.Time) (policy.Caller, error)
+	// Tokens verifies ID tokens.
+	Tokens *token.Verifier
 	// Dial reaches providers.
-	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	Dial token.Dialer
 	// Keys seal what browsers keep.
 	Keys *Keys
 	// Log is told of logins and of what hinders them.
@@ -42,7 +42,7 @@ type Config struct {
 // Handler logs browsers in and out, for all services. It is safe for many requests at a time.
 type Handler struct {
 	policy    func() *policy.Set
-	verify    func(ctx context.Context, p policy.IdentityProvider, raw string, now time.Time) (policy.Caller, error)
+	tokens    *token.Verifier
 	keys      *Keys
 	log       *slog.Logger
 	providers providers
@@ -53,7 +53,7 @@ type Handler struct {
 
 // New makes a Handler. It asks nobody for anything yet.
 func New(c Config) *Handler {
-	return &Handler{policy: c.Policy, verify: c.Verify, keys: c.Keys, log: c.Log, providers: providers{dial: c.Dial, known: map[string]*known{}},
+	return &Handler{policy: c.Policy, tokens: c.Tokens, keys: c.Keys, log: c.Log, providers: providers{dial: c.Dial, known: map[string]*known{}},
 		exchanges: semaphore.NewWeighted(maxExchanges), ended: endings{at: map[string]time.Time{}}, crossSite: http.NewCrossOriginProtection()}
 }
 

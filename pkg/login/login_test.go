@@ -228,7 +228,7 @@ func testManyGroups(t *testing.T, p *oidc.Provider) {
 	s := newSite(t, p)
 	b := newBrowser(t, s, p)
 	b.logIn("many", "/").to(t)
-	if a := b.get("/"); !strings.Contains(a.body, "hello corp/many of 300 groups") || len(b.cookies()) < 3 {
+	if a := b.get("/"); !strings.Contains(a.body, "hello corp/many of 250 groups") || len(b.cookies()) < 3 {
 		t.Errorf("with many groups: %d %s", a.status, a.body)
 	}
 	other := newBrowser(t, s, p)

@@ -1,14 +1,9 @@
 package login
 
 import (
-	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -23,13 +18,12 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 const (
 	// fetchTimeout bounds what one login asks of a provider.
 	fetchTimeout = 10 * time.Second
-	// maxAnswer bounds what a provider may answer.
-	maxAnswer = 1 << 20
 	// fresh is how long what a provider says of itself is not asked again, and retry how long after it did not answer.
 	fresh = time.Hour
 	retry = 5 * time.Second
@@ -55,7 +49,7 @@ func (m metadata) style(secret string) oauth2.AuthStyle {
 
 // providers keeps what providers say of themselves. It asks when a browser logs in, never before.
 type providers struct {
-	dial  func(ctx context.Context, network, addr string) (net.Conn, error)
+	dial  token.Dialer
 	calls singleflight.Group
 
 	mu    sync.Mutex
@@ -118,8 +112,8 @@ func (c *providers) ask(p policy.IdentityProvider, before *known, now time.Time)
 	return k
 }
 
-func discover(ctx context.Context, p policy.IdentityProvider, dial func(ctx context.Context, network, addr string) (net.Conn, error)) (metadata, error) {
-	client, err := clientOf(p, dial)
+func discover(ctx context.Context, p policy.IdentityProvider, dial token.Dialer) (metadata, error) {
+	client, err := token.Client(p, dial)
 	if err != nil {
 		return metadata{}, err
 	}
@@ -142,36 +136,6 @@ func discover(ctx context.Context, p policy.IdentityProvider, dial func(ctx cont
 	return m, nil
 }
 
-// clientOf asks one provider: through dial, with its own authorities, never where an answer points to.
-func clientOf(p policy.IdentityProvider, dial func(ctx context.Context, network, addr string) (net.Conn, error)) (*http.Client, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if p.Spec.CA != "" {
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM([]byte(p.Spec.CA)) {
-			return nil, fmt.Errorf("the ca of the IdentityProvider %q has no certificate", p.Name)
-		}
-	}
-	transport := &http.Transport{DialContext: dial, TLSClientConfig: config, TLSHandshakeTimeout: fetchTimeout,
-		DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10} // logins are few, and a relayed connection is held by nobody between them
-	return &http.Client{Transport: bounded{transport}, Timeout: fetchTimeout,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}, nil
-}
-
-// bounded cuts answers off.
-type bounded struct{ *http.Transport }
-
-func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer, err := b.Transport.RoundTrip(r)
-	if err != nil {
-		return nil, err
-	}
-	answer.Body = struct {
-		io.Reader
-		io.Closer
-	}{io.LimitReader(answer.Body, maxAnswer), answer.Body}
-	return answer, nil
-}
-
 // secretOf reads the client's secret anew for each login, so that it can be changed in place.
 func secretOf(p policy.IdentityProvider) (string, error) {
 	file := p.Spec.Login.ClientSecretFile
@@ -182,7 +146,7 @@ func secretOf(p policy.IdentityProvider) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read the client secret: %w", err)
 	}
-	secret := strings.TrimSpace(string(bytes.TrimSpace(text)))
+	secret := strings.TrimSpace(string(text))
 	if secret == "" {
 		return "", fmt.Errorf("%s has no client secret", file)
 	}

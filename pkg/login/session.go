@@ -57,10 +57,18 @@ func (h *Handler) Session(service policy.ProtectedService, w http.ResponseWriter
 			return Session{}, false
 		}
 	}
-	return Session{Caller: s.caller(), Expires: s.end(p)}, true
+	return Session{Caller: s.caller(p), Expires: s.end(p)}, true
 }
 
-func (s session) caller() policy.Caller {
+// caller is as the ID token told of it. A list of groups is kept once, and is among the claims again.
+func (s session) caller(p policy.IdentityProvider) policy.Caller {
+	if _, there := s.Claims[p.Spec.GroupsClaim]; !there && len(s.Groups) > 0 && s.Claims != nil {
+		list := make([]any, len(s.Groups))
+		for i, g := range s.Groups {
+			list[i] = g
+		}
+		s.Claims[p.Spec.GroupsClaim] = list
+	}
 	return policy.Caller{Provider: s.Provider, Subject: s.Subject, Groups: s.Groups, Claims: s.Claims, Proof: policy.ProofOIDC}
 }
 
