@@ -189,8 +189,8 @@ func TestSignatures(t *testing.T) {
 		}
 	}
 	for name, change := range map[string]func(document){
-		"only the assertion is signed": func(d document) { d.alone() },
-		"the assertion's signature taken out":  func(d document) { d.assertion().RemoveChild(d.assertion().SelectElement("Signature")) },
+		"only the assertion is signed":        func(d document) { d.alone() },
+		"the assertion's signature taken out": func(d document) { d.assertion().RemoveChild(d.assertion().SelectElement("Signature")) },
 		"nothing is signed": func(d document) {
 			d.alone().assertion().RemoveChild(d.assertion().SelectElement("Signature"))
 		},
