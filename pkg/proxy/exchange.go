@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -20,11 +21,13 @@ type exchange struct {
 	w       *web
 	number  uint64 // on its connection
 	began   time.Time
+	method  string
 	target  target
 	via     []string
 	request policy.Request // as it is judged
 	caller  policy.Caller
 	token   string    // that proved the caller; "" if none did
+	byLogin bool      // a login did
 	expires time.Time // of token or login; zero: never
 	rule    string    // that lets it through
 	answer  *answer
@@ -37,8 +40,9 @@ type exchange struct {
 // rejection is why a request is refused, and with what.
 type rejection struct {
 	badRequest
-	header http.Header // of the answer
-	detail string      // for the record alone; "" for why
+	header   http.Header // of the answer
+	detail   string      // for the record alone; "" for why
+	answered bool        // the client has its answer
 }
 
 func deny(status int, reason flow.Reason, why string) *rejection {
@@ -53,14 +57,14 @@ func exchangeOf(ctx context.Context) *exchange { return ctx.Value(exchangeKey{})
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	w.handlers.Add(1)
 	defer w.handlers.Done()
-	e := &exchange{w: w, number: w.requests.Add(1), began: time.Now(), answer: &answer{ResponseWriter: rw}}
+	e := &exchange{w: w, number: w.requests.Add(1), began: time.Now(), method: oneLine(r.Method), answer: &answer{ResponseWriter: rw}}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), exchangeKey{}, e))
 	defer cancel(nil)
 	e.ctx, e.cancel = ctx, cancel
 	r = r.WithContext(ctx)
 	set := w.s.p.cfg.Policy.Set()
 	if d := e.admit(set, r); d != nil {
-		e.refuse(r, d)
+		e.refuse(d)
 		return
 	}
 	w.enter(e)
@@ -88,11 +92,13 @@ func (e *exchange) admit(set *policy.Set, r *http.Request) *rejection {
 	if d := e.identify(service, r); d != nil {
 		return d
 	}
-	if !e.w.s.p.pace.allow(service.Name, e.caller.String(), service.Spec.HTTP.Limits.RequestsPerMinute, e.began) {
-		d := deny(http.StatusTooManyRequests, flow.ReasonRequestLimit, fmt.Sprintf("more than %d requests a minute", service.Spec.HTTP.Limits.RequestsPerMinute))
+	limits := service.Spec.HTTP.Limits
+	if !e.w.s.p.pace.allow(service.Name, e.caller.String(), limits.RequestsPerMinute, e.began) {
+		d := deny(http.StatusTooManyRequests, flow.ReasonRequestLimit, fmt.Sprintf("more than %d requests a minute", limits.RequestsPerMinute))
 		d.header = http.Header{"Retry-After": {"60"}}
 		return d
 	}
+	e.request = policy.Request{Method: r.Method, Host: e.target.host, Path: e.target.path, Headers: ruleHeaders(r.Header)}
 	decision := set.Authorise(service.Name, e.caller, &e.request, e.began)
 	if !decision.Allowed {
 		d := deny(http.StatusForbidden, flow.ReasonNotAuthorised, "this is not allowed to you")
@@ -101,7 +107,7 @@ func (e *exchange) admit(set *policy.Set, r *http.Request) *rejection {
 	}
 	e.rule = decision.Rule
 	e.w.noteOpen(e.caller)
-	return e.limitBody(service.Spec.HTTP.Limits, r)
+	return e.limitBody(limits, r)
 }
 
 // read takes in what is asked for.
@@ -119,7 +125,6 @@ func (e *exchange) read(spec *policy.HTTPSpec, r *http.Request) *rejection {
 	if slices.Contains(e.via, e.w.mark()) || len(e.via) >= maxPassages {
 		return deny(http.StatusLoopDetected, flow.ReasonLoop, "the request has been here before")
 	}
-	e.request = policy.Request{Method: r.Method, Host: e.target.host, Path: e.target.path, Headers: ruleHeaders(r.Header)}
 	return nil
 }
 
@@ -129,28 +134,59 @@ const maxPassages = 16
 // mark tells a passage through this proxy to this service from others. Who makes one up is refused as a loop.
 func (w *web) mark() string { return w.s.p.instance + "/" + w.s.identity().service }
 
-// identify finds out who asks: by the certificate of the connection, else by a token.
+// identify finds out who asks: by the certificate of the connection, else by a token, else by a login. What proved the caller to us
+// is nobody else's, and is taken out of the request.
 func (e *exchange) identify(service policy.ProtectedService, r *http.Request) *rejection {
+	defer login.Strip(r.Header)
 	spec := service.Spec.HTTP
 	if who := e.w.s.identity(); len(who.chain) > 0 && takes(*spec, policy.AuthenticateSPIFFE) {
 		e.caller = who.caller
 		return nil
 	}
 	bearer, shown := bearerToken(r.Header)
-	if !takesTokens(*spec) || !shown || e.w.s.p.cfg.Tokens == nil {
-		d := deny(http.StatusUnauthorized, flow.ReasonLoginNeeded, "the service has to know who you are")
-		d.header = challenge(*spec)
-		return d
+	if shown && takesTokens(*spec) && e.w.s.p.cfg.Tokens != nil {
+		return e.identifyByToken(service, r, bearer)
 	}
-	caller, expires, err := e.w.s.p.cfg.Tokens(r.Context(), service, bearer)
+	if spec.Login != "" && e.w.s.p.cfg.Login != nil {
+		return e.identifyByLogin(service, r)
+	}
+	return needsLogin(*spec)
+}
+
+func (e *exchange) identifyByToken(service policy.ProtectedService, r *http.Request, bearer string) *rejection {
+	verified, err := e.w.s.p.cfg.Tokens.Verify(r.Context(), service, bearer)
 	if err != nil {
 		d := deny(http.StatusUnauthorized, flow.ReasonTokenRefused, "the token proves nobody here")
-		d.detail, d.header = err.Error(), challenge(*spec)
+		d.detail, d.header = err.Error(), challenge(*service.Spec.HTTP)
 		return d
 	}
-	e.caller, e.token, e.expires = caller, bearer, expires
+	r.Header.Del("Authorization")
+	e.caller, e.token, e.expires = verified.Caller, bearer, verified.Expires
 	e.caller.Address = e.w.s.client.Addr()
 	return nil
+}
+
+func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Request) *rejection {
+	handler := e.w.s.p.cfg.Login
+	if handler.Serve(service, e.answer, r, e.began) {
+		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, "a page of the login"}, answered: true}
+	}
+	session, ok := handler.Session(service, e.answer, r, e.began)
+	if !ok && handler.Redirect(service, e.answer, r, e.began) {
+		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, "sent to the login"}, answered: true}
+	}
+	if !ok {
+		return needsLogin(*service.Spec.HTTP)
+	}
+	e.caller, e.expires, e.byLogin = session.Caller, session.Expires, true
+	e.caller.Address = e.w.s.client.Addr()
+	return nil
+}
+
+func needsLogin(spec policy.HTTPSpec) *rejection {
+	d := deny(http.StatusUnauthorized, flow.ReasonLoginNeeded, "the service has to know who you are")
+	d.header = challenge(spec)
+	return d
 }
 
 // takes tells whether callers of a service may prove themselves in that way.
@@ -181,9 +217,6 @@ func (e *exchange) rewrite(out *http.Request) {
 	if upgrade != "" && !strings.EqualFold(upgrade, "websocket") { // behind another protocol nothing would be judged
 		out.Header.Del("Upgrade")
 		out.Header.Del("Connection")
-	}
-	if e.token != "" {
-		out.Header.Del("Authorization") // what proved the caller to us is nobody else's
 	}
 	setIdentity(out.Header, e.caller, e.target)
 	out.Header.Set(headerVia, strings.Join(append(e.via, e.w.mark()), ", "))
@@ -229,17 +262,17 @@ func (e *exchange) say(rw http.ResponseWriter, bad badRequest, header http.Heade
 }
 
 // refuse records and answers a request that is not carried.
-func (e *exchange) refuse(r *http.Request, d *rejection) {
+func (e *exchange) refuse(d *rejection) {
 	e.w.noteRefused()
 	if d.detail == "" {
 		d.detail = d.why
 	}
 	rec := e.record(flow.EventDeny, flow.VerdictDenied, d.reason, d.detail)
-	if e.target.path == "" {
-		rec.Request.Method, rec.Request.Host = oneLine(r.Method), oneLine(r.Host)
-	}
 	rec.Request.Status = d.status
 	e.w.s.p.denials.add(rec)
+	if d.answered {
+		return
+	}
 	e.say(e.answer, d.badRequest, d.header)
 }
 
@@ -277,7 +310,7 @@ func (e *exchange) record(event flow.Event, verdict flow.Verdict, reason flow.Re
 		who = proven.caller // by the connection, which nobody got to ask for
 	}
 	rec.Identity, rec.Proof = who.String(), who.Proof
-	rec.Request = &flow.Request{Number: e.number, Method: e.request.Method, Host: e.target.host, Path: e.target.path}
+	rec.Request = &flow.Request{Number: e.number, Method: e.method, Host: e.target.host, Path: e.target.path}
 	return rec
 }
 
@@ -302,10 +335,13 @@ func (e *exchange) objection() *ending {
 	if !ok || service.Spec.HTTP == nil || !takes(*service.Spec.HTTP, authenticates(e.caller.Proof)) {
 		return &ending{flow.ReasonPolicyChanged, "the service does not take this proof of identity any more"}
 	}
+	if e.byLogin && service.Spec.HTTP.Login != e.caller.Provider {
+		return &ending{flow.ReasonPolicyChanged, "the service has no such login any more"}
+	}
 	if e.token != "" {
 		ctx, cancel := context.WithTimeout(e.w.s.ctx, recheckToken)
 		defer cancel()
-		if _, _, err := p.cfg.Tokens(ctx, service, e.token); err != nil {
+		if _, err := p.cfg.Tokens.Verify(ctx, service, e.token); err != nil {
 			return &ending{flow.ReasonSessionEnded, "its token is not taken any more: " + err.Error()}
 		}
 	}

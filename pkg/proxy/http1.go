@@ -326,15 +326,18 @@ func (c *http1) startHead() {
 	defer c.mu.Unlock()
 	if c.headBy.IsZero() {
 		c.headBy = time.Now().Add(c.timeout)
-		c.setDeadline()
+		_ = c.setDeadline()
 	}
 }
 
 func (c *http1) endHead() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.headBy, c.waiting = time.Time{}, false
-	c.setDeadline()
+	c.waiting = false
+	if !c.headBy.IsZero() {
+		c.headBy = time.Time{}
+		_ = c.setDeadline()
+	}
 }
 
 func (c *http1) isLate(now time.Time) bool {

@@ -18,7 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
-	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/login"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // Identity is the proxy's own identity and what it verifies clients with.
@@ -29,7 +30,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Certificates and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Login, Certificates and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -50,8 +51,10 @@ type Config struct {
 	Policy       *PolicyFile
 	// Report takes flow records. It must not block, and is called from many goroutines.
 	Report func(flow.Record)
-	// Tokens says whom a bearer token proves to a service, and until when (zero: for ever). nil: tokens prove nobody.
-	Tokens func(ctx context.Context, service policy.ProtectedService, raw string) (policy.Caller, time.Time, error)
+	// Tokens verifies bearer tokens. nil: they prove nobody.
+	Tokens *token.Verifier
+	// Login logs browsers in, to services that have it. nil: none has.
+	Login *login.Handler
 	// Certificates are for clients without SPIFFE. nil: there are none.
 	Certificates *Certificates
 	Logger       *slog.Logger

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -81,8 +82,12 @@ func (s *session) serveWeb(conn *client, spec policy.HTTPSpec) {
 // name away what is set here.
 func (w *web) newReverse() *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
-		Rewrite:      func(r *httputil.ProxyRequest) { exchangeOf(r.In.Context()).rewrite(r.Out) },
-		Transport:    w.upstream,
+		Rewrite:   func(r *httputil.ProxyRequest) { exchangeOf(r.In.Context()).rewrite(r.Out) },
+		Transport: w.upstream,
+		ModifyResponse: func(r *http.Response) error {
+			login.StripAnswer(r.Header)
+			return nil
+		},
 		ErrorHandler: func(rw http.ResponseWriter, r *http.Request, err error) { exchangeOf(r.Context()).failed(rw, err) },
 		ErrorLog:     slog.NewLogLogger(w.s.p.cfg.Logger.Handler(), slog.LevelDebug),
 		BufferPool:   copyBuffers{&w.s.p.buffers.chunks},
