@@ -60,13 +60,13 @@ const (
 type Caller struct {
 	// ID is the SPIFFE ID; zero where a token of an IdentityProvider proved the caller.
 	ID spiffeid.ID
-	// Provider is the name of the IdentityProvider whose token it was, and Subject whom it is about.
+	// Provider is the name of the IdentityProvider whose token it was, and Subject whom it is about. Empty with an ID.
 	Provider, Subject string
 	// Groups of the token, without the provider.
 	Groups []string
 	// Claims of the token.
 	Claims map[string]any
-	// Proof is spiffe, also when it is not written, jwt, oidc or local.
+	// Proof is spiffe, jwt, oidc or local. Empty: oidc for who has a Provider, and spiffe for others.
 	Proof string
 	// Address that the caller comes from.
 	Address netip.Addr
@@ -81,6 +81,16 @@ func (c Caller) String() string {
 		return ""
 	}
 	return c.Provider + "/" + c.Subject
+}
+
+func (c Caller) proof() string {
+	switch {
+	case c.Proof != "":
+		return c.Proof
+	case c.Provider != "":
+		return ProofOIDC
+	}
+	return ProofSPIFFE
 }
 
 // Request is what a caller wants of an HTTP service.

@@ -172,6 +172,17 @@ type ProxyConfig struct {
 	DialTimeout Duration `json:"dialTimeout" yaml:"dialTimeout"`
 	// DrainTimeout is how long live connections have at a stop: 10s.
 	DrainTimeout Duration `json:"drainTimeout" yaml:"drainTimeout"`
+	// Certificates are web certificates for clients of HTTP services that know no SPIFFE: none.
+	Certificates []WebCertificate `json:"certificates,omitempty" yaml:"certificates,omitempty"`
+}
+
+// WebCertificate is a certificate that the proxy shows for HTTP services that name it. Its files are read again when they change.
+type WebCertificate struct {
+	// Name is what HTTPSpec.Certificate says.
+	Name string `json:"name" yaml:"name"`
+	// CertFile has the chain, and KeyFile the private key, in PEM. The proxy must be able to read both.
+	CertFile string `json:"certFile" yaml:"certFile"`
+	KeyFile  string `json:"keyFile" yaml:"keyFile"`
 }
 
 // DefaultAgentConfig is the configuration of which nothing but the trust domain and the name of the

@@ -198,6 +198,9 @@ var wrongConfigs = []wrong{
 	{"endless dial", "dialTimeout: 5s", "dialTimeout: 1h", "proxy:", "spec.proxy.dialTimeout", "1h is not from"},
 	{"grace of more than a day", "expiryGrace: 30s", "expiryGrace: 25h", "proxy:", "spec.proxy.expiryGrace", "25h is not from"},
 	{"negative drain", "drainTimeout: 10s", "drainTimeout: -1s", "proxy:", "spec.proxy.drainTimeout", "-1s is not from"},
+	{"certificate of no name", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{certFile: /a, keyFile: /b}]}", "proxy:", "spec.proxy.certificates[0].name", "is missing"},
+	{"certificate without key", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a}]}", "proxy:", "spec.proxy.certificates[0].keyFile", "not such a path"},
+	{"certificate twice", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a, keyFile: /b}, {name: a, certFile: /c, keyFile: /d}]}", "proxy:", "spec.proxy.certificates[1].name", "already"},
 	{"second document", "drainTimeout: 10s}\n", "drainTimeout: 10s}\n---\nkind: Keyring\n", "kind: Keyring", "", "alone in its file"},
 }
 

@@ -187,6 +187,16 @@ func (p *ProxyConfig) validate(d *document) {
 	d.report("spec.proxy.idleTimeout", checkRange(p.IdleTimeout, time.Second, maxIdle))
 	d.report("spec.proxy.expiryGrace", checkRange(p.ExpiryGrace, 0, maxGrace))
 	d.report("spec.proxy.drainTimeout", checkRange(p.DrainTimeout, 0, maxTimeout))
+	seen := map[string]int{}
+	for i, c := range p.Certificates {
+		field := fmt.Sprintf("spec.proxy.certificates[%d]", i)
+		d.report(field+".name", CheckName(c.Name))
+		d.report(field+".certFile", checkPath(c.CertFile))
+		d.report(field+".keyFile", checkPath(c.KeyFile))
+		if at, dup := first(seen, c.Name, i); dup {
+			d.report(field+".name", faultf("rename one of them", "%q is already spec.proxy.certificates[%d]", c.Name, at))
+		}
+	}
 }
 
 func checkTrustDomain(s string) error {

@@ -125,6 +125,8 @@ func (c *comparison) compare(old, next any) {
 		c.keyring(was.Spec, next.(Keyring).Spec)
 	case DenyList:
 		c.denyList(was.Spec, next.(DenyList).Spec)
+	case IdentityProvider:
+		c.provider(was.Spec, next.(IdentityProvider).Spec)
 	default:
 		if !same(old, next) {
 			c.loosen("", "is not what it was")
@@ -160,7 +162,7 @@ func rest[T any](c *comparison, field string, old, next T) {
 }
 
 // same compares as the canonical form does: an empty list is none.
-func same(a, b any) bool { return bytes.Equal(written(a), written(b)) }
+func same(a, b any) bool { return reflect.DeepEqual(a, b) || bytes.Equal(written(a), written(b)) }
 
 func written(v any) []byte { return encode([]resource{{value: v}}) }
 
@@ -259,9 +261,10 @@ func (c *comparison) service(old, next ProtectedServiceSpec) {
 	became(c, ofModes(ProtectedService{Spec: old}, ProtectedService{Spec: next}), "spec.mode", old.Mode, &next.Mode)
 	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
 	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
-	was, is := identities(c, old.Access), identities(c, next.Access)
-	grows(c, "spec.access", was, &is, coversPattern)
+	is := entries(next.Access)
+	grows(c, "spec.access", entries(old.Access), &is, entry.covers)
 	next.Access = old.Access
+	c.http(old.HTTP, &next.HTTP)
 	rest(c, "spec", old, next)
 }
 
@@ -274,17 +277,6 @@ func ofModes(old, next ProtectedService) Effect {
 		return Tighter
 	}
 	return Looser
-}
-
-// identities are those of all rules: it does not matter which of them lets somebody in.
-func identities(c *comparison, rules []AccessRule) (all []string) {
-	for _, r := range rules {
-		all = append(all, r.Identities...)
-		if r.Identities = nil; !same(r, AccessRule{}) {
-			c.loosen("spec.access", "a rule says more than identities: %s", shown(r))
-		}
-	}
-	return all
 }
 
 // taken notes ports that one service takes from another: an exact address comes before every address of the node, so what

@@ -69,7 +69,3 @@ func (s *Set) Providers() []IdentityProvider {
 	}
 	return slices.Clone(s.providers)
 }
-
-func (p *IdentityProvider) validate(d *document) {
-	d.report("metadata.name", CheckName(p.Name))
-}

@@ -120,7 +120,8 @@ func (s *ProtectedService) validate(d *document) {
 	d.report("metadata.name", CheckName(s.Name))
 	s.validateProtocol(d)
 	d.checkPorts("spec.ports", s.Spec.Ports)
-	d.checkAccess(s.Spec.Access)
+	s.validateHTTP(d)
+	s.validateAccess(d)
 	switch s.Spec.Target {
 	case TargetHost:
 		s.validateHost(d)
@@ -215,18 +216,6 @@ func (d *document) checkPorts(field string, ports []uint16) {
 		}
 		if before, dup := first(seen, p, i); dup {
 			d.report(at, faultf("remove one of them", "port %d is already %s[%d]", p, field, before))
-		}
-	}
-}
-
-func (d *document) checkAccess(rules []AccessRule) {
-	for i, r := range rules {
-		field := fmt.Sprintf("spec.access[%d].identities", i)
-		if len(r.Identities)+len(r.Subjects)+len(r.Groups) == 0 {
-			d.report(field, faultf("list SPIFFE IDs, or remove the rule", "a rule without identities lets nobody in"))
-		}
-		for j, p := range r.Identities {
-			d.report(fmt.Sprintf("%s[%d]", field, j), checkPattern(p))
 		}
 	}
 }

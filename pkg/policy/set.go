@@ -29,6 +29,8 @@ type Set struct {
 
 	groups  map[string][]string    // members by name
 	when    map[string]cel.Program // conditions by the name of their policy
+	rules   map[string][]condition // of access rules, by the name of their service; a rule without one has the zero value
+	signals *Signals               // what was said against callers; nil: nothing was heard of anybody
 	byName  map[string]int         // service index by name
 	byPlace map[endpoint]int       // by address and port; a Host service has no address
 }
@@ -36,7 +38,7 @@ type Set struct {
 // newSet takes a set of resources that fit together, and makes what is looked up in it.
 func newSet(s *Set) *Set {
 	s.groups, s.when = map[string][]string{}, map[string]cel.Program{}
-	s.byName, s.byPlace = map[string]int{}, map[endpoint]int{}
+	s.byName, s.byPlace, s.rules = map[string]int{}, map[endpoint]int{}, map[string][]condition{}
 	slices.SortFunc(s.services, func(a, b ProtectedService) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.policies, func(a, b BypassPolicy) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.keyrings, func(a, b Keyring) int { return cmp.Compare(a.Name, b.Name) })
@@ -65,6 +67,15 @@ func newSet(s *Set) *Set {
 }
 
 func (s *Set) index(i int, svc ProtectedService) {
+	for _, r := range svc.Spec.Access {
+		var c condition
+		if r.When != "" {
+			var err error
+			c, err = compileCondition(r.When, svc.Spec.HTTP != nil)
+			must(err) // it was read before
+		}
+		s.rules[svc.Name] = append(s.rules[svc.Name], c)
+	}
 	s.byName[svc.Name] = i
 	for _, port := range svc.Spec.Ports {
 		for _, a := range claimed(svc) {

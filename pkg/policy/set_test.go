@@ -268,6 +268,10 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(good))
 	f.Add([]byte(good + widePolicy))
 	f.Add([]byte(goodConfig))
+	f.Add([]byte(web))
+	for _, w := range wrongWebs {
+		f.Add([]byte(strings.Replace(web, w.old, w.new, 1)))
+	}
 	for _, w := range wrongs {
 		f.Add([]byte(strings.Replace(good, w.old, w.new, 1)))
 	}

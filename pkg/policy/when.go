@@ -35,19 +35,27 @@ func compileWhen(text string) (cel.Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make conditions: %w", err)
 	}
+	ast, err := checkedWhen(env, text, "service, ports, addresses, binding, duration, bytes, reason, ticket, requester, approvers and now")
+	if err != nil {
+		return nil, err
+	}
+	return env.Program(ast, cel.CostLimit(whenCost), cel.InterruptCheckFrequency(100))
+}
+
+// checkedWhen reads a condition of the variables that are known.
+func checkedWhen(env *cel.Env, text, known string) (*cel.Ast, error) {
 	if len(text) > maxWhen {
 		return nil, faultf("shorten it", "has %d bytes, the most is %d", len(text), maxWhen)
 	}
 	ast, issues := env.Compile(text)
 	if issues.Err() != nil {
 		e := issues.Errors()[0]
-		return nil, faultf("see the CEL language; known are service, ports, addresses, binding, duration, bytes, reason, ticket, requester, approvers and now",
-			"is no condition: at column %d: %s", e.Location.Column()+1, e.Message)
+		return nil, faultf("see the CEL language; known are "+known, "is no condition: at column %d: %s", e.Location.Column()+1, e.Message)
 	}
 	if !ast.OutputType().IsExactType(cel.BoolType) {
 		return nil, faultf("compare it with something", "gives %s, not true or false", ast.OutputType())
 	}
-	return env.Program(ast, cel.CostLimit(whenCost), cel.InterruptCheckFrequency(100))
+	return ast, nil
 }
 
 // errWhenFalse says that the condition holds not.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 	_ "time/tzdata" // a node may have no zones of its own
 )
@@ -77,11 +78,10 @@ func (w Window) String() string {
 
 // until is the end of the window that now is in; ok says whether it is in one. The window must be valid.
 func (w Window) until(now time.Time) (end time.Time, ok bool) {
-	zone, err := time.LoadLocation(w.Timezone)
-	if err != nil {
+	local, ok := w.local(now)
+	if !ok {
 		return time.Time{}, false // none that was validated
 	}
-	local := now.In(zone)
 	for _, daysAgo := range []int{0, 1} { // one that began yesterday may go on
 		begin := w.From.on(local, -daysAgo)
 		end := w.To.on(local, -daysAgo)
@@ -93,6 +93,46 @@ func (w Window) until(now time.Time) (end time.Time, ok bool) {
 		}
 	}
 	return time.Time{}, false
+}
+
+// zones has every time zone that a window was asked in: reading one takes a look at the disk.
+var zones sync.Map
+
+// local is now in the window's time zone.
+func (w Window) local(now time.Time) (local time.Time, ok bool) {
+	if zone, ok := zones.Load(w.Timezone); ok {
+		return now.In(zone.(*time.Location)), true
+	}
+	zone, err := time.LoadLocation(w.Timezone)
+	if err != nil {
+		return time.Time{}, false
+	}
+	zones.Store(w.Timezone, zone)
+	return now.In(zone), true
+}
+
+// next is the first time after now at which the window begins or ends.
+func (w Window) next(now time.Time) time.Time {
+	local, ok := w.local(now)
+	if !ok {
+		return time.Time{}
+	}
+	var next time.Time
+	for day := -1; day <= 8; day++ { // one that began yesterday may end today, and the next may be a week away
+		begin, end := w.From.on(local, day), w.To.on(local, day)
+		if w.To <= w.From {
+			end = w.To.on(local, day+1)
+		}
+		if !w.begins(begin.Weekday()) {
+			continue
+		}
+		for _, t := range []time.Time{begin, end} {
+			if t.After(now) {
+				next = earlier(next, t)
+			}
+		}
+	}
+	return next.UTC()
 }
 
 func (w Window) begins(day time.Weekday) bool {

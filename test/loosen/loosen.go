@@ -93,10 +93,43 @@ spec:
   reason: stolen laptop
   notAfter: 2030-01-01T00:00:00Z
   identities: ["spiffe://example.org/old/*"]
+  subjects: ["corp/mallory"]
   people: [mallory]
   services: [dns]
   addresses: ["10.9.0.0/24"]
   grants: ["` + grantID + `"]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: web}
+spec:
+  target: Host
+  ports: [8080]
+  http:
+    authenticate: [spiffe, jwt, oidc]
+    audiences: ["https://web.example.org"]
+    providers: [corp]
+    certificate: web
+    hosts: [web.example.org]
+    upstream: {tls: {serverName: backend.example.org}}
+    limits: {bodyBytes: 1MiB, bodyRate: 1KiB, requestsPerMinute: 600}
+  access:
+    - identities: ["spiffe://example.org/app/web"]
+      routes: [{methods: [GET], paths: [/public/*], hosts: [web.example.org], headers: {x-team: blue}}]
+    - groups: [corp/admins]
+      from: ["10.1.0.0/24"]
+      during: [{days: [Fri], from: "08:00", to: "18:00"}]
+      when: 'claims.mfa == true'
+      signals: [{source: edr, required: true}]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: IdentityProvider
+metadata: {name: corp}
+spec:
+  issuer: https://login.example.org
+  audiences: ["https://web.example.org"]
+  algorithms: [ES256]
+  login: {clientID: sallyport, session: 4h, idle: 30m}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: ResourceSet
@@ -149,6 +182,69 @@ func Kinds() []Kind {
 		{"port taken by another service", Plus("ProtectedService\nmetadata: {name: mine}\nspec: {target: Pod, ports: [5432], addresses: [10.1.0.1], access: [{identities: [\"spiffe://example.org/me\"]}]}\n"),
 			"ProtectedService mine: spec.ports: 5432 is taken at a place that postgres may have"},
 		{"port taken by a service that is there", Swap("ports: [6379]", "ports: [6379, 5433]"), "ProtectedService cache: spec.ports: 5433 is taken"},
+
+		{"bytes instead of requests", func(s string) string {
+			i, j := strings.Index(s, "  http:\n"), strings.Index(s, "---\napiVersion: sallyport.dev/v1alpha1\nkind: IdentityProvider")
+			return s[:i] + s[j:]
+		}, "ProtectedService web: spec.http: "},
+		{"requests instead of bytes", Swap("target: Host, ports: [5432, 5433]", "target: Host, http: {}, ports: [5432, 5433]"), "ProtectedService postgres: spec.http: none became"},
+		{"another audience", Swap(`    audiences: ["https://web.example.org"]`, `    audiences: ["https://web.example.org", other]`), "spec.http.audiences: other was added"},
+		{"another provider", func(s string) string {
+			return Swap("providers: [corp]", "providers: [corp, mine]")(s) + doc + "IdentityProvider\nmetadata: {name: mine}\nspec: {issuer: \"https://mine.example.org\", audiences: [a]}\n"
+		}, "spec.http.providers: mine was added"},
+		{"login", Swap("    certificate: web", "    login: corp\n    certificate: web"), "spec.http.login: none became corp"},
+		{"another certificate", Swap("    certificate: web", "    certificate: other"), "spec.http.certificate: web became other"},
+		{"another host", Swap("    hosts: [web.example.org]", "    hosts: [web.example.org, a.example.org]"), "spec.http.hosts: a.example.org was added"},
+		{"any host", Swap("    hosts: [web.example.org]\n", ""), "spec.http.hosts: - web.example.org became none"},
+		{"upstream in plaintext", Swap("    upstream: {tls: {serverName: backend.example.org}}\n", ""), "spec.http.upstream.tls: "},
+		{"another upstream", Swap("serverName: backend.example.org", "serverName: other.example.org"), "spec.http.upstream.tls: "},
+		{"larger header", Swap("limits: {", "limits: {headerBytes: 64KiB, "), "spec.http.limits.headerBytes: 32KiB became 64KiB"},
+		{"larger body", Swap("bodyBytes: 1MiB", "bodyBytes: 2MiB"), "spec.http.limits.bodyBytes: 1MiB became 2MiB"},
+		{"any body", Swap("bodyBytes: 1MiB, ", ""), "spec.http.limits.bodyBytes: 1MiB became 0B"},
+		{"slower header", Swap("limits: {", "limits: {headerTimeout: 11s, "), "spec.http.limits.headerTimeout: 10s became 11s"},
+		{"slower body", Swap("limits: {", "limits: {bodyTimeout: 31s, "), "spec.http.limits.bodyTimeout: 30s became 31s"},
+		{"fewer bytes a second", Swap("bodyRate: 1KiB, ", ""), "spec.http.limits.bodyRate: 1KiB became 0B"},
+		{"more streams", Swap("limits: {", "limits: {streams: 101, "), "spec.http.limits.streams: 100 became 101"},
+		{"more requests", Swap("requestsPerMinute: 600", "requestsPerMinute: 601"), "spec.http.limits.requestsPerMinute: 600 became 601"},
+		{"any number of requests", Swap(", requestsPerMinute: 600", ""), "spec.http.limits.requestsPerMinute: 600 became 0"},
+		{"a rule more", Swap("  access:\n    - identities", "  access:\n    - subjects: [corp/alice]\n    - identities"), "spec.access: corp/alice was added"},
+		{"a group more", Swap("groups: [corp/admins]", "groups: [corp/admins, corp/staff]"), "spec.access: corp/staff ("},
+		{"every subject", Swap("groups: [corp/admins]", "groups: [corp/admins]\n      subjects: [\"corp/*\"]"), "spec.access: corp/* ("},
+		{"another method", Swap("methods: [GET]", "methods: [GET, POST]"), "spec.access: spiffe://example.org/app/web ("},
+		{"any method", Swap("methods: [GET], ", ""), "spec.access: spiffe://example.org/app/web ("},
+		{"wider path", Swap("paths: [/public/*]", "paths: [/*]"), "spec.access: spiffe://example.org/app/web ("},
+		{"another path", Swap("paths: [/public/*]", "paths: [/public/*, /private]"), "spec.access: spiffe://example.org/app/web ("},
+		{"any path", Swap("paths: [/public/*], ", ""), "spec.access: spiffe://example.org/app/web ("},
+		{"any host of a route", Swap(", hosts: [web.example.org], headers", ", headers"), "spec.access: spiffe://example.org/app/web ("},
+		{"any header", Swap(", headers: {x-team: blue}", ""), "spec.access: spiffe://example.org/app/web ("},
+		{"another header", Swap("x-team: blue", "x-team: red"), "spec.access: spiffe://example.org/app/web ("},
+		{"another route", Swap("routes: [{", "routes: [{methods: [PUT]}, {"), "spec.access: spiffe://example.org/app/web ("},
+		{"every request", Swap("      routes: [{methods: [GET], paths: [/public/*], hosts: [web.example.org], headers: {x-team: blue}}]\n", ""), "spec.access: spiffe://example.org/app/web was added"},
+		{"from more addresses", Swap(`from: ["10.1.0.0/24"]`, `from: ["10.1.0.0/23"]`), "spec.access: corp/admins ("},
+		{"from anywhere", Swap("      from: [\"10.1.0.0/24\"]\n", ""), "spec.access: corp/admins ("},
+		{"at other times", Swap("days: [Fri]", "days: [Fri, Sat]"), "spec.access: corp/admins ("},
+		{"at any time", Swap("      during: [{days: [Fri], from: \"08:00\", to: \"18:00\"}]\n", ""), "spec.access: corp/admins ("},
+		{"another condition of access", Swap("claims.mfa == true", "claims.mfa != false"), "spec.access: corp/admins ("},
+		{"no condition of access", Swap("      when: 'claims.mfa == true'\n", ""), "spec.access: corp/admins ("},
+		{"signal that is not required", Swap("source: edr, required: true", "source: edr"), "spec.access: corp/admins ("},
+		{"signals by others", Swap("source: edr,", "source: edr, uids: [0, 7],"), "spec.access: corp/admins ("},
+		{"no signal", Swap("      signals: [{source: edr, required: true}]\n", ""), "spec.access: corp/admins ("},
+
+		{"provider new", Plus("IdentityProvider\nmetadata: {name: mine}\nspec: {issuer: \"https://mine.example.org\", audiences: [a]}\n"), "IdentityProvider mine: is new"},
+		{"another issuer", Swap("https://login.example.org", "https://mine.example.org"), "spec.issuer: https://login.example.org became https://mine.example.org"},
+		{"tokens for others", Swap("  audiences: [\"https://web.example.org\"]\n  algorithms", "  audiences: [\"https://web.example.org\", a]\n  algorithms"), "IdentityProvider corp: spec.audiences: a was added"},
+		{"another algorithm", Swap("algorithms: [ES256]", "algorithms: [ES256, RS256]"), "spec.algorithms: RS256 was added"},
+		{"another endpoint", Swap("algorithms: [ES256]", "algorithms: [ES256]\n  endpoints: [\"login.example.org:443\", \"10.0.0.1:443\"]"), "spec.endpoints: 10.0.0.1:443 was added"},
+		{"another claim", Swap("algorithms: [ES256]", "algorithms: [ES256]\n  subjectClaim: email"), "spec.subjectClaim: sub became email"},
+		{"another claim of groups", Swap("algorithms: [ES256]", "algorithms: [ES256]\n  groupsClaim: roles"), "spec.groupsClaim: groups became roles"},
+		{"more skew", Swap("algorithms: [ES256]", "algorithms: [ES256]\n  skew: 31s"), "spec.skew: 30s became 31s"},
+		{"keys for longer", Swap("algorithms: [ES256]", "algorithms: [ES256]\n  keep: 25h"), "spec.keep: 24h became 25h"},
+		{"longer session", Swap("session: 4h", "session: 5h"), "spec.login.session: 4h became 5h"},
+		{"longer silence", Swap("idle: 30m", "idle: 31m"), "spec.login.idle: 30m became 31m"},
+		{"another client", Swap("clientID: sallyport", "clientID: other"), "spec.login.clientID: sallyport became other"},
+		{"another secret", Swap("clientID: sallyport", "clientID: sallyport, clientSecretFile: /s"), "spec.login.clientSecretFile: none became /s"},
+		{"more scopes", Swap("clientID: sallyport", "clientID: sallyport, scopes: [groups]"), "spec.login.scopes: none became - groups"},
+		{"subject not denied", Swap("  subjects: [\"corp/mallory\"]\n", ""), "spec.subjects: corp/mallory was removed"},
 
 		{"bypass policy new", Plus("BypassPolicy\nmetadata: {name: mine}\nspec: {services: [dns], bindings: [address], sources: [10.1.0.1], maxDuration: 1m, requesters: [alice]}\n"), "BypassPolicy mine: is new"},
 		{"bypass policy gone", without("BypassPolicy", "plain"), "BypassPolicy plain: is gone"},
