@@ -117,7 +117,7 @@ func object(part string) (map[string]any, error) {
 
 // quote makes a piece of a token, or of a provider's answer, fit for a log.
 func quote(s string) string {
-	const most = 100
+	const most = 300
 	if len(s) > most {
 		return fmt.Sprintf("%+q...", s[:most])
 	}

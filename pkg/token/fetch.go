@@ -100,20 +100,20 @@ func (o origin) fetch(ctx context.Context, dial Dialer) ([]jose.JSONWebKey, erro
 	}
 	provider, err := oidc.NewProvider(oidc.ClientContext(ctx, client), o.issuer)
 	if err != nil {
-		return nil, fmt.Errorf("discover %s: %s", o.issuer, quote(err.Error()))
+		return nil, fmt.Errorf("discover %s: %w", o.issuer, err)
 	}
 	var document struct {
 		Keys string `json:"jwks_uri"`
 	}
 	if err := provider.Claims(&document); err != nil {
-		return nil, fmt.Errorf("discover %s: %s", o.issuer, quote(err.Error()))
+		return nil, fmt.Errorf("discover %s: %w", o.issuer, err)
 	}
 	if u, err := url.Parse(document.Keys); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil {
 		return nil, fmt.Errorf("discover %s: jwks_uri %s is no https address", o.issuer, quote(document.Keys))
 	}
 	data, err := read(ctx, client, document.Keys)
 	if err != nil {
-		return nil, fmt.Errorf("fetch keys: %s", quote(err.Error()))
+		return nil, fmt.Errorf("fetch keys: %w", err)
 	}
 	return parseKeys(data)
 }
@@ -141,7 +141,7 @@ func parseKeys(data []byte) (keys []jose.JSONWebKey, err error) {
 		Keys []json.RawMessage `json:"keys"`
 	}
 	if err := json.Unmarshal(data, &set); err != nil {
-		return nil, fmt.Errorf("read keys: %s", quote(err.Error()))
+		return nil, fmt.Errorf("read keys: %w", err)
 	}
 	if len(set.Keys) > maxKeys {
 		return nil, fmt.Errorf("read keys: more than %d", maxKeys)

@@ -36,5 +36,8 @@ func (j jwtSVID) Verify(_ context.Context, raw string, now time.Time) (Verified,
 	if err != nil {
 		return Verified{}, fmt.Errorf("%w: %s", ErrSignature, quote(err.Error()))
 	}
-	return Verified{Caller: policy.Caller{ID: svid.ID, Claims: svid.Claims, Proof: "jwt"}, Expires: end}, nil
+	if svid.ID.Path() == "" {
+		return Verified{}, fmt.Errorf("%w: %s is a trust domain, not a workload", ErrMalformed, svid.ID)
+	}
+	return Verified{Caller: policy.Caller{ID: svid.ID, Claims: svid.Claims, Proof: policy.ProofJWT}, Expires: end}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -105,6 +106,8 @@ func (k *keySet) attempt() bool {
 	}
 	if k.err = err; err == nil {
 		k.keys, k.fetched = keys, k.clock().Round(0)
+	} else {
+		k.err = errors.New(quote(err.Error())) // it has words of the provider's
 	}
 	k.fetching = false
 	close(k.settled)
@@ -117,7 +120,7 @@ func (k *keySet) attempt() bool {
 func (k *keySet) tell() {
 	trouble := "none"
 	if k.err != nil {
-		trouble = quote(k.err.Error())
+		trouble = k.err.Error()
 	}
 	if trouble == k.told || k.ctx.Err() != nil {
 		return
@@ -184,7 +187,7 @@ func (k *keySet) ask() bool {
 func (k *keySet) missing(age, keep time.Duration) error {
 	cause := "not fetched yet"
 	if k.err != nil {
-		cause = quote(k.err.Error())
+		cause = k.err.Error()
 	}
 	if k.fetched.IsZero() {
 		return fmt.Errorf("%w: %s: %s", ErrNoKeys, k.from.name, cause)

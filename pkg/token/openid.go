@@ -88,7 +88,7 @@ func (o openID) read(c claims, now time.Time) (Verified, error) {
 	if err != nil {
 		return Verified{}, err
 	}
-	who := policy.Caller{Provider: o.name, Subject: subject, Groups: groups, Claims: c, Proof: "oidc"}
+	who := policy.Caller{Provider: o.name, Subject: subject, Groups: groups, Claims: c, Proof: policy.ProofOIDC}
 	return Verified{Caller: who, Expires: end}, nil
 }
 
