@@ -4,7 +4,6 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -236,9 +235,16 @@ func testCopiedCookie(t *testing.T, p *oidc.Provider) {
 	if a := thief.get("/"); a.status != http.StatusOK {
 		t.Fatalf("the copy before the logout: %d", a.status)
 	}
+	open := s.session
+	if !s.handler.Lives(s.service("app"), open, time.Now().Add(2*time.Hour)) {
+		t.Error("what a session has open ends by silence")
+	}
 	b.ask(http.MethodPost, home+"/.sallyport/logout", url.Values{}, "Sec-Fetch-Site", "same-origin")
 	if a := thief.get("/", "Accept", "*/*"); a.status != http.StatusUnauthorized {
 		t.Errorf("the copy after the logout: %d %s", a.status, a.body)
+	}
+	if s.handler.Lives(s.service("app"), open, time.Now()) {
+		t.Error("what the copy has open goes on after the logout")
 	}
 }
 
@@ -292,25 +298,48 @@ func testPageInjection(t *testing.T, p *oidc.Provider) {
 	}
 }
 
-// testFlood: codes that are not the provider's cost it a bounded number of connections at a time, and nobody a session.
+// testFlood: codes that are not the provider's cost it a bounded number of connections at a time, and give nobody a session.
 func testFlood(t *testing.T, p *oidc.Provider) {
+	const many, most = 40, 16
 	s := newSite(t, p)
-	var all sync.WaitGroup
-	for range 40 {
+	var browsers []*browser
+	var answers []string
+	for range many {
 		b := newBrowser(t, s, p)
 		u, err := url.Parse(b.get("/").to(t))
 		if err != nil {
 			t.Fatal(err)
 		}
-		answer := home + "/.sallyport/callback?" + url.Values{"code": {"made up"}, "iss": {p.Issuer}, "state": {u.Query().Get("state")}}.Encode()
-		all.Go(func() {
-			if a := b.ask(http.MethodGet, answer, nil); a.status != http.StatusForbidden && a.status != http.StatusServiceUnavailable {
-				t.Errorf("a made-up code: %d", a.status)
-			}
-			if _, in := b.cookies()["__Host-sallyport-session-app"]; in {
-				t.Error("a made-up code gives a session")
-			}
-		})
+		browsers = append(browsers, b)
+		answers = append(answers, home+"/.sallyport/callback?"+url.Values{"code": {"made up"}, "iss": {p.Issuer}, "state": {u.Query().Get("state")}}.Encode())
 	}
-	all.Wait()
+	hold := make(chan struct{})
+	s.mu.Lock()
+	s.hold, s.dialed = hold, 0
+	s.mu.Unlock()
+	status := make(chan int, many)
+	for i, b := range browsers {
+		go func() { status <- b.ask(http.MethodGet, answers[i], nil).status }()
+	}
+	for range many - most {
+		if got := <-status; got != http.StatusServiceUnavailable {
+			t.Errorf("beyond the bound: %d", got)
+		}
+	}
+	close(hold)
+	for range most {
+		if got := <-status; got != http.StatusForbidden {
+			t.Errorf("a made-up code: %d", got)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.dialed != most {
+		t.Errorf("the provider was asked %d times", s.dialed)
+	}
+	for _, b := range browsers {
+		if _, in := b.cookies()["__Host-sallyport-session-app"]; in {
+			t.Error("a made-up code gives a session")
+		}
+	}
 }

@@ -208,18 +208,22 @@ func testRenewal(t *testing.T, p *oidc.Provider) {
 
 // testPolicyEnds: a change of what the policy says of the provider counts for sessions that run.
 func testPolicyEnds(t *testing.T, p *oidc.Provider) {
-	for _, line := range []string{"clientID: guarded", "issuer: https://other.example.org", "session: 5m", "idle: 5m"} {
+	for _, lines := range [][]string{{"clientID: guarded"}, {"issuer: https://other.example.org"}, {"session: 11m", "idle: 11m"}, {"idle: 5m"}} {
 		s := newSite(t, p)
 		b := newBrowser(t, s, p)
 		b.logIn("ann", "/").to(t)
 		s.later(6 * time.Minute)
 		if a := b.get("/", "Accept", "*/*"); a.status != http.StatusOK {
-			t.Fatalf("before %s: %d", line, a.status)
+			t.Fatalf("before %s: %d", lines, a.status)
 		}
+		live := s.session
 		s.later(12 * time.Minute)
-		s.change(p, line)
+		s.change(p, lines...)
 		if a := b.get("/", "Accept", "*/*"); a.status != http.StatusUnauthorized {
-			t.Errorf("after the change to %s: %d", line, a.status)
+			t.Errorf("after the change to %s: %d", lines, a.status)
+		}
+		if idle := lines[0] == "idle: 5m"; s.handler.Lives(s.service("app"), live, time.Now().Add(12*time.Minute)) != idle {
+			t.Errorf("after the change to %s, what the session has open goes on: %v", lines, !idle)
 		}
 	}
 }

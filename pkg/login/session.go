@@ -38,6 +38,8 @@ type Session struct {
 	Caller policy.Caller
 	// Expires is when it ends, whatever is done with it.
 	Expires time.Time
+
+	kept session
 }
 
 // Session finds the login that a request comes with. What it allows is for policy to say, at each request anew. It renews
@@ -57,7 +59,14 @@ func (h *Handler) Session(service policy.ProtectedService, w http.ResponseWriter
 			return Session{}, false
 		}
 	}
-	return Session{Caller: s.caller(p), Expires: s.end(p)}, true
+	return Session{Caller: s.caller(p), Expires: s.end(p), kept: s}, true
+}
+
+// Lives says whether what was begun under a session may go on: the session was not logged out, is not over, and is still
+// one by the policy in force. Silence does not end what is open.
+func (h *Handler) Lives(service policy.ProtectedService, s Session, now time.Time) bool {
+	p, ok := h.provider(service)
+	return ok && s.kept.lasts(p, now) && !h.ended.has(s.kept.ID)
 }
 
 // caller is as the ID token told of it. A list of groups is kept once, and is among the claims again.
@@ -72,10 +81,15 @@ func (s session) caller(p policy.IdentityProvider) policy.Caller {
 	return policy.Caller{Provider: s.Provider, Subject: s.Subject, Groups: s.Groups, Claims: s.Claims, Proof: policy.ProofOIDC}
 }
 
-// counts compares it with what the policy in force says of its provider, so that a change of policy ends it as well.
+// counts says whether it lasts and was used of late.
 func (s session) counts(p policy.IdentityProvider, now time.Time) bool {
+	return s.lasts(p, now) && now.Before(s.Seen.Add(p.Spec.Login.Idle.Duration))
+}
+
+// lasts compares it with what the policy in force says of its provider, so that a change of policy ends it as well.
+func (s session) lasts(p policy.IdentityProvider, now time.Time) bool {
 	return s.Provider == p.Name && s.Issuer == p.Spec.Issuer && s.Client == p.Spec.Login.ClientID &&
-		!s.Begun.After(now.Add(clockSlack)) && now.Before(s.end(p)) && now.Before(s.Seen.Add(p.Spec.Login.Idle.Duration))
+		!s.Begun.After(now.Add(clockSlack)) && now.Before(s.end(p))
 }
 
 // end is the earlier of what policy and the provider allow.

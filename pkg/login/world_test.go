@@ -50,12 +50,14 @@ type site struct {
 	t       testing.TB
 	handler *login.Handler
 
-	mu     sync.Mutex
-	now    time.Time   // guarded by mu; zero: as it is
-	set    *policy.Set // guarded by mu
-	down   bool        // guarded by mu: nobody is reached
-	dialed int         // guarded by mu
-	seen   http.Header // guarded by mu: what came through last
+	mu      sync.Mutex
+	now     time.Time     // guarded by mu; zero: as it is
+	set     *policy.Set   // guarded by mu
+	down    bool          // guarded by mu: nobody is reached
+	dialed  int           // guarded by mu
+	hold    chan struct{} // guarded by mu: nobody is reached before it is closed; nil: at once
+	seen    http.Header   // guarded by mu: what came through last
+	session login.Session // guarded by mu: of that
 }
 
 // newSite has a handler of its own for the provider. Lines of the provider's spec or login can be given; later ones count.
@@ -156,8 +158,11 @@ func (s *site) service(name string) policy.ProtectedService {
 func (s *site) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	s.mu.Lock()
 	s.dialed++
-	down := s.down
+	down, hold := s.down, s.hold
 	s.mu.Unlock()
+	if hold != nil {
+		<-hold
+	}
 	if down {
 		return nil, &net.OpError{Op: "dial", Net: network, Err: io.ErrUnexpectedEOF}
 	}
@@ -192,7 +197,7 @@ func (s *site) at(name string) http.Handler {
 		if session, ok := s.handler.Session(svc, w, r, now); ok {
 			login.Strip(r.Header)
 			s.mu.Lock()
-			s.seen = r.Header
+			s.seen, s.session = r.Header, session
 			s.mu.Unlock()
 			fmt.Fprintf(w, "<title>in</title>hello %s of %d groups, by %s", session.Caller, len(session.Caller.Groups), session.Caller.Proof)
 			return
