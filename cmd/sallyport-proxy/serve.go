@@ -46,20 +46,20 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 
 	group.Go(func() error { return watchNamespace(broken, cfg.PxPath()) })
 
-	web, err := newWeb(cfg, file, log)
+	forHTTP, err := newHTTPParts(cfg, file, log)
 	if err != nil {
 		stopHelpers()
 		return errors.Join(err, group.Wait())
 	}
-	defer web.outside.Close()
-	group.Go(func() error { return web.tokens.Run(broken) })
-	group.Go(func() error { return web.certificates.Run(broken) })
+	defer forHTTP.outside.Close()
+	group.Go(func() error { return forHTTP.tokens.Run(broken) })
+	group.Go(func() error { return forHTTP.certificates.Run(broken) })
 
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
 	context.AfterFunc(broken, stop) // a helper that broke ends the rest
 	awaitIdentity(serving, source, log)
-	p, err := newProxy(cfg.Spec.Proxy, parts{source, file, reporter, web}, log)
+	p, err := newProxy(cfg.Spec.Proxy, parts{source, file, reporter, forHTTP}, log)
 	if err == nil {
 		context.AfterFunc(serving, func() { notify.send("STOPPING=1") })
 		log.Info("listening", "port", cfg.Spec.Proxy.ListenPort, "identity", cfg.ProxyID())
@@ -81,25 +81,25 @@ func awaitIdentity(ctx context.Context, source *identity.Source, log *slog.Logge
 	}
 }
 
-// web is what services that speak HTTP need.
-type web struct {
+// httpParts are what services that speak HTTP need.
+type httpParts struct {
 	outside      *proxy.Outside
 	tokens       *token.Verifier
 	login        *login.Handler
 	certificates *proxy.Certificates
 }
 
-// newWeb asks nobody for anything: identity providers are reached when there is a policy that names them.
-func newWeb(cfg policy.AgentConfig, file *proxy.PolicyFile, log *slog.Logger) (web, error) {
+// newHTTPParts asks nobody for anything: identity providers are reached when there is a policy that names them.
+func newHTTPParts(cfg policy.AgentConfig, file *proxy.PolicyFile, log *slog.Logger) (httpParts, error) {
 	outside, err := proxy.NewOutside(cfg.ProxySocket())
 	if err != nil {
-		return web{}, err
+		return httpParts{}, err
 	}
 	tokens, err := token.New(token.Config{Policy: file.Set, Dial: outside.Dial, Logger: log})
 	if err != nil {
-		return web{}, errors.Join(err, outside.Close())
+		return httpParts{}, errors.Join(err, outside.Close())
 	}
-	return web{
+	return httpParts{
 		outside: outside, tokens: tokens,
 		login:        login.New(login.Config{Policy: file.Set, Tokens: tokens, Dial: outside.Dial, Keys: login.NewKeys(), Log: log}),
 		certificates: proxy.NewCertificates(cfg.Spec.Proxy.Certificates, log),
@@ -111,7 +111,7 @@ type parts struct {
 	source   *identity.Source
 	file     *proxy.PolicyFile
 	reporter *proxy.Reporter
-	web      web
+	http     httpParts
 }
 
 func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy, error) {
@@ -130,9 +130,9 @@ func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy,
 		Identity:         with.source,
 		Policy:           with.file,
 		Report:           with.reporter.Report,
-		Tokens:           with.web.tokens,
-		Login:            with.web.login,
-		Certificates:     with.web.certificates,
+		Tokens:           with.http.tokens,
+		Login:            with.http.login,
+		Certificates:     with.http.certificates,
 		Logger:           log,
 	})
 }
