@@ -60,9 +60,6 @@ type Broker interface {
 	Watch(ctx context.Context, w Workload, tell func(Attested)) error
 }
 
-// ErrEnded tells that the process that was watched is no more, or is not the one that was meant.
-var ErrEnded = errors.New("workload has ended")
-
 // BrokerConfig of a broker's client. Only Address must be set.
 type BrokerConfig struct {
 	// Address of the broker: "unix:///run/spire/sockets/broker.sock".
