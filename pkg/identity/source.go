@@ -280,7 +280,13 @@ type tokenWatcher Source
 
 // OnJWTBundlesUpdate takes a full set of bundles.
 func (w *tokenWatcher) OnJWTBundlesUpdate(bundles *jwtbundle.Set) {
-	(*Source)(w).change(func(time.Time) { w.tokens = bundles })
+	s := (*Source)(w)
+	s.mu.Lock()
+	same := slices.EqualFunc(s.tokens.Bundles(), bundles.Bundles(), (*jwtbundle.Bundle).Equal)
+	s.mu.Unlock()
+	if !same {
+		s.change(func(time.Time) { s.tokens = bundles })
+	}
 }
 
 // OnJWTBundlesWatchError leaves the bundles as they are: they are public. The client asks again by itself.

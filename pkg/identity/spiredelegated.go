@@ -68,6 +68,8 @@ func (d *SPIREDelegated) subscribe(ctx context.Context, w Workload, take func(wo
 			who, err = m.message, m.err
 		case m := <-fromBundles:
 			trust, err = m.message, m.err
+		case <-ctx.Done():
+			err = ctx.Err()
 		}
 		if err != nil {
 			return err

@@ -128,7 +128,10 @@ func (n *watch) follow(ctx context.Context, ended <-chan struct{}, well func()) 
 			}
 		case <-n.turn():
 			n.report(false)
-		case a := <-answers:
+		case a, more := <-answers:
+			if !more {
+				return ctx.Err()
+			}
 			if a.err != nil {
 				return a.err
 			}
