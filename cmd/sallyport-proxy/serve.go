@@ -46,7 +46,7 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 
 	group.Go(func() error { return watchNamespace(broken, cfg.PxPath()) })
 
-	forHTTP, err := newHTTPParts(cfg, file, log)
+	forHTTP, err := newHTTPParts(cfg, source, file, log)
 	if err != nil {
 		stopHelpers()
 		return errors.Join(err, group.Wait())
@@ -90,12 +90,12 @@ type httpParts struct {
 }
 
 // newHTTPParts asks nobody for anything: identity providers are reached when there is a policy that names them.
-func newHTTPParts(cfg policy.AgentConfig, file *proxy.PolicyFile, log *slog.Logger) (httpParts, error) {
+func newHTTPParts(cfg policy.AgentConfig, source *identity.Source, file *proxy.PolicyFile, log *slog.Logger) (httpParts, error) {
 	outside, err := proxy.NewOutside(cfg.ProxySocket())
 	if err != nil {
 		return httpParts{}, err
 	}
-	tokens, err := token.New(token.Config{Policy: file.Set, Dial: outside.Dial, Logger: log})
+	tokens, err := token.New(token.Config{Policy: file.Set, Bundles: source, Dial: outside.Dial, Logger: log})
 	if err != nil {
 		return httpParts{}, errors.Join(err, outside.Close())
 	}
