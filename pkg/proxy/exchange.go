@@ -99,7 +99,7 @@ func (e *exchange) admit(set *policy.Set, r *http.Request) *rejection {
 		return d
 	}
 	e.request = policy.Request{Method: r.Method, Host: e.target.host, Path: e.target.path, Headers: ruleHeaders(r.Header)}
-	decision := set.Authorise(service.Name, e.caller, &e.request, e.began)
+	decision := set.Authorise(service.Name, e.caller, &e.request, e.w.s.p.now())
 	if !decision.Allowed {
 		d := deny(http.StatusForbidden, flow.ReasonNotAuthorised, "this is not allowed to you")
 		d.detail = strings.Join(decision.Near, "; ")
@@ -345,7 +345,7 @@ func (e *exchange) objection() *ending {
 			return &ending{flow.ReasonSessionEnded, "its token is not taken any more: " + err.Error()}
 		}
 	}
-	if d := set.Authorise(service.Name, e.caller, &e.request, time.Now()); !d.Allowed {
+	if d := set.Authorise(service.Name, e.caller, &e.request, p.now()); !d.Allowed {
 		return &ending{flow.ReasonPolicyChanged, fmt.Sprintf("%v any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))}
 	}
 	return nil

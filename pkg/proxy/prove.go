@@ -149,7 +149,7 @@ func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error 
 		who.chain = chains[0]
 	}
 	s.setIdentity(who)
-	decision := s.p.cfg.Policy.Set().Authorise(who.service, who.caller, nil, time.Now())
+	decision := s.p.cfg.Policy.Set().Authorise(who.service, who.caller, nil, s.p.now())
 	if !decision.Allowed {
 		return fmt.Errorf("%w: %s", errNotAuthorised, strings.Join(decision.Near, "; "))
 	}
@@ -185,7 +185,7 @@ func (p *Proxy) objection(s *session) error {
 	if len(who.chain) == 0 {
 		return nil
 	}
-	if d := set.Authorise(who.service, who.caller, nil, time.Now()); !d.Allowed {
+	if d := set.Authorise(who.service, who.caller, nil, p.now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
 	}
 	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(s.accepted)); err != nil {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/login"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
@@ -86,6 +87,7 @@ type Proxy struct {
 	denials   *denials
 	buffers   *buffers
 	pace      *pace
+	now       func() time.Time // by which policy is asked
 	flows     atomic.Uint64
 	upstreams atomic.Int64   // connections to services that speak HTTP
 	running   sync.WaitGroup // one for each session
@@ -114,7 +116,7 @@ func New(cfg Config) (*Proxy, error) {
 func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
-		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), sessions: map[*session]struct{}{},
+		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, sessions: map[*session]struct{}{},
 	}
 }
 
@@ -268,23 +270,39 @@ func (p *Proxy) recheck(ctx context.Context) {
 // through a suspended machine and through a clock that was set.
 const expiryLook = time.Second
 
-// expire cuts live connections whose proof of identity is over, and those that policy does not allow at this time of day.
+// expire cuts live connections whose proof of identity is over, and asks again of all of them when policy may answer otherwise by
+// the time alone.
 func (p *Proxy) expire(ctx context.Context) {
 	tick := time.NewTicker(expiryLook)
 	defer tick.Stop()
-	for last := time.Now(); ; {
+	var edge edge
+	for {
 		select {
 		case <-tick.C:
-			now := time.Now()
-			next := p.cfg.Policy.Set().NextChange(last)
+			now := p.now()
+			again := edge.passed(p.cfg.Policy.Set(), now)
 			for _, s := range p.snapshot() {
-				if s.expire(now); !next.IsZero() && !now.Before(next) {
+				if s.expire(now); again {
 					s.recheck()
 				}
 			}
-			last = now
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// edge is when a policy may answer otherwise by the time alone.
+type edge struct {
+	set  *policy.Set
+	next time.Time // zero: never
+}
+
+// passed also says so of a policy that it has not seen yet: an edge of it may have passed since it came.
+func (e *edge) passed(set *policy.Set, now time.Time) bool {
+	if set == e.set && (e.next.IsZero() || now.Before(e.next)) {
+		return false
+	}
+	e.set, e.next = set, set.NextChange(now)
+	return true
 }

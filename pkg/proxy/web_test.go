@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -337,5 +338,103 @@ func TestSSHIsRecognised(t *testing.T) {
 	c.Close()
 	if r := l.find(flow.EventClose, flow.ReasonClosed); r.Application != "ssh" {
 		t.Errorf("record %+v", r)
+	}
+}
+
+// TestTimeEndsLiveRequests: the end of a rule's hours, and of what a condition says of the time.
+func TestTimeEndsLiveRequests(t *testing.T) {
+	t.Parallel()
+	soon := time.Now().UTC().Add(12 * time.Hour)
+	for name, narrowed := range map[string]string{
+		"hours":     fmt.Sprintf("during: [{from: \"%s\", to: \"%s\"}]", soon.Add(-13*time.Hour).Format("15:04"), soon.Format("15:04")),
+		"condition": fmt.Sprintf("when: 'now < timestamp(\"%s\")'", soon.Format(time.RFC3339)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newWebLab(t, webConfig{http: "{}", handler: newHeld(), access: `[{identities: ["spiffe://example.org/app/web"], ` + narrowed + `}]`})
+			answer, err := l.client(webID, alpnHTTP2).Get("https://" + l.addr)
+			l.must(err)
+			defer answer.Body.Close()
+			l.ahead.Store(int64(12*time.Hour + time.Minute))
+			if text, err := io.ReadAll(answer.Body); err == nil {
+				t.Errorf("the answer ended well: %q", text)
+			}
+			l.find(flow.EventClose, flow.ReasonPolicyChanged)
+		})
+	}
+}
+
+// TestExpiryEndsLiveRequests: a connection lasts as long as the certificate that it was let in by.
+func TestExpiryEndsLiveRequests(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []string{alpnHTTP1, alpnHTTP2} {
+		l := newWebLab(t, webConfig{http: "{}", handler: newHeld(), access: onlyWeb})
+		answer, err := l.client(webID, protocol).Get("https://" + l.addr)
+		l.must(err)
+		l.ahead.Store(int64(identityTTL + time.Minute))
+		if text, err := io.ReadAll(answer.Body); err == nil {
+			t.Errorf("the answer ended well: %q", text)
+		}
+		answer.Body.Close()
+		l.find(flow.EventClose, flow.ReasonIdentityExpired)
+		if r := l.find(flow.EventRequest, flow.ReasonIdentityExpired); r.Request.Status != 200 {
+			t.Errorf("record %+v", r.Request)
+		}
+	}
+}
+
+// TestTrustEndsLiveRequests: when the authority that a client was believed by is gone.
+func TestTrustEndsLiveRequests(t *testing.T) {
+	t.Parallel()
+	l := newWebLab(t, webConfig{http: "{}", handler: newHeld(), access: onlyWeb})
+	answer, err := l.client(webID, alpnHTTP2).Get("https://" + l.addr)
+	l.must(err)
+	defer answer.Body.Close()
+	l.proxy.cfg.Identity.(own).withdraw()
+	if text, err := io.ReadAll(answer.Body); err == nil {
+		t.Errorf("the answer ended well: %q", text)
+	}
+	l.find(flow.EventClose, flow.ReasonPolicyChanged)
+}
+
+// TestNothingStays: of connections that ended in all ways, no goroutine, no connection to the service and no place is left.
+func TestNothingStays(t *testing.T) { // not parallel: it counts
+	l := newWebLab(t, webConfig{http: "{}", handler: http.HandlerFunc(echo), access: onlyWeb})
+	for _, protocol := range []string{alpnHTTP1, alpnHTTP2} { // what is made once
+		l.get(l.client(webID, protocol), "/")
+	}
+	l.settle()
+	before := runtime.NumGoroutine()
+	for i := range 40 {
+		c := l.client(webID, []string{alpnHTTP1, alpnHTTP2}[i%2])
+		l.get(c, "/")
+		l.get(c, "/%2e")
+		conn := l.dial(webID)
+		_, err := io.WriteString(conn, []string{"GET / HT", getRoot + "garbage", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nx", ""}[i%4])
+		l.must(err)
+		l.must(conn.NetConn().Close())
+		c.CloseIdleConnections()
+	}
+	l.settle()
+	for end := time.Now().Add(patience); runtime.NumGoroutine() > before+5; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+		}
+	}
+}
+
+// settle waits until no client is connected.
+func (l *webLab) settle() {
+	l.Helper()
+	for _, s := range l.proxy.snapshot() {
+		if w := s.served(); w != nil {
+			w.drain()
+		}
+	}
+	for end := time.Now().Add(patience); len(l.proxy.snapshot()) > 0 || l.proxy.upstreams.Load() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			l.Fatalf("%d sessions and %d connections to the service are left", len(l.proxy.snapshot()), l.proxy.upstreams.Load())
+		}
 	}
 }

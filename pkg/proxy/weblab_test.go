@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,13 +38,17 @@ var (
 	proxyID = spiffeid.RequireFromPath(domain, "/sallyport/proxy/node-1")
 )
 
+const identityTTL = 48 * time.Hour
+
 const patience = 10 * time.Second // that something hangs, not how fast it is
 
 // own is the proxy's identity, by a real authority.
 type own struct {
 	*x509svid.SVID
 	*x509bundle.Bundle
-	changed chan struct{}
+
+	mu      *sync.Mutex
+	changed *chan struct{} // guarded by mu
 }
 
 func (o own) GetX509SVID() (*x509svid.SVID, error) { return o.SVID, nil }
@@ -52,7 +57,22 @@ func (o own) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.B
 	return o.Bundle.GetX509BundleForTrustDomain(td)
 }
 
-func (o own) Changed() <-chan struct{} { return o.changed }
+func (o own) Changed() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return *o.changed
+}
+
+// withdraw takes all authorities away.
+func (o own) withdraw() {
+	for _, a := range o.X509Authorities() {
+		o.RemoveX509Authority(a)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	close(*o.changed)
+	*o.changed = make(chan struct{})
+}
 
 // webLab is a proxy whose connections are all for one service on this host. Only the way to it is missing: what the datapath
 // does for the proxy is tested with it.
@@ -64,6 +84,7 @@ type webLab struct {
 	service   netip.AddrPort // of the service
 	records   *log
 	policy    string // path of the file
+	ahead     atomic.Int64
 }
 
 // webConfig is what tests change.
@@ -81,22 +102,24 @@ func newWebLab(t *testing.T, c webConfig) *webLab {
 	t.Helper()
 	l := &webLab{T: t, records: &log{}, policy: filepath.Join(t.TempDir(), "policy.yaml")}
 	l.serve(c)
-	authority, err := devauthority.New(domain, devauthority.Options{})
+	authority, err := devauthority.New(domain, devauthority.Options{TTL: identityTTL})
 	l.must(err)
 	l.authority = authority
 	svid, err := authority.Issue(proxyID)
 	l.must(err)
 	l.write(c.http, c.access)
 	quiet := slog.New(slog.DiscardHandler)
+	changed := make(chan struct{})
 	cfg := Config{
 		ListenPort: 1, MaxConnections: 1000, HandshakeTimeout: patience, IdleTimeout: time.Hour, DialTimeout: patience,
-		Identity: own{svid, authority.Bundle(), make(chan struct{})}, Policy: NewPolicyFile(l.policy, quiet), Report: l.records.add, Logger: quiet,
+		Identity: own{svid, authority.Bundle(), &sync.Mutex{}, &changed}, Policy: NewPolicyFile(l.policy, quiet), Report: l.records.add, Logger: quiet,
 	}
 	if c.change != nil {
 		c.change(&cfg)
 	}
 	l.must(cfg.validate())
 	l.proxy = newProxy(cfg, nil)
+	l.proxy.now = func() time.Time { return time.Now().Add(time.Duration(l.ahead.Load())) }
 	l.run()
 	return l
 }
