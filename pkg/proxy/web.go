@@ -96,7 +96,7 @@ func (w *web) newReverse() *httputil.ReverseProxy {
 
 // serve runs a server of its own for the one connection, until that has ended and each request on it.
 func (w *web) serve(conn *client) {
-	l := &oneConn{conn: conn.Conn, closed: make(chan struct{})}
+	l := &oneConn{conn: conn.Conn, ended: make(chan struct{}), stopped: make(chan struct{})}
 	spec := w.spec.Limits
 	w.setServer(&http.Server{
 		Handler:           w,
@@ -122,7 +122,10 @@ func (w *web) serve(conn *client) {
 	} else {
 		w.server.ConnState = func(_ net.Conn, state http.ConnState) { l.follow(state) }
 	}
-	_ = w.server.Serve(l) // ends with the connection
+	_ = w.server.Serve(l) // ends with the connection, or when it drains
+	if l.given {
+		<-l.ended
+	}
 	w.handlers.Wait()
 }
 
@@ -144,10 +147,11 @@ func (w *web) drain() {
 
 // oneConn is a listener of one connection, which it gives out once.
 type oneConn struct {
-	conn   net.Conn
-	given  bool
-	closed chan struct{}
-	once   sync.Once
+	conn           net.Conn
+	given          bool
+	ended          chan struct{} // the connection, or it speaks another protocol now
+	stopped        chan struct{} // the listener
+	endOnce, close sync.Once
 }
 
 // Accept implements net.Listener: after the first call it waits for the end.
@@ -156,19 +160,25 @@ func (l *oneConn) Accept() (net.Conn, error) {
 		l.given = true
 		return l.conn, nil
 	}
-	<-l.closed
+	select {
+	case <-l.ended:
+	case <-l.stopped:
+	}
 	return nil, net.ErrClosed
 }
 
 // Close implements net.Listener. It leaves the connection alone: a server that drains closes its listeners first.
-func (l *oneConn) Close() error { return nil }
+func (l *oneConn) Close() error {
+	l.close.Do(func() { close(l.stopped) })
+	return nil
+}
 
 // Addr implements net.Listener.
 func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
 
 func (l *oneConn) follow(state http.ConnState) {
 	if state == http.StateClosed || state == http.StateHijacked {
-		l.once.Do(func() { close(l.closed) })
+		l.endOnce.Do(func() { close(l.ended) })
 	}
 }
 

@@ -438,3 +438,28 @@ func (l *webLab) settle() {
 		}
 	}
 }
+
+// TestDrainLetsRequestsEnd: a proxy that stops takes no more requests on a connection, and lets those under way end.
+func TestDrainLetsRequestsEnd(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []string{alpnHTTP1, alpnHTTP2} {
+		service := newHeld()
+		l := newWebLab(t, webConfig{http: "{}", handler: service, access: onlyWeb, change: func(c *Config) { c.DrainTimeout = patience }})
+		answer, err := l.client(webID, protocol).Get("https://" + l.addr)
+		l.must(err)
+		drained := make(chan struct{})
+		go func() { l.proxy.drain(); close(drained) }()
+		select {
+		case <-drained:
+			t.Errorf("%s: stopped before the answer ended", protocol)
+		case <-time.After(100 * time.Millisecond): // a moment to do wrong
+		}
+		close(service.end)
+		if text, err := io.ReadAll(answer.Body); err != nil || string(text) != "begun ended" {
+			t.Errorf("%s: read %q, %v", protocol, text, err)
+		}
+		answer.Body.Close()
+		<-drained
+		l.find(flow.EventClose, flow.ReasonClosed)
+	}
+}
