@@ -202,7 +202,11 @@ func newHeld() *held { return &held{make(chan string, 10), make(chan struct{})} 
 func (h *held) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, "begun ")
 	w.(http.Flusher).Flush()
-	h.began <- r.URL.Path
+	select {
+	case h.began <- r.URL.Path:
+	case <-h.end: // nobody counts any more
+	case <-r.Context().Done():
+	}
 	select {
 	case <-h.end:
 		fmt.Fprint(w, "ended")
