@@ -105,9 +105,7 @@ func canonicalHost(raw string) (authority, host string, err error) {
 }
 
 func isHostName(s string) bool {
-	odd := func(c rune) bool {
-		return !('a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_' || c == '.')
-	}
-	return s != "" && len(s) <= 253 && !strings.ContainsFunc(s, odd) && s[0] != '.' &&
+	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-_."
+	return s != "" && len(s) <= 253 && strings.Trim(s, letters) == "" && s[0] != '.' &&
 		!strings.HasSuffix(s, ".") && !strings.Contains(s, "..")
 }
