@@ -71,6 +71,7 @@ type settings struct {
 	ttl                          time.Duration // of identities; 0: an hour
 	connections                  int
 	noIdentity, noAgent, noPx    bool
+	certificate                  bool // the proxy has a web certificate
 }
 
 func newBench(t *testing.T, change func(*settings)) *bench {
@@ -95,6 +96,9 @@ func newBench(t *testing.T, change func(*settings)) *bench {
 	}
 	if !s.noAgent {
 		b.startAgent()
+	}
+	if s.certificate {
+		b.webCertificate()
 	}
 	b.steer(s.noPx)
 	b.startProxy(s)
@@ -237,8 +241,15 @@ spec:
   trustDomain: example.org
   runDir: %s
   workloadAPI: unix://%s
-  proxy: {listenPort: %d, maxConnections: %d, handshakeTimeout: %s, idleTimeout: %s, dialTimeout: %s, drainTimeout: %s, expiryGrace: %s}
-`, b.run, b.workloadSocket(), port, s.connections, s.handshake, s.idle, s.dial, s.drain, s.grace)
+  proxy: {listenPort: %d, maxConnections: %d, handshakeTimeout: %s, idleTimeout: %s, dialTimeout: %s, drainTimeout: %s, expiryGrace: %s%s}
+`, b.run, b.workloadSocket(), port, s.connections, s.handshake, s.idle, s.dial, s.drain, s.grace, b.certificates(s))
+}
+
+func (b *bench) certificates(s settings) string {
+	if !s.certificate {
+		return ""
+	}
+	return fmt.Sprintf(", certificates: [{name: public, certFile: %s/web.pem, keyFile: %s/web.key}]", b.Dir, b.Dir)
 }
 
 // target is the service's address; somebody listens there when the test has started it.

@@ -58,6 +58,7 @@ type node struct {
 	losses    *lossLedger
 	tides     *tides
 	reports   *reports
+	relay     *relay
 	operators *endpoint
 	proxy     *endpoint
 	metrics   *metricsServer // nil without an address
@@ -94,6 +95,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
+	n.relay = newRelay(n.listedEndpoints, defaultRelayLimits, log)
 	n.candidate = &candidate{dir: cfg.Spec.Candidate, recent: n.recent, problems: n.problems, log: log}
 	return n
 }
@@ -290,6 +292,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 		err = nil // a tick records it, and tells why it cannot
 	}
 	n.problems.report(problemGrants, "resources", err)
+	n.relay.recheck()
 	n.readiness.poke()
 	return err
 }
@@ -376,7 +379,7 @@ func (n *node) keeper() *keeper {
 }
 
 func (n *node) listenProxy(context.Context) (err error) {
-	n.reports = &reports{sink: n.sink, log: n.log,
+	n.reports = &reports{sink: n.sink, relay: n.relay, log: n.log,
 		lost: func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
 		func(r grpc.ServiceRegistrar) { api.RegisterProxyReportServer(r, n.reports) })

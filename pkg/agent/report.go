@@ -24,9 +24,10 @@ const (
 // reports takes the proxy's flow records, on a socket of its own. It outlives the proxy's processes and streams.
 type reports struct {
 	api.UnimplementedProxyReportServer
-	sink *sink
-	lost func(cause string, n uint64)
-	log  *slog.Logger
+	sink  *sink
+	lost  func(cause string, n uint64)
+	relay *relay // nil: it relays nothing
+	log   *slog.Logger
 
 	mu   sync.Mutex
 	open int        // guarded by mu; streams

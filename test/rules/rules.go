@@ -32,23 +32,33 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/...", "./test/evidence"},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./pkg/identity/...", "./pkg/devauthority", "./cmd/...", "./test/evidence"},
 		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant (proof reads sealed bytes, without the types)",
 	},
 	{
 		imports: []string{"google.golang.org/grpc/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity", "./pkg/devauthority", "./cmd/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity/...", "./pkg/devauthority", "./cmd/..."},
 		why:     "a package that does not speak to another process does not need the means to",
 	},
 	{
-		imports: []string{"github.com/spiffe/go-spiffe/v2/workloadapi", "github.com/spiffe/go-spiffe/v2/proto/..."},
+		imports: []string{"github.com/spiffe/go-spiffe/v2/workloadapi", "github.com/spiffe/go-spiffe/v2/proto/...", "github.com/spiffe/go-spiffe/v2/exp/...", "./pkg/identity/delegated"},
 		only:    []string{"./pkg/identity", "./pkg/devauthority"},
 		why:     "whether an identity is fresh is judged in one place",
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/spiffegrpc/..."},
-		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./cmd/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./pkg/token", "./cmd/..."},
 		why:     "identities are proven at the edges; the rest handles their names",
+	},
+	{
+		imports: []string{"github.com/coreos/go-oidc/..."},
+		only:    []string{"./pkg/token", "./pkg/login"},
+		why:     "what a token proves is judged in one place",
+	},
+	{
+		imports: []string{"./pkg/agent", "./pkg/api", "./pkg/proxy", "./pkg/identity"},
+		not:     []string{"./pkg/token"},
+		why:     "tokens are judged by policy, bundles and keys that are given; where these come from is the proxy's business",
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/spiffeid"},

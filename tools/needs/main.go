@@ -1,8 +1,9 @@
-// Command needs installs what a make target needs from Debian's packages, and says so. What is
-// already there is left alone.
+// Command needs installs what a make target needs from Debian's packages, and from npm's into .tools,
+// and says so. What is already there is left alone.
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -33,6 +34,8 @@ var needs = map[string][]need{
 		{"haproxy", "a proxy in the place of ours, and one that ours is measured beside", []string{"haproxy"}},
 		{"/usr/lib/nginx/modules/ngx_stream_module.so", "another one", []string{"nginx-light", "libnginx-mod-stream"}},
 		{"chromium", "the browser that looks at the console", []string{"chromium"}},
+		{"node", "it runs the OpenID provider of tests", []string{"nodejs"}},
+		{"npm", "it installs the OpenID provider of tests", []string{"npm"}},
 	},
 	"test-alerts": {
 		{"prometheus", "it scrapes and evaluates the alert rules", []string{"prometheus"}},
@@ -61,6 +64,13 @@ var needs = map[string][]need{
 	},
 }
 
+// module is something from npm: the folder with its package-lock.json, which pins all of it, and the folder that it goes to.
+type module struct{ lock, to, why string }
+
+var modules = map[string][]module{
+	"test": {{"test/oidc/npm", ".tools/oidc-provider", "the OpenID provider of tests"}},
+}
+
 func main() {
 	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "needs:", err)
@@ -83,10 +93,46 @@ func run(targets []string) error {
 			packages = append(packages, n.packages...)
 		}
 	}
-	if len(packages) == 0 {
+	if len(packages) > 0 {
+		if err := install(slices.Compact(slices.Sorted(slices.Values(packages)))); err != nil {
+			return err
+		}
+	}
+	for _, t := range targets {
+		for _, m := range modules[t] {
+			if err := m.install(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// install has npm fetch what the lock file pins, unless that very file was installed from before. No script of a package runs.
+func (m module) install() error {
+	lock, err := os.ReadFile(filepath.Join(m.lock, "package-lock.json"))
+	if err != nil {
+		return err
+	}
+	done := filepath.Join(m.to, "installed")
+	if before, err := os.ReadFile(done); err == nil && bytes.Equal(before, lock) {
 		return nil
 	}
-	return install(slices.Compact(slices.Sorted(slices.Values(packages))))
+	fmt.Printf("needs: %s is not here; npm installs it into %s\n", m.why, m.to)
+	if err := os.CopyFS(m.to, os.DirFS(m.lock)); errors.Is(err, os.ErrExist) { // another version
+		if err := os.RemoveAll(m.to); err != nil {
+			return err
+		}
+		return m.install()
+	} else if err != nil {
+		return err
+	}
+	cmd := exec.Command("npm", "ci", "--prefix", m.to, "--ignore-scripts", "--no-audit", "--no-fund", "--silent")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("run npm ci in %s: %w", m.to, err)
+	}
+	return os.WriteFile(done, lock, 0o644)
 }
 
 func there(what string) bool {

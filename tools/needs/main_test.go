@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -29,6 +31,13 @@ func TestEveryNeedSaysWhy(t *testing.T) {
 		for _, n := range list {
 			if n.what == "" || n.why == "" || len(n.packages) == 0 {
 				t.Errorf("%s: %+v is incomplete", target, n)
+			}
+		}
+	}
+	for target, list := range modules {
+		for _, m := range list {
+			if _, err := os.Stat(filepath.Join("../..", m.lock, "package-lock.json")); err != nil || m.why == "" {
+				t.Errorf("%s: %+v is incomplete: %v", target, m, err)
 			}
 		}
 	}
