@@ -33,6 +33,7 @@ type watch struct {
 	workload  Workload
 	pin       *Pin // nil of a pod
 	tell      func(Attested)
+	tally     *tally
 
 	evidence evidence
 	set      workloadSet
@@ -47,11 +48,11 @@ type answer struct {
 	err error
 }
 
-func watchWorkload(ctx context.Context, cfg BrokerConfig, s subscribe, w Workload, tell func(Attested)) (err error) {
+func (t *tally) follow(ctx context.Context, cfg BrokerConfig, s subscribe, w Workload, tell func(Attested)) (err error) {
 	if err := w.check(); err != nil {
 		return err
 	}
-	n := &watch{cfg: cfg, subscribe: s, workload: w, tell: tell}
+	n := &watch{cfg: cfg, subscribe: s, workload: w, tell: tell, tally: t}
 	var ended <-chan struct{}
 	if w.PID != 0 {
 		if n.pin, err = NewPin(w.PID); err != nil {
@@ -208,6 +209,7 @@ func (n *watch) trouble(err error) {
 func (n *watch) forget() {
 	n.evidence, n.set, n.err = evidence{}, workloadSet{}, ErrEnded
 	n.report(true)
+	n.tally.drop(n)
 }
 
 // report tells what is known now; unless it must, only when that changed by time.
@@ -230,6 +232,7 @@ func (n *watch) report(must bool) {
 	if a.Err == nil && n.evidence.overdue(now) {
 		a.Err = errOverdue
 	}
+	n.tally.set(n, a)
 	if !must && a.State == n.told && len(a.IDs) == n.toldIDs {
 		return
 	}
