@@ -84,25 +84,23 @@ func (n *watch) run(ctx context.Context, ended <-chan struct{}) error {
 			n.evidence, n.set, pause = evidence{}, workloadSet{}, 0
 		}
 		n.trouble(err)
-		if done := n.pause(ctx, ended, pause); done {
-			continue // follow tells which of both
-		}
+		n.pause(ctx, ended, pause) // what cut it short, follow finds out
 	}
 }
 
 // pause waits, and tells states that change by time alone meanwhile.
-func (n *watch) pause(ctx context.Context, ended <-chan struct{}, d time.Duration) (done bool) {
+func (n *watch) pause(ctx context.Context, ended <-chan struct{}, d time.Duration) {
 	over := time.After(d)
 	for {
 		select {
 		case <-over:
-			return false
+			return
 		case <-n.turn():
 			n.report(false)
 		case <-ended:
-			return true
+			return
 		case <-ctx.Done():
-			return true
+			return
 		}
 	}
 }
