@@ -46,6 +46,7 @@ type node struct {
 	pxMoving  sync.Mutex
 	datapath  *datapath.Datapath
 	identity  *identity.Source // nil where nobody asks for it
+	broker    identity.Broker  // nil: nobody tells the identities of workloads
 	audit     *audit.Streamer
 	sink      *sink
 	resources *resources
@@ -108,7 +109,7 @@ func (n *node) parts() []part {
 		{name: "store", start: n.openStore, stop: func() error { return n.store.Close() }},
 		{name: "px", start: n.makePx, stop: n.leavePx},
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
-		{name: "identity", start: n.makeIdentity, run: n.runIdentity},
+		{name: "identity", start: n.makeIdentity, run: n.runIdentity, stop: n.closeBroker},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
 		{name: "alarms", run: n.runAlarms},
 		{name: "resources", start: n.loadResources},
@@ -213,10 +214,17 @@ func (n *node) repaired(r datapath.Repair) {
 func (n *node) currentResources() *enforced { return n.resources.current() }
 
 func (n *node) makeIdentity(context.Context) (err error) {
-	if n.cfg.Spec.Collector == nil && n.cfg.Spec.Automation == nil {
+	if n.cfg.Spec.Collector == nil && n.cfg.Spec.Automation == nil && n.cfg.Spec.Workloads.API == policy.WorkloadsNone {
 		return nil
 	}
 	n.identity, err = identity.New(identity.Config{Address: n.cfg.Spec.WorkloadAPI, ID: n.cfg.AgentID(), Logger: n.log})
+	if err != nil {
+		return err
+	}
+	broker, err := openBroker(n.cfg, n.identity, n.log)
+	if err == nil {
+		n.broker = broker
+	}
 	return err
 }
 

@@ -154,5 +154,5 @@ func (n *node) identityState() string {
 	if s.Err != nil {
 		text += ": " + oneLine(s.Err.Error())
 	}
-	return text
+	return text + trustState(n.cfg.Spec.TrustDomain, s.Trusts) + n.brokerState()
 }

@@ -1,10 +1,13 @@
 package identity
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -58,6 +61,66 @@ type Broker interface {
 	// ctx ends and ErrEnded when the workload does, after a last call of tell that takes all away; any
 	// other error is of a kind that asking again does not cure. While the broker is away it goes on.
 	Watch(ctx context.Context, w Workload, tell func(Attested)) error
+	// Status is what people are told.
+	Status() BrokerStatus
+	// Close ends the connection, after which nothing new is learnt.
+	Close() error
+}
+
+// BrokerStatus is what people are told about a broker.
+type BrokerStatus struct {
+	Workloads map[State]int // how many are watched, by what is known of them
+	Err       error         // the last trouble with one of these; nil when there is none
+}
+
+// String is in words.
+func (s BrokerStatus) String() string {
+	var words []string
+	for _, state := range States() {
+		if n := s.Workloads[state]; n > 0 {
+			words = append(words, fmt.Sprintf("%d %s", n, state))
+		}
+	}
+	text := cmp.Or(strings.Join(words, ", "), "none watched")
+	if s.Err != nil {
+		text += ": " + s.Err.Error()
+	}
+	return text
+}
+
+// tally is what a broker's client knows of all its watches.
+type tally struct {
+	mu      sync.Mutex
+	watches map[*watch]Attested // guarded by mu; without keys
+}
+
+func (t *tally) set(w *watch, a Attested) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.watches == nil {
+		t.watches = map[*watch]Attested{}
+	}
+	t.watches[w] = Attested{State: a.State, Err: a.Err}
+}
+
+func (t *tally) drop(w *watch) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.watches, w)
+}
+
+// Status implements Broker.
+func (t *tally) Status() BrokerStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := BrokerStatus{Workloads: map[State]int{}}
+	for _, a := range t.watches {
+		s.Workloads[a.State]++
+		if a.Err != nil && !errors.Is(a.Err, ErrUnissued) { // that a process has none is no trouble
+			s.Err = a.Err
+		}
+	}
+	return s
 }
 
 // BrokerConfig of a broker's client. Only Address must be set.

@@ -189,9 +189,15 @@ func TestBrokerTellsWhoAProcessIs(t *testing.T) {
 		}
 		o.authority.SetEntries(devauthority.Entry{ID: web, PID: pid})
 		n.until(Fresh, web)
+		if got := o.Status().String(); got != "1 fresh" {
+			t.Errorf("status says %q", got)
+		}
 
 		cmd.Process.Kill()
 		n.ended()
+		if got := o.Status().String(); got != "none watched" {
+			t.Errorf("status says %q", got)
+		}
 	})
 }
 
@@ -215,6 +221,9 @@ func TestBrokerAwayAndDenying(t *testing.T) {
 
 		o.authority.Withdraw(own) // who is no broker any more may act for nobody
 		n.until(Withdrawn)
+		if got := o.Status().String(); !strings.HasPrefix(got, "1 withdrawn: ") {
+			t.Errorf("status says %q", got)
+		}
 		o.authority.Restore(own)
 		n.until(Fresh, web)
 	})

@@ -178,8 +178,10 @@ func (o *office) pass(c net.Conn, open <-chan struct{}) {
 	if err != nil {
 		return
 	}
-	defer to.Close()
-	go io.Copy(to, c)
+	go func() {
+		defer to.Close() // or the broker waits two minutes for the rest of a handshake
+		io.Copy(to, c)
+	}()
 	io.Copy(c, to)
 }
 

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -60,6 +61,7 @@ type Source struct {
 	tokens   *jwtbundle.Set  // guarded by mu; what verifies JWT-SVIDs
 	lastErr  error           // guarded by mu
 	told     State           // guarded by mu; the state last logged
+	trusted  string          // guarded by mu; the trust domains last logged
 	changed  chan struct{}   // guarded by mu; closed and replaced at every change
 }
 
@@ -229,7 +231,8 @@ func (s *Source) change(f func(now time.Time)) {
 	now := s.cfg.Clock()
 	f(now)
 	state, before, err := s.state(), s.told, s.lastErr
-	s.told = state
+	trusts, trusted := s.trusts(), s.trusted
+	s.told, s.trusted = state, domains(trusts)
 	if state == Withdrawn && s.svid != nil { // forget the private key
 		s.svid = &x509svid.SVID{ID: s.svid.ID, Certificates: s.svid.Certificates}
 	}
@@ -239,6 +242,20 @@ func (s *Source) change(f func(now time.Time)) {
 	if state != before {
 		s.cfg.Logger.Info("identity state", "state", state, "before", before, "error", err)
 	}
+	if now := domains(trusts); now != trusted {
+		s.cfg.Logger.Info("trust domains", "trusted", now, "before", trusted)
+	}
+}
+
+// domains names those of which there is anything to verify by.
+func domains(trusts []Trust) string {
+	names := make([]string, 0, len(trusts))
+	for _, t := range trusts {
+		if t.X509+t.JWT > 0 {
+			names = append(names, t.Domain.Name())
+		}
+	}
+	return strings.Join(names, " ")
 }
 
 // watcher is the side of a Source that the Workload API client talks to.

@@ -19,6 +19,7 @@ import (
 // SPIFFEBroker is a client of the SPIFFE Broker API. The broker attests what it is asked about; who may ask it
 // for what is the broker's own configuration.
 type SPIFFEBroker struct {
+	tally
 	cfg  BrokerConfig
 	conn *grpc.ClientConn
 	api  broker.APIClient
@@ -39,15 +40,15 @@ func NewSPIFFEBroker(cfg BrokerConfig, own *Source, domain spiffeid.TrustDomain)
 	if err != nil {
 		return nil, fmt.Errorf("open SPIFFE Broker API %s: %w", cfg.Address, err)
 	}
-	return &SPIFFEBroker{cfg, conn, broker.NewAPIClient(conn)}, nil
+	return &SPIFFEBroker{cfg: cfg, conn: conn, api: broker.NewAPIClient(conn)}, nil
 }
 
-// Close ends the connection, after which nothing new is learnt.
+// Close implements Broker.
 func (b *SPIFFEBroker) Close() error { return b.conn.Close() }
 
 // Watch implements Broker.
 func (b *SPIFFEBroker) Watch(ctx context.Context, w Workload, tell func(Attested)) error {
-	return watchWorkload(ctx, b.cfg, b.subscribe, w, tell)
+	return b.follow(ctx, b.cfg, b.subscribe, w, tell)
 }
 
 func (b *SPIFFEBroker) subscribe(ctx context.Context, w Workload, take func(workloadSet)) error {

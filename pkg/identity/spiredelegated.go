@@ -16,6 +16,7 @@ import (
 // SPIREDelegated is a client of SPIRE's Delegated Identity API, by numbers of processes alone: SPIRE attests
 // the process. Who may use the socket is SPIRE's authorized_delegates.
 type SPIREDelegated struct {
+	tally
 	cfg  BrokerConfig
 	conn *grpc.ClientConn
 	api  delegated.DelegatedIdentityClient
@@ -31,10 +32,10 @@ func NewSPIREDelegated(cfg BrokerConfig) (*SPIREDelegated, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open SPIRE's Delegated Identity API %s: %w", cfg.Address, err)
 	}
-	return &SPIREDelegated{cfg, conn, delegated.NewDelegatedIdentityClient(conn)}, nil
+	return &SPIREDelegated{cfg: cfg, conn: conn, api: delegated.NewDelegatedIdentityClient(conn)}, nil
 }
 
-// Close ends the connection, after which nothing new is learnt.
+// Close implements Broker.
 func (d *SPIREDelegated) Close() error { return d.conn.Close() }
 
 // Watch implements Broker. Pods cannot be asked for: SPIRE would have to believe us which process is whose.
@@ -42,7 +43,7 @@ func (d *SPIREDelegated) Watch(ctx context.Context, w Workload, tell func(Attest
 	if w.PodUID != "" {
 		return fmt.Errorf("ask for %s: SPIRE's Delegated Identity API knows processes alone", w)
 	}
-	return watchWorkload(ctx, d.cfg, d.subscribe, w, tell)
+	return d.follow(ctx, d.cfg, d.subscribe, w, tell)
 }
 
 // subscribe follows identities and bundles, which come apart.

@@ -33,6 +33,7 @@ type watch struct {
 	workload  Workload
 	pin       *Pin // nil of a pod
 	tell      func(Attested)
+	tally     *tally
 
 	evidence evidence
 	set      workloadSet
@@ -47,11 +48,11 @@ type answer struct {
 	err error
 }
 
-func watchWorkload(ctx context.Context, cfg BrokerConfig, s subscribe, w Workload, tell func(Attested)) (err error) {
+func (t *tally) follow(ctx context.Context, cfg BrokerConfig, s subscribe, w Workload, tell func(Attested)) (err error) {
 	if err := w.check(); err != nil {
 		return err
 	}
-	n := &watch{cfg: cfg, subscribe: s, workload: w, tell: tell}
+	n := &watch{cfg: cfg, subscribe: s, workload: w, tell: tell, tally: t}
 	var ended <-chan struct{}
 	if w.PID != 0 {
 		if n.pin, err = NewPin(w.PID); err != nil {
@@ -83,25 +84,23 @@ func (n *watch) run(ctx context.Context, ended <-chan struct{}) error {
 			n.evidence, n.set, pause = evidence{}, workloadSet{}, 0
 		}
 		n.trouble(err)
-		if done := n.pause(ctx, ended, pause); done {
-			continue // follow tells which of both
-		}
+		n.pause(ctx, ended, pause) // what cut it short, follow finds out
 	}
 }
 
 // pause waits, and tells states that change by time alone meanwhile.
-func (n *watch) pause(ctx context.Context, ended <-chan struct{}, d time.Duration) (done bool) {
+func (n *watch) pause(ctx context.Context, ended <-chan struct{}, d time.Duration) {
 	over := time.After(d)
 	for {
 		select {
 		case <-over:
-			return false
+			return
 		case <-n.turn():
 			n.report(false)
 		case <-ended:
-			return true
+			return
 		case <-ctx.Done():
-			return true
+			return
 		}
 	}
 }
@@ -208,6 +207,7 @@ func (n *watch) trouble(err error) {
 func (n *watch) forget() {
 	n.evidence, n.set, n.err = evidence{}, workloadSet{}, ErrEnded
 	n.report(true)
+	n.tally.drop(n)
 }
 
 // report tells what is known now; unless it must, only when that changed by time.
@@ -230,6 +230,7 @@ func (n *watch) report(must bool) {
 	if a.Err == nil && n.evidence.overdue(now) {
 		a.Err = errOverdue
 	}
+	n.tally.set(n, a)
 	if !must && a.State == n.told && len(a.IDs) == n.toldIDs {
 		return
 	}
