@@ -56,7 +56,7 @@ test-alerts: ## have a real Prometheus and Alertmanager see each alert come from
 
 test-spire: ## have the programs live on identities of a real SPIRE, of SPIRE_BIN_DIR=folder: rotated, withdrawn, away (root; a quarter of an hour)
 	go run ./tools/needs test
-	go test -p 1 -tags spire -count 1 -v -timeout 40m -run '^(TestSPIRE|TestDemoWithSPIRE)$$' ./cmd/sallyport ./test/e2e
+	go test -p 1 -tags spire -count 1 -v -timeout 40m -run '^(TestSPIRE|TestSPIREBrokers|TestDemoWithSPIRE)$$' ./cmd/sallyport ./test/e2e
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...

@@ -11,9 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/proxy"
 	"github.com/sallyport-dev/sallyport/pkg/px"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 const (
@@ -44,11 +46,20 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 
 	group.Go(func() error { return watchNamespace(broken, cfg.PxPath()) })
 
+	forHTTP, err := newHTTPParts(cfg, source, file, log)
+	if err != nil {
+		stopHelpers()
+		return errors.Join(err, group.Wait())
+	}
+	defer forHTTP.outside.Close()
+	group.Go(func() error { return forHTTP.tokens.Run(broken) })
+	group.Go(func() error { return forHTTP.certificates.Run(broken) })
+
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
 	context.AfterFunc(broken, stop) // a helper that broke ends the rest
 	awaitIdentity(serving, source, log)
-	p, err := newProxy(cfg.Spec.Proxy, source, file, reporter, log)
+	p, err := newProxy(cfg.Spec.Proxy, parts{source, file, reporter, forHTTP}, log)
 	if err == nil {
 		context.AfterFunc(serving, func() { notify.send("STOPPING=1") })
 		log.Info("listening", "port", cfg.Spec.Proxy.ListenPort, "identity", cfg.ProxyID())
@@ -70,7 +81,40 @@ func awaitIdentity(ctx context.Context, source *identity.Source, log *slog.Logge
 	}
 }
 
-func newProxy(c policy.ProxyConfig, source *identity.Source, file *proxy.PolicyFile, reporter *proxy.Reporter, log *slog.Logger) (*proxy.Proxy, error) {
+// httpParts are what services that speak HTTP need.
+type httpParts struct {
+	outside      *proxy.Outside
+	tokens       *token.Verifier
+	login        *login.Handler
+	certificates *proxy.Certificates
+}
+
+// newHTTPParts asks nobody for anything: identity providers are reached when there is a policy that names them.
+func newHTTPParts(cfg policy.AgentConfig, source *identity.Source, file *proxy.PolicyFile, log *slog.Logger) (httpParts, error) {
+	outside, err := proxy.NewOutside(cfg.ProxySocket())
+	if err != nil {
+		return httpParts{}, err
+	}
+	tokens, err := token.New(token.Config{Policy: file.Set, Bundles: source, Dial: outside.Dial, Logger: log})
+	if err != nil {
+		return httpParts{}, errors.Join(err, outside.Close())
+	}
+	return httpParts{
+		outside: outside, tokens: tokens,
+		login:        login.New(login.Config{Policy: file.Set, Tokens: tokens, Dial: outside.Dial, Keys: login.NewKeys(), Log: log}),
+		certificates: proxy.NewCertificates(cfg.Spec.Proxy.Certificates, log),
+	}, nil
+}
+
+// parts are what a proxy works with.
+type parts struct {
+	source   *identity.Source
+	file     *proxy.PolicyFile
+	reporter *proxy.Reporter
+	http     httpParts
+}
+
+func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy, error) {
 	connections, err := fitConnections(c.MaxConnections, log)
 	if err != nil {
 		return nil, err
@@ -83,9 +127,12 @@ func newProxy(c policy.ProxyConfig, source *identity.Source, file *proxy.PolicyF
 		ExpiryGrace:      c.ExpiryGrace.Duration,
 		DialTimeout:      c.DialTimeout.Duration,
 		DrainTimeout:     c.DrainTimeout.Duration,
-		Identity:         source,
-		Policy:           file,
-		Report:           reporter.Report,
+		Identity:         with.source,
+		Policy:           with.file,
+		Report:           with.reporter.Report,
+		Tokens:           with.http.tokens,
+		Login:            with.http.login,
+		Certificates:     with.http.certificates,
 		Logger:           log,
 	})
 }

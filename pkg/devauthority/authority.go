@@ -6,17 +6,23 @@
 package devauthority
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
+	"maps"
 	"math/big"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -42,14 +48,19 @@ type Authority struct {
 	ttl         time.Duration
 
 	mu        sync.Mutex
-	root      root                 // guarded by mu
-	withdrawn map[spiffeid.ID]bool // guarded by mu
-	changed   chan struct{}        // guarded by mu; closed and replaced at every change
+	root      root                                          // guarded by mu
+	withdrawn map[spiffeid.ID]bool                          // guarded by mu
+	federated map[spiffeid.TrustDomain]*spiffebundle.Bundle // guarded by mu
+	entries   []Entry                                       // guarded by mu
+	changed   chan struct{}                                 // guarded by mu; closed and replaced at every change
 }
 
+// root signs certificates and, by another key, tokens.
 type root struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	cert     *x509.Certificate
+	key      *ecdsa.PrivateKey
+	tokenKey *ecdsa.PrivateKey
+	keyID    string
 }
 
 // New makes an authority with a new root key.
@@ -66,7 +77,7 @@ func New(trustDomain spiffeid.TrustDomain, o Options) (*Authority, error) {
 	}
 	return &Authority{
 		trustDomain: trustDomain, ttl: o.TTL, root: r,
-		withdrawn: map[spiffeid.ID]bool{}, changed: make(chan struct{}),
+		withdrawn: map[spiffeid.ID]bool{}, federated: map[spiffeid.TrustDomain]*spiffebundle.Bundle{}, changed: make(chan struct{}),
 	}, nil
 }
 
@@ -79,6 +90,17 @@ func (a *Authority) Withdraw(id spiffeid.ID) { a.change(func() { a.withdrawn[id]
 
 // Restore issues a withdrawn identity again.
 func (a *Authority) Restore(id spiffeid.ID) { a.change(func() { delete(a.withdrawn, id) }) }
+
+// Federate has all workloads trust another trust domain, too, by the bundle as it is now: after a change of it,
+// call again.
+func (a *Authority) Federate(b *spiffebundle.Bundle) {
+	a.change(func() { a.federated[b.TrustDomain()] = b.Clone() })
+}
+
+// Unfederate ends that.
+func (a *Authority) Unfederate(td spiffeid.TrustDomain) {
+	a.change(func() { delete(a.federated, td) })
+}
 
 // ReplaceRoot makes a new root key at once, without overlap: what the old one signed is trusted no
 // more by whoever has the new bundle.
@@ -97,6 +119,24 @@ func (a *Authority) Bundle() *x509bundle.Bundle {
 	return x509bundle.FromX509Authorities(a.trustDomain, []*x509.Certificate{a.root.cert})
 }
 
+// TrustBundle is what verifies certificates and tokens of this authority, as others federate with it.
+func (a *Authority) TrustBundle() *spiffebundle.Bundle {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b := spiffebundle.New(a.trustDomain)
+	b.SetX509Authorities([]*x509.Certificate{a.root.cert})
+	b.SetJWTAuthorities(map[string]crypto.PublicKey{a.root.keyID: a.root.tokenKey.Public()})
+	return b
+}
+
+// IssueToken makes a JWT-SVID, withdrawn or not, without a Workload API.
+func (a *Authority) IssueToken(id spiffeid.ID, audience ...string) (string, error) {
+	a.mu.Lock()
+	r := a.root
+	a.mu.Unlock()
+	return r.issueToken(id, a.ttl, audience)
+}
+
 // Issue makes an identity, withdrawn or not, without a Workload API.
 func (a *Authority) Issue(id spiffeid.ID) (*x509svid.SVID, error) {
 	a.mu.Lock()
@@ -113,11 +153,19 @@ func (a *Authority) change(f func()) {
 	a.changed = make(chan struct{})
 }
 
-// look is what a stream needs of one moment.
-func (a *Authority) look(id spiffeid.ID) (r root, withdrawn bool, changed <-chan struct{}) {
+// moment is what a stream needs of one moment.
+type moment struct {
+	root      root
+	withdrawn map[spiffeid.ID]bool
+	federated map[spiffeid.TrustDomain]*spiffebundle.Bundle
+	entries   []Entry
+	changed   <-chan struct{}
+}
+
+func (a *Authority) look() moment {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.root, a.withdrawn[id], a.changed
+	return moment{a.root, maps.Clone(a.withdrawn), maps.Clone(a.federated), slices.Clone(a.entries), a.changed}
 }
 
 func newRoot(td spiffeid.TrustDomain) (root, error) {
@@ -132,7 +180,27 @@ func newRoot(td spiffeid.TrustDomain) (root, error) {
 	if err != nil {
 		return root{}, fmt.Errorf("make root: %w", err)
 	}
-	return root{cert: cert, key: key}, nil
+	tokenKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return root{}, fmt.Errorf("make key of tokens: %w", err)
+	}
+	return root{cert: cert, key: key, tokenKey: tokenKey, keyID: cert.SerialNumber.Text(16)}, nil
+}
+
+func (r root) issueToken(id spiffeid.ID, ttl time.Duration, audience []string) (string, error) {
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: r.tokenKey, KeyID: r.keyID}}
+	signer, err := jose.NewSigner(key, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		return "", fmt.Errorf("issue token of %s: %w", id, err)
+	}
+	now := time.Now()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{
+		Subject: id.String(), Audience: audience, IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(ttl)),
+	}).Serialize()
+	if err != nil {
+		return "", fmt.Errorf("issue token of %s: %w", id, err)
+	}
+	return token, nil
 }
 
 func (r root) issue(id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {

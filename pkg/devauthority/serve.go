@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -25,12 +26,18 @@ func (a *Authority) Serve(ctx context.Context, socketPath string, id spiffeid.ID
 	if id.TrustDomain() != a.trustDomain {
 		return fmt.Errorf("serve %s: not of trust domain %s", id, a.trustDomain)
 	}
+	return serveSocket(ctx, socketPath, grpc.NewServer(), func(s *grpc.Server) {
+		workload.RegisterSpiffeWorkloadAPIServer(s, &endpoint{authority: a, id: id})
+	})
+}
+
+// serveSocket serves what is registered until ctx ends.
+func serveSocket(ctx context.Context, socketPath string, s *grpc.Server, register func(*grpc.Server)) error {
 	l, err := listen(socketPath)
 	if err != nil {
 		return err
 	}
-	s := grpc.NewServer()
-	workload.RegisterSpiffeWorkloadAPIServer(s, &endpoint{authority: a, id: id})
+	register(s)
 	stop := context.AfterFunc(ctx, s.Stop)
 	defer stop()
 	if err := s.Serve(l); err != nil && ctx.Err() == nil {
@@ -65,10 +72,10 @@ type endpoint struct {
 	id        spiffeid.ID
 }
 
-// FetchX509SVID sends the identity, and again whenever it is renewed, rotated or its root changes.
+// FetchX509SVID sends the identity, and again whenever it is renewed, rotated or trust changes.
 func (e *endpoint) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
-	return e.follow(stream.Context(), func(r root) error {
-		svid, err := r.issue(e.id, e.authority.ttl)
+	return e.follow(stream.Context(), func(m moment) error {
+		svid, err := m.root.issue(e.id, e.authority.ttl)
 		if err != nil {
 			return err
 		}
@@ -76,41 +83,110 @@ func (e *endpoint) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.Server
 		if err != nil {
 			return err
 		}
-		return stream.Send(&workload.X509SVIDResponse{Svids: []*workload.X509SVID{{
-			SpiffeId: e.id.String(), X509Svid: svid.Certificates[0].Raw, X509SvidKey: key, Bundle: r.cert.Raw,
+		return stream.Send(&workload.X509SVIDResponse{FederatedBundles: m.foreign(), Svids: []*workload.X509SVID{{
+			SpiffeId: e.id.String(), X509Svid: svid.Certificates[0].Raw, X509SvidKey: key, Bundle: m.root.cert.Raw,
 		}}})
 	})
 }
 
-// FetchX509Bundles sends the bundle, and again whenever the root changes.
+// FetchX509Bundles sends the bundles, and again whenever they change.
 func (e *endpoint) FetchX509Bundles(_ *workload.X509BundlesRequest, stream grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
-	return e.follow(stream.Context(), func(r root) error {
-		return stream.Send(&workload.X509BundlesResponse{
-			Bundles: map[string][]byte{e.authority.trustDomain.IDString(): r.cert.Raw},
-		})
+	return e.follow(stream.Context(), func(m moment) error {
+		bundles := m.foreign()
+		bundles[e.authority.trustDomain.IDString()] = m.root.cert.Raw
+		return stream.Send(&workload.X509BundlesResponse{Bundles: bundles})
 	})
 }
 
+// FetchJWTBundles sends what verifies tokens, and again whenever it changes.
+func (e *endpoint) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
+	return e.follow(stream.Context(), func(m moment) error {
+		m.federated[e.authority.trustDomain] = e.authority.TrustBundle()
+		bundles := map[string][]byte{}
+		for td, b := range m.federated {
+			raw, err := b.JWTBundle().Marshal()
+			if err != nil {
+				return err
+			}
+			bundles[td.IDString()] = raw
+		}
+		return stream.Send(&workload.JWTBundlesResponse{Bundles: bundles})
+	})
+}
+
+// FetchJWTSVID gives a token for the audiences.
+func (e *endpoint) FetchJWTSVID(ctx context.Context, r *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+	if err := checkHeader(ctx, "workload.spiffe.io"); err != nil {
+		return nil, err
+	}
+	if len(r.Audience) == 0 {
+		return nil, status.Error(codes.InvalidArgument, "audience must be specified")
+	}
+	m := e.authority.look()
+	if m.withdrawn[e.id] || r.SpiffeId != "" && r.SpiffeId != e.id.String() {
+		return nil, errNoIdentity
+	}
+	token, err := m.root.issueToken(e.id, e.authority.ttl, r.Audience)
+	if err != nil {
+		return nil, err
+	}
+	return &workload.JWTSVIDResponse{Svids: []*workload.JWTSVID{{SpiffeId: e.id.String(), Svid: token}}}, nil
+}
+
+var errNoIdentity = status.Error(codes.PermissionDenied, "no identity issued")
+
 // follow calls send for every state of the authority, until the identity is withdrawn.
-func (e *endpoint) follow(ctx context.Context, send func(root) error) error {
-	if header := metadata.ValueFromIncomingContext(ctx, "workload.spiffe.io"); len(header) != 1 || header[0] != "true" {
+func (e *endpoint) follow(ctx context.Context, send func(moment) error) error {
+	if err := checkHeader(ctx, "workload.spiffe.io"); err != nil {
+		return err
+	}
+	return e.authority.follow(ctx, func(m moment) error {
+		if m.withdrawn[e.id] {
+			return errNoIdentity
+		}
+		return send(m)
+	})
+}
+
+// checkHeader wants what a browser or a forwarded request cannot have set.
+func checkHeader(ctx context.Context, name string) error {
+	if header := metadata.ValueFromIncomingContext(ctx, name); len(header) != 1 || header[0] != "true" {
 		return status.Error(codes.InvalidArgument, "security header missing from request")
 	}
-	renew := time.NewTicker(e.authority.ttl / 2)
+	return nil
+}
+
+// follow calls send now, at every change and when identities are due for renewal.
+func (a *Authority) follow(ctx context.Context, send func(moment) error) error {
+	renew := time.NewTicker(a.ttl / 2)
 	defer renew.Stop()
 	for {
-		r, withdrawn, changed := e.authority.look(e.id)
-		if withdrawn {
-			return status.Error(codes.PermissionDenied, "no identity issued")
-		}
-		if err := send(r); err != nil {
+		m := a.look()
+		if err := send(m); err != nil {
 			return err
 		}
 		select {
-		case <-changed:
+		case <-m.changed:
 		case <-renew.C:
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
+}
+
+// foreign are the bundles of other trust domains, DER.
+func (m moment) foreign() map[string][]byte {
+	bundles := map[string][]byte{}
+	for td, b := range m.federated {
+		bundles[td.IDString()] = der(b)
+	}
+	return bundles
+}
+
+func der(b *spiffebundle.Bundle) []byte {
+	var raw []byte
+	for _, c := range b.X509Authorities() {
+		raw = append(raw, c.Raw...)
+	}
+	return raw
 }

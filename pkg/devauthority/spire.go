@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,7 +25,7 @@ const SPIREHint = "unpack SPIRE's own release (https://github.com/spiffe/spire/r
 // ErrNoSPIRE is the error for a folder that has not both programs.
 var ErrNoSPIRE = errors.New("no SPIRE")
 
-// SPIREConfig says where a SPIRE runs. All fields must be set.
+// SPIREConfig says where a SPIRE runs. All fields but Delegates must be set.
 type SPIREConfig struct {
 	// Bin is the folder of spire-server and spire-agent.
 	Bin string
@@ -35,6 +36,8 @@ type SPIREConfig struct {
 	TrustDomain spiffeid.TrustDomain
 	// Port of the server on 127.0.0.1.
 	Port uint16
+	// Delegates may ask for identities of others, by either API. None: nobody can.
+	Delegates []spiffeid.ID
 }
 
 // SPIRE is a real server and a real agent of it, in the embedded authority's place: the agent joins by a
@@ -102,14 +105,45 @@ func (s *SPIRE) agentConfig() string {
   data_dir = %q
   trust_bundle_path = %q
   join_token_file = %q
-}
+%s}
 plugins {
   KeyManager "disk" { plugin_data { directory = %q } }
   NodeAttestor "join_token" { plugin_data {} }
   WorkloadAttestor "unix" { plugin_data { discover_workload_path = true, workload_size_limit = -1 } }
 }
-`, s.cfg.TrustDomain.Name(), s.cfg.Port, s.cfg.Socket, s.path("agent"), s.path("bundle.pem"), s.path("token"), s.path("agent"))
+`, s.cfg.TrustDomain.Name(), s.cfg.Port, s.cfg.Socket, s.path("agent"), s.path("bundle.pem"), s.path("token"), s.onBehalf(), s.path("agent"))
 }
+
+// onBehalf are the lines of the agent's configuration that let others be asked for.
+func (s *SPIRE) onBehalf() string {
+	if len(s.cfg.Delegates) == 0 {
+		return ""
+	}
+	var ids, brokers []string
+	for _, id := range s.cfg.Delegates {
+		ids = append(ids, strconv.Quote(id.String()))
+		brokers = append(brokers, fmt.Sprintf("{ id = %q, allowed_reference_types = [{ type_url = \"*\" }] }", id))
+	}
+	return fmt.Sprintf(`  admin_socket_path = %q
+  authorized_delegates = [%s]
+  experimental {
+    broker {
+      socket_path = %q
+      brokers = [%s]
+    }
+  }
+`, s.delegatedSocket(), strings.Join(ids, ", "), s.brokerSocket(), strings.Join(brokers, ", "))
+}
+
+func (s *SPIRE) delegatedSocket() string { return s.path("admin/admin.sock") }
+
+func (s *SPIRE) brokerSocket() string { return s.path("broker/broker.sock") }
+
+// DelegatedAddress is of the Delegated Identity API.
+func (s *SPIRE) DelegatedAddress() string { return "unix://" + s.delegatedSocket() }
+
+// BrokerAddress is of the SPIFFE Broker API, which SPIRE has since 1.15.2.
+func (s *SPIRE) BrokerAddress() string { return "unix://" + s.brokerSocket() }
 
 // Address of the Workload API.
 func (s *SPIRE) Address() string { return "unix://" + s.cfg.Socket }

@@ -6,16 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -42,8 +43,9 @@ type Config struct {
 }
 
 // Source is the process's own identity and the bundles it verifies others with, kept up to date from
-// the Workload API by Run. It implements x509svid.Source and x509bundle.Source; all methods may be
-// called from anywhere, before, during and after Run.
+// the Workload API by Run: those of its own trust domain and of those that it is federated with. It implements
+// x509svid.Source, x509bundle.Source and jwtbundle.Source; all methods may be called from anywhere, before,
+// during and after Run.
 //
 // An identity that is past its time or was withdrawn is never given. One that is valid is never
 // discarded because the source went away. Bundles are kept through all states: they are public, and
@@ -55,6 +57,7 @@ type Source struct {
 	evidence evidence        // guarded by mu
 	svid     *x509svid.SVID  // guarded by mu
 	bundles  *x509bundle.Set // guarded by mu
+	tokens   *jwtbundle.Set  // guarded by mu; what verifies JWT-SVIDs
 	lastErr  error           // guarded by mu
 	told     State           // guarded by mu; the state last logged
 	changed  chan struct{}   // guarded by mu; closed and replaced at every change
@@ -65,6 +68,12 @@ func New(cfg Config) (*Source, error) {
 	if cfg.Address == "" {
 		return nil, errors.New("make identity source: no Workload API address")
 	}
+	cfg.complete()
+	return &Source{cfg: cfg, bundles: x509bundle.NewSet(), tokens: jwtbundle.NewSet(), changed: make(chan struct{})}, nil
+}
+
+// complete fills in what was left out.
+func (cfg *Config) complete() {
 	if cfg.Confirm == (Confirm{}) {
 		cfg.Confirm = Confirm{Answers: 2, Window: 10 * time.Second}
 	}
@@ -80,35 +89,40 @@ func New(cfg Config) (*Source, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Source{cfg: cfg, bundles: x509bundle.NewSet(), changed: make(chan struct{})}, nil
 }
 
 // Run follows the Workload API until ctx ends, and returns nil then. It outlives every trouble of
 // the source; only an address that cannot be one is an error.
 func (s *Source) Run(ctx context.Context) error {
 	strategy := retry{s.cfg.MinRetry, s.cfg.MaxRetry}
-	// gRPC's own back-off grows to two minutes, in which every attempt of ours would fail unasked.
-	connect := grpc.ConnectParams{Backoff: backoff.Config{
-		BaseDelay: strategy.min, Multiplier: 2, Jitter: 0.2, MaxDelay: strategy.max,
-	}}
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr(s.cfg.Address),
-		workloadapi.WithBackoffStrategy(strategy), workloadapi.WithDialOptions(grpc.WithConnectParams(connect)))
+		workloadapi.WithBackoffStrategy(strategy), workloadapi.WithDialOptions(strategy.connect()))
 	if err != nil {
 		return fmt.Errorf("open Workload API %s: %w", s.cfg.Address, err)
 	}
 	defer client.Close()
-	again := strategy.NewBackoff()
+	var tokens sync.WaitGroup
+	tokens.Go(func() {
+		s.again(ctx, strategy, func() error { return client.WatchJWTBundles(ctx, (*tokenWatcher)(s)) })
+	})
+	s.again(ctx, strategy, func() error { return client.WatchX509Context(ctx, (*watcher)(s)) })
+	tokens.Wait()
+	return nil
+}
+
+// again watches until ctx ends: a watch also ends by errors that the client thinks final and we do not.
+func (s *Source) again(ctx context.Context, r retry, watch func() error) {
+	pauses := r.NewBackoff()
 	for {
-		// Returns when ctx ends, and on errors that the client thinks final and we do not.
-		err := client.WatchX509Context(ctx, (*watcher)(s))
+		err := watch()
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		s.cfg.Logger.Warn("watch of Workload API ended", "error", err)
 		select {
-		case <-time.After(again.Next()):
+		case <-time.After(pauses.Next()):
 		case <-ctx.Done():
-			return nil
+			return
 		}
 	}
 }
@@ -122,6 +136,13 @@ type Status struct {
 	ID       spiffeid.ID // zero: none was ever held
 	NotAfter time.Time   // wall clock
 	Err      error       // last trouble with the source; nil while it is connected and renews
+	Trusts   []Trust     // in the order of their names; empty before the source has answered
+}
+
+// Trust is what is held to verify the identities of a trust domain.
+type Trust struct {
+	Domain    spiffeid.TrustDomain
+	X509, JWT int // keys that sign its certificates and its tokens
 }
 
 // Status of this moment.
@@ -135,7 +156,20 @@ func (s *Source) Status() Status {
 	if s.svid != nil {
 		st.ID = s.svid.ID
 	}
+	st.Trusts = s.trusts()
 	return st
+}
+
+// trusts is called with mu held.
+func (s *Source) trusts() []Trust {
+	held := map[spiffeid.TrustDomain]Trust{}
+	for _, b := range s.bundles.Bundles() {
+		held[b.TrustDomain()] = Trust{Domain: b.TrustDomain(), X509: len(b.X509Authorities())}
+	}
+	for _, b := range s.tokens.Bundles() {
+		held[b.TrustDomain()] = Trust{Domain: b.TrustDomain(), X509: held[b.TrustDomain()].X509, JWT: len(b.JWTAuthorities())}
+	}
+	return slices.SortedFunc(maps.Values(held), func(a, b Trust) int { return a.Domain.Compare(b.Domain) })
 }
 
 // GetX509SVID gives the own identity. Errors: ErrUnreachable, ErrUnissued, ErrExpired, ErrWithdrawn.
@@ -153,6 +187,13 @@ func (s *Source) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.bundles.GetX509BundleForTrustDomain(td)
+}
+
+// GetJWTBundleForTrustDomain gives what verifies JWT-SVIDs of a trust domain.
+func (s *Source) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tokens.GetJWTBundleForTrustDomain(td)
 }
 
 // Changed gives a channel that is closed at the next change of identity, bundles or source. An
@@ -231,6 +272,26 @@ func (w *watcher) OnX509ContextWatchError(err error) {
 			s.evidence = s.evidence.unreachable()
 		}
 	})
+}
+
+// tokenWatcher is the side of a Source that is told what verifies JWT-SVIDs. Trouble with it says nothing about
+// the own identity, and whoever serves no tokens at all is no trouble.
+type tokenWatcher Source
+
+// OnJWTBundlesUpdate takes a full set of bundles.
+func (w *tokenWatcher) OnJWTBundlesUpdate(bundles *jwtbundle.Set) {
+	s := (*Source)(w)
+	s.mu.Lock()
+	same := slices.EqualFunc(s.tokens.Bundles(), bundles.Bundles(), (*jwtbundle.Bundle).Equal)
+	s.mu.Unlock()
+	if !same {
+		s.change(func(time.Time) { s.tokens = bundles })
+	}
+}
+
+// OnJWTBundlesWatchError leaves the bundles as they are: they are public. The client asks again by itself.
+func (w *tokenWatcher) OnJWTBundlesWatchError(err error) {
+	w.cfg.Logger.Debug("watch of JWT bundles", "error", err)
 }
 
 // isDenial tells answers of a source that is well from all other trouble.

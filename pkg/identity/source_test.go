@@ -3,6 +3,7 @@ package identity
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -10,7 +11,9 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 )
@@ -85,17 +88,23 @@ func (b *bench) serve() (stop func()) {
 
 func (b *bench) until(want State) {
 	b.t.Helper()
-	deadline := time.After(10 * time.Second)
+	b.untilTrue(string(want), func() bool { return b.Status().State == want })
+}
+
+// untilTrue waits for what the source comes to know.
+func (b *bench) untilTrue(what string, holds func() bool) {
+	b.t.Helper()
+	deadline := time.After(20 * time.Second)
 	for {
 		changed := b.Changed()
-		if b.Status().State == want {
+		if holds() {
 			return
 		}
 		select {
 		case <-changed:
 		case <-time.After(20 * time.Millisecond): // states also change by time alone
 		case <-deadline:
-			b.t.Fatalf("state %+v, want %s", b.Status(), want)
+			b.t.Fatalf("status %+v, want: %s", b.Status(), what)
 		}
 	}
 }
@@ -215,17 +224,102 @@ func TestReplacedRootIsFollowed(t *testing.T) {
 	b.serve()
 	b.until(Fresh)
 	old := b.mustGet()
-	changed := b.Changed()
 	if err := b.authority.ReplaceRoot(); err != nil {
 		t.Fatal(err)
 	}
-	<-changed
-	if _, _, err := x509svid.Verify(old.Certificates, b); err == nil {
-		t.Error("the old root is still trusted")
-	}
+	b.untilTrue("the old root is trusted no more", func() bool {
+		_, _, err := x509svid.Verify(old.Certificates, b)
+		return err != nil
+	})
 	if _, _, err := x509svid.Verify(b.mustGet().Certificates, b); err != nil {
 		t.Error(err)
 	}
+}
+
+// trusts says whether certificate and token of a foreign identity verify.
+func (b *bench) trusts(svid *x509svid.SVID, token string) (certificate, jwt bool) {
+	_, _, err := x509svid.Verify(svid.Certificates, b)
+	_, tokenErr := jwtsvid.ParseAndValidate(token, b, []string{"service"})
+	return err == nil, tokenErr == nil
+}
+
+// TestFederation: who belongs to a federated trust domain is verified, by certificate and by token; a federation
+// that is ended ends that, and one that is merely not heard of does not.
+func TestFederation(t *testing.T) {
+	foreign, err := devauthority.New(partner, devauthority.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBench(t, time.Hour, nil)
+	stop := b.serve()
+	b.until(Fresh)
+	id := spiffeid.RequireFromPath(partner, "/web")
+	svid, err := foreign.Issue(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := foreign.IssueToken(id, "service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := func(want bool) func() bool {
+		return func() bool {
+			certificate, jwt := b.trusts(svid, token)
+			return certificate == want && jwt == want
+		}
+	}
+	if !both(false)() {
+		t.Error("strangers are trusted")
+	}
+	b.authority.Federate(foreign.TrustBundle())
+	b.untilTrue("partner is trusted", both(true))
+	if got := fmt.Sprint(b.Status().Trusts); got != "[{example.org 1 1} {partner.example 1 1}]" {
+		t.Errorf("status says %s", got)
+	}
+
+	stop()
+	b.until(StaleValid)
+	if !both(true)() {
+		t.Error("a source that is away takes trust away")
+	}
+	b.serve()
+	b.until(Fresh)
+
+	if err := foreign.ReplaceRoot(); err != nil {
+		t.Fatal(err)
+	}
+	b.authority.Federate(foreign.TrustBundle())
+	b.untilTrue("partner's old keys are trusted no more", both(false))
+	b.authority.Unfederate(partner)
+	b.untilTrue("partner is unknown", func() bool { return len(b.Status().Trusts) == 1 })
+}
+
+// TestTokensOfTheOwnDomain come from the Workload API, and verify until its keys are replaced.
+func TestTokensOfTheOwnDomain(t *testing.T) {
+	b := newBench(t, time.Hour, nil)
+	b.serve()
+	b.until(Fresh)
+	client, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+b.socket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	svid, err := client.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "service"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	valid := func(audience string) bool {
+		v, err := jwtsvid.ParseAndValidate(svid.Marshal(), b, []string{audience})
+		return err == nil && v.ID == proxy
+	}
+	b.untilTrue("token verifies", func() bool { return valid("service") })
+	if valid("another") {
+		t.Error("a token for another audience verifies")
+	}
+	if err := b.authority.ReplaceRoot(); err != nil {
+		t.Fatal(err)
+	}
+	b.untilTrue("token verifies no more", func() bool { return !valid("service") })
 }
 
 func TestBadAddress(t *testing.T) {

@@ -43,6 +43,8 @@ type AgentConfigSpec struct {
 	// WorkloadAPI is the socket that gives agent and proxy their identities:
 	// unix:///run/spire/sockets/agent.sock.
 	WorkloadAPI string `json:"workloadAPI" yaml:"workloadAPI"`
+	// Workloads is where the agent learns the identities of others' processes on this node.
+	Workloads WorkloadsConfig `json:"workloads" yaml:"workloads"`
 	// Devices tells the node's devices apart.
 	Devices DevicesConfig `json:"devices" yaml:"devices"`
 	// Hooks is how programs are held on devices: tcx (Linux 6.6 and later), clsact (5.15 and later), or
@@ -86,6 +88,22 @@ const (
 	PodLoopbackAdmit = "admit"
 	PodLoopbackDeny  = "deny"
 )
+
+// Values of WorkloadsConfig.API.
+const (
+	WorkloadsNone      = "none"
+	WorkloadsBroker    = "broker"
+	WorkloadsDelegated = "delegated"
+)
+
+// WorkloadsConfig names who tells the identities of the node's workloads.
+type WorkloadsConfig struct {
+	// API is none, broker (the SPIFFE Broker API), or delegated (SPIRE's Delegated Identity API, by numbers of
+	// processes alone): none.
+	API string `json:"api" yaml:"api"`
+	// Address is its socket: unix:///run/spire/broker/broker.sock. Left out with none.
+	Address string `json:"address,omitempty" yaml:"address,omitempty"`
+}
 
 // DevicesConfig tells devices apart by shell patterns of their names.
 type DevicesConfig struct {
@@ -201,6 +219,7 @@ func DefaultAgentConfig() AgentConfig {
 
 			RunDir:      "/run/sallyport",
 			BPFFS:       "/sys/fs/bpf",
+			Workloads:   WorkloadsConfig{API: WorkloadsNone},
 			WorkloadAPI: "unix:///run/spire/sockets/agent.sock",
 			Devices:     DevicesConfig{Pods: []string{"veth*", "cali*"}},
 			Hooks:       "auto",

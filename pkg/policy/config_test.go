@@ -22,6 +22,7 @@ spec:
   runDir: /run/sallyport
   bpffs: /sys/fs/bpf
   workloadAPI: unix:///run/spire/sockets/agent.sock
+  workloads: {api: none}
   devices: {pods: ["veth*", "cali*"], ignore: []}
   hooks: auto
   xdp: {mode: auto, denySources: [], synsPerSource: {rate: 0, burst: 0}, synsPerService: {rate: 0, burst: 0}}
@@ -102,6 +103,8 @@ func TestAgentConfigTakes(t *testing.T) {
 		{"10.9.0.1:9443", "[fd00:9::1]:9443"},
 		{"127.0.0.1:9469", "[::]:9469"},
 		{"name: node-1", "name: ip-10-0-0-1.eu-west-1.compute.internal"},
+		{"workloads: {api: none}", "workloads: {api: broker, address: \"unix:///run/spire/broker/broker.sock\"}"},
+		{"workloads: {api: none}", "workloads: {api: delegated, address: \"unix:///run/spire/admin/admin.sock\"}"},
 		{"drainTimeout: 10s", "drainTimeout: 0s"},
 		{"expiryGrace: 30s", "expiryGrace: 0s"},
 		{"uids: [0]", "uids: [0, 1000, 4294967295]"},
@@ -150,6 +153,10 @@ var wrongConfigs = []wrong{
 	{"root as a path", "bpffs: /sys/fs/bpf", "bpffs: /", "bpffs", "spec.bpffs", "not such a path"},
 	{"socket without scheme", "unix:///run/spire", "/run/spire", "workloadAPI", "spec.workloadAPI", "not the address of a Unix socket"},
 	{"socket over TCP", "unix:///run/spire/sockets/agent.sock", "tcp://127.0.0.1:8081", "workloadAPI", "spec.workloadAPI", "not the address of a Unix socket"},
+	{"unknown source of workloads", "api: none", "api: selectors", "workloads", "spec.workloads.api", "not a way to learn"},
+	{"workloads of no address", "api: none", "api: broker", "workloads", "spec.workloads.address", "not the address of a Unix socket"},
+	{"workloads over TCP", "api: none", "api: broker, address: \"tcp://10.0.0.1:8443\"", "workloads", "spec.workloads.address", "not the address of a Unix socket"},
+	{"address of no workloads", "api: none", "api: none, address: \"unix:///run/x\"", "workloads", "spec.workloads.address", "of no use"},
 	{"bad device pattern", `"veth*"`, `"veth["`, "veth[", "spec.devices.pods[0]", "not a pattern"},
 	{"everything ignored", "ignore: []", `ignore: ["*"]`, "ignore", "spec.devices.ignore[0]", "always hooked"},
 	{"loopback ignored", "ignore: []", `ignore: ["l?"]`, "ignore", "spec.devices.ignore[0]", "matches lo"},

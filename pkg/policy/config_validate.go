@@ -40,6 +40,7 @@ func (c *AgentConfig) validate(d *document) {
 	d.report("spec.runDir", checkPath(c.Spec.RunDir))
 	d.report("spec.bpffs", checkPath(c.Spec.BPFFS))
 	d.report("spec.workloadAPI", checkSocket(c.Spec.WorkloadAPI))
+	c.Spec.Workloads.validate(d)
 	d.report("spec.hooks", checkHooks(c.Spec.Hooks))
 	if c.Spec.Cgroup != "" {
 		d.report("spec.cgroup", checkPath(c.Spec.Cgroup))
@@ -63,6 +64,19 @@ func (c *AgentConfig) validate(d *document) {
 	c.Spec.Automation.validate(d)
 	c.Spec.XDP.validate(d)
 	c.Spec.Proxy.validate(d)
+}
+
+func (w WorkloadsConfig) validate(d *document) {
+	switch w.API {
+	case WorkloadsNone:
+		if w.Address != "" {
+			d.report("spec.workloads.address", faultf("write api: broker or api: delegated, or leave the address out", "is of no use with api: none"))
+		}
+	case WorkloadsBroker, WorkloadsDelegated:
+		d.report("spec.workloads.address", checkSocket(w.Address))
+	default:
+		d.report("spec.workloads.api", faultf("write none, broker or delegated", "%q is not a way to learn workloads' identities", w.API))
+	}
 }
 
 func (c *AgentConfig) validateSignatures(d *document) {

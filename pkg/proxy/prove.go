@@ -25,33 +25,35 @@ const recordHandshake = 0x16
 
 var errNotAuthorised = errors.New("not authorised")
 
-// prove takes the client to a proven and authorised identity. Its errors are refusals.
-func (s *session) prove() (*client, error) {
+// prove takes the client to a proven and authorised identity; of a service that speaks HTTP, for which spec is given, the client
+// may have left that to its requests. Errors are refusals.
+func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 	if err := s.down.SetDeadline(s.accepted.Add(s.p.cfg.HandshakeTimeout)); err != nil {
-		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
+		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
 	set := s.p.cfg.Policy.Set()
 	service, ok := set.ServiceAt(policy.ProtocolTCP, s.server)
 	if !ok {
-		return nil, &refusal{reason: flow.ReasonUnknownService, err: unknownService(set, s.server)}
+		return nil, nil, &refusal{reason: flow.ReasonUnknownService, err: unknownService(set, s.server)}
 	}
 	s.setIdentity(proven{service: service.Name})
 	first, err := s.firstByte()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if _, err := s.p.cfg.Identity.GetX509SVID(); err != nil {
-		return nil, &refusal{reason: flow.ReasonNoOwnIdentity, err: err}
+	spec = service.Spec.HTTP
+	if err := s.ready(spec); err != nil {
+		return nil, nil, &refusal{reason: flow.ReasonNoOwnIdentity, err: err}
 	}
 	raw := &peeked{TCPConn: s.down, first: first, pending: true}
-	conn := tls.Server(raw, s.tlsConfig())
-	if err := conn.HandshakeContext(s.ctx); err != nil {
-		return nil, s.handshakeRefusal(err)
+	tlsConn := tls.Server(raw, s.tlsConfig(spec))
+	if err := tlsConn.HandshakeContext(s.ctx); err != nil {
+		return nil, nil, s.handshakeRefusal(err, spec)
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {
-		return nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
+		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
-	return &client{Conn: conn, raw: raw}, nil
+	return &client{Conn: tlsConn, raw: raw}, spec, nil
 }
 
 func unknownService(set *policy.Set, server netip.AddrPort) error {
@@ -82,6 +84,7 @@ type peeked struct {
 	first   byte
 	pending bool // used by the one reader only, like ended
 	ended   bool
+	moved   func() // is told of bytes; nil: nobody is
 }
 
 // Read implements net.Conn.
@@ -92,6 +95,18 @@ func (c *peeked) Read(b []byte) (int, error) {
 	}
 	n, err := c.TCPConn.Read(b)
 	c.ended = c.ended || errors.Is(err, io.EOF)
+	if n > 0 && c.moved != nil {
+		c.moved()
+	}
+	return n, err
+}
+
+// Write implements net.Conn.
+func (c *peeked) Write(b []byte) (int, error) {
+	n, err := c.TCPConn.Write(b)
+	if n > 0 && c.moved != nil {
+		c.moved()
+	}
 	return n, err
 }
 
@@ -116,31 +131,34 @@ func (c *client) Read(b []byte) (int, error) {
 
 // tlsConfig is of this connection alone: policy is asked inside the handshake, so that a client
 // that is not let in gets an alert instead of silence.
-func (s *session) tlsConfig() *tls.Config {
+func (s *session) tlsConfig(spec *policy.HTTPSpec) *tls.Config {
 	c := tlsconfig.MTLSServerConfig(s.p.cfg.Identity, s.p.cfg.Identity, s.authorise)
 	c.MinVersion = tls.VersionTLS13
 	c.SessionTicketsDisabled = true // each connection proves its identity itself
+	if spec != nil {
+		s.webTLS(c, *spec)
+	}
 	return c
 }
 
 // authorise is called with an identity that was proven.
 func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error {
 	who := s.identity()
-	who.id = id
+	who.caller = policy.Caller{ID: id, Proof: policy.ProofSPIFFE, Address: s.client.Addr()}
 	if len(chains) > 0 {
 		who.chain = chains[0]
 	}
 	s.setIdentity(who)
-	decision := s.p.cfg.Policy.Set().Authorise(who.service, policy.Caller{ID: id, Proof: policy.ProofSPIFFE, Address: s.client.Addr()}, nil, time.Now())
+	decision := s.p.cfg.Policy.Set().Authorise(who.service, who.caller, nil, time.Now())
 	if !decision.Allowed {
 		return fmt.Errorf("%w: %s", errNotAuthorised, strings.Join(decision.Near, "; "))
 	}
 	return nil
 }
 
-func (s *session) handshakeRefusal(err error) *refusal {
+func (s *session) handshakeRefusal(err error, spec *policy.HTTPSpec) *refusal {
 	r := &refusal{reason: flow.ReasonHandshakeFailed, how: alerted, err: err}
-	_, own := s.p.cfg.Identity.GetX509SVID()
+	own := s.ready(spec)
 	switch {
 	case errors.Is(err, errNotAuthorised):
 		r.reason = flow.ReasonNotAuthorised
@@ -153,18 +171,35 @@ func (s *session) handshakeRefusal(err error) *refusal {
 }
 
 // objection tells why a connection that was let in would not be let in now, or gives nil. That its
-// certificate has expired since is none: it was valid when it was shown, and expire looks after that.
-func (p *Proxy) objection(who proven, client, server netip.AddrPort, shown time.Time) error {
-	set := p.cfg.Policy.Set()
-	service, ok := set.ServiceAt(policy.ProtocolTCP, server)
+// certificate has expired since is none: it was valid when it was shown, and expire looks after that. Requests are asked
+// for themselves.
+func (p *Proxy) objection(s *session) error {
+	who, set := s.identity(), p.cfg.Policy.Set()
+	service, ok := set.ServiceAt(policy.ProtocolTCP, s.server)
 	if !ok || service.Name != who.service {
-		return fmt.Errorf("%s is not service %s any more", bare(server), who.service)
+		return fmt.Errorf("%s is not service %s any more", bare(s.server), who.service)
 	}
-	if d := set.Authorise(who.service, policy.Caller{ID: who.id, Proof: policy.ProofSPIFFE, Address: client.Addr()}, nil, time.Now()); !d.Allowed {
+	if (service.Spec.HTTP != nil) != (s.served() != nil) {
+		return fmt.Errorf("service %s is carried in another way now", who.service)
+	}
+	if len(who.chain) == 0 {
+		return nil
+	}
+	if d := set.Authorise(who.service, who.caller, nil, time.Now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
 	}
-	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(shown)); err != nil {
+	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(s.accepted)); err != nil {
 		return fmt.Errorf("identity is not trusted any more: %w", err)
 	}
 	return nil
+}
+
+// whenShown is for clients that need not have a certificate: one that is shown must be good.
+func whenShown(verify func([][]byte, [][]*x509.Certificate) error) func([][]byte, [][]*x509.Certificate) error {
+	return func(raw [][]byte, chains [][]*x509.Certificate) error {
+		if len(raw) == 0 {
+			return nil
+		}
+		return verify(raw, chains)
+	}
 }

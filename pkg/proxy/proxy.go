@@ -18,6 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // Identity is the proxy's own identity and what it verifies clients with.
@@ -28,7 +30,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Login, Certificates and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -49,7 +51,13 @@ type Config struct {
 	Policy       *PolicyFile
 	// Report takes flow records. It must not block, and is called from many goroutines.
 	Report func(flow.Record)
-	Logger *slog.Logger
+	// Tokens verifies bearer tokens. nil: they prove nobody.
+	Tokens *token.Verifier
+	// Login logs browsers in, to services that have it. nil: none has.
+	Login *login.Handler
+	// Certificates are for clients without SPIFFE. nil: there are none.
+	Certificates *Certificates
+	Logger       *slog.Logger
 }
 
 func (c Config) validate() error {
@@ -77,7 +85,9 @@ type Proxy struct {
 	listeners []*net.TCPListener
 	denials   *denials
 	buffers   *buffers
+	pace      *pace
 	flows     atomic.Uint64
+	upstreams atomic.Int64   // connections to services that speak HTTP
 	running   sync.WaitGroup // one for each session
 
 	mu       sync.Mutex
@@ -98,10 +108,14 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
+	return newProxy(cfg, listeners), nil
+}
+
+func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
-		denials: newDenials(cfg.Report), buffers: newBuffers(), sessions: map[*session]struct{}{},
-	}, nil
+		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), sessions: map[*session]struct{}{},
+	}
 }
 
 // Run serves until ctx ends, then drains: no new connections, live ones go on for DrainTimeout and
@@ -140,7 +154,7 @@ func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
 		c, err := l.AcceptTCP()
 		switch {
 		case err == nil:
-			p.start(c)
+			p.begin(newSession(p, c))
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EINVAL):
@@ -155,9 +169,8 @@ func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
 	}
 }
 
-// start runs a session for the connection, or resets it when there is no room.
-func (p *Proxy) start(c *net.TCPConn) {
-	s := newSession(p, c)
+// begin runs a session, or resets its connection when there is no room.
+func (p *Proxy) begin(s *session) {
 	if reason := p.enter(s); reason != flow.ReasonNone {
 		s.deny(&refusal{reason: reason, how: reset, err: errors.New("no room for another connection")})
 		return
@@ -187,7 +200,7 @@ func (p *Proxy) enter(s *session) flow.Reason {
 // out. Which one is left to the map's order, so that nobody can hold on to a place. p.mu is held.
 func (p *Proxy) makeRoom() bool {
 	for s := range p.sessions {
-		if s.identity().id.IsZero() {
+		if s.identity().caller.String() == "" {
 			delete(p.sessions, s)
 			s.cut(flow.ReasonLimit, "made room for another connection before it proved an identity")
 			return true
@@ -221,6 +234,8 @@ func (p *Proxy) drain() {
 	for _, s := range p.snapshot() {
 		if !s.isOpen() {
 			s.cut(flow.ReasonDrained, "proxy stops")
+		} else if w := s.served(); w != nil {
+			p.running.Go(w.drain)
 		}
 	}
 	timer := time.AfterFunc(p.cfg.DrainTimeout, func() {
@@ -236,12 +251,12 @@ func (p *Proxy) drain() {
 // bundles or identities change.
 func (p *Proxy) recheck(ctx context.Context) {
 	for {
-		policy, identity := p.cfg.Policy.Changed(), p.cfg.Identity.Changed()
+		changed, identity := p.cfg.Policy.Changed(), p.cfg.Identity.Changed()
 		for _, s := range p.snapshot() {
 			s.recheck()
 		}
 		select {
-		case <-policy:
+		case <-changed:
 		case <-identity:
 		case <-ctx.Done():
 			return
@@ -253,17 +268,21 @@ func (p *Proxy) recheck(ctx context.Context) {
 // through a suspended machine and through a clock that was set.
 const expiryLook = time.Second
 
-// expire cuts live connections whose proof of identity is over.
+// expire cuts live connections whose proof of identity is over, and those that policy does not allow at this time of day.
 func (p *Proxy) expire(ctx context.Context) {
 	tick := time.NewTicker(expiryLook)
 	defer tick.Stop()
-	for {
+	for last := time.Now(); ; {
 		select {
 		case <-tick.C:
 			now := time.Now()
+			next := p.cfg.Policy.Set().NextChange(last)
 			for _, s := range p.snapshot() {
-				s.expire(now)
+				if s.expire(now); !next.IsZero() && !now.Before(next) {
+					s.recheck()
+				}
 			}
+			last = now
 		case <-ctx.Done():
 			return
 		}

@@ -1,13 +1,13 @@
 package proxy
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,11 +26,9 @@ type relay struct {
 	up     *net.TCPConn
 
 	buffers            *buffers
-	began              time.Time // origin of lastMove, monotonic
-	toServer, toClient uint64    // payload bytes; each is owned by its direction, read after run
-	lastMove           atomic.Int64
-	timer              *time.Timer
-	timerMu            sync.Mutex // guards timer
+	toServer, toClient uint64 // payload bytes; each is owned by its direction, read after run
+	isSSH              atomic.Bool
+	activity
 }
 
 // run copies until both sides have ended their half, and returns nil then. An error in either
@@ -69,6 +67,7 @@ func (r *relay) serverward() error {
 	for {
 		n, err := r.client.Read(*buf)
 		if n > 0 {
+			r.lookAt((*buf)[:n], &r.toServer)
 			r.moved()
 			if err := r.write(r.up, (*buf)[:n], &r.toServer); err != nil {
 				return fmt.Errorf("write to service: %w", err)
@@ -99,6 +98,7 @@ func (r *relay) clientward() error {
 			return fmt.Errorf("read from service: %w", err)
 		}
 		r.moved()
+		r.lookAt((*buf)[:n], &r.toClient)
 		err = r.write(r.client, (*buf)[:n], &r.toClient)
 		r.buffers.chunks.put(buf)
 		if err != nil {
@@ -142,42 +142,21 @@ func readReady(raw rawReader, chunks *pool) (buf *[]byte, n int, err error) {
 	return buf, max(n, 0), err
 }
 
+// sshBanner is what either side of an SSH connection says first (RFC 4253, 4.2).
+var sshBanner = []byte("SSH-2.0-")
+
+// lookAt tells what is spoken by the first bytes of a direction. sent is how many went before.
+func (r *relay) lookAt(b []byte, sent *uint64) {
+	if *sent == 0 && bytes.HasPrefix(b, sshBanner) {
+		r.isSSH.Store(true)
+	}
+}
+
 func (r *relay) write(to io.Writer, b []byte, count *uint64) error {
 	n, err := to.Write(b)
 	*count += uint64(n)
 	r.moved()
 	return err
-}
-
-func (r *relay) moved() { r.lastMove.Store(int64(time.Since(r.began))) }
-
-func (r *relay) idle() time.Duration {
-	return time.Since(r.began) - time.Duration(r.lastMove.Load())
-}
-
-// watch calls cut, once, when nothing has moved in either direction for so long. stop ends that.
-func (r *relay) watch(limit time.Duration, cut func()) (stop func()) {
-	r.moved()
-	r.timerMu.Lock()
-	defer r.timerMu.Unlock()
-	r.timer = time.AfterFunc(limit, func() {
-		left := limit - r.idle()
-		if left <= 0 {
-			cut()
-			return
-		}
-		r.timerMu.Lock()
-		defer r.timerMu.Unlock()
-		if r.timer != nil {
-			r.timer.Reset(left)
-		}
-	})
-	return func() {
-		r.timerMu.Lock()
-		defer r.timerMu.Unlock()
-		r.timer.Stop()
-		r.timer = nil
-	}
 }
 
 // buffers are shared by all connections of a proxy.
@@ -202,3 +181,12 @@ func (p *pool) get() *[]byte {
 }
 
 func (p *pool) put(buf *[]byte) { p.free.Put(buf) }
+
+// copyBuffers lends buffers to httputil.ReverseProxy.
+type copyBuffers struct{ *pool }
+
+// Get implements httputil.BufferPool.
+func (b copyBuffers) Get() []byte { return *b.get() }
+
+// Put implements httputil.BufferPool.
+func (b copyBuffers) Put(buf []byte) { b.put(&buf) }

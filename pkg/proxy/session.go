@@ -11,9 +11,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 // session is one client connection, from accept to end.
@@ -30,14 +29,16 @@ type session struct {
 	who  proven       // guarded by mu
 	open bool         // guarded by mu; identity proven, being carried
 	up   *net.TCPConn // guarded by mu; nil until dialled
+	web  *web         // guarded by mu; nil: bytes are carried, or nothing yet
 	end  *ending      // guarded by mu; why it was cut, nil if it was not
+	app  string       // guarded by mu; what is spoken, where that is known
 }
 
 // proven is what the client proved, and for which service.
 type proven struct {
 	service string
-	id      spiffeid.ID
-	chain   []*x509.Certificate // leaf first
+	caller  policy.Caller       // of an HTTP service, the first one on the connection
+	chain   []*x509.Certificate // that proved it, leaf first; none: a token did
 }
 
 // ending says why a connection was cut.
@@ -76,7 +77,11 @@ func newSession(p *Proxy, c *net.TCPConn) *session {
 // run takes the connection through its life.
 func (s *session) run() {
 	defer s.cancel()
-	conn, err := s.prove()
+	conn, spec, err := s.prove()
+	if err == nil && spec != nil {
+		s.serveWeb(conn, *spec)
+		return
+	}
 	if err == nil {
 		err = s.dial()
 	}
@@ -163,6 +168,20 @@ func (s *session) isOpen() bool {
 	return s.open
 }
 
+// setWeb makes the connection live: from here on a policy that changed meanwhile has its say.
+func (s *session) setWeb(w *web) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.web, s.open, s.app = w, true, w.application()
+}
+
+// served is how requests on the connection are judged; nil: it carries bytes, or nothing yet.
+func (s *session) served() *web {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.web
+}
+
 func (s *session) identity() proven {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -180,7 +199,9 @@ func (s *session) recheck() {
 	if !s.isOpen() {
 		return // asks for itself before it opens
 	}
-	if why := s.p.objection(s.identity(), s.client, s.server, s.accepted); why != nil {
+	if w := s.served(); w != nil {
+		w.recheck()
+	} else if why := s.p.objection(s); why != nil {
 		s.cut(flow.ReasonPolicyChanged, why.Error())
 	}
 }
@@ -189,6 +210,9 @@ func (s *session) recheck() {
 // certificate shows it with its next connection: on this one it cannot.
 func (s *session) expire(now time.Time) {
 	who := s.identity()
+	if w := s.served(); w != nil {
+		w.expire(now)
+	}
 	if !s.isOpen() || len(who.chain) == 0 {
 		return
 	}
@@ -201,10 +225,13 @@ func (s *session) expire(now time.Time) {
 
 // carry copies both ways until both are done, or one fails, or the session is cut.
 func (s *session) carry(conn *client) {
-	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, began: s.accepted}
+	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, activity: activity{began: s.accepted}}
 	stop := r.watch(s.p.cfg.IdleTimeout, func() { s.cut(flow.ReasonIdleTimeout, "nothing moved for "+s.p.cfg.IdleTimeout.String()) })
 	err := r.run()
 	stop()
+	if r.isSSH.Load() {
+		s.setApplication("ssh")
+	}
 	reason, detail := flow.ReasonClosed, ""
 	if err != nil {
 		detail = err.Error()
@@ -217,16 +244,25 @@ func (s *session) carry(conn *client) {
 	s.p.cfg.Report(rec)
 }
 
+func (s *session) setApplication(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.app = name
+}
+
+func (s *session) application() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.app
+}
+
 func (s *session) record(event flow.Event, verdict flow.Verdict, reason flow.Reason, detail string) flow.Record {
 	who := s.identity()
-	rec := flow.Record{
+	return flow.Record{
 		Event: event, Time: time.Now(), Boot: bootTime(), CPU: -1, FlowID: s.id,
 		Verdict: verdict, Reason: reason, Protocol: "tcp",
 		Client: bare(s.client), Server: bare(s.server), Service: who.service,
-		Count: 1, Detail: oneLine(detail),
+		Count: 1, Detail: oneLine(detail), Application: s.application(),
+		Identity: who.caller.String(), Proof: who.caller.Proof,
 	}
-	if !who.id.IsZero() {
-		rec.Identity = who.id.String()
-	}
-	return rec
 }

@@ -32,16 +32,16 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./cmd/...", "./test/evidence"},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./pkg/identity/...", "./pkg/devauthority", "./cmd/...", "./test/evidence"},
 		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant (proof reads sealed bytes, without the types)",
 	},
 	{
 		imports: []string{"google.golang.org/grpc/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity", "./pkg/devauthority", "./cmd/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity/...", "./pkg/devauthority", "./cmd/..."},
 		why:     "a package that does not speak to another process does not need the means to",
 	},
 	{
-		imports: []string{"github.com/spiffe/go-spiffe/v2/workloadapi", "github.com/spiffe/go-spiffe/v2/proto/..."},
+		imports: []string{"github.com/spiffe/go-spiffe/v2/workloadapi", "github.com/spiffe/go-spiffe/v2/proto/...", "github.com/spiffe/go-spiffe/v2/exp/...", "./pkg/identity/delegated"},
 		only:    []string{"./pkg/identity", "./pkg/devauthority"},
 		why:     "whether an identity is fresh is judged in one place",
 	},

@@ -1,0 +1,110 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+)
+
+// Certificates are web certificates, for clients that know no SPIFFE. They are read again when their files change; the last good
+// one stays in use.
+type Certificates struct {
+	log   *slog.Logger
+	files []policy.WebCertificate
+
+	mu   sync.Mutex
+	read map[string]*webCertificate // guarded by mu; by name
+}
+
+// webCertificate is what was read of one.
+type webCertificate struct {
+	cert, key []byte // good or bad
+	loaded    *tls.Certificate
+	trouble   error // with what was read last
+}
+
+// NewCertificates reads them once. That one cannot be read is no error: the clients of the services that name it are refused
+// until it can.
+func NewCertificates(files []policy.WebCertificate, log *slog.Logger) *Certificates {
+	c := &Certificates{log: log, files: files, read: map[string]*webCertificate{}}
+	c.look()
+	return c
+}
+
+// Run looks at the files until ctx ends, and returns nil then.
+func (c *Certificates) Run(ctx context.Context) error {
+	tick := time.NewTicker(resync)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			c.look()
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// Get finds a certificate by its name.
+func (c *Certificates) Get(name string) (*tls.Certificate, error) {
+	if c == nil {
+		return nil, unknownCertificate(name)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	read := c.read[name]
+	switch {
+	case read == nil:
+		return nil, unknownCertificate(name)
+	case read.loaded == nil:
+		return nil, read.trouble
+	}
+	return read.loaded, nil
+}
+
+func unknownCertificate(name string) error {
+	return fmt.Errorf("no web certificate is named %q: add it to spec.proxy.certificates of the node's AgentConfig", name)
+}
+
+// look reads all files: a mount that is swapped as a whole raises no event at the file, and they are small.
+func (c *Certificates) look() {
+	for _, f := range c.files {
+		cert, certErr := os.ReadFile(f.CertFile)
+		key, keyErr := os.ReadFile(f.KeyFile)
+		c.take(f, cert, key, errors.Join(certErr, keyErr))
+	}
+}
+
+func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before := c.read[f.Name]
+	if before != nil && bytes.Equal(before.cert, cert) && bytes.Equal(before.key, key) {
+		return
+	}
+	now := &webCertificate{cert: cert, key: key}
+	c.read[f.Name] = now
+	var pair tls.Certificate
+	if err == nil {
+		pair, err = tls.X509KeyPair(cert, key)
+	}
+	if err == nil {
+		now.loaded = &pair
+		c.log.Info("web certificate in use", "name", f.Name, "until", pair.Leaf.NotAfter)
+		return
+	}
+	if before != nil {
+		now.loaded = before.loaded
+	}
+	now.trouble = fmt.Errorf("read web certificate %s from %s and %s: %w", f.Name, f.CertFile, f.KeyFile, err)
+	c.log.Error("keep last good web certificate", "name", f.Name, "error", now.trouble,
+		"hint", "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's")
+}
