@@ -91,6 +91,10 @@ type httpParts struct {
 
 // newHTTPParts asks nobody for anything: identity providers are reached when there is a policy that names them.
 func newHTTPParts(cfg policy.AgentConfig, source *identity.Source, file *proxy.PolicyFile, log *slog.Logger) (httpParts, error) {
+	keys, err := login.KeysOf(cfg.Spec.Proxy.LoginKeys)
+	if err != nil {
+		return httpParts{}, err
+	}
 	outside, err := proxy.NewOutside(cfg.ProxySocket())
 	if err != nil {
 		return httpParts{}, err
@@ -101,7 +105,7 @@ func newHTTPParts(cfg policy.AgentConfig, source *identity.Source, file *proxy.P
 	}
 	return httpParts{
 		outside: outside, tokens: tokens,
-		login:        login.New(login.Config{Policy: file.Set, Tokens: tokens, Dial: outside.Dial, Keys: login.NewKeys(), Log: log}),
+		login:        login.New(login.Config{Policy: file.Set, Tokens: tokens, Dial: outside.Dial, Keys: keys, Log: log}),
 		certificates: proxy.NewCertificates(cfg.Spec.Proxy.Certificates, log),
 	}, nil
 }

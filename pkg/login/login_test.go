@@ -272,6 +272,13 @@ func testAway(t *testing.T, p *oidc.Provider) {
 	if a := b.get("/"); a.status != http.StatusOK {
 		t.Errorf("logged in, with the provider away: %d", a.status)
 	}
+	s.away(false)
+	late := newBrowser(t, s, p)
+	link := late.person("ann", late.get("/").to(t))
+	s.away(true)
+	if a := late.ask(http.MethodGet, link, nil); a.status != http.StatusServiceUnavailable || !strings.Contains(a.body, "corp does not answer") {
+		t.Errorf("with the provider away at the callback: %d %s", a.status, a.body)
+	}
 	stranger := newBrowser(t, s, p)
 	s.later(2 * time.Hour) // what it said of itself is old, and it does not answer: it may do so to the browser
 	stranger.get("/").to(t)

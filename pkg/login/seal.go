@@ -26,6 +26,14 @@ type Keys struct {
 	open []cipher.AEAD
 }
 
+// KeysOf reads the keys of a file, or makes one that is kept in memory alone where none is named.
+func KeysOf(file string) (*Keys, error) {
+	if file == "" {
+		return NewKeys(), nil
+	}
+	return ReadKeys(file)
+}
+
 // NewKeys makes a key that is kept in memory alone: with the process every session that it sealed ends.
 func NewKeys() *Keys {
 	key := make([]byte, chacha20poly1305.KeySize)
@@ -37,9 +45,16 @@ func NewKeys() *Keys {
 // ReadKeys reads keys that several proxies, or one after another, share: a line of base64 with 32 bytes for each, the newest
 // first. A line put in front of the others changes the key and ends no session.
 func ReadKeys(file string) (*Keys, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, fmt.Errorf("read login keys: %w", err)
+	}
+	if info.Mode().Perm()&0o007 != 0 {
+		return nil, fmt.Errorf("%s: others than its owner and group can use it; run `chmod o= %s`", file, file)
+	}
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read login keys: %w", err)
 	}
 	k := &Keys{}
 	for i, line := range slices.Collect(bytes.Lines(text)) {

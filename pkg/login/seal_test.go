@@ -78,8 +78,20 @@ func TestKeysOfAFile(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
-	if _, err := ReadKeys(file + "-none"); err == nil {
+	if _, err := KeysOf(file + "-none"); err == nil {
 		t.Error("a file that is not there has keys")
+	}
+	if _, err := read(one); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(file, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := KeysOf(file); err == nil || !strings.Contains(err.Error(), "chmod o= ") {
+		t.Errorf("keys that everybody can read: %v", err)
+	}
+	if k, err := KeysOf(""); err != nil || len(k.open) != 1 {
+		t.Errorf("no file: %v", err)
 	}
 }
 

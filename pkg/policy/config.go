@@ -195,6 +195,9 @@ type ProxyConfig struct {
 	DrainTimeout Duration `json:"drainTimeout" yaml:"drainTimeout"`
 	// Certificates are web certificates for clients of HTTP services that know no SPIFFE: none.
 	Certificates []WebCertificate `json:"certificates,omitempty" yaml:"certificates,omitempty"`
+	// LoginKeys is the file with the keys that seal browser logins, for proxies that share them. Empty: a key of its own, in
+	// memory, with which logins end when the proxy does.
+	LoginKeys string `json:"loginKeys,omitempty" yaml:"loginKeys,omitempty"`
 }
 
 // WebCertificate is a certificate that the proxy shows for HTTP services that name it. Its files are read again when they change.

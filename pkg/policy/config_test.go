@@ -208,6 +208,7 @@ var wrongConfigs = []wrong{
 	{"negative drain", "drainTimeout: 10s", "drainTimeout: -1s", "proxy:", "spec.proxy.drainTimeout", "-1s is not from"},
 	{"certificate of no name", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{certFile: /a, keyFile: /b}]}", "proxy:", "spec.proxy.certificates[0].name", "is missing"},
 	{"certificate without key", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a}]}", "proxy:", "spec.proxy.certificates[0].keyFile", "not such a path"},
+	{"login keys elsewhere", "drainTimeout: 10s}", "drainTimeout: 10s, loginKeys: keys}", "proxy:", "spec.proxy.loginKeys", "not such a path"},
 	{"certificate twice", "drainTimeout: 10s}", "drainTimeout: 10s, certificates: [{name: a, certFile: /a, keyFile: /b}, {name: a, certFile: /c, keyFile: /d}]}", "proxy:", "spec.proxy.certificates[1].name", "already"},
 	{"second document", "drainTimeout: 10s}\n", "drainTimeout: 10s}\n---\nkind: Keyring\n", "kind: Keyring", "", "alone in its file"},
 }

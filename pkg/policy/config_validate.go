@@ -204,6 +204,9 @@ func (p *ProxyConfig) validate(d *document) {
 	d.report("spec.proxy.idleTimeout", checkRange(p.IdleTimeout, time.Second, maxIdle))
 	d.report("spec.proxy.expiryGrace", checkRange(p.ExpiryGrace, 0, maxGrace))
 	d.report("spec.proxy.drainTimeout", checkRange(p.DrainTimeout, 0, maxTimeout))
+	if p.LoginKeys != "" {
+		d.report("spec.proxy.loginKeys", checkPath(p.LoginKeys))
+	}
 	seen := map[string]int{}
 	for i, c := range p.Certificates {
 		field := fmt.Sprintf("spec.proxy.certificates[%d]", i)

@@ -26,10 +26,10 @@ type exchange struct {
 	via     []string
 	request policy.Request // as it is judged
 	caller  policy.Caller
-	token   string    // that proved the caller; "" if none did
-	byLogin bool      // a login did
-	expires time.Time // of token or login; zero: never
-	rule    string    // that lets it through
+	token   string         // that proved the caller; "" if none did
+	login   *login.Session // that did; nil: none
+	expires time.Time      // of token or login; zero: never
+	rule    string         // that lets it through
 	answer  *answer
 	ctx     context.Context // ends with the request; its cause may be an *ending
 	cancel  context.CancelCauseFunc
@@ -178,7 +178,7 @@ func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Requ
 	if !ok {
 		return needsLogin(*service.Spec.HTTP)
 	}
-	e.caller, e.expires, e.byLogin = session.Caller, session.Expires, true
+	e.caller, e.expires, e.login = session.Caller, session.Expires, &session
 	e.caller.Address = e.w.s.client.Addr()
 	return nil
 }
@@ -335,7 +335,7 @@ func (e *exchange) objection() *ending {
 	if !ok || service.Spec.HTTP == nil || !takes(*service.Spec.HTTP, authenticates(e.caller.Proof)) {
 		return &ending{flow.ReasonPolicyChanged, "the service does not take this proof of identity any more"}
 	}
-	if e.byLogin && service.Spec.HTTP.Login != e.caller.Provider {
+	if e.login != nil && service.Spec.HTTP.Login != e.caller.Provider {
 		return &ending{flow.ReasonPolicyChanged, "the service has no such login any more"}
 	}
 	if e.token != "" {
@@ -361,5 +361,17 @@ func authenticates(proof string) string {
 	return proof
 }
 
-// ended tells whether what proved the caller is over.
-func (e *exchange) ended(now time.Time) bool { return !e.expires.IsZero() && !now.Before(e.expires) }
+// over tells why what proved the caller does not count any more, or gives nil. A change of policy is for objection.
+func (e *exchange) over(now time.Time) *ending {
+	if !e.expires.IsZero() && !now.Before(e.expires) {
+		return &ending{flow.ReasonSessionEnded, "its token or login was valid until " + e.expires.UTC().Format(time.RFC3339)}
+	}
+	if e.login == nil {
+		return nil
+	}
+	service, ok := e.w.s.p.cfg.Policy.Set().Service(e.w.s.identity().service)
+	if ok && service.Spec.HTTP != nil && service.Spec.HTTP.Login == e.caller.Provider && !e.w.s.p.cfg.Login.Lives(service, *e.login, now) {
+		return &ending{flow.ReasonSessionEnded, "its login was ended"}
+	}
+	return nil
+}

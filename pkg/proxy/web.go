@@ -288,8 +288,8 @@ func (w *web) recheck() {
 // expire cuts requests whose token or login has ended.
 func (w *web) expire(now time.Time) {
 	for _, e := range w.snapshot() {
-		if e.ended(now) {
-			e.cut(&ending{flow.ReasonSessionEnded, "its token or login was valid until " + e.expires.UTC().Format(time.RFC3339)})
+		if end := e.over(now); end != nil {
+			e.cut(end)
 		}
 	}
 }

@@ -101,6 +101,21 @@ var rules = []rule{
 		why:     "net/netip is enough for addresses; policy alone takes host names apart",
 	},
 	{
+		imports: []string{"./pkg/login"},
+		only:    []string{"./pkg/proxy", "./cmd/sallyport-proxy"},
+		why:     "browsers log in at the proxy and nowhere else",
+	},
+	{
+		imports: []string{"golang.org/x/oauth2/..."},
+		only:    []string{"./pkg/login"},
+		why:     "codes are redeemed in one place, which checks who began",
+	},
+	{
+		imports: []string{"github.com/crewjam/saml/...", "github.com/russellhaering/goxmldsig/...", "github.com/beevik/etree/..."},
+		only:    []string{"./tools/samlbridge"},
+		why:     "signatures of XML are where logins are forged: a program of its own reads them, the proxy its short tokens",
+	},
+	{
 		imports: []string{"./pkg/console"},
 		only:    []string{"./pkg/collector", "./cmd/sallyport"},
 		why:     "pages are shown by who serves the log and by the operator's command, and nothing is decided in them",

@@ -119,9 +119,10 @@ var wrappings = map[string]func(document){
 	},
 	"same ID": func(d document) { // two elements that the signature's reference can mean
 		signed := d.alone().assertion()
-		forged := evil(bare(signed))
-		forged.CreateAttr("ID", signed.SelectAttrValue("ID", ""))
-		d.Root().InsertChildAt(signed.Index(), forged)
+		extensions := etree.NewElement("samlp:Extensions")
+		extensions.CreateAttr("ID", signed.SelectAttrValue("ID", ""))
+		extensions.AddChild(evil(bare(signed)).FindElement(".//Subject"))
+		d.Root().InsertChildAt(signed.Index(), extensions)
 	},
 	"no assertion of the response": func(d document) { // the only assertion is deeper than readers look
 		signed := d.alone().assertion()

@@ -1,0 +1,185 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/network"
+	events "github.com/chromedp/cdproto/page"
+	"github.com/chromedp/chromedp"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
+	"github.com/sallyport-dev/sallyport/test/oidc"
+)
+
+// logsIn has the proxy verify tokens and log browsers in.
+func logsIn(t *testing.T, c *Config) {
+	t.Helper()
+	quiet := slog.New(slog.DiscardHandler)
+	v, err := token.New(token.Config{Policy: c.Policy.Set, Dial: new(net.Dialer).DialContext, Logger: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- v.Run(ctx) }()
+	t.Cleanup(func() { stop(); <-done })
+	c.Tokens = v
+	c.Login = login.New(login.Config{Policy: c.Policy.Set, Tokens: v, Dial: new(net.Dialer).DialContext, Keys: login.NewKeys(), Log: quiet})
+}
+
+const (
+	byBrowser = "{authenticate: [oidc], providers: [people], login: people, certificate: web}"
+	people    = `
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: IdentityProvider
+metadata: {name: people}
+spec: {issuer: %q, audiences: [web], endpoints: [%q], ca: %q, login: {clientID: app, scopes: [profile]}}`
+)
+
+// TestChromiumThroughTheProxy: a person with a browser logs in at a real provider, is who that says, and is nobody after the logout.
+func TestChromiumThroughTheProxy(t *testing.T) {
+	t.Parallel()
+	open := func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/open" {
+			http.SetCookie(rw, &http.Cookie{Name: "__Host-sallyport-session-web", Value: "of the service", Path: "/", Secure: true})
+			echo(rw, r)
+			return
+		}
+		rw.WriteHeader(http.StatusOK)
+		_ = http.NewResponseController(rw).Flush()
+		<-r.Context().Done()
+	}
+	l := newWebLab(t, webConfig{http: "{}", access: onlyWeb, handler: http.HandlerFunc(open), change: func(c *Config) {
+		dir := t.TempDir()
+		f := policy.WebCertificate{Name: "web", CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+		writeCertificate(t, f, "web.example.org", 1)
+		c.Certificates = NewCertificates([]policy.WebCertificate{f}, c.Logger)
+		logsIn(t, c)
+	}})
+	where := "https://" + l.addr
+	p := oidc.Start(t, oidc.Options{Accounts: map[string]map[string]any{"ann": {"groups": []string{"ops"}}}, Clients: []oidc.Client{{ID: "app",
+		GrantTypes: []string{"authorization_code"}, ResponseTypes: []string{"code"}, RedirectURIs: []string{where + "/.sallyport/callback"}, TokenAuthMethod: "none"}}})
+	l.write(byBrowser, `[{groups: [people/ops], routes: [{paths: [/, /open]}]}]`+fmt.Sprintf(people, p.Issuer, p.Endpoint, p.CA))
+
+	b := newChromium(t)
+	b.do(chromedp.Navigate(where + "/"))
+	b.do(chromedp.SendKeys(chromedp.CSS("input[name=login]"), "ann"), chromedp.SendKeys(chromedp.CSS("input[name=password]"), "any"))
+	b.follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
+	b.follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
+	text := b.text()
+	if !strings.Contains(text, "X-Sallyport-Identity: people/ann") || !strings.Contains(text, "X-Sallyport-Proof: oidc") || strings.Contains(text, "__Host-sallyport") {
+		t.Errorf("the service sees %s", text)
+	}
+	b.follow(chromedp.Reload())
+	if text := b.text(); !strings.Contains(text, "X-Sallyport-Identity: people/ann") {
+		t.Errorf("after a reload, the service sees %s", text)
+	}
+	if r := l.find(flow.EventRequest, flow.ReasonIdentity); r.Identity != "people/ann" || r.Proof != "oidc" {
+		t.Errorf("record %+v", r)
+	}
+	l.find(flow.EventDeny, flow.ReasonLoginNeeded)
+
+	c := l.client(nobody, alpnHTTP1)
+	c.Timeout = time.Minute // that it hangs
+	c.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify = true
+	c.Transport.(*http.Transport).TLSClientConfig.VerifyPeerCertificate = nil
+	ask := func(path string) *http.Response {
+		t.Helper()
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, where+path, nil)
+		l.must(err)
+		for _, k := range b.kept {
+			r.AddCookie(&http.Cookie{Name: k.Name, Value: k.Value})
+		}
+		answer, err := c.Do(r)
+		l.must(err)
+		return answer
+	}
+	b.keep(where)
+	if answer := ask("/secret"); answer.StatusCode != http.StatusForbidden {
+		t.Errorf("what is not allowed: %s", answer.Status)
+	}
+	stream := ask("/open")
+	if stream.StatusCode != http.StatusOK {
+		t.Fatalf("with the browser's cookies: %s", stream.Status)
+	}
+	b.do(chromedp.Navigate(where + "/.sallyport/logout"))
+	b.follow(chromedp.Click(chromedp.CSS("button")))
+	if _, err := io.ReadAll(stream.Body); err == nil {
+		t.Error("what the session has open ends as if nothing was")
+	}
+	l.find(flow.EventRequest, flow.ReasonSessionEnded)
+	if answer := ask("/"); answer.StatusCode != http.StatusUnauthorized {
+		t.Errorf("with the browser's cookies after the logout: %s", answer.Status)
+	}
+}
+
+// chromium is a real browser that takes the certificates of tests.
+type chromium struct {
+	t    *testing.T
+	ctx  context.Context
+	kept []*network.Cookie
+}
+
+func newChromium(t *testing.T) *chromium {
+	t.Helper()
+	ctx, late := context.WithTimeout(context.Background(), 2*time.Minute)
+	t.Cleanup(late)
+	ctx, end := chromedp.NewContext(ctx, chromedp.WithAllocatorOptions(
+		chromedp.NoSandbox, // it runs as root here, where Chromium has none
+		chromedp.Flag("ignore-certificate-errors", true),
+		chromedp.Flag("disable-dev-shm-usage", true)))
+	t.Cleanup(func() {
+		if err := chromedp.Cancel(ctx); err != nil {
+			t.Errorf("end browser: %v", err)
+		}
+		end()
+	})
+	return &chromium{t: t, ctx: ctx}
+}
+
+func (b *chromium) do(steps ...chromedp.Action[chromedp.Void]) {
+	b.t.Helper()
+	if err := chromedp.Do(b.ctx, steps...); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// follow does something that leads to another page, and waits until that is there.
+func (b *chromium) follow(step chromedp.Action[chromedp.Void]) {
+	b.t.Helper()
+	if _, err := chromedp.Run(b.ctx, chromedp.WaitEvent(events.LoadEventFired, nil, step)); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *chromium) text() string {
+	b.t.Helper()
+	text, err := chromedp.Run(b.ctx, chromedp.Text(chromedp.CSS("body")))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return text
+}
+
+// keep copies the browser's cookies, as a thief would.
+func (b *chromium) keep(where string) {
+	b.t.Helper()
+	got, err := chromedp.Call(b.ctx, network.GetCookies, network.GetCookiesParams{URLs: []string{where + "/"}})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.kept = got.Cookies
+}
