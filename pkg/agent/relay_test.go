@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -21,8 +22,11 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proxy"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // relaying is the agent's socket with its relay, and the proxy's way out over it.
@@ -368,4 +372,58 @@ func TestRelaySilence(t *testing.T) {
 	if _, err := stream.Recv(); err == nil || !strings.Contains(err.Error(), "had its time") {
 		t.Errorf("silent stream ends with %v", err)
 	}
+}
+
+// testRelay: the running agent relays for the proxy's user what its resources list, and ends it with them.
+func (in *installed) testRelay() {
+	t := in.t
+	l, err := in.lab.Node.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	must(t, err)
+	defer l.Close()
+	good, endpoint := in.signer.resources("15m"), l.Addr().String()
+	must(t, os.Chmod(in.lab.Dir, 0o755)) // as /run is
+	conn, err := grpc.NewClient("unix:"+in.cfg.ProxySocket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			return dialAs(in.cfg.Spec.Proxy.UID, in.cfg.ProxySocket())
+		}))
+	must(t, err)
+	defer conn.Close()
+	begin := func() (api.ProxyReport_RelayClient, error) {
+		stream, err := api.NewProxyReportClient(conn).Relay(t.Context())
+		must(t, err)
+		must(t, stream.Send(&api.RelayFrame{Endpoint: endpoint}))
+		_, err = stream.Recv()
+		return stream, err
+	}
+	if _, err := begin(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("what no provider lists: %v", err)
+	}
+	in.resources(good + "---\napiVersion: sallyport.dev/v1alpha1\nkind: IdentityProvider\nmetadata: {name: corp}\n" +
+		"spec: {issuer: \"https://" + endpoint + "\", audiences: [a]}\n")
+	var stream api.ProxyReport_RelayClient
+	in.eventually("what a provider lists is reached", func() bool {
+		stream, err = begin()
+		return err == nil
+	})
+	in.resources(good)
+	if _, err := stream.Recv(); status.Code(err) != codes.PermissionDenied || !contains(err.Error(), "any more") {
+		t.Errorf("what no provider lists any more: %v", err)
+	}
+}
+
+// dialAs connects as another user, on a thread that ends with that.
+func dialAs(uid uint32, path string) (conn net.Conn, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked
+		const same = ^uintptr(0)
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, same, uintptr(uid), same); errno != 0 {
+			err = errno
+			return
+		}
+		conn, err = net.Dial("unix", path)
+	}()
+	<-done
+	return conn, err
 }
