@@ -52,7 +52,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/coreos/go-oidc/..."},
-		only:    []string{"./pkg/token"},
+		only:    []string{"./pkg/token", "./pkg/login"},
 		why:     "what a token proves is judged in one place",
 	},
 	{
