@@ -86,7 +86,7 @@ func newRelaying(t *testing.T, change func(*relayLimits)) *relaying {
 	r.Outside, err = proxy.NewOutside(ep.path)
 	must(t, err)
 	t.Cleanup(func() {
-		must(t, r.Outside.Close())
+		must(t, r.Close())
 		cancel()
 		must(t, <-done)
 		if n := r.streams(); n > 0 {
@@ -103,7 +103,7 @@ func (r *relaying) streams() int {
 }
 
 func (r *relaying) dial(endpoint string) (net.Conn, error) {
-	return r.Outside.Dial(r.t.Context(), "tcp", endpoint)
+	return r.Dial(r.t.Context(), "tcp", endpoint)
 }
 
 // open dials what must be reached.
@@ -170,7 +170,7 @@ func TestRelayCarriesTLS(t *testing.T) {
 	t.Cleanup(server.Close)
 	r.put(server.Listener.Addr().String())
 	trust := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
-	client := http.Client{Transport: &http.Transport{DialContext: r.Outside.Dial, TLSClientConfig: &tls.Config{RootCAs: trust}, DisableKeepAlives: true}}
+	client := http.Client{Transport: &http.Transport{DialContext: r.Dial, TLSClientConfig: &tls.Config{RootCAs: trust}, DisableKeepAlives: true}}
 	response, err := client.Post(server.URL, "application/octet-stream", bytes.NewReader(body))
 	must(t, err)
 	got, err := io.ReadAll(response.Body)
@@ -209,7 +209,7 @@ func TestRelayRefuses(t *testing.T) {
 			t.Errorf("dial %q: %v, %v; want %q", endpoint, c, err, why)
 		}
 	}
-	if _, err := r.Outside.Dial(t.Context(), "udp", endpoint); err == nil {
+	if _, err := r.Dial(t.Context(), "udp", endpoint); err == nil {
 		t.Error("datagrams are relayed")
 	}
 	r.put(endpoint)
@@ -304,7 +304,7 @@ func TestOutsideIsAConnection(t *testing.T) {
 	endpoint, ended := echo(t)
 	r.put(endpoint)
 	ctx, cancel := context.WithCancel(t.Context())
-	c, err := r.Outside.Dial(ctx, "tcp", endpoint)
+	c, err := r.Dial(ctx, "tcp", endpoint)
 	must(t, err)
 	cancel() // counts until it is reached
 	exchange(t, c, "hello")
@@ -322,7 +322,7 @@ func TestOutsideIsAConnection(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a closed connection can be read")
 	}
-	if _, err := r.Outside.Dial(ctx, "tcp", endpoint); !errors.Is(err, context.Canceled) {
+	if _, err := r.Dial(ctx, "tcp", endpoint); !errors.Is(err, context.Canceled) {
 		t.Errorf("dial with a context that has ended: %v", err)
 	}
 	nobody, err := proxy.NewOutside(filepath.Join(t.TempDir(), "none.sock"))
@@ -354,7 +354,7 @@ func TestProviderEnds(t *testing.T) {
 			must(t, server.(*net.TCPConn).SetLinger(0))
 		}
 		must(t, server.Close())
-		if _, err := c.Read(got); (err == io.EOF) == reset || err == nil {
+		if _, err := c.Read(got); errors.Is(err, io.EOF) == reset || err == nil {
 			t.Errorf("reset %v: read %v", reset, err)
 		}
 	}
