@@ -177,6 +177,7 @@ func TestAgentLife(t *testing.T) {
 	t.Run("devices", func(t *testing.T) { in.t = t; in.testDevices() })
 	t.Run("resources", func(t *testing.T) { in.t = t; in.testResources() })
 	t.Run("grants", func(t *testing.T) { in.t = t; in.testGrants() })
+	t.Run("relay", func(t *testing.T) { in.t = t; in.testRelay() })
 	t.Run("metrics", func(t *testing.T) { in.t = t; in.testMetrics() })
 	t.Run("second agent", func(t *testing.T) {
 		in.t = t

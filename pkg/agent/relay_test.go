@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -21,8 +22,11 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/proxy"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // relaying is the agent's socket with its relay, and the proxy's way out over it.
@@ -82,7 +86,7 @@ func newRelaying(t *testing.T, change func(*relayLimits)) *relaying {
 	r.Outside, err = proxy.NewOutside(ep.path)
 	must(t, err)
 	t.Cleanup(func() {
-		must(t, r.Outside.Close())
+		must(t, r.Close())
 		cancel()
 		must(t, <-done)
 		if n := r.streams(); n > 0 {
@@ -99,7 +103,7 @@ func (r *relaying) streams() int {
 }
 
 func (r *relaying) dial(endpoint string) (net.Conn, error) {
-	return r.Outside.Dial(r.t.Context(), "tcp", endpoint)
+	return r.Dial(r.t.Context(), "tcp", endpoint)
 }
 
 // open dials what must be reached.
@@ -166,7 +170,7 @@ func TestRelayCarriesTLS(t *testing.T) {
 	t.Cleanup(server.Close)
 	r.put(server.Listener.Addr().String())
 	trust := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
-	client := http.Client{Transport: &http.Transport{DialContext: r.Outside.Dial, TLSClientConfig: &tls.Config{RootCAs: trust}, DisableKeepAlives: true}}
+	client := http.Client{Transport: &http.Transport{DialContext: r.Dial, TLSClientConfig: &tls.Config{RootCAs: trust}, DisableKeepAlives: true}}
 	response, err := client.Post(server.URL, "application/octet-stream", bytes.NewReader(body))
 	must(t, err)
 	got, err := io.ReadAll(response.Body)
@@ -205,7 +209,7 @@ func TestRelayRefuses(t *testing.T) {
 			t.Errorf("dial %q: %v, %v; want %q", endpoint, c, err, why)
 		}
 	}
-	if _, err := r.Outside.Dial(t.Context(), "udp", endpoint); err == nil {
+	if _, err := r.Dial(t.Context(), "udp", endpoint); err == nil {
 		t.Error("datagrams are relayed")
 	}
 	r.put(endpoint)
@@ -300,7 +304,7 @@ func TestOutsideIsAConnection(t *testing.T) {
 	endpoint, ended := echo(t)
 	r.put(endpoint)
 	ctx, cancel := context.WithCancel(t.Context())
-	c, err := r.Outside.Dial(ctx, "tcp", endpoint)
+	c, err := r.Dial(ctx, "tcp", endpoint)
 	must(t, err)
 	cancel() // counts until it is reached
 	exchange(t, c, "hello")
@@ -318,7 +322,7 @@ func TestOutsideIsAConnection(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a closed connection can be read")
 	}
-	if _, err := r.Outside.Dial(ctx, "tcp", endpoint); !errors.Is(err, context.Canceled) {
+	if _, err := r.Dial(ctx, "tcp", endpoint); !errors.Is(err, context.Canceled) {
 		t.Errorf("dial with a context that has ended: %v", err)
 	}
 	nobody, err := proxy.NewOutside(filepath.Join(t.TempDir(), "none.sock"))
@@ -350,7 +354,7 @@ func TestProviderEnds(t *testing.T) {
 			must(t, server.(*net.TCPConn).SetLinger(0))
 		}
 		must(t, server.Close())
-		if _, err := c.Read(got); (err == io.EOF) == reset || err == nil {
+		if _, err := c.Read(got); errors.Is(err, io.EOF) == reset || err == nil {
 			t.Errorf("reset %v: read %v", reset, err)
 		}
 	}
@@ -368,4 +372,58 @@ func TestRelaySilence(t *testing.T) {
 	if _, err := stream.Recv(); err == nil || !strings.Contains(err.Error(), "had its time") {
 		t.Errorf("silent stream ends with %v", err)
 	}
+}
+
+// testRelay: the running agent relays for the proxy's user what its resources list, and ends it with them.
+func (in *installed) testRelay() {
+	t := in.t
+	l, err := in.lab.Node.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	must(t, err)
+	defer l.Close()
+	good, endpoint := in.signer.resources("15m"), l.Addr().String()
+	must(t, os.Chmod(in.lab.Dir, 0o755)) // as /run is
+	conn, err := grpc.NewClient("unix:"+in.cfg.ProxySocket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			return dialAs(in.cfg.Spec.Proxy.UID, in.cfg.ProxySocket())
+		}))
+	must(t, err)
+	defer conn.Close()
+	begin := func() (api.ProxyReport_RelayClient, error) {
+		stream, err := api.NewProxyReportClient(conn).Relay(t.Context())
+		must(t, err)
+		must(t, stream.Send(&api.RelayFrame{Endpoint: endpoint}))
+		_, err = stream.Recv()
+		return stream, err
+	}
+	if _, err := begin(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("what no provider lists: %v", err)
+	}
+	in.resources(good + "---\napiVersion: sallyport.dev/v1alpha1\nkind: IdentityProvider\nmetadata: {name: corp}\n" +
+		"spec: {issuer: \"https://" + endpoint + "\", audiences: [a]}\n")
+	var stream api.ProxyReport_RelayClient
+	in.eventually("what a provider lists is reached", func() bool {
+		stream, err = begin()
+		return err == nil
+	})
+	in.resources(good)
+	if _, err := stream.Recv(); status.Code(err) != codes.PermissionDenied || !contains(err.Error(), "any more") {
+		t.Errorf("what no provider lists any more: %v", err)
+	}
+}
+
+// dialAs connects as another user, on a thread that ends with that.
+func dialAs(uid uint32, path string) (conn net.Conn, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked
+		const same = ^uintptr(0)
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, same, uintptr(uid), same); errno != 0 {
+			err = errno
+			return
+		}
+		conn, err = net.Dial("unix", path)
+	}()
+	<-done
+	return conn, err
 }

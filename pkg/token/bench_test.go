@@ -45,7 +45,7 @@ func newIssuer(t *testing.T) *issuer {
 	t.Helper()
 	i := &issuer{t: t, key: newKey(t), say: map[string]http.HandlerFunc{}}
 	i.Server = httptest.NewUnstartedServer(http.HandlerFunc(i.serve))
-	i.Server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	i.Config.ErrorLog = log.New(io.Discard, "", 0)
 	i.StartTLS()
 	t.Cleanup(i.Close)
 	i.keys = []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "one", Algorithm: "ES256", Use: "sig"}}

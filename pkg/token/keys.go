@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -47,10 +48,13 @@ type keySet struct {
 	err      error             // guarded by mu; of the last attempt
 	told     string            // guarded by mu; what was logged last
 	settled  chan struct{}     // guarded by mu; closed and replaced after every attempt
+
+	seen map[[sha256.Size]byte]struct{} // guarded by mu; tokens that one of keys has signed
 }
 
 func newKeySet(from origin, cfg Config, p pace) *keySet {
-	k := &keySet{from: from, clock: cfg.Clock, log: cfg.Logger, pace: p, want: make(chan struct{}, 1), settled: make(chan struct{})}
+	k := &keySet{from: from, clock: cfg.Clock, log: cfg.Logger, pace: p, want: make(chan struct{}, 1), settled: make(chan struct{}),
+		seen: make(map[[sha256.Size]byte]struct{})}
 	k.get = func(ctx context.Context) ([]jose.JSONWebKey, error) { return from.fetch(ctx, cfg.Dial) }
 	return k
 }
@@ -106,6 +110,7 @@ func (k *keySet) attempt() bool {
 	}
 	if k.err = err; err == nil {
 		k.keys, k.fetched = keys, k.clock().Round(0)
+		clear(k.seen)
 	} else {
 		k.err = errors.New(quote(err.Error())) // it has words of the provider's
 	}
@@ -135,24 +140,48 @@ func (k *keySet) tell() {
 
 // find gives the keys that can have signed the token. Where there is none it has them fetched anew and waits for that,
 // unless that was done just now.
-func (k *keySet) find(ctx context.Context, t examined, now time.Time, keep time.Duration) ([]jose.JSONWebKey, error) {
-	found, settled, err := k.look(t, now, keep)
+func (k *keySet) find(ctx context.Context, t examined, now time.Time, keep time.Duration) (found []jose.JSONWebKey, fetched time.Time, err error) {
+	found, fetched, settled, err := k.look(t, now, keep)
 	if err == nil || settled == nil {
-		return found, err
+		return found, fetched, err
 	}
 	timer := time.NewTimer(k.pace.wait)
 	defer timer.Stop()
 	select {
 	case <-settled:
-		found, _, err = k.look(t, now, keep)
+		found, fetched, _, err = k.look(t, now, keep)
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	return found, err
+	return found, fetched, err
+}
+
+// maxSeen bounds the tokens whose signature is remembered: 32 bytes and little more each.
+const maxSeen = 8192
+
+// signed tells whether the token was seen before that has this hash, since the keys were fetched, and these still count.
+func (k *keySet) signed(sum [sha256.Size]byte, now time.Time, keep time.Duration) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, seen := k.seen[sum]
+	return seen && now.Sub(k.fetched) <= keep
+}
+
+// remember that a key of those which were fetched then has signed the token, unless there are others by now.
+func (k *keySet) remember(sum [sha256.Size]byte, fetched time.Time) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !fetched.Equal(k.fetched) {
+		return
+	}
+	if len(k.seen) >= maxSeen {
+		clear(k.seen)
+	}
+	k.seen[sum] = struct{}{}
 }
 
 // look gives what there is. Where that is not enough, settled is closed after the next attempt; nil: there will be none soon.
-func (k *keySet) look(t examined, now time.Time, keep time.Duration) (found []jose.JSONWebKey, settled <-chan struct{}, err error) {
+func (k *keySet) look(t examined, now time.Time, keep time.Duration) (found []jose.JSONWebKey, fetched time.Time, settled <-chan struct{}, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if age := now.Sub(k.fetched); k.fetched.IsZero() || age > keep {
@@ -163,7 +192,7 @@ func (k *keySet) look(t examined, now time.Time, keep time.Duration) (found []jo
 	if err != nil && k.ask() {
 		settled = k.settled
 	}
-	return found, settled, err
+	return found, k.fetched, settled, err
 }
 
 // ask has run fetch, if it may do so now, and tells whether an attempt is under way or comes. k.mu is held.

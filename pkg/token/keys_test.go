@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -302,5 +303,61 @@ func TestEveryAlgorithm(t *testing.T) {
 			t.Fatal(err)
 		}
 		v.want(raw, nil, policy.AuthenticateOIDC)
+	}
+}
+
+// TestSeenTokensAreJudgedAgain: that a token was taken before says nothing but that its signature was good, and that only
+// until keys are fetched anew.
+func TestSeenTokensAreJudgedAgain(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	v := newVerifying(t, nil, i.provider())
+	token := i.mint(nil, nil)
+	v.want(token, nil, policy.AuthenticateOIDC)
+	v.want(token, nil, policy.AuthenticateOIDC)
+	k := v.keys(i.provider())
+	k.mu.Lock()
+	seen := len(k.seen)
+	k.mu.Unlock()
+	if seen != 1 {
+		t.Errorf("%d tokens are remembered", seen)
+	}
+	p := i.provider()
+	p.Spec.Audiences = []string{"other"}
+	v.policy(p)
+	v.want(token, ErrNotTaken, policy.AuthenticateOIDC)
+	p = i.provider()
+	p.Spec.Algorithms = []string{"RS256"}
+	v.policy(p)
+	v.want(token, ErrNotTaken, policy.AuthenticateOIDC)
+	p = i.provider()
+	p.Spec.Keep = policy.Duration{Duration: time.Minute}
+	v.policy(p)
+	v.advance(2 * time.Minute)
+	i.Close()
+	v.want(token, ErrNoKeys, policy.AuthenticateOIDC)
+	v.advance(4 * time.Minute)
+	v.policy(i.provider())
+	v.want(token, ErrTime, policy.AuthenticateOIDC)
+	parts := strings.Split(token, ".")
+	_, claims := i.good()
+	v.want(parts[0]+"."+claims.with(fields{"sub": "root"}).part(t)+"."+parts[2], ErrSignature, policy.AuthenticateOIDC)
+}
+
+// TestRememberedTokensAreBounded: and none is remembered of keys that were replaced meanwhile.
+func TestRememberedTokensAreBounded(t *testing.T) {
+	t.Parallel()
+	o, _ := fuzzed(t)
+	k := o.keys
+	for n := range 2*maxSeen + 1 {
+		k.remember(sha256.Sum256(fmt.Append(nil, n)), k.fetched)
+	}
+	if len(k.seen) > maxSeen {
+		t.Errorf("%d tokens are remembered", len(k.seen))
+	}
+	last := sha256.Sum256([]byte("last"))
+	k.remember(last, k.fetched.Add(-time.Second))
+	if k.signed(last, time.Now(), time.Hour) {
+		t.Error("a signature of earlier keys is remembered")
 	}
 }

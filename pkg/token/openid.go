@@ -2,6 +2,7 @@ package token
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
@@ -33,18 +34,31 @@ func (o openID) Verify(ctx context.Context, raw string, now time.Time) (Verified
 	if err := o.judge(t); err != nil {
 		return Verified{}, err
 	}
-	signed := &signature{keys: o.keys, keep: o.spec.Keep.Duration, now: now, examined: t}
-	verifier := oidc.NewVerifier(o.spec.Issuer, signed, &oidc.Config{
+	if err := o.signed(ctx, raw, t, now); err != nil {
+		return Verified{}, err
+	}
+	return o.read(t.claims, now)
+}
+
+// signed holds that the provider has signed the token. That of one that was seen before is remembered, and nothing else of it.
+func (o openID) signed(ctx context.Context, raw string, t examined, now time.Time) error {
+	sum := sha256.Sum256([]byte(raw))
+	if o.keys.signed(sum, now, o.spec.Keep.Duration) {
+		return nil
+	}
+	s := &signature{keys: o.keys, keep: o.spec.Keep.Duration, now: now, examined: t}
+	verifier := oidc.NewVerifier(o.spec.Issuer, s, &oidc.Config{
 		SupportedSigningAlgs: o.spec.Algorithms,
 		SkipClientIDCheck:    true, // it knows of one audience
 		SkipExpiryCheck:      true, // its skew is not policy's
 	})
-	if _, err := verifier.Verify(ctx, raw); signed.err != nil {
-		return Verified{}, signed.err
+	if _, err := verifier.Verify(ctx, raw); s.err != nil {
+		return s.err
 	} else if err != nil {
-		return Verified{}, fmt.Errorf("%w: %s", ErrMalformed, quote(err.Error()))
+		return fmt.Errorf("%w: %s", ErrMalformed, quote(err.Error()))
 	}
-	return o.read(t.claims, now)
+	o.keys.remember(sum, s.fetched)
+	return nil
 }
 
 // judge is what can be said before a key is looked for.
@@ -118,7 +132,8 @@ type signature struct {
 	keep time.Duration
 	now  time.Time
 	examined
-	err error // why VerifySignature refused: go-oidc keeps its text alone
+	fetched time.Time // when the keys were that it was verified with
+	err     error     // why VerifySignature refused: go-oidc keeps its text alone
 }
 
 // VerifySignature implements oidc.KeySet.
@@ -129,10 +144,11 @@ func (s *signature) VerifySignature(ctx context.Context, raw string) (payload []
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", ErrMalformed, quote(err.Error()))
 	}
-	keys, err := s.keys.find(ctx, s.examined, s.now, s.keep)
+	keys, fetched, err := s.keys.find(ctx, s.examined, s.now, s.keep)
 	if err != nil {
 		return nil, err
 	}
+	s.fetched = fetched
 	for _, key := range keys {
 		if payload, verr := parsed.Verify(key.Key); verr == nil {
 			return payload, nil

@@ -180,8 +180,8 @@ func (p *Provider) run() {
 	p.mu.Lock()
 	p.stop = func() {
 		in.Close()
-		cmd.Process.Kill() // it holds nothing that could be lost
-		cmd.Wait()
+		_ = cmd.Process.Kill() // it holds nothing that could be lost
+		_ = cmd.Wait()         // and was killed
 	}
 	p.mu.Unlock()
 	if _, err := in.Write(append(p.configuration(), '\n')); err != nil {
