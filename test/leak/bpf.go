@@ -28,28 +28,33 @@ func (v *view) programs() (snapshot, error) {
 			return s, fmt.Errorf("list programs: %w", err)
 		}
 		id = next
-		name, typ, err := programName(id)
-		if errors.Is(err, os.ErrNotExist) || !strings.HasPrefix(name, ours) {
+		info, err := aboutProgram(id)
+		if errors.Is(err, os.ErrNotExist) || err == nil && !strings.HasPrefix(info.Name, ours) {
 			continue // freed since, or not ours
 		}
 		if err != nil {
 			return s, err
 		}
-		s[object{kindProgram, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", name, typ)
+		o := object{kindProgram, fmt.Sprint(id)}
+		s[o] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
+		used, _ := info.MapIDs()
+		for _, m := range used {
+			v.uses[o] = append(v.uses[o], object{kindMap, fmt.Sprint(m)})
+		}
 	}
 }
 
-func programName(id ebpf.ProgramID) (string, ebpf.ProgramType, error) {
+func aboutProgram(id ebpf.ProgramID) (*ebpf.ProgramInfo, error) {
 	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return "", 0, fmt.Errorf("open program %d: %w", id, err)
+		return nil, fmt.Errorf("open program %d: %w", id, err)
 	}
 	defer p.Close()
 	info, err := p.Info()
 	if err != nil {
-		return "", 0, fmt.Errorf("ask about program %d: %w", id, err)
+		return nil, fmt.Errorf("ask about program %d: %w", id, err)
 	}
-	return info.Name, info.Type, nil
+	return info, nil
 }
 
 // bpfMaps lists our maps by id.
@@ -72,21 +77,36 @@ func (v *view) bpfMaps() (snapshot, error) {
 		if err != nil {
 			return s, fmt.Errorf("open map %d: %w", id, err)
 		}
-		info, err := m.Info()
-		m.Close()
-		if err != nil {
+		o := object{kindMap, fmt.Sprint(id)}
+		line, inner, err := aboutMap(m)
+		if err = errors.Join(err, m.Close()); err != nil {
 			return s, fmt.Errorf("ask about map %d: %w", id, err)
 		}
-		if strings.HasPrefix(info.Name, ours) {
-			s[object{kindMap, fmt.Sprint(id)}] = fmt.Sprintf("%s (%v)", info.Name, info.Type)
+		if strings.HasPrefix(line, ours) {
+			s[o], v.uses[o] = line, inner
 		}
 	}
+}
+
+// aboutMap describes a map, and gives the maps that are in it.
+func aboutMap(m *ebpf.Map) (line string, inner []object, err error) {
+	info, err := m.Info()
+	if err != nil {
+		return "", nil, err
+	}
+	if info.Type == ebpf.ArrayOfMaps {
+		var key, id uint32
+		for it := m.Iterate(); it.Next(&key, &id); {
+			inner = append(inner, object{kindMap, fmt.Sprint(id)})
+		}
+	}
+	return fmt.Sprintf("%s (%v)", info.Name, info.Type), inner, nil
 }
 
 // links lists the links that hold one of our programs, whatever they are attached to.
 func (v *view) links() (snapshot, error) {
 	for {
-		s, err := listLinks()
+		s, err := v.listLinks()
 		if !errors.Is(err, unix.EAGAIN) {
 			return s, err
 		}
@@ -94,7 +114,7 @@ func (v *view) links() (snapshot, error) {
 	}
 }
 
-func listLinks() (snapshot, error) {
+func (v *view) listLinks() (snapshot, error) {
 	s := snapshot{}
 	it := new(link.Iterator)
 	defer it.Close()
@@ -106,10 +126,11 @@ func listLinks() (snapshot, error) {
 		if err != nil {
 			return s, fmt.Errorf("ask about link %d: %w", it.ID, err)
 		}
-		name, _, err := programName(info.Program)
-		if err != nil || !strings.HasPrefix(name, ours) {
+		about, err := aboutProgram(info.Program)
+		if err != nil || !strings.HasPrefix(about.Name, ours) {
 			continue // a link without a program to open is not one of ours
 		}
+		o, name := object{kindLink, fmt.Sprint(it.ID)}, about.Name
 		line := fmt.Sprintf("type %d of program %s", info.Type, name)
 		if tcx := info.TCX(); tcx != nil {
 			line = fmt.Sprintf("tcx on device %d of program %s", tcx.Ifindex, name)
@@ -121,7 +142,7 @@ func listLinks() (snapshot, error) {
 		if xdp := info.XDP(); xdp != nil {
 			line = fmt.Sprintf("XDP on device %d of program %s", xdp.Ifindex, name)
 		}
-		s[object{kindLink, fmt.Sprint(it.ID)}] = line
+		s[o], v.uses[o] = line, []object{{kindProgram, fmt.Sprint(info.Program)}}
 	}
 	if err := it.Err(); err != nil {
 		return s, fmt.Errorf("list links: %w", err)

@@ -3,6 +3,7 @@ package leak
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +23,13 @@ import (
 )
 
 const token = "test-of-the-leak-check"
+
+// take looks at what can be of the test.
+func take(token string) (snapshot, error) {
+	all, others, err := look(token)
+	maps.DeleteFunc(all, func(o object, _ string) bool { return others[o] })
+	return all, err
+}
 
 // begin takes the machine and looks at it.
 func begin(t *testing.T) snapshot {
@@ -188,26 +196,32 @@ func TestIgnoresWhatAnotherProcessHolds(t *testing.T) {
 	p := program(t, "sp_foreign")
 	sees(t, before, `program \d+: sp_foreign`)
 
-	sh := exec.Command("sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!") // the sleep is nobody's child soon
-	sh.Env = []string{}
-	sh.ExtraFiles = []*os.File{duplicate(t, p.FD())}
-	out, err := sh.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(out)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	pid := holder(t, p.FD())
 	defer func() { _ = unix.Kill(pid, unix.SIGKILL) }()
-	if err := sh.ExtraFiles[0].Close(); err != nil {
-		t.Fatal(err)
-	}
 	sees(t, before, `program \d+: sp_foreign`) // we hold it as well
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
 	sees(t, before)
+}
+
+// holder starts a process that does not know of the test and holds a descriptor.
+func holder(t *testing.T, fd int) (pid int) {
+	t.Helper()
+	sh := exec.Command("sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!") // the sleep is nobody's child soon
+	sh.Env = []string{}
+	sh.ExtraFiles = []*os.File{duplicate(t, fd)}
+	out, err := sh.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pid, err = strconv.Atoi(strings.TrimSpace(string(out))); err != nil {
+		t.Fatal(err)
+	}
+	if err := sh.ExtraFiles[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	return pid
 }
 
 // What is pinned in a lab of another process is that one's, as long as it lives.
@@ -282,11 +296,11 @@ func TestForeignPlaces(t *testing.T) {
 	if err := gone.Run(); err != nil {
 		t.Fatal(err)
 	}
-	v := &view{procs: []process{{pid: 1}, {pid: os.Getpid(), mine: true}}}
+	v := &view{procs: []process{{pid: 1}, {pid: os.Getpid(), mine: true}}, instances: map[string]bool{}}
 	for path, want := range map[string]bool{
 		"/tmp/sallyport-lab-1-x/bpf":                                      true,
 		"/tmp/sallyport-lab-" + strconv.Itoa(os.Getpid()) + "-x/bpf":      false,
-		"/tmp/sallyport-lab-" + strconv.Itoa(gone.Process.Pid) + "-x/bpf": false,
+		"/tmp/sallyport-lab-" + strconv.Itoa(gone.Process.Pid) + "-x/bpf": true,
 		"/run/sallyport-demo-123/bpf":                                     false, // of nobody
 		"/sys/fs/bpf":                                                     false,
 	} {

@@ -34,18 +34,26 @@ func (v *view) mounts() (snapshot, error) {
 	all, err := mountTable()
 	s := snapshot{}
 	for _, m := range all {
-		if v.isForeign(m.point) || m.kind != "nsfs" && m.kind != "bpf" {
+		if m.kind != "nsfs" && m.kind != "bpf" {
 			continue
 		}
-		s[object{"mount", m.point}] = m.kind
+		v.add(s, object{"mount", m.point}, m.kind)
 		if m.kind == "bpf" {
-			err = errors.Join(err, s.pins(m.point))
+			err = errors.Join(err, v.pins(s, m.point))
 		}
 	}
 	return s, err
 }
 
-func (s snapshot) pins(dir string) error {
+// add takes down what is at a path.
+func (v *view) add(s snapshot, o object, line string) {
+	s[o] = line
+	if v.isForeign(o.id) {
+		v.foreign[o] = true
+	}
+}
+
+func (v *view) pins(s snapshot, dir string) error {
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // unpinned since
@@ -53,8 +61,13 @@ func (s snapshot) pins(dir string) error {
 		if err != nil {
 			return err
 		}
-		if path != dir && !strings.HasSuffix(path, ".debug") { // the kernel's own two files
-			s[object{"pin", path}] = "on bpffs"
+		if path == dir || strings.HasSuffix(path, ".debug") { // the kernel's own two files
+			return nil
+		}
+		o := object{"pin", path}
+		v.add(s, o, "on bpffs")
+		if !d.IsDir() && v.foreign[o] {
+			v.notePin(path)
 		}
 		return nil
 	})
@@ -76,8 +89,8 @@ func (v *view) controlGroups() (snapshot, error) {
 			if err != nil {
 				return nil // removed since
 			}
-			if d.IsDir() && strings.Contains(d.Name(), "sallyport") && !v.isForeign(path) {
-				s[object{"control group", path}] = m.kind
+			if d.IsDir() && strings.Contains(d.Name(), "sallyport") {
+				v.add(s, object{"control group", path}, m.kind)
 			}
 			return nil
 		})

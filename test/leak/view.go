@@ -1,19 +1,16 @@
 package leak
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
+	"maps"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/pin"
-	"golang.org/x/sys/unix"
 )
 
 // Kinds of objects that another process can hold.
@@ -31,6 +28,8 @@ type view struct {
 	procs []process
 	// mine and foreign are held by a process of this test, and by another one or by its pins.
 	mine, foreign map[object]bool
+	uses          map[object][]object // a link its program, a program its maps, a map those that are in it
+	instances     map[string]bool     // labs and demos that were asked about: whether they are foreign
 }
 
 func newView(token string) (*view, error) {
@@ -38,7 +37,7 @@ func newView(token string) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &view{procs: procs, mine: map[object]bool{}, foreign: map[object]bool{}}
+	v := &view{procs: procs, mine: map[object]bool{}, foreign: map[object]bool{}, uses: map[object][]object{}, instances: map[string]bool{}}
 	for _, p := range procs {
 		for _, o := range p.held() {
 			if p.mine {
@@ -48,100 +47,77 @@ func newView(token string) (*view, error) {
 			}
 		}
 	}
-	return v, v.foreignPins()
+	return v, nil
 }
 
 // instance is how labs and demos name their directories; a lab's has its process in it.
 var instance = regexp.MustCompile(`/(sallyport-(lab|demo)-(\d+)[^/]*)(/|$)`)
 
-// isForeign says whether a path is in a lab or a demo of other processes that are alive.
+// isForeign says whether a path is in a lab of another process, or in a demo that another one is at.
 func (v *view) isForeign(path string) bool {
 	m := instance.FindStringSubmatch(path)
 	if m == nil {
 		return false
 	}
-	if m[2] == "lab" {
-		pid, err := strconv.Atoi(m[3])
-		return err == nil && pid != os.Getpid() && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+	foreign, known := v.instances[m[1]]
+	if !known {
+		foreign = v.isOthers(m[1], m[2], m[3])
+		v.instances[m[1]] = foreign
 	}
-	for _, p := range v.procs {
-		if !p.mine && strings.Contains(p.arguments(), "/"+m[1]+"/") {
-			return true
-		}
-	}
-	return false
+	return foreign
 }
 
-// foreignPins notes what is pinned in foreign places, and what hangs on it.
-func (v *view) foreignPins() error {
-	mounts, err := mountTable()
+func (v *view) isOthers(name, kind, number string) bool {
+	if kind == "lab" { // of one that was killed, too: whoever makes the next lab sweeps it
+		pid, err := strconv.Atoi(number)
+		return err == nil && !slices.ContainsFunc(v.procs, func(p process) bool { return p.mine && p.pid == pid })
+	}
+	return slices.ContainsFunc(v.procs, func(p process) bool { return !p.mine && strings.Contains(p.arguments(), "/"+name+"/") })
+}
+
+// notePin takes down what is pinned in a foreign place.
+func (v *view) notePin(path string) {
+	pinned, err := pin.Load(path, nil)
 	if err != nil {
-		return err
+		return // unpinned since
 	}
-	for _, m := range mounts {
-		if m.kind != "bpf" || !v.isForeign(m.point) {
-			continue
-		}
-		err := filepath.WalkDir(m.point, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() {
-				return nil // unmounted or unpinned since
-			}
-			if p, err := pin.Load(path, nil); err == nil {
-				v.note(p)
-				_ = p.Close()
-			}
-			return nil
-		})
-		if err != nil {
-			return fmt.Errorf("walk %s: %w", m.point, err)
-		}
-	}
-	return nil
-}
-
-// note takes down a foreign object: a link with its program, a program with its maps, a map with the maps in it.
-func (v *view) note(p pin.Pinner) {
-	switch p := p.(type) {
+	defer pinned.Close()
+	switch p := pinned.(type) {
 	case link.Link:
 		if info, err := p.Info(); err == nil {
 			v.foreign[object{kindLink, fmt.Sprint(info.ID)}] = true
-			v.noteProgram(info.Program)
 		}
 	case *ebpf.Program:
 		if info, err := p.Info(); err == nil {
-			if id, ok := info.ID(); ok {
-				v.noteProgram(id)
-			}
+			id, _ := info.ID()
+			v.foreign[object{kindProgram, fmt.Sprint(id)}] = true
 		}
 	case *ebpf.Map:
-		info, err := p.Info()
-		if err != nil {
-			return
-		}
-		if id, ok := info.ID(); ok {
+		if info, err := p.Info(); err == nil {
+			id, _ := info.ID()
 			v.foreign[object{kindMap, fmt.Sprint(id)}] = true
-		}
-		if info.Type != ebpf.ArrayOfMaps {
-			return
-		}
-		var key, inner uint32
-		for it := p.Iterate(); it.Next(&key, &inner); {
-			v.foreign[object{kindMap, fmt.Sprint(inner)}] = true
 		}
 	}
 }
 
-func (v *view) noteProgram(id ebpf.ProgramID) {
-	v.foreign[object{kindProgram, fmt.Sprint(id)}] = true
-	p, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return // it is gone
-	}
-	defer p.Close()
-	if info, err := p.Info(); err == nil {
-		ids, _ := info.MapIDs()
-		for _, m := range ids {
-			v.foreign[object{kindMap, fmt.Sprint(m)}] = true
+// others are the objects of other processes: what they hold, and what uses that or is used by it, which nothing but a filter on a device
+// or the pin of a lost bpffs may hold.
+func (v *view) others() map[object]bool {
+	all := maps.Clone(v.foreign)
+	maps.DeleteFunc(all, func(o object, _ bool) bool { return v.mine[o] })
+	for grown := true; grown; {
+		grown = false
+		for o, used := range v.uses {
+			related := append([]object{o}, used...)
+			if !slices.ContainsFunc(related, func(r object) bool { return all[r] }) {
+				continue
+			}
+			for _, r := range related {
+				if !all[r] && !v.mine[r] {
+					all[r], grown = true, true
+				}
+			}
 		}
 	}
+	return all
 }

@@ -34,6 +34,7 @@ func run(runner string, args []string) error {
 	defer log.Close()
 	cmd := exec.Command("go", append([]string{"run", runner, "--format", "pkgname-and-test-fails", "--jsonfile", log.Name(), "--"}, args...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), atOnce(os.Getenv("GORACE")))
 	if err := cmd.Run(); err != nil {
 		return errors.New("the run failed")
 	}
@@ -46,6 +47,12 @@ func run(runner string, args []string) error {
 		return nil
 	}
 	return fmt.Errorf("skipped although root and BPF are at hand:\n  %s", strings.Join(skipped, "\n  "))
+}
+
+// atOnce is GORACE with one option more. A program with the race detector sleeps for a second before it ends, and the tests start
+// thousands: each command of a story, each client of a benchmark, each agent that is stopped.
+func atOnce(options string) string {
+	return "GORACE=" + options + " atexit_sleep_ms=0"
 }
 
 // noKernel begins the reason of a skip that is allowed: the kernel at hand was built without what the test
