@@ -54,7 +54,10 @@ func (g *cgroups) Run(ctx context.Context) error {
 			return nil
 		case e := <-w.Events:
 			g.follow(e)
-		case <-w.Errors: // its queue was full
+		case _, open := <-w.Errors: // its queue was full
+			if !open {
+				return nil
+			}
 			g.rewalk()
 		case <-tick.C:
 			g.rewalk()
