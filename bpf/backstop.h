@@ -35,8 +35,13 @@ struct sock_common___sp {
 	} skc_net;
 } __attribute__((preserve_access_index));
 
+struct socket_lock___sp {
+	int owned;
+} __attribute__((preserve_access_index));
+
 struct sock___sp {
 	struct sock_common___sp __sk_common;
+	struct socket_lock___sp sk_lock;
 } __attribute__((preserve_access_index));
 
 struct sk_buff___sp {
@@ -47,19 +52,44 @@ struct bpf_sk_lookup___sp {
 	__u32 ingress_ifindex;
 } __attribute__((preserve_access_index));
 
-/*
- * The network namespace of the packet's socket, or NULL. Read from the kernel's structures, because
- * bpf_get_netns_cookie is not there for this type of program before 6.15, and nothing else tells
- * namespaces apart: numbers of devices repeat. The context of the program is the sk_buff itself.
- */
-static __always_inline struct net___sp *sp_netns_of(struct __sk_buff *skb)
+struct kernfs_node___sp {
+	__u64 id;
+} __attribute__((preserve_access_index));
+
+struct cgroup___sp {
+	struct kernfs_node___sp *kn;
+} __attribute__((preserve_access_index));
+
+struct css_set___sp {
+	struct cgroup___sp *dfl_cgrp;
+} __attribute__((preserve_access_index));
+
+struct task_struct___sp {
+	int tgid;
+	__u64 start_boottime;
+	struct task_struct___sp *group_leader;
+	struct css_set___sp *cgroups;
+} __attribute__((preserve_access_index));
+
+/* The packet's socket, as the kernel has it, or NULL. The context of the program is the sk_buff itself. */
+static __always_inline struct sock___sp *sp_kernel_socket(struct __sk_buff *skb)
 {
 	struct sock___sp *sk = NULL;
 	void *at = (void *)skb + bpf_core_field_offset(struct sk_buff___sp, sk);
 
-	if (bpf_probe_read_kernel(&sk, sizeof(sk), at) || !sk)
-		return NULL;
-	return BPF_CORE_READ(sk, __sk_common.skc_net.net);
+	return bpf_probe_read_kernel(&sk, sizeof(sk), at) ? NULL : sk;
+}
+
+/*
+ * The network namespace of the packet's socket, or NULL. Read from the kernel's structures, because
+ * bpf_get_netns_cookie is not there for this type of program before 6.15, and nothing else tells
+ * namespaces apart: numbers of devices repeat.
+ */
+static __always_inline struct net___sp *sp_netns_of(struct __sk_buff *skb)
+{
+	struct sock___sp *sk = sp_kernel_socket(skb);
+
+	return sk ? BPF_CORE_READ(sk, __sk_common.skc_net.net) : NULL;
 }
 
 /* What the socket side knows of a packet: beside the packet, where it is and who gets it. */
@@ -337,6 +367,46 @@ static __always_inline void sp_socket_addr(struct sp_addr *a, __u32 family, __u3
 }
 
 /*
+ * The process that sends, if it is the one that the packet is sent for: it holds the socket's lock, which no timer
+ * and no interrupt that sends in its place ever does. Whoever else is on this CPU has nothing to do with it.
+ */
+static __always_inline void sp_sending_process(struct __sk_buff *skb, struct sp_caller *caller)
+{
+	struct sock___sp *sk = sp_kernel_socket(skb);
+	struct task_struct___sp *task;
+
+	if (!sk || !BPF_CORE_READ(sk, sk_lock.owned))
+		return;
+	task = (void *)bpf_get_current_task();
+	caller->pid = BPF_CORE_READ(task, tgid);
+	caller->started_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	caller->process_cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
+}
+
+/* A SYN that is sent again is of the process that sent it first. */
+static __noinline int sp_note_caller(struct __sk_buff *skb, const struct sp_flow_key *key, __u64 cgroup, __u64 now)
+{
+	struct sp_caller caller = { .cgroup = cgroup, .said_ns = now }, *before;
+	struct bpf_sock *sk = skb->sk;
+	struct bpf_tcp_sock *tcp;
+
+	if (!sk || !key)
+		return 0;
+	tcp = bpf_tcp_sock(sk);
+	if (!tcp)
+		return 0;
+	caller.sequence = tcp->snd_una;
+	caller.cookie = bpf_get_socket_cookie(skb);
+	before = bpf_map_lookup_elem(&sp_callers, key);
+	if (before && before->cookie == caller.cookie && before->sequence == caller.sequence) {
+		before->said_ns = now;
+		return 1;
+	}
+	sp_sending_process(skb, &caller);
+	return !bpf_map_update_elem(&sp_callers, key, &caller, BPF_ANY);
+}
+
+/*
  * Egress of a control group: notes whose socket sends a SYN to a protected port. Behind the socket nobody can tell any more:
  * loopback takes the owner off the packet. Only what connects is looked at, and nothing is ever refused here: a SYN
  * without a note has no path that is bound to a control group.
@@ -362,6 +432,7 @@ static __always_inline int sp_note_speaker(struct __sk_buff *skb)
 	speaker.said_ns = bpf_ktime_get_boot_ns();
 	if (speaker.cgroup)
 		bpf_map_update_elem(&sp_speakers, &key, &speaker, BPF_ANY);
+	sp_note_caller(skb, &key, speaker.cgroup, speaker.said_ns);
 	return SP_CG_PASS;
 }
 

@@ -41,6 +41,7 @@ type (
 	ServiceKey  = SallyportSpServiceKey
 	Source      = SallyportSpSource
 	Speaker     = SallyportSpSpeaker
+	Caller      = SallyportSpCaller
 	Tokens      = SallyportSpTokens
 	Traffic     = SallyportSpTraffic
 	Volume      = SallyportSpVolume

@@ -149,6 +149,7 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 			return sp_decide(SP_ACT_CUT, reason);
 		return sp_decide(SP_ACT_STEER, reason);
 	}
+	sp_take_caller(skb, p, key);
 	reason = flow && !sp_replace_flow(key) ? SP_REASON_RING_FULL :
 		 !sp_is_instance(svc, p->ifindex) ? SP_REASON_NO_PATH :
 		 sp_open_flow(key, p, svc->id, (__u32)hook << 24 | (p->ifindex & 0xffffff));

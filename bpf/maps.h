@@ -88,6 +88,16 @@ struct {
 	__type(value, struct sp_speaker);
 } sp_speakers SEC(".maps");
 
+/* Whose socket opened the flow of a tuple: written where a socket of this node sends a SYN to a protected port, marked where a
+ * hook takes that very SYN, read by the agent. Decides nothing. The oldest go first; of those the agent knows nothing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct sp_flow_key);
+	__type(value, struct sp_caller);
+} sp_callers SEC(".maps");
+
 /* One slot a path. The agent writes a slot only while its state is FREE; the programs add to the
  * counters.
  */

@@ -170,6 +170,31 @@ static __noinline __u64 sp_take_speaker(const struct sp_flow_key *key)
 	return cgroup;
 }
 
+/*
+ * The SYN of a new connection: marks what its socket said of it as taken. What another SYN with this tuple said is no longer
+ * of use to anybody: this one came from no socket, from one of another machine, or its note was lost.
+ */
+static __noinline int sp_take_caller(struct __sk_buff *skb, const struct sp_packet *p, const struct sp_flow_key *key)
+{
+	struct sp_caller *caller;
+	__be32 sequence;
+	__u64 now;
+
+	if (!p || !key)
+		return 0;
+	caller = bpf_map_lookup_elem(&sp_callers, key);
+	if (!caller)
+		return 0;
+	now = bpf_ktime_get_boot_ns();
+	if (!bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, seq), &sequence, sizeof(sequence)) &&
+	    bpf_ntohl(sequence) == caller->sequence && now - caller->said_ns < SP_SPEAKER_NS) {
+		caller->taken_ns = now;
+		return 1;
+	}
+	bpf_map_delete_elem(&sp_callers, key);
+	return 0;
+}
+
 /* Negative: there is no entry. Positive: paths serve only some sockets of the address. */
 static __always_inline int sp_read_ref(const struct sp_path_key *want, struct sp_slot *ref)
 {

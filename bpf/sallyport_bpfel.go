@@ -44,6 +44,18 @@ type SallyportSpBudget struct {
 	PacketsLeft uint64
 }
 
+type SallyportSpCaller struct {
+	_             structs.HostLayout
+	Cookie        uint64
+	Cgroup        uint64
+	SaidNs        uint64
+	TakenNs       uint64
+	ProcessCgroup uint64
+	StartedNs     uint64
+	Pid           uint32
+	Sequence      uint32
+}
+
 type SallyportSpConfig struct {
 	_               structs.HostLayout
 	Schema          uint32
@@ -581,6 +593,7 @@ const (
 	SallyportMapSpBackstop    = "sp_backstop"
 	SallyportMapSpBestEffort  = "sp_best_effort"
 	SallyportMapSpBudget      = "sp_budget"
+	SallyportMapSpCallers     = "sp_callers"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
 	SallyportMapSpDenies      = "sp_denies"
@@ -705,6 +718,7 @@ type SallyportMapSpecs struct {
 	SpBackstop    *ebpf.MapSpec `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.MapSpec `ebpf:"sp_best_effort"`
 	SpBudget      *ebpf.MapSpec `ebpf:"sp_budget"`
+	SpCallers     *ebpf.MapSpec `ebpf:"sp_callers"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
@@ -767,6 +781,7 @@ type SallyportMaps struct {
 	SpBackstop    *ebpf.Map `ebpf:"sp_backstop"`
 	SpBestEffort  *ebpf.Map `ebpf:"sp_best_effort"`
 	SpBudget      *ebpf.Map `ebpf:"sp_budget"`
+	SpCallers     *ebpf.Map `ebpf:"sp_callers"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
@@ -803,6 +818,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpBackstop,
 		m.SpBestEffort,
 		m.SpBudget,
+		m.SpCallers,
 		m.SpConfig,
 		m.SpCounters,
 		m.SpDenies,

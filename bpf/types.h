@@ -215,6 +215,21 @@ struct sp_speaker {
 	__u64 said_ns;
 };
 
+/*
+ * Whose socket a SYN is of, as it was when the SYN was sent. The process is the one that worked on the socket then,
+ * which for the first SYN is the one that connected it; where nobody did (a timer sends again), pid is 0.
+ */
+struct sp_caller {
+	__u64 cookie;		/* of the socket: never given twice */
+	__u64 cgroup;		/* number of the control group that the socket was made in */
+	__u64 said_ns;
+	__u64 taken_ns;		/* when a hook took this SYN; 0: none has */
+	__u64 process_cgroup;	/* that of the process */
+	__u64 started_ns;	/* of the process, CLOCK_BOOTTIME */
+	__u32 pid;		/* of the process, as the node counts them; 0: nobody knows */
+	__u32 sequence;		/* of the SYN: tells it from one with the same tuple in another network namespace */
+};
+
 /* What a CPU has taken ahead of a path's budget. */
 struct sp_budget {
 	__u32 epoch;		/* of the path: a lease of another one is void */

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,6 +49,7 @@ type node struct {
 	datapath  *datapath.Datapath
 	identity  *identity.Source // nil where nobody asks for it
 	broker    identity.Broker  // nil: nobody tells the identities of workloads
+	callers   *openers
 	audit     *audit.Streamer
 	sink      *sink
 	resources *resources
@@ -111,6 +114,8 @@ func (n *node) parts() []part {
 		{name: "datapath", start: n.openDatapath, stop: func() error { return n.datapath.Close() }},
 		{name: "identity", start: n.makeIdentity, run: n.runIdentity, stop: n.closeBroker},
 		{name: "audit", start: n.makeAudit, run: func(ctx context.Context) error { return n.audit.Run(ctx) }},
+		{name: "control groups", start: n.makeCallers, run: func(ctx context.Context) error { return n.callers.groups.Run(ctx) }},
+		{name: "callers", run: func(ctx context.Context) error { return n.callers.Run(ctx) }},
 		{name: "alarms", run: n.runAlarms},
 		{name: "resources", start: n.loadResources},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
@@ -256,8 +261,22 @@ func (n *node) makeAudit(ctx context.Context) (err error) {
 		return err
 	}
 	n.datapath.SetKept(taken) // it is told of
+	n.around = &surroundings{clock: n.clock}
 	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
 	return nil
+}
+
+// makeCallers comes before anything takes flow records.
+func (n *node) makeCallers(context.Context) error {
+	n.callers = &openers{opened: n.datapath.Caller, near: n.isNear, groups: newCgroups(n.cgroup), broker: n.broker, boot: n.clock.boot}
+	n.sink.callers = n.callers
+	return nil
+}
+
+// isNear tells whether a client with this address is on the node itself. Nothing but words is decided by it.
+func (n *node) isNear(a netip.Addr) bool {
+	own, err := n.around.own([]netip.Addr{a})
+	return a.IsLoopback() || err == nil && slices.Contains(own, a) || podDevice(a, n.datapath.Devices()) != 0
 }
 
 func (n *node) runAlarms(ctx context.Context) error {
@@ -276,7 +295,6 @@ func (n *node) loadResources(context.Context) error {
 		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
-	n.around = &surroundings{clock: n.clock}
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},

@@ -19,14 +19,16 @@ const (
 // sink takes every flow record of the node and hands it to all who want it. Safe for concurrent use; it never keeps a
 // giver waiting.
 type sink struct {
-	audit  *audit.Streamer
-	recent *recent
-	counts *flowCounter
-	ports  *portUse
-	tides  *tides
+	audit   *audit.Streamer
+	recent  *recent
+	counts  *flowCounter
+	ports   *portUse
+	tides   *tides
+	callers *openers // nil: nobody looks at them
 }
 
 func (s *sink) take(source string, rec flow.Record) {
+	rec = s.callers.complete(source, rec)
 	s.note(source, rec)
 	s.audit.Flow(rec)
 	if source == sourceKernel {
@@ -50,6 +52,7 @@ type kernelEvents struct {
 // more (invariant 5). An error ends the agent: nobody would read the rings.
 func (k *kernelEvents) Run(ctx context.Context) error {
 	err := k.datapath.ReadEvents(ctx, func(rec flow.Record) {
+		rec = k.sink.callers.complete(sourceKernel, rec)
 		k.sink.note(sourceKernel, rec)
 		// The error is that of ctx, and the record is then counted as lost.
 		if err := k.sink.audit.Critical(ctx, rec); err != nil || !audit.IsCritical(rec) {

@@ -147,6 +147,12 @@ func (o *testOffset) clock() clock {
 func newTestbed(t *testing.T, maxPaths uint32) *testbed {
 	t.Helper()
 	leak.Check(t)
+	return newTestbedBeside(t, maxPaths)
+}
+
+// newTestbedBeside is newTestbed for tests that run beside others: what is left is not looked for.
+func newTestbedBeside(t *testing.T, maxPaths uint32) *testbed {
+	t.Helper()
 	b := &testbed{t: t, lab: lab.New(t, lab.Options{}), signer: newSigner(t), clock: &testOffset{}}
 	bpffs, err := b.lab.MountBPFFS()
 	must(t, err)

@@ -27,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
-	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled *prometheus.Desc
+	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -70,6 +70,8 @@ func newMetrics(n *node) *metrics {
 		unused:       desc("grant_unused_seconds", "How long the paths of that active grant have carried nothing for which it is longest; an agent that has just come counts from its start."),
 		unreconciled: desc("unreconciled_bytes", "Bytes by which the kernel's counters of paths and their records differ, by cause, as of the last comparison.", "cause"),
 
+		callers: desc("caller_connections_total", "Connections of clients on this node, by whether the identity of the workload behind the socket was attested.", "attested"),
+
 		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
 		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
@@ -80,7 +82,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
-		m.identity, m.longest, m.widest, m.unused, m.unreconciled} {
+		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers} {
 		ch <- d
 	}
 }
@@ -140,6 +142,9 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 		gauge(ch, m.xdp, float64(n), string(x.Mode), string(x.Cause))
 	}
 	m.grantTerms(ch)
+	attested, unattested := m.node.callers.tallies()
+	counter(ch, m.callers, attested, "yes")
+	counter(ch, m.callers, unattested, "no")
 	for cause, n := range m.node.tides.unreconciled() {
 		gauge(ch, m.unreconciled, float64(n), cause)
 	}

@@ -27,7 +27,7 @@ type reporting struct {
 	client api.ProxyReportClient
 }
 
-func newReporting(t *testing.T) *reporting {
+func newReporting(t *testing.T, changes ...func(*sink)) *reporting {
 	t.Helper()
 	dir := t.TempDir()
 	s, err := store.Open(filepath.Join(dir, "node.db"))
@@ -36,6 +36,9 @@ func newReporting(t *testing.T) *reporting {
 	must(t, err)
 	r := &reporting{t: t, lost: make(map[string]uint64),
 		sink: &sink{audit: streamer, recent: newRecent(64), counts: newFlowCounter()}}
+	for _, change := range changes {
+		change(r.sink)
+	}
 	server := &reports{sink: r.sink, log: slog.New(slog.DiscardHandler), lost: func(cause string, n uint64) { r.lost[cause] += n }}
 	ep, err := newEndpoint(filepath.Join(dir, "proxy.sock"), callers{uids: []uint32{0}},
 		func(reg grpc.ServiceRegistrar) { api.RegisterProxyReportServer(reg, server) })

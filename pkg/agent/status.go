@@ -17,7 +17,7 @@ import (
 func (n *node) status(ctx context.Context) *api.StatusReply {
 	reply := &api.StatusReply{
 		Node: n.cfg.Name, Version: n.opt.Version, Started: timestamppb.New(n.started), Bpffs: n.cfg.Spec.BPFFS,
-		Hooks: n.hooks(), Panic: n.grants.standing(), Reasons: make(map[string]uint64), IdentityState: n.identityState(), Ready: true,
+		Hooks: n.hooks(), Panic: n.grants.standing(), Reasons: make(map[string]uint64), IdentityState: n.identityAndCallers(), Ready: true,
 	}
 	if why := n.readiness.state(); why != nil {
 		reply.Ready, reply.NotReadyWhy = false, oneLine(why.Error())
@@ -139,6 +139,11 @@ func collectorState(s audit.Status) string {
 }
 
 // identityState tells of the agent's own identity, which only collector and workloads ask for.
+func (n *node) identityAndCallers() string {
+	attested, unattested := n.callers.tallies()
+	return describeCallers(n.identityState(), attested, unattested)
+}
+
 func (n *node) identityState() string {
 	if n.identity == nil {
 		return "not needed: no collector, no automation"

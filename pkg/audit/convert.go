@@ -32,11 +32,12 @@ func FlowToAPI(r flow.Record) *api.FlowRecord {
 		Verdict: r.Verdict.String(), Reason: r.Reason.String(), Protocol: r.Protocol, Client: addrPort(r.Client), Server: addrPort(r.Server),
 		Service: r.Service, Device: r.Device, Identity: r.Identity, Grant: r.Grant, Slot: r.Slot,
 		BytesToServer: r.BytesToServer, BytesToClient: r.BytesToClient, PacketsToServer: r.PacketsToServer, PacketsToClient: r.PacketsToClient,
-		Count: r.Count, Detail: r.Detail, Proof: r.Proof, Application: r.Application, Caller: workloadToAPI(r.Caller), Request: requestToAPI(r.Request),
+		Count: r.Count, Detail: r.Detail, Proof: r.Proof, Application: r.Application, Caller: WorkloadToAPI(r.Caller), Request: requestToAPI(r.Request),
 	}
 }
 
-func workloadToAPI(w *flow.Workload) *api.Workload {
+// WorkloadToAPI puts a caller on the wire; nil stays nil.
+func WorkloadToAPI(w *flow.Workload) *api.Workload {
 	if w == nil {
 		return nil
 	}

@@ -1,0 +1,270 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/identity"
+)
+
+// nanosInTick is the unit of a process's start in proc(5), on every architecture.
+const nanosInTick = 10 * time.Millisecond
+
+// workloadKey names a workload for as long as the node is up: none of its parts is ever given to another one. A number of a process is,
+// but not with the same start.
+type workloadKey struct {
+	pod   string // UID, with the control group that is the pod's
+	top   string
+	group uint64
+
+	pid     int32
+	started uint64 // in clock ticks after boot
+}
+
+// attended is a workload of which a broker tells the identity, from its first connection until it ends.
+type attended struct {
+	key   workloadKey
+	pin   *identity.Pin // nil of a pod
+	stop  context.CancelFunc
+	first chan struct{} // closed when the broker has said something
+
+	mu    sync.Mutex
+	heard bool          // guarded by mu; first is closed
+	id    string        // guarded by mu; the latest
+	lost  time.Duration // guarded by mu; boot time since which it is no more its own; 0: it is
+	why   string        // guarded by mu; it has none
+}
+
+// attend gives the workload's watch and begins it if there is none. Without one it says why.
+func (c *openers) attend(key workloadKey) (a *attended, why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.workloads[key] != nil:
+		return c.workloads[key], ""
+	case c.broker == nil || c.ctx == nil:
+		return nil, whyNoBroker
+	case len(c.workloads) >= keptWorkloads:
+		return nil, whyTooMany
+	case key.pod != "" && key.group == 0:
+		return nil, whyEnded
+	}
+	a = &attended{key: key, first: make(chan struct{}), why: whyNotYet}
+	if key.pid != 0 {
+		if a.pin, why = pinned(key); why != "" {
+			return nil, why
+		}
+	}
+	if c.workloads == nil {
+		c.workloads = make(map[workloadKey]*attended)
+	}
+	c.workloads[key] = a
+	ctx, stop := context.WithCancel(c.ctx)
+	a.stop = stop
+	c.running.Go(func() { c.watch(ctx, a) })
+	return a, ""
+}
+
+// pinned holds on to the process that the kernel saw, and to none that has its number since.
+func pinned(key workloadKey) (*identity.Pin, string) {
+	pin, err := identity.NewPin(key.pid)
+	if errors.Is(err, identity.ErrEnded) {
+		return nil, whyEnded
+	}
+	if err != nil {
+		return nil, oneLine(err.Error())
+	}
+	started, err := startOf(key.pid)
+	if err != nil || started != key.started || pin.Check() != nil { // the start is the pinned one's if it is alive now
+		_ = pin.Close()
+		return nil, whyEnded
+	}
+	return pin, ""
+}
+
+// startOf reads when the process began that has a number now (proc(5), starttime).
+func startOf(pid int32) (uint64, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("look at process %d: %w", pid, err)
+	}
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:])) // the name may hold anything
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("look at process %d: %d fields in its stat", pid, len(fields))
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// watch follows what the broker says of a workload, for as long as it is the same.
+func (c *openers) watch(ctx context.Context, a *attended) {
+	err := c.broker.Watch(ctx, identity.Workload{PodUID: a.key.pod, PID: a.key.pid}, func(told identity.Attested) {
+		if !c.isStill(a) {
+			c.end(a)
+			return
+		}
+		a.hear(told, c.boot())
+	})
+	switch {
+	case ctx.Err() != nil:
+	case errors.Is(err, identity.ErrEnded):
+		c.end(a)
+	case err != nil:
+		a.lose(c.boot(), oneLine(err.Error()))
+	}
+}
+
+// isStill tells whether it is the workload that was meant: the broker asks by a number of a process, which can be another's.
+func (c *openers) isStill(a *attended) bool {
+	if a.pin != nil {
+		return a.pin.Check() == nil
+	}
+	return c.groups.is(a.key.top, a.key.group)
+}
+
+// end forgets a workload. What it was is still known to its connections.
+func (c *openers) end(a *attended) {
+	c.mu.Lock()
+	if c.workloads[a.key] == a {
+		delete(c.workloads, a.key)
+	}
+	c.mu.Unlock()
+	a.stop()
+	a.lose(c.boot(), whyEnded)
+	if a.pin != nil {
+		_ = a.pin.Close()
+	}
+}
+
+// sweep ends what has ended, and has addresses looked at anew.
+func (c *openers) sweep() {
+	c.mu.Lock()
+	c.known = nil
+	var all []*attended
+	for _, a := range c.workloads {
+		all = append(all, a)
+	}
+	c.mu.Unlock()
+	for _, a := range all {
+		if !c.isStill(a) {
+			c.end(a)
+		}
+	}
+}
+
+// stop ends all watches.
+func (c *openers) stop() {
+	c.mu.Lock()
+	c.ctx = nil
+	var all []*attended
+	for _, a := range c.workloads {
+		all = append(all, a)
+	}
+	c.mu.Unlock()
+	for _, a := range all {
+		c.end(a)
+	}
+	c.running.Wait()
+}
+
+func (a *attended) hear(told identity.Attested, now time.Duration) {
+	if len(told.IDs) == 0 {
+		why := "its identity is " + string(told.State)
+		if told.Err != nil {
+			why += ": " + oneLine(told.Err.Error())
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.gone(now, why)
+		if told.State != identity.Unreachable { // that is no word about it
+			a.say()
+		}
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.id, a.lost, a.why = told.IDs[0].String(), 0, ""
+	a.say()
+}
+
+func (a *attended) lose(now time.Duration, why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.gone(now, why)
+	a.say()
+}
+
+// gone notes since when it has no identity. a.mu is held.
+func (a *attended) gone(now time.Duration, why string) {
+	if a.lost == 0 {
+		a.lost = now
+	}
+	a.why = why
+}
+
+// say wakes those who wait for the broker's first word. a.mu is held.
+func (a *attended) say() {
+	if !a.heard {
+		a.heard = true
+		close(a.first)
+	}
+}
+
+// at is the identity that the workload had at some time since a connection of it began.
+func (a *attended) at(began time.Duration) (id, why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.id != "" && (a.lost == 0 || a.lost >= began) {
+		return a.id, ""
+	}
+	return "", a.why
+}
+
+// now is the identity that it has.
+func (a *attended) now() (id, why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.lost != 0 {
+		return "", a.why
+	}
+	return a.id, a.why
+}
+
+// who tells whose a connection is that is open now. It waits for the first word of a broker, and not long.
+func (c *openers) who(ctx context.Context, client, server netip.AddrPort) *flow.Workload {
+	found, w := c.find(client, server, c.boot())
+	if found == nil {
+		return w
+	}
+	told := found.workload
+	a := found.attended
+	if a == nil {
+		return &told
+	}
+	ctx, cancel := context.WithTimeout(ctx, firstWord)
+	defer cancel()
+	select {
+	case <-a.first:
+	case <-ctx.Done():
+	}
+	if !c.isStill(a) {
+		told.Why = whyEnded
+		return &told
+	}
+	told.Identity, told.Why = a.now()
+	return &told
+}
+
+// tallies counts the connections of this node.
+func (c *openers) tallies() (attested, unattested uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.attested, c.unattested
+}
