@@ -362,15 +362,20 @@ func TestLimits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			conn := l.dial(webID)
-			_, err := io.WriteString(conn, c.stream)
-			l.must(err)
+			if _, err := io.WriteString(conn, c.stream); err != nil {
+				t.Fatal(err)
+			}
 			stop := make(chan struct{})
 			if c.more != "" {
 				go drip(conn, c.more, stop)
 			}
 			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			close(stop)
-			l.must(err)
+			if err != nil && c.more != "" {
+				return // who goes on writing may find the connection closed before the answer is read
+			} else if err != nil {
+				t.Fatal(err)
+			}
 			if answer.StatusCode != c.status {
 				text, _ := io.ReadAll(answer.Body)
 				t.Errorf("answer %s: %s", answer.Status, text)
