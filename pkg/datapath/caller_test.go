@@ -289,6 +289,18 @@ func connectRefused(client, server netip.AddrPort) error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) { // the kernel makes IPv6 addresses usable in its own time
+		err := connectOnce(client, server)
+		switch {
+		case errors.Is(err, unix.ECONNREFUSED):
+			return nil
+		case !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EADDRNOTAVAIL), time.Now().After(deadline):
+			return fmt.Errorf("%w, want it refused", err)
+		}
+	}
+}
+
+func connectOnce(client, server netip.AddrPort) error {
 	fd, err := unix.Socket(familyOf(client.Addr()), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -297,10 +309,7 @@ func connectRefused(client, server netip.AddrPort) error {
 	if err := unix.Bind(fd, sockaddr(client)); err != nil {
 		return err
 	}
-	if err := unix.Connect(fd, sockaddr(server)); !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("%w, want it refused", err)
-	}
-	return nil
+	return unix.Connect(fd, sockaddr(server))
 }
 
 // TestCallersOfAnOlderVersion: what a version without the table has pinned is taken over, and callers are told from then on.
