@@ -29,9 +29,9 @@ func (f *flowFlags) add(cmd *cobra.Command) {
 	flags.StringVar(&f.q.Node, "node", "", "only of this `NODE` (collector only)")
 	flags.StringVar(&f.q.Service, "service", "", "only to this protected `SERVICE`")
 	flags.StringVar(&f.q.Client, "client", "", "only from this `ADDRESS`")
-	flags.StringVar(&f.q.Identity, "identity", "", "only with this SPIFFE `ID`")
+	flags.StringVar(&f.q.Identity, "identity", "", "only with this SPIFFE `ID`, or PROVIDER/SUBJECT")
 	flags.StringVar(&f.q.Grant, "grant", "", "only under this grant `ID`")
-	flags.StringVar(&f.q.Event, "event", "", "only this `EVENT`: open, close, end, deny, update, backstop or watched")
+	flags.StringVar(&f.q.Event, "event", "", "only this `EVENT`: open, close, end, deny, update, request, backstop or watched")
 	flags.StringVar(&f.q.Verdict, "verdict", "", "only this `VERDICT`: proxied, bypassed or denied; of watched ones, which it did not decide, with --event watched only")
 	flags.StringVar(&f.q.Reason, "reason", "", "only this `REASON`")
 	flags.StringVar(&f.since, "since", "", "only from this `TIME` on: RFC 3339, or a duration before now")
@@ -83,7 +83,7 @@ func word[T any](flag, value string, parse func(string) (T, error), words []stri
 }
 
 func eventWords() []string {
-	return []string{"open", "close", "end", "deny", "update", "backstop", "watched"}
+	return []string{"open", "close", "end", "deny", "update", "request", "backstop", "watched"}
 }
 
 func verdictWords() []string { return []string{"proxied", "bypassed", "denied"} }

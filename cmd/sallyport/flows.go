@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"math"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -95,8 +98,45 @@ func flowCells(s *api.StoredFlow) []string {
 	return []string{
 		stamp(r.GetTime()), s.GetNode(), r.GetEvent(), r.GetVerdict(), r.GetReason(), r.GetClient(), r.GetServer(), r.GetService(),
 		volume(r.GetBytesToServer(), r.GetPacketsToServer()), volume(r.GetBytesToClient(), r.GetPacketsToClient()),
-		number(r.GetCount()), either(r.GetGrant(), r.GetIdentity()), r.GetDetail(),
+		number(r.GetCount()), either(r.GetGrant(), r.GetIdentity()), flowDetail(r),
 	}
+}
+
+// flowDetail says what no other column does: the request, why, and whose socket a client of the node has.
+func flowDetail(r *api.FlowRecord) string {
+	parts := []string{requestWords(r), r.GetDetail(), callerWords(r.GetCaller())}
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "; ")
+}
+
+// requestWords names a request as a refusal does to its client: by flow and number.
+func requestWords(r *api.FlowRecord) string {
+	q := r.GetRequest()
+	if q == nil {
+		return ""
+	}
+	says := fmt.Sprintf("%s %s%s", q.GetMethod(), q.GetHost(), q.GetPath())
+	if q.GetStatus() != 0 {
+		says += fmt.Sprintf(" %d", q.GetStatus())
+	}
+	says += fmt.Sprintf(" (flow %s, request %d)", r.GetFlowId(), q.GetNumber())
+	if q.GetRule() != "" {
+		says += " by " + q.GetRule()
+	}
+	return says
+}
+
+func callerWords(w *api.Workload) string {
+	if w == nil {
+		return ""
+	}
+	says := "socket of " + choose(w.GetPid() != 0, fmt.Sprintf("process %d", w.GetPid()), "somebody on the node")
+	if w.GetPod() != "" {
+		says = "socket of pod " + w.GetPod()
+	}
+	if w.GetIdentity() != "" {
+		return says + ", " + w.GetIdentity()
+	}
+	return says + ", unattested: " + either(w.GetWhy(), "no broker was asked")
 }
 
 var lossColumns = []column{

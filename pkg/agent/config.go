@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -55,7 +56,21 @@ func Check(o Options) error {
 	_, cgroup := backstopCgroup(cfg)
 	machine := []error{checkSigned(cfg, set, err), datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
 	machine = slices.DeleteFunc(machine, func(err error) bool { return errors.Is(err, fs.ErrPermission) }) // only root can ask
-	return errors.Join(append(machine, checkTrustedDir(cfg.Spec.Resources), err)...)
+	if err == nil {
+		err = set.CheckNode(cfg)
+	}
+	return errors.Join(append(machine, checkTrustedDir(cfg.Spec.Resources), err, checkCertificates(cfg))...)
+}
+
+// checkCertificates reads the web certificates as the proxy will, which starts without those that it cannot read.
+func checkCertificates(cfg policy.AgentConfig) error {
+	var errs []error
+	for i, w := range cfg.Spec.Proxy.Certificates {
+		if _, err := tls.LoadX509KeyPair(w.CertFile, w.KeyFile); err != nil && !errors.Is(err, fs.ErrPermission) {
+			errs = append(errs, fmt.Errorf("spec.proxy.certificates[%d]: read web certificate %s: %w: put certificate and key there, in PEM, for the proxy's user to read", i, w.Name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // checkSigned asks whether the agent would put the set to work in the place of the last one.

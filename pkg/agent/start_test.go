@@ -133,6 +133,19 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// What the agent refuses of a good set, and what the proxy will miss, is no "ok".
+func TestCheckHoldsTheSetToTheNode(t *testing.T) {
+	in := install(t)
+	in.resources(strings.Replace(in.signer.resources("15m"), "ports: [5432, 5433]", "ports: [5432, 5433]\n  access: [{identities: [\"spiffe://exmaple.org/app/*\"]}]", 1))
+	text, err := os.ReadFile(in.config)
+	must(t, err)
+	with := strings.Replace(string(text), "spec:", "spec:\n  proxy: {certificates: [{name: web, certFile: /nowhere/web.crt, keyFile: /nowhere/web.key}]}", 1)
+	must(t, os.WriteFile(in.config, []byte(with), 0o600))
+	if err := Check(Options{ConfigFile: in.config}); err == nil || !contains(err.Error(), "nobody can ever come in", "spec.proxy.certificates[0]", "/nowhere/web.crt") {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestFlows: what the agent keeps, and each record after it; followers leave when the agent stops.
 func TestFlows(t *testing.T) {
 	stopping := make(chan struct{})

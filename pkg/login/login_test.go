@@ -95,6 +95,14 @@ func testSecret(t *testing.T, p *oidc.Provider) {
 	if a := b.logIn("ann", "/"); a.status != http.StatusForbidden || len(b.cookies()) != 1 {
 		t.Errorf("with a wrong secret: %d %s %v", a.status, a.body, b.cookies())
 	}
+	for _, spoil := range []func() error{func() error { return os.WriteFile(file, nil, 0o600) }, func() error { return os.Remove(file) }} {
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		if a := b.logIn("ann", "/"); a.status != http.StatusInternalServerError || !strings.Contains(a.body, "not set up rightly here") {
+			t.Errorf("without a secret: %d %s", a.status, a.body)
+		}
+	}
 	if err := os.WriteFile(file, []byte("word\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -80,6 +80,8 @@ func (v visit) refused(err error) {
 	case errors.Is(err, errBusy):
 		v.w.Header().Set("Retry-After", "5")
 		v.fail(http.StatusServiceUnavailable, "Too many log in at this moment.", err)
+	case errors.Is(err, errSecret):
+		v.fail(http.StatusInternalServerError, "The login is not set up rightly here, so nobody can log in. Tell who runs this service.", err)
 	case errors.As(err, &network):
 		v.away(err)
 	default:

@@ -136,6 +136,9 @@ func discover(ctx context.Context, p policy.IdentityProvider, dial token.Dialer)
 	return m, nil
 }
 
+// errSecret is a fault of this node, not of the provider.
+var errSecret = errors.New("read the client secret")
+
 // secretOf reads the client's secret anew for each login, so that it can be changed in place.
 func secretOf(p policy.IdentityProvider) (string, error) {
 	file := p.Spec.Login.ClientSecretFile
@@ -144,11 +147,11 @@ func secretOf(p policy.IdentityProvider) (string, error) {
 	}
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return "", fmt.Errorf("read the client secret: %w", err)
+		return "", fmt.Errorf("%w: %w: the proxy's user must be able to read the file", errSecret, err)
 	}
 	secret := strings.TrimSpace(string(text))
 	if secret == "" {
-		return "", fmt.Errorf("%s has no client secret", file)
+		return "", fmt.Errorf("%w: %s is empty: write there what the provider gave out for the client", errSecret, file)
 	}
 	return secret, nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // exchange is one request and its answer.
@@ -157,7 +158,12 @@ func (e *exchange) identifyByToken(service policy.ProtectedService, r *http.Requ
 	verified, err := e.w.s.p.cfg.Tokens.Verify(r.Context(), service, bearer)
 	if err != nil {
 		d := deny(http.StatusUnauthorized, flow.ReasonTokenRefused, "the token proves nobody here")
-		d.detail, d.header = err.Error(), challenge(*service.Spec.HTTP)
+		d.header = challenge(*service.Spec.HTTP)
+		if errors.Is(err, token.ErrNoKeys) { // another token would be no better
+			d = deny(http.StatusServiceUnavailable, flow.ReasonTokenRefused, "the keys of the token's provider are not known here now")
+			d.header = http.Header{"Retry-After": {"10"}}
+		}
+		d.detail = err.Error()
 		return d
 	}
 	r.Header.Del("Authorization")
@@ -169,7 +175,7 @@ func (e *exchange) identifyByToken(service policy.ProtectedService, r *http.Requ
 func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Request) *rejection {
 	handler := e.w.s.p.cfg.Login
 	if handler.Serve(service, e.answer, r, e.began) {
-		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, "a page of the login"}, answered: true}
+		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, loginPage(e.answer.status)}, answered: true}
 	}
 	session, ok := handler.Session(service, e.answer, r, e.began)
 	if !ok && handler.Redirect(service, e.answer, r, e.began) {
@@ -181,6 +187,14 @@ func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Requ
 	e.caller, e.expires, e.login = session.Caller, session.Expires, &session
 	e.caller.Address = e.w.s.client.Addr()
 	return nil
+}
+
+// loginPage tells a login that failed from one that goes on. Why it failed can be long, and is the log's.
+func loginPage(status int) string {
+	if status < http.StatusBadRequest {
+		return "a page of the login"
+	}
+	return fmt.Sprintf("the login failed with %d: the proxy's log says why (login failed)", status)
 }
 
 func needsLogin(spec policy.HTTPSpec) *rejection {

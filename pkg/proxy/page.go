@@ -19,9 +19,12 @@ func hintOf(reason flow.Reason, status int) string {
 	case flow.ReasonLoginNeeded:
 		return "show a client certificate, or a token in the Authorization header, as the service takes it"
 	case flow.ReasonTokenRefused, flow.ReasonSessionEnded:
+		if status == http.StatusServiceUnavailable {
+			return "wait a little and send the same token; if that goes on, tell who runs the service"
+		}
 		return "get a new token, or log in again"
 	case flow.ReasonNotAuthorised, flow.ReasonPolicyChanged:
-		return "ask who runs the service; `sallyport explain` tells them why"
+		return "ask who runs the service; `sallyport policy explain` tells them why"
 	case flow.ReasonRequestLimit:
 		if status == http.StatusTooManyRequests {
 			return "send fewer requests, or wait a little"

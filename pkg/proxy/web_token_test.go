@@ -120,6 +120,36 @@ func TestTokens(t *testing.T) {
 	l.find(flow.EventDeny, flow.ReasonTokenRefused)
 }
 
+// TestTokensOfAProviderThatIsAway: a new token would be no better, so none is asked for.
+func TestTokensOfAProviderThatIsAway(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	l := newWebLab(t, webConfig{http: "{authenticate: [oidc], providers: [corp]}", access: `[{subjects: ["corp/*"]}]`, handler: http.HandlerFunc(echo), change: i.verify})
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: "one"}}, nil)
+	l.must(err)
+	raw, err := jwt.Signed(signer).Claims(jwt.Claims{Issuer: "https://login.example.org", Subject: "ann", Audience: jwt.Audience{"web"},
+		IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(time.Minute))}).Serialize()
+	l.must(err)
+	status, text := l.get(l.client(nobody, alpnHTTP1), "/", "Authorization", "Bearer "+raw)
+	if status != 503 || !strings.Contains(text, "TOKEN_REFUSED") || !strings.Contains(text, "send the same token") {
+		t.Errorf("%d %s", status, text)
+	}
+	if r := l.find(flow.EventDeny, flow.ReasonTokenRefused); !strings.Contains(r.Detail, "corp: not fetched yet") {
+		t.Errorf("record %+v", r)
+	}
+}
+
+// TestLoginPages: a record tells a login that failed.
+func TestLoginPages(t *testing.T) {
+	t.Parallel()
+	if s := loginPage(http.StatusSeeOther); s != "a page of the login" {
+		t.Error(s)
+	}
+	if s := loginPage(http.StatusServiceUnavailable); !strings.Contains(s, "503") || !strings.Contains(s, "the proxy's log") {
+		t.Error(s)
+	}
+}
+
 // TestTokensEndUnderRequests: by their time, and by the trust that they were believed by.
 func TestTokensEndUnderRequests(t *testing.T) {
 	t.Parallel()
