@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -227,7 +226,7 @@ spec:
 		_ = tokens.Run(t.Context())
 	}()
 	t.Cleanup(func() { <-stopped })
-	h := login.New(login.Config{Policy: inForce, Tokens: tokens, Dial: new(net.Dialer).DialContext, Keys: login.NewKeys(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	h := login.New(login.Config{Policy: inForce, Tokens: tokens, Dial: new(net.Dialer).DialContext, Keys: login.NewKeys(), Log: slog.New(slog.DiscardHandler)})
 	service, _ := set.Service("app")
 
 	b := w.browser()
