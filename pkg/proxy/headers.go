@@ -44,12 +44,18 @@ func checkHeaders(r *http.Request) error {
 		if strings.Contains(name, "_") && isProxysWord(name) {
 			return malformed("the header %s looks like one that a proxy sets", name)
 		}
+		if same := textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-")); same != name && len(r.Header[same]) > 0 {
+			return malformed("many servers take the headers %s and %s for the same", name, same)
+		}
 	}
 	if len(r.Header["Content-Length"]) > 1 {
 		return malformed("the request has several Content-Length fields")
 	}
 	if len(r.Header["Authorization"]) > 1 {
 		return malformed("the request has several Authorization fields")
+	}
+	if r.ContentLength != 0 && strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		return malformed("a request that switches protocols has a body")
 	}
 	return nil
 }

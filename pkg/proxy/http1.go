@@ -27,10 +27,10 @@ type http1 struct {
 	refuse  func(badRequest)
 	linger  func() // lets the client take in an answer before the connection is closed
 
-	mu      sync.Mutex
-	asked   time.Time // guarded by mu; the deadline that net/http set
-	headBy  time.Time // guarded by mu; when the header under way must be complete
-	waiting bool      // guarded by mu; no request is being answered
+	mu     sync.Mutex
+	asked  time.Time // guarded by mu; the deadline that net/http set
+	headBy time.Time // guarded by mu; when the header under way must be complete
+	owed   int       // guarded by mu; requests whose header went on, and that are not answered
 
 	// owned by the one reader
 	base    []byte // what in is a part of
@@ -333,7 +333,7 @@ func (c *http1) startHead() {
 func (c *http1) endHead() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.waiting = false
+	c.owed++
 	if !c.headBy.IsZero() {
 		c.headBy = time.Time{}
 		_ = c.setDeadline()
@@ -369,11 +369,11 @@ func (c *http1) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
-// idle says that the answer to the last request has been sent.
-func (c *http1) idle() {
+// answered says that the answer to a request has been sent. The header of the next one may have gone on before that.
+func (c *http1) answered() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.waiting = true
+	c.owed--
 }
 
 // open lets everything through from now on. Nobody may be reading.
@@ -386,9 +386,9 @@ func (c *http1) open() {
 func (c *http1) answer(bad badRequest) {
 	c.refuse(bad)
 	c.mu.Lock()
-	waiting := c.waiting
+	owed := c.owed
 	c.mu.Unlock()
-	if !waiting {
+	if owed > 0 {
 		return
 	}
 	_ = c.SetWriteDeadline(time.Now().Add(lingerTime))

@@ -65,7 +65,7 @@ func guarded(t *testing.T, stream string) (string, []badRequest) {
 	t.Helper()
 	ours, theirs := tlsPair(t)
 	var refused []badRequest
-	g := &http1{client: ours, limit: 1 << 10, waiting: true, linger: func() {}, refuse: func(b badRequest) { refused = append(refused, b) }}
+	g := &http1{client: ours, limit: 1 << 10, linger: func() {}, refuse: func(b badRequest) { refused = append(refused, b) }}
 	go func() {
 		_, _ = io.WriteString(theirs, stream)
 		_ = theirs.CloseWrite()

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"reflect"
 	"strings"
 	"time"
 
@@ -181,6 +182,9 @@ func (p *Proxy) objection(s *session) error {
 	}
 	if (service.Spec.HTTP != nil) != (s.served() != nil) {
 		return fmt.Errorf("service %s is carried in another way now", who.service)
+	}
+	if w := s.served(); w != nil && !reflect.DeepEqual(service.Spec.HTTP.Upstream, w.spec.Upstream) {
+		return fmt.Errorf("service %s is reached in another way now", who.service)
 	}
 	if len(who.chain) == 0 {
 		return nil

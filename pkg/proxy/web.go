@@ -110,12 +110,12 @@ func (w *web) serve(conn *client) {
 		DisableGeneralOptionsHandler: true,
 	})
 	if !w.http2 {
-		guard := &http1{client: conn, limit: int(spec.HeaderBytes), timeout: spec.HeaderTimeout.Duration, waiting: true,
+		guard := &http1{client: conn, limit: int(spec.HeaderBytes), timeout: spec.HeaderTimeout.Duration,
 			refuse: w.refuse, linger: w.s.linger}
 		l.conn = guard
 		w.server.ConnState = func(_ net.Conn, state http.ConnState) {
 			if state == http.StateIdle {
-				guard.idle()
+				guard.answered()
 			}
 			l.follow(state)
 		}
@@ -194,7 +194,11 @@ func (w *web) trouble(kind string) {
 // refuse records a request of which not even the header could be read.
 func (w *web) refuse(bad badRequest) {
 	w.noteRefused()
-	w.s.p.denials.add(w.s.record(flow.EventDeny, flow.VerdictDenied, bad.reason, bad.why))
+	rec := w.s.record(flow.EventDeny, flow.VerdictDenied, bad.reason, bad.why)
+	if len(w.s.identity().chain) == 0 {
+		rec.Identity, rec.Proof = "", "" // that of an earlier request, which proved nothing of this one
+	}
+	w.s.p.denials.add(rec)
 }
 
 func (w *web) noteRefused() {

@@ -1,11 +1,13 @@
 package token
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -141,14 +143,18 @@ func TestKeysOfAnotherOriginDoNotCount(t *testing.T) {
 	i, other := newIssuer(t), newIssuer(t)
 	v := newVerifying(t, func(_ *Config, p *pace) { p.floor, p.wait = 0, 5*time.Second }, i.provider())
 	v.want(i.mint(nil, nil), nil, policy.AuthenticateOIDC)
-	p := i.provider()
-	p.Spec.CA = other.ca() // both have the same certificate in tests: keys are fetched anew all the same
-	before := i.fetches.Load()
-	p.Spec.Endpoints = append(p.Spec.Endpoints, other.endpoint())
-	v.policy(p)
-	v.want(i.mint(nil, nil), nil, policy.AuthenticateOIDC)
-	if i.fetches.Load() == before {
-		t.Error("keys of an earlier policy count on")
+	for what, change := range map[string]func(*policy.IdentityProviderSpec){
+		"endpoints": func(s *policy.IdentityProviderSpec) { s.Endpoints = append(s.Endpoints, other.endpoint()) },
+		"CA":        func(s *policy.IdentityProviderSpec) { s.CA += other.ca() }, // the same certificate again, in tests: by the letter it is another
+	} {
+		before := i.fetches.Load()
+		p := i.provider()
+		change(&p.Spec)
+		v.policy(p)
+		v.want(i.mint(nil, nil), nil, policy.AuthenticateOIDC)
+		if i.fetches.Load() == before {
+			t.Errorf("keys that were fetched with other %s count on", what)
+		}
 	}
 	v.policy()
 	v.want(i.mint(nil, nil), ErrNotTaken, policy.AuthenticateOIDC)
@@ -206,7 +212,8 @@ func TestWhoTellsKeys(t *testing.T) {
 				answer(w, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key, KeyID: "one"}}})
 			}
 		}, "none that can verify"},
-		"a weak key": {"/keys", func(*issuer) http.HandlerFunc { return weakKey(t) }, "none that can verify"},
+		"a weak key":            {"/keys", func(*issuer) http.HandlerFunc { return rsaKey(1024) }, "none that can verify"},
+		"a key that takes long": {"/keys", func(*issuer) http.HandlerFunc { return rsaKey(16384) }, "none that can verify"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -249,10 +256,9 @@ func endless(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func weakKey(t *testing.T) http.HandlerFunc {
-	t.Helper()
-	// A key of 1024 bits, made once by openssl: crypto/rsa does not make such keys any more.
-	const n = "ALvVZ_N4Vq1cJ9EOGXu1pYkxYxQmT0Wc6yR8m2vS3b1nA5hJ7kQ0uP4eD9fZ6tL2xB8sW1oV3iC7gH5jM0qK4rN6yT9aU2wE8zX3cF1bG5dJ7hL0kP4mQ6nR9sS2tV8uW1xY3zA5cB7dE0fG4hH6jI9kJ2lK8mL1nM3oN5pP7"
+// rsaKey has a made-up modulus: only its length is looked at before a signature is.
+func rsaKey(bits int) http.HandlerFunc {
+	n := base64.RawURLEncoding.EncodeToString(bytes.Repeat([]byte{0xff}, bits/8))
 	return saying(`{"keys":[{"kty":"RSA","kid":"one","e":"AQAB","n":"` + n + `"}]}`)
 }
 

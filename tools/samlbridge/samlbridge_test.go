@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -21,10 +20,23 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
-// TestBridge has one identity provider tell of ann in every way.
+// TestBridge has one world for all that needs one: to make it, and to log in there, is most of the work.
 func TestBridge(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
+	for name, part := range map[string]func(*testing.T, *world){
+		"login": tellsOfAnn, "through the proxy's login": loginThroughTheBridge, "attacks on the code": attacksOnTheCode, "attacks on the login": attacksOnTheLogin,
+		"assertions that do not count": assertionsThatDoNotCount, "wrapping": signatureWrapping, "signatures": signatures,
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.of(t)
+			part(t, w)
+		})
+	}
+}
+
+// tellsOfAnn has one identity provider tell of ann in every way.
+func tellsOfAnn(t *testing.T, w *world) {
 	b := w.browser()
 	where, verifier := w.begin()
 	values := b.assertion("ann", where)
@@ -57,10 +69,8 @@ func TestBridge(t *testing.T) {
 	}
 }
 
-// TestAttacksOnTheCode are those on the bridge as an OpenID provider.
-func TestAttacksOnTheCode(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// attacksOnTheCode are those on the bridge as an OpenID provider.
+func attacksOnTheCode(t *testing.T, w *world) {
 	b := w.browser()
 	where, _ := w.begin()
 	for name, value := range map[string]string{"client_id": "nobody", "redirect_uri": "https://evil.example.org/", "response_type": "token", "code_challenge_method": "plain",
@@ -93,10 +103,8 @@ func TestAttacksOnTheCode(t *testing.T) {
 	}
 }
 
-// TestAttacksOnTheLogin are those with answers of the identity provider as it gave them, brought where they do not belong.
-func TestAttacksOnTheLogin(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// attacksOnTheLogin are those with answers of the identity provider as it gave them, brought where they do not belong.
+func attacksOnTheLogin(t *testing.T, w *world) {
 	attacker, victim := w.browser(), w.browser()
 	where, _ := w.begin()
 	stolen := attacker.assertion("mallory", where)
@@ -131,10 +139,8 @@ func TestAttacksOnTheLogin(t *testing.T) {
 	}
 }
 
-// TestAssertionsThatDoNotCount are all signed by the identity provider.
-func TestAssertionsThatDoNotCount(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// assertionsThatDoNotCount are all signed by the identity provider.
+func assertionsThatDoNotCount(t *testing.T, w *world) {
 	b := w.browser()
 	hour := time.Hour
 	confirmation := func(a *saml.Assertion) *saml.SubjectConfirmationData {
@@ -179,10 +185,8 @@ func TestAssertionsThatDoNotCount(t *testing.T) {
 	}
 }
 
-// TestLoginThroughTheBridge: to the proxy's login it is one more provider.
-func TestLoginThroughTheBridge(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// loginThroughTheBridge: to the proxy's login it is one more provider.
+func loginThroughTheBridge(t *testing.T, w *world) {
 	endpoint := w.bridge.Listener.Addr().String()
 	set, err := policy.Parse("policy.yaml", fmt.Appendf(nil, `apiVersion: sallyport.dev/v1alpha1
 kind: IdentityProvider
@@ -222,7 +226,7 @@ spec:
 		_ = tokens.Run(t.Context())
 	}()
 	t.Cleanup(func() { <-stopped })
-	h := login.New(login.Config{Policy: inForce, Tokens: tokens, Dial: new(net.Dialer).DialContext, Keys: login.NewKeys(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	h := login.New(login.Config{Policy: inForce, Tokens: tokens, Dial: new(net.Dialer).DialContext, Keys: login.NewKeys(), Log: slog.New(slog.DiscardHandler)})
 	service, _ := set.Service("app")
 
 	b := w.browser()

@@ -41,7 +41,7 @@ type world struct {
 	t      *testing.T
 	idp    *httptest.Server
 	bridge *httptest.Server
-	pool   *x509.CertPool // both certificates
+	way    *http.Transport // to both
 
 	mu     sync.Mutex
 	change func(*saml.Assertion) // guarded by mu: what the identity provider says otherwise
@@ -53,9 +53,11 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, idp: httptest.NewTLSServer(nil), bridge: httptest.NewTLSServer(nil)}
 	t.Cleanup(w.idp.Close)
 	t.Cleanup(w.bridge.Close)
-	w.pool = x509.NewCertPool()
-	w.pool.AddCert(w.idp.Certificate())
-	w.pool.AddCert(w.bridge.Certificate())
+	pool := x509.NewCertPool()
+	pool.AddCert(w.idp.Certificate())
+	pool.AddCert(w.bridge.Certificate())
+	w.way = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(w.way.CloseIdleConnections)
 
 	server := w.identityProvider()
 	w.idp.Config.Handler = server
@@ -81,6 +83,12 @@ func newWorld(t *testing.T) *world {
 		w.put("/users/"+user, string(text))
 	}
 	return w
+}
+
+// of gives the world to a part of a test, as it was made.
+func (w *world) of(t *testing.T) {
+	w.t = t
+	w.says(nil)
 }
 
 // Write takes the bridge's log.
@@ -171,7 +179,7 @@ func (w *world) browser() *browser {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return &browser{w, &http.Client{Jar: jar, Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: w.pool}},
+	return &browser{w, &http.Client{Jar: jar, Timeout: time.Minute, Transport: w.way,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
 }
 

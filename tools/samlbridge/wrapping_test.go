@@ -133,10 +133,8 @@ var wrappings = map[string]func(document){
 	},
 }
 
-// TestSignatureWrapping: each is refused by its shape alone, before a signature is looked at, and by the whole.
-func TestSignatureWrapping(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// signatureWrapping: each is refused by its shape alone, before a signature is looked at, and by the whole.
+func signatureWrapping(t *testing.T, w *world) {
 	b := w.browser()
 	for name, wrap := range wrappings {
 		where, _ := w.begin()
@@ -160,10 +158,9 @@ func TestSignatureWrapping(t *testing.T) {
 	}
 }
 
-// TestSignatures: what is signed is what counts, and only by the identity provider.
-func TestSignatures(t *testing.T) {
-	t.Parallel()
-	w, other := newWorld(t), newWorld(t)
+// signatures: what is signed is what counts, and only by the identity provider.
+func signatures(t *testing.T, w *world) {
+	other := newWorld(t)
 	b := w.browser()
 	for name, c := range map[string]struct {
 		change func(string) string
