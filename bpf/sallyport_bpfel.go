@@ -469,7 +469,6 @@ const (
 	SallyportSpReasonSP_REASON_LOGIN_NEEDED      SallyportSpReason = 116
 	SallyportSpReasonSP_REASON_BAD_REQUEST       SallyportSpReason = 117
 	SallyportSpReasonSP_REASON_REQUEST_LIMIT     SallyportSpReason = 118
-	SallyportSpReasonSP_REASON_UNATTESTED        SallyportSpReason = 119
 	SallyportSpReasonSP_REASON_LOOP              SallyportSpReason = 120
 )
 
