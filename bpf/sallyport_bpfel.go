@@ -53,6 +53,8 @@ type SallyportSpCaller struct {
 	ProcessCgroup uint64
 	StartedNs     uint64
 	Pid           uint32
+	User          uint32
+	UsersGroup    uint32
 	Sequence      uint32
 }
 
