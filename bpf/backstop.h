@@ -64,11 +64,21 @@ struct css_set___sp {
 	struct cgroup___sp *dfl_cgrp;
 } __attribute__((preserve_access_index));
 
+typedef struct {
+	__u32 val;
+} __attribute__((preserve_access_index)) kuid_t___sp, kgid_t___sp;
+
+struct cred___sp {
+	kuid_t___sp euid;
+	kgid_t___sp egid;
+} __attribute__((preserve_access_index));
+
 struct task_struct___sp {
 	int tgid;
 	__u64 start_boottime;
 	struct task_struct___sp *group_leader;
 	struct css_set___sp *cgroups;
+	const struct cred___sp *real_cred;
 } __attribute__((preserve_access_index));
 
 /* The packet's socket, as the kernel has it, or NULL. The context of the program is the sk_buff itself. */
@@ -381,6 +391,8 @@ static __always_inline void sp_sending_process(struct __sk_buff *skb, struct sp_
 	caller->pid = BPF_CORE_READ(task, tgid);
 	caller->started_ns = BPF_CORE_READ(task, group_leader, start_boottime);
 	caller->process_cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
+	caller->user = BPF_CORE_READ(task, real_cred, euid.val);
+	caller->users_group = BPF_CORE_READ(task, real_cred, egid.val);
 }
 
 /* A SYN that is sent again is of the process that sent it first. */

@@ -122,7 +122,7 @@ enum sp_reason {
 	SP_REASON_LOGIN_NEEDED = 116,	/* a request that shows no identity */
 	SP_REASON_BAD_REQUEST = 117,	/* a request that could be read in two ways, or in none */
 	SP_REASON_REQUEST_LIMIT = 118,	/* requests too slow, too large or too many */
-	SP_REASON_UNATTESTED = 119,	/* a caller on this node whose workload nothing proves */
+	/* 119 stays unused: it was for callers whose workload nothing proves, and nothing gave it */
 	SP_REASON_LOOP = 120,		/* it came back to where it was */
 };
 

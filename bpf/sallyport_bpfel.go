@@ -53,6 +53,8 @@ type SallyportSpCaller struct {
 	ProcessCgroup uint64
 	StartedNs     uint64
 	Pid           uint32
+	User          uint32
+	UsersGroup    uint32
 	Sequence      uint32
 }
 
@@ -469,7 +471,6 @@ const (
 	SallyportSpReasonSP_REASON_LOGIN_NEEDED      SallyportSpReason = 116
 	SallyportSpReasonSP_REASON_BAD_REQUEST       SallyportSpReason = 117
 	SallyportSpReasonSP_REASON_REQUEST_LIMIT     SallyportSpReason = 118
-	SallyportSpReasonSP_REASON_UNATTESTED        SallyportSpReason = 119
 	SallyportSpReasonSP_REASON_LOOP              SallyportSpReason = 120
 )
 

@@ -227,6 +227,8 @@ struct sp_caller {
 	__u64 process_cgroup;	/* that of the process */
 	__u64 started_ns;	/* of the process, CLOCK_BOOTTIME */
 	__u32 pid;		/* of the process, as the node counts them; 0: nobody knows */
+	__u32 user;		/* that it was at work as, and its group, as the node counts them */
+	__u32 users_group;
 	__u32 sequence;		/* of the SYN: tells it from one with the same tuple in another network namespace */
 };
 

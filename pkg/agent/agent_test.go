@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/test/lab"
@@ -21,6 +22,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/proto"
 )
 
 // installed is a node of a lab with a configuration, on which agents run as processes.
@@ -179,6 +181,7 @@ func TestAgentLife(t *testing.T) {
 	t.Run("grants", func(t *testing.T) { in.t = t; in.testGrants() })
 	t.Run("relay", func(t *testing.T) { in.t = t; in.testRelay() })
 	t.Run("metrics", func(t *testing.T) { in.t = t; in.testMetrics() })
+	t.Run("callers", func(t *testing.T) { in.t = t; in.testCallers() })
 	t.Run("second agent", func(t *testing.T) {
 		in.t = t
 		p := in.start("run")
@@ -311,6 +314,75 @@ func (in *installed) testGrants() {
 		last := grants.Grants[len(grants.Grants)-1]
 		return last.Id == short.Grant.Id && last.State == "expired"
 	})
+}
+
+// testCallers: the records of bypassed flows say whose socket it was: a pod's, by the container that made it. Nobody attests it here.
+func (in *installed) testCallers() {
+	t := in.t
+	agent := in.agent()
+	web := in.container(testPod, testContainer)
+	number, err := web.ID()
+	must(t, err)
+	want := &api.Workload{Pod: testPod, Container: testContainer, Cgroup: number, Why: whyNoBroker}
+	for _, f := range lab.Families() {
+		_, err := in.activate(t.Context(), agent, in.signer.envelope(t, func(p *grant.Payload) { p.Addresses = []netip.Addr{in.lab.Pod.Addr(f)} }))
+		must(t, err)
+		service, err := in.lab.Node.WhoAnswers(netip.AddrPortFrom(in.lab.Node.Addr(f), 5432))
+		must(t, err)
+		client := in.asksAs(web, service.Addr)
+		for _, event := range []flow.Event{flow.EventOpen, flow.EventClose} {
+			rec := in.recordOf(agent, client, event)
+			if rec.Verdict != flow.VerdictBypassed.String() || !proto.Equal(rec.Caller, want) {
+				t.Errorf("%v", rec)
+			}
+		}
+	}
+}
+
+// container is the control group of a pod's container.
+func (in *installed) container(pod, id string) (g *lab.Group) {
+	in.t.Helper()
+	for _, at := range []string{"kubepods", "kubepods/pod" + pod, "kubepods/pod" + pod + "/" + id} {
+		var err error
+		g, err = in.lab.NewGroup(at)
+		must(in.t, err)
+	}
+	return g
+}
+
+// asksAs has a process of a group, in the pod, be answered once.
+func (in *installed) asksAs(g *lab.Group, server netip.AddrPort) (client netip.AddrPort) {
+	in.t.Helper()
+	must(in.t, g.Do(in.lab.Pod, func() error {
+		conn, err := net.Dial("tcp", server.String())
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		client = conn.LocalAddr().(*net.TCPAddr).AddrPort()
+		_, err = lab.Ask(conn)
+		return err
+	}))
+	return client
+}
+
+// recordOf waits for the record of a client's flow.
+func (in *installed) recordOf(agent api.AgentClient, client netip.AddrPort, event flow.Event) (found *api.FlowRecord) {
+	in.t.Helper()
+	in.eventually(event.String()+" of "+client.String(), func() bool {
+		stream, err := agent.Flows(in.t.Context(), &api.AgentFlowsRequest{Limit: 50})
+		must(in.t, err)
+		for found = nil; ; {
+			rec, err := stream.Recv()
+			if err != nil {
+				return found != nil
+			}
+			if rec.Client == client.String() && rec.Event == event.String() {
+				found = rec
+			}
+		}
+	})
+	return found
 }
 
 func (in *installed) testMetrics() {

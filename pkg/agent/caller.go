@@ -21,6 +21,7 @@ const (
 	whyDatagrams = "whose a datagram is cannot be told"
 	whyUnknown   = "its control group is not known"
 	whyPassed    = "its socket was made in another control group than that of the process that connected it"
+	whyUser      = "the process works as another user or group than when it connected"
 	whyNoProcess = "it is not known which process connected it"
 	whyInfra     = "it is in a pod's control group and in none of its containers"
 	whyEnded     = "it had ended before it was asked about"
@@ -187,7 +188,7 @@ func (c *openers) identify(from datapath.Caller) *called {
 	case from.PID == 0:
 		w.Why = whyNoProcess
 	default:
-		found.attended, w.Why = c.attend(workloadKey{pid: w.PID, started: w.Started})
+		found.attended, w.Why = c.attend(workloadKey{pid: w.PID, started: w.Started, as: account{from.User, from.Group}})
 	}
 	return found
 }

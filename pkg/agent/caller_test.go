@@ -360,12 +360,19 @@ func (c *calling) testOver(t *testing.T) {
 	t.Run("number of a process given again", func(t *testing.T) {
 		started, err := startOf(int32(os.Getpid()))
 		must(t, err)
+		as, err := accountOf(int32(os.Getpid()))
+		must(t, err)
+		for _, other := range []account{{as.user + 1, as.group}, {as.user, as.group + 1}} { // it ran a program of theirs since
+			if a, why := c.openers.attend(workloadKey{pid: int32(os.Getpid()), started: started, as: other}); a != nil || why != whyUser {
+				t.Errorf("%+v: %v, %q", other, a, why)
+			}
+		}
 		for _, key := range []workloadKey{{pid: int32(os.Getpid()), started: started - 1}, {pid: 1 << 22, started: 1}} {
 			if a, why := c.openers.attend(key); a != nil || why != whyEnded {
 				t.Errorf("%+v: %v, %q", key, a, why)
 			}
 		}
-		if a, why := c.openers.attend(workloadKey{pid: int32(os.Getpid()), started: started}); a == nil {
+		if a, why := c.openers.attend(workloadKey{pid: int32(os.Getpid()), started: started, as: as}); a == nil {
 			t.Errorf("itself: %q", why)
 		}
 	})
@@ -375,8 +382,10 @@ func (c *calling) testOver(t *testing.T) {
 		pid := int32(p.Pid())
 		started, err := startOf(pid)
 		must(t, err)
+		as, err := accountOf(pid)
+		must(t, err)
 		c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PID: pid})
-		a, why := c.openers.attend(workloadKey{pid: pid, started: started})
+		a, why := c.openers.attend(workloadKey{pid: pid, started: started, as: as})
 		if a == nil {
 			t.Fatal(why)
 		}

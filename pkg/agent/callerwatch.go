@@ -27,7 +27,11 @@ type workloadKey struct {
 
 	pid     int32
 	started uint64 // in clock ticks after boot
+	as      account
 }
+
+// account is what a process is at work as: its effective user and group.
+type account struct{ user, group uint32 }
 
 // attended is a workload of which a broker tells the identity, from its first connection until it ends.
 type attended struct {
@@ -87,7 +91,32 @@ func pinned(key workloadKey) (*identity.Pin, string) {
 		_ = pin.Close()
 		return nil, whyEnded
 	}
+	if as, err := accountOf(key.pid); err != nil || as != key.as { // a set-user-ID program, perhaps, while a child has the connection
+		_ = pin.Close()
+		return nil, whyUser
+	}
 	return pin, ""
+}
+
+// accountOf reads what the process is at work as that has a number now (proc(5), status).
+func accountOf(pid int32) (as account, err error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return account{}, fmt.Errorf("look at process %d: %w", pid, err)
+	}
+	for line := range strings.Lines(string(status)) {
+		var own uint32 // the real one, which says nothing
+		switch {
+		case strings.HasPrefix(line, "Uid:"):
+			_, err = fmt.Sscanf(line, "Uid: %d %d", &own, &as.user)
+		case strings.HasPrefix(line, "Gid:"):
+			_, err = fmt.Sscanf(line, "Gid: %d %d", &own, &as.group)
+		}
+		if err != nil {
+			return account{}, fmt.Errorf("look at process %d: read %q: %w", pid, line, err)
+		}
+	}
+	return as, nil
 }
 
 // startOf reads when the process began that has a number now (proc(5), starttime).

@@ -23,6 +23,8 @@ type Caller struct {
 	// PID is the process that connected, as the node counts them, and Started the CLOCK_BOOTTIME of its start; 0: nobody knows.
 	PID     int32
 	Started time.Duration
+	// User and Group are what the process was at work as: its effective ones, at that time.
+	User, Group uint32
 	// ProcessCgroup is the control group of that process, at that time.
 	ProcessCgroup uint64
 	// Taken is when a hook decided on the SYN: the connection began then.
@@ -41,6 +43,6 @@ func (d *Datapath) Caller(client, server netip.AddrPort) (Caller, error) {
 	if err != nil {
 		return Caller{}, fmt.Errorf("read caller of %s to %s: %w", client, server, err)
 	}
-	return Caller{Cookie: c.Cookie, Cgroup: c.Cgroup, PID: int32(c.Pid), Started: time.Duration(c.StartedNs),
+	return Caller{Cookie: c.Cookie, Cgroup: c.Cgroup, PID: int32(c.Pid), User: c.User, Group: c.UsersGroup, Started: time.Duration(c.StartedNs),
 		ProcessCgroup: c.ProcessCgroup, Taken: time.Duration(c.TakenNs)}, nil
 }

@@ -202,6 +202,41 @@ func TestHandedOverSocket(t *testing.T) {
 	}
 }
 
+// TestCallerWorksAs: a caller is told with the user and group that it was at work as, which are not those of its program's next one.
+func TestCallerWorksAs(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.copyProxy(t)
+	alice, _ := groupOf(t, n.Lab, "alice")
+	c := n.cells()[0]
+	fd := -1
+	must(t, alice.Do(c.client, func() (err error) {
+		fd, err = unix.Socket(familyOf(c.to), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		return errors.Join(err, unix.Bind(fd, sockaddr(netip.AddrPortFrom(c.from, 42424))), as(1234, 5678, func() error {
+			return unix.Connect(fd, sockaddr(c.target()))
+		}))
+	}))
+	defer unix.Close(fd)
+	if got, err := n.d.Caller(netip.AddrPortFrom(c.from, 42424), c.target()); err != nil || got.User != 1234 || got.Group != 5678 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// as runs f with the effective user and group of somebody else, on this thread alone, which is locked.
+func as(user, group uintptr, f func() error) error {
+	const same = ^uintptr(0)
+	set := func(call, id uintptr) error {
+		if _, _, errno := unix.RawSyscall(call, same, id, same); errno != 0 {
+			return errno
+		}
+		return nil
+	}
+	if err := errors.Join(set(unix.SYS_SETRESGID, group), set(unix.SYS_SETRESUID, user)); err != nil {
+		return err
+	}
+	return errors.Join(f(), set(unix.SYS_SETRESUID, 0), set(unix.SYS_SETRESGID, 0))
+}
+
 // TestForgedCallers attacks: what a workload says of its own sockets never counts for those of another one.
 func TestForgedCallers(t *testing.T) {
 	t.Parallel()

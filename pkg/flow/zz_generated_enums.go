@@ -109,7 +109,6 @@ const (
 	ReasonLoginNeeded      Reason = 116
 	ReasonBadRequest       Reason = 117
 	ReasonRequestLimit     Reason = 118
-	ReasonUnattested       Reason = 119
 	ReasonLoop             Reason = 120
 )
 
@@ -198,7 +197,6 @@ var reasonNames = map[Reason]string{
 	ReasonLoginNeeded:      "LOGIN_NEEDED",
 	ReasonBadRequest:       "BAD_REQUEST",
 	ReasonRequestLimit:     "REQUEST_LIMIT",
-	ReasonUnattested:       "UNATTESTED",
 	ReasonLoop:             "LOOP",
 }
 

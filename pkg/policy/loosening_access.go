@@ -67,8 +67,12 @@ func (r Route) covers(of Route) bool {
 			return false
 		}
 	}
-	paths := func(a, b string) bool { return a == b || pathMatches(a, strings.TrimSuffix(b, "*")) }
-	return oneCovers(r.Methods, of.Methods, equal) && oneCovers(r.Hosts, of.Hosts, equal) && oneCovers(r.Paths, of.Paths, paths)
+	return oneCovers(r.Methods, of.Methods, equal) && oneCovers(r.Hosts, of.Hosts, equal) && oneCovers(r.Paths, of.Paths, coversPath)
+}
+
+// coversPath compares two paths of routes. An exact one covers itself alone: /a/ is one of /a/*.
+func coversPath(a, b string) bool {
+	return a == b || strings.HasSuffix(a, "*") && pathMatches(a, strings.TrimSuffix(b, "*"))
 }
 
 // asStrict says that a signal rule takes whatever the other one takes. Who may speak for a source can end what it requires, or begin it.

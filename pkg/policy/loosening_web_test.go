@@ -16,7 +16,7 @@ var webVariants = [][]string{
 	{`groups: [corp/admins]`, `groups: [corp/admins, corp/staff]`, `subjects: [corp/carol]`, `subjects: ["corp/*"]`, `identities: ["spiffe://example.org/app/web"]`, `identities: ["spiffe://example.org/*"], groups: [corp/staff]`},
 	{"", `, from: ["10.1.0.0/24"]`, `, from: ["10.1.0.2", "fd00::/8"]`, `, from: ["10.0.0.0/8"]`},
 	{"", `, during: [{from: "08:00", to: "18:00"}]`, `, during: [{days: [Tue], from: "08:00", to: "18:00"}]`, `, during: [{from: "08:00", to: "18:00"}, {days: [Tue], from: "08:00", to: "18:00"}]`},
-	{"", `, routes: [{methods: [GET]}]`, `, routes: [{methods: [GET, POST], paths: [/a/*]}]`, `, routes: [{paths: [/a/b/*, /c]}]`, `, routes: [{paths: [/*], headers: {x-t: b}}, {hosts: [h.example.org], methods: [POST]}]`, `, routes: [{paths: [/a/*]}]`},
+	{"", `, routes: [{methods: [GET]}]`, `, routes: [{methods: [GET, POST], paths: [/a/*]}]`, `, routes: [{paths: [/a/b/*, /c]}]`, `, routes: [{paths: [/*], headers: {x-t: b}}, {hosts: [h.example.org], methods: [POST]}]`, `, routes: [{paths: [/a/*]}]`, `, routes: [{paths: [/a/]}]`},
 	{"", `, when: 'path != "/c"'`, `, when: 'claims.mfa == true'`, `, when: 'now < timestamp("2026-11-23T12:00:00Z")'`},
 	{"", `, signals: [{source: edr}]`, `, signals: [{source: edr, required: true}]`, `, signals: [{source: edr, uids: [0, 7], required: true}]`, `, signals: [{source: edr, uids: [7]}, {source: siem}]`},
 	{"", `- {groups: [corp/staff], routes: [{methods: [GET]}]}`, `- {subjects: [corp/dave], from: [10.2.0.1]}`},
@@ -122,4 +122,25 @@ func noLooserRequest(t *testing.T, r *rand.Rand, old, next *policy.Set) int {
 		return 1
 	}
 	return 0
+}
+
+// TestLooserPaths: a path covers another of a route only if all that the other one has is its own.
+func TestLooserPaths(t *testing.T) {
+	for _, c := range []struct {
+		old, next string
+		looser    bool
+	}{
+		{"/", "/*", true}, {"/a/", "/a/*", true}, {"/a/b", "/a/*", true}, {"/a/*", "/*", true}, {"/a/*", "/a", true}, {"/a/*", "/ab/*", true},
+		{"/*", "/", false}, {"/a/*", "/a/", false}, {"/a/*", "/a/b/*", false}, {"/*", "/*", false}, {"/a/", "/a/", false},
+	} {
+		set := func(path string) *policy.Set {
+			return mustParse(t, head+`ProtectedService
+metadata: {name: web}
+spec: {target: Host, ports: [80], http: {}, access: [{identities: ["spiffe://example.org/app/web"], routes: [{paths: ["`+path+`"]}]}]}
+`)
+		}
+		if got := policy.Loosenings(set(c.old), set(c.next)); (len(got) > 0) != c.looser {
+			t.Errorf("%s became %s: %v", c.old, c.next, got)
+		}
+	}
 }
