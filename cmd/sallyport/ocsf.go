@@ -150,6 +150,7 @@ var flowActivities = map[string]activity{
 	"DENY":     {5, "Refuse", ocsfLow},
 	"UPDATE":   {6, "Traffic", ocsfInformational},
 	"WATCHED":  {6, "Traffic", ocsfInformational},
+	"REQUEST":  {6, "Traffic", ocsfInformational},
 	"BACKSTOP": {5, "Refuse", ocsfHigh},
 }
 
@@ -208,7 +209,7 @@ func ocsfFlow(s *api.StoredFlow) ocsfNetwork {
 	if in, out := r.GetBytesToClient(), r.GetBytesToServer(); in+out+r.GetPacketsToClient()+r.GetPacketsToServer() > 0 {
 		e.Traffic = &ocsfTraffic{in + out, in, out, r.GetPacketsToClient() + r.GetPacketsToServer(), r.GetPacketsToClient(), r.GetPacketsToServer()}
 	}
-	e.Unmapped = unmapped(r, "event", "verdict", "boot", "cpu", "seq", "slot")
+	e.Unmapped = unmapped(r, "event", "verdict", "boot", "cpu", "seq", "slot", "proof", "application", "caller", "request")
 	return e
 }
 

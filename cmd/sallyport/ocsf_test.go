@@ -234,7 +234,8 @@ func TestNothingOfARecordIsLeftOut(t *testing.T) {
 	t.Parallel()
 	r := &api.FlowRecord{Event: "CLOSE", Time: timestamppb.New(began), Boot: durationpb.New(11 * time.Second), Cpu: 12, Seq: 1313, FlowId: "f14", Verdict: "BYPASSED", Reason: "PATH_OPEN",
 		Protocol: "tcp", Client: "10.1.0.15:1616", Server: "10.2.0.17:1818", Service: "s19", Device: "d20", Identity: "spiffe://i21", Grant: "g22", Slot: 2323,
-		BytesToServer: 2424, BytesToClient: 2525, PacketsToServer: 2626, PacketsToClient: 2727, Count: 2828, Detail: "d29"}
+		BytesToServer: 2424, BytesToClient: 2525, PacketsToServer: 2626, PacketsToClient: 2727, Count: 2828, Detail: "d29",
+		Proof: "p33", Application: "a34", Caller: &api.Workload{Identity: "spiffe://i35", Pod: "p36", Pid: 3737}, Request: &api.Request{Number: 3838, Path: "/p39", Status: 404}}
 	text, err := json.Marshal(ocsfFlow(&api.StoredFlow{Node: "n30", Epoch: "e31", Seq: 3232, Flow: r}))
 	if err != nil {
 		t.Fatal(err)
@@ -246,7 +247,8 @@ func TestNothingOfARecordIsLeftOut(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"CLOSE", fmt.Sprint(began.UnixMilli()), "11s", `"cpu":12`, "1313", "f14", "BYPASSED", "PATH_OPEN", `"tcp"`, "10.1.0.15", "1616", "10.2.0.17", "1818", "s19", "d20", "spiffe://i21", "g22", "2323",
-		`"bytes_out":2424`, `"bytes_in":2525`, `"packets_out":2626`, `"packets_in":2727`, "2828", "d29", "n30/e31/flow/3232"} {
+		`"bytes_out":2424`, `"bytes_in":2525`, `"packets_out":2626`, `"packets_in":2727`, "2828", "d29", "n30/e31/flow/3232",
+		"p33", "a34", "spiffe://i35", "p36", `"pid":3737`, `"number":3838`, "/p39", `"status":404`} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("%s is not in %s", want, text)
 		}
