@@ -11,19 +11,7 @@ import (
 type proxyAim struct {
 	series, beside string
 	limit          float64
-	most           bool   // the limit is an upper one
-	why            string // what costs, where it is missed
-}
-
-// What costs, as the parts tell.
-const (
-	whyRecords = "each connection is two records, which the agent takes, chains, keeps and sends on, on the same cores: it would take an agent that spends less on each"
-	whyPx      = "each packet crosses the px pair and the hooks on either side of the proxy; the others are connected to"
-	whyLoops   = whyPx + "; and Go wakes a goroutine for each direction, where HAProxy and nginx have a loop for each core, and the bare forwarder has the same"
-)
-
-var whyProxy = map[string]string{
-	perHandshake: whyRecords, uploads: whyPx, downloads: whyPx, requestMedian: whyPx, requestTail: whyPx, crowdedRate: whyLoops, crowdedTail: whyLoops,
+	most           bool // the limit is an upper one
 }
 
 // proxyAims: ahead of HAProxy and nginx, and within a twentieth of the bare forwarder.
@@ -32,13 +20,13 @@ func proxyAims() []proxyAim {
 	for _, series := range []string{perHandshake, uploads, downloads, requestMedian, requestTail, crowdedRate, crowdedTail} {
 		most := slices.Contains([]string{requestMedian, requestTail, crowdedTail}, series)
 		for _, beside := range []string{"HAProxy", "nginx"} {
-			all = append(all, proxyAim{series: series, beside: beside, limit: 1, most: most, why: whyProxy[series]})
+			all = append(all, proxyAim{series: series, beside: beside, limit: 1, most: most})
 		}
 		limit := 0.95
 		if most {
 			limit = 1 / 0.95
 		}
-		all = append(all, proxyAim{series: series, beside: bare, limit: limit, most: most, why: whyProxy[series]})
+		all = append(all, proxyAim{series: series, beside: bare, limit: limit, most: most})
 	}
 	return all
 }
@@ -57,16 +45,16 @@ func (a proxyAim) text() string {
 	return fmt.Sprintf("at least %.2f", a.limit)
 }
 
-// judge holds the ratios of the rounds to the aim.
+// judge holds the ratios of the rounds to the aim. What costs is for the parts to tell.
 func (a proxyAim) judge(ratios []float64) string {
 	low, median, high := quartiles(ratios)
 	switch {
 	case a.met(median):
 		return "met"
 	case a.met(low) || a.met(high):
-		return "missed, within the noise: " + a.why
+		return "missed, within the noise"
 	}
-	return "missed: " + a.why
+	return "missed"
 }
 
 // ratios divides round by round: what disturbed the machine in a round disturbed both.
