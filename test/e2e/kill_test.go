@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
 )
@@ -91,7 +93,7 @@ func (k *killing) run(t *testing.T, s killedStart) {
 		if k.proxy.proc == nil {
 			k.proxy.start(t)
 		}
-		k.agent.kill(t)
+		k.kill(t)
 		stop := k.attack(t)
 		defer stop()
 	}
@@ -104,12 +106,23 @@ func (k *killing) run(t *testing.T, s killedStart) {
 			t.Logf("time for %v alone, not for %v", chosen[:i], chosen[i:])
 			break
 		}
-		k.agent.kill(t)
+		k.kill(t)
 		s.prepare(k, t)
 		reached := k.startKilled(t, at)
 		k.check(t, s, fmt.Sprintf("killed before %s %d (reached: %v)", at.kind, at.nth, reached))
 	}
+	k.kill(t)
+}
+
+// kill returns when the agent is gone too. That its tracer is gone says that the agent was killed, not that it let go of its
+// lock.
+func (k *killing) kill(t *testing.T) {
+	t.Helper()
 	k.agent.kill(t)
+	lock, err := os.Open(filepath.Join(k.files.run, "agent.pid"))
+	must(t, err)
+	defer lock.Close()
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_SH))
 }
 
 // agentOf is the agent of the build to start.
@@ -135,7 +148,7 @@ func (k *killing) steps(t *testing.T) (all []stepAt) {
 	t.Helper()
 	k.traced(t, stepAt{})
 	k.agent.start(t)
-	k.agent.kill(t)
+	k.kill(t)
 	seen := map[string]int{}
 	for line := range strings.Lines(k.agent.proc.Output()) {
 		if kind, ok := strings.CutPrefix(strings.TrimSpace(line), stepPrefix); ok {
@@ -178,7 +191,7 @@ func (k *killing) startKilled(t *testing.T, at stepAt) (reached bool) {
 	case <-k.agent.proc.Exited():
 		return true
 	case <-k.agent.notify.ready:
-		k.agent.kill(t)
+		k.kill(t)
 		return false
 	case <-time.After(startTime):
 		t.Fatalf("neither ready nor killed:\n%s", k.agent.proc.Output())
