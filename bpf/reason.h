@@ -124,6 +124,10 @@ enum sp_reason {
 	SP_REASON_REQUEST_LIMIT = 118,	/* requests too slow, too large or too many */
 	/* 119 stays unused: it was for callers whose workload nothing proves, and nothing gave it */
 	SP_REASON_LOOP = 120,		/* it came back to where it was */
+	SP_REASON_ORIGINATED = 121,	/* sent on to a remote service, as the workload that asked */
+	SP_REASON_UNATTESTED = 122,	/* nothing proves the workload that asks for a remote service */
+	SP_REASON_PEER_REFUSED = 123,	/* who answered for a remote service is not who it has to be */
+	SP_REASON_IN_CLEAR = 124,	/* sent on to a remote service that speaks no TLS, in the clear, as policy says */
 };
 
 /* Which edge of a flow a record tells of. Append only. */

@@ -472,6 +472,10 @@ const (
 	SallyportSpReasonSP_REASON_BAD_REQUEST       SallyportSpReason = 117
 	SallyportSpReasonSP_REASON_REQUEST_LIMIT     SallyportSpReason = 118
 	SallyportSpReasonSP_REASON_LOOP              SallyportSpReason = 120
+	SallyportSpReasonSP_REASON_ORIGINATED        SallyportSpReason = 121
+	SallyportSpReasonSP_REASON_UNATTESTED        SallyportSpReason = 122
+	SallyportSpReasonSP_REASON_PEER_REFUSED      SallyportSpReason = 123
+	SallyportSpReasonSP_REASON_IN_CLEAR          SallyportSpReason = 124
 )
 
 type SallyportSpSeen struct {
@@ -543,9 +547,10 @@ type SallyportSpSynLimits struct {
 type SallyportSpTarget uint32
 
 const (
-	SallyportSpTargetSP_TARGET_NONE SallyportSpTarget = 0
-	SallyportSpTargetSP_TARGET_HOST SallyportSpTarget = 1
-	SallyportSpTargetSP_TARGET_POD  SallyportSpTarget = 2
+	SallyportSpTargetSP_TARGET_NONE   SallyportSpTarget = 0
+	SallyportSpTargetSP_TARGET_HOST   SallyportSpTarget = 1
+	SallyportSpTargetSP_TARGET_POD    SallyportSpTarget = 2
+	SallyportSpTargetSP_TARGET_REMOTE SallyportSpTarget = 3
 )
 
 type SallyportSpTokens struct {

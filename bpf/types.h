@@ -28,6 +28,7 @@ enum sp_target {
 	SP_TARGET_NONE = 0,
 	SP_TARGET_HOST = 1,	/* in the host network namespace */
 	SP_TARGET_POD = 2,	/* behind the device `ifindex` */
+	SP_TARGET_REMOTE = 3,	/* on another node: steered where a workload of this one asks for it */
 };
 
 /* The hook that a flow lives at, from its SYN to its end. */

@@ -1213,6 +1213,7 @@ const (
 	ProxyReport_Report_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Report"
 	ProxyReport_Relay_FullMethodName  = "/sallyport.v1alpha1.ProxyReport/Relay"
 	ProxyReport_Caller_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Caller"
+	ProxyReport_Sign_FullMethodName   = "/sallyport.v1alpha1.ProxyReport/Sign"
 )
 
 // ProxyReportClient is the client API for ProxyReport service.
@@ -1225,6 +1226,8 @@ type ProxyReportClient interface {
 	// Relay carries opaque bytes to an endpoint that policy lists. The agent reads none of them.
 	Relay(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RelayFrame, RelayFrame], error)
 	Caller(ctx context.Context, in *CallerRequest, opts ...grpc.CallOption) (*CallerReply, error)
+	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
+	Sign(ctx context.Context, in *SignRequest, opts ...grpc.CallOption) (*SignReply, error)
 }
 
 type proxyReportClient struct {
@@ -1271,6 +1274,16 @@ func (c *proxyReportClient) Caller(ctx context.Context, in *CallerRequest, opts 
 	return out, nil
 }
 
+func (c *proxyReportClient) Sign(ctx context.Context, in *SignRequest, opts ...grpc.CallOption) (*SignReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignReply)
+	err := c.cc.Invoke(ctx, ProxyReport_Sign_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ProxyReportServer is the server API for ProxyReport service.
 // All implementations must embed UnimplementedProxyReportServer
 // for forward compatibility.
@@ -1281,6 +1294,8 @@ type ProxyReportServer interface {
 	// Relay carries opaque bytes to an endpoint that policy lists. The agent reads none of them.
 	Relay(grpc.BidiStreamingServer[RelayFrame, RelayFrame]) error
 	Caller(context.Context, *CallerRequest) (*CallerReply, error)
+	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
+	Sign(context.Context, *SignRequest) (*SignReply, error)
 	mustEmbedUnimplementedProxyReportServer()
 }
 
@@ -1299,6 +1314,9 @@ func (UnimplementedProxyReportServer) Relay(grpc.BidiStreamingServer[RelayFrame,
 }
 func (UnimplementedProxyReportServer) Caller(context.Context, *CallerRequest) (*CallerReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Caller not implemented")
+}
+func (UnimplementedProxyReportServer) Sign(context.Context, *SignRequest) (*SignReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Sign not implemented")
 }
 func (UnimplementedProxyReportServer) mustEmbedUnimplementedProxyReportServer() {}
 func (UnimplementedProxyReportServer) testEmbeddedByValue()                     {}
@@ -1353,6 +1371,24 @@ func _ProxyReport_Caller_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ProxyReport_Sign_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProxyReportServer).Sign(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProxyReport_Sign_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProxyReportServer).Sign(ctx, req.(*SignRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ProxyReport_ServiceDesc is the grpc.ServiceDesc for ProxyReport service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1363,6 +1399,10 @@ var ProxyReport_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Caller",
 			Handler:    _ProxyReport_Caller_Handler,
+		},
+		{
+			MethodName: "Sign",
+			Handler:    _ProxyReport_Sign_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

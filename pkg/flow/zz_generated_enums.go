@@ -110,6 +110,10 @@ const (
 	ReasonBadRequest       Reason = 117
 	ReasonRequestLimit     Reason = 118
 	ReasonLoop             Reason = 120
+	ReasonOriginated       Reason = 121
+	ReasonUnattested       Reason = 122
+	ReasonPeerRefused      Reason = 123
+	ReasonInClear          Reason = 124
 )
 
 var reasonNames = map[Reason]string{
@@ -198,6 +202,10 @@ var reasonNames = map[Reason]string{
 	ReasonBadRequest:       "BAD_REQUEST",
 	ReasonRequestLimit:     "REQUEST_LIMIT",
 	ReasonLoop:             "LOOP",
+	ReasonOriginated:       "ORIGINATED",
+	ReasonUnattested:       "UNATTESTED",
+	ReasonPeerRefused:      "PEER_REFUSED",
+	ReasonInClear:          "IN_CLEAR",
 }
 
 // Event is the edge of a flow that a record tells of.
