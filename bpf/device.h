@@ -314,14 +314,16 @@ static __always_inline enum sp_reason sp_unlisted(struct __sk_buff *skb, const s
 static __always_inline bool sp_is_towards(struct __sk_buff *skb, const struct sp_packet *p, const struct sp_service *svc,
 					  enum sp_hook hook, enum sp_behind behind)
 {
-	return sp_sees_towards(hook, behind, svc, p->ifindex) || sp_asks_remote(skb, svc, hook, behind);
+	return sp_sees_towards(hook, behind, svc, p->ifindex) ||
+	       (sp_may_ask(hook, behind) && sp_asks_remote(skb, svc, hook));
 }
 
 /* The same for those from it. */
 static __always_inline bool sp_is_from(const struct sp_packet *p, const struct sp_flow_key *key,
 				       const struct sp_service *svc, enum sp_hook hook, enum sp_behind behind)
 {
-	return sp_sees_from(hook, behind, svc, p->ifindex) || sp_answers_remote(key, svc, hook, behind, p->ifindex);
+	return sp_sees_from(hook, behind, svc, p->ifindex) ||
+	       (sp_may_be_answered(hook, behind) && sp_answers_remote(key, svc, hook, p->ifindex));
 }
 
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */

@@ -13,24 +13,34 @@
 #include "hook.h"
 #include "socket.h"
 
-/* Is this where a workload of this node asks for a service on another one? */
-__noinline int sp_asks_remote(struct __sk_buff *skb, const struct sp_service *svc, __u32 hook, __u32 behind)
+/* Hooks where a workload of this node may ask, and where it may be answered: known when a program is built. */
+static __always_inline bool sp_may_ask(enum sp_hook hook, enum sp_behind behind)
+{
+	return hook != SP_HOOK_LO && !sp_is_port(behind) && !sp_ends_at_pod(hook, behind);
+}
+
+static __always_inline bool sp_may_be_answered(enum sp_hook hook, enum sp_behind behind)
+{
+	return hook != SP_HOOK_LO && !sp_is_port(behind);
+}
+
+/* Is it a workload of this node that asks a service on another one? */
+__noinline int sp_asks_remote(struct __sk_buff *skb, const struct sp_service *svc, __u32 hook)
 {
 	bool pods;
 
-	if (!svc || svc->target != SP_TARGET_REMOTE || hook == SP_HOOK_LO || sp_is_port(behind) || sp_ends_at_pod(hook, behind))
+	if (!svc || svc->target != SP_TARGET_REMOTE)
 		return 0;
 	pods = sp_device_facts(skb->ifindex) & SP_DEVICE_POD;
 	return hook == SP_HOOK_IN ? pods : !pods && sp_sent_by_host(skb);
 }
 
-/* Is this where the answer of a service on another node to the proxy is taken? */
-__noinline int sp_answers_remote(const struct sp_flow_key *key, const struct sp_service *svc, __u32 hook,
-				 __u32 behind, __u32 ifindex)
+/* Is it the answer of such a service to the proxy, and is it taken here? */
+__noinline int sp_answers_remote(const struct sp_flow_key *key, const struct sp_service *svc, __u32 hook, __u32 ifindex)
 {
 	struct sp_leg *leg;
 
-	if (!key || !svc || svc->target != SP_TARGET_REMOTE || hook == SP_HOOK_LO || sp_is_port(behind))
+	if (!key || !svc || svc->target != SP_TARGET_REMOTE)
 		return 0;
 	leg = sp_find_leg(key, SP_LEG_UP, 0);
 	if (!leg)
