@@ -162,6 +162,12 @@ func remoteFromCases(t testing.TB, r *rig) []progCase {
 		from("SYN", syn, none),
 		from("flags of no connection", syn|packet.FIN, none),
 		from("put back", ack, again, leg(down), marked(down)),
+		{name: "remote/from, in at a port", scenes: []string{"node"}, given: []given{leg(up)}, want: legAt(""), packet: func(s scene) probe {
+			return at("sp_port_in", s.device, tcp(s.server, s.client, ack))
+		}},
+		{name: "remote/from, on lo", scenes: []string{"node"}, given: []given{leg(up)}, want: legAt(""), packet: func(s scene) probe {
+			return at("sp_lo_in", 1, tcp(s.server, s.client, ack))
+		}},
 		elsewhere(from("leg of another device", ack, legAt(placedAt(1, nowhere(r))), misplaced(leg(up), byAnotherDevice)), "pod", "pods' bridge"),
 		elsewhere(from("leg of another device, of the node", ack, steer(flow.ReasonLeg, "leg up"+placedAt(2, nowhere(r))+" ANSWERED"), misplaced(leg(up), byAnotherDevice)), "node", "node by bridge"),
 		elsewhere(from("leg of the other hook", ack, legAt(placedAt(1, uplink)), misplaced(leg(up), byAnotherHook)), "node"),
