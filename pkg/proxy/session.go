@@ -83,6 +83,7 @@ func (s *session) run() {
 		return
 	}
 	if err == nil {
+		s.settle()
 		err = s.dial()
 	}
 	if err != nil {
@@ -192,6 +193,13 @@ func (s *session) setIdentity(who proven) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.who = who
+}
+
+// settle takes a place among those who have proven an identity, which others cannot take away so easily.
+func (s *session) settle() {
+	if !s.p.room.settle(s, s.identity().caller.String()) {
+		s.cut(flow.ReasonLimit, "its caller has as many connections as any, and there is no room for more")
+	}
 }
 
 // recheck cuts a live connection that would not be let in now.
