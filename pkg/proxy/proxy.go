@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,7 +37,7 @@ type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
 	// MaxConnections it serves at a time. The next one takes the place of one that has not proven an
-	// identity; if all have, it is reset. One in 16 is for those alone who have not proven an identity yet; who proves one when
+	// identity; if all have, it is reset. One in 8 is for those alone who have not proven an identity yet; who proves one when
 	// the others are taken gets the place of a caller that has more connections, or is reset.
 	MaxConnections int
 	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
@@ -92,6 +93,7 @@ type Proxy struct {
 	flows     atomic.Uint64
 	upstreams atomic.Int64 // connections to services that speak HTTP
 	room      *room        // of sessions, from accept to end
+	turns     *turns       // of handshakes
 }
 
 // New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
@@ -113,7 +115,7 @@ func New(cfg Config) (*Proxy, error) {
 func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
-		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, room: newRoom(cfg.MaxConnections),
+		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)),
 	}
 }
 

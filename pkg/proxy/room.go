@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"net/netip"
 	"sync"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -22,7 +21,7 @@ type room struct {
 
 // keptShare is the part of the places that strangers can always have: with all of them proven, who has none yet could not even
 // say who it is. Where there are few places, it is none.
-const keptShare = 16
+const keptShare = 8
 
 func newRoom(limit int) *room {
 	return &room{limit: limit, kept: limit / keptShare, strangers: newCrowd(), proven: newCrowd()}
@@ -49,7 +48,7 @@ func (r *room) admit(s *session) (out *session, reason flow.Reason) {
 		}
 		r.strangers.remove(out)
 	}
-	r.strangers.add(s, neighbourhood(s.client.Addr()))
+	r.strangers.add(s, s.neighbourhood().String())
 	r.inside.Add(1)
 	return out, flow.ReasonNone
 }
@@ -78,6 +77,7 @@ func (r *room) promote(s *session, caller string) (out *session, ok bool) {
 		r.proven.remove(out)
 	}
 	r.strangers.remove(s)
+	s.standing = welcome // like that of all others here
 	r.proven.add(s, caller)
 	return out, true
 }
@@ -145,8 +145,8 @@ func (c crowd) remove(s *session) {
 // looks are how many sessions are compared when one must go: to compare all would take longer than what comes.
 const looks = 8
 
-// pick gives, of a few that chance takes out, one of who has the most, and of these the oldest: who has few and is quick is hardly
-// ever met. It gives nil when there is nobody.
+// pick gives, of a few that chance takes out, one of who has the worst standing, of these one of who has the most, and of these the
+// oldest: who was let in before, has few and is quick is hardly ever met. It gives nil when there is nobody.
 func (c crowd) pick() (out *session) {
 	left := looks
 	for s := range c.whose {
@@ -161,20 +161,11 @@ func (c crowd) pick() (out *session) {
 }
 
 func (c crowd) before(s, other *session) bool {
+	if s.standing != other.standing {
+		return s.standing > other.standing
+	}
 	if own, others := c.share(s), c.share(other); own != others {
 		return own > others
 	}
 	return s.accepted.Before(other.accepted)
-}
-
-// neighbourhood is whom an address belongs to: one of IPv6 is easily changed within its network.
-func neighbourhood(a netip.Addr) string {
-	if a.Is4() {
-		return a.String()
-	}
-	p, err := a.WithZone("").Prefix(64)
-	if err != nil {
-		return "" // no address
-	}
-	return p.String()
 }

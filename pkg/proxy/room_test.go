@@ -29,8 +29,8 @@ func newGuests(t *testing.T, limit int) *guests {
 	return &guests{T: t, room: newRoom(limit), listener: l}
 }
 
-// from is a stranger that comes from an address.
-func (g *guests) from(addr string) (*session, flow.Reason) {
+// arrives is a stranger that comes from an address.
+func (g *guests) arrives(addr string) (*session, flow.Reason) {
 	g.Helper()
 	c, err := net.DialTCP("tcp4", nil, g.listener.Addr().(*net.TCPAddr))
 	if err != nil {
@@ -44,14 +44,14 @@ func (g *guests) from(addr string) (*session, flow.Reason) {
 	g.Cleanup(func() { accepted.Close() })
 	_, cancel := context.WithCancel(context.Background())
 	g.came += time.Millisecond
-	s := &session{down: accepted, client: netip.AddrPortFrom(netip.MustParseAddr(addr), 1), cancel: cancel, accepted: time.Unix(0, 0).Add(g.came)}
+	s := &session{down: accepted, client: netip.AddrPortFrom(netip.MustParseAddr(addr), 1), cancel: cancel, accepted: time.Unix(0, 0).Add(g.came), standing: unknown}
 	return s, g.room.enter(s)
 }
 
 // enters must find a place.
 func (g *guests) enters(addr string) *session {
 	g.Helper()
-	s, reason := g.from(addr)
+	s, reason := g.arrives(addr)
 	if reason != flow.ReasonNone {
 		g.Fatalf("%s is turned away: %v", addr, reason)
 	}
@@ -93,6 +93,21 @@ func TestStrangersPushOutWhoHasMost(t *testing.T) {
 	}
 }
 
+func TestStrangersPushOutWhoWasRefused(t *testing.T) {
+	g := newGuests(t, 4)
+	known, bad := g.enters("192.0.2.1"), g.enters("192.0.2.2")
+	known.standing, bad.standing = welcome, refused
+	for range 20 {
+		g.enters("192.0.2.3").standing = unknown
+	}
+	if end := known.wasCut(); end != nil {
+		t.Errorf("who was let in before was cut: %v", end)
+	}
+	if bad.wasCut() == nil {
+		t.Error("who was refused before has kept the place")
+	}
+}
+
 func TestStrangersNeverPushOutTheProven(t *testing.T) {
 	g := newGuests(t, 4)
 	proven := []*session{g.settles("a"), g.settles("a"), g.settles("a")}
@@ -101,7 +116,7 @@ func TestStrangersNeverPushOutTheProven(t *testing.T) {
 	}
 	g.places(1, 3)
 	g.room.settle(g.enters("192.0.2.2"), "a")
-	if _, reason := g.from("192.0.2.3"); reason != flow.ReasonLimit {
+	if _, reason := g.arrives("192.0.2.3"); reason != flow.ReasonLimit {
 		t.Errorf("with all places proven a stranger gets %v", reason)
 	}
 	for _, s := range proven {
@@ -113,8 +128,8 @@ func TestStrangersNeverPushOutTheProven(t *testing.T) {
 }
 
 func TestProvenLeaveRoomToStrangers(t *testing.T) {
-	g := newGuests(t, 32)
-	for range 30 {
+	g := newGuests(t, 16)
+	for range 14 {
 		g.settles("many")
 	}
 	late := g.enters("192.0.2.1")
@@ -124,16 +139,16 @@ func TestProvenLeaveRoomToStrangers(t *testing.T) {
 	g.room.leave(late)
 	g.enters("192.0.2.1")
 	g.enters("192.0.2.2")
-	g.places(2, 30)
+	g.places(2, 14)
 }
 
 func TestFewConnectionsBeatMany(t *testing.T) {
-	g := newGuests(t, 32)
-	for range 30 {
+	g := newGuests(t, 16)
+	for range 14 {
 		g.settles("many")
 	}
 	few := g.settles("few")
-	g.places(0, 30)
+	g.places(0, 14)
 	for range 40 {
 		g.room.leave(g.enters("192.0.2.1"))
 		s := g.enters("192.0.2.1")
@@ -143,11 +158,11 @@ func TestFewConnectionsBeatMany(t *testing.T) {
 	if end := few.wasCut(); end != nil {
 		t.Errorf("who has few was cut: %v", end)
 	}
-	for range 14 {
+	for range 6 {
 		g.settles("few")
 	}
 	s := g.enters("192.0.2.1")
-	if g.room.proven.count["few"] != 15 || g.room.settle(s, "few") {
+	if g.room.proven.count["few"] != 7 || g.room.settle(s, "few") {
 		t.Errorf("a caller with as many as the other took more: %v", g.room.proven.count)
 	}
 }
@@ -167,7 +182,7 @@ func TestRoomForgets(t *testing.T) {
 		t.Errorf("%d of who left are still counted", n)
 	}
 	g.room.close()
-	if _, reason := g.from("192.0.2.1"); reason != flow.ReasonDrained {
+	if _, reason := g.arrives("192.0.2.1"); reason != flow.ReasonDrained {
 		t.Errorf("a closed room gives %v", reason)
 	}
 }

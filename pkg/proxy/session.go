@@ -22,6 +22,7 @@ type session struct {
 	client, server netip.AddrPort // server: where the client wanted to go
 	id             string         // of the flow
 	accepted       time.Time
+	standing       standing // of its neighbourhood when it came; for the room
 	ctx            context.Context
 	cancel         context.CancelFunc
 
@@ -67,11 +68,13 @@ const (
 
 func newSession(p *Proxy, c *net.TCPConn) *session {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &session{
+	s := &session{
 		p: p, down: c, client: addrPort(c.RemoteAddr()), server: addrPort(c.LocalAddr()),
 		id:       fmt.Sprintf("%s-%x", p.instance, p.flows.Add(1)),
 		accepted: time.Now(), ctx: ctx, cancel: cancel,
 	}
+	s.standing = p.turns.standingOf(s.neighbourhood())
+	return s
 }
 
 // run takes the connection through its life.
@@ -195,9 +198,23 @@ func (s *session) setIdentity(who proven) {
 	s.who = who
 }
 
+// neighbourhood is whom the client's address belongs to: one of IPv6 is easily changed within its network.
+func (s *session) neighbourhood() netip.Prefix {
+	a := s.client.Addr().WithZone("")
+	bits := 64
+	if a.Is4() {
+		bits = 32
+	}
+	p, _ := a.Prefix(bits) // there are as many
+	return p
+}
+
 // settle takes a place among those who have proven an identity, which others cannot take away so easily.
 func (s *session) settle() {
+	as := welcome
+	defer func() { s.p.turns.remember(s.neighbourhood(), as, time.Now()) }()
 	if !s.p.room.settle(s, s.identity().caller.String()) {
+		as = refused
 		s.cut(flow.ReasonLimit, "its caller has as many connections as any, and there is no room for more")
 	}
 }
