@@ -49,7 +49,9 @@ func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 	raw := &peeked{TCPConn: s.down, first: first, pending: true}
 	tlsConn := tls.Server(raw, s.tlsConfig(spec))
 	if err := s.handshake(tlsConn, raw); err != nil {
-		s.p.turns.remember(s.neighbourhood(), refused, time.Now())
+		if !errors.Is(err, errNoTurn) {
+			s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
+		}
 		return nil, nil, s.handshakeRefusal(err, spec)
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {

@@ -73,7 +73,7 @@ func newSession(p *Proxy, c *net.TCPConn) *session {
 		id:       fmt.Sprintf("%s-%x", p.instance, p.flows.Add(1)),
 		accepted: time.Now(), ctx: ctx, cancel: cancel,
 	}
-	s.standing = p.turns.standingOf(s.neighbourhood())
+	s.standing = p.turns.standing(s.neighbourhood())
 	return s
 }
 
@@ -211,10 +211,10 @@ func (s *session) neighbourhood() netip.Prefix {
 
 // settle takes a place among those who have proven an identity, which others cannot take away so easily.
 func (s *session) settle() {
-	as := welcome
-	defer func() { s.p.turns.remember(s.neighbourhood(), as, time.Now()) }()
-	if !s.p.room.settle(s, s.identity().caller.String()) {
-		as = refused
+	caller := s.identity().caller.String()
+	s.p.turns.remember(s.neighbourhood(), welcome, caller, time.Now())
+	if !s.p.room.settle(s, caller) {
+		s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
 		s.cut(flow.ReasonLimit, "its caller has as many connections as any, and there is no room for more")
 	}
 }

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"os"
 	"sync"
@@ -12,11 +13,11 @@ import (
 // an order, who comes in earnest waits behind all who do not. Who waits for the network has no turn.
 type turns struct {
 	mu      sync.Mutex
-	free    int                          // guarded by mu
-	given   uint                         // guarded by mu; ever
-	waiting [standings][]*waiter         // guarded by mu; in the order that they came
-	known   [2]map[netip.Prefix]standing // guarded by mu; of this time and of the one before, by neighbourhood
-	since   time.Time                    // guarded by mu; the time began
+	free    int                      // guarded by mu
+	given   uint                     // guarded by mu; ever
+	waiting [standings]line          // guarded by mu
+	known   [2]map[netip.Prefix]last // guarded by mu; of this time and of the one before, by neighbourhood
+	since   time.Time                // guarded by mu; the time began
 }
 
 // standing is what the last handshake from a neighbourhood came to.
@@ -28,6 +29,12 @@ const (
 	refused                   // it was not let in
 	standings = iota
 )
+
+// last is what the last handshake from a neighbourhood came to, and whom it let in.
+type last struct {
+	as     standing
+	caller string
+}
 
 // Every so many turns the first one goes to somebody who is unknown, or who was refused: nobody waits for ever.
 const (
@@ -41,13 +48,20 @@ const (
 	rememberMost = 1 << 15
 )
 
+// errNoTurn is not the client's fault.
+var errNoTurn = fmt.Errorf("too many handshakes at a time: %w", os.ErrDeadlineExceeded)
+
 type waiter struct {
 	ready chan struct{} // closed by whoever gives the turn
 	gone  bool          // guarded by mu of turns; it waits no more
 }
 
 func newTurns(n int) *turns {
-	return &turns{free: n, known: [2]map[netip.Prefix]standing{{}, {}}}
+	t := &turns{free: n, known: [2]map[netip.Prefix]last{{}, {}}}
+	for i := range t.waiting {
+		t.waiting[i].of = map[string][]*waiter{}
+	}
+	return t
 }
 
 // take waits for a turn until a time, or until ctx ends.
@@ -58,7 +72,7 @@ func (t *turns) take(ctx context.Context, who netip.Prefix, until time.Time) err
 	}
 	timer := time.NewTimer(time.Until(until))
 	defer timer.Stop()
-	err := os.ErrDeadlineExceeded
+	err := errNoTurn
 	select {
 	case <-w.ready:
 		return nil
@@ -78,8 +92,12 @@ func (t *turns) queue(who netip.Prefix) *waiter {
 		return nil
 	}
 	w := &waiter{ready: make(chan struct{})}
-	s := t.standing(who)
-	t.waiting[s] = append(t.waiting[s], w)
+	l := t.last(who)
+	whose := l.caller
+	if whose == "" {
+		whose = who.String()
+	}
+	t.waiting[l.as].push(whose, w)
 	return w
 }
 
@@ -118,10 +136,7 @@ func (t *turns) next() *waiter {
 		order = [standings]standing{unknown, welcome, refused}
 	}
 	for _, s := range order {
-		for len(t.waiting[s]) > 0 {
-			w := t.waiting[s][0]
-			t.waiting[s][0] = nil
-			t.waiting[s] = t.waiting[s][1:]
+		for w := t.waiting[s].pop(); w != nil; w = t.waiting[s].pop() {
 			if !w.gone {
 				return w
 			}
@@ -130,31 +145,61 @@ func (t *turns) next() *waiter {
 	return nil
 }
 
-// remember says what a handshake came to.
-func (t *turns) remember(who netip.Prefix, as standing, now time.Time) {
+// line is who waits with the same standing. Callers take turns, and neighbourhoods that are no caller's: a thousand handshakes of one
+// hold up one of another no longer than one would.
+type line struct {
+	order []string // whose turn it is next
+	of    map[string][]*waiter
+}
+
+func (l *line) push(whose string, w *waiter) {
+	if len(l.of[whose]) == 0 {
+		l.order = append(l.order, whose)
+	}
+	l.of[whose] = append(l.of[whose], w)
+}
+
+// pop gives nil when nobody is left.
+func (l *line) pop() *waiter {
+	if len(l.order) == 0 {
+		return nil
+	}
+	whose := l.order[0]
+	l.order = l.order[1:]
+	w := l.of[whose][0]
+	if rest := l.of[whose][1:]; len(rest) > 0 {
+		l.of[whose], l.order = rest, append(l.order, whose)
+	} else {
+		delete(l.of, whose)
+	}
+	return w
+}
+
+// remember says what a handshake came to; caller is whom it let in, if it did.
+func (t *turns) remember(who netip.Prefix, as standing, caller string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if now.Sub(t.since) > rememberFor || len(t.known[0]) >= rememberMost {
-		t.known, t.since = [2]map[netip.Prefix]standing{{}, t.known[0]}, now
+		t.known, t.since = [2]map[netip.Prefix]last{{}, t.known[0]}, now
 	}
-	t.known[0][who] = as
+	t.known[0][who] = last{as, caller}
 }
 
-// standingOf a neighbourhood, as of now.
-func (t *turns) standingOf(who netip.Prefix) standing {
+// standing of a neighbourhood, as of now.
+func (t *turns) standing(who netip.Prefix) standing {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.standing(who)
+	return t.last(who).as
 }
 
-// standing of a neighbourhood. mu is held.
-func (t *turns) standing(who netip.Prefix) standing {
-	for _, time := range t.known {
-		if s, ok := time[who]; ok {
-			return s
+// last of a neighbourhood. mu is held.
+func (t *turns) last(who netip.Prefix) last {
+	for _, known := range t.known {
+		if l, ok := known[who]; ok {
+			return l
 		}
 	}
-	return unknown
+	return last{as: unknown}
 }
 
 // turn is that of a session, while it has one.

@@ -270,7 +270,8 @@ func (l *siege) face(t *testing.T, p *lab.Process, a loadAttack) {
 	waitUntil(t, "the connections of those who "+a.name+" to end", func() bool { return descriptors(t, p) <= l.restFiles })
 	f.left = memoryOf(t, p)
 	if !l.short { // to be told of each attack by itself takes a while
-		l.await(t)
+		l.settled(t)
+		t.Logf("%s: %d connections, all: %d, told of: %d", a.name, f.attack.Connected, l.connected, l.told(t))
 	}
 	for reason, n := range l.reasons(t) {
 		if n > before[reason] {
@@ -359,6 +360,17 @@ func (l *siege) await(t *testing.T) {
 	waitUntil(t, fmt.Sprintf("records of %d connections", l.connected), func() bool { return l.told(t) >= l.connected })
 	if told := l.told(t); told != l.connected {
 		t.Errorf("records tell of %d connections, there were %d", told, l.connected)
+	}
+}
+
+// settled returns when no more is told for longer than equal refusals are held back.
+func (l *siege) settled(t *testing.T) {
+	t.Helper()
+	last, since := l.told(t), time.Now()
+	for ; time.Since(since) < 7*time.Second; time.Sleep(100 * time.Millisecond) { // between two looks
+		if now := l.told(t); now != last {
+			last, since = now, time.Now()
+		}
 	}
 }
 
