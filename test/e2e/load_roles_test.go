@@ -83,12 +83,11 @@ func (r loadRole) run() error {
 			return err
 		}
 	}
-	said, err := loadSaid{}, error(nil)
+	clients := r.attack
 	if r.Do == "good" {
-		said, err = r.good(ctx, configs[0])
-	} else {
-		said, err = r.attack(ctx, configs)
+		clients = r.good
 	}
+	said, err := clients(ctx, configs)
 	if err != nil {
 		return err
 	}
@@ -278,8 +277,8 @@ const (
 )
 
 // good says "ready" when its standing connection stands, and goes on until ctx ends.
-func (r loadRole) good(ctx context.Context, config *tls.Config) (said loadSaid, err error) {
-	live := role{At: r.At}
+func (r loadRole) good(ctx context.Context, configs []*tls.Config) (said loadSaid, err error) {
+	live, config := role{At: r.At}, configs[0]
 	standing, err := live.dial(config, askEcho)
 	if err != nil {
 		return said, err
