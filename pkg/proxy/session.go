@@ -40,6 +40,7 @@ type proven struct {
 	service string
 	caller  policy.Caller       // of an HTTP service, the first one on the connection
 	chain   []*x509.Certificate // that proved it, leaf first; none: a token did
+	trusted <-chan struct{}     // open as long as nothing has changed in what chain was verified with
 }
 
 // ending says why a connection was cut.
