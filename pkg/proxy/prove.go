@@ -37,7 +37,7 @@ func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 	if !ok {
 		return nil, nil, &refusal{reason: flow.ReasonUnknownService, err: unknownService(set, s.server)}
 	}
-	s.setIdentity(proven{service: service.Name})
+	s.setIdentity(proven{service: service.Name, trusted: s.p.cfg.Identity.Changed()})
 	first, err := s.firstByte()
 	if err != nil {
 		return nil, nil, err
@@ -48,13 +48,27 @@ func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 	}
 	raw := &peeked{TCPConn: s.down, first: first, pending: true}
 	tlsConn := tls.Server(raw, s.tlsConfig(spec))
-	if err := tlsConn.HandshakeContext(s.ctx); err != nil {
+	if err := s.handshake(tlsConn, raw); err != nil {
+		if !errors.Is(err, errNoTurn) {
+			s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
+		}
 		return nil, nil, s.handshakeRefusal(err, spec)
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {
 		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
 	return &client{Conn: tlsConn, raw: raw}, spec, nil
+}
+
+// handshake computes when it is the session's turn, and leaves turns to others while it waits for the client.
+func (s *session) handshake(conn *tls.Conn, raw *peeked) error {
+	raw.turn = &turn{s: s}
+	defer func() { raw.turn = nil }()
+	if err := raw.turn.take(); err != nil {
+		return err
+	}
+	defer raw.turn.give()
+	return conn.HandshakeContext(s.ctx)
 }
 
 func unknownService(set *policy.Set, server netip.AddrPort) error {
@@ -86,6 +100,7 @@ type peeked struct {
 	pending bool // used by the one reader only, like ended
 	ended   bool
 	moved   func() // is told of bytes; nil: nobody is
+	turn    *turn  // of the handshake; nil: it is over
 }
 
 // Read implements net.Conn.
@@ -94,10 +109,23 @@ func (c *peeked) Read(b []byte) (int, error) {
 		b[0], c.pending = c.first, false
 		return 1, nil
 	}
-	n, err := c.TCPConn.Read(b)
+	n, err := c.read(b)
 	c.ended = c.ended || errors.Is(err, io.EOF)
 	if n > 0 && c.moved != nil {
 		c.moved()
+	}
+	return n, err
+}
+
+// read has no turn while it waits.
+func (c *peeked) read(b []byte) (int, error) {
+	if c.turn == nil {
+		return c.TCPConn.Read(b)
+	}
+	c.turn.give()
+	n, err := c.TCPConn.Read(b)
+	if err == nil {
+		err = c.turn.take()
 	}
 	return n, err
 }
@@ -191,6 +219,11 @@ func (p *Proxy) objection(s *session) error {
 	}
 	if d := set.Authorise(who.service, who.caller, nil, p.now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
+	}
+	select {
+	case <-who.trusted:
+	default:
+		return nil // to verify it again would cost a fifth of what a connection costs
 	}
 	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(s.accepted)); err != nil {
 		return fmt.Errorf("identity is not trusted any more: %w", err)

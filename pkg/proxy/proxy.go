@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,7 +37,8 @@ type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
 	// MaxConnections it serves at a time. The next one takes the place of one that has not proven an
-	// identity; if all have, it is reset.
+	// identity; if all have, it is reset. One in 8 is for those alone who have not proven an identity yet; who proves one when
+	// the others are taken gets the place of a caller that has more connections, or is reset.
 	MaxConnections int
 	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
 	HandshakeTimeout time.Duration
@@ -89,12 +91,9 @@ type Proxy struct {
 	pace      *pace
 	now       func() time.Time // by which policy is asked
 	flows     atomic.Uint64
-	upstreams atomic.Int64   // connections to services that speak HTTP
-	running   sync.WaitGroup // one for each session
-
-	mu       sync.Mutex
-	sessions map[*session]struct{} // guarded by mu; from accept to end
-	draining bool                  // guarded by mu
+	upstreams atomic.Int64 // connections to services that speak HTTP
+	room      *room        // of sessions, from accept to end
+	turns     *turns       // of handshakes
 }
 
 // New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
@@ -116,7 +115,7 @@ func New(cfg Config) (*Proxy, error) {
 func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
-		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, sessions: map[*session]struct{}{},
+		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)),
 	}
 }
 
@@ -173,80 +172,35 @@ func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
 
 // begin runs a session, or resets its connection when there is no room.
 func (p *Proxy) begin(s *session) {
-	if reason := p.enter(s); reason != flow.ReasonNone {
+	if reason := p.room.enter(s); reason != flow.ReasonNone {
 		s.deny(&refusal{reason: reason, how: reset, err: errors.New("no room for another connection")})
 		return
 	}
 	go func() {
-		defer p.running.Done()
-		defer p.leave(s)
+		defer p.room.inside.Done()
+		defer p.room.leave(s)
 		s.run()
 	}()
-}
-
-func (p *Proxy) enter(s *session) flow.Reason {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.draining {
-		return flow.ReasonDrained
-	}
-	if len(p.sessions) >= p.cfg.MaxConnections && !p.makeRoom() {
-		return flow.ReasonLimit
-	}
-	p.sessions[s] = struct{}{}
-	p.running.Add(1)
-	return flow.ReasonNone
-}
-
-// makeRoom cuts any one session that has not proven an identity: who says nothing must not keep others
-// out. Which one is left to the map's order, so that nobody can hold on to a place. p.mu is held.
-func (p *Proxy) makeRoom() bool {
-	for s := range p.sessions {
-		if s.identity().caller.String() == "" {
-			delete(p.sessions, s)
-			s.cut(flow.ReasonLimit, "made room for another connection before it proved an identity")
-			return true
-		}
-	}
-	return false
-}
-
-func (p *Proxy) leave(s *session) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.sessions, s)
-}
-
-func (p *Proxy) snapshot() []*session {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	all := make([]*session, 0, len(p.sessions))
-	for s := range p.sessions {
-		all = append(all, s)
-	}
-	return all
 }
 
 // drain waits for the sessions, and cuts those that have not proven an identity at once and all
 // that are left after DrainTimeout.
 func (p *Proxy) drain() {
-	p.mu.Lock()
-	p.draining = true
-	p.mu.Unlock()
-	for _, s := range p.snapshot() {
+	p.room.close()
+	for _, s := range p.room.snapshot() {
 		if !s.isOpen() {
 			s.cut(flow.ReasonDrained, "proxy stops")
 		} else if w := s.served(); w != nil {
-			p.running.Go(w.drain)
+			p.room.inside.Go(w.drain)
 		}
 	}
 	timer := time.AfterFunc(p.cfg.DrainTimeout, func() {
-		for _, s := range p.snapshot() {
+		for _, s := range p.room.snapshot() {
 			s.cut(flow.ReasonDrained, "proxy stopped, connection was still in use")
 		}
 	})
 	defer timer.Stop()
-	p.running.Wait()
+	p.room.inside.Wait()
 }
 
 // recheck asks again, of every live connection, whether it would still be let in, whenever policy,
@@ -254,7 +208,7 @@ func (p *Proxy) drain() {
 func (p *Proxy) recheck(ctx context.Context) {
 	for {
 		changed, identity := p.cfg.Policy.Changed(), p.cfg.Identity.Changed()
-		for _, s := range p.snapshot() {
+		for _, s := range p.room.snapshot() {
 			s.recheck()
 		}
 		select {
@@ -281,7 +235,7 @@ func (p *Proxy) expire(ctx context.Context) {
 		case <-tick.C:
 			now := p.now()
 			again := edge.passed(p.cfg.Policy.Set(), now)
-			for _, s := range p.snapshot() {
+			for _, s := range p.room.snapshot() {
 				if s.expire(now); again {
 					s.recheck()
 				}

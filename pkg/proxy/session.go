@@ -22,6 +22,7 @@ type session struct {
 	client, server netip.AddrPort // server: where the client wanted to go
 	id             string         // of the flow
 	accepted       time.Time
+	standing       standing // of its neighbourhood when it came; for the room
 	ctx            context.Context
 	cancel         context.CancelFunc
 
@@ -39,6 +40,7 @@ type proven struct {
 	service string
 	caller  policy.Caller       // of an HTTP service, the first one on the connection
 	chain   []*x509.Certificate // that proved it, leaf first; none: a token did
+	trusted <-chan struct{}     // open as long as nothing has changed in what chain was verified with
 }
 
 // ending says why a connection was cut.
@@ -67,11 +69,13 @@ const (
 
 func newSession(p *Proxy, c *net.TCPConn) *session {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &session{
+	s := &session{
 		p: p, down: c, client: addrPort(c.RemoteAddr()), server: addrPort(c.LocalAddr()),
 		id:       fmt.Sprintf("%s-%x", p.instance, p.flows.Add(1)),
 		accepted: time.Now(), ctx: ctx, cancel: cancel,
 	}
+	s.standing = p.turns.standing(s.neighbourhood())
+	return s
 }
 
 // run takes the connection through its life.
@@ -83,6 +87,7 @@ func (s *session) run() {
 		return
 	}
 	if err == nil {
+		s.settle()
 		err = s.dial()
 	}
 	if err != nil {
@@ -192,6 +197,27 @@ func (s *session) setIdentity(who proven) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.who = who
+}
+
+// neighbourhood is whom the client's address belongs to: one of IPv6 is easily changed within its network.
+func (s *session) neighbourhood() netip.Prefix {
+	a := s.client.Addr().WithZone("")
+	bits := 64
+	if a.Is4() {
+		bits = 32
+	}
+	p, _ := a.Prefix(bits) // there are as many
+	return p
+}
+
+// settle takes a place among those who have proven an identity, which others cannot take away so easily.
+func (s *session) settle() {
+	caller := s.identity().caller.String()
+	s.p.turns.remember(s.neighbourhood(), welcome, caller, time.Now())
+	if !s.p.room.settle(s, caller) {
+		s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
+		s.cut(flow.ReasonLimit, "its caller has as many connections as any, and there is no room for more")
+	}
 }
 
 // recheck cuts a live connection that would not be let in now.

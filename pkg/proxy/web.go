@@ -216,6 +216,9 @@ func (w *web) noteOpen(who policy.Caller) {
 		proof := w.s.identity()
 		proof.caller = who
 		w.s.setIdentity(proof)
+		if w.s.settle(); w.s.wasCut() != nil {
+			return
+		}
 		w.mu.Lock()
 		w.opened = true
 		w.mu.Unlock()

@@ -431,14 +431,14 @@ func TestNothingStays(t *testing.T) { // not parallel: it counts
 // settle waits until no client is connected.
 func (l *webLab) settle() {
 	l.Helper()
-	for _, s := range l.proxy.snapshot() {
+	for _, s := range l.proxy.room.snapshot() {
 		if w := s.served(); w != nil {
 			w.drain()
 		}
 	}
-	for end := time.Now().Add(patience); len(l.proxy.snapshot()) > 0 || l.proxy.upstreams.Load() > 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); len(l.proxy.room.snapshot()) > 0 || l.proxy.upstreams.Load() > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			l.Fatalf("%d sessions and %d connections to the service are left", len(l.proxy.snapshot()), l.proxy.upstreams.Load())
+			l.Fatalf("%d sessions and %d connections to the service are left", len(l.proxy.room.snapshot()), l.proxy.upstreams.Load())
 		}
 	}
 }

@@ -183,7 +183,7 @@ func TestTokensEndUnderRequests(t *testing.T) {
 				l.find(flow.EventRequest, flow.ReasonSessionEnded)
 				return
 			}
-			for _, s := range l.proxy.snapshot() {
+			for _, s := range l.proxy.room.snapshot() {
 				s.expire(time.Now().Add(time.Hour)) // as the clock will
 			}
 			if text, err := io.ReadAll(answer.Body); err == nil {

@@ -28,7 +28,7 @@ import (
 // none of that, and what each part of it costs. Without BENCH_ROUNDS it shows that everything works.
 func TestBenchProxy(t *testing.T) {
 	leak.Check(t)
-	b := newProxyBench(t)
+	b := newProxyBench(t, options{plain: true})
 	contenders := append(b.outside(t), b.inside(t)...)
 	for round := range b.rounds {
 		for _, kinds := range b.turns() {
@@ -123,7 +123,7 @@ const (
 	whole = "Sallyport"
 )
 
-func newProxyBench(t *testing.T) *proxyBench {
+func newProxyBench(t *testing.T, o options) *proxyBench {
 	t.Helper()
 	b := &proxyBench{rounds: 1, short: true, series: map[string]map[string][]float64{}}
 	if v := os.Getenv("BENCH_ROUNDS"); v != "" {
@@ -134,7 +134,7 @@ func newProxyBench(t *testing.T) *proxyBench {
 	}
 	loads, _ := os.ReadFile("/proc/loadavg") // without it nothing is known
 	b.load = strings.Join(strings.Fields(string(loads))[:3], " ")
-	b.plain, b.world = lab.New(t, lab.Options{}), newWorld(t, options{plain: true})
+	b.plain, b.world = lab.New(t, lab.Options{}), newWorld(t, o)
 	must(t, os.Chmod(b.plain.Dir, 0o755))
 	b.copySelf(t)
 	b.pem, b.web = filepath.Join(b.world.Dir, "pem"), filepath.Join(b.world.Dir, "web")

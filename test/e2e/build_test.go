@@ -32,6 +32,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == benchProxyCommand {
 		os.Exit(runBenchProxy(os.Args[2]))
 	}
+	if len(os.Args) == 3 && os.Args[1] == loadCommand {
+		os.Exit(runLoad(os.Args[2]))
+	}
 	if len(os.Args) == 3 && os.Args[1] == fleetCommand {
 		os.Exit(runFleet(os.Args[2]))
 	}

@@ -1,0 +1,391 @@
+package e2e_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/devauthority"
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+)
+
+// TestSlowClients puts clients on the proxy that are slow on purpose, and handshakes without end, beside a good client: limits hold,
+// each connection is told of once, and nothing is left when they have gone. With SLOW_CLIENTS=10000 it is `make bench-slow`, which also
+// tells what the good client gets.
+func TestSlowClients(t *testing.T) {
+	leak.Check(t)
+	l := newSiege(t)
+	l.fresh = l.goroutines(t, l.startProxy(t))
+	p := l.startProxy(t)
+	l.quiet = l.judged(t, nil)
+	l.rest, l.restFiles = memoryOf(t, p), descriptors(t, p)
+	for _, a := range loadAttacks(l.n, l.floods) {
+		l.face(t, p, a)
+	}
+	l.after = l.judged(t, nil)
+	l.await(t)
+	if left := l.goroutines(t, p); left > l.fresh+goroutineSlack {
+		t.Errorf("%d goroutines are left, a fresh proxy has %d:\n%s", left, l.fresh, p.Output())
+	}
+	text := l.markdown()
+	t.Log("\n\n" + text)
+	if folder := os.Getenv("BENCH_PUBLISH"); folder != "" && !l.short {
+		must(t, os.WriteFile(filepath.Join(folder, "bench-slow.md"), []byte(text), 0o644))
+	}
+}
+
+const (
+	shopPort = 8091 // of a service in the pod that speaks HTTP
+	// crowdNetwork begins the addresses that attackers come from.
+	crowdNetwork = "10.64."
+	// loadTime is how long the good client is watched in each part of a full run.
+	loadTime      = 6 * time.Second
+	loadTimeShort = time.Second
+	// goroutineSlack is what comes and goes by itself: a stream to the agent, timers.
+	goroutineSlack = 8
+)
+
+// siege is the world of the benchmark with a service that speaks HTTP.
+type siege struct {
+	*proxyBench
+	n, floods int // slow connections, and handshakes at a time
+	sources   int // addresses of attackers
+	time      time.Duration
+	config    string // of the proxy
+	forged    string // folder with a certificate of another authority
+	bad       string // and with one whose owner may use the HTTP service alone
+	records   *followed
+
+	fresh        int // goroutines of a proxy that has done little
+	rest         float64
+	restFiles    int
+	quiet, after loadSaid
+	faced        []faced
+	connected    int64
+}
+
+// loadAttack is one way to be a bad client.
+type loadAttack struct {
+	name, do string
+	n        int
+	port     uint16
+	forged   bool     // half of them have a certificate of another authority
+	reasons  []string // of which each must be in the records
+}
+
+func loadAttacks(n, floods int) []loadAttack {
+	return []loadAttack{
+		{name: "say nothing", do: "silent", n: n, port: benchBackend, reasons: []string{"LIMIT"}},
+		{name: "drip a ClientHello", do: "drip", n: n * 3 / 4, port: benchBackend, reasons: []string{"HANDSHAKE_TIMEOUT"}},
+		{name: "drip the header of a request", do: "header", n: n, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
+		{name: "drip a body", do: "body", n: n, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
+		{name: "hold HTTP/2 idle", do: "h2", n: n, port: shopPort, reasons: []string{"LIMIT"}},
+		{name: "handshakes without end", do: "flood", n: floods, port: benchBackend, forged: true, reasons: []string{"NOT_AUTHORISED", "HANDSHAKE_FAILED"}},
+	}
+}
+
+// faced is what an attack did.
+type faced struct {
+	loadAttack
+	beside, during loadSaid // of the good client, with the attack at somebody else, and at the proxy
+	attack         loadSaid
+	took           time.Duration // of the attack
+	memory, left   float64       // KiB of the proxy, at the end of the attack and after it
+	reasons        map[string]uint64
+}
+
+func newSiege(t *testing.T) *siege {
+	t.Helper()
+	l := &siege{n: 150, floods: 16, sources: 40, time: loadTimeShort}
+	if v := os.Getenv("SLOW_CLIENTS"); v != "" {
+		var err error
+		l.n, err = strconv.Atoi(v)
+		must(t, err)
+		l.floods, l.sources, l.time = 128, 1000, loadTime
+	}
+	short := l.time == loadTimeShort
+	l.proxyBench = newProxyBench(t, options{plain: !short, resource: fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: shop}
+spec:
+  target: Pod
+  ports: [%d]
+  addresses: ["10.2.0.2"]
+  http:
+    authenticate: [spiffe]
+    limits: {headerTimeout: %[2]s, bodyTimeout: %[2]s, bodyRate: 1KiB}
+  access: [{identities: [%[3]q]}]
+---
+`, shopPort, l.patience(), mallory)})
+	l.short = short
+	for _, lab := range []*lab.Lab{l.plain, l.world.Lab} {
+		(&world{Lab: lab}).routeCrowd(t)
+	}
+	w := l.world
+	web := loadRole{Do: "web", At: netip.AddrPortFrom(w.Pod.Addr(lab.IPv4), shopPort)}
+	_, err := w.Pod.Start(l.asLoad(web))
+	must(t, err)
+	l.makeIdentities(t)
+	l.writeLoadConfig(t)
+	l.records = w.follow(t)
+	return l
+}
+
+// patience is how slow a client may be.
+func (l *siege) patience() time.Duration {
+	if l.time == loadTimeShort {
+		return 2 * time.Second
+	}
+	return 5 * time.Second
+}
+
+// makeIdentities makes those of attackers.
+func (l *siege) makeIdentities(t *testing.T) {
+	t.Helper()
+	l.bad, l.forged = filepath.Join(l.world.Dir, "bad"), filepath.Join(l.world.Dir, "forged")
+	other, err := devauthority.New(domain, devauthority.Options{})
+	must(t, err)
+	for dir, from := range map[string]*devauthority.Authority{l.bad: l.world.authority, l.forged: other} {
+		must(t, os.Mkdir(dir, 0o755))
+		writePEM(t, from, mallory, dir)
+	}
+	bundle, err := os.ReadFile(filepath.Join(l.bad, "bundle.pem")) // the proxy is the real one
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(l.forged, "bundle.pem"), bundle, 0o400))
+}
+
+// writeLoadConfig has the proxy take a few connections less than there are slow ones.
+func (l *siege) writeLoadConfig(t *testing.T) {
+	t.Helper()
+	config, err := os.ReadFile(l.world.files.proxy)
+	must(t, err)
+	l.config = filepath.Join(l.world.Dir, "load.yaml")
+	limits := fmt.Sprintf("maxConnections: %d, handshakeTimeout: %s", l.places(), l.patience())
+	write(t, l.config, strings.ReplaceAll(string(config), "maxConnections: 4000, handshakeTimeout: 2s", limits))
+}
+
+func (l *siege) places() int {
+	if l.short {
+		return l.n - l.n/8
+	}
+	return l.n
+}
+
+func (l *siege) startProxy(t *testing.T) *lab.Process {
+	t.Helper()
+	d := l.world.daemon("sallyport-proxy", "--config", l.config)
+	l.world.proxy = d
+	d.start(t)
+	waitUntil(t, "the proxy to serve", func() bool { return l.serves(l.contender()) })
+	return d.proc
+}
+
+func (l *siege) contender() contender {
+	return contender{lab: l.world.Lab, at: netip.AddrPortFrom(l.world.Pod.Addr(lab.IPv4), benchBackend)}
+}
+
+func (l *siege) asLoad(r loadRole) *exec.Cmd { return exec.Command(l.self, loadCommand, r.text()) }
+
+// loadClient is a process that attacks, or is good.
+type loadClient struct {
+	proc    *lab.Process
+	end     *os.File
+	answers *bufio.Scanner
+}
+
+// begin returns when the clients are ready.
+func (l *siege) begin(t *testing.T, in *lab.Lab, r loadRole) *loadClient {
+	t.Helper()
+	say, says := pipe(t)
+	heard, hears := pipe(t)
+	cmd := l.asLoad(r)
+	cmd.Stdin, cmd.Stdout = say, hears
+	p, err := in.Client.Start(cmd)
+	must(t, err)
+	must(t, errors.Join(say.Close(), hears.Close()))
+	c := &loadClient{proc: p, end: says, answers: bufio.NewScanner(heard)}
+	if !c.answers.Scan() || c.answers.Text() != "ready" {
+		_ = p.Wait(within(t, time.Second))
+		t.Fatalf("clients (%s) did not become ready: %s", r.Do, p.Output())
+	}
+	return c
+}
+
+// finish ends the clients, and gives what became of them.
+func (c *loadClient) finish(t *testing.T) (said loadSaid) {
+	t.Helper()
+	must(t, c.end.Close())
+	if !c.answers.Scan() {
+		t.Fatalf("clients did not say what became of them: %s", c.proc.Output())
+	}
+	must(t, json.Unmarshal(c.answers.Bytes(), &said))
+	must(t, c.proc.Wait(within(t, patience)))
+	return said
+}
+
+// judged watches the good client for a while. Whoever is given must still run then.
+func (l *siege) judged(t *testing.T, beside *loadClient) loadSaid {
+	t.Helper()
+	good := l.begin(t, l.world.Lab, loadRole{Do: "good", At: l.contender().at, PEM: []string{l.web}})
+	var ended <-chan struct{}
+	if beside != nil {
+		ended = beside.proc.Exited()
+	}
+	select {
+	case <-ended:
+		t.Fatalf("the attack ended: %s", beside.proc.Output())
+	case <-time.After(l.time): // what is measured
+	}
+	return good.finish(t)
+}
+
+// face has the proxy face an attack, after somebody else has.
+func (l *siege) face(t *testing.T, p *lab.Process, a loadAttack) {
+	t.Helper()
+	f := faced{loadAttack: a, reasons: map[string]uint64{}}
+	if !l.short {
+		f.beside = l.elsewhere(t, a)
+	}
+	before := l.reasons(t)
+	began := time.Now()
+	attack := l.begin(t, l.world.Lab, l.attack(a, netip.AddrPortFrom(l.world.Pod.Addr(lab.IPv4), a.port)))
+	f.during = l.judged(t, attack)
+	l.awaitReasons(t, a, before)
+	f.memory = memoryOf(t, p)
+	f.attack = attack.finish(t)
+	f.took = time.Since(began)
+	l.connected += f.attack.Connected
+	waitUntil(t, "the connections of those who "+a.name+" to end", func() bool { return descriptors(t, p) <= l.restFiles })
+	f.left = memoryOf(t, p)
+	if !l.short { // to be told of each attack by itself takes a while
+		l.settled(t)
+		t.Logf("%s: %d connections, all: %d, told of: %d", a.name, f.attack.Connected, l.connected, l.told(t))
+	}
+	for reason, n := range l.reasons(t) {
+		if n > before[reason] {
+			f.reasons[reason] = n - before[reason]
+		}
+	}
+	l.checkGood(t, f)
+	l.faced = append(l.faced, f)
+}
+
+// checkGood: who may come through did, each time.
+func (l *siege) checkGood(t *testing.T, f faced) {
+	t.Helper()
+	if n := f.during.New.Failed + f.during.Live.Failed; n > 0 || f.during.New.Done == 0 || f.during.Live.Done == 0 {
+		t.Errorf("while others %s, a good client had %d new connections and %d requests, and %d failures", f.name, f.during.New.Done, f.during.Live.Done, n)
+	}
+}
+
+func (l *siege) attack(a loadAttack, at netip.AddrPort) loadRole {
+	r := loadRole{Do: a.do, At: at, PEM: []string{l.bad}, N: a.n, Sources: l.sources}
+	if a.forged {
+		r.PEM = append(r.PEM, l.forged)
+	}
+	return r
+}
+
+// elsewhere puts the attack on a bare forwarder, while the good client comes through Sallyport: the machine's cores are as busy.
+func (l *siege) elsewhere(t *testing.T, a loadAttack) (good loadSaid) {
+	t.Helper()
+	forwarder := l.outside(t)[0]
+	l.run(t, forwarder, func(*lab.Process) {
+		attack := l.begin(t, l.plain, l.attack(a, forwarder.at))
+		good = l.judged(t, attack)
+		attack.finish(t)
+	})
+	return good
+}
+
+// reasons adds up what the collector has of attackers: refusals by reason, and how many came through.
+func (l *siege) reasons(t *testing.T) map[string]uint64 {
+	t.Helper()
+	sums := map[string]uint64{}
+	for _, r := range l.records.all(t) {
+		switch {
+		case !strings.HasPrefix(r.Client, crowdNetwork):
+		case r.Event == "OPEN":
+			sums["OPEN"] += r.Count
+		case r.Event == "DENY":
+			sums[r.Reason] += r.Count
+		case r.Event == "CLOSE" && r.Reason == "LIMIT", r.Event == "REQUEST" && r.Reason == "REQUEST_LIMIT":
+			sums[r.Reason+" of who was let in"] += r.Count
+		}
+	}
+	return sums
+}
+
+// awaitReasons waits until the log says why attackers are refused.
+func (l *siege) awaitReasons(t *testing.T, a loadAttack, before map[string]uint64) {
+	t.Helper()
+	waitUntil(t, fmt.Sprintf("%v of those who %s", a.reasons, a.name), func() bool {
+		now := l.reasons(t)
+		for _, reason := range a.reasons {
+			in := reason + " of who was let in"
+			if now[reason]+now[in] <= before[reason]+before[in] {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// told are the connections of attackers that the log tells of: each was let in, or refused.
+func (l *siege) told(t *testing.T) (n int64) {
+	t.Helper()
+	for _, r := range l.records.all(t) {
+		if strings.HasPrefix(r.Client, crowdNetwork) && (r.Event == "OPEN" || r.Event == "DENY" && r.Reason != "REQUEST_LIMIT") {
+			n += int64(r.Count)
+		}
+	}
+	return n
+}
+
+// await waits until the log tells of all connections. Nobody is told of twice.
+func (l *siege) await(t *testing.T) {
+	t.Helper()
+	waitUntil(t, fmt.Sprintf("records of %d connections", l.connected), func() bool { return l.told(t) >= l.connected })
+	if told := l.told(t); told != l.connected {
+		t.Errorf("records tell of %d connections, there were %d", told, l.connected)
+	}
+}
+
+// settled returns when no more is told for longer than equal refusals are held back.
+func (l *siege) settled(t *testing.T) {
+	t.Helper()
+	last, since := l.told(t), time.Now()
+	for ; time.Since(since) < 7*time.Second; time.Sleep(100 * time.Millisecond) { // between two looks
+		if now := l.told(t); now != last {
+			last, since = now, time.Now()
+		}
+	}
+}
+
+// descriptors are the open files of a process.
+func descriptors(t *testing.T, p *lab.Process) int {
+	t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Pid()))
+	must(t, err)
+	return len(all)
+}
+
+// goroutines ends a process, which lists them.
+func (l *siege) goroutines(t *testing.T, p *lab.Process) int {
+	t.Helper()
+	must(t, p.Signal(syscall.SIGQUIT))
+	_ = p.Wait(within(t, patience)) // it does not end well
+	return len(regexp.MustCompile(`(?m)^goroutine \d+ `).FindAllString(p.Output(), -1))
+}
