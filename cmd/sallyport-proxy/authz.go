@@ -102,7 +102,7 @@ func serveAuthz(ctx context.Context, cfg policy.AgentConfig, notify notifier, lo
 	if err != nil {
 		return err
 	}
-	judge, err := proxy.NewJudge(proxy.JudgeConfig{Trust: source, Policy: file, Report: reporter.Report, Tokens: tokens, Logger: log})
+	judge, err := proxy.NewJudge(proxy.JudgeConfig{Trust: source, Policy: file, Report: reporter.Report, Tokens: tokens, Live: outside.Live})
 	if err != nil {
 		return err
 	}

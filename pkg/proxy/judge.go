@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -35,8 +34,7 @@ type JudgeConfig struct {
 	Tokens *token.Verifier
 	// Live gives the id of the grant by whose live path the client could go around every proxy now; empty: there is none. nil: nobody
 	// is let in by a grant.
-	Live   func(ctx context.Context, service string, client netip.AddrPort, port uint16) (grant string, err error)
-	Logger *slog.Logger
+	Live func(ctx context.Context, service string, client netip.AddrPort, port uint16) (grant string, err error)
 }
 
 // Judge decides for another proxy what this one would decide of the same connection or request, with the same code, and records
@@ -92,9 +90,6 @@ type Answer struct {
 func NewJudge(cfg JudgeConfig) (*Judge, error) {
 	if cfg.Trust == nil || cfg.Policy == nil || cfg.Report == nil {
 		return nil, errors.New("configure judge: Trust, Policy and Report must be set")
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	return &Judge{cfg: cfg, instance: ulid.Make().String(), denials: newDenials(cfg.Report), pace: newPace(), now: time.Now}, nil
 }

@@ -67,7 +67,7 @@ func newCourt(t *testing.T, spec, access string) *court {
 func (c *court) newJudge(live func(context.Context, string, netip.AddrPort, uint16) (string, error)) *Judge {
 	c.Helper()
 	cfg := c.proxy.cfg
-	j, err := NewJudge(JudgeConfig{Trust: cfg.Identity, Policy: cfg.Policy, Report: c.records.add, Tokens: cfg.Tokens, Live: live, Logger: slog.New(slog.DiscardHandler)})
+	j, err := NewJudge(JudgeConfig{Trust: cfg.Identity, Policy: cfg.Policy, Report: c.records.add, Tokens: cfg.Tokens, Live: live})
 	c.must(err)
 	return j
 }
@@ -364,5 +364,62 @@ func TestJudgeBounds(t *testing.T) {
 		if a := ask(func(*http.Request) {}); a.Allowed != (i < 2) || !a.Allowed && (a.Status != http.StatusTooManyRequests || a.Header.Get("Retry-After") == "") {
 			t.Errorf("request %d: %+v", i, a)
 		}
+	}
+}
+
+// TestJudgeByGrant: who could go around the proxy may come by another one, as nobody, request by request, as long as that is so.
+func TestJudgeByGrant(t *testing.T) {
+	t.Parallel()
+	c := newCourt(t, "{}", onlyWeb)
+	var asked []string
+	live, liveErr := "G1", error(nil)
+	j := c.newJudge(func(_ context.Context, service string, client netip.AddrPort, port uint16) (string, error) {
+		asked = append(asked, fmt.Sprintf("%s %s %d", service, client, port))
+		return live, liveErr
+	})
+	q := func(who, target string, header ...[2]string) Question {
+		return c.question(trial{who, "GET", target, "web.example.org", header})
+	}
+	want := fmt.Sprintf("web 127.0.0.1:40000 %d", c.service.Port())
+	for _, who := range []string{"nobody", "mallory"} {
+		a := j.Judge(t.Context(), q(who, "/", [2]string{"X-Sallyport-Identity", "forged"}))
+		if !a.Allowed || a.Grant != "G1" || a.Reason != flow.ReasonPathLive || a.Identity != "" || a.Set.Get("X-Sallyport-Identity") != "" ||
+			!slices.Equal(a.Remove, []string{"X-Sallyport-Identity"}) || a.Set.Get("X-Forwarded-For") != "127.0.0.1" {
+			t.Errorf("%s: %+v", who, a)
+		}
+	}
+	if r := c.find(flow.EventRequest, flow.ReasonPathLive); r.Request.Rule != "grant G1" || r.Identity != "" || r.Service != "web" {
+		t.Errorf("record %+v of %+v", r, r.Request)
+	}
+	if !slices.Equal(asked, []string{want, want}) {
+		t.Errorf("asked %q", asked)
+	}
+	asked = nil
+	if a := j.Judge(t.Context(), q("web", "/")); !a.Allowed || a.Grant != "" || a.Identity != webID.String() {
+		t.Errorf("whom a rule lets in: %+v", a)
+	}
+	if a := j.Judge(t.Context(), q("nobody", "/../a")); a.Allowed || a.Reason != flow.ReasonBadRequest {
+		t.Errorf("a path trick: %+v", a)
+	}
+	bytes := q("nobody", "/")
+	bytes.Request = nil
+	if a := j.Judge(t.Context(), bytes); a.Allowed {
+		t.Errorf("a connection that nobody could cut: %+v", a)
+	}
+	if len(asked) > 0 {
+		t.Errorf("asked %q in vain", asked)
+	}
+	live, liveErr = "", nil
+	if a := j.Judge(t.Context(), q("nobody", "/")); a.Allowed || a.Reason != flow.ReasonLoginNeeded {
+		t.Errorf("after the end: %+v", a)
+	}
+	live, liveErr = "G1", errors.New("agent is away")
+	if a := j.Judge(t.Context(), q("mallory", "/")); a.Allowed || a.Reason != flow.ReasonNotAuthorised {
+		t.Errorf("without the agent: %+v", a)
+	}
+	if !slices.ContainsFunc(c.records.all(), func(r flow.Record) bool {
+		return r.Event == flow.EventDeny && r.Identity == mallory.String() && strings.Contains(r.Detail, "agent is away")
+	}) {
+		t.Errorf("records %+v", c.records.all())
 	}
 }
