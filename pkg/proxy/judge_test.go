@@ -45,6 +45,7 @@ type court struct {
 	tokens map[string]string // of callers that have one
 	mu     sync.Mutex
 	got    http.Header // guarded by mu; of the last request
+	sent   string      // guarded by mu; host and target of it
 }
 
 func newCourt(t *testing.T, spec, access string) *court {
@@ -55,7 +56,7 @@ func newCourt(t *testing.T, spec, access string) *court {
 		handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			c.got = r.Header.Clone()
+			c.got, c.sent = r.Header.Clone(), r.Host+r.RequestURI
 		})})
 	c.tokens["token"] = signer.token(webID.String(), "web", time.Hour)
 	c.tokens["token of mallory"] = signer.token(mallory.String(), "web", time.Hour)
@@ -144,7 +145,7 @@ func trials() []trial {
 	hosts := []string{"web.example.org", "web.example.org:8443", "WEB.example.org", "mail.example.org", "web.example.org:0", "web.example.org.", "[::1]", "a b"}
 	headers := [][][2]string{nil, {{"X-Sallyport-Identity", "spiffe://example.org/admin"}, {"X-Forwarded-For", "10.9.9.9"}, {"X-Real-IP", "10.9.9.9"}, {"X-Fine", "kept"}},
 		{{"X_Forwarded_For", "10.9.9.9"}}, {{"X-Team", "blue"}}, {{"X-Team", "blue"}, {"X-Team", "blue"}}, {{"X-Team", "blue"}, {"X_Team", "red"}},
-		{{"X-Team", "blue"}, {"Connection", "X-Team"}}, {{"Authorization", "Basic x"}}, {{"Cookie", "a=1; b=2"}}, {{"X-Envoy-Original-Path", "/admin"}},
+		{{"X-Team", "blue"}, {"Connection", "X-Team"}}, {{"Authorization", "Basic x"}}, {{"Cookie", "a=1; b=2"}}, {{"Cookie", "__Host-sallyport-session-web=x; a=1"}}, {{"Cookie", "__host-sallyport-login=x"}}, {{"X-Envoy-Original-Path", "/admin"}},
 		{{"X-Sallyport-Via", strings.Repeat("a/b, ", maxPassages) + "c/d"}}, {{"Connection", "X-Sallyport-Identity"}}}
 	right := trial{"web", "GET", "/public/a", "web.example.org", nil}
 	all := []trial{right}
@@ -190,6 +191,9 @@ func TestJudgeSaysWhatTheProxyDoes(t *testing.T) {
 		switch {
 		case status == http.StatusOK && a.Allowed:
 			allowed++
+			if c.sent != one.host+one.target {
+				t.Errorf("%s: the proxy sends on %s, and another one what came", one, c.sent)
+			}
 			c.sameHeader(one, got, came, a)
 		case a.Reason == flow.ReasonBadRequest && strings.Contains(a.Why, "in its one spelling"):
 			spelt++ // whatever the proxy says of it once it has the other spelling
