@@ -4,6 +4,7 @@
 // alone and executes itself again; that second run serves. It needs no agent.
 //
 // With `exec -- PROGRAM` it becomes another program there, in the same way: another proxy in its place.
+// With `authz` it carries nothing, and tells other proxies what it would decide.
 package main
 
 import (
@@ -52,6 +53,9 @@ type options struct {
 func run(ctx context.Context, env environment) error {
 	if len(env.args) > 1 && env.args[1] == execCommand {
 		return runExec(ctx, env)
+	}
+	if len(env.args) > 1 && env.args[1] == authzCommand {
+		return runAuthz(ctx, env)
 	}
 	opts, err := parseOptions(env)
 	if err != nil {

@@ -405,7 +405,7 @@ func (n *node) keeper() *keeper {
 }
 
 func (n *node) listenProxy(context.Context) (err error) {
-	n.reports = &reports{sink: n.sink, relay: n.relay, log: n.log,
+	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log,
 		lost: func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
 		func(r grpc.ServiceRegistrar) { api.RegisterProxyReportServer(r, n.reports) })

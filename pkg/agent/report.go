@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 
@@ -26,7 +27,8 @@ type reports struct {
 	api.UnimplementedProxyReportServer
 	sink  *sink
 	lost  func(cause string, n uint64)
-	relay *relay // nil: it relays nothing
+	relay *relay                                                                             // nil: it relays nothing
+	live  func(service string, client netip.AddrPort, port uint16) (grant string, err error) // nil: nobody knows
 	log   *slog.Logger
 
 	mu   sync.Mutex

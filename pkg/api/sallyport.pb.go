@@ -5868,6 +5868,111 @@ func (x *SignReply) GetSignature() []byte {
 	return nil
 }
 
+// LiveRequest asks by which grant a client could go around the proxy at this moment.
+type LiveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Client        string                 `protobuf:"bytes,2,opt,name=client,proto3" json:"client,omitempty"` // address:port
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`    // of the service
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiveRequest) Reset() {
+	*x = LiveRequest{}
+	mi := &file_sallyport_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiveRequest) ProtoMessage() {}
+
+func (x *LiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiveRequest.ProtoReflect.Descriptor instead.
+func (*LiveRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *LiveRequest) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *LiveRequest) GetClient() string {
+	if x != nil {
+		return x.Client
+	}
+	return ""
+}
+
+func (x *LiveRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+type LiveReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiveReply) Reset() {
+	*x = LiveReply{}
+	mi := &file_sallyport_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiveReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiveReply) ProtoMessage() {}
+
+func (x *LiveReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiveReply.ProtoReflect.Descriptor instead.
+func (*LiveReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *LiveReply) GetGrant() string {
+	if x != nil {
+		return x.Grant
+	}
+	return ""
+}
+
 // RelayFrame carries bytes to and from an endpoint outside of px. The first one names it.
 type RelayFrame struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5880,7 +5985,7 @@ type RelayFrame struct {
 
 func (x *RelayFrame) Reset() {
 	*x = RelayFrame{}
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5892,7 +5997,7 @@ func (x *RelayFrame) String() string {
 func (*RelayFrame) ProtoMessage() {}
 
 func (x *RelayFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5905,7 +6010,7 @@ func (x *RelayFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayFrame.ProtoReflect.Descriptor instead.
 func (*RelayFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{76}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RelayFrame) GetEndpoint() string {
@@ -5938,7 +6043,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5950,7 +6055,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5963,7 +6068,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{77}
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -5982,7 +6087,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5994,7 +6099,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6007,7 +6112,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{78}
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -6026,7 +6131,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6038,7 +6143,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6051,7 +6156,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{79}
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -6069,7 +6174,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6081,7 +6186,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6094,7 +6199,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{80}
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
 }
 
 type WatchGrantsRequest struct {
@@ -6106,7 +6211,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6118,7 +6223,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6131,7 +6236,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{81}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -6153,7 +6258,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6165,7 +6270,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6178,7 +6283,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{82}
+	return file_sallyport_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -6224,7 +6329,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6236,7 +6341,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6249,7 +6354,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{83}
+	return file_sallyport_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -6311,7 +6416,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6323,7 +6428,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6336,7 +6441,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{84}
+	return file_sallyport_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -6361,7 +6466,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6373,7 +6478,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6386,7 +6491,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{85}
+	return file_sallyport_proto_rawDescGZIP(), []int{87}
 }
 
 type UsedGrantsReply struct {
@@ -6398,7 +6503,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6410,7 +6515,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6423,7 +6528,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{86}
+	return file_sallyport_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -6454,7 +6559,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6466,7 +6571,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6479,7 +6584,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{87}
+	return file_sallyport_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -6586,7 +6691,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6598,7 +6703,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6611,7 +6716,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{88}
+	return file_sallyport_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *Suggestion) GetField() string {
@@ -6662,7 +6767,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6674,7 +6779,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6687,7 +6792,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{89}
+	return file_sallyport_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -6769,7 +6874,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6781,7 +6886,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6794,7 +6899,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{90}
+	return file_sallyport_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -7281,7 +7386,13 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04hash\x18\x04 \x01(\rR\x04hash\x12\x10\n" +
 	"\x03pss\x18\x05 \x01(\bR\x03pss\")\n" +
 	"\tSignReply\x12\x1c\n" +
-	"\tsignature\x18\x01 \x01(\fR\tsignature\"N\n" +
+	"\tsignature\x18\x01 \x01(\fR\tsignature\"S\n" +
+	"\vLiveRequest\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x16\n" +
+	"\x06client\x18\x02 \x01(\tR\x06client\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\"!\n" +
+	"\tLiveReply\x12\x14\n" +
+	"\x05grant\x18\x01 \x01(\tR\x05grant\"N\n" +
 	"\n" +
 	"RelayFrame\x12\x1a\n" +
 	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x12\n" +
@@ -7387,12 +7498,13 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
-	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\xbc\x02\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\x84\x03\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
 	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
 	"\x06Caller\x12!.sallyport.v1alpha1.CallerRequest\x1a\x1f.sallyport.v1alpha1.CallerReply\x12F\n" +
-	"\x04Sign\x12\x1f.sallyport.v1alpha1.SignRequest\x1a\x1d.sallyport.v1alpha1.SignReplyB,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
+	"\x04Sign\x12\x1f.sallyport.v1alpha1.SignRequest\x1a\x1d.sallyport.v1alpha1.SignReply\x12F\n" +
+	"\x04Live\x12\x1f.sallyport.v1alpha1.LiveRequest\x1a\x1d.sallyport.v1alpha1.LiveReplyB,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
 
 var (
 	file_sallyport_proto_rawDescOnce sync.Once
@@ -7407,7 +7519,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -7486,39 +7598,41 @@ var file_sallyport_proto_goTypes = []any{
 	(*CallerReply)(nil),           // 74: sallyport.v1alpha1.CallerReply
 	(*SignRequest)(nil),           // 75: sallyport.v1alpha1.SignRequest
 	(*SignReply)(nil),             // 76: sallyport.v1alpha1.SignReply
-	(*RelayFrame)(nil),            // 77: sallyport.v1alpha1.RelayFrame
-	(*PanicRequest)(nil),          // 78: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 79: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 80: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 81: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 82: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 83: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 84: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 85: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 86: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 87: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 88: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 89: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 90: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 91: sallyport.v1alpha1.SignalReply
-	nil,                           // 92: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 93: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 94: google.protobuf.Duration
+	(*LiveRequest)(nil),           // 77: sallyport.v1alpha1.LiveRequest
+	(*LiveReply)(nil),             // 78: sallyport.v1alpha1.LiveReply
+	(*RelayFrame)(nil),            // 79: sallyport.v1alpha1.RelayFrame
+	(*PanicRequest)(nil),          // 80: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 81: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 82: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 83: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 84: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 85: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 86: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 87: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 88: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 89: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 90: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 91: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 92: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 93: sallyport.v1alpha1.SignalReply
+	nil,                           // 94: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 95: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 96: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	93,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	94,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	95,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	96,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
 	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
 	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
-	94,  // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
-	93,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	94,  // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	93,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	93,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	93,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	96,  // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	95,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	96,  // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	95,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	95,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	95,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	93,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	94,  // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	95,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	96,  // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -7544,78 +7658,78 @@ var file_sallyport_proto_depIdxs = []int32{
 	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
 	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	93,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	95,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	93,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	95,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	93,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	93,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	95,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	95,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
 	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	93,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	93,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	93,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	93,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	93,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	95,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	95,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	95,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	95,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	95,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
 	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
 	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	93,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	95,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
 	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	93,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	93,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	95,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	95,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
 	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
 	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
 	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	93,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	95,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	94,  // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	92,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	96,  // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	94,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	46,  // 66: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
 	47,  // 67: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
 	47,  // 68: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
 	47,  // 69: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
 	47,  // 70: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
 	45,  // 71: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	93,  // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	94,  // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	95,  // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	96,  // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	51,  // 74: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	50,  // 75: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	93,  // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	93,  // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	95,  // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	95,  // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	51,  // 78: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	94,  // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	96,  // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	54,  // 80: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	54,  // 81: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 82: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 83: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	93,  // 84: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	95,  // 84: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
 	1,   // 85: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
 	69,  // 86: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
 	70,  // 87: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
 	2,   // 88: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
 	73,  // 89: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
-	94,  // 90: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	93,  // 91: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	84,  // 92: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	96,  // 90: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	95,  // 91: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	86,  // 92: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
 	54,  // 93: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
 	54,  // 94: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	94,  // 95: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	94,  // 96: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	96,  // 95: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	96,  // 96: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
 	50,  // 97: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	85,  // 98: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	93,  // 99: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	88,  // 100: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	87,  // 98: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	95,  // 99: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	90,  // 100: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
 	54,  // 101: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	94,  // 102: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	94,  // 103: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	94,  // 104: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	94,  // 105: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	89,  // 106: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	93,  // 107: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	96,  // 102: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	96,  // 103: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	96,  // 104: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	96,  // 105: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	91,  // 106: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	95,  // 107: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
 	51,  // 108: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	93,  // 109: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	95,  // 109: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
 	15,  // 110: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
 	28,  // 111: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
 	29,  // 112: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
@@ -7636,46 +7750,48 @@ var file_sallyport_proto_depIdxs = []int32{
 	60,  // 127: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
 	66,  // 128: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
 	68,  // 129: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	78,  // 130: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	80,  // 131: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	90,  // 132: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	86,  // 133: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	82,  // 134: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	80,  // 130: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	82,  // 131: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	92,  // 132: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	88,  // 133: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	84,  // 134: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
 	71,  // 135: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	77,  // 136: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	79,  // 136: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
 	73,  // 137: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
 	75,  // 138: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
-	23,  // 139: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	24,  // 140: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	25,  // 141: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	26,  // 142: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	27,  // 143: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	33,  // 144: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	36,  // 145: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	38,  // 146: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	40,  // 147: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	43,  // 148: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	48,  // 149: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	52,  // 150: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	55,  // 151: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	57,  // 152: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	59,  // 153: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	63,  // 154: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	65,  // 155: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	61,  // 156: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	67,  // 157: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 158: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	79,  // 159: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	81,  // 160: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	91,  // 161: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	87,  // 162: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	83,  // 163: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	72,  // 164: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	77,  // 165: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
-	74,  // 166: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
-	76,  // 167: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
-	139, // [139:168] is the sub-list for method output_type
-	110, // [110:139] is the sub-list for method input_type
+	77,  // 139: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
+	23,  // 140: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 141: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 142: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 143: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 144: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 145: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 146: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 147: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 148: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 149: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 150: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 151: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 152: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 153: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 154: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 155: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 156: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 157: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 158: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 159: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	81,  // 160: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	83,  // 161: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	93,  // 162: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	89,  // 163: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	85,  // 164: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	72,  // 165: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	79,  // 166: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	74,  // 167: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	76,  // 168: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
+	78,  // 169: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
+	140, // [140:170] is the sub-list for method output_type
+	110, // [110:140] is the sub-list for method input_type
 	110, // [110:110] is the sub-list for extension type_name
 	110, // [110:110] is the sub-list for extension extendee
 	0,   // [0:110] is the sub-list for field type_name
@@ -7721,7 +7837,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   92,
+			NumMessages:   94,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

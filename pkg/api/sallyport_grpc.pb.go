@@ -1214,6 +1214,7 @@ const (
 	ProxyReport_Relay_FullMethodName  = "/sallyport.v1alpha1.ProxyReport/Relay"
 	ProxyReport_Caller_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Caller"
 	ProxyReport_Sign_FullMethodName   = "/sallyport.v1alpha1.ProxyReport/Sign"
+	ProxyReport_Live_FullMethodName   = "/sallyport.v1alpha1.ProxyReport/Live"
 )
 
 // ProxyReportClient is the client API for ProxyReport service.
@@ -1228,6 +1229,7 @@ type ProxyReportClient interface {
 	Caller(ctx context.Context, in *CallerRequest, opts ...grpc.CallOption) (*CallerReply, error)
 	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
 	Sign(ctx context.Context, in *SignRequest, opts ...grpc.CallOption) (*SignReply, error)
+	Live(ctx context.Context, in *LiveRequest, opts ...grpc.CallOption) (*LiveReply, error)
 }
 
 type proxyReportClient struct {
@@ -1284,6 +1286,16 @@ func (c *proxyReportClient) Sign(ctx context.Context, in *SignRequest, opts ...g
 	return out, nil
 }
 
+func (c *proxyReportClient) Live(ctx context.Context, in *LiveRequest, opts ...grpc.CallOption) (*LiveReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LiveReply)
+	err := c.cc.Invoke(ctx, ProxyReport_Live_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ProxyReportServer is the server API for ProxyReport service.
 // All implementations must embed UnimplementedProxyReportServer
 // for forward compatibility.
@@ -1296,6 +1308,7 @@ type ProxyReportServer interface {
 	Caller(context.Context, *CallerRequest) (*CallerReply, error)
 	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
 	Sign(context.Context, *SignRequest) (*SignReply, error)
+	Live(context.Context, *LiveRequest) (*LiveReply, error)
 	mustEmbedUnimplementedProxyReportServer()
 }
 
@@ -1317,6 +1330,9 @@ func (UnimplementedProxyReportServer) Caller(context.Context, *CallerRequest) (*
 }
 func (UnimplementedProxyReportServer) Sign(context.Context, *SignRequest) (*SignReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Sign not implemented")
+}
+func (UnimplementedProxyReportServer) Live(context.Context, *LiveRequest) (*LiveReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Live not implemented")
 }
 func (UnimplementedProxyReportServer) mustEmbedUnimplementedProxyReportServer() {}
 func (UnimplementedProxyReportServer) testEmbeddedByValue()                     {}
@@ -1389,6 +1405,24 @@ func _ProxyReport_Sign_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ProxyReport_Live_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LiveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProxyReportServer).Live(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProxyReport_Live_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProxyReportServer).Live(ctx, req.(*LiveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ProxyReport_ServiceDesc is the grpc.ServiceDesc for ProxyReport service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1403,6 +1437,10 @@ var ProxyReport_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Sign",
 			Handler:    _ProxyReport_Sign_Handler,
+		},
+		{
+			MethodName: "Live",
+			Handler:    _ProxyReport_Live_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -198,6 +198,22 @@ type ProxyConfig struct {
 	// LoginKeys is the file with the keys that seal browser logins, for proxies that share them. Empty: a key of its own, in
 	// memory, with which logins end when the proxy does.
 	LoginKeys string `json:"loginKeys,omitempty" yaml:"loginKeys,omitempty"`
+	// Authz lets another proxy ask for the decisions of this one, by Envoy's ext_authz protocol. Left out: none can.
+	Authz *AuthzConfig `json:"authz,omitempty" yaml:"authz,omitempty"`
+}
+
+// AuthzConfig configures `sallyport-proxy authz`. Who may ask is believed about the addresses, certificates and requests of clients.
+type AuthzConfig struct {
+	// Socket is the path of a Unix socket. Left out: none. The process must be able to write in its directory.
+	Socket string `json:"socket,omitempty" yaml:"socket,omitempty"`
+	// GID is the group that may use the socket: the proxy's own. The process must be a member of it.
+	GID uint32 `json:"gid,omitempty" yaml:"gid,omitempty"`
+	// Listen are addresses and ports, like "[::]:9471", of mTLS with the proxy's identity: none.
+	Listen []string `json:"listen,omitempty" yaml:"listen,omitempty"`
+	// Gateways are the SPIFFE IDs that may ask there. At least one with listen.
+	Gateways []string `json:"gateways,omitempty" yaml:"gateways,omitempty"`
+	// BelievePrincipal lets in clients of whom the other proxy tells a SPIFFE ID without a certificate that proves it: no.
+	BelievePrincipal bool `json:"believePrincipal,omitempty" yaml:"believePrincipal,omitempty"`
 }
 
 // WebCertificate is a certificate that the proxy shows for HTTP services that name it. Its files are read again when they change.

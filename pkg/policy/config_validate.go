@@ -207,6 +207,7 @@ func (p *ProxyConfig) validate(d *document) {
 	if p.LoginKeys != "" {
 		d.report("spec.proxy.loginKeys", checkPath(p.LoginKeys))
 	}
+	p.Authz.validate(d, p.GID)
 	seen := map[string]int{}
 	for i, c := range p.Certificates {
 		field := fmt.Sprintf("spec.proxy.certificates[%d]", i)
@@ -215,6 +216,30 @@ func (p *ProxyConfig) validate(d *document) {
 		d.report(field+".keyFile", checkPath(c.KeyFile))
 		if at, dup := first(seen, c.Name, i); dup {
 			d.report(field+".name", faultf("rename one of them", "%q is already spec.proxy.certificates[%d]", c.Name, at))
+		}
+	}
+}
+
+func (a *AuthzConfig) validate(d *document, own uint32) {
+	if a == nil {
+		return
+	}
+	a.GID = cmp.Or(a.GID, own)
+	if a.Socket == "" && len(a.Listen) == 0 {
+		d.report("spec.proxy.authz", faultf("write a socket, or listen and gateways, or leave authz out", "nobody could ask there"))
+	}
+	if a.Socket != "" {
+		d.report("spec.proxy.authz.socket", checkPath(a.Socket))
+	}
+	for i, address := range a.Listen {
+		d.report(fmt.Sprintf("spec.proxy.authz.listen[%d]", i), checkListenAddress(address))
+	}
+	if (len(a.Listen) > 0) != (len(a.Gateways) > 0) {
+		d.report("spec.proxy.authz.gateways", faultf("write both or none", "listen says where, and gateways who may ask there"))
+	}
+	for i, g := range a.Gateways {
+		if id, err := spiffeid.FromString(g); err != nil || id.Path() == "" {
+			d.report(fmt.Sprintf("spec.proxy.authz.gateways[%d]", i), faultf("write it like spiffe://example.org/gateway", "%q is not a SPIFFE ID of a workload", g))
 		}
 	}
 }

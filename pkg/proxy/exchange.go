@@ -95,38 +95,52 @@ func (e *exchange) admit(set *policy.Set, r *http.Request) *rejection {
 	}
 	limits := service.Spec.HTTP.Limits
 	if !e.w.s.p.pace.allow(service.Name, e.caller.String(), limits.RequestsPerMinute, e.began) {
-		d := deny(http.StatusTooManyRequests, flow.ReasonRequestLimit, fmt.Sprintf("more than %d requests a minute", limits.RequestsPerMinute))
-		d.header = http.Header{"Retry-After": {"60"}}
-		return d
+		return tooMany(limits)
 	}
 	e.request = policy.Request{Method: r.Method, Host: e.target.host, Path: e.target.path, Headers: ruleHeaders(r.Header)}
 	decision := set.Authorise(service.Name, e.caller, &e.request, e.w.s.p.now())
 	if !decision.Allowed {
-		d := deny(http.StatusForbidden, flow.ReasonNotAuthorised, "this is not allowed to you")
-		d.detail = strings.Join(decision.Near, "; ")
-		return d
+		return notAllowed(decision)
 	}
 	e.rule = decision.Rule
 	e.w.noteOpen(e.caller)
 	return e.limitBody(limits, r)
 }
 
+func tooMany(limits policy.HTTPLimits) *rejection {
+	d := deny(http.StatusTooManyRequests, flow.ReasonRequestLimit, fmt.Sprintf("more than %d requests a minute", limits.RequestsPerMinute))
+	d.header = http.Header{"Retry-After": {"60"}}
+	return d
+}
+
+func notAllowed(decision policy.Decision) *rejection {
+	d := deny(http.StatusForbidden, flow.ReasonNotAuthorised, "this is not allowed to you")
+	d.detail = strings.Join(decision.Near, "; ")
+	return d
+}
+
 // read takes in what is asked for.
-func (e *exchange) read(spec *policy.HTTPSpec, r *http.Request) *rejection {
-	var err error
-	if e.target, err = readTarget(r, spec.Hosts); err == nil {
+func (e *exchange) read(spec *policy.HTTPSpec, r *http.Request) (d *rejection) {
+	e.target, e.via, d = readRequest(r, spec.Hosts, e.w.mark())
+	return d
+}
+
+// readRequest also gives the passages through proxies that the request tells of. mark is that of the one it is about to make.
+func readRequest(r *http.Request, hosts []string, mark string) (target, []string, *rejection) {
+	t, err := readTarget(r, hosts)
+	if err == nil {
 		err = checkHeaders(r)
 	}
 	if err != nil {
 		d := &rejection{}
 		errors.As(err, &d.badRequest)
-		return d
+		return t, nil, d
 	}
-	e.via = via(r.Header)
-	if slices.Contains(e.via, e.w.mark()) || len(e.via) >= maxPassages {
-		return deny(http.StatusLoopDetected, flow.ReasonLoop, "the request has been here before")
+	passed := via(r.Header)
+	if slices.Contains(passed, mark) || len(passed) >= maxPassages {
+		return t, nil, deny(http.StatusLoopDetected, flow.ReasonLoop, "the request has been here before")
 	}
-	return nil
+	return t, passed, nil
 }
 
 // maxPassages is how many proxies a request may come through.
@@ -157,19 +171,23 @@ func (e *exchange) identify(service policy.ProtectedService, r *http.Request) *r
 func (e *exchange) identifyByToken(service policy.ProtectedService, r *http.Request, bearer string) *rejection {
 	verified, err := e.w.s.p.cfg.Tokens.Verify(r.Context(), service, bearer)
 	if err != nil {
-		d := deny(http.StatusUnauthorized, flow.ReasonTokenRefused, "the token proves nobody here")
-		d.header = challenge(*service.Spec.HTTP)
-		if errors.Is(err, token.ErrNoKeys) { // another token would be no better
-			d = deny(http.StatusServiceUnavailable, flow.ReasonTokenRefused, "the keys of the token's provider are not known here now")
-			d.header = http.Header{"Retry-After": {"10"}}
-		}
-		d.detail = err.Error()
-		return d
+		return tokenRefused(*service.Spec.HTTP, err)
 	}
 	r.Header.Del("Authorization")
 	e.caller, e.token, e.expires = verified.Caller, bearer, verified.Expires
 	e.caller.Address = e.w.s.client.Addr()
 	return nil
+}
+
+func tokenRefused(spec policy.HTTPSpec, err error) *rejection {
+	d := deny(http.StatusUnauthorized, flow.ReasonTokenRefused, "the token proves nobody here")
+	d.header = challenge(spec)
+	if errors.Is(err, token.ErrNoKeys) { // another token would be no better
+		d = deny(http.StatusServiceUnavailable, flow.ReasonTokenRefused, "the keys of the token's provider are not known here now")
+		d.header = http.Header{"Retry-After": {"10"}}
+	}
+	d.detail = err.Error()
+	return d
 }
 
 func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Request) *rejection {

@@ -80,6 +80,11 @@ func setIdentity(h http.Header, who policy.Caller, t target) {
 		}
 		h.Set(headerGroups, strings.Join(groups, ","))
 	}
+	setForwarded(h, who, t)
+}
+
+// setForwarded tells the service what of the client's connection it cannot see.
+func setForwarded(h http.Header, who policy.Caller, t target) {
 	h.Set("X-Forwarded-For", who.Address.WithZone("").String())
 	h.Set("X-Forwarded-Host", t.authority)
 	h.Set("X-Forwarded-Proto", "https")

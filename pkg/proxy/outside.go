@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -15,7 +16,8 @@ import (
 )
 
 // Outside is the way to identity providers, which cannot be reached inside px: the agent relays bytes to the endpoints that
-// policy lists. What is said to them is between us and them: whoever dials puts TLS around it.
+// policy lists. What is said to them is between us and them: whoever dials puts TLS around it. The agent's own answers come the
+// same way.
 type Outside struct{ conn *grpc.ClientConn }
 
 // NewOutside makes a way out over the agent's socket. It does not have to be there yet.
@@ -53,6 +55,12 @@ func (o *Outside) Dial(ctx context.Context, network, addr string) (net.Conn, err
 	go c.up(stream, theirs)
 	go c.down(stream, theirs)
 	return c, nil
+}
+
+// Live asks the agent by which grant a client could go around the proxy now, as JudgeConfig.Live wants it.
+func (o *Outside) Live(ctx context.Context, service string, client netip.AddrPort, port uint16) (grant string, err error) {
+	reply, err := api.NewProxyReportClient(o.conn).Live(ctx, &api.LiveRequest{Service: service, Client: client.String(), Port: uint32(port)})
+	return reply.GetGrant(), err
 }
 
 func (o *Outside) begin(ctx context.Context, addr string) (api.ProxyReport_RelayClient, error) {

@@ -32,12 +32,12 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"./pkg/api", "google.golang.org/protobuf/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./pkg/identity/...", "./pkg/devauthority", "./cmd/...", "./test/evidence"},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/proof", "./pkg/identity/...", "./pkg/devauthority", "./pkg/extauthz", "./cmd/...", "./test/evidence"},
 		why:     "the wire's types stay at the wire; all others speak in flow, policy and grant (proof reads sealed bytes, without the types)",
 	},
 	{
 		imports: []string{"google.golang.org/grpc/..."},
-		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity/...", "./pkg/devauthority", "./cmd/..."},
+		only:    []string{"./pkg/api", "./pkg/audit", "./pkg/collector", "./pkg/console", "./pkg/agent", "./pkg/proxy", "./pkg/client", "./pkg/identity/...", "./pkg/devauthority", "./pkg/extauthz", "./cmd/..."},
 		why:     "a package that does not speak to another process does not need the means to",
 	},
 	{
@@ -47,7 +47,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/spiffe/go-spiffe/v2/svid/...", "github.com/spiffe/go-spiffe/v2/bundle/...", "github.com/spiffe/go-spiffe/v2/spiffetls/...", "github.com/spiffe/go-spiffe/v2/spiffegrpc/..."},
-		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./pkg/token", "./cmd/..."},
+		only:    []string{"./pkg/identity", "./pkg/devauthority", "./pkg/proxy", "./pkg/audit", "./pkg/agent", "./pkg/collector", "./pkg/client", "./pkg/token", "./pkg/extauthz", "./cmd/..."},
 		why:     "identities are proven at the edges; the rest handles their names",
 	},
 	{
@@ -104,6 +104,16 @@ var rules = []rule{
 		imports: []string{"./pkg/login"},
 		only:    []string{"./pkg/proxy", "./cmd/sallyport-proxy"},
 		why:     "browsers log in at the proxy and nowhere else",
+	},
+	{
+		imports: []string{"github.com/envoyproxy/go-control-plane/..."},
+		only:    []string{"./pkg/extauthz"},
+		why:     "what another proxy asks is read in one place, and judged where our own proxy's requests are",
+	},
+	{
+		imports: []string{"./pkg/extauthz"},
+		only:    []string{"./cmd/sallyport-proxy"},
+		why:     "it is another way to ask the proxy, and nothing else answers",
 	},
 	{
 		imports: []string{"golang.org/x/oauth2/..."},
