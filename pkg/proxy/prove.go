@@ -147,7 +147,7 @@ func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error 
 	who := s.identity()
 	who.caller = policy.Caller{ID: id, Proof: policy.ProofSPIFFE, Address: s.client.Addr()}
 	if len(chains) > 0 {
-		who.chain = chains[0]
+		who.chain, who.at = chains[0], time.Now()
 	}
 	s.setIdentity(who)
 	decision := s.p.cfg.Policy.Set().Authorise(who.service, who.caller, nil, s.p.now())
@@ -192,7 +192,7 @@ func (p *Proxy) objection(s *session) error {
 	if d := set.Authorise(who.service, who.caller, nil, p.now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
 	}
-	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(s.accepted)); err != nil {
+	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(who.at)); err != nil {
 		return fmt.Errorf("identity is not trusted any more: %w", err)
 	}
 	return nil
