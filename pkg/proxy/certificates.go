@@ -101,10 +101,12 @@ func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error
 		c.log.Info("web certificate in use", "name", f.Name, "until", pair.Leaf.NotAfter)
 		return
 	}
-	if before != nil {
-		now.loaded = before.loaded
-	}
 	now.trouble = fmt.Errorf("read web certificate %s from %s and %s: %w", f.Name, f.CertFile, f.KeyFile, err)
-	c.log.Error("keep last good web certificate", "name", f.Name, "error", now.trouble,
+	what, until := "no web certificate: clients of services that name it are refused", time.Time{}
+	if before != nil && before.loaded != nil {
+		now.loaded = before.loaded
+		what, until = "keep last good web certificate", now.loaded.Leaf.NotAfter
+	}
+	c.log.Error(what, "name", f.Name, "until", until, "error", now.trouble,
 		"hint", "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's")
 }

@@ -37,7 +37,7 @@ type exchange struct {
 	cancel  context.CancelCauseFunc
 	unsure  atomic.Pointer[time.Time] // since when nobody can tell whether its token counts; nil: it does
 	body    *pacedBody                // nil: none
-	whole   bool       // the answer did not break off
+	whole   bool                      // the answer did not break off
 }
 
 // rejection is why a request is refused, and with what.
@@ -60,6 +60,9 @@ func exchangeOf(ctx context.Context) *exchange { return ctx.Value(exchangeKey{})
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	w.handlers.Add(1)
 	defer w.handlers.Done()
+	if w.guard != nil {
+		w.guard.serves()
+	}
 	e := &exchange{w: w, number: w.requests.Add(1), began: time.Now(), method: oneLine(r.Method), answer: &answer{ResponseWriter: rw}}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), exchangeKey{}, e))
 	defer cancel(nil)

@@ -34,6 +34,7 @@ type web struct {
 	s        *session
 	spec     policy.HTTPSpec // as the connection began
 	http2    bool
+	guard    *http1 // nil with HTTP/2
 	server   *http.Server
 	upstream *upstream
 	reverse  *httputil.ReverseProxy
@@ -114,7 +115,7 @@ func (w *web) serve(conn *client) {
 	if !w.http2 {
 		guard := &http1{client: conn, limit: int(spec.HeaderBytes), timeout: spec.HeaderTimeout.Duration,
 			refuse: w.refuse, linger: w.s.linger}
-		l.conn = guard
+		l.conn, w.guard = guard, guard
 		w.server.ConnState = func(_ net.Conn, state http.ConnState) {
 			if state == http.StateIdle {
 				guard.answered()

@@ -295,3 +295,27 @@ func (l *webLab) servedBy(f policy.WebCertificate, i issuer, serial int64) {
 		l.Errorf("answer %s", answer.Status)
 	}
 }
+
+// TestWhatIsSaidOfWebCertificates: whether clients are refused meanwhile, or until when the last good one lasts.
+func TestWhatIsSaidOfWebCertificates(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f := policy.WebCertificate{Name: "public", CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	var said strings.Builder
+	certificates := NewCertificates([]policy.WebCertificate{f}, slog.New(slog.NewTextHandler(&said, nil)))
+	for _, step := range []struct {
+		change func()
+		says   string
+	}{
+		{func() {}, "no web certificate: clients of services that name it are refused"},
+		{func() { writeCertificate(t, f, "web.example.org", 1) }, "web certificate in use"},
+		{func() { _ = os.WriteFile(f.KeyFile, []byte("no key"), 0o600) }, "keep last good web certificate"},
+	} {
+		step.change()
+		certificates.look()
+		if !strings.Contains(said.String(), step.says) {
+			t.Errorf("want %q, it says %s", step.says, said.String())
+		}
+		said.Reset()
+	}
+}
