@@ -29,6 +29,13 @@ type webCertificate struct {
 	cert, key []byte // good or bad
 	loaded    *tls.Certificate
 	trouble   error // with what was read last
+	told      bool  // that it ends soon, or has ended
+}
+
+// endsSoon is when there is time left to renew a web certificate by hand: a week before its end, and a third of its time for one of short life.
+func (w *webCertificate) endsSoon(now time.Time) bool {
+	leaf := w.loaded.Leaf
+	return now.Add(min(7*24*time.Hour, leaf.NotAfter.Sub(leaf.NotBefore)/3)).After(leaf.NotAfter)
 }
 
 // NewCertificates reads them once. That one cannot be read is no error: the clients of the services that name it are refused
@@ -80,7 +87,21 @@ func (c *Certificates) look() {
 		cert, certErr := os.ReadFile(f.CertFile)
 		key, keyErr := os.ReadFile(f.KeyFile)
 		c.take(f, cert, key, errors.Join(certErr, keyErr))
+		c.warn(f, time.Now())
 	}
+}
+
+// warn says once of a certificate that its end is near: nothing has put a newer one in its place.
+func (c *Certificates) warn(f policy.WebCertificate, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	read := c.read[f.Name]
+	if read.loaded == nil || read.told || !read.endsSoon(now) {
+		return
+	}
+	read.told = true
+	c.log.Warn("web certificate ends soon", "name", f.Name, "until", read.loaded.Leaf.NotAfter, "file", f.CertFile,
+		"hint", "see why it was not renewed; a new one is in use 5 s after it is there, without a restart")
 }
 
 func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error) {

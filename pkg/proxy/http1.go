@@ -212,7 +212,10 @@ func (c *http1) stepLine() (more bool, err error) {
 			c.part, c.chunked = partHead, false
 			return false, nil
 		}
-		return false, checkField(line)
+		if err := checkField(line); err != nil {
+			return false, err
+		}
+		return false, malformed("the request has a trailer that it did not announce")
 	default:
 		return false, c.startChunk(line)
 	}
