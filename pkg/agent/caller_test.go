@@ -191,7 +191,7 @@ func TestCallers(t *testing.T) {
 		name string
 		run  func(*calling, *testing.T)
 	}{
-		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"watched again", (*calling).testWatchedAgain}, {"becomes another", (*calling).testBecomesAnother},
+		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"number given again", (*calling).testNumberGivenAgain}, {"watched again", (*calling).testWatchedAgain}, {"becomes another", (*calling).testBecomesAnother},
 		{"asked for by the proxy", (*calling).testAsked},
 	} {
 		t.Run(part.name, func(t *testing.T) {
@@ -426,13 +426,13 @@ func (c *calling) testWatchedAgain(t *testing.T) {
 	broker.left.Store(1)
 	c.openers.broker = broker
 	t.Cleanup(func() { c.openers.broker = broker.Broker })
-	a := c.attendProcess(exec.Command("sleep", "1h"))
+	a, _ := c.attendProcess(exec.Command("sleep", "1h"))
 	c.eventually("what the watch failed of", func() bool { _, why := a.now(); return strings.Contains(why, unix.EMFILE.Error()) })
 	c.eventually("its identity", func() bool { id, _ := a.now(); return id == ofProcessID.String() })
 }
 
 // attendProcess starts a process of the node that has an identity, and watches it.
-func (c *calling) attendProcess(cmd *exec.Cmd) *attended {
+func (c *calling) attendProcess(cmd *exec.Cmd) (*attended, *lab.Process) {
 	c.t.Helper()
 	p, err := c.lab.Node.Start(cmd)
 	must(c.t, err)
@@ -447,7 +447,48 @@ func (c *calling) attendProcess(cmd *exec.Cmd) *attended {
 	if a == nil {
 		c.t.Fatal(why)
 	}
-	return a
+	return a, p
+}
+
+// startAs starts another process with a number that was given before, as the kernel does by itself when it has gone through all of them.
+func (c *calling) startAs(pid int32, before uint64) (started uint64) {
+	c.t.Helper()
+	for range 1000 {
+		must(c.t, os.WriteFile("/proc/sys/kernel/ns_last_pid", fmt.Appendf(nil, "%d", pid-1), 0))
+		cmd := exec.Command("sleep", "1h")
+		must(c.t, cmd.Start())
+		end := func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }
+		started, err := startOf(int32(cmd.Process.Pid))
+		must(c.t, err)
+		if int32(cmd.Process.Pid) == pid && started != before {
+			c.t.Cleanup(end)
+			return started
+		}
+		end()
+	}
+	c.t.Fatalf("the kernel does not give the number %d again", pid)
+	return 0
+}
+
+// testNumberGivenAgain: another process that has the number of one that was attested is not it, whatever the broker says of the number.
+func (c *calling) testNumberGivenAgain(t *testing.T) {
+	first, p := c.attendProcess(exec.Command("sleep", "1h"))
+	c.eventually("its identity", func() bool { id, _ := first.now(); return id != "" })
+	must(t, p.Kill())
+	key := first.key
+	key.started = c.startAs(key.pid, key.started)
+	c.eventually("the end of the first", func() bool { id, why := first.now(); return id == "" && why == whyEnded })
+	if a, why := c.openers.attend(first.key); a != nil || why != whyEnded {
+		t.Errorf("the first is found in the second: %v, %q", a, why)
+	}
+	second, why := c.openers.attend(key)
+	if second == nil || second == first {
+		t.Fatalf("the second is not watched for itself: %v, %q", second == first, why)
+	}
+	c.eventually("the second's identity", func() bool { id, _ := second.now(); return id == ofProcessID.String() })
+	if id, _ := first.at(datapath.BootTime()); id != "" {
+		t.Errorf("the first has the identity %q", id)
+	}
 }
 
 // testBecomesAnother: what a process connects after it has begun another program is not what the first one was attested as, from that
@@ -459,7 +500,7 @@ func (c *calling) testBecomesAnother(t *testing.T) {
 	defer tell.Close()
 	cmd := exec.Command("sh", "-c", "read word; exec sleep 1h")
 	cmd.Stdin = in
-	a := c.attendProcess(cmd)
+	a, _ := c.attendProcess(cmd)
 	c.eventually("its identity", func() bool { id, _ := a.now(); return id != "" })
 	began := datapath.BootTime()
 	program := fmt.Sprintf("/proc/%d/exe", a.key.pid)
