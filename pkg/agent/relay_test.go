@@ -297,9 +297,8 @@ func TestRelayLimits(t *testing.T) {
 		c := r.open(l.Addr().String())
 		server, err := l.Accept()
 		must(t, err)
-		defer server.Close()
 		_, err = server.Write(make([]byte, 1001)) // nobody has asked for anything
-		must(t, err)
+		must(t, errors.Join(err, server.Close()))
 		got, err := io.ReadAll(c)
 		if err == nil || !strings.Contains(err.Error(), "as many bytes") || len(got) > 1000 {
 			t.Errorf("%d bytes were read of the bound's 1000: %v", len(got), err)

@@ -123,11 +123,11 @@ func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error
 		return
 	}
 	now.trouble = fmt.Errorf("read web certificate %s from %s and %s: %w", f.Name, f.CertFile, f.KeyFile, err)
-	what, until := "no web certificate: clients of services that name it are refused", time.Time{}
-	if before != nil && before.loaded != nil {
-		now.loaded = before.loaded
-		what, until = "keep last good web certificate", now.loaded.Leaf.NotAfter
+	const hint = "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's"
+	if before == nil || before.loaded == nil {
+		c.log.Error("no web certificate: clients of services that name it are refused", "name", f.Name, "error", now.trouble, "hint", hint)
+		return
 	}
-	c.log.Error(what, "name", f.Name, "until", until, "error", now.trouble,
-		"hint", "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's")
+	now.loaded = before.loaded
+	c.log.Error("keep last good web certificate", "name", f.Name, "until", now.loaded.Leaf.NotAfter, "error", now.trouble, "hint", hint)
 }
