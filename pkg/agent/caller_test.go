@@ -3,12 +3,14 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -189,7 +191,8 @@ func TestCallers(t *testing.T) {
 		name string
 		run  func(*calling, *testing.T)
 	}{
-		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"asked for by the proxy", (*calling).testAsked},
+		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"number given again", (*calling).testNumberGivenAgain}, {"watched again", (*calling).testWatchedAgain}, {"becomes another", (*calling).testBecomesAnother},
+		{"asked for by the proxy", (*calling).testAsked},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			c.t = t
@@ -401,6 +404,122 @@ func (c *calling) testOver(t *testing.T) {
 			t.Errorf("a connection after its end has the identity %q", id)
 		}
 	})
+}
+
+// stumbling is a broker whose first watches fail for a reason of this process, as when it has no descriptor left.
+type stumbling struct {
+	identity.Broker
+	left atomic.Int32
+}
+
+// Watch implements identity.Broker.
+func (s *stumbling) Watch(ctx context.Context, w identity.Workload, tell func(identity.Attested)) error {
+	if s.left.Add(-1) >= 0 {
+		return fmt.Errorf("pin process %d: %w", w.PID, unix.EMFILE)
+	}
+	return s.Broker.Watch(ctx, w, tell)
+}
+
+// testWatchedAgain: a workload whose watch fails says so, and has its identity when that has passed.
+func (c *calling) testWatchedAgain(t *testing.T) {
+	broker := &stumbling{Broker: c.openers.broker}
+	broker.left.Store(1)
+	c.openers.broker = broker
+	t.Cleanup(func() { c.openers.broker = broker.Broker })
+	a, _ := c.attendProcess(exec.Command("sleep", "1h"))
+	c.eventually("what the watch failed of", func() bool { _, why := a.now(); return strings.Contains(why, unix.EMFILE.Error()) })
+	c.eventually("its identity", func() bool { id, _ := a.now(); return id == ofProcessID.String() })
+}
+
+// attendProcess starts a process of the node that has an identity, and watches it.
+func (c *calling) attendProcess(cmd *exec.Cmd) (*attended, *lab.Process) {
+	c.t.Helper()
+	p, err := c.lab.Node.Start(cmd)
+	must(c.t, err)
+	c.t.Cleanup(func() { must(c.t, p.Kill()) })
+	key := workloadKey{pid: int32(p.Pid())}
+	key.started, err = startOf(key.pid)
+	must(c.t, err)
+	key.as, err = accountOf(key.pid)
+	must(c.t, err)
+	c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PID: key.pid})
+	a, why := c.openers.attend(key)
+	if a == nil {
+		c.t.Fatal(why)
+	}
+	return a, p
+}
+
+// startAs starts another process with a number that was given before, as the kernel does by itself when it has gone through all of them.
+func (c *calling) startAs(pid int32, before uint64) (started uint64) {
+	c.t.Helper()
+	for range 1000 {
+		must(c.t, os.WriteFile("/proc/sys/kernel/ns_last_pid", fmt.Appendf(nil, "%d", pid-1), 0))
+		cmd := exec.Command("sleep", "1h")
+		must(c.t, cmd.Start())
+		end := func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }
+		started, err := startOf(int32(cmd.Process.Pid))
+		must(c.t, err)
+		if int32(cmd.Process.Pid) == pid && started != before {
+			c.t.Cleanup(end)
+			return started
+		}
+		end()
+	}
+	c.t.Fatalf("the kernel does not give the number %d again", pid)
+	return 0
+}
+
+// testNumberGivenAgain: another process that has the number of one that was attested is not it, whatever the broker says of the number.
+func (c *calling) testNumberGivenAgain(t *testing.T) {
+	first, p := c.attendProcess(exec.Command("sleep", "1h"))
+	c.eventually("its identity", func() bool { id, _ := first.now(); return id != "" })
+	must(t, p.Kill())
+	key := first.key
+	key.started = c.startAs(key.pid, key.started)
+	c.eventually("the end of the first", func() bool { id, why := first.now(); return id == "" && why == whyEnded })
+	if a, why := c.openers.attend(first.key); a != nil || why != whyEnded {
+		t.Errorf("the first is found in the second: %v, %q", a, why)
+	}
+	second, why := c.openers.attend(key)
+	if second == nil || second == first {
+		t.Fatalf("the second is not watched for itself: %v, %q", second == first, why)
+	}
+	c.eventually("the second's identity", func() bool { id, _ := second.now(); return id == ofProcessID.String() })
+	if id, _ := first.at(datapath.BootTime()); id != "" {
+		t.Errorf("the first has the identity %q", id)
+	}
+}
+
+// testBecomesAnother: what a process connects after it has begun another program is not what the first one was attested as, from that
+// moment on.
+func (c *calling) testBecomesAnother(t *testing.T) {
+	in, tell, err := os.Pipe()
+	must(t, err)
+	defer in.Close()
+	defer tell.Close()
+	cmd := exec.Command("sh", "-c", "read word; exec sleep 1h")
+	cmd.Stdin = in
+	a, _ := c.attendProcess(cmd)
+	c.eventually("its identity", func() bool { id, _ := a.now(); return id != "" })
+	began := datapath.BootTime()
+	program := fmt.Sprintf("/proc/%d/exe", a.key.pid)
+	before, err := os.Readlink(program)
+	must(t, err)
+	_, err = tell.WriteString("go\n")
+	must(t, err)
+	c.eventually("its other program", func() bool { now, err := os.Readlink(program); return err == nil && now != before })
+	next, why := c.openers.attend(a.key)
+	if next == a || next == nil {
+		t.Fatalf("a connection of the other program is the first one's: %v, %q", next == a, why)
+	}
+	if id, _ := a.at(began); id != ofProcessID.String() {
+		t.Errorf("connections of the first program have lost their identity")
+	}
+	if id, _ := a.at(datapath.BootTime()); id != "" {
+		t.Errorf("the first program still has the identity %q", id)
+	}
+	c.eventually("the other's identity", func() bool { id, _ := next.now(); return id == ofProcessID.String() })
 }
 
 // testAsked: the proxy asks whose a connection is.

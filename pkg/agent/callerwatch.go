@@ -49,6 +49,7 @@ type attended struct {
 
 // attend gives the workload's watch and begins it if there is none. Without one it says why.
 func (c *openers) attend(key workloadKey) (a *attended, why string) {
+	c.endChanged(key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -75,6 +76,17 @@ func (c *openers) attend(key workloadKey) (a *attended, why string) {
 	a.stop = stop
 	c.running.Go(func() { c.watch(ctx, a) })
 	return a, ""
+}
+
+// endChanged ends the watch of a process that has become another one, by running another program: what connects from now on is not what
+// was attested, and sweep may not have seen that yet.
+func (c *openers) endChanged(key workloadKey) {
+	c.mu.Lock()
+	a := c.workloads[key]
+	c.mu.Unlock()
+	if a != nil && a.pin != nil && errors.Is(a.pin.Check(), identity.ErrBecameAnother) {
+		c.end(a)
+	}
 }
 
 // pinned holds on to the process that the kernel saw, and to none that has its number since.
@@ -132,21 +144,37 @@ func startOf(pid int32) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
-// watch follows what the broker says of a workload, for as long as it is the same.
+// Pauses before a workload is watched again whose watch has failed, from the first on.
+const (
+	watchAgain     = time.Second
+	watchAgainMost = time.Minute
+)
+
+// watch follows what the broker says of a workload, for as long as it is the same. What a watch fails of may pass, as when no
+// descriptor was left: it is begun again.
 func (c *openers) watch(ctx context.Context, a *attended) {
-	err := c.broker.Watch(ctx, identity.Workload{PodUID: a.key.pod, PID: a.key.pid}, func(told identity.Attested) {
-		if !c.isStill(a) {
+	for pause := watchAgain; ; pause = min(2*pause, watchAgainMost) {
+		err := c.broker.Watch(ctx, identity.Workload{PodUID: a.key.pod, PID: a.key.pid}, func(told identity.Attested) {
+			if !c.isStill(a) {
+				c.end(a)
+				return
+			}
+			a.hear(told, c.boot())
+		})
+		switch {
+		case ctx.Err() != nil:
+			return
+		case errors.Is(err, identity.ErrEnded):
 			c.end(a)
 			return
+		case err != nil:
+			a.lose(c.boot(), oneLine(err.Error()))
 		}
-		a.hear(told, c.boot())
-	})
-	switch {
-	case ctx.Err() != nil:
-	case errors.Is(err, identity.ErrEnded):
-		c.end(a)
-	case err != nil:
-		a.lose(c.boot(), oneLine(err.Error()))
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

@@ -288,6 +288,22 @@ func TestRelayLimits(t *testing.T) {
 			t.Errorf("read beyond the bound: %v", err)
 		}
 	})
+	t.Run("bytes of the answer", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		defer l.Close()
+		r := newRelaying(t, func(l *relayLimits) { l.bytes = 1000 })
+		r.put(l.Addr().String())
+		c := r.open(l.Addr().String())
+		server, err := l.Accept()
+		must(t, err)
+		_, err = server.Write(make([]byte, 1001)) // nobody has asked for anything
+		must(t, errors.Join(err, server.Close()))
+		got, err := io.ReadAll(c)
+		if err == nil || !strings.Contains(err.Error(), "as many bytes") || len(got) > 1000 {
+			t.Errorf("%d bytes were read of the bound's 1000: %v", len(got), err)
+		}
+	})
 	t.Run("time", func(t *testing.T) {
 		r := newRelaying(t, func(l *relayLimits) { l.time = 200 * time.Millisecond })
 		r.put(endpoint)

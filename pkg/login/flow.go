@@ -193,10 +193,17 @@ func (v visit) redeem(code string, a attempt) (policy.Caller, error) {
 	return verified.Caller, err
 }
 
+// errClient says that the provider does not take this service for its client. Its causes are the node's: secret, client ID, or what the
+// provider has registered.
+var errClient = errors.New("the provider refuses this service as its client")
+
 // shorten takes from an error of the exchange what the provider's answer said beyond its code.
 func shorten(err error) error {
 	var refused *oauth2.RetrieveError
 	if errors.As(err, &refused) && refused.ErrorCode != "" {
+		if refused.ErrorCode == "invalid_client" || refused.ErrorCode == "unauthorized_client" {
+			return fmt.Errorf("%w: %q: compare spec.login.clientID and the file of its secret with what the provider gave out", errClient, refused.ErrorCode)
+		}
 		return fmt.Errorf("the provider refuses the code: %q", refused.ErrorCode[:min(len(refused.ErrorCode), 100)])
 	}
 	return err

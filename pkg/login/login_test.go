@@ -92,7 +92,7 @@ func testSecret(t *testing.T, p *oidc.Provider) {
 	}
 	s := newSite(t, p, "clientID: guarded", "secret: "+file)
 	b := newBrowser(t, s, p)
-	if a := b.logIn("ann", "/"); a.status != http.StatusForbidden || len(b.cookies()) != 1 {
+	if a := b.logIn("ann", "/"); a.status != http.StatusBadGateway || len(b.cookies()) != 1 || !strings.Contains(a.body, "refuses this service, not you") {
 		t.Errorf("with a wrong secret: %d %s %v", a.status, a.body, b.cookies())
 	}
 	for _, spoil := range []func() error{func() error { return os.WriteFile(file, nil, 0o600) }, func() error { return os.Remove(file) }} {

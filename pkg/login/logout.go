@@ -11,7 +11,7 @@ const maxSession = 31 * 24 * time.Hour
 
 // askLogout shows the button: an address alone must not log out, since any page can send a browser there.
 func (v visit) askLogout() {
-	if s, ok := v.h.read(v.service, v.r); ok && s.counts(v.provider, v.now) && !v.h.ended.has(s.ID) {
+	if s, ok := v.h.read(v.service, v.r); ok && s.counts(v.provider, v.now) && !v.h.ended.has(s.ID, s.runsOut()) {
 		v.say(http.StatusOK, page{Title: "Log out?", Text: "You are logged in as " + s.caller(v.provider).String() + ".", Out: true})
 		return
 	}
@@ -25,7 +25,7 @@ func (v visit) logout() {
 		return
 	}
 	if s, ok := v.h.read(v.service, v.r); ok {
-		v.h.ended.add(s.ID, s.Begun.Add(maxSession), v.now)
+		v.h.ended.add(s.ID, s.runsOut(), v.now)
 		v.h.log.Info("browser logged out", "service", v.service.Name, "caller", s.caller(v.provider).String())
 	}
 	for i := range maxParts {

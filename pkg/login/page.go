@@ -82,6 +82,8 @@ func (v visit) refused(err error) {
 		v.fail(http.StatusServiceUnavailable, "Too many log in at this moment.", err)
 	case errors.Is(err, errSecret):
 		v.fail(http.StatusInternalServerError, "The login is not set up rightly here, so nobody can log in. Tell who runs this service.", err)
+	case errors.Is(err, errClient):
+		v.fail(http.StatusBadGateway, "The identity provider "+v.provider.Name+" refuses this service, not you, so nobody can log in. Tell who runs this service.", err)
 	case errors.As(err, &network):
 		v.away(err)
 	default:

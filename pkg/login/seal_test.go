@@ -120,21 +120,33 @@ func TestStrip(t *testing.T) {
 	}
 }
 
-// TestEndingsAreBounded: the oldest sessions are forgotten first, and those that ran out before any other.
+// TestEndingsAreBounded: those that ran out are forgotten first, then the oldest; whatever is as old as that counts as ended too.
 func TestEndingsAreBounded(t *testing.T) {
 	t.Parallel()
 	e := endings{at: map[string]time.Time{}}
 	now := time.Now()
 	name := func(i int) string { return "s" + time.Duration(i).String() }
+	until := func(i int) time.Time { return now.Add(time.Hour + time.Duration(i)) }
 	for i := range maxEnded {
-		e.add(name(i), now.Add(time.Hour+time.Duration(i)), now)
+		e.add(name(i), until(i), now)
+	}
+	if e.has("never ended", until(-1)) {
+		t.Error("a session counts as ended although nothing was forgotten")
 	}
 	e.add("one more", now.Add(2*time.Hour), now)
-	if len(e.at) != maxEnded || e.has(name(0)) || !e.has(name(1)) || !e.has("one more") {
-		t.Errorf("%d are kept, the first among them: %v", len(e.at), e.has(name(0)))
+	if len(e.at) != maxEnded || !e.has(name(1), until(1)) || !e.has("one more", now.Add(2*time.Hour)) {
+		t.Errorf("%d are kept", len(e.at))
+	}
+	if !e.has(name(0), until(0)) || !e.has("older", until(-1)) || e.has("younger", until(1)) {
+		t.Errorf("a session that was ended and forgotten counts: %v; one that is older: %v; one that is younger does not: %v",
+			!e.has(name(0), until(0)), !e.has("older", until(-1)), e.has("younger", until(1)))
 	}
 	e.add("much later", now.Add(3*time.Hour), now.Add(90*time.Minute))
-	if len(e.at) != 2 || !e.has("one more") || !e.has("much later") {
+	if len(e.at) != 2 || !e.has("one more", now.Add(2*time.Hour)) || !e.has("much later", now.Add(3*time.Hour)) || !e.has(name(0), until(0)) {
 		t.Errorf("%d are kept after most ran out", len(e.at))
+	}
+	e.add("older than all", until(-2), now)
+	if e.has("younger", until(1)) {
+		t.Error("there was room, and yet more is forgotten")
 	}
 }

@@ -1,7 +1,6 @@
 package login
 
 import (
-	"cmp"
 	"maps"
 	"net/http"
 	"slices"
@@ -50,7 +49,7 @@ func (h *Handler) Session(service policy.ProtectedService, w http.ResponseWriter
 		return Session{}, false
 	}
 	s, ok := h.read(service, r)
-	if !ok || !s.counts(p, now) || h.ended.has(s.ID) {
+	if !ok || !s.counts(p, now) || h.ended.has(s.ID, s.runsOut()) {
 		return Session{}, false
 	}
 	if now.Sub(s.Seen) > p.Spec.Login.Idle.Duration/10 {
@@ -66,7 +65,7 @@ func (h *Handler) Session(service policy.ProtectedService, w http.ResponseWriter
 // one by the policy in force. Silence does not end what is open.
 func (h *Handler) Lives(service policy.ProtectedService, s Session, now time.Time) bool {
 	p, ok := h.provider(service)
-	return ok && s.kept.lasts(p, now) && !h.ended.has(s.kept.ID)
+	return ok && s.kept.lasts(p, now) && !h.ended.has(s.kept.ID, s.kept.runsOut())
 }
 
 // caller is as the ID token told of it. A list of groups is kept once, and is among the claims again.
@@ -101,6 +100,9 @@ func (s session) end(p policy.IdentityProvider) time.Time {
 	return end
 }
 
+// runsOut is when it is over under any policy.
+func (s session) runsOut() time.Time { return s.Begun.Add(maxSession) }
+
 func (h *Handler) read(service policy.ProtectedService, r *http.Request) (session, bool) {
 	text, ok := parts(r, sessionCookie(service.Name))
 	if !ok {
@@ -127,27 +129,30 @@ func (h *Handler) write(service policy.ProtectedService, w http.ResponseWriter, 
 
 // endings are the sessions that were logged out and have not run out: their cookies may have been copied.
 type endings struct {
-	mu sync.Mutex
-	at map[string]time.Time // guarded by mu: by a session's id, when its cookie runs out by itself
+	mu     sync.Mutex
+	at     map[string]time.Time // guarded by mu: by a session's id, when its cookie runs out by itself
+	forgot time.Time            // guarded by mu: of what runs out until then it is not known any more whether it was ended
 }
 
-func (e *endings) has(id string) bool {
+// has says whether the session was ended that runs out then, or may have been: of two evils, a person logs in once more.
+func (e *endings) has(id string, until time.Time) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	_, ended := e.at[id]
-	return ended
+	return ended || !until.After(e.forgot)
 }
 
-// add forgets those that ran out, and when there are too many still, the one that will first.
+// add forgets those that ran out, and when there are too many still, the one that will first, with all that run out before it.
 func (e *endings) add(id string, until, now time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.at) >= maxEnded {
 		maps.DeleteFunc(e.at, func(_ string, t time.Time) bool { return !now.Before(t) })
 	}
-	if len(e.at) >= maxEnded {
-		soonest := slices.MinFunc(slices.Collect(maps.Keys(e.at)), func(a, b string) int { return cmp.Compare(e.at[a].UnixNano(), e.at[b].UnixNano()) })
+	e.at[id] = until
+	if len(e.at) > maxEnded {
+		soonest := slices.MinFunc(slices.Collect(maps.Keys(e.at)), func(a, b string) int { return e.at[a].Compare(e.at[b]) })
+		e.forgot = e.at[soonest]
 		delete(e.at, soonest)
 	}
-	e.at[id] = until
 }

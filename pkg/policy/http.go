@@ -48,7 +48,8 @@ type UpstreamTLS struct {
 	CA string `json:"ca,omitempty" yaml:"ca,omitempty"`
 }
 
-// HTTPLimits bound requests.
+// HTTPLimits bound requests. A change of headerBytes, headerTimeout or streams counts for connections that begin from then on, of the
+// others for the next request.
 type HTTPLimits struct {
 	// HeaderBytes of one request: 32KiB.
 	HeaderBytes Size `json:"headerBytes,omitempty" yaml:"headerBytes,omitempty"`

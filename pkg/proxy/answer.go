@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -20,12 +21,30 @@ type answer struct {
 	http.ResponseWriter
 	status int        // 0: none yet
 	fail   *rejection // why the service's answer is not what the client got
+	cookie []string   // of ours, to be set by the last header of the answer
+}
+
+// hold keeps our cookies out of the header until the last one is sent: those of 103 and its like are the service's alone, and are
+// taken out of the header again behind it, with all else that is there.
+func (a *answer) hold() {
+	a.cookie = a.Header()["Set-Cookie"]
+	a.Header().Del("Set-Cookie")
+}
+
+func (a *answer) release() {
+	for _, c := range a.cookie {
+		a.Header().Add("Set-Cookie", c)
+	}
+	a.cookie = nil
 }
 
 // WriteHeader implements http.ResponseWriter.
 func (a *answer) WriteHeader(status int) {
-	if a.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
+	if isLast := status >= 200 || status == http.StatusSwitchingProtocols; !isLast {
+		login.StripAnswer(a.Header())
+	} else if a.status == 0 {
 		a.status = status
+		a.release()
 	}
 	a.ResponseWriter.WriteHeader(status)
 }
@@ -48,6 +67,7 @@ func (a *answer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	a.status = http.StatusSwitchingProtocols
+	a.release()
 	if guard, ok := conn.(*http1); ok {
 		guard.open()
 	}

@@ -29,6 +29,13 @@ type webCertificate struct {
 	cert, key []byte // good or bad
 	loaded    *tls.Certificate
 	trouble   error // with what was read last
+	told      bool  // that it ends soon, or has ended
+}
+
+// endsSoon is when there is time left to renew a web certificate by hand: a week before its end, and a third of its time for one of short life.
+func (w *webCertificate) endsSoon(now time.Time) bool {
+	leaf := w.loaded.Leaf
+	return now.Add(min(7*24*time.Hour, leaf.NotAfter.Sub(leaf.NotBefore)/3)).After(leaf.NotAfter)
 }
 
 // NewCertificates reads them once. That one cannot be read is no error: the clients of the services that name it are refused
@@ -80,7 +87,21 @@ func (c *Certificates) look() {
 		cert, certErr := os.ReadFile(f.CertFile)
 		key, keyErr := os.ReadFile(f.KeyFile)
 		c.take(f, cert, key, errors.Join(certErr, keyErr))
+		c.warn(f, time.Now())
 	}
+}
+
+// warn says once of a certificate that its end is near: nothing has put a newer one in its place.
+func (c *Certificates) warn(f policy.WebCertificate, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	read := c.read[f.Name]
+	if read.loaded == nil || read.told || !read.endsSoon(now) {
+		return
+	}
+	read.told = true
+	c.log.Warn("web certificate ends soon", "name", f.Name, "until", read.loaded.Leaf.NotAfter, "file", f.CertFile,
+		"hint", "see why it was not renewed; a new one is in use 5 s after it is there, without a restart")
 }
 
 func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error) {
@@ -101,10 +122,12 @@ func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error
 		c.log.Info("web certificate in use", "name", f.Name, "until", pair.Leaf.NotAfter)
 		return
 	}
-	if before != nil {
-		now.loaded = before.loaded
-	}
 	now.trouble = fmt.Errorf("read web certificate %s from %s and %s: %w", f.Name, f.CertFile, f.KeyFile, err)
-	c.log.Error("keep last good web certificate", "name", f.Name, "error", now.trouble,
-		"hint", "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's")
+	const hint = "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's"
+	if before == nil || before.loaded == nil {
+		c.log.Error("no web certificate: clients of services that name it are refused", "name", f.Name, "error", now.trouble, "hint", hint)
+		return
+	}
+	now.loaded = before.loaded
+	c.log.Error("keep last good web certificate", "name", f.Name, "until", now.loaded.Leaf.NotAfter, "error", now.trouble, "hint", hint)
 }

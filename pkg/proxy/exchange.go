@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -34,8 +35,9 @@ type exchange struct {
 	answer  *answer
 	ctx     context.Context // ends with the request; its cause may be an *ending
 	cancel  context.CancelCauseFunc
-	body    *pacedBody // nil: none
-	whole   bool       // the answer did not break off
+	unsure  atomic.Pointer[time.Time] // since when nobody can tell whether its token counts; nil: it does
+	body    *pacedBody                // nil: none
+	whole   bool                      // the answer did not break off
 }
 
 // rejection is why a request is refused, and with what.
@@ -58,6 +60,9 @@ func exchangeOf(ctx context.Context) *exchange { return ctx.Value(exchangeKey{})
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	w.handlers.Add(1)
 	defer w.handlers.Done()
+	if w.guard != nil {
+		w.guard.serves()
+	}
 	e := &exchange{w: w, number: w.requests.Add(1), began: time.Now(), method: oneLine(r.Method), answer: &answer{ResponseWriter: rw}}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), exchangeKey{}, e))
 	defer cancel(nil)
@@ -103,6 +108,7 @@ func (e *exchange) admit(set *policy.Set, r *http.Request) *rejection {
 		return notAllowed(decision)
 	}
 	e.rule = decision.Rule
+	e.answer.hold()
 	e.w.noteOpen(e.caller)
 	return e.limitBody(limits, r)
 }
@@ -191,12 +197,12 @@ func tokenRefused(spec policy.HTTPSpec, err error) *rejection {
 }
 
 func (e *exchange) identifyByLogin(service policy.ProtectedService, r *http.Request) *rejection {
-	handler := e.w.s.p.cfg.Login
-	if handler.Serve(service, e.answer, r, e.began) {
+	handler, now := e.w.s.p.cfg.Login, e.w.s.p.now()
+	if handler.Serve(service, e.answer, r, now) {
 		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, loginPage(e.answer.status)}, answered: true}
 	}
-	session, ok := handler.Session(service, e.answer, r, e.began)
-	if !ok && handler.Redirect(service, e.answer, r, e.began) {
+	session, ok := handler.Session(service, e.answer, r, now)
+	if !ok && handler.Redirect(service, e.answer, r, now) {
 		return &rejection{badRequest: badRequest{e.answer.status, flow.ReasonLoginNeeded, "sent to the login"}, answered: true}
 	}
 	if !ok {
@@ -370,12 +376,8 @@ func (e *exchange) objection() *ending {
 	if e.login != nil && service.Spec.HTTP.Login != e.caller.Provider {
 		return &ending{flow.ReasonPolicyChanged, "the service has no such login any more"}
 	}
-	if e.token != "" {
-		ctx, cancel := context.WithTimeout(e.w.s.ctx, recheckToken)
-		defer cancel()
-		if _, err := p.cfg.Tokens.Verify(ctx, service, e.token); err != nil {
-			return &ending{flow.ReasonSessionEnded, "its token is not taken any more: " + err.Error()}
-		}
+	if end := e.tokenObjection(service); end != nil {
+		return end
 	}
 	if d := set.Authorise(service.Name, e.caller, &e.request, p.now()); !d.Allowed {
 		return &ending{flow.ReasonPolicyChanged, fmt.Sprintf("%v any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))}
@@ -383,8 +385,34 @@ func (e *exchange) objection() *ending {
 	return nil
 }
 
-// recheckToken bounds how long the look at one token may take.
-const recheckToken = time.Second
+// recheckToken bounds how long the look at one token may take, and keysPatience how long a request goes on with one of which nobody
+// can tell.
+const (
+	recheckToken = time.Second
+	keysPatience = time.Minute
+)
+
+// tokenObjection asks for the request's token anew. Where the keys of its provider are not known at this moment, as when policy has
+// them come from elsewhere, nothing speaks against it: it is asked for each second until that is settled.
+func (e *exchange) tokenObjection(service policy.ProtectedService) *ending {
+	if e.token == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(e.w.s.ctx, recheckToken)
+	defer cancel()
+	_, err := e.w.s.p.cfg.Tokens.Verify(ctx, service, e.token)
+	if err == nil {
+		e.unsure.Store(nil)
+		return nil
+	}
+	now := e.w.s.p.now()
+	if errors.Is(err, token.ErrNoKeys) {
+		if e.unsure.CompareAndSwap(nil, &now) || now.Before(e.unsure.Load().Add(keysPatience)) {
+			return nil
+		}
+	}
+	return &ending{flow.ReasonSessionEnded, "its token is not taken any more: " + err.Error()}
+}
 
 func authenticates(proof string) string {
 	if proof == "" {

@@ -54,6 +54,9 @@ func checkHeaders(r *http.Request) error {
 	if len(r.Header["Authorization"]) > 1 {
 		return malformed("the request has several Authorization fields")
 	}
+	if len(r.Trailer) > 0 {
+		return malformed("the request announces trailers, which are not carried: many servers take them for headers, and nobody has judged them")
+	}
 	if r.ContentLength != 0 && strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		return malformed("a request that switches protocols has a body")
 	}

@@ -31,6 +31,7 @@ type http1 struct {
 	asked  time.Time // guarded by mu; the deadline that net/http set
 	headBy time.Time // guarded by mu; when the header under way must be complete
 	owed   int       // guarded by mu; requests whose header went on, and that are not answered
+	served bool      // guarded by mu; one of them is with our handler
 
 	// owned by the one reader
 	base    []byte // what in is a part of
@@ -211,7 +212,10 @@ func (c *http1) stepLine() (more bool, err error) {
 			c.part, c.chunked = partHead, false
 			return false, nil
 		}
-		return false, checkField(line)
+		if err := checkField(line); err != nil {
+			return false, err
+		}
+		return false, malformed("the request has a trailer that it did not announce")
 	default:
 		return false, c.startChunk(line)
 	}
@@ -374,6 +378,27 @@ func (c *http1) answered() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.owed--
+	c.served = false
+}
+
+// serves says that our handler has a request.
+func (c *http1) serves() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.served = true
+}
+
+// Write implements net.Conn. What net/http answers before our handler has the request is a refusal of its own, and is recorded here.
+func (c *http1) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	served := c.served
+	c.served = true // it is recorded once
+	c.mu.Unlock()
+	if !served {
+		line, _, _ := strings.Cut(string(b[:min(len(b), maxLine)]), "\r\n")
+		c.refuse(badRequest{reason: flow.ReasonBadRequest, why: "net/http answers " + line})
+	}
+	return c.client.Write(b)
 }
 
 // open lets everything through from now on. Nobody may be reading.

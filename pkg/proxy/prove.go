@@ -175,7 +175,7 @@ func (s *session) authorise(id spiffeid.ID, chains [][]*x509.Certificate) error 
 	who := s.identity()
 	who.caller = policy.Caller{ID: id, Proof: policy.ProofSPIFFE, Address: s.client.Addr()}
 	if len(chains) > 0 {
-		who.chain = chains[0]
+		who.chain, who.at = chains[0], time.Now()
 	}
 	s.setIdentity(who)
 	decision := s.p.cfg.Policy.Set().Authorise(who.service, who.caller, nil, s.p.now())
@@ -225,7 +225,7 @@ func (p *Proxy) objection(s *session) error {
 	default:
 		return nil // to verify it again would cost a fifth of what a connection costs
 	}
-	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(s.accepted)); err != nil {
+	if _, _, err := x509svid.Verify(who.chain, p.cfg.Identity, x509svid.WithTime(who.at)); err != nil {
 		return fmt.Errorf("identity is not trusted any more: %w", err)
 	}
 	return nil

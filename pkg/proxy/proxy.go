@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -204,41 +206,65 @@ func (p *Proxy) drain() {
 }
 
 // recheck asks again, of every live connection, whether it would still be let in, whenever policy,
-// bundles or identities change.
+// bundles or identities change, and when policy may answer otherwise by the time alone.
 func (p *Proxy) recheck(ctx context.Context) {
-	for {
+	tick := time.NewTicker(expiryLook)
+	defer tick.Stop()
+	var edge edge
+	for ctx.Err() == nil {
 		changed, identity := p.cfg.Policy.Changed(), p.cfg.Identity.Changed()
-		for _, s := range p.room.snapshot() {
-			s.recheck()
-		}
-		select {
-		case <-changed:
-		case <-identity:
-		case <-ctx.Done():
-			return
+		p.ask(p.room.snapshot(), (*session).recheck)
+		for again := false; !again; {
+			select {
+			case <-changed:
+				again = true
+			case <-identity:
+				again = true
+			case <-tick.C:
+				if again = edge.passed(p.cfg.Policy.Set(), p.now()); !again {
+					p.ask(slices.DeleteFunc(p.room.snapshot(), (*session).isSettled), (*session).rejudge)
+				}
+			case <-ctx.Done():
+				return
+			}
 		}
 	}
+}
+
+// Bounds of the connections, and of the requests of each, that are judged again at a time: any of them may have to wait for the keys
+// of its token, and must not hold up the others.
+const (
+	rechecksAtOnce = 64
+	rechecksEach   = 16
+)
+
+// ask has connections judged.
+func (p *Proxy) ask(sessions []*session, judge func(*session)) {
+	var all errgroup.Group
+	all.SetLimit(rechecksAtOnce)
+	for _, s := range sessions {
+		all.Go(func() error {
+			judge(s)
+			return nil
+		})
+	}
+	_ = all.Wait()
 }
 
 // expiryLook is how often live connections are held against the wall clock: a timer for each would sleep
 // through a suspended machine and through a clock that was set.
 const expiryLook = time.Second
 
-// expire cuts live connections whose proof of identity is over, and asks again of all of them when policy may answer otherwise by
-// the time alone.
+// expire cuts live connections whose proof of identity is over.
 func (p *Proxy) expire(ctx context.Context) {
 	tick := time.NewTicker(expiryLook)
 	defer tick.Stop()
-	var edge edge
 	for {
 		select {
 		case <-tick.C:
 			now := p.now()
-			again := edge.passed(p.cfg.Policy.Set(), now)
 			for _, s := range p.room.snapshot() {
-				if s.expire(now); again {
-					s.recheck()
-				}
+				s.expire(now)
 			}
 		case <-ctx.Done():
 			return

@@ -41,6 +41,7 @@ type proven struct {
 	caller  policy.Caller       // of an HTTP service, the first one on the connection
 	chain   []*x509.Certificate // that proved it, leaf first; none: a token did
 	trusted <-chan struct{}     // open as long as nothing has changed in what chain was verified with
+	at      time.Time           // when that was verified
 }
 
 // ending says why a connection was cut.
@@ -230,6 +231,14 @@ func (s *session) recheck() {
 	} else if why := s.p.objection(s); why != nil {
 		s.cut(flow.ReasonPolicyChanged, why.Error())
 	}
+}
+
+// rejudge judges the requests that a recheck left open.
+func (s *session) rejudge() { s.served().settle() }
+
+func (s *session) isSettled() bool {
+	w := s.served()
+	return w == nil || len(w.unsettled()) == 0
 }
 
 // expire cuts a live connection when what its client proved is too long over. A client that has a newer

@@ -9,11 +9,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -32,6 +34,7 @@ type web struct {
 	s        *session
 	spec     policy.HTTPSpec // as the connection began
 	http2    bool
+	guard    *http1 // nil with HTTP/2
 	server   *http.Server
 	upstream *upstream
 	reverse  *httputil.ReverseProxy
@@ -112,7 +115,7 @@ func (w *web) serve(conn *client) {
 	if !w.http2 {
 		guard := &http1{client: conn, limit: int(spec.HeaderBytes), timeout: spec.HeaderTimeout.Duration,
 			refuse: w.refuse, linger: w.s.linger}
-		l.conn = guard
+		l.conn, w.guard = guard, guard
 		w.server.ConnState = func(_ net.Conn, state http.ConnState) {
 			if state == http.StateIdle {
 				guard.answered()
@@ -285,11 +288,29 @@ func (w *web) recheck() {
 		w.s.cut(flow.ReasonPolicyChanged, why.Error())
 		return
 	}
-	for _, e := range w.snapshot() {
-		if end := e.objection(); end != nil {
-			e.cut(end)
-		}
+	w.ask(w.snapshot())
+}
+
+func (w *web) settle() { w.ask(w.unsettled()) }
+
+// unsettled are the requests of which nobody could tell whether their tokens still count.
+func (w *web) unsettled() []*exchange {
+	return slices.DeleteFunc(w.snapshot(), func(e *exchange) bool { return e.unsure.Load() == nil })
+}
+
+// ask has requests judged again, some at a time: each may have to wait for the keys of its token.
+func (w *web) ask(requests []*exchange) {
+	var all errgroup.Group
+	all.SetLimit(rechecksEach)
+	for _, e := range requests {
+		all.Go(func() error {
+			if end := e.objection(); end != nil {
+				e.cut(end)
+			}
+			return nil
+		})
 	}
+	_ = all.Wait()
 }
 
 // expire cuts requests whose token or login has ended.

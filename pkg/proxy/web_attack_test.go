@@ -532,3 +532,30 @@ func TestNoResumption(t *testing.T) {
 		c.Close()
 	}
 }
+
+// TestTrailersOfRequests: they are refused, and recorded, rather than dropped behind the client's back.
+func TestTrailersOfRequests(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []string{alpnHTTP1, alpnHTTP2} {
+		l := newWebLab(t, webConfig{http: "{}", access: onlyWeb, handler: http.HandlerFunc(echo)})
+		r, err := http.NewRequest(http.MethodPost, "https://"+l.addr+"/", io.MultiReader(strings.NewReader("body")))
+		l.must(err)
+		r.Trailer = http.Header{"X-Checksum": {"1"}}
+		if status, text := l.do(l.client(webID, protocol), r); status != 400 || !strings.Contains(text, "trailers") {
+			t.Errorf("%s: %d %s", protocol, status, text)
+		}
+		if r := l.find(flow.EventDeny, flow.ReasonBadRequest); !strings.Contains(r.Detail, "announces trailers") || r.Request.Status != 400 {
+			t.Errorf("%s: record %+v", protocol, r)
+		}
+	}
+	l := newWebLab(t, webConfig{http: "{}", access: onlyWeb, handler: http.HandlerFunc(echo)})
+	c := l.dial(webID, alpnHTTP1)
+	_, err := io.WriteString(c, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX-Checksum: 1\r\n\r\n")
+	l.must(err)
+	if text, _ := io.ReadAll(c); strings.Contains(string(text), "HTTP/1.1 200") {
+		t.Errorf("a trailer that was not announced: %s", text)
+	}
+	if r := l.find(flow.EventDeny, flow.ReasonBadRequest); !strings.Contains(r.Detail, "did not announce") {
+		t.Errorf("record %+v", r)
+	}
+}

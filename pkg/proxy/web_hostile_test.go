@@ -175,3 +175,44 @@ spec: {issuer: %q, audiences: [%q], endpoints: [%q], ca: %q}`, p.Issuer, audienc
 		t.Errorf("record %+v", r)
 	}
 }
+
+// TestAnswersOfTheLibrary: what net/http refuses by itself is in a record too, once, and what it serves is not.
+func TestAnswersOfTheLibrary(t *testing.T) {
+	t.Parallel()
+	l := newWebLab(t, webConfig{http: "{}", access: onlyWeb, handler: http.HandlerFunc(echo)})
+	good := "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx"
+	awaited := "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\nx"
+	for bad, status := range map[string]string{
+		"GET / HTTP/1.1\r\nHost: a\r\nExpect: a miracle\r\n\r\n": "417",
+		"GET /%zz HTTP/1.1\r\nHost: a\r\n\r\n":                   "400",
+		"GET / HTTP/1.1\r\nHost: a b\r\n\r\n":                    "400",
+	} {
+		for _, before := range []string{"", good + awaited} {
+			count := len(l.records.all())
+			c := l.dial(webID, alpnHTTP1)
+			_, err := io.WriteString(c, before+bad)
+			l.must(err)
+			text, _ := io.ReadAll(c)
+			if !strings.Contains(string(text), "HTTP/1.1 "+status) || strings.Count(string(text), "HTTP/1.1 200") != strings.Count(before, "POST") {
+				t.Errorf("%q behind %q is answered %q", bad, before, text)
+			}
+			l.eventually("its record", func() bool {
+				l.proxy.denials.flush()
+				return l.refusals(count, "net/http answers HTTP/1.1 "+status) == 1
+			})
+			if n := l.refusals(count, "net/http"); n != 1 {
+				t.Errorf("%q behind %q has %d records", bad, before, n)
+			}
+		}
+	}
+}
+
+// refusals counts bad requests that are recorded with these words, from a record on.
+func (l *webLab) refusals(from int, words string) (n int) {
+	for _, r := range l.records.all()[from:] {
+		if r.Event == flow.EventDeny && r.Reason == flow.ReasonBadRequest && strings.Contains(r.Detail, words) {
+			n += int(r.Count)
+		}
+	}
+	return n
+}

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -53,6 +55,11 @@ spec: {issuer: %q, audiences: [web], endpoints: [%q], ca: %q, login: {clientID: 
 func TestChromiumThroughTheProxy(t *testing.T) {
 	t.Parallel()
 	open := func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/hints" {
+			rw.Header().Set("Set-Cookie", "__Host-sallyport-session-web=of the service; Path=/; Secure")
+			rw.WriteHeader(http.StatusEarlyHints)
+			rw.Header().Del("Set-Cookie")
+		}
 		if r.URL.Path != "/open" {
 			http.SetCookie(rw, &http.Cookie{Name: "__Host-sallyport-session-web", Value: "of the service", Path: "/", Secure: true})
 			echo(rw, r)
@@ -72,7 +79,7 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	where := "https://" + l.addr
 	p := oidc.Start(t, oidc.Options{Accounts: map[string]map[string]any{"ann": {"groups": []string{"ops"}}}, Clients: []oidc.Client{{ID: "app",
 		GrantTypes: []string{"authorization_code"}, ResponseTypes: []string{"code"}, RedirectURIs: []string{where + "/.sallyport/callback"}, TokenAuthMethod: "none"}}})
-	l.write(byBrowser, `[{groups: [people/ops], routes: [{paths: [/, /open]}]}]`+fmt.Sprintf(people, p.Issuer, p.Endpoint, p.CA))
+	l.write(byBrowser, `[{groups: [people/ops], routes: [{paths: [/, /open, /hints]}]}]`+fmt.Sprintf(people, p.Issuer, p.Endpoint, p.CA))
 
 	b := newChromium(t)
 	b.do(chromedp.Navigate(where + "/"))
@@ -96,12 +103,15 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	c.Timeout = time.Minute // that it hangs
 	c.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify = true
 	c.Transport.(*http.Transport).TLSClientConfig.VerifyPeerCertificate = nil
-	ask := func(path string) *http.Response {
+	ask := func(path string, change ...func(*http.Request)) *http.Response {
 		t.Helper()
 		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, where+path, nil)
 		l.must(err)
 		for _, k := range b.kept {
 			r.AddCookie(&http.Cookie{Name: k.Name, Value: k.Value})
+		}
+		for _, f := range change {
+			f(r)
 		}
 		answer, err := c.Do(r)
 		l.must(err)
@@ -111,6 +121,7 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	if answer := ask("/secret"); answer.StatusCode != http.StatusForbidden {
 		t.Errorf("what is not allowed: %s", answer.Status)
 	}
+	l.renewedBehindHints(ask)
 	stream := ask("/open")
 	if stream.StatusCode != http.StatusOK {
 		t.Fatalf("with the browser's cookies: %s", stream.Status)
@@ -123,6 +134,28 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	l.find(flow.EventRequest, flow.ReasonSessionEnded)
 	if answer := ask("/"); answer.StatusCode != http.StatusUnauthorized {
 		t.Errorf("with the browser's cookies after the logout: %s", answer.Status)
+	}
+}
+
+// renewedBehindHints: a cookie that is renewed comes with the answer, whatever the service says ahead of that, and nothing of the kind
+// with what is ahead.
+func (l *webLab) renewedBehindHints(ask func(string, ...func(*http.Request)) *http.Response) {
+	l.Helper()
+	l.ahead.Store(int64(30 * time.Minute))
+	defer l.ahead.Store(0)
+	hints := make(chan textproto.MIMEHeader, 10)
+	answer := ask("/hints", func(r *http.Request) {
+		*r = *r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
+			hints <- h
+			return nil
+		}}))
+	})
+	set := answer.Header["Set-Cookie"]
+	if len(set) != 1 || !strings.HasPrefix(set[0], "__Host-sallyport-session-web=") || strings.Contains(set[0], "of the service") {
+		l.Errorf("behind hints, the session's cookie is renewed as %q", set)
+	}
+	if h := <-hints; len(h["Set-Cookie"]) > 0 {
+		l.Errorf("hints set %q", h["Set-Cookie"])
 	}
 }
 

@@ -224,7 +224,7 @@ func writeCertificate(t *testing.T, f policy.WebCertificate, name string, serial
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+		NotBefore: time.Now().Add(-time.Second), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -293,5 +293,34 @@ func (l *webLab) servedBy(f policy.WebCertificate, i issuer, serial int64) {
 	l.must(err)
 	if answer.StatusCode != 200 {
 		l.Errorf("answer %s", answer.Status)
+	}
+}
+
+// TestWhatIsSaidOfWebCertificates: whether clients are refused meanwhile, or until when the last good one lasts.
+func TestWhatIsSaidOfWebCertificates(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f := policy.WebCertificate{Name: "public", CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	var said strings.Builder
+	certificates := NewCertificates([]policy.WebCertificate{f}, slog.New(slog.NewTextHandler(&said, nil)))
+	for _, step := range []struct {
+		change func()
+		says   string
+	}{
+		{func() {}, "no web certificate: clients of services that name it are refused"},
+		{func() { writeCertificate(t, f, "web.example.org", 1) }, "web certificate in use"},
+		{func() { certificates.warn(f, time.Now().Add(45*time.Minute)) }, "web certificate ends soon"},
+		{func() { _ = os.WriteFile(f.KeyFile, []byte("no key"), 0o600) }, "keep last good web certificate"},
+	} {
+		step.change()
+		certificates.look()
+		if !strings.Contains(said.String(), step.says) {
+			t.Errorf("want %q, it says %s", step.says, said.String())
+		}
+		said.Reset()
+		certificates.look()
+		if said.Len() > 0 {
+			t.Errorf("it is said again: %s", said.String())
+		}
 	}
 }

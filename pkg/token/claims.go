@@ -44,7 +44,7 @@ func (c claims) period(now time.Time, skew time.Duration) (end time.Time, err er
 		return end, fmt.Errorf("%w: has no exp", ErrMalformed)
 	}
 	if end = end.Add(skew); !now.Before(end) {
-		return end, fmt.Errorf("%w: expired at %s", ErrTime, end.Add(-skew).UTC().Format(time.RFC3339))
+		return end, fmt.Errorf("%w: expired at %s, and here it is %s", ErrTime, clock(end.Add(-skew)), clock(now))
 	}
 	for _, name := range []string{"nbf", "iat"} {
 		from, there, err := c.time(name)
@@ -52,11 +52,14 @@ func (c claims) period(now time.Time, skew time.Duration) (end time.Time, err er
 			return end, err
 		}
 		if there && now.Before(from.Add(-skew)) {
-			return end, fmt.Errorf("%w: does not count before %s (%s)", ErrTime, from.UTC().Format(time.RFC3339), name)
+			return end, fmt.Errorf("%w: does not count before %s (%s), and here it is %s", ErrTime, clock(from), name, clock(now))
 		}
 	}
 	return end, nil
 }
+
+// clock is a time as people compare it: the node's own may be wrong.
+func clock(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 func (c claims) time(name string) (at time.Time, there bool, err error) {
 	value, there := c[name]

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -188,5 +189,16 @@ func TestJWTSVID(t *testing.T) {
 	nowhere.Spec.HTTP.Audiences = nil
 	if _, err := v.Verify(t.Context(), nowhere, svid(nil, nil)); !errors.Is(err, ErrNotTaken) {
 		t.Errorf("a service without audiences takes a token: %v", err)
+	}
+}
+
+// TestTimesAreComparable: who reads that a token is out of its time sees the node's own beside it.
+func TestTimesAreComparable(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	for _, c := range []claims{{"exp": 1.0}, {"exp": 9e9, "nbf": 8e9}} {
+		if _, err := c.period(now, 0); !errors.Is(err, ErrTime) || !strings.Contains(err.Error(), "here it is 2026-03-01T12:00:00Z") {
+			t.Errorf("%v: %v", c, err)
+		}
 	}
 }

@@ -52,6 +52,13 @@ func (s *spireWorld) under(t *testing.T, requesters, keepers int, f func()) *spi
 	for _, f := range l.failures[:min(len(l.failures), 10)] {
 		t.Error(f)
 	}
+	if len(l.failures) > 0 { // what the node says of it is gone with the test
+		for _, r := range s.log.all(t) {
+			if r.Event == "DENY" || r.Event == "CLOSE" && r.Reason != "CLOSED" {
+				t.Logf("record %s: %s", r, r.Detail)
+			}
+		}
+	}
 	return l
 }
 

@@ -108,6 +108,11 @@ func attacksOnTheLogin(t *testing.T, w *world) {
 	attacker, victim := w.browser(), w.browser()
 	where, _ := w.begin()
 	stolen := attacker.assertion("mallory", where)
+	if w.browser().bring(stolen) != "" {
+		t.Error("a browser that begins nothing finishes a login")
+	}
+	stolen = attacker.assertion("mallory", where)
+	victim.assertion("ann", where) // has a login of its own under way, and its cookie
 	if victim.bring(stolen) != "" {
 		t.Error("another browser finishes a login")
 	}
