@@ -42,6 +42,7 @@ type Client struct {
 	RedirectURIs    []string `json:"redirect_uris"`
 	ResponseTypes   []string `json:"response_types"`
 	LogoutURIs      []string `json:"post_logout_redirect_uris,omitempty"`
+	Application     string   `json:"application_type,omitempty"` // native: any port of a loopback address will do
 	IDTokenAlg      string   `json:"id_token_signed_response_alg,omitempty"`
 	TokenAuthMethod string   `json:"token_endpoint_auth_method,omitempty"`
 }

@@ -31,6 +31,8 @@ const provider = new Provider(`https://127.0.0.1:${port}`, {
   ttl: { AccessToken: given.ttl, ClientCredentials: given.ttl, IdToken: given.ttl, Session: 3600, Grant: 3600, Interaction: 600 },
   features: {
     devInteractions: { enabled: true },
+    deviceFlow: { enabled: true },
+    revocation: { enabled: true },
     clientCredentials: { enabled: true },
     rpInitiatedLogout: { enabled: true },
     resourceIndicators: {
