@@ -143,7 +143,7 @@ func (s *session) say(conn *client, bad badRequest) error {
 	text := fmt.Sprintf("%sflow: %s\n", page(bad.status, bad.reason, bad.why), s.id)
 	answer := http.Response{
 		StatusCode: bad.status, ProtoMajor: 1, ProtoMinor: 1, Close: true,
-		Header:        http.Header{"Content-Type": {"text/plain; charset=utf-8"}, "Sallyport-Reason": {bad.reason.String()}},
+		Header:        http.Header{"Content-Type": {"text/plain; charset=utf-8"}, api.ReasonHeader: {bad.reason.String()}, api.FlowHeader: {s.id}},
 		ContentLength: int64(len(text)), Body: io.NopCloser(strings.NewReader(text)),
 	}
 	if bad.status == http.StatusUnauthorized {

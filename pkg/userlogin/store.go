@@ -235,7 +235,7 @@ func (s Store) lock(name string) (unlock func(), err error) {
 		return nil, fmt.Errorf("lock login: %w", err)
 	}
 	for {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
 			break
 		}
 	}
