@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 )
@@ -14,10 +12,12 @@ func (c *cli) connect() *cobra.Command {
 		Use:   "connect [ADDRESS:PORT]",
 		Short: "Carry standard input and output to a protected service, with our identity",
 		Long: `Connect to a protected service inside mTLS, with the identity that the Workload API gives us, and
-carry standard input and output: for ssh's ProxyCommand and friends. The end of standard input
-ends only our half; the command is done when both halves have ended.`,
-		Example: `  ssh -o ProxyCommand='sallyport connect %h:%p' 10.2.0.2`,
-		Args:    between(0, 1),
+carry standard input and output: for ssh's ProxyCommand and friends. With --login the token of a
+login proves us instead, to services that take tokens. The end of standard input ends only our
+half; the command is done when both halves have ended.`,
+		Example: `  ssh -o ProxyCommand='sallyport connect %h:%p' 10.2.0.2
+  ssh -o ProxyCommand='sallyport connect --login default %h:%p' db.example.org`,
+		Args: between(0, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 && flags.to != "" {
 				return withHint(usagef("connect: two services are named"), "give the address once: as argument, or with --to")
@@ -25,12 +25,12 @@ ends only our half; the command is done when both halves have ended.`,
 			if len(args) == 1 {
 				flags.to = args[0]
 			}
-			tunnel, me, err := c.open(cmd.Context(), &flags)
+			tunnel, err := c.open(cmd.Context(), &flags)
 			if err != nil {
 				return err
 			}
-			defer me.Close()
-			return tunnelHint(tunnel.Pipe(cmd.Context(), &stdio{c.stdin, c.stdout}))
+			defer tunnel.close()
+			return tunnelHint(tunnel.Pipe(cmd.Context(), &stdio{c.stdin, c.stdout}), flags.login)
 		},
 	}
 	flags.add(cmd)
@@ -46,21 +46,13 @@ type stdio struct {
 // CloseWrite ends standard output, for a reader behind a pipe to see.
 func (s *stdio) CloseWrite() error { return closeIfCan(s.Writer) }
 
-// Close ends both.
-func (s *stdio) Close() error {
-	return errors.Join(closeIfCan(s.Reader), ignoreClosed(closeIfCan(s.Writer)))
-}
+// Close ends the reader alone: standard output ends with the command, after its error has been said. ssh goes as soon as it ends,
+// and takes the command along.
+func (s *stdio) Close() error { return closeIfCan(s.Reader) }
 
 func closeIfCan(v any) error {
 	if c, ok := v.(io.Closer); ok {
 		return c.Close()
 	}
 	return nil
-}
-
-func ignoreClosed(err error) error {
-	if errors.Is(err, os.ErrClosed) {
-		return nil
-	}
-	return err
 }

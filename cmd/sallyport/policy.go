@@ -118,8 +118,10 @@ func checkTable(t *table, set *policy.Set) {
 		if open := s.Open(); open != "" {
 			says += "; " + open
 		}
-		if h := s.Spec.HTTP; h != nil {
-			says += "; http, authenticates " + strings.Join(h.Authenticate, ", ")
+		if proofs := s.Spec.Proofs(); s.Spec.HTTP != nil {
+			says += "; http, authenticates " + strings.Join(proofs.Authenticate, ", ")
+		} else if s.Spec.Tokens != nil {
+			says += "; authenticates " + strings.Join(proofs.Authenticate, ", ")
 		}
 		t.row(policy.KindProtectedService, s.Name, s.Source, says)
 	}

@@ -25,6 +25,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrUntrusted says that what answered did not prove an identity that we expect there.
 	ErrUntrusted = errors.New("other identity than expected")
+	// ErrNoTokens says that what answered takes no token before the first byte.
+	ErrNoTokens = errors.New("no token is taken there")
 	// ErrUnknownCall says that the other side is of a version that does not have the call.
 	ErrUnknownCall = errors.New("call is not known there")
 )

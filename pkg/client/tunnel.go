@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
 // Stream is one end of a tunnel: a connection whose sending half can be closed on its own.
@@ -26,8 +28,12 @@ type TunnelConfig struct {
 	Server string
 	// TLS proves our identity and checks the proxy's, by VerifyPeerCertificate as go-spiffe does.
 	TLS *tls.Config
+	// Bearer gives the token that proves us in place of an identity in TLS; nil: TLS does. Then TLS needs a ServerName.
+	Bearer func(context.Context) (string, error)
 	// DialTimeout bounds connect and handshake together; 0 is 10 seconds.
 	DialTimeout time.Duration
+	// Hint says what to do about an error that ended a connection; nil: nobody knows.
+	Hint func(error) string
 	// Logger gets one line per connection. Nil discards.
 	Logger *slog.Logger
 }
@@ -47,6 +53,9 @@ func NewTunnel(cfg TunnelConfig) (*Tunnel, error) {
 	cfg.TLS = cfg.TLS.Clone()
 	cfg.TLS.MinVersion = tls.VersionTLS13
 	cfg.TLS.SessionTicketsDisabled = true
+	if cfg.Bearer != nil {
+		cfg.TLS.NextProtos = []string{api.ConnectProtocol}
+	}
 	markUntrusted(cfg.TLS)
 	if cfg.DialTimeout == 0 {
 		cfg.DialTimeout = 10 * time.Second
@@ -85,6 +94,13 @@ func (t *Tunnel) Dial(ctx context.Context) (Stream, error) {
 func (t *Tunnel) dial(ctx context.Context) (*secured, error) {
 	ctx, cancel := context.WithTimeout(ctx, t.cfg.DialTimeout)
 	defer cancel()
+	token := ""
+	if t.cfg.Bearer != nil {
+		var err error
+		if token, err = t.cfg.Bearer(ctx); err != nil {
+			return nil, err
+		}
+	}
 	d := net.Dialer{KeepAlive: 15 * time.Second}
 	conn, err := d.DialContext(ctx, "tcp", t.cfg.Server)
 	if err != nil {
@@ -94,6 +110,17 @@ func (t *Tunnel) dial(ctx context.Context) (*secured, error) {
 	if err := remote.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("prove identities with %s: %w", t.cfg.Server, err)
+	}
+	if t.cfg.Bearer == nil {
+		return remote, nil
+	}
+	if remote.ConnectionState().NegotiatedProtocol != api.ConnectProtocol {
+		conn.Close()
+		return nil, fmt.Errorf("show token to %s: %w", t.cfg.Server, ErrNoTokens)
+	}
+	if err := show(ctx, remote, t.cfg.Server, token); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("%s: %w", t.cfg.Server, err)
 	}
 	return remote, nil
 }
@@ -141,6 +168,9 @@ func (t *Tunnel) serve(ctx context.Context, conn net.Conn) {
 	err := t.Pipe(ctx, local)
 	log := t.cfg.Logger.With("server", t.cfg.Server, "duration", time.Since(start).Round(time.Millisecond))
 	if err != nil && ctx.Err() == nil {
+		if t.cfg.Hint != nil {
+			log = log.With("hint", t.cfg.Hint(err))
+		}
 		log.Warn("connection ended early", "error", err)
 		return
 	}

@@ -55,10 +55,11 @@ func (s *ProtectedService) validateNames(d *document, field string, r *AccessRul
 			d.report(at, checkTokenName(entry, list.name == "subjects"))
 			provider, _, _ := strings.Cut(entry, "/")
 			switch {
-			case h == nil:
-				d.report(at, faultf("write http at the service, with authenticate: [oidc] and providers", "only a service with http takes tokens"))
-			case !slices.Contains(h.Providers, provider):
-				d.report(at, faultf("add it there, or name one that is", "the provider %q is not in spec.http.providers", cut(provider)))
+			case h == nil && s.Spec.Tokens == nil:
+				d.report(at, faultf("write http at the service, with authenticate: [oidc] and providers, or tokens with providers",
+					"only a service with http or tokens takes tokens"))
+			case !slices.Contains(s.Spec.Proofs().Providers, provider):
+				d.report(at, faultf("add it there, or name one that is", "the provider %q is not in %s", cut(provider), s.Spec.providersField()))
 			}
 		}
 	}

@@ -60,7 +60,7 @@ func (s *Set) Authorise(service string, who Caller, r *Request, now time.Time) D
 
 // refuses says why a service takes no such caller or request, whatever its rules say; empty: it does.
 func (s ProtectedService) refuses(who Caller, r *Request) string {
-	h, proof := s.Spec.HTTP, who.proof()
+	h, proofs, proof := s.Spec.HTTP, s.Spec.Proofs(), who.proof()
 	how := proof
 	if proof == ProofLocal { // proven by the same authority as an SVID
 		how = AuthenticateSPIFFE
@@ -68,15 +68,13 @@ func (s ProtectedService) refuses(who Caller, r *Request) string {
 	switch {
 	case (proof == ProofOIDC) == (who.Provider == "") || (proof == ProofOIDC) == !who.ID.IsZero():
 		return fmt.Sprintf("a caller that was proven by %s has not such names", proof)
-	case h == nil && how != AuthenticateSPIFFE:
-		return fmt.Sprintf("%s has no http, and takes no tokens", s.Name)
-	case h == nil:
-		return ""
-	case !h.authenticates(how):
-		return fmt.Sprintf("%s takes %s, and the caller was proven by %s", s.Name, strings.Join(h.Authenticate, ", "), proof)
-	case proof == ProofOIDC && !slices.Contains(h.Providers, who.Provider):
+	case h == nil && s.Spec.Tokens == nil && how != AuthenticateSPIFFE:
+		return fmt.Sprintf("%s has neither http nor tokens, and takes no tokens", s.Name)
+	case !proofs.Take(how):
+		return fmt.Sprintf("%s takes %s, and the caller was proven by %s", s.Name, strings.Join(proofs.Authenticate, ", "), proof)
+	case proof == ProofOIDC && !slices.Contains(proofs.Providers, who.Provider):
 		return fmt.Sprintf("%s takes no tokens of %s", s.Name, who.Provider)
-	case r != nil && len(h.Hosts) > 0 && !slices.Contains(h.Hosts, r.Host):
+	case h != nil && r != nil && len(h.Hosts) > 0 && !slices.Contains(h.Hosts, r.Host):
 		return fmt.Sprintf("%s is not served as %q", s.Name, cut(r.Host))
 	}
 	return ""

@@ -22,8 +22,9 @@ func (s *Set) CheckNode(c AgentConfig) error {
 			report("spec.access", "name identities of one of them, or add the trust domain to spec.federatesWith of the node's configuration",
 				"nobody can ever come in at %s: its rules name identities of other trust domains than this node knows (%s)", svc.Name, strings.Join(trusted, ", "))
 		}
-		if h := svc.Spec.HTTP; h != nil && h.Certificate != "" && !slices.ContainsFunc(c.Spec.Proxy.Certificates, func(w WebCertificate) bool { return w.Name == h.Certificate }) {
-			report("spec.http.certificate", "add it there, or name one that is", "spec.proxy.certificates of the node's configuration has no %q", h.Certificate)
+		field, name := svc.Spec.certificate()
+		if name != "" && !slices.ContainsFunc(c.Spec.Proxy.Certificates, func(w WebCertificate) bool { return w.Name == name }) {
+			report(field, "add it there, or name one that is", "spec.proxy.certificates of the node's configuration has no %q", name)
 		}
 	}
 	return errors.Join(errs...)
@@ -43,4 +44,15 @@ func (s ProtectedService) nobodyFrom(trusted []string) bool {
 		}
 	}
 	return len(s.Spec.Access) > 0
+}
+
+// certificate is the web certificate that callers without an X.509-SVID see, and the field that names it.
+func (s ProtectedServiceSpec) certificate() (field, name string) {
+	switch {
+	case s.HTTP != nil:
+		return "spec.http.certificate", s.HTTP.Certificate
+	case s.Tokens != nil:
+		return "spec.tokens.certificate", s.Tokens.Certificate
+	}
+	return "", ""
 }

@@ -130,20 +130,17 @@ func checkCertificates(text string) error {
 	return nil
 }
 
-// checkHTTP reports providers of services that are not there, or not as they are used.
-func (p *parser) checkHTTP() {
+// checkProviders reports providers of services that are not there, or not as they are used.
+func (p *parser) checkProviders() {
 	providers := map[string]IdentityProvider{}
 	for _, l := range p.providers {
 		providers[l.value.Name] = l.value
 	}
 	for _, l := range p.services {
-		h := l.value.Spec.HTTP
-		if h == nil {
-			continue
-		}
+		spec := l.value.Spec
 		issuers := map[string]string{}
-		for i, name := range h.Providers {
-			at := fmt.Sprintf("spec.http.providers[%d]", i)
+		for i, name := range spec.Proofs().Providers {
+			at := fmt.Sprintf("%s[%d]", spec.providersField(), i)
 			provider, ok := providers[name]
 			if !ok {
 				l.report(at, faultf(suggest(name, providers), "no IdentityProvider is named %q", cut(name)))
@@ -153,8 +150,11 @@ func (p *parser) checkHTTP() {
 				l.report(at, faultf("keep one of them", "%q has the same issuer as %q: nobody could tell their tokens apart", name, other))
 			}
 		}
-		if login, ok := providers[h.Login]; ok && login.Spec.Login == nil {
-			l.report("spec.http.login", faultf("write spec.login there, with the clientID", "the IdentityProvider %q has no login", h.Login))
+		if spec.HTTP == nil {
+			continue
+		}
+		if login, ok := providers[spec.HTTP.Login]; ok && login.Spec.Login == nil {
+			l.report("spec.http.login", faultf("write spec.login there, with the clientID", "the IdentityProvider %q has no login", spec.HTTP.Login))
 		}
 	}
 }

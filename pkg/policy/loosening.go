@@ -265,6 +265,7 @@ func (c *comparison) service(old, next ProtectedServiceSpec) {
 	grows(c, "spec.access", entries(old.Access), &is, entry.covers)
 	next.Access = old.Access
 	c.http(old.HTTP, &next.HTTP)
+	c.tokens(old.Tokens, &next.Tokens)
 	if !same(old.Tests, next.Tests) {
 		c.note(Neither, "spec.tests", "are not what they were")
 	}

@@ -2,7 +2,7 @@ package policy
 
 import "slices"
 
-// IdentityProvider is an OpenID Connect provider whose tokens can prove callers of HTTP services. Its name is what rules say
+// IdentityProvider is an OpenID Connect provider whose tokens can prove callers of services with http or tokens. Its name is what rules say
 // before the subjects and groups of its tokens.
 type IdentityProvider struct {
 	TypeMeta `yaml:",inline"`

@@ -152,7 +152,7 @@ func (p *parser) checkReferences() {
 			l.report("spec.service", faultf(suggest(name, services), "no ProtectedService is named %q", name))
 		}
 	}
-	p.checkHTTP()
+	p.checkProviders()
 	groups := p.checkGroups(people)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")

@@ -92,6 +92,8 @@ type ProtectedServiceSpec struct {
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
 	// HTTP makes the proxy speak HTTP with its clients. Left out: bytes are carried as they are.
 	HTTP *HTTPSpec `json:"http,omitempty" yaml:"http,omitempty"`
+	// Tokens let callers of a service without http prove themselves by a bearer token. Left out: by an X.509-SVID alone.
+	Tokens *TokensSpec `json:"tokens,omitempty" yaml:"tokens,omitempty"`
 	// Tests are callers and requests, and what the set must make of them: sallyport policy test.
 	Tests []AccessTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
@@ -123,6 +125,7 @@ func (s *ProtectedService) validate(d *document) {
 	s.validateProtocol(d)
 	d.checkPorts("spec.ports", s.Spec.Ports)
 	s.validateHTTP(d)
+	s.validateTokens(d)
 	s.validateAccess(d)
 	for i, t := range s.Spec.Tests {
 		t.validate(d, fmt.Sprintf("spec.tests[%d]", i), s.Spec)

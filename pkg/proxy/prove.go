@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
@@ -47,12 +48,16 @@ func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 		return nil, nil, &refusal{reason: flow.ReasonNoOwnIdentity, err: err}
 	}
 	raw := &peeked{TCPConn: s.down, first: first, pending: true}
-	tlsConn := tls.Server(raw, s.tlsConfig(spec))
+	tlsConn := tls.Server(raw, s.tlsConfig(service.Spec))
 	if err := s.handshake(tlsConn, raw); err != nil {
 		if !errors.Is(err, errNoTurn) {
 			s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
 		}
 		return nil, nil, s.handshakeRefusal(err, spec)
+	}
+	if tlsConn.ConnectionState().NegotiatedProtocol == api.ConnectProtocol {
+		conn = &client{Conn: tlsConn, raw: raw, waits: true}
+		return conn, nil, s.proveByToken(conn, service)
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {
 		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
@@ -146,7 +151,8 @@ var errTruncated = errors.New("client ended without close_notify: what it sent m
 // client is the TLS connection of a proven client.
 type client struct {
 	*tls.Conn
-	raw *peeked
+	raw   *peeked
+	waits bool // for an answer, before the first byte
 }
 
 // Read gives io.EOF after close_notify alone. Go's TLS takes a bare FIN between records for as good.
@@ -160,12 +166,14 @@ func (c *client) Read(b []byte) (int, error) {
 
 // tlsConfig is of this connection alone: policy is asked inside the handshake, so that a client
 // that is not let in gets an alert instead of silence.
-func (s *session) tlsConfig(spec *policy.HTTPSpec) *tls.Config {
+func (s *session) tlsConfig(spec policy.ProtectedServiceSpec) *tls.Config {
 	c := tlsconfig.MTLSServerConfig(s.p.cfg.Identity, s.p.cfg.Identity, s.authorise)
 	c.MinVersion = tls.VersionTLS13
 	c.SessionTicketsDisabled = true // each connection proves its identity itself
-	if spec != nil {
-		s.webTLS(c, *spec)
+	if spec.HTTP != nil {
+		s.webTLS(c, *spec.HTTP)
+	} else if spec.Tokens != nil {
+		c.GetConfigForClient = s.tokenTLS(*spec.Tokens)
 	}
 	return c
 }
@@ -195,6 +203,8 @@ func (s *session) handshakeRefusal(err error, spec *policy.HTTPSpec) *refusal {
 		r.reason, r.how = flow.ReasonHandshakeTimeout, reset
 	case own != nil:
 		r.reason, r.err = flow.ReasonNoOwnIdentity, own
+	case errors.Is(err, errOwnCertificate):
+		r.reason = flow.ReasonNoOwnIdentity
 	}
 	return r
 }
@@ -214,11 +224,14 @@ func (p *Proxy) objection(s *session) error {
 	if w := s.served(); w != nil && !reflect.DeepEqual(service.Spec.HTTP.Upstream, w.spec.Upstream) {
 		return fmt.Errorf("service %s is reached in another way now", who.service)
 	}
-	if len(who.chain) == 0 {
+	if len(who.chain) == 0 && who.token == "" {
 		return nil
 	}
 	if d := set.Authorise(who.service, who.caller, nil, p.now()); !d.Allowed {
 		return fmt.Errorf("%w any more: %s", errNotAuthorised, strings.Join(d.Near, "; "))
+	}
+	if who.token != "" {
+		return nil // tokenObjection looks at it
 	}
 	select {
 	case <-who.trusted:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -42,6 +43,8 @@ type proven struct {
 	chain   []*x509.Certificate // that proved it, leaf first; none: a token did
 	trusted <-chan struct{}     // open as long as nothing has changed in what chain was verified with
 	at      time.Time           // when that was verified
+	token   string              // that proved it before the first byte; "" if none did
+	expires time.Time           // of token
 }
 
 // ending says why a connection was cut.
@@ -55,6 +58,7 @@ type refusal struct {
 	reason flow.Reason
 	how    closing
 	err    error
+	answer *badRequest // for a client that waits for one; nil: there is nothing to say
 }
 
 // Error implements error.
@@ -65,7 +69,7 @@ type closing int
 
 const (
 	reset   closing = iota // at once, by RST
-	alerted                // it was sent a TLS alert, which an RST could overtake
+	alerted                // it was sent a TLS alert or an answer, which an RST could overtake
 )
 
 func newSession(p *Proxy, c *net.TCPConn) *session {
@@ -91,7 +95,7 @@ func (s *session) run() {
 		s.settle()
 		err = s.dial()
 	}
-	if err != nil {
+	if err = s.answer(conn, err); err != nil {
 		s.deny(err)
 		return
 	}
@@ -104,7 +108,8 @@ func (s *session) run() {
 func (s *session) dial() error {
 	up, err := dial(s.ctx, s.client.Addr(), s.server, s.p.cfg.DialTimeout)
 	if err != nil {
-		return &refusal{reason: flow.ReasonUpstreamFailed, how: reset, err: fmt.Errorf("dial service: %w", err)}
+		return &refusal{reason: flow.ReasonUpstreamFailed, how: reset, err: fmt.Errorf("dial service: %w", err),
+			answer: &badRequest{http.StatusBadGateway, flow.ReasonUpstreamFailed, "the service did not answer"}}
 	}
 	s.mu.Lock()
 	s.up, s.open = up, true
@@ -230,6 +235,8 @@ func (s *session) recheck() {
 		w.recheck()
 	} else if why := s.p.objection(s); why != nil {
 		s.cut(flow.ReasonPolicyChanged, why.Error())
+	} else if why := s.p.tokenObjection(s); why != nil {
+		s.cut(flow.ReasonSessionEnded, why.Error())
 	}
 }
 
@@ -247,6 +254,9 @@ func (s *session) expire(now time.Time) {
 	who := s.identity()
 	if w := s.served(); w != nil {
 		w.expire(now)
+	}
+	if s.isOpen() && who.token != "" && !now.Before(who.expires) {
+		s.cut(flow.ReasonSessionEnded, "its token was valid until "+who.expires.UTC().Format(time.RFC3339))
 	}
 	if !s.isOpen() || len(who.chain) == 0 {
 		return

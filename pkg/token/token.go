@@ -156,14 +156,14 @@ func (v *Verifier) keysLocked(p policy.IdentityProvider) *keySet {
 	return k
 }
 
-// Verify tells whom a token proves to a service with http. Which provider counts is by the token's issuer among those that
+// Verify tells whom a token proves to a service. Which provider counts is by the token's issuer among those that
 // the service names; a token of none of them may be a JWT-SVID. The request may have to wait for keys, once, for 2 s.
 func (v *Verifier) Verify(ctx context.Context, service policy.ProtectedService, raw string) (Verified, error) {
 	t, err := examine(raw)
 	if err != nil {
 		return Verified{}, err
 	}
-	p, err := v.provider(service.Spec.HTTP, t)
+	p, err := v.provider(service.Spec.Proofs(), t)
 	if err != nil {
 		return Verified{}, err
 	}
@@ -180,20 +180,17 @@ func (v *Verifier) IDToken(ctx context.Context, provider, nonce, raw string) (Ve
 	return o.Verify(ctx, raw, v.cfg.Clock())
 }
 
-func (v *Verifier) provider(spec *policy.HTTPSpec, t examined) (Provider, error) {
-	if spec == nil {
-		return nil, fmt.Errorf("%w: the service does not speak HTTP", ErrNotTaken)
-	}
-	if slices.Contains(spec.Authenticate, policy.AuthenticateOIDC) {
+func (v *Verifier) provider(proofs policy.Proofs, t examined) (Provider, error) {
+	if proofs.Take(policy.AuthenticateOIDC) {
 		set := v.cfg.Policy()
-		for _, name := range spec.Providers {
+		for _, name := range proofs.Providers {
 			if p, ok := set.Provider(name); ok && p.Spec.Issuer == t.issuer {
 				return v.ofIssuer(p), nil
 			}
 		}
 	}
-	if slices.Contains(spec.Authenticate, policy.AuthenticateJWT) && v.cfg.Bundles != nil && strings.HasPrefix(t.subject, "spiffe://") {
-		return jwtSVID{bundles: v.cfg.Bundles, audiences: spec.Audiences}, nil
+	if proofs.Take(policy.AuthenticateJWT) && v.cfg.Bundles != nil && strings.HasPrefix(t.subject, "spiffe://") {
+		return jwtSVID{bundles: v.cfg.Bundles, audiences: proofs.Audiences}, nil
 	}
 	return nil, fmt.Errorf("%w: issuer %s is none that the service takes tokens of", ErrNotTaken, quote(t.issuer))
 }

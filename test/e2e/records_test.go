@@ -30,6 +30,7 @@ type record struct {
 	FlowID                  string `json:"flow_id"`
 	Client, Server, Service string
 	Identity, Grant, Detail string
+	Application, Proof      string
 	BytesToServer           uint64 `json:"bytes_to_server"`
 	BytesToClient           uint64 `json:"bytes_to_client"`
 	PacketsToServer         uint64 `json:"packets_to_server"`

@@ -40,6 +40,7 @@ type options struct {
 	resource string // more YAML documents, after the world's own
 	booting  bool   // a node that is just starting: no device but lo, no identity provider
 
+	web        bool          // the proxy has a web certificate, db, of the files web.pem and web.key
 	config     string        // more lines of the agent's configuration
 	identities []spiffeid.ID // that are served, beside the world's own
 
@@ -158,7 +159,10 @@ func (w *world) writeConfig(t *testing.T, o options) {
 	if lease == "" {
 		lease = "15s"
 	}
-	hooks := cmp.Or(o.hooks, "auto")
+	hooks, certificates := cmp.Or(o.hooks, "auto"), ""
+	if o.web {
+		certificates = fmt.Sprintf(", certificates: [{name: db, certFile: %[1]s/web.pem, keyFile: %[1]s/web.key}]", w.Dir)
+	}
 	for file, who := range map[string]string{w.files.agent: "agent", w.files.proxy: "proxy"} {
 		id := spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+nodeName)
 		write(t, file, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
@@ -177,8 +181,8 @@ spec:
   hooks: %[9]s
   collector: {address: "127.0.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   metrics: "127.0.0.1:9469"
-  proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s}
-`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks)+o.config)
+  proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s%[10]s}
+`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks, certificates)+o.config)
 	}
 	write(t, w.files.collector, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: CollectorConfig

@@ -3,6 +3,7 @@ package oidc
 
 import (
 	"bufio"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -18,6 +19,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -42,6 +44,7 @@ type Client struct {
 	RedirectURIs    []string `json:"redirect_uris"`
 	ResponseTypes   []string `json:"response_types"`
 	LogoutURIs      []string `json:"post_logout_redirect_uris,omitempty"`
+	Application     string   `json:"application_type,omitempty"` // native: any port of a loopback address will do
 	IDTokenAlg      string   `json:"id_token_signed_response_alg,omitempty"`
 	TokenAuthMethod string   `json:"token_endpoint_auth_method,omitempty"`
 }
@@ -55,6 +58,11 @@ type Options struct {
 	Accounts map[string]map[string]any
 	// Resource is the audience of access tokens that name no other. Empty: "https://api.example.org".
 	Resource string
+	// Address that it listens on, and is reached at. Zero: 127.0.0.1. Do runs what starts it where that is; nil: here.
+	Address netip.Addr
+	Do      func(func() error) error
+	// Dial reaches it, and what it sends browsers to; nil: from here.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// TTL of all tokens, in whole seconds. Zero: a minute.
 	TTL time.Duration
 }
@@ -87,6 +95,12 @@ func Start(t testing.TB, o Options) *Provider {
 	}
 	if o.TTL == 0 {
 		o.TTL = time.Minute
+	}
+	if !o.Address.IsValid() {
+		o.Address = netip.MustParseAddr("127.0.0.1")
+	}
+	if o.Do == nil {
+		o.Do = func(f func() error) error { return f() }
 	}
 	p := &Provider{t: t, options: o}
 	p.makeCertificate()
@@ -174,7 +188,7 @@ func (p *Provider) run() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := p.options.Do(cmd.Start); err != nil {
 		p.t.Fatalf("start node: %v\nhint: go run ./tools/needs test", err)
 	}
 	p.mu.Lock()
@@ -194,7 +208,7 @@ func (p *Provider) run() {
 	if err != nil {
 		p.t.Fatalf("provider does not listen: %v %q", err, line)
 	}
-	p.Endpoint = fmt.Sprintf("127.0.0.1:%d", p.port)
+	p.Endpoint = netip.AddrPortFrom(p.options.Address, uint16(p.port)).String()
 	p.Issuer = "https://" + p.Endpoint
 }
 
@@ -204,7 +218,7 @@ func (p *Provider) configuration() []byte {
 	data, err := json.Marshal(map[string]any{
 		"port": p.port, "certificate": p.cert, "key": p.certKey, "clients": p.options.Clients,
 		"keys": jose.JSONWebKeySet{Keys: p.keys}, "algorithm": p.keys[0].Algorithm, "accounts": p.options.Accounts,
-		"resource": p.options.Resource, "ttl": int(p.options.TTL.Seconds()),
+		"resource": p.options.Resource, "address": p.options.Address, "ttl": int(p.options.TTL.Seconds()),
 	})
 	if err != nil {
 		p.t.Fatal(err)
@@ -244,7 +258,7 @@ func (p *Provider) makeCertificate() {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "provider of a test"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+		IPAddresses: []net.IP{p.options.Address.AsSlice()}, IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, crypto.Signer(key).Public(), key)
@@ -260,7 +274,7 @@ func (p *Provider) makeCertificate() {
 	p.CA = p.cert
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM([]byte(p.cert))
-	p.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: pool}}}
+	p.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: p.options.Dial, DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: pool}}}
 }
 
 // complaints puts what the provider complains of into the test's log, but not its advice on how to run it.

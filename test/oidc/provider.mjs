@@ -15,11 +15,11 @@ const given = await new Promise((resolve) => lines.once('line', (line) => resolv
 const { default: Provider } = await import(pathToFileURL(process.argv[2]));
 
 const server = createServer({ cert: given.certificate, key: given.key });
-await new Promise((resolve) => server.listen(given.port, '127.0.0.1', resolve));
+await new Promise((resolve) => server.listen(given.port, given.address, resolve));
 const { port } = server.address();
 
 const claimsOf = (id) => given.accounts?.[id] ?? {};
-const provider = new Provider(`https://127.0.0.1:${port}`, {
+const provider = new Provider(`https://${given.address}:${port}`, {
   jwks: given.keys,
   clients: given.clients,
   cookies: { keys: ['of no worth'] },
@@ -31,6 +31,8 @@ const provider = new Provider(`https://127.0.0.1:${port}`, {
   ttl: { AccessToken: given.ttl, ClientCredentials: given.ttl, IdToken: given.ttl, Session: 3600, Grant: 3600, Interaction: 600 },
   features: {
     devInteractions: { enabled: true },
+    deviceFlow: { enabled: true },
+    revocation: { enabled: true },
     clientCredentials: { enabled: true },
     rpInitiatedLogout: { enabled: true },
     resourceIndicators: {

@@ -52,8 +52,8 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"github.com/coreos/go-oidc/..."},
-		only:    []string{"./pkg/token", "./pkg/login"},
-		why:     "what a token proves is judged in one place",
+		only:    []string{"./pkg/token", "./pkg/login", "./pkg/userlogin"},
+		why:     "what a token proves is judged in one place; userlogin looks at its own ID tokens",
 	},
 	{
 		imports: []string{"./pkg/agent", "./pkg/api", "./pkg/proxy", "./pkg/identity"},
@@ -116,9 +116,14 @@ var rules = []rule{
 		why:     "it is another way to ask the proxy, and nothing else answers",
 	},
 	{
+		imports: []string{"./pkg/userlogin"},
+		only:    []string{"./cmd/sallyport"},
+		why:     "a person's tokens are kept by that person's command, and by nothing that runs on a node",
+	},
+	{
 		imports: []string{"golang.org/x/oauth2/..."},
-		only:    []string{"./pkg/login"},
-		why:     "codes are redeemed in one place, which checks who began",
+		only:    []string{"./pkg/login", "./pkg/userlogin"},
+		why:     "codes are redeemed where it is checked who began: by the proxy for browsers, by the command for its user",
 	},
 	{
 		imports: []string{"github.com/crewjam/saml/...", "github.com/russellhaering/goxmldsig/...", "github.com/beevik/etree/..."},
