@@ -27,7 +27,9 @@ type reports struct {
 	sink  *sink
 	lost  func(cause string, n uint64)
 	relay *relay // nil: it relays nothing
-	log   *slog.Logger
+
+	originations *originations // nil: nothing is signed
+	log          *slog.Logger
 
 	mu   sync.Mutex
 	open int        // guarded by mu; streams
@@ -114,7 +116,9 @@ func (r *reports) take(instance string, f *api.ProxyRecords) (seq uint64, err er
 			r.lost(audit.CauseUnreadable, 1)
 			continue
 		}
-		r.sink.take(sourceProxy, fromProxy(rec))
+		rec = fromProxy(rec)
+		r.originations.ended(rec)
+		r.sink.take(sourceProxy, rec)
 	}
 	if missing > 0 {
 		r.lost(audit.CauseBufferFull, missing)

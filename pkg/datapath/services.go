@@ -66,9 +66,27 @@ func watched(k bpf.ServiceKey, yes bool) bpf.ServiceKey {
 	return k
 }
 
-// enforcedOf are those rows that anything is decided by.
-func enforcedOf(rows []row) []row {
-	return slices.DeleteFunc(slices.Clone(rows), func(r row) bool { return r.key.Watched != 0 })
+// ownedOf are those rows that anything is decided by, of services that are on this node: what is behind another node's address
+// may be sent whatever it takes.
+func ownedOf(rows []row) []row {
+	return slices.DeleteFunc(slices.Clone(rows), func(r row) bool { return r.key.Watched != 0 || r.isRemote() })
+}
+
+func (r row) isRemote() bool { return Target(r.value.Target) == TargetRemote }
+
+// ownServices are those whose sockets are on this node: the others' volumes have nothing here to be compared with.
+func ownServices(services []Service) []Service {
+	return slices.DeleteFunc(slices.Clone(services), func(s Service) bool { return s.Target == TargetRemote })
+}
+
+// checkRemote refuses what the programs would not do for a service on another node.
+func checkRemote(services []Service) error {
+	for _, s := range services {
+		if s.Target == TargetRemote && (s.Mode != Enforce || s.Protocol.number() != TCP || s.DenyUDP || s.Ifindex != 0) {
+			return fmt.Errorf("service %s is on another node: it can only be TCP, enforced and without a device", s.Name)
+		}
+	}
+	return nil
 }
 
 // ofMode splits the services into those that are enforced, and those that are not.
@@ -124,6 +142,9 @@ func (s *Service) devices() []int {
 func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err := checkRemote(services); err != nil {
+		return 0, err
+	}
 	gen := d.gen + 1
 	rows := rowsOf(services, gen)
 	inner, err := d.newTable(rows)
@@ -140,10 +161,10 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 		return 0, err
 	}
 	enforced, others := ofMode(services)
-	if err := d.addOwners(enforcedOf(rows)); err != nil {
+	if err := d.addOwners(ownedOf(rows)); err != nil {
 		return 0, err
 	}
-	if err := d.addTraffic(enforced); err != nil {
+	if err := d.addTraffic(ownServices(enforced)); err != nil {
 		return 0, err
 	}
 	_, open := ofMode(d.services)
@@ -157,7 +178,7 @@ func (d *Datapath) SetServices(services []Service) (uint32, error) {
 	if err := d.writePorts(want); err != nil {
 		return gen, err
 	}
-	return gen, errors.Join(d.endWatchedFlows(others), d.dropOwners(enforcedOf(rows)), d.dropTraffic(enforced), d.dropWatched(others),
+	return gen, errors.Join(d.endWatchedFlows(others), d.dropOwners(ownedOf(rows)), d.dropTraffic(ownServices(enforced)), d.dropWatched(others),
 		d.addWatched(others))
 }
 
@@ -180,7 +201,7 @@ const portWords = 1024
 
 type portBits [2 * portWords]bpf.Ports
 
-// bitsOf flags the ports of the rows. Port 0 of TCP, which nobody has, says that any service is enforced.
+// bitsOf flags the ports of the rows. Port 0 of TCP, which nobody has, says that any service of this node is enforced.
 func bitsOf(rows []row) (b portBits) {
 	for _, r := range rows {
 		word, bit := int(r.key.Port>>6), uint64(1)<<(r.key.Port&63)
@@ -188,6 +209,8 @@ func bitsOf(rows []row) (b portBits) {
 			word += portWords
 		}
 		switch {
+		case r.isRemote():
+			b[word].Bits |= bit
 		case r.key.Watched == 0:
 			b[word].Bits |= bit
 			b[0].Bits |= 1
@@ -325,7 +348,7 @@ func (s *Service) add(k bpf.ServiceKey) {
 			return
 		}
 	}
-	if s.Target == TargetPod {
+	if s.Target != TargetHost {
 		s.Addresses = append(s.Addresses, a)
 	}
 }

@@ -18,6 +18,9 @@ const (
 	TargetHost Target = 1
 	// TargetPod is a service behind one host-side device.
 	TargetPod Target = 2
+	// TargetRemote is a service on another node, of TCP and in Enforce: connections of this node's workloads to it go to the
+	// proxy. It has no devices and no paths.
+	TargetRemote Target = 3
 )
 
 // Mode is how far a service is protected.
@@ -67,7 +70,7 @@ type Service struct {
 	Name      string // label in the map, cut to 31 bytes
 	Target    Target
 	Protocol  Protocol     // 0: TCP
-	Addresses []netip.Addr // TargetPod: its addresses; TargetHost: empty for every local address
+	Addresses []netip.Addr // TargetPod, TargetRemote: its addresses; TargetHost: empty for every local address
 	Ports     []uint16
 	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
 	Besides   []int         // TargetPod: other host-side devices of the same pod, in order
