@@ -196,6 +196,7 @@ func TestCallers(t *testing.T) {
 		run  func(*calling, *testing.T)
 	}{
 		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"asked for by the proxy", (*calling).testAsked},
+		{"spoken for", (*calling).testSpokenFor}, {"signed for", (*calling).testSignedFor},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			c.t = t
