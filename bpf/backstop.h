@@ -12,42 +12,13 @@
  * at once; another program there may overrule it, and sp_cg_in stands behind it.
  */
 
-#include <bpf/bpf_core_read.h>
 #include "device.h"
 
 #define SP_CG_DROP 0
 #define SP_CG_PASS 1
 #define SP_SOCK_RAW 3
 
-/* The kernel's own types, as far as we read them; relocated to the running kernel's layout. */
-struct ns_common___sp {
-	unsigned int inum;
-} __attribute__((preserve_access_index));
-
-struct net___sp {
-	__u64 net_cookie;
-	struct ns_common___sp ns;
-} __attribute__((preserve_access_index));
-
-struct sock_common___sp {
-	struct {
-		struct net___sp *net;
-	} skc_net;
-} __attribute__((preserve_access_index));
-
-struct socket_lock___sp {
-	int owned;
-} __attribute__((preserve_access_index));
-
-struct sock___sp {
-	struct sock_common___sp __sk_common;
-	struct socket_lock___sp sk_lock;
-} __attribute__((preserve_access_index));
-
-struct sk_buff___sp {
-	struct sock___sp *sk;
-} __attribute__((preserve_access_index));
-
+/* More of the kernel's own types than socket.h has. */
 struct bpf_sk_lookup___sp {
 	__u32 ingress_ifindex;
 } __attribute__((preserve_access_index));
@@ -81,38 +52,12 @@ struct task_struct___sp {
 	const struct cred___sp *real_cred;
 } __attribute__((preserve_access_index));
 
-/* The packet's socket, as the kernel has it, or NULL. The context of the program is the sk_buff itself. */
-static __always_inline struct sock___sp *sp_kernel_socket(struct __sk_buff *skb)
-{
-	struct sock___sp *sk = NULL;
-	void *at = (void *)skb + bpf_core_field_offset(struct sk_buff___sp, sk);
-
-	return bpf_probe_read_kernel(&sk, sizeof(sk), at) ? NULL : sk;
-}
-
-/*
- * The network namespace of the packet's socket, or NULL. Read from the kernel's structures, because
- * bpf_get_netns_cookie is not there for this type of program before 6.15, and nothing else tells
- * namespaces apart: numbers of devices repeat.
- */
-static __always_inline struct net___sp *sp_netns_of(struct __sk_buff *skb)
-{
-	struct sock___sp *sk = sp_kernel_socket(skb);
-
-	return sk ? BPF_CORE_READ(sk, __sk_common.skc_net.net) : NULL;
-}
-
 /* What the socket side knows of a packet: beside the packet, where it is and who gets it. */
 struct sp_delivery {
 	struct sp_service *svc;
 	__u64 cookie;		/* of the network namespace; 0: not known, which counts as the host's */
 	__u32 netns;		/* its inode */
 };
-
-static __always_inline bool sp_is_host(const struct sp_config *cfg, __u64 cookie)
-{
-	return !cookie || cookie == cfg->host_netns;
-}
 
 __noinline int sp_count_socket(struct __sk_buff *skb, const struct sp_packet *p,
 				      __u32 service_id, __u32 reason)
@@ -227,7 +172,7 @@ static __always_inline struct sp_service *sp_service_at(const struct sp_config *
 
 	if (!sp_port_flagged(protocol, port))
 		return NULL;
-	svc = sp_find_service(address, port, protocol);
+	svc = sp_find_own(address, port, protocol);
 	if (svc && svc->target == SP_TARGET_HOST && cfg && !sp_is_host(cfg, cookie))
 		return NULL;
 	return svc;
@@ -486,7 +431,7 @@ static __always_inline int sp_look_up(struct bpf_sk_lookup *ctx)
 	if (!sp_port_flagged(ctx->protocol, ctx->local_port))
 		return SK_PASS;
 	key = sp_lookup_key(ctx);
-	svc = sp_find_service(&key.server, key.server_port, ctx->protocol);
+	svc = sp_find_own(&key.server, key.server_port, ctx->protocol);
 	if (!svc)
 		return SK_PASS;
 	reason = sp_explain(&key, svc->id, SP_TCP_RST);

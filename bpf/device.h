@@ -5,6 +5,7 @@
 /* The hooks of the host namespace: devices in and out, and lo. One decision for all. */
 
 #include "mark.h"
+#include "remote.h"
 #include "cut.h"
 #include "traffic.h"
 #include "icmp.h"
@@ -142,6 +143,8 @@ sp_decide_towards(struct __sk_buff *skb, const struct sp_config *cfg, const stru
 	}
 	if (!flow && sp_may_be_foreign(svc, hook) &&
 	    !sp_is_local(skb, &p->dst, &p->src, p->version))
+		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
+	if (svc->target == SP_TARGET_REMOTE && (p->tcp_flags & SP_TCP_RST)) /* it ends what the proxy has no part in */
 		return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 	if (!sp_syn_only(p)) {
 		sp_remember_stray(key, SP_LEG_DOWN, hook, p->ifindex);
@@ -307,6 +310,22 @@ static __always_inline enum sp_reason sp_unlisted(struct __sk_buff *skb, const s
 	return serves ? SP_REASON_UNLISTED : SP_REASON_NONE;
 }
 
+/* Is this where packets towards the service are seen? */
+static __always_inline bool sp_is_towards(struct __sk_buff *skb, const struct sp_packet *p, const struct sp_service *svc,
+					  enum sp_hook hook, enum sp_behind behind)
+{
+	return sp_sees_towards(hook, behind, svc, p->ifindex) ||
+	       (sp_may_ask(hook, behind) && sp_asks_remote(skb, svc, hook));
+}
+
+/* The same for those from it. */
+static __always_inline bool sp_is_from(const struct sp_packet *p, const struct sp_flow_key *key,
+				       const struct sp_service *svc, enum sp_hook hook, enum sp_behind behind)
+{
+	return sp_sees_from(hook, behind, svc, p->ifindex) ||
+	       (sp_may_be_answered(hook, behind) && sp_answers_remote(key, svc, hook, p->ifindex));
+}
+
 /* What the ports of a packet are flagged for, and whose they are. `key` is filled for records. */
 static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 							  struct sp_packet *p, enum sp_hook hook,
@@ -336,7 +355,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 			return sp_decide(SP_ACT_DROP, reason);
 	}
 	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
-	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
+	if (svc && sp_is_towards(skb, p, svc, hook, behind)) {
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_count_udp(skb, p, svc->id, sp_udp_towards(skb, p, key, svc, hook)), true);
@@ -352,8 +371,8 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		return sp_decide(SP_ACT_DROP, reason);
 	}
 	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
-	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
-		*key = sp_key_from(p);
+	*key = sp_key_from(p);
+	if (svc && sp_is_from(p, key, svc, hook, behind)) {
 		if (p->protocol == IPPROTO_UDP)
 			return sp_decide_udp(sp_udp_from(skb, p, key, svc, hook), false);
 		if (sp_bad_flags(p))
@@ -388,15 +407,14 @@ static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, 
 					     SP_REASON_ICMP_STRAY : SP_REASON_NONE);
 	if (sp_port_flagged(q->protocol, q->sport))
 		svc = sp_find_service(&q->src, q->sport, q->protocol);
-	if (svc && sp_sees_towards(hook, behind, svc, p->ifindex)) {
+	if (svc && sp_is_towards(skb, p, svc, hook, behind)) {
 		*key = sp_key_from(q);
 		return sp_decide_icmp_reason(sp_icmp_towards(skb, p, key, svc, hook));
 	}
 	svc = sp_port_flagged(q->protocol, q->dport) ? sp_find_service(&q->dst, q->dport, q->protocol) : NULL;
-	if (svc && sp_sees_from(hook, behind, svc, p->ifindex)) {
-		*key = sp_key_towards(q);
+	*key = sp_key_towards(q);
+	if (svc && sp_is_from(p, key, svc, hook, behind))
 		return sp_decide_icmp_reason(sp_icmp_from(p, key, svc));
-	}
 	return sp_decide(SP_ACT_NEXT, SP_REASON_NONE);
 }
 

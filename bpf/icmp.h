@@ -103,13 +103,15 @@ static __always_inline bool sp_icmp_of_flow(const struct sp_packet *p, const str
 	       sp_flow_packet(cfg, key, flow, p, svc->id, from_client) == SP_REASON_PATH_LIVE;
 }
 
-/* An error about a packet `q` of a service: towards the service. */
+/* An error about a packet `q` of a service: towards the service. One of another node hears of what is not of the proxy. */
 static __noinline int sp_icmp_towards(struct __sk_buff *skb, const struct sp_packet *p,
 				      const struct sp_flow_key *key, const struct sp_service *svc, __u32 hook)
 {
 	if (!p || !key || !svc)
 		return SP_REASON_ICMP_STRAY;
 	if (sp_may_be_foreign(svc, hook) && !sp_is_local(skb, &p->dst, &p->src, p->version))
+		return SP_REASON_NONE;
+	if (svc->target == SP_TARGET_REMOTE && !sp_find_leg(key, SP_LEG_DOWN, 0))
 		return SP_REASON_NONE;
 	if (sp_is_redirect(p)) /* it changes the way of all that goes to an address, whatever it quotes */
 		return SP_REASON_ICMP_STRAY;

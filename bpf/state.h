@@ -71,7 +71,7 @@ static __always_inline bool sp_port_flagged(__u8 protocol, __u16 port)
 	return p && (p->bits >> (port & 63)) & 1;
 }
 
-/* Port 0, which no service has, is flagged while there is any service. */
+/* Port 0, which no service has, is flagged while this node has any service. */
 static __always_inline bool sp_anything_protected(void)
 {
 	return sp_port_flagged(IPPROTO_TCP, 0);
@@ -110,6 +110,14 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 							    __u8 protocol)
 {
 	return sp_find_row(address, port, protocol, false);
+}
+
+/* The same, of services whose sockets are on this node. */
+static __always_inline struct sp_service *sp_find_own(const struct sp_addr *address, __u16 port, __u8 protocol)
+{
+	struct sp_service *svc = sp_find_service(address, port, protocol);
+
+	return svc && svc->target != SP_TARGET_REMOTE ? svc : NULL;
 }
 
 /* Has the pod behind a device a service at this port? It may have it at addresses that no policy lists. */

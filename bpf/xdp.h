@@ -295,7 +295,7 @@ static __noinline struct sp_service *sp_xdp_service_to(struct xdp_md *ctx, const
 
 	if (!p || !sp_port_flagged(p->protocol, p->dport))
 		return NULL;
-	svc = sp_find_service(&p->dst, p->dport, p->protocol);
+	svc = sp_find_own(&p->dst, p->dport, p->protocol);
 	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->dst, p->version))
 		return NULL;
 	return svc;
@@ -308,7 +308,7 @@ static __noinline struct sp_service *sp_xdp_service_from(struct xdp_md *ctx, con
 
 	if (!p || !sp_port_flagged(p->protocol, p->sport))
 		return NULL;
-	svc = sp_find_service(&p->src, p->sport, p->protocol);
+	svc = sp_find_own(&p->src, p->sport, p->protocol);
 	if (svc && svc->target == SP_TARGET_HOST && !sp_xdp_is_local(ctx, &p->src, p->version))
 		return NULL;
 	return svc;

@@ -238,6 +238,7 @@ func (r *rig) program(name string) *ebpf.Program {
 		"sp_l3_in": p.SpL3In, "sp_l3_out": p.SpL3Out, "sp_lo_in": p.SpLoIn, "sp_px0_in": p.SpPx0In,
 		"sp_px1_in": p.SpPx1In, "sp_px_lo_in": p.SpPxLoIn, "sp_px_lo_out": p.SpPxLoOut,
 		"sp_cg_in": p.SpCgIn, "sp_bridge_in": p.SpBridgeIn, "sp_port_out": p.SpPortOut, "sp_pod_port_out": p.SpPodPortOut,
+		"sp_bridge_out": p.SpBridgeOut, "sp_port_in": p.SpPortIn,
 	}[name]
 }
 
