@@ -35,7 +35,7 @@ func TestOutbound(t *testing.T) {
 		run  func(*testing.T)
 	}{
 		{"served", p.servedAsWorkload}, {"unregistered", p.unregistered}, {"other workload", p.otherWorkload}, {"speaks first", p.speaksFirst},
-		{"masqueraded", p.masqueraded}, {"without Sallyport", p.withoutSallyport}, {"another one answers", p.anotherAnswers}, {"rotated", p.rotated},
+		{"masqueraded", p.masqueraded}, {"without Sallyport", p.withoutSallyport}, {"another one answers", p.anotherAnswers}, {"rotated", p.rotation},
 		{"entry deleted", p.entryDeleted}, {"agent killed", p.agentKilled}, {"proxy killed", p.proxyKilled},
 	} {
 		t.Run(part.name, part.run)
@@ -274,46 +274,40 @@ func (p *pair) anotherAnswers(t *testing.T) {
 	})
 }
 
-// rotated: new connections show the new certificate, and those that live go on.
-func (p *pair) rotated(t *testing.T) {
+// rotation: new connections show the new certificate, and those that live go on.
+func (p *pair) rotation(t *testing.T) {
 	defer p.apply(t, p.far(web.String()))
 	at, shown := p.answers(t, lab.IPv4, web)
 	p.apply(t, p.far(web.String())+ours(at, web))
-	pod, live := p.who("pod"), map[lab.Family]net.Conn{}
-	for _, f := range lab.Families() {
-		live[f] = p.talk(t, pod, p.echo(f))
-	}
-	first := ""
+	pod := p.who("pod")
+	live := p.talk(t, pod)
+	p.rotated = p.talk(t, p.who("process"))
 	serial := func() string {
 		conn, err := p.dial(t, pod, at)
 		must(t, err)
 		defer conn.Close()
 		return <-shown
 	}
-	if first = serial(); first == "" {
+	first := serial()
+	if first == "" {
 		t.Fatal("the server was not shown a certificate")
 	}
 	p.here.authority.Rotate()
 	waitUntil(t, "the new certificate", func() bool { s := serial(); return s != first && s != "" })
-	for f, conn := range live {
-		if _, err := lab.Ask(conn); err != nil {
-			t.Errorf("%s: live connection after the rotation: %v", f, err)
-		}
-	}
+	goOn(t, live)
 }
 
 // entryDeleted: what is no more registered is refused, and what lives of it is cut; it comes back with its entry.
 func (p *pair) entryDeleted(t *testing.T) {
-	pod, live := p.who("pod"), []net.Conn{}
-	for _, f := range lab.Families() {
-		live = append(live, p.talk(t, pod, p.echo(f)))
-	}
+	pod := p.who("pod")
+	live := p.talk(t, pod)
 	back := p.forget(func(e devauthority.Entry) bool { return e.ID == web && e.PodUID != "" })
 	began := time.Now()
 	for _, conn := range live {
-		isCut(t, conn)
+		p.isCut(t, conn, "IDENTITY_EXPIRED")
 	}
 	t.Logf("cut after %v", time.Since(began).Round(time.Millisecond))
+	goOn(t, p.rotated) // of another workload with the same identity; the proxy has asked about it since the rotation, too
 	inFamilies(t, func(t *testing.T, f lab.Family) { p.refusedHere(t, pod, p.web(f), "UNATTESTED") })
 	back()
 	waitUntil(t, "the pod to be served again", func() bool { return p.curl(t, pod, p.web(lab.IPv4)).err == nil })
@@ -321,25 +315,15 @@ func (p *pair) entryDeleted(t *testing.T) {
 
 // agentKilled: nobody is told whose a new connection is, so there is none; those that live go on.
 func (p *pair) agentKilled(t *testing.T) {
-	pod, live := p.who("pod"), []net.Conn{}
-	for _, f := range lab.Families() {
-		live = append(live, p.talk(t, pod, p.echo(f)))
-	}
+	pod := p.who("pod")
+	live := p.talk(t, pod)
 	p.here.agent.kill(t)
-	goOn := func() {
-		t.Helper()
-		for _, conn := range live {
-			if _, err := lab.Ask(conn); err != nil {
-				t.Errorf("live connection: %v", err)
-			}
-		}
-	}
-	goOn()
+	goOn(t, live)
 	inFamilies(t, func(t *testing.T, f lab.Family) { p.nothingLeaves(t, f) })
-	goOn()
+	goOn(t, live)
 	p.here.agent.start(t)
 	waitUntil(t, "the pod to be served again", func() bool { return p.curl(t, pod, p.web(lab.IPv4)).err == nil })
-	goOn()
+	goOn(t, live)
 }
 
 // nothingLeaves: workloads that ask now get no answer, and no packet of theirs is seen between the nodes.
@@ -356,10 +340,8 @@ func (p *pair) nothingLeaves(t *testing.T, f lab.Family) {
 
 // proxyKilled: what it carried ends, and nothing passes until it is back.
 func (p *pair) proxyKilled(t *testing.T) {
-	pod, live := p.who("pod"), []net.Conn{}
-	for _, f := range lab.Families() {
-		live = append(live, p.talk(t, pod, p.echo(f)))
-	}
+	pod := p.who("pod")
+	live := p.talk(t, pod)
 	p.here.proxy.kill(t)
 	for _, conn := range live {
 		if _, err := lab.Ask(conn); err == nil {
@@ -373,9 +355,11 @@ func (p *pair) proxyKilled(t *testing.T) {
 
 // removed: without the remote service it is as before: what asks plainly passes in the clear.
 func (p *pair) removed(t *testing.T) {
-	live := p.talk(t, p.who("pod"), p.echo(lab.IPv4))
+	live := p.talk(t, p.who("pod"))
 	p.apply(t, "")
-	isCut(t, live)
+	for _, conn := range live {
+		p.isCut(t, conn, "POLICY_CHANGED")
+	}
 	inFamilies(t, func(t *testing.T, f lab.Family) {
 		for _, name := range []string{"process", "pod"} {
 			since := p.now(t)

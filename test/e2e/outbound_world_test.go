@@ -36,8 +36,10 @@ type pair struct {
 	asked, served *followed // records of here and of there
 	callers       []caller
 	entries       []devauthority.Entry
-	applied       string // remote services
-	ports         uint16 // of clients so far, from firstClient on
+	applied       string     // remote services
+	ports         uint16     // of clients so far, from firstClient on
+	conns         []net.Conn // of dial
+	rotated       []net.Conn // those of them that live since before a rotation
 }
 
 // caller is a workload of here.
@@ -53,6 +55,11 @@ func newPair(t *testing.T) *pair {
 	t.Helper()
 	p := &pair{here: newWorld(t, options{workloads: true})}
 	p.there = newWorld(t, options{beside: p.here})
+	t.Cleanup(func() {
+		for _, c := range p.conns {
+			c.Close()
+		}
+	})
 	var err error
 	p.wire, err = p.here.Client.Capture(hostPort, podPort, sinkPort, openPort)
 	must(t, err)
@@ -265,30 +272,39 @@ func (p *pair) start(t *testing.T, c caller, args ...string) *lab.Process {
 	return r
 }
 
-// dial connects as the workload, which has a group: the connection is of the process of the test else.
+// dial connects as the workload. What is no pod is the process of the test.
 func (p *pair) dial(t *testing.T, c caller, to netip.AddrPort) (conn net.Conn, err error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	err = c.group.Do(c.ns, func() (err error) {
+	do := c.ns.Do
+	if c.group != nil {
+		do = func(f func() error) error { return c.group.Do(c.ns, f) }
+	} else if !slices.ContainsFunc(p.entries, func(e devauthority.Entry) bool { return e.PID == int32(os.Getpid()) }) {
+		p.register(devauthority.Entry{ID: c.id, PID: int32(os.Getpid())})
+	}
+	err = do(func() (err error) {
 		conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
 		return err
 	})
 	if err == nil {
-		t.Cleanup(func() { conn.Close() })
+		p.conns = append(p.conns, conn)
 	}
 	return conn, err
 }
 
-// talk connects as the workload and keeps the connection. It has been answered once.
-func (p *pair) talk(t *testing.T, c caller, to netip.AddrPort) net.Conn {
+// talk connects as the workload to echo, in each family, and keeps the connections. They have been answered once.
+func (p *pair) talk(t *testing.T, c caller) (live []net.Conn) {
 	t.Helper()
-	conn, err := p.dial(t, c, to)
-	must(t, err)
-	if _, err := lab.Ask(conn); err != nil {
-		t.Fatalf("%s is not served by %s: %v", c.name, to, err)
+	for _, f := range lab.Families() {
+		conn, err := p.dial(t, c, p.echo(f))
+		must(t, err)
+		if _, err := lab.Ask(conn); err != nil {
+			t.Fatalf("%s is not served in %s: %v", c.name, f, err)
+		}
+		live = append(live, conn)
 	}
-	return conn
+	return live
 }
 
 // who is the caller of that name.
@@ -296,11 +312,24 @@ func (p *pair) who(name string) caller {
 	return p.callers[slices.IndexFunc(p.callers, func(c caller) bool { return c.name == name })]
 }
 
-// isCut waits for the end of a connection on which nobody says a word.
-func isCut(t *testing.T, c net.Conn) {
+// isCut waits for the end of a connection on which nobody says a word, and for its record.
+func (p *pair) isCut(t *testing.T, c net.Conn, reason string) {
 	t.Helper()
 	must(t, c.SetReadDeadline(time.Now().Add(2*patience)))
 	if n, err := c.Read(make([]byte, 1)); !isReset(err) {
-		t.Errorf("live connection: read %d bytes, %v; want a reset", n, err)
+		t.Fatalf("live connection: read %d bytes, %v; want a reset", n, err)
+	}
+	p.asked.find(t, "the end of the live connection", func(r record) bool {
+		return r.Event == "CLOSE" && r.Client == c.LocalAddr().String() && r.Reason == reason
+	})
+}
+
+// goOn: live connections are answered.
+func goOn(t *testing.T, live []net.Conn) {
+	t.Helper()
+	for _, c := range live {
+		if _, err := lab.Ask(c); err != nil {
+			t.Errorf("live connection of %s: %v", c.LocalAddr(), err)
+		}
 	}
 }
