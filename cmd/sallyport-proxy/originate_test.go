@@ -100,7 +100,7 @@ func newOutbound(t *testing.T, change func(*settings)) *outbound {
 		}
 	})}
 	o.workload = o.issue(o.authority, web)
-	o.records.attester.say(o.workload, "", false)
+	o.records.say(o.workload, "", false)
 	return o
 }
 
@@ -131,7 +131,7 @@ func (o *outbound) as(name string) {
 	o.Helper()
 	id, err := web.AppendPath("/" + strings.ReplaceAll(name, " ", "-"))
 	o.must(err)
-	o.records.attester.say(o.issue(o.authority, id), "", false)
+	o.records.say(o.issue(o.authority, id), "", false)
 }
 
 // forget drops the records so far.
@@ -244,7 +244,7 @@ func TestOriginates(t *testing.T) {
 			o.forget()
 			there := o.answers(o.target(f), o.issue(o.authority, farID), o.authority.Bundle())
 			defer there.Close()
-			before := o.records.attester.signatures()
+			before := o.records.signatures()
 			o.talk(o.target(f))
 			open, end := o.find("OPEN", "ORIGINATED"), o.find("CLOSE", "CLOSED")
 			if peers, bytes := there.seen(); len(peers) != 1 || peers[0] != web.String() || bytes != "one\ntwo\n" {
@@ -259,7 +259,7 @@ func TestOriginates(t *testing.T) {
 			if end.FlowId != open.FlowId || end.BytesToServer != 8 || end.BytesToClient != 6+8+4 {
 				t.Errorf("record %v", end)
 			}
-			if n := o.records.attester.signatures() - before; n != 1 {
+			if n := o.records.signatures() - before; n != 1 {
 				t.Errorf("%d signatures", n)
 			}
 		})
@@ -284,7 +284,7 @@ func TestOriginatesForNobodyElse(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			o := o.in(t)
 			o.forget()
-			o.records.attester.say(s.svid, s.why, s.gone)
+			o.records.say(s.svid, s.why, s.gone)
 			o.refuses(s.to)
 			if r := o.find("DENY", s.reason); !strings.Contains(r.Detail, s.say) || r.Identity != s.id || r.Service != "orders" {
 				t.Errorf("record %v", r)
@@ -356,15 +356,15 @@ func TestWithoutTLS(t *testing.T) {
 		if r := o.find("OPEN", "IN_CLEAR"); r.Identity != web.String() || r.Service != "legacy" || r.Proof != "local" {
 			t.Errorf("record %v", r)
 		}
-		if n := o.records.attester.signatures(); n != 0 {
+		if n := o.records.signatures(); n != 0 {
 			t.Errorf("%d signatures for nobody", n)
 		}
 	})
 	t.Run("pass for nobody who is not attested", func(t *testing.T) {
 		o := o.in(t)
 		o.forget()
-		o.records.attester.say(nil, "no socket", false)
-		defer o.records.attester.say(o.workload, "", false)
+		o.records.say(nil, "no socket", false)
+		defer o.records.say(o.workload, "", false)
 		there := o.plainly(o.pass())
 		defer there.Close()
 		o.refuses(o.pass())
@@ -450,7 +450,7 @@ func TestOriginatedIsAskedAgain(t *testing.T) {
 		n, _ := c.Read(make([]byte, 6))
 		return n > 0
 	})
-	o.records.attester.say(nil, "", true)
+	o.records.say(nil, "", true)
 	o.resets(c)
 	if r := o.find("CLOSE", "IDENTITY_EXPIRED"); !strings.Contains(r.Detail, "withdrawn") {
 		t.Errorf("record %v", r)
@@ -468,15 +468,15 @@ func TestOriginatedOutlivesACertificate(t *testing.T) {
 	o.must(c.SetDeadline(time.Now().Add(3 * wait)))
 	first := o.workload.Certificates[0].NotAfter
 	o.workload = o.issue(o.authority, web)
-	o.records.attester.say(o.workload, "", false)
+	o.records.say(o.workload, "", false)
 	for begun := first.Add(-4 * time.Second); time.Now().Before(first.Add(2 * time.Second)); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(begun) { // newer ones come, as from a real source
 			o.workload, begun = o.issue(o.authority, web), first
-			o.records.attester.say(o.workload, "", false)
+			o.records.say(o.workload, "", false)
 		}
 		o.must(goesOn(c))
 	}
-	o.records.attester.say(nil, "it had ended", false)
+	o.records.say(nil, "it had ended", false)
 	o.resets(c)
 	now, r := time.Now(), o.find("CLOSE", "IDENTITY_EXPIRED")
 	last, err := time.Parse(time.RFC3339, r.Detail[strings.LastIndex(r.Detail, " ")+1:])
