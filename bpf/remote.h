@@ -31,7 +31,7 @@ __noinline int sp_asks_remote(struct __sk_buff *skb, const struct sp_service *sv
 
 	if (!svc || svc->target != SP_TARGET_REMOTE)
 		return 0;
-	pods = sp_device_facts(skb->ifindex) & SP_DEVICE_POD;
+	pods = sp_device_facts(skb->ifindex) & (SP_DEVICE_POD | SP_DEVICE_PODS);
 	return hook == SP_HOOK_IN ? pods : !pods && sp_sent_by_host(skb);
 }
 

@@ -152,6 +152,7 @@ const (
 	SallyportSpFactSP_DEVICE_POD    SallyportSpFact = 2
 	SallyportSpFactSP_DEVICE_BOUND4 SallyportSpFact = 4
 	SallyportSpFactSP_DEVICE_BOUND6 SallyportSpFact = 8
+	SallyportSpFactSP_DEVICE_PODS   SallyportSpFact = 16
 )
 
 type SallyportSpFlags uint32

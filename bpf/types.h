@@ -54,6 +54,7 @@ enum sp_fact {
 	SP_DEVICE_POD = 2,
 	SP_DEVICE_BOUND4 = 4,	/* its pod has those IPv4 addresses that are routed to it */
 	SP_DEVICE_BOUND6 = 8,
+	SP_DEVICE_PODS = 16,	/* a bridge with nothing but pods behind it: whose of them a packet is, nobody knows there */
 };
 
 struct sp_device {

@@ -151,6 +151,10 @@ func factsOf(c classifier, all []link, routes []netlink.Route) map[int]datapath.
 			facts[l.ifindex] = datapath.DeviceFacts{Uplink: true}
 		case datapath.RolePod, datapath.RolePodPort:
 			facts[l.ifindex] = datapath.DeviceFacts{Pod: true}
+		case datapath.RoleBridge:
+			if c.onlyPods(l, all) {
+				facts[l.ifindex] = datapath.DeviceFacts{Pods: true}
+			}
 		}
 	}
 	for _, r := range routes {
@@ -164,6 +168,21 @@ func factsOf(c classifier, all []link, routes []netlink.Route) map[int]datapath.
 		facts[r.LinkIndex] = f
 	}
 	return facts
+}
+
+// onlyPods says whether there are pods behind a bridge, and nothing else.
+func (c classifier) onlyPods(bridge link, all []link) bool {
+	pods := false
+	for _, l := range all {
+		if l.master == nil || l.master.ifindex != bridge.ifindex {
+			continue
+		}
+		if role, _ := c.role(l); role != datapath.RolePodPort {
+			return false
+		}
+		pods = true
+	}
+	return pods
 }
 
 func subscribeAddresses() (changed <-chan netlink.AddrUpdate, stop func(), err error) {

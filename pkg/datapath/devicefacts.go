@@ -18,8 +18,9 @@ const (
 )
 
 // DeviceFacts is what the programs are told of a device. A pod's device that is bound takes only what the node's routes
-// send back to it, in that family; an uplink takes nothing from an address of the node or of a bound pod.
-type DeviceFacts struct{ Uplink, Pod, BoundIPv4, BoundIPv6 bool }
+// send back to it, in that family; an uplink takes nothing from an address of the node or of a bound pod. A bridge with nothing but
+// pods behind it (Pods) is where these ask for services on other nodes.
+type DeviceFacts struct{ Uplink, Pod, BoundIPv4, BoundIPv6, Pods bool }
 
 func (f DeviceFacts) bits() (b bpf.SallyportSpFact) {
 	for _, one := range []struct {
@@ -28,6 +29,7 @@ func (f DeviceFacts) bits() (b bpf.SallyportSpFact) {
 	}{
 		{f.Uplink, bpf.SallyportSpFactSP_DEVICE_UPLINK}, {f.Pod, bpf.SallyportSpFactSP_DEVICE_POD},
 		{f.BoundIPv4, bpf.SallyportSpFactSP_DEVICE_BOUND4}, {f.BoundIPv6, bpf.SallyportSpFactSP_DEVICE_BOUND6},
+		{f.Pods, bpf.SallyportSpFactSP_DEVICE_PODS},
 	} {
 		if one.set {
 			b |= one.bit

@@ -36,6 +36,7 @@ func (d *differential) draw(index uint64) drawn {
 func (d *differential) seen(of shape.Case) drawn {
 	c := drawn{Case: of, tagType: vlanType, place: &d.places[of.Place]}
 	c.frame = reference.Frame{Hook: c.place.hook, Ifindex: c.place.device, Data: c.Frame}
+	c.frame.Own = c.place.name != "sp_port_out" // a test run has a socket of the node; what leaves at a port has left by its bridge
 	if c.place.hook == reference.L3In || c.place.hook == reference.L3Out {
 		c.stripEthernet()
 	} else if c.place.ingress() {

@@ -83,6 +83,7 @@ func newPlainDifferential(t testing.TB, seed uint64) *differential {
 	r := newRig(t, 65536, 65536)
 	r.settle(t)
 	d := &differential{rig: r, world: r.world(t), granted: map[netip.Addr]bool{}, firsts: map[datagramID]bool{}}
+	d.askRemote(t)
 	d.places = d.everyPlace(t)
 	var ends [][2]shape.Ends
 	for _, at := range d.places {
@@ -92,7 +93,20 @@ func newPlainDifferential(t testing.TB, seed uint64) *differential {
 	r.reset(t)
 	d.route(t)
 	d.grant(t)
+	for _, device := range d.world.Workloads {
+		check(t, d.m.SpDevices.Put(uint32(device), &bpf.Device{Facts: podFact}))
+	}
 	return d
+}
+
+// askRemote adds a service on another node, which the node and its second pod may ask.
+func (d *differential) askRemote(t testing.TB) {
+	addresses := []netip.Addr{remoteAddr(lab.IPv4), remoteAddr(lab.IPv6)}
+	_, err := d.d.SetServices(append(d.d.Services(), datapath.Service{ID: remoteID, Name: "remote", Target: datapath.TargetRemote,
+		Addresses: addresses, Ports: []uint16{remotePort}}))
+	check(t, err)
+	d.world.Remote = []reference.Service{{Protocol: packet.TCP, Port: remotePort, Addresses: addresses}}
+	d.world.Workloads = []int{d.device(t, lab.PodDevice(1))}
 }
 
 // settle waits until the kernel has looked for others with the addresses of the node's links: then it routes them.
@@ -205,12 +219,16 @@ func (d *differential) ends(t testing.TB, at place, f lab.Family) shape.Ends {
 		e.Dst = slices.Repeat([]netip.Addr{d.Pod.Addr(f), d.Pod.Other(f)}, 4)
 	}
 	e.Dst = append(e.Dst, d.Pods[1].Addr(f), d.Client.Addr(f), d.Pod.Addr(f))
+	if at.hook != reference.PodOut && at.hook != reference.SocketIn {
+		e.Wanted, e.Ports = append(e.Wanted, remotePort), append(e.Ports, remotePort)
+		e.Dst = append(e.Dst, slices.Repeat([]netip.Addr{remoteAddr(f)}, 4)...)
+	}
 	for _, a := range slices.Concat(d.world.Local, d.world.Shared) {
 		if a.Is4() == (f == lab.IPv4) {
 			e.Dst = append(e.Dst, a)
 		}
 	}
-	e.Src = []netip.Addr{d.Client.Addr(f), d.Client.Addr(f), d.Client.Other(f), d.Pods[1].Addr(f), d.Node.Addr(f), d.Pod.Addr(f), f.Loopback()}
+	e.Src = []netip.Addr{d.Client.Addr(f), d.Client.Addr(f), d.Client.Other(f), d.Pods[1].Addr(f), d.Node.Addr(f), d.Pod.Addr(f), f.Loopback(), remoteAddr(f)}
 	for _, s := range strangers(f) {
 		e.Dst, e.Src = append(e.Dst, s), append(e.Src, s)
 	}

@@ -58,6 +58,12 @@ func remoteFacts(t testing.TB, r *rig, _ scene, _ *probe) {
 
 var everyRemote = []string{"node", "node by bridge", "pod", "pods' bridge", "pod in any hook"}
 
+// bridgeFacts have a bridge of pods in place of the second pod.
+func bridgeFacts(t testing.TB, r *rig, s scene, p *probe) {
+	remoteFacts(t, r, s, p)
+	check(t, r.m.SpDevices.Put(uint32(r.device(t, lab.PodDevice(1))), &bpf.Device{Facts: bpf.SallyportSpFactSP_DEVICE_PODS}))
+}
+
 // runRemote is runCases for the scenes of a service on another node.
 func runRemote(t *testing.T, r *rig, cases []progCase) {
 	t.Helper()
@@ -65,10 +71,15 @@ func runRemote(t *testing.T, r *rig, cases []progCase) {
 		if c.scenes == nil {
 			c.scenes = everyRemote
 		}
-		c.given = append([]given{remoteFacts}, c.given...)
+		given := c.given
 		for _, f := range lab.Families() {
 			scenes := r.remoteScenes(t, f)
 			for _, name := range c.scenes {
+				facts := remoteFacts
+				if name == "pods' bridge" {
+					facts = bridgeFacts
+				}
+				c.given = slices.Insert(slices.Clone(given), 0, facts)
 				t.Run(c.name+"/"+name+"/"+f.String(), func(t *testing.T) { c.run(t, r, scenes[name]) })
 			}
 		}
@@ -151,6 +162,12 @@ func remoteFromCases(t testing.TB, r *rig) []progCase {
 		from("SYN", syn, none),
 		from("flags of no connection", syn|packet.FIN, none),
 		from("put back", ack, again, leg(down), marked(down)),
+		{name: "remote/from, in at a port", scenes: []string{"node"}, given: []given{leg(up)}, want: legAt(""), packet: func(s scene) probe {
+			return at("sp_port_in", s.device, tcp(s.server, s.client, ack))
+		}},
+		{name: "remote/from, on lo", scenes: []string{"node"}, given: []given{leg(up)}, want: legAt(""), packet: func(s scene) probe {
+			return at("sp_lo_in", 1, tcp(s.server, s.client, ack))
+		}},
 		elsewhere(from("leg of another device", ack, legAt(placedAt(1, nowhere(r))), misplaced(leg(up), byAnotherDevice)), "pod", "pods' bridge"),
 		elsewhere(from("leg of another device, of the node", ack, steer(flow.ReasonLeg, "leg up"+placedAt(2, nowhere(r))+" ANSWERED"), misplaced(leg(up), byAnotherDevice)), "node", "node by bridge"),
 		elsewhere(from("leg of the other hook", ack, legAt(placedAt(1, uplink)), misplaced(leg(up), byAnotherHook)), "node"),
@@ -184,7 +201,7 @@ func remoteElsewhereCases(t testing.TB, r *rig) []progCase {
 		not("in by a device that is not known", "sp_dev_in", pod0, pod),
 		not("out to a pod", "sp_pod_out", pod0, node),
 		not("out to a pod that is known", "sp_pod_out", pod1, node),
-		not("out to a bridge of pods", "sp_bridge_out", pod1, node),
+		not("out to a bridge of pods", "sp_bridge_out", pod1, node, bridgeFacts),
 		not("in at a port", "sp_port_in", pod1, pod),
 		not("out at a port", "sp_port_out", pod0, node),
 		not("out at a pod's port", "sp_pod_port_out", pod0, node),

@@ -221,7 +221,7 @@ func testRemoteBehindBridge(t *testing.T, profile datapath.Profile) {
 	pods := func(bridge bool) {
 		facts := map[int]datapath.DeviceFacts{n.ifindex(t, lab.Uplink): {Uplink: true}, n.ifindex(t, lab.PodDevice(stranger.pod)): {Pod: true}}
 		if bridge {
-			facts[n.ifindex(t, stranger.bridge)] = datapath.DeviceFacts{Pod: true}
+			facts[n.ifindex(t, stranger.bridge)] = datapath.DeviceFacts{Pods: true}
 		}
 		must(t, n.d.SetDevices(facts))
 	}

@@ -45,6 +45,7 @@ type dissection struct {
 	id           uint32     // of a fragment
 	opens        bool       // the first fragment
 	sender       netip.Addr // of a quoted packet
+	resets       bool       // an RST
 }
 
 func refused(s Shape) dissection { return dissection{shape: s} }
@@ -148,7 +149,7 @@ func (d *dissection) tcp(b []byte, extended bool) {
 		return
 	}
 	d.ports(b)
-	d.kind, d.shape = ported, TCP
+	d.kind, d.shape, d.resets = ported, TCP, b[13]&4 != 0
 	if extended && d.dst.Is4() {
 		d.shape = TCPOptionsIP
 	} else if extended {

@@ -43,6 +43,8 @@ type Frame struct {
 	TCI    uint16
 	// Segmented is a packet that stands for many on the wire (GSO): its IPv4 length may be zero.
 	Segmented bool
+	// Own says that a socket of the node has sent it.
+	Own bool
 	// Data begins at the Ethernet header, or at the IP header at an L3 hook.
 	Data []byte
 }
@@ -50,7 +52,8 @@ type Frame struct {
 // Verdict is what the reference says of a packet.
 type Verdict int
 
-// Free may pass. Protect must not be passed on to a service: it is steered to the proxy or dropped.
+// Free may pass. Protect must not be passed on to a service, or to another node for a workload of this one: it is steered to
+// the proxy or dropped.
 const (
 	Free Verdict = iota
 	Protect
@@ -101,6 +104,10 @@ type World struct {
 	Local []netip.Addr
 	// Shared are the broadcast and anycast addresses of the node's and the pods' subnets.
 	Shared []netip.Addr
+	// Remote are services on other nodes, which workloads of this one reach by the proxy alone: sockets of the node, and what comes
+	// in by the devices of Workloads.
+	Remote    []Service
+	Workloads []int
 }
 
 // Judge says what must happen to the frame.
@@ -121,7 +128,7 @@ func (w *World) Judge(f Frame) Judgement {
 	j := Judgement{Shape: d.shape, Tuple: Tuple{d.protocol, netip.AddrPortFrom(d.src, d.sport), netip.AddrPortFrom(d.dst, d.dport)}}
 	j.Readable, j.Fragment, j.First = d.kind == ported, d.id, d.opens
 	j.Owned = f.Hook.routed() || w.toPod(f) || w.owns(d.src) || w.owns(d.dst) || w.staysHere(d.src) || w.staysHere(d.dst)
-	if w.reaches(f, d) {
+	if w.reaches(f, d) || w.leaves(f, d) {
 		j.Verdict = Protect
 	} else if j.Readable && w.answers(d) {
 		j.Shape = Answer

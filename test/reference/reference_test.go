@@ -235,3 +235,42 @@ func FuzzJudge(f *testing.F) {
 		}
 	})
 }
+
+// TestRemote: what a workload sends to a service on another node is to be protected where it sends, and nowhere else.
+func TestRemote(t *testing.T) {
+	w := world()
+	w.Remote, w.Workloads = []Service{{Protocol: packet.TCP, Port: 5432, Addresses: addresses("10.1.0.9", "fd00:1::9")}}, []int{pod}
+	for _, far := range addresses("10.1.0.9", "fd00:1::9") {
+		p := towards(far.Is6(), false)
+		p.Dst = netip.AddrPortFrom(far, 5432)
+		judge := func(h Hook, ifindex int, own bool, flags uint8, port uint16) Verdict {
+			q := p
+			q.Flags, q.Dst = flags, netip.AddrPortFrom(far, port)
+			f := at(h, q.Bytes())
+			f.Ifindex, f.Own = ifindex, own
+			return w.Judge(f).Verdict
+		}
+		for _, c := range []struct {
+			name    string
+			hook    Hook
+			ifindex int
+			own     bool
+			flags   uint8
+			port    uint16
+			want    Verdict
+		}{
+			{"of the node", DeviceOut, uplink, true, packet.SYN, 5432, Protect},
+			{"of the node, later", DeviceOut, uplink, true, packet.ACK, 5432, Protect},
+			{"of a pod", DeviceIn, pod, false, packet.SYN, 5432, Protect},
+			{"forwarded", DeviceOut, uplink, false, packet.SYN, 5432, Free},
+			{"of others", DeviceIn, uplink, false, packet.SYN, 5432, Free},
+			{"to a pod", PodOut, pod, true, packet.SYN, 5432, Free},
+			{"reset", DeviceOut, uplink, true, packet.RST, 5432, Free},
+			{"another port", DeviceOut, uplink, true, packet.SYN, 5433, Free},
+		} {
+			if got := judge(c.hook, c.ifindex, c.own, c.flags, c.port); got != c.want {
+				t.Errorf("%v %s: %v, want %v", far, c.name, got, c.want)
+			}
+		}
+	}
+}

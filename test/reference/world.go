@@ -49,9 +49,31 @@ func (w *World) arrives(f Frame, dst netip.Addr, s Service) bool {
 	return w.has(s, dst)
 }
 
+// leaves says whether it is a segment of a workload of this node for a service on another one. Only what is plainly one is held to
+// that: the rest is refused there. A reset ends what is no connection of ours.
+func (w *World) leaves(f Frame, d dissection) bool {
+	if d.shape != TCP || d.resets || d.src.Is4In6() || !w.asks(f) {
+		return false
+	}
+	return slices.ContainsFunc(w.Remote, func(s Service) bool { return s.Port == d.dport && w.has(s, d.dst) })
+}
+
+// asks says whether the hook is one where a workload of this node sends.
+func (w *World) asks(f Frame) bool {
+	pods := slices.Contains(w.Workloads, f.Ifindex)
+	switch f.Hook {
+	case DeviceIn, L3In:
+		return pods
+	case DeviceOut, L3Out:
+		return f.Own && !pods
+	}
+	return false
+}
+
 // owns says whether the address has a protected port, whoever asks.
 func (w *World) owns(a netip.Addr) bool {
-	return a.IsValid() && slices.ContainsFunc(w.Services, func(s Service) bool { return w.has(s, a) })
+	has := func(s Service) bool { return w.has(s, a) }
+	return a.IsValid() && (slices.ContainsFunc(w.Services, has) || slices.ContainsFunc(w.Remote, has))
 }
 
 // toPod says whether what the hook passes on arrives at a pod that has a service.
