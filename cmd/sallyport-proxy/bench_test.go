@@ -72,11 +72,13 @@ type settings struct {
 	connections                  int
 	noIdentity, noAgent, noPx    bool
 	certificate                  bool // the proxy has a web certificate
+	policy                       string
 }
 
 func newBench(t *testing.T, change func(*settings)) *bench {
 	t.Helper()
-	s := settings{handshake: 5 * time.Second, idle: time.Hour, drain: 5 * time.Second, dial: 5 * time.Second, connections: 1000}
+	s := settings{handshake: 5 * time.Second, idle: time.Hour, drain: 5 * time.Second, dial: 5 * time.Second, connections: 1000,
+		policy: policyFor(web)}
 	if change != nil {
 		change(&s)
 	}
@@ -90,7 +92,7 @@ func newBench(t *testing.T, change func(*settings)) *bench {
 	authority, err := devauthority.New(domain, devauthority.Options{TTL: s.ttl})
 	b.must(err)
 	b.authority = authority
-	b.writePolicy(policyFor(web))
+	b.writePolicy(s.policy)
 	if !s.noIdentity {
 		b.background(func(ctx context.Context) error { return authority.Serve(ctx, b.workloadSocket(), proxyID) })
 	}
@@ -319,7 +321,7 @@ func (b *bench) resets(c net.Conn) {
 
 // collector is the agent's side: a real ProxyReport server.
 type collector struct {
-	api.UnimplementedProxyReportServer
+	attester
 	mu      sync.Mutex
 	records []*api.FlowRecord // guarded by mu
 	lost    uint64            // guarded by mu

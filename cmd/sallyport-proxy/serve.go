@@ -137,6 +137,7 @@ func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy,
 		Tokens:           with.http.tokens,
 		Login:            with.http.login,
 		Certificates:     with.http.certificates,
+		Outside:          with.http.outside,
 		Logger:           log,
 	})
 }

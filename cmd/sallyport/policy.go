@@ -140,6 +140,10 @@ func checkTable(t *table, set *policy.Set) {
 	for _, p := range set.Providers() {
 		t.row(policy.KindIdentityProvider, p.Name, p.Source, "tokens of "+p.Spec.Issuer)
 	}
+	for _, r := range set.RemoteServices() {
+		t.row(policy.KindRemoteService, r.Name, r.Source, fmt.Sprintf("%s, for %s, answered by %s, without Sallyport: %s",
+			r.Words(), plural(len(r.Spec.Callers), "caller"), strings.Join(r.Spec.Identities, ", "), r.Spec.Without))
+	}
 	t.line("")
 	if set.Version() > 0 {
 		t.row("version", set.Version())

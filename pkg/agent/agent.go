@@ -289,10 +289,11 @@ func (n *node) classifier() classifier {
 }
 
 func (n *node) loadResources(context.Context) error {
+	where := locator{classify: n.classifier(), ports: bridgePorts{}}
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: locator{classify: n.classifier(), ports: bridgePorts{}}.find, signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
+		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -406,7 +407,8 @@ func (n *node) keeper() *keeper {
 
 func (n *node) listenProxy(context.Context) (err error) {
 	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log,
-		lost: func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
+		originations: newOriginations(n.callers, func() *policy.Set { return n.resources.current().handed }, n.clock),
+		lost:         func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
 		func(r grpc.ServiceRegistrar) { api.RegisterProxyReportServer(r, n.reports) })
 	return err

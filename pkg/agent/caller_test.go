@@ -165,6 +165,12 @@ func (c *calling) connects(ns *lab.Namespace, made, by *lab.Group, from netip.Ad
 	return client, server
 }
 
+// who tells whose a connection is.
+func (c *calling) who(client, server netip.AddrPort) *flow.Workload {
+	_, told := c.openers.who(c.t.Context(), client, server)
+	return told
+}
+
 func addressFamily(a netip.Addr) int {
 	if a.Is4() {
 		return unix.AF_INET
@@ -193,6 +199,7 @@ func TestCallers(t *testing.T) {
 	}{
 		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"number given again", (*calling).testNumberGivenAgain}, {"watched again", (*calling).testWatchedAgain}, {"becomes another", (*calling).testBecomesAnother},
 		{"asked for by the proxy", (*calling).testAsked},
+		{"spoken for", (*calling).testSpokenFor}, {"signed for", (*calling).testSignedFor},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			c.t = t
@@ -234,7 +241,7 @@ func (c *calling) testProven(t *testing.T) {
 				port++
 				client, server := c.connects(s.ns, s.made, s.by, s.ns.Addr(f), port)
 				s.want.Cgroup = number(s.made)
-				got := c.openers.who(t.Context(), client, server)
+				got := c.who(client, server)
 				if got == nil || !strings.HasPrefix(got.Why, s.want.Why) || s.want.Why == "" && got.Why != "" {
 					t.Fatalf("%+v, want %+v", got, s.want)
 				}
@@ -321,7 +328,7 @@ func (c *calling) testOver(t *testing.T) {
 	c.authority.SetEntries(devauthority.Entry{ID: ofPodID, PodUID: testPod}, devauthority.Entry{ID: ofProcessID, PID: int32(os.Getpid())})
 	from := c.lab.Pod.Addr(lab.IPv4)
 	client, server := c.connects(c.lab.Pod, web, web, from, 42000)
-	if w := c.openers.who(t.Context(), client, server); w.Identity != ofPodID.String() {
+	if w := c.who(client, server); w.Identity != ofPodID.String() {
 		t.Fatalf("%+v", w)
 	}
 	opened := c.openers.complete(sourceProxy, record(flow.EventOpen, "1", client, server))
@@ -329,9 +336,9 @@ func (c *calling) testOver(t *testing.T) {
 	t.Run("withdrawn", func(t *testing.T) {
 		c.authority.Withdraw(ofPodID)
 		c.t = t
-		c.eventually("its identity to be gone", func() bool { return c.openers.who(t.Context(), client, server).Identity == "" })
+		c.eventually("its identity to be gone", func() bool { return c.who(client, server).Identity == "" })
 		c.authority.Restore(ofPodID)
-		c.eventually("its identity to be back", func() bool { return c.openers.who(t.Context(), client, server).Identity != "" })
+		c.eventually("its identity to be back", func() bool { return c.who(client, server).Identity != "" })
 	})
 	t.Run("group made anew", func(t *testing.T) {
 		before, err := web.ID()
@@ -349,7 +356,7 @@ func (c *calling) testOver(t *testing.T) {
 		if after, err := web.ID(); err != nil || after == before {
 			t.Fatalf("the kernel gave the number %d twice, %v", after, err)
 		}
-		if w := c.openers.who(t.Context(), client, server); w.Pod != testPod || w.Cgroup != before {
+		if w := c.who(client, server); w.Pod != testPod || w.Cgroup != before {
 			t.Errorf("%+v, want what it was", w)
 		}
 		c.t = t

@@ -12,24 +12,40 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Caller tells the proxy whose socket a connection that it has just taken comes from. Our proxy does not ask yet: nobody is let in by
-// the answer.
+// Caller tells the proxy whose socket a connection comes from that it has taken, and of one to a remote service by which certificates
+// its workload is known. That the broker gives that workload no identity is an error then: PermissionDenied.
 func (r *reports) Caller(ctx context.Context, q *api.CallerRequest) (*api.CallerReply, error) {
-	client, err := netip.ParseAddrPort(q.GetClient())
+	c, err := readConnection(q)
 	if err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "client %q: want address:port", plain(q.GetClient()))
-	}
-	server, err := netip.ParseAddrPort(q.GetServer())
-	if err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "server %q: want address:port", plain(q.GetServer()))
-	}
-	if q.GetProtocol() != datapath.TCP.String() {
-		return nil, status.Errorf(codes.InvalidArgument, "protocol %q: %s; want tcp", plain(q.GetProtocol()), whyDatagrams)
+		return nil, err
 	}
 	if r.sink.callers == nil {
 		return nil, status.Error(codes.Unavailable, "nobody looks at callers yet")
 	}
-	return &api.CallerReply{Caller: audit.WorkloadToAPI(r.sink.callers.who(ctx, plainAddr(client), plainAddr(server)))}, nil
+	found, told := r.sink.callers.who(ctx, c.client, c.server)
+	reply := &api.CallerReply{}
+	if r.originations != nil {
+		if reply.Chain, err = r.originations.chain(c, found, told); err != nil {
+			return nil, err
+		}
+	}
+	reply.Caller = audit.WorkloadToAPI(told)
+	return reply, nil
+}
+
+func readConnection(q *api.CallerRequest) (connection, error) {
+	client, err := netip.ParseAddrPort(q.GetClient())
+	if err != nil {
+		return connection{}, status.Errorf(codes.InvalidArgument, "client %q: want address:port", plain(q.GetClient()))
+	}
+	server, err := netip.ParseAddrPort(q.GetServer())
+	if err != nil {
+		return connection{}, status.Errorf(codes.InvalidArgument, "server %q: want address:port", plain(q.GetServer()))
+	}
+	if q.GetProtocol() != datapath.TCP.String() {
+		return connection{}, status.Errorf(codes.InvalidArgument, "protocol %q: %s; want tcp", plain(q.GetProtocol()), whyDatagrams)
+	}
+	return connection{plainAddr(client), plainAddr(server)}, nil
 }
 
 // plainAddr makes an IPv4 address one that is not mapped.

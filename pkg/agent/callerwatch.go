@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
@@ -45,6 +48,9 @@ type attended struct {
 	id    string        // guarded by mu; the latest
 	lost  time.Duration // guarded by mu; boot time since which it is no more its own; 0: it is
 	why   string        // guarded by mu; it has none
+
+	svids, before []*x509svid.SVID // guarded by mu; with their keys: those that it has, and those that these took the place of
+	denied        bool             // guarded by mu; by the broker's word it has none
 }
 
 // attend gives the workload's watch and begins it if there is none. Without one it says why.
@@ -241,13 +247,18 @@ func (a *attended) hear(told identity.Attested, now time.Duration) {
 		defer a.mu.Unlock()
 		a.gone(now, why)
 		if told.State != identity.Unreachable { // that is no word about it
+			a.denied = true
 			a.say()
 		}
 		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.id, a.lost, a.why = told.IDs[0].String(), 0, ""
+	a.id, a.lost, a.why, a.denied = told.IDs[0].String(), 0, "", false
+	if !slices.EqualFunc(a.svids, told.SVIDs, sameLeaf) {
+		a.before = a.svids
+	}
+	a.svids = told.SVIDs
 	a.say()
 }
 
@@ -258,8 +269,11 @@ func (a *attended) lose(now time.Duration, why string) {
 	a.say()
 }
 
-// gone notes since when it has no identity. a.mu is held.
+func sameLeaf(a, b *x509svid.SVID) bool { return a.Certificates[0].Equal(b.Certificates[0]) }
+
+// gone notes since when it has no identity, and forgets the keys. a.mu is held.
 func (a *attended) gone(now time.Duration, why string) {
+	a.svids, a.before = nil, nil
 	if a.lost == 0 {
 		a.lost = now
 	}
@@ -294,16 +308,17 @@ func (a *attended) now() (id, why string) {
 	return a.id, a.why
 }
 
-// who tells whose a connection is that is open now. It waits for the first word of a broker, and not long.
-func (c *openers) who(ctx context.Context, client, server netip.AddrPort) *flow.Workload {
+// who tells whose a connection is that is open now, and what it was found by, if anything. It waits for the first word of a broker,
+// and not long.
+func (c *openers) who(ctx context.Context, client, server netip.AddrPort) (*called, *flow.Workload) {
 	found, w := c.find(client, server, c.boot())
 	if found == nil {
-		return w
+		return nil, w
 	}
 	told := found.workload
 	a := found.attended
 	if a == nil {
-		return &told
+		return found, &told
 	}
 	ctx, cancel := context.WithTimeout(ctx, firstWord)
 	defer cancel()
@@ -313,10 +328,10 @@ func (c *openers) who(ctx context.Context, client, server netip.AddrPort) *flow.
 	}
 	if !c.isStill(a) {
 		told.Why = whyEnded
-		return &told
+		return found, &told
 	}
 	told.Identity, told.Why = a.now()
-	return &told
+	return found, &told
 }
 
 // tallies counts the connections of this node.

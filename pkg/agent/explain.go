@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -34,7 +35,8 @@ func (o *operators) Explain(_ context.Context, req *api.ExplainRequest) (*api.Ex
 	if e == nil {
 		return nil, toStatus(ErrNoResources)
 	}
-	if _, ok := e.set.Service(q.service); q.service != "" && !ok {
+	_, protected := e.set.Service(q.service)
+	if _, remote := e.handed.RemoteService(q.service); q.service != "" && !protected && !remote {
 		return nil, toStatus(fmt.Errorf("explain %q: %w", q.service, ErrNoService))
 	}
 	r := o.answer(q, e)
@@ -81,6 +83,9 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 // decide says what a new connection would meet, where the node has these addresses and these paths.
 func decide(q question, e *enforced, own []netip.Addr, paths []datapath.PathStatus) *api.ExplainReply {
 	r := &api.ExplainReply{Verdict: flow.VerdictNone.String(), Reason: flow.ReasonNone.String()}
+	if remote, ok := findRemote(q, e.handed); ok {
+		return overRemote(r, q, remote, e.set)
+	}
 	service, port, ok := find(q, e.set, own)
 	if !ok {
 		return say(r, "no protected service is there: the packet goes on untouched")
@@ -241,6 +246,40 @@ func find(q question, set *policy.Set, own []netip.Addr) (s policy.ProtectedServ
 		return s, q.server.Port(), true
 	}
 	return s, s.Spec.Ports[0], true
+}
+
+// findRemote looks a remote service up in the same way.
+func findRemote(q question, set *policy.Set) (policy.RemoteService, bool) {
+	if q.service == "" {
+		return set.RemoteServiceAt(q.server)
+	}
+	return set.RemoteService(q.service)
+}
+
+// overRemote tells of a workload of this node that asks for a remote service.
+func overRemote(r *api.ExplainReply, q question, s policy.RemoteService, set *policy.Set) *api.ExplainReply {
+	r.Service, r.Verdict, r.Reason = s.Name, flow.VerdictProxied.String(), flow.ReasonNoPath.String()
+	say(r, fmt.Sprintf("remote service %s (%s), from %s", s.Name, s.Words(), s.Source))
+	say(r, "of a client on this node the first packet is steered to the proxy; of any other one it goes on untouched")
+	if q.identity.IsZero() {
+		return say(r, "the proxy asks whose socket it is, and resets what nobody attests (UNATTESTED)")
+	}
+	d := set.AuthoriseCaller(s.Name, policy.Caller{ID: q.identity, Proof: policy.ProofLocal}, time.Now())
+	if !d.Allowed {
+		r.Verdict, r.Reason = flow.VerdictDenied.String(), flow.ReasonNotAuthorised.String()
+		say(r, fmt.Sprintf("no caller that may ask is %s", q.identity))
+		for _, near := range d.Near {
+			say(r, "nearest: "+near)
+		}
+		return r
+	}
+	r.Reason = flow.ReasonOriginated.String()
+	say(r, fmt.Sprintf("a workload that is attested as %s may ask by %s", q.identity, d.Rule))
+	say(r, "whoever answers has to be one of "+strings.Join(s.Spec.Identities, ", ")+" (else PEER_REFUSED)")
+	if s.Spec.Without == policy.WithoutPass {
+		say(r, "but where nobody answers in TLS, it is sent on in the clear (IN_CLEAR)")
+	}
+	return r
 }
 
 func isOwn(a netip.Addr, own []netip.Addr) bool {

@@ -110,6 +110,12 @@ func (l locator) behind(a netip.Addr) (int, error) {
 	return 0, fmt.Errorf("%s %w: no route leads to it", a, errNotHere)
 }
 
+// isPod tells whether a device is of a pod.
+func (l locator) isPod(ifindex int) bool {
+	dev, err := netlink.LinkByIndex(ifindex)
+	return err == nil && matches(l.classify.pods, dev.Attrs().Name)
+}
+
 // nodeAddresses lists the addresses that are the node's own.
 func nodeAddresses() ([]netip.Addr, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)

@@ -112,6 +112,8 @@ func probeAddresses(s datapath.Service) []netip.Addr {
 	switch {
 	case s.Target == datapath.TargetHost:
 		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
+	case s.Target == datapath.TargetRemote: // others are not knocked at
+		return nil
 	case s.Ifindex == 0: // nowhere to send it yet
 		return nil
 	}

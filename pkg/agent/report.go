@@ -29,7 +29,9 @@ type reports struct {
 	lost  func(cause string, n uint64)
 	relay *relay                                                                             // nil: it relays nothing
 	live  func(service string, client netip.AddrPort, port uint16) (grant string, err error) // nil: nobody knows
-	log   *slog.Logger
+
+	originations *originations // nil: nothing is signed
+	log          *slog.Logger
 
 	mu   sync.Mutex
 	open int        // guarded by mu; streams
@@ -116,7 +118,9 @@ func (r *reports) take(instance string, f *api.ProxyRecords) (seq uint64, err er
 			r.lost(audit.CauseUnreadable, 1)
 			continue
 		}
-		r.sink.take(sourceProxy, fromProxy(rec))
+		rec = fromProxy(rec)
+		r.originations.ended(rec)
+		r.sink.take(sourceProxy, rec)
 	}
 	if missing > 0 {
 		r.lost(audit.CauseBufferFull, missing)

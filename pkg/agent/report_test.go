@@ -25,6 +25,7 @@ type reporting struct {
 	sink   *sink
 	lost   map[string]uint64
 	client api.ProxyReportClient
+	server *reports
 }
 
 func newReporting(t *testing.T, changes ...func(*sink)) *reporting {
@@ -39,9 +40,9 @@ func newReporting(t *testing.T, changes ...func(*sink)) *reporting {
 	for _, change := range changes {
 		change(r.sink)
 	}
-	server := &reports{sink: r.sink, log: slog.New(slog.DiscardHandler), lost: func(cause string, n uint64) { r.lost[cause] += n }}
+	r.server = &reports{sink: r.sink, log: slog.New(slog.DiscardHandler), lost: func(cause string, n uint64) { r.lost[cause] += n }}
 	ep, err := newEndpoint(filepath.Join(dir, "proxy.sock"), callers{uids: []uint32{0}},
-		func(reg grpc.ServiceRegistrar) { api.RegisterProxyReportServer(reg, server) })
+		func(reg grpc.ServiceRegistrar) { api.RegisterProxyReportServer(reg, r.server) })
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

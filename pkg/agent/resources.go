@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,6 +22,7 @@ const settle = 100 * time.Millisecond
 // enforced is what the node enforces: a verified set and the table made of it. It does not change.
 type enforced struct {
 	set        *policy.Set
+	handed     *policy.Set // to the proxy: without the addresses of remote services that are here
 	services   []datapath.Service
 	generation uint32 // of the kernel's table
 }
@@ -44,7 +46,8 @@ type resources struct {
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
-	fits     func(*policy.Set) error // the node's configuration; nil: whatever is valid does
+	isHere   func(netip.Addr) (bool, error) // is it an address of the node or of a pod on it? nil: none is
+	fits     func(*policy.Set) error        // the node's configuration; nil: whatever is valid does
 	problems *problems
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work
@@ -181,7 +184,7 @@ func (r *resources) put(set, last *policy.Set) error {
 	if err != nil {
 		return err
 	}
-	handed := keepFile(r.proxy, set.YAML(), 0o644)
+	handed := keepFile(r.proxy, r.current().handed.YAML(), 0o644)
 	if handed != nil {
 		handed = fmt.Errorf("hand resources to the proxy: %w", handed)
 	}
@@ -195,19 +198,20 @@ func (r *resources) put(set, last *policy.Set) error {
 func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	services := r.compile(set)
+	handed := r.elsewhere(set)
+	services := r.compile(handed)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)
 		if err != nil {
 			return false, fmt.Errorf("write services table: %w", err)
 		}
-		r.now = &enforced{set: set, services: services, generation: generation}
+		r.now = &enforced{set: set, handed: handed, services: services, generation: generation}
 		return true, nil
 	}
-	if r.now.set.Digest() == set.Digest() {
+	if r.now.set.Digest() == set.Digest() && r.now.handed.Digest() == handed.Digest() {
 		return false, nil
 	}
-	r.now = &enforced{set: set, services: services, generation: r.now.generation}
+	r.now = &enforced{set: set, handed: handed, services: services, generation: r.now.generation}
 	return true, nil
 }
 
@@ -222,13 +226,13 @@ func (r *resources) keep(set *policy.Set) error {
 // compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.
 func (r *resources) compile(set *policy.Set) []datapath.Service {
 	all := set.Services()
-	names := make(map[string]bool, len(all))
 	services := make([]datapath.Service, 0, len(all))
 	for _, s := range all {
-		names[s.Name] = true
 		services = append(services, r.row(s))
 	}
-	r.problems.keep(problemService, func(name string) bool { return names[name] })
+	for _, s := range set.RemoteServices() {
+		services = append(services, remoteRow(s))
+	}
 	r.ids.assign(services)
 	return services
 }

@@ -61,6 +61,10 @@ func (o *operators) Services(context.Context, *api.ServicesRequest) (*api.Servic
 		described.Watched = describeWatched(seen[row.ID], row.Mode)
 		reply.Services = append(reply.Services, described)
 	}
+	for _, s := range e.set.RemoteServices() {
+		row, _ := e.service(s.Name)
+		reply.Services = append(reply.Services, describeRemote(s, row))
+	}
 	return reply, nil
 }
 

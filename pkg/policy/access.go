@@ -53,7 +53,7 @@ const (
 	ProofSPIFFE = "spiffe" // mTLS with an X.509-SVID
 	ProofJWT    = "jwt"    // a JWT-SVID
 	ProofOIDC   = "oidc"   // a token of an IdentityProvider, or a login with it
-	ProofLocal  = "local"  // the socket's process on this node, attested; no program gives it yet
+	ProofLocal  = "local"  // the socket's process on this node, attested: of who asks a RemoteService
 )
 
 // Caller is who comes, as it was proven, and how.

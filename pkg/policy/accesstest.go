@@ -123,8 +123,14 @@ func (q AccessQuestion) checkRequest(http bool, report func(string, error)) {
 	}
 }
 
-// Ask is Authorise for a question as people write it.
+// Ask is Authorise for a question as people write it, and of a remote service AuthoriseCaller.
 func (s *Set) Ask(service string, q AccessQuestion) (Decision, error) {
+	if _, remote := s.RemoteService(service); remote {
+		if err := q.check(false); err != nil {
+			return Decision{}, err
+		}
+		return s.AuthoriseCaller(service, q.caller(), q.At), nil
+	}
 	svc, ok := s.Service(service)
 	if !ok {
 		return Decision{}, &Error{Field: "service", Msg: fmt.Sprintf("no ProtectedService is named %q", cut(service)), Hint: suggest(service, s.serviceNames())}
@@ -139,6 +145,9 @@ func (s *Set) serviceNames() map[string]bool {
 	names := map[string]bool{}
 	for _, svc := range s.Services() {
 		names[svc.Name] = true
+	}
+	for _, r := range s.RemoteServices() {
+		names[r.Name] = true
 	}
 	return names
 }

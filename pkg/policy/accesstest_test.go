@@ -89,22 +89,30 @@ func TestCheckNode(t *testing.T) {
 		c.Spec.Proxy.Certificates = []policy.WebCertificate{{Name: "web"}}
 		return c
 	}
+	attesting := func(c policy.AgentConfig) policy.AgentConfig {
+		c.Spec.Workloads.API = policy.WorkloadsBroker
+		return c
+	}
 	onlyTokens := strings.Replace(good, `identities: ["spiffe://example.org/app/web", "spiffe://example.org/ops/*"]`, `identities: ["spiffe://partner.org/*"]`, 1)
 	for name, c := range map[string]struct {
 		text  string
 		node  policy.AgentConfig
 		field string
 	}{
-		"another trust domain":  {good, node(), "spec.access"},
-		"federated":             {good, node("example.org"), ""},
-		"federated with others": {good, node("partner.org"), "spec.access"},
-		"own":                   {strings.ReplaceAll(good, "example.org", "node.org"), node(), ""},
-		"one of them":           {strings.Replace(good, "spiffe://example.org/ops/*", "spiffe://node.org/*", 1), node(), ""},
-		"below everything":      {onlyTokens, node(), "spec.access"},
-		"only watched":          {strings.Replace(good, "target: Host\n", "target: Host\n  mode: Shadow\n", 1), node(), ""},
-		"nobody on purpose":     {head + "ProtectedService\nmetadata: {name: a}\nspec: {target: Host, ports: [1]}\n", node(), ""},
-		"people":                {web, node(), ""},
-		"no certificate":        {strings.Replace(web, "certificate: web", "certificate: other", 1), node(), "spec.http.certificate"},
+		"another trust domain":    {good, node(), "spec.access"},
+		"federated":               {good, node("example.org"), ""},
+		"federated with others":   {good, node("partner.org"), "spec.access"},
+		"own":                     {strings.ReplaceAll(good, "example.org", "node.org"), node(), ""},
+		"one of them":             {strings.Replace(good, "spiffe://example.org/ops/*", "spiffe://node.org/*", 1), node(), ""},
+		"below everything":        {onlyTokens, node(), "spec.access"},
+		"only watched":            {strings.Replace(good, "target: Host\n", "target: Host\n  mode: Shadow\n", 1), node(), ""},
+		"nobody on purpose":       {head + "ProtectedService\nmetadata: {name: a}\nspec: {target: Host, ports: [1]}\n", node(), ""},
+		"people":                  {web, node(), ""},
+		"remote, nobody attests":  {remote, node("example.org"), "spec.callers"},
+		"remote, others' callers": {remote, attesting(node("example.org")), "spec.callers"},
+		"remote, nobody answers":  {strings.ReplaceAll(remote, "example.org/shop", "node.org/shop"), attesting(node()), "spec.callers"},
+		"remote":                  {strings.ReplaceAll(remote, "example.org/shop", "node.org/shop"), attesting(node("example.org")), ""},
+		"no certificate":          {strings.Replace(web, "certificate: web", "certificate: other", 1), node(), "spec.http.certificate"},
 	} {
 		err := mustParse(t, c.text).CheckNode(c.node)
 		if errs := policy.Errors(err); len(errs) != map[bool]int{true: 1}[c.field != ""] || c.field != "" && (errs[0].Field != c.field || errs[0].Hint == "" || errs[0].Line == 0) {

@@ -250,6 +250,11 @@ func nearMisses(svc ProtectedService, who Caller, misses []miss) []string {
 			misses = append(misses, miss{fmt.Sprintf("access[%d]: %s", i, m.text), m.score})
 		}
 	}
+	return nearest(misses)
+}
+
+// nearest gives the first of the misses in words.
+func nearest(misses []miss) []string {
 	slices.SortStableFunc(misses, func(a, b miss) int { return cmp.Compare(b.score, a.score) })
 	out := make([]string, 0, maxNear)
 	for _, m := range misses[:min(len(misses), maxNear)] {

@@ -10,7 +10,7 @@ import (
 )
 
 // CheckNode tells what of the set a node of that configuration could never do, as errors.Join of *Error: let anybody in at a service
-// that has rules for identities that nobody there can prove, or show a certificate that it does not have.
+// that has rules for identities that nobody there can prove, show a certificate that it does not have, or let anybody ask a remote service.
 func (s *Set) CheckNode(c AgentConfig) error {
 	trusted := append([]string{c.Spec.TrustDomain}, c.Spec.FederatesWith...)
 	var errs []error
@@ -27,7 +27,37 @@ func (s *Set) CheckNode(c AgentConfig) error {
 			report(field, "add it there, or name one that is", "spec.proxy.certificates of the node's configuration has no %q", name)
 		}
 	}
+	for _, r := range s.RemoteServices() {
+		if why, hint := r.nobodyAt(c, trusted); why != "" {
+			errs = append(errs, &Error{File: r.Source.File, Line: r.Source.Line, Field: "spec.callers", Msg: why, Hint: hint})
+		}
+	}
 	return errors.Join(errs...)
+}
+
+// nobodyAt says why nobody could ever be served by the remote service at a node that knows these trust domains, and what to do.
+func (r RemoteService) nobodyAt(c AgentConfig, trusted []string) (why, hint string) {
+	own := trusted[:1]
+	switch {
+	case c.Spec.Workloads.API == WorkloadsNone || c.Spec.Workloads.API == "":
+		return fmt.Sprintf("%s can serve nobody: nobody tells this node the identities of its workloads (spec.workloads.api: none)", r.Name),
+			"write spec.workloads of the node's configuration, or remove the RemoteService"
+	case !anyFrom(r.Spec.Callers, own):
+		return fmt.Sprintf("%s can serve nobody: its callers are of other trust domains than this node's workloads (%s)", r.Name, own[0]),
+			"name callers of that trust domain"
+	case !anyFrom(r.Spec.Identities, trusted):
+		return fmt.Sprintf("nobody can ever answer for %s: its identities are of other trust domains than this node knows (%s)", r.Name, strings.Join(trusted, ", ")),
+			"name identities of one of them, or add the trust domain to spec.federatesWith of the node's configuration"
+	}
+	return "", ""
+}
+
+// anyFrom says whether one of the patterns is of one of these trust domains.
+func anyFrom(patterns, trusted []string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		id, err := spiffeid.FromString(strings.TrimSuffix(p, "/*"))
+		return err == nil && slices.Contains(trusted, id.TrustDomain().Name())
+	})
 }
 
 // nobodyFrom says that the service has rules, and none for anybody of these trust domains or of a provider.
@@ -36,11 +66,8 @@ func (s ProtectedService) nobodyFrom(trusted []string) bool {
 		if len(r.Subjects)+len(r.Groups) > 0 {
 			return false
 		}
-		for _, p := range r.Identities {
-			id, err := spiffeid.FromString(strings.TrimSuffix(p, "/*"))
-			if err == nil && slices.Contains(trusted, id.TrustDomain().Name()) {
-				return false
-			}
+		if anyFrom(r.Identities, trusted) {
+			return false
 		}
 	}
 	return len(s.Spec.Access) > 0

@@ -108,7 +108,7 @@ func (c *comparison) added(r any) {
 	switch r := r.(type) {
 	case ProtectedService:
 		c.note(ofModes(ProtectedService{Spec: ProtectedServiceSpec{Mode: ModeObserve}}, r), "", "is new")
-	case DenyList, GrantTemplate:
+	case DenyList, GrantTemplate, RemoteService:
 		c.note(Tighter, "", "is new")
 	default:
 		c.loosen("", "is new")
@@ -127,6 +127,8 @@ func (c *comparison) compare(old, next any) {
 		c.denyList(was.Spec, next.(DenyList).Spec)
 	case IdentityProvider:
 		c.provider(was.Spec, next.(IdentityProvider).Spec)
+	case RemoteService:
+		c.remote(was.Spec, next.(RemoteService).Spec)
 	default:
 		if !same(old, next) {
 			c.loosen("", "is not what it was")

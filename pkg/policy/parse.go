@@ -33,11 +33,12 @@ type parser struct {
 	templates []located[GrantTemplate]
 	sets      []located[ResourceSet]
 	providers []located[IdentityProvider]
+	remotes   []located[RemoteService]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
 // name in errors. Every problem comes back at once, as errors.Join of *Error. A set without a
-// protected service is an error: it would protect nothing.
+// protected or remote service is an error: it would protect nothing.
 func Parse(name string, data []byte) (*Set, error) {
 	p := &parser{}
 	p.read(name, data)
@@ -46,15 +47,16 @@ func Parse(name string, data []byte) (*Set, error) {
 
 // set validates what was read as a whole. where is what an error about the whole names.
 func (p *parser) set(where string) (*Set, error) {
-	if len(p.services) == 0 && len(p.list) == 0 {
+	if len(p.services)+len(p.remotes)+len(p.list) == 0 {
 		p.add(&Error{
-			File: where, Msg: "no ProtectedService: the set would protect nothing",
+			File: where, Msg: "no ProtectedService or RemoteService: the set would protect nothing",
 			Hint: "name every file of the set together; to stop protecting a node, use `sallyport uninstall`",
 		})
 	}
 	sure := p.sureOfNames()
 	p.checkNames()
 	p.checkOverlaps()
+	p.checkRemotes()
 	p.checkPeople()
 	p.checkOneSet()
 	if sure {
@@ -64,7 +66,8 @@ func (p *parser) set(where string) (*Set, error) {
 		return nil, err
 	}
 	return newSet(&Set{services: values(p.services), policies: values(p.policies), keyrings: values(p.keyrings),
-		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets), providers: values(p.providers)}), nil
+		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets), providers: values(p.providers),
+		remotes: values(p.remotes)}), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -143,6 +146,8 @@ func (p *parser) resource(d *document) {
 		p.sets = append(p.sets, located[ResourceSet]{d, decoded[ResourceSet](d)})
 	case KindIdentityProvider:
 		p.providers = append(p.providers, located[IdentityProvider]{d, decoded[IdentityProvider](d)})
+	case KindRemoteService:
+		p.remotes = append(p.remotes, located[RemoteService]{d, decoded[RemoteService](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
@@ -175,7 +180,7 @@ func (t *GrantTemplate) from(at Source)    { t.Source = at }
 func (r *ResourceSet) from(at Source)      { r.Source = at }
 func (p *IdentityProvider) from(at Source) { p.Source = at }
 
-const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet, IdentityProvider"
+const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet, IdentityProvider, RemoteService"
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {

@@ -16,6 +16,7 @@ const (
 	KindGrantTemplate    = "GrantTemplate"
 	KindResourceSet      = "ResourceSet"
 	KindIdentityProvider = "IdentityProvider"
+	KindRemoteService    = "RemoteService"
 	KindAgentConfig      = "AgentConfig"
 )
 

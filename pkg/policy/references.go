@@ -15,6 +15,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.denials, func(l DenyList) string { return l.Name })
 	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
 	checkUnique(p.providers, func(i IdentityProvider) string { return i.Name })
+	checkUnique(p.remotes, func(r RemoteService) string { return r.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {

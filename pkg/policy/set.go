@@ -23,6 +23,7 @@ type Set struct {
 	templates []GrantTemplate
 	sets      []ResourceSet // one at most
 	providers []IdentityProvider
+	remotes   []RemoteService
 
 	yaml   []byte
 	digest string
@@ -33,6 +34,8 @@ type Set struct {
 	signals *Signals               // what was said against callers; nil: nothing was heard of anybody
 	byName  map[string]int         // service index by name
 	byPlace map[endpoint]int       // by address and port; a Host service has no address
+
+	byRemote map[netip.AddrPort]int // remote service index by place
 }
 
 // newSet takes a set of resources that fit together, and makes what is looked up in it.
@@ -45,6 +48,7 @@ func newSet(s *Set) *Set {
 	slices.SortFunc(s.denials, func(a, b DenyList) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.templates, func(a, b GrantTemplate) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.providers, func(a, b IdentityProvider) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.remotes, func(a, b RemoteService) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -58,6 +62,17 @@ func newSet(s *Set) *Set {
 			program, err := compileWhen(p.Spec.When)
 			must(err) // it was read before
 			s.when[p.Name] = program
+		}
+	}
+	return s.withRemotes(s.remotes)
+}
+
+// withRemotes gives the set those remote services, in their order, and so its digest.
+func (s *Set) withRemotes(remotes []RemoteService) *Set {
+	s.remotes, s.byRemote = remotes, map[netip.AddrPort]int{}
+	for i, r := range remotes {
+		for _, place := range r.Places() {
+			s.byRemote[place] = i
 		}
 	}
 	s.yaml = encode(s.resources())
@@ -111,6 +126,9 @@ func (s *Set) resources() (all []resource) {
 	}
 	for _, v := range s.providers {
 		all = append(all, resource{KindIdentityProvider, v.Name, v})
+	}
+	for _, v := range s.remotes {
+		all = append(all, resource{KindRemoteService, v.Name, v})
 	}
 	for _, v := range s.sets {
 		all = append(all, resource{KindResourceSet, v.Name, v})

@@ -15,9 +15,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 )
 
-// Outside is the way to identity providers, which cannot be reached inside px: the agent relays bytes to the endpoints that
-// policy lists. What is said to them is between us and them: whoever dials puts TLS around it. The agent's own answers come the
-// same way.
+// Outside is the way out of px, by the agent. To identity providers it relays bytes, if policy lists the endpoints: what is said to
+// them is between us and them, and whoever dials puts TLS around it. Of workloads on the node it tells who they are, and signs for them. Another proxy's
+// questions get the agent's own answers by it.
 type Outside struct{ conn *grpc.ClientConn }
 
 // NewOutside makes a way out over the agent's socket. It does not have to be there yet.

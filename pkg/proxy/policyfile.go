@@ -107,7 +107,7 @@ func (f *PolicyFile) read() {
 	}
 	f.swap(f.good.Heeding(f.heard))
 	if changed {
-		f.log.Info("policy in force", "digest", f.good.Digest(), "services", len(f.good.Services()))
+		f.log.Info("policy in force", "digest", f.good.Digest(), "remote", len(f.good.RemoteServices()), "services", len(f.good.Services()))
 	}
 }
 

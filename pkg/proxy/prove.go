@@ -144,11 +144,11 @@ func (c *peeked) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// errTruncated is the end of a client's stream that is not signed by its key: anybody on the way
+// errTruncated is the end of a stream that is not signed by its sender's key: anybody on the way
 // can send a FIN.
-var errTruncated = errors.New("client ended without close_notify: what it sent may be incomplete")
+var errTruncated = errors.New("ended without close_notify: what it sent may be incomplete")
 
-// client is the TLS connection of a proven client.
+// client is the TLS connection of a proven client, or to a remote service.
 type client struct {
 	*tls.Conn
 	raw   *peeked

@@ -34,7 +34,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Login, Certificates and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Login, Certificates, Outside and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -62,7 +62,9 @@ type Config struct {
 	Login *login.Handler
 	// Certificates are for clients without SPIFFE. nil: there are none.
 	Certificates *Certificates
-	Logger       *slog.Logger
+	// Outside is the way to the agent, which tells the workloads of this node. nil: none can ask for a remote service.
+	Outside *Outside
+	Logger  *slog.Logger
 }
 
 func (c Config) validate() error {
@@ -132,6 +134,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	helpers.Go(func() { p.denials.run(draining) })
 	helpers.Go(func() { p.recheck(draining) })
 	helpers.Go(func() { p.expire(draining) })
+	helpers.Go(func() { p.attestAgain(draining) })
 	for _, l := range p.listeners {
 		acceptors.Go(func() { stop(p.accept(accepting, l)) })
 	}

@@ -18,12 +18,19 @@ const (
 	chunkSize  = 64 << 10
 )
 
+// secured is the side of a relay that is proven: TLS, or the connection itself where policy has it go in the clear.
+type secured interface {
+	io.ReadWriter
+	CloseWrite() error
+}
+
 // relay carries bytes both ways. A side that does not read holds the other one back: nothing is
-// kept but one buffer in each direction.
+// kept but one buffer in each direction. Where we speak for a workload, the two sides have changed places.
 type relay struct {
-	client *client
+	client secured
 	down   *net.TCPConn // below client
 	up     *net.TCPConn
+	names  [2]string // of client and of up, in errors
 
 	buffers            *buffers
 	toServer, toClient uint64 // payload bytes; each is owned by its direction, read after run
@@ -70,7 +77,7 @@ func (r *relay) serverward() error {
 			r.lookAt((*buf)[:n], &r.toServer)
 			r.moved()
 			if err := r.write(r.up, (*buf)[:n], &r.toServer); err != nil {
-				return fmt.Errorf("write to service: %w", err)
+				return fmt.Errorf("write to %s: %w", r.names[1], err)
 			}
 		}
 		switch {
@@ -78,7 +85,7 @@ func (r *relay) serverward() error {
 			_ = r.up.CloseWrite() // a service that is gone shows in the other direction
 			return nil
 		case err != nil:
-			return fmt.Errorf("read from client: %w", err)
+			return fmt.Errorf("read from %s: %w", r.names[0], err)
 		}
 	}
 }
@@ -87,7 +94,7 @@ func (r *relay) serverward() error {
 func (r *relay) clientward() error {
 	raw, err := r.up.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("read from service: %w", err)
+		return fmt.Errorf("read from %s: %w", r.names[1], err)
 	}
 	for {
 		buf, n, err := readReady(raw, &r.buffers.chunks)
@@ -95,21 +102,21 @@ func (r *relay) clientward() error {
 			return r.endClientward()
 		}
 		if err != nil {
-			return fmt.Errorf("read from service: %w", err)
+			return fmt.Errorf("read from %s: %w", r.names[1], err)
 		}
 		r.moved()
 		r.lookAt((*buf)[:n], &r.toClient)
 		err = r.write(r.client, (*buf)[:n], &r.toClient)
 		r.buffers.chunks.put(buf)
 		if err != nil {
-			return fmt.Errorf("write to client: %w", err)
+			return fmt.Errorf("write to %s: %w", r.names[0], err)
 		}
 	}
 }
 
 func (r *relay) endClientward() error {
 	if err := r.client.CloseWrite(); err != nil {
-		return fmt.Errorf("write to client: %w", err)
+		return fmt.Errorf("write to %s: %w", r.names[0], err)
 	}
 	_ = r.down.CloseWrite() // close_notify has said it
 	return nil

@@ -32,8 +32,11 @@ type session struct {
 	open bool         // guarded by mu; identity proven, being carried
 	up   *net.TCPConn // guarded by mu; nil until dialled
 	web  *web         // guarded by mu; nil: bytes are carried, or nothing yet
-	end  *ending      // guarded by mu; why it was cut, nil if it was not
-	app  string       // guarded by mu; what is spoken, where that is known
+
+	origin *origination // guarded by mu; nil: the client speaks for itself, or nothing is carried yet
+
+	end *ending // guarded by mu; why it was cut, nil if it was not
+	app string  // guarded by mu; what is spoken, where that is known
 }
 
 // proven is what the client proved, and for which service.
@@ -64,6 +67,9 @@ type refusal struct {
 // Error implements error.
 func (r *refusal) Error() string { return fmt.Sprintf("%s: %v", r.reason, r.err) }
 
+// Unwrap implements errors.
+func (r *refusal) Unwrap() error { return r.err }
+
 // closing is how a refused client is left.
 type closing int
 
@@ -86,6 +92,10 @@ func newSession(p *Proxy, c *net.TCPConn) *session {
 // run takes the connection through its life.
 func (s *session) run() {
 	defer s.cancel()
+	if remote, ok := s.p.cfg.Policy.Set().RemoteServiceAt(bare(s.server)); ok {
+		s.originate(remote)
+		return
+	}
 	conn, spec, err := s.prove()
 	if err == nil && spec != nil {
 		s.serveWeb(conn, *spec)
@@ -100,7 +110,8 @@ func (s *session) run() {
 		return
 	}
 	s.p.cfg.Report(s.record(flow.EventOpen, flow.VerdictProxied, flow.ReasonIdentity, ""))
-	s.carry(conn)
+	r := &relay{client: conn, down: s.down, up: s.up, names: [2]string{"client", "service"}, buffers: s.p.buffers, activity: activity{began: s.accepted}}
+	s.carry(r, &r.toServer, &r.toClient)
 }
 
 // dial connects to the service in the client's name. From here on the connection is live, and a
@@ -233,6 +244,10 @@ func (s *session) recheck() {
 	}
 	if w := s.served(); w != nil {
 		w.recheck()
+	} else if o := s.originated(); o != nil {
+		if why := o.objection(s); why != nil {
+			s.cut(flow.ReasonPolicyChanged, why.Error())
+		}
 	} else if why := s.p.objection(s); why != nil {
 		s.cut(flow.ReasonPolicyChanged, why.Error())
 	} else if why := s.p.tokenObjection(s); why != nil {
@@ -249,7 +264,7 @@ func (s *session) isSettled() bool {
 }
 
 // expire cuts a live connection when what its client proved is too long over. A client that has a newer
-// certificate shows it with its next connection: on this one it cannot.
+// certificate shows it with its next connection: on this one it cannot. Of a workload that we speak for the agent tells the newest.
 func (s *session) expire(now time.Time) {
 	who := s.identity()
 	if w := s.served(); w != nil {
@@ -268,9 +283,8 @@ func (s *session) expire(now time.Time) {
 	s.cut(flow.ReasonIdentityExpired, fmt.Sprintf("its certificate was valid until %s", notAfter.UTC().Format(time.RFC3339)))
 }
 
-// carry copies both ways until both are done, or one fails, or the session is cut.
-func (s *session) carry(conn *client) {
-	r := &relay{client: conn, down: s.down, up: s.up, buffers: s.p.buffers, activity: activity{began: s.accepted}}
+// carry copies both ways until both are done, or one fails, or the session is cut. The counters are those of r.
+func (s *session) carry(r *relay, toServer, toClient *uint64) {
 	stop := r.watch(s.p.cfg.IdleTimeout, func() { s.cut(flow.ReasonIdleTimeout, "nothing moved for "+s.p.cfg.IdleTimeout.String()) })
 	err := r.run()
 	stop()
@@ -285,7 +299,7 @@ func (s *session) carry(conn *client) {
 		reason, detail = end.reason, end.detail
 	}
 	rec := s.record(flow.EventClose, flow.VerdictProxied, reason, detail)
-	rec.BytesToServer, rec.BytesToClient = r.toServer, r.toClient
+	rec.BytesToServer, rec.BytesToClient = *toServer, *toClient
 	s.p.cfg.Report(rec)
 }
 

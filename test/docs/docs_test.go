@@ -159,6 +159,15 @@ func TestExamplesAreValid(t *testing.T) {
 	if err := set.Test(); err != nil || set.Tests() == 0 {
 		t.Errorf("%d tests: %v", set.Tests(), err)
 	}
+	remote, err := policy.LoadFiles(filepath.Join(root, "deploy/examples/remote.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	attesting := config
+	attesting.Spec.Workloads.API = policy.WorkloadsBroker
+	if err := remote.CheckNode(attesting); err != nil || remote.CheckNode(config) == nil {
+		t.Errorf("remote services: %v, and where nobody attests %v", err, remote.CheckNode(config))
+	}
 	// What the example calls a default is one.
 	want := policy.DefaultAgentConfig()
 	want.Name, want.Spec.TrustDomain = config.Name, config.Spec.TrustDomain

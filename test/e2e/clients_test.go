@@ -101,7 +101,7 @@ func (w *world) secure(ctx context.Context, conn net.Conn, id spiffeid.ID) (*tls
 }
 
 func (w *world) handshake(ctx context.Context, conn net.Conn, svid *x509svid.SVID) (*tls.Conn, error) {
-	secured := tls.Client(conn, tlsconfig.MTLSClientConfig(svid, w.authority.Bundle(), tlsconfig.AuthorizeID(proxyID)))
+	secured := tls.Client(conn, tlsconfig.MTLSClientConfig(svid, w.authority.Bundle(), tlsconfig.AuthorizeID(w.own("proxy"))))
 	return secured, secured.HandshakeContext(ctx)
 }
 

@@ -36,6 +36,7 @@ type record struct {
 	PacketsToServer         uint64 `json:"packets_to_server"`
 	PacketsToClient         uint64 `json:"packets_to_client"`
 	Count                   uint64
+	Caller                  struct{ Identity, Why string }
 }
 
 func (r record) String() string {

@@ -19,10 +19,11 @@ import (
 )
 
 const (
-	nodeName = "node-1"
-	hostPort = 8080 // of host-echo
-	podPort  = 8081 // of pod-echo
-	sinkPort = 8090 // a second port of both, where tests serve what they need
+	nodeName  = "node-1"
+	otherNode = "node-2" // of a world that is beside another
+	hostPort  = 8080     // of host-echo
+	podPort   = 8081     // of pod-echo
+	sinkPort  = 8090     // a second port of both, where tests serve what they need
 )
 
 var (
@@ -43,6 +44,10 @@ type options struct {
 	web        bool          // the proxy has a web certificate, db, of the files web.pem and web.key
 	config     string        // more lines of the agent's configuration
 	identities []spiffeid.ID // that are served, beside the world's own
+	workloads  bool          // a broker tells the agent the identities of workloads, by the authority's entries
+
+	// beside is a world that this one shares the client and the authority with: the client forwards between their nodes.
+	beside *world
 
 	// provider serves identities in the embedded authority's place, all of them at the socket that it gives.
 	provider func(*testing.T, *world) string
@@ -52,6 +57,7 @@ type options struct {
 // the node and pod-echo in the first pod. The second pod is a client.
 type world struct {
 	*lab.Lab
+	name      string // of the node
 	bin       string
 	authority *devauthority.Authority
 	provider  string // socket of all identities; empty: each has its own
@@ -69,7 +75,12 @@ type files struct{ agent, proxy, collector, resources, run, state, records, reco
 // newWorld prepares everything and starts nothing but the services.
 func newWorld(t *testing.T, o options) *world {
 	t.Helper()
-	w := &world{bin: programs(t, o.plain), Lab: lab.New(t, lab.Options{Pods: 2, Unplugged: o.booting})}
+	w := &world{name: nodeName, bin: programs(t, o.plain)}
+	shape := lab.Options{Pods: 2, Unplugged: o.booting}
+	if o.beside != nil {
+		w.name, w.authority, shape.Beside = otherNode, o.beside.authority, o.beside.Lab
+	}
+	w.Lab = lab.New(t, shape)
 	t.Cleanup(func() { w.checkRaces(t) })
 	must(t, os.Chmod(w.Dir, 0o755)) // the proxy's user goes through it
 	var err error
@@ -83,7 +94,7 @@ func newWorld(t *testing.T, o options) *world {
 	if o.provider != nil {
 		w.provider = o.provider(t, w)
 	} else if !o.booting {
-		w.serveIdentities(t, o.identities)
+		w.serveIdentities(t, o)
 	}
 	w.writeConfig(t, o)
 	w.makeKey(t)
@@ -124,18 +135,31 @@ func (w *world) socket(id spiffeid.ID) string {
 }
 
 // serveIdentities has a Workload API for each identity, on a socket of its own.
-func (w *world) serveIdentities(t *testing.T, more []spiffeid.ID) {
+func (w *world) serveIdentities(t *testing.T, o options) {
 	t.Helper()
-	var err error
-	w.authority, err = devauthority.New(domain, devauthority.Options{})
-	must(t, err)
-	for _, path := range []string{"/sallyport/agent/" + nodeName, "/sallyport/proxy/" + nodeName, "/sallyport/collector", "/app/web", "/app/mallory"} {
-		more = append(more, spiffeid.RequireFromPath(domain, path))
+	if w.authority == nil {
+		var err error
+		w.authority, err = devauthority.New(domain, devauthority.Options{})
+		must(t, err)
 	}
-	for _, id := range more {
+	ids := slices.Concat(o.identities, []spiffeid.ID{w.own("agent"), w.own("proxy"), spiffeid.RequireFromPath(domain, "/sallyport/collector"), web, mallory})
+	for _, id := range ids {
 		background(t, func(ctx context.Context) error { return w.authority.Serve(ctx, w.socket(id), id) })
 	}
+	if o.workloads {
+		spire := spiffeid.RequireFromPath(domain, "/spire/agent/"+w.name)
+		background(t, func(ctx context.Context) error {
+			return w.authority.ServeBroker(ctx, w.brokerSocket(), spire, w.own("agent"))
+		})
+	}
 }
+
+// own is the identity of a program of the node.
+func (w *world) own(who string) spiffeid.ID {
+	return spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+w.name)
+}
+
+func (w *world) brokerSocket() string { return filepath.Join(w.Dir, "broker", "broker.sock") }
 
 // background runs f until the test ends.
 func background(t *testing.T, f func(context.Context) error) {
@@ -163,8 +187,10 @@ func (w *world) writeConfig(t *testing.T, o options) {
 	if o.web {
 		certificates = fmt.Sprintf(", certificates: [{name: db, certFile: %[1]s/web.pem, keyFile: %[1]s/web.key}]", w.Dir)
 	}
+	if o.workloads {
+		o.config += fmt.Sprintf("  workloads: {api: broker, address: \"unix://%s\"}\n", w.brokerSocket())
+	}
 	for file, who := range map[string]string{w.files.agent: "agent", w.files.proxy: "proxy"} {
-		id := spiffeid.RequireFromPath(domain, "/sallyport/"+who+"/"+nodeName)
 		write(t, file, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: AgentConfig
 metadata: {name: %[1]s}
@@ -182,7 +208,7 @@ spec:
   collector: {address: "127.0.0.1:9443", id: "spiffe://example.org/sallyport/collector"}
   metrics: "127.0.0.1:9469"
   proxy: {maxConnections: 4000, handshakeTimeout: 2s, drainTimeout: 2s%[10]s}
-`, nodeName, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(id), lease, w.Cgroup(), hooks, certificates)+o.config)
+`, w.name, w.files.resources, w.files.state, w.files.run, w.bpffs, w.socket(w.own(who)), lease, w.Cgroup(), hooks, certificates)+o.config)
 	}
 	write(t, w.files.collector, fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
 kind: CollectorConfig

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -45,4 +46,9 @@ func (g *Group) ID() (uint64, error) {
 // they live, and processes that f starts are born in it.
 func (g *Group) Do(n *Namespace, f func() error) error {
 	return n.Do(func() error { return g.inside.do(f) })
+}
+
+// Start runs cmd inside the namespace and the group, else as Start of the namespace does.
+func (g *Group) Start(n *Namespace, cmd *exec.Cmd) (*Process, error) {
+	return n.start(cmd, func(f func() error) error { return g.Do(n, f) })
 }

@@ -20,12 +20,16 @@ type Options struct {
 	UplinkMTU int
 	// Unplugged leaves out all devices but lo until Plug is called, as on a machine that is just starting.
 	Unplugged bool
+	// Beside is a lab whose client is this one's, too, and forwards between the two nodes: what goes from one to the other
+	// passes there. It is to be closed after this one.
+	Beside *Lab
 }
 
 // Lab is one topology:
 //
 //	client eth0 ── up0 node vethpod ── eth0 pod
 //	                        vethpod2 ── eth0 second pod, if there is one
+//	       eth1 ── up0 node of a lab that is beside this one
 //
 // The node forwards, and has rp_filter=1 on each device. All devices have IPv4 and IPv6 addresses
 // from the start, with no duplicate address detection. The namespaces have no names in the file
@@ -40,6 +44,7 @@ type Lab struct {
 	// mounted below it and removes it.
 	Dir string
 
+	beside *Lab   // of Options
 	links  []link // of Plug
 	cgroup cgroup
 

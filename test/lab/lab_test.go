@@ -3,6 +3,8 @@ package lab
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -238,5 +240,39 @@ func TestSweepRemovesLabsOfDeadProcessesOnly(t *testing.T) {
 func TestBuildRefusesTooManyPods(t *testing.T) {
 	if _, err := Build(Options{Pods: 8}); err == nil {
 		t.Error("built a lab with 8 pods")
+	}
+}
+
+// TestTwoNodes: nodes and pods of two labs on one client reach each other through it, as themselves, and a capture there has every
+// packet whole.
+func TestTwoNodes(t *testing.T) {
+	here := New(t, Options{Pods: 2})
+	there := New(t, Options{Pods: 2, Beside: here})
+	if there.Client != here.Client || there.Cgroup() == here.Cgroup() && here.Cgroup() != "" {
+		t.Fatal("the labs are to share the client, and no control group")
+	}
+	capture := must[*Tap](t)(here.Client.Capture(port))
+	long := strings.Repeat("long ", 200)
+	for _, f := range Families() {
+		for _, server := range []*Namespace{here.Node, here.Pods[1], there.Node, there.Pods[1]} {
+			s := must[*Service](t)(server.WhoAnswers(netip.AddrPortFrom(server.Addr(f), port)))
+			for _, client := range []*Namespace{here.Node, here.Pod, there.Node, there.Pod, here.Client} {
+				own, seen, err := client.Ask(testContext(t), netip.AddrPortFrom(client.Addr(f), 0), s.Addr)
+				if err != nil || own != seen {
+					t.Errorf("%s to %s of %s: %s, the service saw %s (%v)", client.Name, server.Name, s.Addr, own, seen, err)
+				}
+			}
+		}
+		to := netip.AddrPortFrom(there.Pods[1].Addr(f), port)
+		c := must[net.Conn](t)(here.Pod.Dial(testContext(t), netip.AddrPort{}, to))
+		if _, err := io.WriteString(c, long); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Close()
+		if p := must[Packet](t)(capture.Wait(testContext(t), func(p Packet) bool {
+			return p.Src == addrPort(c.LocalAddr()) && p.Payload == len(long)
+		})); string(p.Head) != long {
+			t.Errorf("kept %d bytes of %d", len(p.Head), p.Payload)
+		}
 	}
 }

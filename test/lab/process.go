@@ -22,7 +22,10 @@ type Process struct {
 
 // Start runs cmd inside the namespace. Output that cmd does not direct elsewhere is kept (see
 // Output). Close of the Lab kills the whole process group.
-func (n *Namespace) Start(cmd *exec.Cmd) (*Process, error) {
+func (n *Namespace) Start(cmd *exec.Cmd) (*Process, error) { return n.start(cmd, n.Do) }
+
+// start has do bring the thread to where the process is to be born.
+func (n *Namespace) start(cmd *exec.Cmd, do func(func() error) error) (*Process, error) {
 	p := &Process{cmd: cmd, done: make(chan struct{})}
 	if cmd.Stdout == nil {
 		cmd.Stdout = &p.out
@@ -43,7 +46,7 @@ func (n *Namespace) Start(cmd *exec.Cmd) (*Process, error) {
 		defer close(p.done)
 		var once sync.Once
 		report := func(err error) { once.Do(func() { started <- err }) }
-		err := n.Do(func() error {
+		err := do(func() error {
 			if err := cmd.Start(); err != nil {
 				return err
 			}

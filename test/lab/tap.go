@@ -18,6 +18,7 @@ import (
 
 const (
 	tapSnap   = 256      // bytes kept of a packet, from its IP header on
+	tapWhole  = 1 << 17  // more than any packet has
 	tapBuffer = 64 << 20 // bytes of packets that may wait to be read
 )
 
@@ -35,7 +36,7 @@ type Packet struct {
 	FIN, RST bool
 	Seq      uint32
 	Payload  int    // bytes behind the TCP or UDP header
-	Head     []byte // the first of them
+	Head     []byte // the first of them; of Capture all
 }
 
 // Tap records the TCP and UDP packets that pass the devices of a namespace, by a packet socket of its own.
@@ -44,6 +45,7 @@ type Packet struct {
 type Tap struct {
 	file *os.File
 	raw  syscall.RawConn
+	snap int // bytes kept of a packet
 	done chan struct{}
 
 	mu      sync.Mutex // guards the rest
@@ -54,16 +56,21 @@ type Tap struct {
 
 // Tap starts recording packets with one of the ports on either side; no ports means all. Close of
 // the Lab ends it.
-func (n *Namespace) Tap(ports ...uint16) (*Tap, error) {
+func (n *Namespace) Tap(ports ...uint16) (*Tap, error) { return n.tap(tapSnap, ports) }
+
+// Capture is Tap that keeps packets whole.
+func (n *Namespace) Capture(ports ...uint16) (*Tap, error) { return n.tap(tapWhole, ports) }
+
+func (n *Namespace) tap(snap int, ports []uint16) (*Tap, error) {
 	var fd int
 	err := n.Do(func() (err error) {
-		fd, err = openTap(ports)
+		fd, err = openTap(snap, ports)
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("tap %s: %w", n.Name, err)
 	}
-	t := &Tap{file: os.NewFile(uintptr(fd), "tap of "+n.Name), done: make(chan struct{}), more: make(chan struct{})}
+	t := &Tap{file: os.NewFile(uintptr(fd), "tap of "+n.Name), snap: snap, done: make(chan struct{}), more: make(chan struct{})}
 	if t.raw, err = t.file.SyscallConn(); err != nil {
 		return nil, errors.Join(err, t.file.Close())
 	}
@@ -73,7 +80,7 @@ func (n *Namespace) Tap(ports ...uint16) (*Tap, error) {
 }
 
 // openTap binds only after the filter is in place, so that no other packet slips in.
-func openTap(ports []uint16) (fd int, err error) {
+func openTap(snap int, ports []uint16) (fd int, err error) {
 	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open packet socket: %w", err)
@@ -89,7 +96,7 @@ func openTap(ports []uint16) (fd int, err error) {
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
 		return -1, fmt.Errorf("set time stamps: %w", err)
 	}
-	filter, err := tapFilter(ports)
+	filter, err := tapFilter(snap, ports)
 	if err != nil {
 		return -1, err
 	}
@@ -104,7 +111,7 @@ func openTap(ports []uint16) (fd int, err error) {
 }
 
 // tapFilter passes TCP and UDP of both families without IPv6 extension headers, and with IPv4 options.
-func tapFilter(ports []uint16) (*unix.SockFprog, error) {
+func tapFilter(snap int, ports []uint16) (*unix.SockFprog, error) {
 	const accept, reject = 200, 201 // labels, resolved below
 	in := []bpf.Instruction{
 		bpf.LoadAbsolute{Off: 0, Size: 1},
@@ -132,7 +139,7 @@ func tapFilter(ports []uint16) (*unix.SockFprog, error) {
 	if len(ports) > 0 {
 		in = append(in, bpf.RetConstant{Val: 0})
 	}
-	in = append(in, bpf.RetConstant{Val: tapSnap}, bpf.RetConstant{Val: 0})
+	in = append(in, bpf.RetConstant{Val: uint32(snap)}, bpf.RetConstant{Val: 0})
 	for i := range in {
 		if j, ok := in[i].(bpf.JumpIf); ok {
 			switch j.SkipTrue {
@@ -178,7 +185,7 @@ func (t *Tap) drain(fd int) error {
 			t.more = make(chan struct{})
 		}
 	}()
-	buf, oob := make([]byte, tapSnap), make([]byte, 128)
+	buf, oob := make([]byte, t.snap), make([]byte, 128)
 	for {
 		n, oobn, _, from, err := unix.Recvmsg(fd, buf, oob, 0)
 		switch {

@@ -59,12 +59,16 @@ type link struct {
 	ifindex int // of the node's device; 0: the kernel's choice
 	node    side
 	leaf    side // has its default routes by the node
+	routed  bool // but the leaf has some already
 	whenUp  func()
 }
 
+// besideSubnets is how far the subnets of a lab are from those of the one that it is beside.
+const besideSubnets = 20
+
 func (l *Lab) build(o Options) error {
-	var err error
-	if l.Client, err = l.newNamespace("client"); err != nil {
+	wire, err := l.wire(o)
+	if err != nil {
 		return err
 	}
 	if l.Node, err = l.newNamespace("node"); err != nil {
@@ -73,14 +77,15 @@ func (l *Lab) build(o Options) error {
 	if err := l.Node.makeRouter(); err != nil {
 		return err
 	}
-	links := []link{{subnet: 1, mtu: o.UplinkMTU, node: side{l.Node, Uplink, 1, false}, leaf: side{l.Client, "eth0", 2, true}}}
+	wire.node = side{l.Node, Uplink, 1, false}
+	links := []link{wire}
 	for i := range o.Pods {
 		pod, err := l.newNamespace(fmt.Sprintf("pod%d", i))
 		if err != nil {
 			return err
 		}
 		l.Pods = append(l.Pods, pod)
-		links = append(links, link{subnet: byte(2 + i), mtu: 1500, node: side{l.Node, PodDevice(i), 1, false}, leaf: side{pod, "eth0", 2, true}})
+		links = append(links, link{subnet: wire.subnet + byte(1+i), mtu: 1500, node: side{l.Node, PodDevice(i), 1, false}, leaf: side{pod, "eth0", 2, true}})
 	}
 	l.Pod = l.Pods[0]
 	l.links = links
@@ -94,6 +99,16 @@ func (l *Lab) build(o Options) error {
 	return l.Plug()
 }
 
+// wire is the link between the client, which is new or that of the lab beside, and a node that is not there yet.
+func (l *Lab) wire(o Options) (k link, err error) {
+	if o.Beside != nil {
+		l.Client, l.beside = o.Beside.Client, o.Beside
+		return link{subnet: 1 + besideSubnets, mtu: o.UplinkMTU, leaf: side{l.Client, "eth1", 2, true}, routed: true}, nil
+	}
+	l.Client, err = l.newNamespace("client")
+	return link{subnet: 1, mtu: o.UplinkMTU, leaf: side{l.Client, "eth0", 2, true}}, err
+}
+
 // Plug makes the devices of a lab that was built with Options.Unplugged.
 func (l *Lab) Plug() error {
 	for _, k := range l.links {
@@ -102,6 +117,35 @@ func (l *Lab) Plug() error {
 		}
 	}
 	l.links = nil
+	if l.beside == nil {
+		return nil
+	}
+	return l.join()
+}
+
+// join has the client forward between the two nodes, for them and for the pods of both.
+func (l *Lab) join() error {
+	if err := l.Client.makeRouter(); err != nil {
+		return err
+	}
+	for _, f := range Families() {
+		for _, n := range []struct {
+			ns     *Namespace
+			subnet byte
+		}{{l.beside.Node, 1}, {l.Node, 1 + besideSubnets}} {
+			r := &netlink.Route{Gw: address(f, n.subnet, 2).AsSlice()}
+			if err := n.ns.Netlink.RouteAdd(r); err != nil {
+				return fmt.Errorf("add default route of a node by the client: %w", err)
+			}
+		}
+		for i := range l.Pods { // the other node's are where the client's default route goes
+			subnet := byte(2 + besideSubnets + i)
+			r := &netlink.Route{Dst: ipNet(f, subnet, 0), Gw: address(f, 1+besideSubnets, 1).AsSlice()}
+			if err := l.Client.Netlink.RouteAdd(r); err != nil {
+				return fmt.Errorf("add route to %s: %w", l.Pods[i].Name, err)
+			}
+		}
+	}
 	return nil
 }
 
@@ -145,6 +189,9 @@ func (k link) connect() error {
 		if err := s.settle(k.subnet); err != nil {
 			return err
 		}
+	}
+	if k.routed {
+		return nil
 	}
 	return k.routes()
 }

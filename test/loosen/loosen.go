@@ -132,6 +132,11 @@ spec:
   login: {clientID: sallyport, session: 4h, idle: 30m}
 ---
 apiVersion: sallyport.dev/v1alpha1
+kind: RemoteService
+metadata: {name: orders}
+spec: {addresses: ["10.9.0.5", "fd00:9::5"], ports: [7000, 7001], identities: ["spiffe://example.org/node-b"], callers: ["spiffe://example.org/shop/*"]}
+---
+apiVersion: sallyport.dev/v1alpha1
 kind: ResourceSet
 metadata: {name: all}
 spec: {version: 4, signers: 2}
@@ -315,6 +320,17 @@ func Kinds() []Kind {
 		{"service not denied", Swap("services: [dns]", "services: []"), "spec.services: dns was removed"},
 		{"address not denied", Swap(`["10.9.0.0/24"]`, `["10.9.0.0/25"]`), "spec.addresses: 10.9.0.0/24 was removed"},
 		{"grant not denied", Swap(`grants: ["`+grantID+`"]`, "grants: []"), "spec.grants: " + grantID + " was removed"},
+
+		{"remote service gone", without("RemoteService", "orders"), "RemoteService orders: is gone"},
+		{"remote address gone", Swap(`["10.9.0.5", "fd00:9::5"]`, `["10.9.0.5"]`), "RemoteService orders: spec.addresses: fd00:9::5 was removed"},
+		{"remote port gone", Swap("ports: [7000, 7001]", "ports: [7001]"), "RemoteService orders: spec.ports: 7000 was removed"},
+		{"remote address of another service", func(s string) string {
+			return Swap(`["10.9.0.5", "fd00:9::5"]`, `["10.9.0.5"]`)(s) + doc +
+				"RemoteService\nmetadata: {name: mine}\nspec: {addresses: [\"fd00:9::5\"], ports: [7000, 7001], identities: [\"spiffe://example.org/me\"], callers: [\"spiffe://example.org/*\"]}\n"
+		}, "RemoteService orders: spec.addresses: fd00:9::5 was removed"},
+		{"others may answer", Swap(`"spiffe://example.org/node-b"`, `"spiffe://example.org/node-b", "spiffe://example.org/me"`), "RemoteService orders: spec.identities: spiffe://example.org/me was added"},
+		{"others may ask", Swap(`"spiffe://example.org/shop/*"`, `"spiffe://example.org/*"`), "RemoteService orders: spec.callers: spiffe://example.org/* was added"},
+		{"in the clear", Swap("ports: [7000, 7001]", "without: pass, ports: [7000, 7001]"), "RemoteService orders: spec.without: refuse became pass"},
 
 		{"version", Swap("version: 4", "version: 5"), "ResourceSet all: is not what it was"},
 		{"signers", Swap("signers: 2", "signers: 1"), "ResourceSet all: is not what it was"},

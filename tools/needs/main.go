@@ -36,6 +36,7 @@ var needs = map[string][]need{
 		{"strace", "it has reads of the disk fail", []string{"strace"}},
 		{"haproxy", "a proxy in the place of ours, and one that ours is measured beside", []string{"haproxy"}},
 		{"/usr/lib/nginx/modules/ngx_stream_module.so", "another one", []string{"nginx-light", "libnginx-mod-stream"}},
+		{"curl", "an unchanged client of a protected service", []string{"curl"}},
 		{"chromium", "the browser that looks at the console", []string{"chromium"}},
 		{"node", "it runs the OpenID provider of tests", []string{"nodejs"}},
 		{"npm", "it installs the OpenID provider of tests", []string{"npm"}},
