@@ -331,6 +331,11 @@ func (l *siege) reasons(t *testing.T) map[string]uint64 {
 // awaitReasons waits until the log says why attackers are refused.
 func (l *siege) awaitReasons(t *testing.T, a loadAttack, before map[string]uint64) {
 	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("the log has %v, had %v before", l.reasons(t), before)
+		}
+	}()
 	waitUntil(t, fmt.Sprintf("%v of those who %s", a.reasons, a.name), func() bool {
 		now := l.reasons(t)
 		for _, reason := range a.reasons {
