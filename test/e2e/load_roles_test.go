@@ -31,6 +31,7 @@ type loadRole struct {
 	PEM     []string       // folders with svid.pem and bundle.pem; connections take turns
 	N       int            // connections at a time
 	Sources int            // addresses that it comes from; 0: its own
+	Pause   time.Duration  // of an attacker, between its connections
 }
 
 // loadSaid is what became of it.
@@ -107,6 +108,7 @@ type attacker struct {
 	to     netip.AddrPort
 	from   netip.AddrPort // invalid: the kernel chooses
 	config *tls.Config
+	pause  time.Duration
 	hold   func(context.Context, net.Conn, *attacker) // until the connection ends
 
 	stood            *sync.Once // with the first connection
@@ -130,7 +132,7 @@ func (r loadRole) attack(ctx context.Context, configs []*tls.Config) (loadSaid, 
 	var standing, running sync.WaitGroup
 	standing.Add(r.N)
 	for i := range r.N {
-		a := &attacker{to: r.At, config: configs[i%len(configs)], hold: hold, stood: &sync.Once{}, standing: &standing, connected: &connected, prove: &prove}
+		a := &attacker{to: r.At, pause: r.Pause, config: configs[i%len(configs)], hold: hold, stood: &sync.Once{}, standing: &standing, connected: &connected, prove: &prove}
 		if r.Sources > 0 {
 			a.from = memberAt(i % r.Sources)
 		}
@@ -166,6 +168,7 @@ func (a *attacker) run(ctx context.Context) {
 		a.stands()
 		_ = c.(*net.TCPConn).SetLinger(0) // or the ports are used up
 		_ = c.Close()
+		time.Sleep(a.pause) // by which the attack is made
 	}
 	a.stands()
 }

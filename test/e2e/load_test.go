@@ -62,6 +62,7 @@ type siege struct {
 	*proxyBench
 	n, floods int // slow connections, and handshakes at a time
 	sources   int // addresses of attackers
+	pause     time.Duration
 	time      time.Duration
 	config    string // of the proxy
 	forged    string // folder with a certificate of another authority
@@ -108,12 +109,12 @@ type faced struct {
 
 func newSiege(t *testing.T) *siege {
 	t.Helper()
-	l := &siege{n: 150, floods: 16, sources: 40, time: loadTimeShort}
+	l := &siege{n: 64, floods: 4, sources: 20, pause: 100 * time.Millisecond, time: loadTimeShort}
 	if v := os.Getenv("SLOW_CLIENTS"); v != "" {
 		var err error
 		l.n, err = strconv.Atoi(v)
 		must(t, err)
-		l.floods, l.sources, l.time = 128, 1000, loadTime
+		l.floods, l.sources, l.pause, l.time = 128, 1000, 0, loadTime
 	}
 	short := l.time == loadTimeShort
 	l.proxyBench = newProxyBench(t, options{plain: !short, resource: fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
@@ -291,7 +292,7 @@ func (l *siege) checkGood(t *testing.T, f faced) {
 }
 
 func (l *siege) attack(a loadAttack, at netip.AddrPort) loadRole {
-	r := loadRole{Do: a.do, At: at, PEM: []string{l.bad}, N: a.n, Sources: l.sources}
+	r := loadRole{Do: a.do, At: at, PEM: []string{l.bad}, N: a.n, Sources: l.sources, Pause: l.pause}
 	if a.forged {
 		r.PEM = append(r.PEM, l.forged)
 	}
@@ -331,6 +332,11 @@ func (l *siege) reasons(t *testing.T) map[string]uint64 {
 // awaitReasons waits until the log says why attackers are refused.
 func (l *siege) awaitReasons(t *testing.T, a loadAttack, before map[string]uint64) {
 	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("the log has %v, had %v before", l.reasons(t), before)
+		}
+	}()
 	waitUntil(t, fmt.Sprintf("%v of those who %s", a.reasons, a.name), func() bool {
 		now := l.reasons(t)
 		for _, reason := range a.reasons {
