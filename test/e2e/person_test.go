@@ -350,6 +350,9 @@ func (w *people) cutByToken(t *testing.T) {
 		return r.Service == "pg" && r.Event == "CLOSE" && r.Reason == "POLICY_CHANGED" && r.Identity == "corp/ann"
 	})
 	w.writeResources(t, "20-people.yaml", w.takes("[corp]", `[{subjects: [corp/ann]}]`))
+	waitUntil(t, "the way in again", func() bool {
+		return w.person(t, append([]string{"connect", w.pgAt().String()}, w.tokenFlags("default")...)...).err == nil
+	})
 }
 
 // providerAway: what was proven goes on, kept keys serve, and a login is over when it cannot be renewed.
