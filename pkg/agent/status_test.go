@@ -37,7 +37,7 @@ func TestStatusTellsUntilWhen(t *testing.T) {
 	}
 	leave := run(func(ctx context.Context) error { return authority.Serve(ctx, path, id) })
 	run(source.Run)
-	n := &node{identity: source}
+	n := &node{identity: source, resources: &resources{}}
 	says := func(prefix string) {
 		t.Helper()
 		for deadline := time.After(10 * time.Second); !strings.HasPrefix(n.identityState(), prefix); {

@@ -194,7 +194,8 @@ func TestEnumsHaveGoNames(t *testing.T) {
 	same := map[string]map[string]uint64{
 		"sp_state": {"SP_PATH_FREE": uint64(datapath.PathFree), "SP_PATH_PENDING": uint64(datapath.PathPending), "SP_PATH_ACTIVE": uint64(datapath.PathActive),
 			"SP_PATH_REVOKED": uint64(datapath.PathRevoked), "SP_PATH_EXPIRED": uint64(datapath.PathExpired), "SP_PATH_SPENT": uint64(datapath.PathSpent)},
-		"sp_target": {"SP_TARGET_NONE": 0, "SP_TARGET_HOST": uint64(datapath.TargetHost), "SP_TARGET_POD": uint64(datapath.TargetPod)},
+		"sp_target": {"SP_TARGET_NONE": 0, "SP_TARGET_HOST": uint64(datapath.TargetHost), "SP_TARGET_POD": uint64(datapath.TargetPod),
+			"SP_TARGET_REMOTE": uint64(datapath.TargetRemote)},
 	}
 	for name, want := range same {
 		if have := enumOf(t, spec, name); !maps.Equal(have, want) {
