@@ -144,6 +144,17 @@ func (c *calling) testSpokenFor(t *testing.T) {
 	})
 	c.authority.Restore(ofPodID)
 	c.eventually("its identity to be back", func() bool { return c.who(web.client, web.server).Identity != "" })
+
+	s.asks(t, web)
+	c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PodUID: testPod})
+	s.allow(t, ofPodID, ofProcessID)
+	c.eventually("a connection to be refused another identity than it began with", func() bool {
+		_, err := s.client.Caller(t.Context(), web.request())
+		return status.Code(err) == codes.PermissionDenied && strings.Contains(err.Error(), ofPodID.String()+" is its identity no more")
+	})
+	if id, err := x509svid.IDFromCert(s.asks(t, s.connects(t, testPod, 44003))); err != nil || id != ofProcessID {
+		t.Errorf("a new connection: certificates of %s, %v", id, err)
+	}
 }
 
 // testSignedFor: what is signed is what TLS needs for a connection that was just asked about, and by its own key.
