@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,6 +51,7 @@ type connection struct{ client, server netip.AddrPort }
 type asked struct {
 	began    time.Duration // as the kernel tells: another one of the same ports began at another time
 	attended *attended
+	as       spiffeid.ID   // whom the proxy speaks as
 	at       time.Duration // guarded by originations.mu; when the proxy asked last
 	signed   int           // guarded by originations.mu
 }
@@ -59,7 +61,7 @@ func newOriginations(callers *openers, set func() *policy.Set, clock clock) *ori
 }
 
 // chain gives the certificates of the workload behind a connection, where policy lets it ask that remote service; none where not. The
-// error is that the broker knows the workload and gives it no identity.
+// error is that the broker knows the workload and gives it no identity, or not any more the one that the connection began with.
 func (o *originations) chain(c connection, found *called, told *flow.Workload) ([][]byte, error) {
 	service, ok := o.set().RemoteServiceAt(c.server)
 	if !ok || found == nil || found.attended == nil {
@@ -71,8 +73,12 @@ func (o *originations) chain(c connection, found *called, told *flow.Workload) (
 		}
 		return nil, nil
 	}
-	svid := found.attended.svidFor(func(id spiffeid.ID) bool { return o.mayAsk(service.Name, id) })
-	if svid == nil || !o.note(c, found) {
+	as := o.spokenAs(c, found)
+	if !as.IsZero() && found.attended.lacks(as) {
+		return nil, status.Errorf(codes.PermissionDenied, "%s is its identity no more", as)
+	}
+	svid := found.attended.svidFor(func(id spiffeid.ID) bool { return (as.IsZero() || id == as) && o.mayAsk(service.Name, id) })
+	if svid == nil || !o.note(c, found, svid.ID) {
 		return nil, nil
 	}
 	told.Identity = svid.ID.String() // of several, the one that may ask
@@ -87,12 +93,27 @@ func (o *originations) mayAsk(service string, id spiffeid.ID) bool {
 	return o.set().AuthoriseCaller(service, policy.Caller{ID: id, Proof: policy.ProofLocal}, o.clock.wall()).Allowed
 }
 
+// spokenAs is whom the proxy speaks as for a connection that it asked about before; zero of any other.
+func (o *originations) spokenAs(c connection, found *called) spiffeid.ID {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if a := o.asked[c]; a.isOf(found) {
+		return a.as
+	}
+	return spiffeid.ID{}
+}
+
+// isOf tells whether it is that very connection, of the same workload. nil is of none.
+func (a *asked) isOf(found *called) bool {
+	return a != nil && a.began == found.began && a.attended == found.attended
+}
+
 // note remembers that the proxy has asked. Asking again does not give a connection more signatures.
-func (o *originations) note(c connection, found *called) bool {
+func (o *originations) note(c connection, found *called, as spiffeid.ID) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	now := o.clock.boot()
-	if a := o.asked[c]; a != nil && a.began == found.began && a.attended == found.attended {
+	if a := o.asked[c]; a.isOf(found) {
 		a.at = now
 		return true
 	}
@@ -106,7 +127,7 @@ func (o *originations) note(c connection, found *called) bool {
 	if len(o.asked) >= keptAsked {
 		return false
 	}
-	o.asked[c] = &asked{began: found.began, attended: found.attended, at: now}
+	o.asked[c] = &asked{began: found.began, attended: found.attended, as: as, at: now}
 	return true
 }
 
@@ -266,6 +287,13 @@ func (a *attended) svidFor(may func(spiffeid.ID) bool) *x509svid.SVID {
 		}
 	}
 	return nil
+}
+
+// lacks tells whether the broker gives the workload other identities, and not that one.
+func (a *attended) lacks(id spiffeid.ID) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.svids) > 0 && !slices.ContainsFunc(a.svids, func(s *x509svid.SVID) bool { return s.ID == id })
 }
 
 // svidOf is the SVID of the workload with that leaf: one that it has, or had until the last rotation, which may be under way.

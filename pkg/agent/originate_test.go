@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -144,6 +145,17 @@ func (c *calling) testSpokenFor(t *testing.T) {
 	})
 	c.authority.Restore(ofPodID)
 	c.eventually("its identity to be back", func() bool { return c.who(web.client, web.server).Identity != "" })
+
+	s.asks(t, web)
+	c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PodUID: testPod})
+	s.allow(t, ofPodID, ofProcessID)
+	c.eventually("a connection to be refused another identity than it began with", func() bool {
+		_, err := s.client.Caller(t.Context(), web.request())
+		return status.Code(err) == codes.PermissionDenied && strings.Contains(err.Error(), ofPodID.String()+" is its identity no more")
+	})
+	if id, err := x509svid.IDFromCert(s.asks(t, s.connects(t, testPod, 44003))); err != nil || id != ofProcessID {
+		t.Errorf("a new connection: certificates of %s, %v", id, err)
+	}
 }
 
 // testSignedFor: what is signed is what TLS needs for a connection that was just asked about, and by its own key.
@@ -330,9 +342,11 @@ func TestRemoteRows(t *testing.T) {
 	t.Parallel()
 	d := newDirectory(t)
 	here := map[string]bool{}
-	d.isHere = func(a netip.Addr) (bool, error) { return here[a.String()], nil }
+	var unknown error
+	d.isHere = func(a netip.Addr) (bool, error) { return here[a.String()] || unknown != nil, unknown }
+	beside := podAndHost
 	write := func(addresses string) {
-		d.write("r.yaml", podAndHost+`---
+		d.write("r.yaml", beside+`---
 apiVersion: sallyport.dev/v1alpha1
 kind: RemoteService
 metadata: {name: orders}
@@ -360,6 +374,13 @@ spec: {addresses: `+addresses+`, ports: [5432, 80], identities: ["spiffe://examp
 	here["10.9.0.1"] = true
 	d.reload()
 	check("one has come here", []string{"fd00:9::1"}, "10.9.0.1 of remote service orders leads to this node")
+	unknown = errors.New("dump interrupted")
+	d.reload()
+	check("nobody can tell", []string{"fd00:9::1"}, "fd00:9::1 of remote service orders stays as it was, for nobody can tell whether it is of this node: dump interrupted")
+	write(`["10.9.0.1", "10.9.0.2"]`)
+	check("nobody can tell of a new one", []string{"10.9.0.2"}, "10.9.0.2 of remote service orders stays as it was")
+	unknown = nil
+	write(`["10.9.0.1", "fd00:9::1"]`)
 	here["fd00:9::1"] = true
 	d.reload()
 	check("all have", nil, "fd00:9::1 of remote service orders")
@@ -369,6 +390,9 @@ spec: {addresses: `+addresses+`, ports: [5432, 80], identities: ["spiffe://examp
 	if row, _ := d.current().service("web"); !slices.Equal(texts(row.Addresses), []string{"10.2.0.2"}) {
 		t.Errorf("the protected service is %+v", row)
 	}
+	beside = strings.Replace(podAndHost, "{target: Pod,", "{target: Pod, mode: Observe,", 1)
+	write(`["10.2.0.2", "10.9.0.1"]`)
+	check("one is watched", []string{"10.2.0.2", "10.9.0.1"}, "")
 	write(`["10.9.0.1"]`)
 	check("mended", []string{"10.9.0.1"}, "")
 	if got := probeTargets(d.current().services); slices.ContainsFunc(got, func(a netip.AddrPort) bool { return a.Addr().String() == "10.9.0.1" }) {

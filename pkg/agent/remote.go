@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -16,15 +17,15 @@ var errHere = errors.New("leads to this node: nothing is steered there as to a r
 	"or protect what is there with a ProtectedService")
 
 // elsewhere is the set without those addresses of remote services that are of this node or of its pods, or that a protected service
-// has: who comes there proves itself as everywhere. Each is a problem.
+// has: who comes there proves itself as everywhere. Each is a problem. r.mu is held.
 func (r *resources) elsewhere(set *policy.Set) *policy.Set {
 	near := make(map[string][]error)
 	kept := set.LeaveOut(func(service string, a netip.Addr) bool {
-		err := r.whyHere(set, service, a)
+		out, err := r.leavesOut(set, service, a)
 		if err != nil {
 			near[service] = append(near[service], fmt.Errorf("%s of remote service %s %w", a, service, err))
 		}
-		return err != nil
+		return out
 	})
 	for _, s := range set.RemoteServices() {
 		r.problems.report(problemService, s.Name, errors.Join(near[s.Name]...))
@@ -37,22 +38,37 @@ func (r *resources) elsewhere(set *policy.Set) *policy.Set {
 	return kept
 }
 
-// whyHere says why nothing is steered to an address as to a remote service; nil: it is elsewhere.
-func (r *resources) whyHere(set *policy.Set, service string, a netip.Addr) error {
+// leavesOut says whether nothing is steered to an address as to a remote service, and what is wrong with the address. A protected
+// service that is only watched takes nothing away: what goes there would go in the clear.
+func (r *resources) leavesOut(set *policy.Set, service string, a netip.Addr) (bool, error) {
 	remote, _ := set.RemoteService(service)
 	for _, port := range remote.Spec.Ports {
-		if s, ok := set.PodServiceAt(policy.ProtocolTCP, netip.AddrPortFrom(a, port)); ok {
-			return fmt.Errorf("is one of the protected service %s, which stands; take the address out of one of the two", s.Name)
+		s, ok := set.PodServiceAt(policy.ProtocolTCP, netip.AddrPortFrom(a, port))
+		if ok && modeOf(s) == datapath.Enforce {
+			return true, fmt.Errorf("is one of the protected service %s, which stands; take the address out of one of the two", s.Name)
 		}
 	}
 	if r.isHere == nil {
-		return nil
+		return false, nil
 	}
-	here, err := r.isHere(a)
-	if err == nil && here {
-		err = errHere
+	switch here, err := r.isHere(a); {
+	case err != nil:
+		return r.isLeftOut(service, a), fmt.Errorf("stays as it was, for nobody can tell whether it is of this node: %w", err)
+	case here:
+		return true, errHere
 	}
-	return err
+	return false, nil
+}
+
+// isLeftOut says whether the address is left out of what is in force. What was not there before is not: a question that failed must
+// not have anything go in the clear.
+func (r *resources) isLeftOut(service string, a netip.Addr) bool {
+	if r.now == nil {
+		return false
+	}
+	had, _ := r.now.set.RemoteService(service)
+	has, _ := r.now.handed.RemoteService(service)
+	return slices.Contains(had.Spec.Addresses, a) && !slices.Contains(has.Spec.Addresses, a)
 }
 
 // remoteRow is the row of a remote service. It is enforced: whoever asks for it is steered.
