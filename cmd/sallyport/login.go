@@ -156,15 +156,15 @@ func (c *cli) logout() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			kept, err := store.Load(name)
+			was, err := store.Remove(name)
 			if errors.Is(err, userlogin.ErrNoLogin) {
 				return loginHint(err, name)
 			}
-			if err := store.Remove(name); err != nil {
+			if err != nil {
 				return fmt.Errorf("forget login: %w", err)
 			}
-			if err == nil && kept.Refresh != "" {
-				c.revoke(cmd.Context(), kept)
+			if was.Refresh != "" {
+				c.revoke(cmd.Context(), was)
 			}
 			return c.show(map[string]string{"loggedOut": name}, func(t *table) { t.line("logged out: %s", name) })
 		},

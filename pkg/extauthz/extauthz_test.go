@@ -376,6 +376,7 @@ func (l *lab) hostile() map[string]*authv3.CheckRequest {
 		"a method that is none":    l.httpCheck(webID, "GET /public/a HTTP/1.1\r\nx:", "/public/a"),
 		"another protocol":         l.httpCheck(webID, "GET", "/public/a", "upgrade", "h2c", "connection", "upgrade"),
 		"a body with a websocket":  l.httpCheck(webID, "GET", "/public/a", "upgrade", "websocket", "content-length", "5"),
+		"trailers announced":       header("trailer", "x-sallyport-identity"),
 		"a path that is not UTF-8": l.httpCheck(webID, "GET", "/public/%ff"),
 	}
 }
@@ -397,6 +398,22 @@ func TestHostileQuestions(t *testing.T) {
 		if out := l.ask(c, l.httpCheck(webID, "GET", "/public/a")); codeOf(out) != codes.OK {
 			t.Errorf("by %s: %v", name, out)
 		}
+	}
+}
+
+// TestWebSocket: a switch of protocols has no body where nothing says that it has one.
+func TestWebSocket(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, nil)
+	for name, header := range map[string][]string{"no length": nil, "length 0": {"content-length", "0"}} {
+		in := l.httpCheck(webID, "GET", "/public/a", append([]string{"upgrade", "websocket", "connection", "Upgrade"}, header...)...)
+		if out := l.ask(l.local(), in); codeOf(out) != codes.OK {
+			t.Errorf("%s: %v", name, out)
+		}
+	}
+	in := l.httpCheck(webID, "GET", "/public/a", "upgrade", "websocket", "connection", "Upgrade", "transfer-encoding", "chunked")
+	if out := l.ask(l.local(), in); codeOf(out) == codes.OK {
+		t.Errorf("with a body in chunks: %v", out)
 	}
 }
 

@@ -159,10 +159,17 @@ func fields(h *authv3.AttributeContext_HttpRequest) (all []field, err error) {
 	return all, nil
 }
 
-// length reads how much follows the header; -1 where only its end will tell.
+// length reads how much follows the header; -1 where only its end will tell. A request that switches protocols has no body unless its
+// header says so: Upgrade is of HTTP/1.1 (RFC 9112, 6.3).
 func length(r *http.Request) error {
-	if len(r.Header["Content-Length"]) != 1 {
-		return nil // several are refused with all other headers
+	switch lengths := r.Header["Content-Length"]; {
+	case len(lengths) > 1:
+		return nil // they are refused with all other headers
+	case len(lengths) == 0:
+		if r.Header.Get("Upgrade") != "" && len(r.Header["Transfer-Encoding"]) == 0 {
+			r.ContentLength = 0
+		}
+		return nil
 	}
 	n, err := strconv.ParseUint(r.Header.Get("Content-Length"), 10, 63)
 	if err != nil {

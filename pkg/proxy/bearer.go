@@ -168,7 +168,8 @@ func (p *Proxy) tokenObjection(s *session) error {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, recheckToken)
 	defer cancel()
-	if _, err := p.verify(ctx, service, who.token); err != nil {
+	_, err := p.verify(ctx, service, who.token)
+	if s.doubt.objects(err, p.now()) {
 		return fmt.Errorf("its token is not taken any more: %w", err)
 	}
 	return nil

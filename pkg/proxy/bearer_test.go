@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // withTokens is what stands behind the rules of a service that takes JWT-SVIDs.
@@ -24,6 +27,11 @@ const withTokens = "\n  tokens: {audiences: [web], certificate: web}"
 
 // tokenLab is a lab whose service sends back what it gets, and takes tokens.
 func tokenLab(t *testing.T, i issuer) (*webLab, *tls.Config) {
+	t.Helper()
+	return newTokenLab(t, onlyWeb+withTokens, i.verify)
+}
+
+func newTokenLab(t *testing.T, access string, verify func(*Config)) (*webLab, *tls.Config) {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -40,7 +48,7 @@ func tokenLab(t *testing.T, i issuer) (*webLab, *tls.Config) {
 		}
 	}()
 	client := &tls.Config{ServerName: "web.example.org", RootCAs: x509.NewCertPool(), NextProtos: []string{api.ConnectProtocol}}
-	l := newWebLab(t, webConfig{listener: listener, access: onlyWeb + withTokens, change: func(c *Config) {
+	l := newWebLab(t, webConfig{listener: listener, access: access, change: func(c *Config) {
 		dir := t.TempDir()
 		f := policy.WebCertificate{Name: "web", CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
 		writeCertificate(t, f, "web.example.org", 1)
@@ -49,7 +57,7 @@ func tokenLab(t *testing.T, i issuer) (*webLab, *tls.Config) {
 			t.Fatal(err)
 		}
 		c.Certificates = NewCertificates([]policy.WebCertificate{f}, c.Logger)
-		i.verify(c)
+		verify(c)
 	}})
 	return l, client
 }
@@ -226,4 +234,58 @@ func TestServiceThatDoesNotAnswerATokensClient(t *testing.T) {
 		t.Errorf("%d %s", c.status, c.text)
 	}
 	l.find(flow.EventDeny, flow.ReasonUpstreamFailed)
+}
+
+// TestRefusedTokensAreRemembered: who shows a token that proves nobody comes behind who is not known, as with a bad certificate.
+func TestRefusedTokensAreRemembered(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	l, byToken := tokenLab(t, i)
+	l.show(byToken, connectWith(bearer(i.token(webID.String(), "other", time.Minute))))
+	l.find(flow.EventDeny, flow.ReasonTokenRefused)
+	here := netip.MustParsePrefix("127.0.0.1/32")
+	if s := l.proxy.turns.standing(here); s != refused {
+		t.Errorf("after a bad token: standing %d", s)
+	}
+	l.show(byToken, connectWith(bearer(i.token(webID.String(), "web", time.Minute))))
+	if s := l.proxy.turns.standing(here); s != welcome {
+		t.Errorf("after a good one: standing %d", s)
+	}
+}
+
+// TestConnectionsWhoseKeysAreNotKnownNow: that nobody can tell whether a token still counts cuts no connection, for a while. It is
+// cut when it is known to count no more, without anything else that would have it asked for; and when the while is over.
+func TestConnectionsWhoseKeysAreNotKnownNow(t *testing.T) {
+	t.Parallel()
+	unknown := fmt.Errorf("%w: the cable is out", token.ErrNoKeys)
+	const access, spec = `[{subjects: ["corp/*"]}]`, "\n  tokens: {providers: [corp], certificate: web}"
+	for name, end := range map[string]func(*webLab, *doubting){
+		"refused later":  func(_ *webLab, d *doubting) { why := error(token.ErrSignature); d.why.Store(&why) },
+		"never answered": func(l *webLab, _ *doubting) { l.ahead.Store(int64(2 * keysPatience)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := &doubting{}
+			l, byToken := newTokenLab(t, access+spec, func(c *Config) { c.Tokens = d.verifier(t, c) })
+			conn := l.show(byToken, connectWith(bearer(tokenOf(l, newIssuer(t), "ann"))))
+			l.find(flow.EventOpen, flow.ReasonIdentity)
+			s := l.proxy.room.snapshot()[0]
+			d.why.Store(&unknown)
+			l.write("", again+spec)
+			l.eventually("the doubt", func() bool { return !s.isSettled() || s.wasCut() != nil })
+			if end := s.wasCut(); end != nil {
+				t.Fatalf("is cut, though nothing is known against it: %v", end)
+			}
+			d.why.Store(nil)
+			l.eventually("the end of the doubt", s.isSettled)
+			d.why.Store(&unknown)
+			l.write("", access+spec)
+			l.eventually("the doubt", func() bool { return !s.isSettled() })
+			end(l, d)
+			if _, err := conn.in.ReadByte(); err == nil {
+				t.Error("the connection goes on")
+			}
+			l.find(flow.EventClose, flow.ReasonSessionEnded)
+		})
+	}
 }

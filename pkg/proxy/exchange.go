@@ -35,9 +35,9 @@ type exchange struct {
 	answer  *answer
 	ctx     context.Context // ends with the request; its cause may be an *ending
 	cancel  context.CancelCauseFunc
-	unsure  atomic.Pointer[time.Time] // since when nobody can tell whether its token counts; nil: it does
-	body    *pacedBody                // nil: none
-	whole   bool                      // the answer did not break off
+	doubt   doubt      // of token
+	body    *pacedBody // nil: none
+	whole   bool       // the answer did not break off
 }
 
 // rejection is why a request is refused, and with what.
@@ -385,12 +385,31 @@ func (e *exchange) objection() *ending {
 	return nil
 }
 
-// recheckToken bounds how long the look at one token may take, and keysPatience how long a request goes on with one of which nobody
-// can tell.
+// recheckToken bounds how long the look at one token may take, and keysPatience how long a request or connection goes on with one of
+// which nobody can tell.
 const (
 	recheckToken = time.Second
 	keysPatience = time.Minute
 )
+
+// doubt is that nobody can tell whether a token still counts: the keys of its provider are not known.
+type doubt struct{ since atomic.Pointer[time.Time] }
+
+// objects tells whether what a look at the token came to speaks against it. Doubt does when it lasts too long.
+func (d *doubt) objects(err error, now time.Time) bool {
+	if err == nil {
+		d.since.Store(nil)
+		return false
+	}
+	if !errors.Is(err, token.ErrNoKeys) {
+		return true
+	}
+	d.since.CompareAndSwap(nil, &now)
+	since := d.since.Load() // nil: another look has just ended it
+	return since != nil && !now.Before(since.Add(keysPatience))
+}
+
+func (d *doubt) isOver() bool { return d.since.Load() == nil }
 
 // tokenObjection asks for the request's token anew. Where the keys of its provider are not known at this moment, as when policy has
 // them come from elsewhere, nothing speaks against it: it is asked for each second until that is settled.
@@ -401,15 +420,8 @@ func (e *exchange) tokenObjection(service policy.ProtectedService) *ending {
 	ctx, cancel := context.WithTimeout(e.w.s.ctx, recheckToken)
 	defer cancel()
 	_, err := e.w.s.p.cfg.Tokens.Verify(ctx, service, e.token)
-	if err == nil {
-		e.unsure.Store(nil)
+	if !e.doubt.objects(err, e.w.s.p.now()) {
 		return nil
-	}
-	now := e.w.s.p.now()
-	if errors.Is(err, token.ErrNoKeys) {
-		if e.unsure.CompareAndSwap(nil, &now) || now.Before(e.unsure.Load().Add(keysPatience)) {
-			return nil
-		}
 	}
 	return &ending{flow.ReasonSessionEnded, "its token is not taken any more: " + err.Error()}
 }

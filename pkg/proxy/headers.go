@@ -38,6 +38,8 @@ func isProxysWord(name string) bool {
 		slices.ContainsFunc(proxysWord.prefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 }
 
+var errTrailers = malformed("the request announces trailers, which are not carried: many servers take them for headers, and nobody has judged them")
+
 // checkHeaders refuses headers that somebody on the way could read as others than they are.
 func checkHeaders(r *http.Request) error {
 	for name := range r.Header {
@@ -55,7 +57,7 @@ func checkHeaders(r *http.Request) error {
 		return malformed("the request has several Authorization fields")
 	}
 	if len(r.Trailer) > 0 {
-		return malformed("the request announces trailers, which are not carried: many servers take them for headers, and nobody has judged them")
+		return errTrailers
 	}
 	if r.ContentLength != 0 && strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		return malformed("a request that switches protocols has a body")

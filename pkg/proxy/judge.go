@@ -19,7 +19,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
-	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
@@ -150,10 +149,7 @@ func (c *judged) allow() Answer {
 func (c *judged) changes() (set http.Header, remove []string) {
 	came := c.q.Request.Header
 	out := came.Clone()
-	login.Strip(out)
-	if c.token {
-		out.Del("Authorization")
-	}
+	c.stripProofs(out)
 	removeProxysWord(out)
 	if c.caller.String() != "" {
 		setIdentity(out, c.caller, c.target)

@@ -25,7 +25,7 @@ import (
 )
 
 const teamRules = `[{identities: ["spiffe://example.org/app/web"], routes: [{methods: [GET], paths: ["/public/*"]},
-    {methods: [POST], paths: [/team], headers: {x-team: blue}}]}]`
+    {methods: [POST], paths: [/team], headers: {x-team: blue}}, {methods: [POST], paths: [/team], headers: {cookie: a=1}}]}]`
 
 // trial is a request of a client, as it is on the wire.
 type trial struct {

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -122,6 +123,8 @@ func (c *judged) read() (d *rejection) {
 		return asBadRequest(malformed("the host is not in its one spelling, %s, in which it is judged", c.target.authority))
 	case upgrade != "" && !strings.EqualFold(upgrade, "websocket"):
 		return asBadRequest(malformed("behind another protocol nothing would be judged"))
+	case len(r.Header["Trailer"]) > 0 && r.ContentLength != 0:
+		return asBadRequest(errTrailers)
 	}
 	return tooLarge(spec.Limits, r)
 }
@@ -207,7 +210,17 @@ func (c *judged) request() *policy.Request {
 	if c.service.Spec.HTTP == nil {
 		return nil
 	}
-	return &policy.Request{Method: c.q.Request.Method, Host: c.target.host, Path: c.target.path, Headers: ruleHeaders(c.q.Request.Header)}
+	h := c.q.Request.Header.Clone()
+	c.stripProofs(h)
+	return &policy.Request{Method: c.q.Request.Method, Host: c.target.host, Path: c.target.path, Headers: ruleHeaders(h)}
+}
+
+// stripProofs takes out what proved the caller, or proves a login: neither rules nor the service get to see it.
+func (c *judged) stripProofs(h http.Header) {
+	login.Strip(h)
+	if c.token {
+		h.Del("Authorization")
+	}
 }
 
 func (c *judged) authorise(r *policy.Request) *rejection {

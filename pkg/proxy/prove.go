@@ -20,6 +20,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/pkg/token"
 )
 
 // recordHandshake is the first byte of a TLS connection: the type of a handshake record.
@@ -50,14 +51,18 @@ func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
 	raw := &peeked{TCPConn: s.down, first: first, pending: true}
 	tlsConn := tls.Server(raw, s.tlsConfig(service.Spec))
 	if err := s.handshake(tlsConn, raw); err != nil {
-		if !errors.Is(err, errNoTurn) {
-			s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
+		r := s.handshakeRefusal(err, spec)
+		if !errors.Is(err, errNoTurn) && r.reason != flow.ReasonNoOwnIdentity {
+			s.rememberRefusal()
 		}
-		return nil, nil, s.handshakeRefusal(err, spec)
+		return nil, nil, r
 	}
 	if tlsConn.ConnectionState().NegotiatedProtocol == api.ConnectProtocol {
 		conn = &client{Conn: tlsConn, raw: raw, waits: true}
-		return conn, nil, s.proveByToken(conn, service)
+		if err = s.proveByToken(conn, service); err != nil && !errors.Is(err, token.ErrNoKeys) {
+			s.rememberRefusal()
+		}
+		return conn, nil, err
 	}
 	if err := s.down.SetDeadline(time.Time{}); err != nil {
 		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
@@ -74,6 +79,13 @@ func (s *session) handshake(conn *tls.Conn, raw *peeked) error {
 	}
 	defer raw.turn.give()
 	return conn.HandshakeContext(s.ctx)
+}
+
+// rememberRefusal has others go before who comes from there, unless it was us who ended it: to make room, or to stop.
+func (s *session) rememberRefusal() {
+	if s.wasCut() == nil {
+		s.p.turns.remember(s.neighbourhood(), refused, "", time.Now())
+	}
 }
 
 func unknownService(set *policy.Set, server netip.AddrPort) error {

@@ -59,24 +59,14 @@ func newDoubtingLab(t *testing.T) (*webLab, *doubting, func(subject string) io.R
 	t.Helper()
 	d, service := &doubting{}, newHeld()
 	l := newWebLab(t, webConfig{http: "{authenticate: [oidc], providers: [corp]}", access: `[{subjects: ["corp/*"]}]`, handler: service, change: func(c *Config) {
-		v, err := token.New(token.Config{Policy: c.Policy.Set, Logger: slog.New(slog.DiscardHandler), Custom: map[string]token.Provider{"corp": d},
-			Dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("nobody is asked") }})
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.Tokens = v
+		c.Tokens = d.verifier(t, c)
 	}})
 	i := newIssuer(t)
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: "one"}}, nil)
-	l.must(err)
 	return l, d, func(subject string) io.Reader {
 		t.Helper()
-		raw, err := jwt.Signed(signer).Claims(jwt.Claims{Issuer: "https://login.example.org", Subject: subject, Audience: jwt.Audience{"web"},
-			IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(24 * time.Hour))}).Serialize()
-		l.must(err)
 		r, err := http.NewRequest(http.MethodGet, "https://"+l.addr+"/", nil)
 		l.must(err)
-		r.Header.Set("Authorization", "Bearer "+raw)
+		r.Header.Set("Authorization", "Bearer "+tokenOf(l, i, subject))
 		client := l.client(nobody, alpnHTTP2)
 		answer, err := client.Do(r)
 		l.must(err)
@@ -87,6 +77,28 @@ func newDoubtingLab(t *testing.T) (*webLab, *doubting, func(subject string) io.R
 		<-service.began
 		return answer.Body
 	}
+}
+
+// verifier has the tokens of corp looked at by the one provider.
+func (d *doubting) verifier(t *testing.T, c *Config) *token.Verifier {
+	t.Helper()
+	v, err := token.New(token.Config{Policy: c.Policy.Set, Logger: slog.New(slog.DiscardHandler), Custom: map[string]token.Provider{"corp": d},
+		Dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("nobody is asked") }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// tokenOf is one of corp for a day.
+func tokenOf(l *webLab, i issuer, subject string) string {
+	l.Helper()
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: "one"}}, nil)
+	l.must(err)
+	raw, err := jwt.Signed(signer).Claims(jwt.Claims{Issuer: "https://login.example.org", Subject: subject, Audience: jwt.Audience{"web"},
+		IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(24 * time.Hour))}).Serialize()
+	l.must(err)
+	return raw
 }
 
 // again is a policy that lets in the same, so that all is asked anew.

@@ -186,3 +186,25 @@ func TestRoomForgets(t *testing.T) {
 		t.Errorf("a closed room gives %v", reason)
 	}
 }
+
+// TestWhoMadeRoomIsNotRefused: that a client's place went to another while it shook hands says nothing against it.
+func TestWhoMadeRoomIsNotRefused(t *testing.T) {
+	t.Parallel()
+	l := newWebLab(t, webConfig{http: "{}", access: onlyWeb})
+	c, err := net.Dial("tcp", l.addr)
+	l.must(err)
+	defer c.Close()
+	_, err = c.Write([]byte{recordHandshake})
+	l.must(err)
+	l.eventually("the handshake to wait for the client", func() bool {
+		l.proxy.turns.mu.Lock()
+		defer l.proxy.turns.mu.Unlock()
+		return l.proxy.turns.given > 0
+	})
+	s := l.proxy.room.snapshot()[0]
+	s.cut(flow.ReasonLimit, "made room")
+	l.find(flow.EventDeny, flow.ReasonLimit)
+	if as := l.proxy.turns.standing(s.neighbourhood()); as != unknown {
+		t.Errorf("its neighbourhood has standing %d", as)
+	}
+}

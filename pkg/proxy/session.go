@@ -37,6 +37,8 @@ type session struct {
 
 	end *ending // guarded by mu; why it was cut, nil if it was not
 	app string  // guarded by mu; what is spoken, where that is known
+
+	doubt doubt // of the token that was shown before the first byte
 }
 
 // proven is what the client proved, and for which service.
@@ -255,12 +257,20 @@ func (s *session) recheck() {
 	}
 }
 
-// rejudge judges the requests that a recheck left open.
-func (s *session) rejudge() { s.served().settle() }
+// rejudge judges what a recheck left open: the token of the connection, or of requests on it.
+func (s *session) rejudge() {
+	if w := s.served(); w != nil {
+		w.settle()
+		return
+	}
+	s.recheck()
+}
 
 func (s *session) isSettled() bool {
-	w := s.served()
-	return w == nil || len(w.unsettled()) == 0
+	if w := s.served(); w != nil {
+		return len(w.unsettled()) == 0
+	}
+	return s.doubt.isOver()
 }
 
 // expire cuts a live connection when what its client proved is too long over. A client that has a newer

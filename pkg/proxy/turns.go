@@ -12,12 +12,13 @@ import (
 // turns bound how many handshakes compute at a time, and say whose is next. A handshake costs much more than what asks for it: without
 // an order, who comes in earnest waits behind all who do not. Who waits for the network has no turn.
 type turns struct {
-	mu      sync.Mutex
-	free    int                      // guarded by mu
-	given   uint                     // guarded by mu; ever
-	waiting [standings]line          // guarded by mu
-	known   [2]map[netip.Prefix]last // guarded by mu; of this time and of the one before, by neighbourhood
-	since   time.Time                // guarded by mu; the time began
+	mu       sync.Mutex
+	free     int                      // guarded by mu
+	given    uint                     // guarded by mu; ever
+	waiting  [standings]line          // guarded by mu
+	known    [2]map[netip.Prefix]last // guarded by mu; of this time and of the one before, by neighbourhood
+	since    time.Time                // guarded by mu; the time began
+	refusals int                      // guarded by mu; of those known of this time
 }
 
 // standing is what the last handshake from a neighbourhood came to.
@@ -46,6 +47,7 @@ const (
 const (
 	rememberFor  = time.Minute
 	rememberMost = 1 << 15
+	refusedMost  = rememberMost / 2 // to be refused costs little: those who were do not push out who was let in
 )
 
 // errNoTurn is not the client's fault.
@@ -180,7 +182,16 @@ func (t *turns) remember(who netip.Prefix, as standing, caller string, now time.
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if now.Sub(t.since) > rememberFor || len(t.known[0]) >= rememberMost {
-		t.known, t.since = [2]map[netip.Prefix]last{{}, t.known[0]}, now
+		t.known, t.since, t.refusals = [2]map[netip.Prefix]last{{}, t.known[0]}, now, 0
+	}
+	if as == refused && t.refusals >= refusedMost && t.last(who).as != welcome {
+		return
+	}
+	if t.known[0][who].as == refused {
+		t.refusals--
+	}
+	if as == refused {
+		t.refusals++
 	}
 	t.known[0][who] = last{as, caller}
 }

@@ -129,3 +129,24 @@ func TestTurnsForget(t *testing.T) {
 		t.Errorf("%d neighbourhoods are remembered", n)
 	}
 }
+
+// TestRefusalsPushOutNobody: whoever fails in many places, which costs little, has nobody forgotten who was let in.
+func TestRefusalsPushOutNobody(t *testing.T) {
+	turns, now := newTurns(1), time.Now()
+	turns.remember(from(1), welcome, "good", now)
+	turns.remember(from(2), welcome, "turned", now)
+	for i := range 3 * rememberMost {
+		turns.remember(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32), refused, "", now)
+	}
+	if s := turns.standing(from(1)); s != welcome {
+		t.Errorf("who was let in just now is %v", s)
+	}
+	turns.remember(from(2), refused, "", now)
+	if s := turns.standing(from(2)); s != refused {
+		t.Errorf("who was let in, and is refused now, is %v", s)
+	}
+	turns.remember(from(3), welcome, "new", now)
+	if s := turns.standing(from(3)); s != welcome {
+		t.Errorf("who is let in now is %v", s)
+	}
+}

@@ -295,7 +295,7 @@ func (w *web) settle() { w.ask(w.unsettled()) }
 
 // unsettled are the requests of which nobody could tell whether their tokens still count.
 func (w *web) unsettled() []*exchange {
-	return slices.DeleteFunc(w.snapshot(), func(e *exchange) bool { return e.unsure.Load() == nil })
+	return slices.DeleteFunc(w.snapshot(), func(e *exchange) bool { return e.doubt.isOver() })
 }
 
 // ask has requests judged again, some at a time: each may have to wait for the keys of its token.

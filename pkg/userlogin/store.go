@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -83,25 +84,38 @@ func (s Store) Load(name string) (Kept, error) {
 	if err != nil {
 		return k, err
 	}
-	f, err := os.Open(path)
+	k, mode, err := read(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return k, fmt.Errorf("%w as %s", ErrNoLogin, name)
 	}
+	if err == nil && mode.Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s can be read by others (mode %04o): log out and in again, for they may have the token", path, mode.Perm())
+	}
 	if err != nil {
-		return k, fmt.Errorf("read login: %w", err)
+		return Kept{}, fmt.Errorf("read login: %w", err)
+	}
+	return k, nil
+}
+
+// read takes a login from a file that nobody else can have written: who did could have us act as somebody else, and send what is in a
+// file of ours, as the client's secret, to a provider of theirs.
+func read(path string) (k Kept, mode fs.FileMode, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return k, 0, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return k, fmt.Errorf("read login: %w", err)
+		return k, 0, err
 	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return k, fmt.Errorf("read login: %s can be read or written by others (mode %04o): log out and in again, for they may have the token", path, info.Mode().Perm())
+	if owner, ok := info.Sys().(*syscall.Stat_t); !ok || int(owner.Uid) != os.Geteuid() || info.Mode().Perm()&0o022 != 0 {
+		return k, 0, fmt.Errorf("%s can be written by others (mode %04o): log out and in again", path, info.Mode().Perm())
 	}
 	if err := json.NewDecoder(f).Decode(&k); err != nil {
-		return k, fmt.Errorf("read login from %s: %w", path, err)
+		return Kept{}, 0, fmt.Errorf("%s: %w", path, err)
 	}
-	return k, nil
+	return k, info.Mode(), nil
 }
 
 // Save writes a login whole, or leaves what was there. One that is being renewed just now does not come over it.
@@ -142,21 +156,23 @@ func (s Store) write(name string, k Kept) error {
 	return nil
 }
 
-// Remove forgets a login.
-func (s Store) Remove(name string) error {
+// Remove forgets a login, and gives what it was, for its provider to be told: all the more where others could read it. Of one that
+// cannot be read, or that others could write, it gives nothing.
+func (s Store) Remove(name string) (was Kept, err error) {
 	path, err := s.path(name)
 	if err != nil {
-		return err
+		return was, err
 	}
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w as %s", ErrNoLogin, name)
+		return was, fmt.Errorf("%w as %s", ErrNoLogin, name)
 	}
 	unlock, err := s.lock(name)
 	if err != nil {
-		return err
+		return was, err
 	}
 	defer unlock()
-	return errors.Join(os.Remove(path), os.Remove(path+".lock")) // who waits for the lock finds no login
+	was, _, _ = read(path)
+	return was, errors.Join(os.Remove(path), os.Remove(path+".lock")) // who waits for the lock finds no login
 }
 
 // Names lists the logins.

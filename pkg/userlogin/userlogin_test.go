@@ -184,7 +184,11 @@ func TestKept(t *testing.T) {
 	if _, err := s.Token(t.Context(), "work"); !errors.Is(err, userlogin.ErrAway) {
 		t.Errorf("provider away, token expired: %v", err)
 	}
-	must(t, s.Remove("work"))
+	last := renewed[len(renewed)-1]
+	must(t, s.Save("work", last))
+	if was, err := s.Remove("work"); err != nil || was.Refresh != last.Refresh || was.Refresh == "" {
+		t.Errorf("what was removed: %+v, %v", was, err)
+	}
 	if _, err := s.Token(t.Context(), "work"); !errors.Is(err, userlogin.ErrNoLogin) {
 		t.Errorf("after the logout: %v", err)
 	}
@@ -215,10 +219,27 @@ func TestLoginsThatCannotBeRenewed(t *testing.T) {
 func TestWrongLogins(t *testing.T) {
 	t.Parallel()
 	s := userlogin.Store{Dir: t.TempDir()}
-	must(t, s.Save("mine", userlogin.Kept{}))
+	must(t, s.Save("mine", userlogin.Kept{Refresh: "r"}))
 	must(t, os.Chmod(filepath.Join(s.Dir, "mine.json"), 0o640))
 	if _, err := s.Load("mine"); err == nil || !strings.Contains(err.Error(), "by others") {
 		t.Errorf("a file that others can read: %v", err)
+	}
+	if was, err := s.Remove("mine"); err != nil || was.Refresh != "r" {
+		t.Errorf("what others could read is not given to be revoked: %+v, %v", was, err)
+	}
+	foreign := filepath.Join(s.Dir, "foreign.json")
+	for what, spoil := range map[string]func() error{"writable": func() error { return os.Chmod(foreign, 0o620) }, "owned": func() error { return os.Chown(foreign, 1, -1) }} {
+		must(t, s.Save("foreign", userlogin.Kept{Refresh: "r"}))
+		if err := spoil(); err != nil { // of root alone
+			t.Log(err)
+			continue
+		}
+		if _, err := s.Load("foreign"); err == nil || !strings.Contains(err.Error(), "by others") {
+			t.Errorf("a file that is %s by others: %v", what, err)
+		}
+		if was, err := s.Remove("foreign"); err != nil || was.Refresh != "" {
+			t.Errorf("what is %s by others is believed: %+v, %v", what, was, err)
+		}
 	}
 	for _, name := range []string{"", "..", "a/b", ".hidden"} {
 		if err := s.Save(name, userlogin.Kept{}); err == nil {
