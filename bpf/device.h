@@ -354,7 +354,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		if (reason != SP_REASON_NONE)
 			return sp_decide(SP_ACT_DROP, reason);
 	}
-	svc = to ? sp_find_service(&p->dst, p->dport, p->protocol) : NULL;
+	svc = to ? sp_find_here(skb, &p->dst, &p->src, p->dport, p->protocol, p->version) : NULL;
 	if (svc && sp_is_towards(skb, p, svc, hook, behind)) {
 		*key = sp_key_towards(p);
 		if (p->protocol == IPPROTO_UDP)
@@ -370,7 +370,7 @@ static __always_inline struct sp_decision sp_decide_ports(struct __sk_buff *skb,
 		*key = sp_key_towards(p);
 		return sp_decide(SP_ACT_DROP, reason);
 	}
-	svc = from ? sp_find_service(&p->src, p->sport, p->protocol) : NULL;
+	svc = from ? sp_find_here(skb, &p->src, &p->dst, p->sport, p->protocol, p->version) : NULL;
 	*key = sp_key_from(p);
 	if (svc && sp_is_from(p, key, svc, hook, behind)) {
 		if (p->protocol == IPPROTO_UDP)
@@ -406,12 +406,13 @@ static __always_inline struct sp_decision sp_decide_icmp(struct __sk_buff *skb, 
 		return sp_decide_icmp_reason(!sp_quotes_none(parsed) && sp_towards_owner(skb, p) ?
 					     SP_REASON_ICMP_STRAY : SP_REASON_NONE);
 	if (sp_port_flagged(q->protocol, q->sport))
-		svc = sp_find_service(&q->src, q->sport, q->protocol);
+		svc = sp_find_here(skb, &q->src, &q->dst, q->sport, q->protocol, q->version);
 	if (svc && sp_is_towards(skb, p, svc, hook, behind)) {
 		*key = sp_key_from(q);
 		return sp_decide_icmp_reason(sp_icmp_towards(skb, p, key, svc, hook));
 	}
-	svc = sp_port_flagged(q->protocol, q->dport) ? sp_find_service(&q->dst, q->dport, q->protocol) : NULL;
+	svc = sp_port_flagged(q->protocol, q->dport) ?
+		sp_find_here(skb, &q->dst, &q->src, q->dport, q->protocol, q->version) : NULL;
 	*key = sp_key_towards(q);
 	if (svc && sp_is_from(p, key, svc, hook, behind))
 		return sp_decide_icmp_reason(sp_icmp_from(p, key, svc));

@@ -61,8 +61,8 @@ __noinline int sp_register_up(const struct sp_packet *p, __u32 service_id)
 /* Finds where a packet of the proxy belongs: a live client leg, a service leg, a new dial, or the RST
  * that answers a stray. `at` becomes the key that its mark is made of.
  */
-static __always_inline enum sp_reason sp_decide_px0(const struct sp_packet *p, struct sp_leg_key *at,
-						    struct sp_leg **leg)
+static __always_inline enum sp_reason sp_decide_px0(struct __sk_buff *skb, const struct sp_packet *p,
+						    struct sp_leg_key *at, struct sp_leg **leg)
 {
 	struct sp_leg_key down = sp_leg_key(&p->dst, p->dport, &p->src, p->sport, SP_LEG_DOWN);
 	struct sp_leg_key up = sp_leg_key(&p->src, p->sport, &p->dst, p->dport, SP_LEG_UP);
@@ -80,7 +80,7 @@ static __always_inline enum sp_reason sp_decide_px0(const struct sp_packet *p, s
 	}
 	*at = up;
 	if (sp_syn_only(p)) {
-		svc = sp_find_service(&p->dst, p->dport, p->protocol);
+		svc = sp_find_here(skb, &p->dst, &p->src, p->dport, p->protocol, p->version);
 		if (!svc)
 			return SP_REASON_PX_UNEXPECTED;
 		reason = sp_register_up(p, svc->id);
@@ -159,7 +159,7 @@ static __always_inline int sp_px0(struct __sk_buff *skb)
 	if (!cfg)
 		reason = SP_REASON_NO_CONFIG;
 	else if (tcp)
-		reason = sp_decide_px0(p, &at, &leg);
+		reason = sp_decide_px0(skb, p, &at, &leg);
 	sp_count(reason, p->segments, p->bytes);
 	if (!cfg || !leg || !sp_px0_passes(reason))
 		return TC_ACT_SHOT;

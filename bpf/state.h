@@ -112,12 +112,20 @@ static __always_inline struct sp_service *sp_find_service(const struct sp_addr *
 	return sp_find_row(address, port, protocol, false);
 }
 
-/* The same, of services whose sockets are on this node. */
+/* The service of every local address. */
+static __always_inline struct sp_service *sp_find_everywhere(__u16 port, __u8 protocol)
+{
+	struct sp_addr any = {};
+
+	return sp_find_service(&any, port, protocol);
+}
+
+/* The same, of services whose sockets are on this node. The address of a remote one may have come here. */
 static __always_inline struct sp_service *sp_find_own(const struct sp_addr *address, __u16 port, __u8 protocol)
 {
 	struct sp_service *svc = sp_find_service(address, port, protocol);
 
-	return svc && svc->target != SP_TARGET_REMOTE ? svc : NULL;
+	return svc && svc->target == SP_TARGET_REMOTE ? sp_find_everywhere(port, protocol) : svc;
 }
 
 /* Has the pod behind a device a service at this port? It may have it at addresses that no policy lists. */
@@ -192,6 +200,25 @@ __noinline int sp_is_local(struct __sk_buff *skb, const struct sp_addr *address,
 	if (address && sp_is_group(address, version))
 		return 1;
 	return !fib || sp_fib_says_local(bpf_fib_lookup(skb, fib, sizeof(*fib), 0));
+}
+
+/*
+ * The service that a hook sees at an address. One of a remote service that has come to this node, as addresses do that
+ * several nodes share, is like all of the node's own before the agent knows: what protects goes before what originates.
+ */
+static __always_inline struct sp_service *sp_find_here(struct __sk_buff *skb, const struct sp_addr *address,
+						       const struct sp_addr *peer, __u16 port, __u8 protocol,
+						       __u32 version)
+{
+	struct sp_service *svc = sp_find_service(address, port, protocol);
+	struct sp_service *own;
+
+	if (!svc || svc->target != SP_TARGET_REMOTE)
+		return svc;
+	own = sp_find_everywhere(port, protocol);
+	if (own && (skb->ifindex == SP_LO_IFINDEX || sp_is_local(skb, address, peer, version)))
+		return own;
+	return svc;
 }
 
 /* Does an address own a protected port? For packets that are not decided by their ports. */

@@ -68,7 +68,7 @@ func TestStatusTellsOfTrustAndWorkloads(t *testing.T) {
 	cfg := policy.DefaultAgentConfig()
 	cfg.Name, cfg.Spec.TrustDomain, cfg.Spec.WorkloadAPI = "node-1", "example.org", "unix://"+dir+"/w.sock"
 	cfg.Spec.Workloads = policy.WorkloadsConfig{API: policy.WorkloadsBroker, Address: "unix://" + dir + "/b.sock"}
-	n := &node{cfg: cfg, log: slog.New(slog.DiscardHandler)}
+	n := &node{cfg: cfg, resources: &resources{}, log: slog.New(slog.DiscardHandler)}
 	must(t, n.makeIdentity(t.Context()))
 	t.Cleanup(func() { must(t, n.closeBroker()) })
 	ctx, cancel := context.WithCancel(context.Background())
