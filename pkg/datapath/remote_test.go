@@ -343,3 +343,35 @@ func nodeBefore(n *node, f lab.Family) netip.Addr {
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
+
+// TestRemoteComesHere: an address that a remote service has by policy moves to this node, which protects the port at every address of
+// its own. Nobody has told the datapath of the address yet: the port is closed there too.
+func TestRemoteComesHere(t *testing.T) { eachProfile(t, testRemoteComesHere) }
+
+func testRemoteComesHere(t *testing.T, profile datapath.Profile) {
+	t.Parallel()
+	n := newNodeOn(t, lab.Options{Pods: 2}, func(c *datapath.Config) { c.Profile = profile })
+	n.knowDevices(t, lab.PodDevice(0), lab.PodDevice(1))
+	n.copyProxy(t)
+	here := datapath.Service{ID: remoteID + 1, Name: "here", Target: datapath.TargetHost, Ports: []uint16{remotePort}}
+	there := datapath.Service{ID: remoteID, Name: "there", Target: datapath.TargetRemote, Ports: here.Ports}
+	uplink, err := n.Node.Netlink.LinkByName(lab.Uplink)
+	must(t, err)
+	for _, f := range lab.Families() {
+		there.Addresses = append(there.Addresses, remoteAddr(f))
+		_, err := n.Node.WhoAnswers(netip.AddrPortFrom(unspecified(f), remotePort))
+		must(t, err)
+	}
+	must(t, n.setServices(append(n.localServices(), here, there)))
+	for _, f := range lab.Families() {
+		a := remoteAddr(f)
+		ip := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+		must(t, n.Node.Netlink.AddrAdd(uplink, &netlink.Addr{IPNet: ip, Flags: unix.IFA_F_NODAD}))
+		for name, client := range map[string]*lab.Namespace{"client": n.Client, "node": n.Node, "pod": n.Pods[1]} {
+			n.wantSays(t, cell{name + "/" + f.String(), client, client.Addr(f), a, remotePort, here.ID}, "proxy")
+		}
+	}
+	if n := n.count(t, flow.ReasonBackstop); n != 0 {
+		t.Errorf("%d packets came around the hooks", n)
+	}
+}
