@@ -225,11 +225,7 @@ func TestServiceThatDoesNotAnswerATokensClient(t *testing.T) {
 	t.Parallel()
 	i := newIssuer(t)
 	l, byToken := tokenLab(t, i)
-	gone, err := net.Listen("tcp4", "127.0.0.1:0")
-	l.must(err)
-	l.service = addrPort(gone.Addr())
-	l.must(gone.Close())
-	l.write("", onlyWeb+withTokens)
+	l.must(l.backend.Close())
 	if c := l.show(byToken, connectWith(bearer(i.token(webID.String(), "web", time.Hour)))); c.status != http.StatusBadGateway {
 		t.Errorf("%d %s", c.status, c.text)
 	}

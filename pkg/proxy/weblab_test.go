@@ -82,6 +82,7 @@ type webLab struct {
 	authority *devauthority.Authority
 	addr      string         // of the proxy
 	service   netip.AddrPort // of the service
+	backend   net.Listener   // of the service
 	records   *log
 	policy    string // path of the file
 	ahead     atomic.Int64
@@ -138,7 +139,7 @@ func (l *webLab) serve(c webConfig) {
 		go func() { _ = server.Serve(listener) }()
 		l.Cleanup(func() { server.Close() })
 	}
-	l.service = addrPort(listener.Addr())
+	l.backend, l.service = listener, addrPort(listener.Addr())
 }
 
 // run accepts clients, and has their connections looked after as Run does.
