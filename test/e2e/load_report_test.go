@@ -34,7 +34,7 @@ func (l *siege) markdown() string {
 	}
 	l.goodRow(&out, "none any more", loadSaid{}, l.after)
 	fmt.Fprintf(&out, "\n## What attackers get\n\nThe proxy has %.0f MiB in memory (Pss) before the first attack, and %d descriptors; after each attack it has those descriptors again, and after the last one\n"+
-		"the goroutines of a fresh one. Counted are connections; REQUEST_LIMIT counts requests.\n\n", l.rest/1024, l.restFiles)
+		"the goroutines of a fresh one. Counted are connections; REQUEST_LIMIT and BAD_REQUEST count requests.\n\n", l.rest/1024, l.restFiles)
 	out.WriteString("| attackers | connections | a second | MiB at the end | KiB each | MiB after | by reason |\n| --- | ---: | ---: | ---: | ---: | ---: | --- |\n")
 	for _, f := range l.faced {
 		fmt.Fprintf(&out, "| %s | %s | %s | %.0f | %s | %.0f | %s |\n", f.name, thousands(int(f.attack.Connected)),

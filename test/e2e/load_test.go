@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -349,11 +350,14 @@ func (l *siege) awaitReasons(t *testing.T, a loadAttack, before map[string]uint6
 	})
 }
 
+// ofRequests are refusals on connections that were told of when they opened.
+var ofRequests = []string{"REQUEST_LIMIT", "BAD_REQUEST"}
+
 // told are the connections of attackers that the log tells of: each was let in, or refused.
 func (l *siege) told(t *testing.T) (n int64) {
 	t.Helper()
 	for _, r := range l.records.all(t) {
-		if strings.HasPrefix(r.Client, crowdNetwork) && (r.Event == "OPEN" || r.Event == "DENY" && r.Reason != "REQUEST_LIMIT") {
+		if strings.HasPrefix(r.Client, crowdNetwork) && (r.Event == "OPEN" || r.Event == "DENY" && !slices.Contains(ofRequests, r.Reason)) {
 			n += int64(r.Count)
 		}
 	}
