@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -199,14 +200,7 @@ func (o *originations) sign(c connection, q *api.SignRequest) ([]byte, error) {
 }
 
 // beforeTranscript is what TLS 1.3 has a client sign in front of the hash of all that was said (RFC 8446, 4.4.3).
-var beforeTranscript = string(spaces[:]) + "TLS 1.3, client CertificateVerify\x00"
-
-var spaces = func() (s [64]byte) {
-	for i := range s {
-		s[i] = ' '
-	}
-	return s
-}()
+var beforeTranscript = strings.Repeat(" ", 64) + "TLS 1.3, client CertificateVerify\x00"
 
 // signerOpts checks the form of a request. Ed25519 hashes by itself, so that there the whole of what is signed can be seen.
 func signerOpts(q *api.SignRequest) (crypto.SignerOpts, error) {
