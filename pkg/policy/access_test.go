@@ -365,6 +365,7 @@ func FuzzAuthorise(f *testing.F) {
 	f.Add(`headers["x"].exists(v, v.matches("(a+)+$"))`, "/%2e", `{}`, "POST", "x", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!")
 	f.Add(`ip(client).isLoopback() || claims.a.b.c > 1.5`, "", `{"a":{"b":{"c":2}}}`, "GET", "", "")
 	f.Add(`dyn(claims) == dyn(path)`, "/", `[]`, "GET", "", "")
+	f.Add("\"000000\n", "/", `{}`, "GET", "", "")
 	now := time.Date(2026, 11, 23, 9, 0, 0, 0, time.UTC)
 	f.Fuzz(func(t *testing.T, when, path, claims, method, header, value string) {
 		quoted, _ := json.Marshal(when)

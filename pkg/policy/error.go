@@ -22,7 +22,10 @@ type Error struct {
 	Err   error  // sentinel that callers may match, may be nil
 }
 
-// Error gives "file:line: field: msg". The hint is left to the caller.
+// lineBreaks are what a condition or a pattern of several lines brings into the words of those who read it.
+var lineBreaks = strings.NewReplacer("\r", " ", "\n", " ", "\t", " ")
+
+// Error gives "file:line: field: msg", in one line. The hint is left to the caller.
 func (e *Error) Error() string {
 	var b strings.Builder
 	if e.File != "" {
@@ -36,7 +39,7 @@ func (e *Error) Error() string {
 		b.WriteString(e.Field + ": ")
 	}
 	b.WriteString(e.Msg)
-	return b.String()
+	return lineBreaks.Replace(b.String())
 }
 
 // Unwrap gives the sentinel, so that errors.Is finds it.

@@ -231,6 +231,8 @@ var wrongs = []wrong{
 	{"time zone", "requesters: [alice]", "requesters: [alice]\n  windows: [{timezone: Berlin, from: \"09:00\", to: \"22:00\"}]", "Berlin", "spec.windows[0].timezone", "not a time zone"},
 	{"time zone of the machine", "requesters: [alice]", "requesters: [alice]\n  windows: [{timezone: Local, from: \"09:00\", to: \"22:00\"}]", "Local", "spec.windows[0].timezone", "not a time zone"},
 	{"condition", "requesters: [alice]", "requesters: [alice]\n  when: tiket == \"\"", "when", "spec.when", "undeclared reference to 'tiket'"},
+	{"condition of two lines", "requesters: [alice]", "requesters: [alice]\n  when: \"ticket == 'a\\n\"", "when", "spec.when", "token recognition error"},
+	{"pattern of two lines", "ticket: {required: false}", "ticket: {pattern: \"(a\\n\"}", "pattern", "spec.ticket.pattern", "missing closing )"},
 	{"condition that is none", "requesters: [alice]", "requesters: [alice]\n  when: ticket", "when", "spec.when", "gives string"},
 	{"deny list of nothing", "kind: Keyring\n", "kind: DenyList\nmetadata: {name: d}\nspec: {reason: r}\n---\napiVersion: sallyport.dev/v1alpha1\nkind: Keyring\n", "spec: {reason: r}", "spec", "denies nothing"},
 	{"deny list without a reason", "kind: Keyring\n", "kind: DenyList\nmetadata: {name: d}\nspec: {people: [bob]}\n---\napiVersion: sallyport.dev/v1alpha1\nkind: Keyring\n", "spec: {people: [bob]}", "spec.reason", "is missing"},
