@@ -5,9 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 )
+
+// askAgain is the longest time between two attempts to get an identity: whoever waits for a command waits for --timeout at most,
+// and an entry that was just made is known to SPIRE's agent after 5 s.
+const askAgain = time.Second
 
 // self is our own identity, kept up to date until Close.
 type self struct {
@@ -29,7 +34,7 @@ func (c *cli) identity(ctx context.Context) (*self, error) {
 		return nil, withHint(usagef("get own identity: no Workload API is named"),
 			"name its socket with --workload-api or SPIFFE_ENDPOINT_SOCKET: unix:///run/spire/sockets/agent.sock")
 	}
-	source, err := identity.New(identity.Config{Address: workloadAddress(c.workloadAPI)})
+	source, err := identity.New(identity.Config{Address: workloadAddress(c.workloadAPI), MaxRetry: askAgain})
 	if err != nil {
 		return nil, err
 	}
