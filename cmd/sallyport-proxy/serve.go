@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"runtime"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -118,6 +120,21 @@ type parts struct {
 	http     httpParts
 }
 
+// threadsPerCore is how many threads run Go code for each core. With one each, whoever is carried waits for all handshakes that could
+// run before it: Go's run queues know no order. With more, the handshakes that compute keep a few threads busy, and the kernel lets those go
+// first that hardly ran lately. Measured by make bench-slow: with 10,000 clients that drip, the 99th percentile of a good client's request
+// on a connection that stands was 138 ms with one, and 16 ms with four.
+const threadsPerCore = 4
+
+// spread gives the cores that we may use, by the limits of our control group too. GOMAXPROCS in the environment is heeded.
+func spread() (cores int) {
+	cores = runtime.GOMAXPROCS(0)
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(threadsPerCore * cores)
+	}
+	return cores
+}
+
 func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy, error) {
 	connections, err := fitConnections(c.MaxConnections, log)
 	if err != nil {
@@ -126,6 +143,7 @@ func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy,
 	return proxy.New(proxy.Config{
 		ListenPort:       c.ListenPort,
 		MaxConnections:   connections,
+		Handshakes:       max(1, spread()-1),
 		HandshakeTimeout: c.HandshakeTimeout.Duration,
 		IdleTimeout:      c.IdleTimeout.Duration,
 		ExpiryGrace:      c.ExpiryGrace.Duration,

@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,7 +35,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Tokens, Login, Certificates, Outside and Logger must be set.
+// Config of a proxy. Every field but Handshakes, ExpiryGrace, DrainTimeout, Tokens, Login, Certificates, Outside and Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -42,6 +43,8 @@ type Config struct {
 	// identity; if all have, it is reset. One in 8 is for those alone who have not proven an identity yet; who proves one when
 	// the others are taken gets the place of a caller that has more connections, or is reset.
 	MaxConnections int
+	// Handshakes is how many of them compute at a time, in the order that turns give. 0: as many as run Go code.
+	Handshakes int
 	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
 	HandshakeTimeout time.Duration
 	// IdleTimeout ends a connection on which nothing moved in either direction.
@@ -119,7 +122,8 @@ func New(cfg Config) (*Proxy, error) {
 func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
-		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now, room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)),
+		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now,
+		room: newRoom(cfg.MaxConnections), turns: newTurns(cmp.Or(cfg.Handshakes, runtime.GOMAXPROCS(0))),
 	}
 }
 
@@ -136,7 +140,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 	helpers.Go(func() { p.expire(draining) })
 	helpers.Go(func() { p.attestAgain(draining) })
 	for _, l := range p.listeners {
-		acceptors.Go(func() { stop(p.accept(accepting, l)) })
+		for range acceptorsEach {
+			acceptors.Go(func() { stop(p.accept(accepting, l)) })
+		}
 	}
 	<-accepting.Done()
 	for _, l := range p.listeners {
@@ -151,6 +157,10 @@ func (p *Proxy) Run(ctx context.Context) error {
 	}
 	return nil
 }
+
+// acceptorsEach is how many goroutines accept at each listener. Under thousands of connections a second those that run before one have it wait
+// longer than the kernel's queue takes to fill, and a good client waits in that queue.
+const acceptorsEach = 4
 
 // retryAccept is how long to wait when the process is out of descriptors or memory.
 const retryAccept = 50 * time.Millisecond

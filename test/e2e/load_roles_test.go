@@ -21,17 +21,19 @@ import (
 )
 
 // loadCommand makes the test binary a part of what is measured under attack: many bad clients, a good one, or a service that
-// speaks HTTP. The argument is a loadRole in JSON. Clients end with their input, and then write a loadSaid.
+// speaks HTTP, or a listener that is not Sallyport's. The argument is a loadRole in JSON. Clients end with their input, and then write
+// a loadSaid.
 const loadCommand = "slow-clients"
 
 // loadRole is what such a process does.
 type loadRole struct {
-	Do      string         // an attack, "good" or "web"
+	Do      string         // an attack, "good", "web" or "bare"
 	At      netip.AddrPort // what it connects to, or where it listens
 	PEM     []string       // folders with svid.pem and bundle.pem; connections take turns
+	To      netip.AddrPort // of bare: where bytes go that are no HTTP
 	N       int            // connections at a time
 	Sources int            // addresses that it comes from; 0: its own
-	Pause   time.Duration  // of an attacker, between its connections
+	Pause   time.Duration  // of an attacker, between its connections; of bare: its patience
 }
 
 // loadSaid is what became of it.
@@ -69,8 +71,11 @@ func (r loadRole) text() string {
 }
 
 func (r loadRole) run() error {
-	if r.Do == "web" {
+	switch r.Do {
+	case "web":
 		return r.serveWeb()
+	case "bare":
+		return r.serveBare()
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
@@ -97,10 +102,12 @@ func (r loadRole) run() error {
 
 // serveWeb reads all of each request, and answers.
 func (r loadRole) serveWeb() error {
-	return http.ListenAndServe(r.At.String(), http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		_, _ = io.Copy(io.Discard, q.Body)
-		fmt.Fprintln(w, "here")
-	}))
+	return http.ListenAndServe(r.At.String(), http.HandlerFunc(answerWeb))
+}
+
+func answerWeb(w http.ResponseWriter, q *http.Request) {
+	_, _ = io.Copy(io.Discard, q.Body)
+	fmt.Fprintln(w, "here")
 }
 
 // attacker is one of many: it has one connection at a time, and another one when that has ended.

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sallyport-dev/sallyport/pkg/devauthority"
 	"github.com/sallyport-dev/sallyport/test/lab"
 	"github.com/sallyport-dev/sallyport/test/leak"
@@ -30,12 +32,12 @@ func TestSlowClients(t *testing.T) {
 	l := newSiege(t)
 	l.fresh = l.goroutines(t, l.startProxy(t))
 	p := l.startProxy(t)
-	l.quiet = l.judged(t, nil)
+	l.quiet = l.judged(t, l.contender(), nil)
 	l.rest, l.restFiles = memoryOf(t, p), descriptors(t, p)
 	for _, a := range loadAttacks(l.n, l.floods) {
 		l.face(t, p, a)
 	}
-	l.after = l.judged(t, nil)
+	l.after = l.judged(t, l.contender(), nil)
 	l.await(t)
 	if left := l.goroutines(t, p); left > l.fresh+goroutineSlack {
 		t.Errorf("%d goroutines are left, a fresh proxy has %d:\n%s", left, l.fresh, p.Output())
@@ -51,6 +53,8 @@ const (
 	shopPort = 8091 // of a service in the pod that speaks HTTP
 	// crowdNetwork begins the addresses that attackers come from.
 	crowdNetwork = "10.64."
+	// proxyFiles are the descriptors that the proxy keeps for itself; a connection takes two.
+	proxyFiles = 256
 	// loadTime is how long the good client is watched in each part of a full run.
 	loadTime      = 6 * time.Second
 	loadTimeShort = time.Second
@@ -63,6 +67,7 @@ type siege struct {
 	*proxyBench
 	n, floods int // slow connections, and handshakes at a time
 	sources   int // addresses of attackers
+	files     int // that a process may have open
 	pause     time.Duration
 	time      time.Duration
 	config    string // of the proxy
@@ -87,13 +92,16 @@ type loadAttack struct {
 	reasons  []string // of which each must be in the records
 }
 
+// loadAttacks stay within the proxy's limits, but for one: of the places, the proven have 7 in 8.
 func loadAttacks(n, floods int) []loadAttack {
+	most, many := n*3/4, n*4/5
 	return []loadAttack{
-		{name: "say nothing", do: "silent", n: n, port: benchBackend, reasons: []string{"LIMIT"}},
-		{name: "drip a ClientHello", do: "drip", n: n * 3 / 4, port: benchBackend, reasons: []string{"HANDSHAKE_TIMEOUT"}},
-		{name: "drip the header of a request", do: "header", n: n, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
-		{name: "drip a body", do: "body", n: n, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
-		{name: "hold HTTP/2 idle", do: "h2", n: n, port: shopPort, reasons: []string{"LIMIT"}},
+		{name: "say nothing", do: "silent", n: most, port: benchBackend, reasons: []string{"HANDSHAKE_TIMEOUT"}},
+		{name: "say nothing, more than there are places", do: "silent", n: n * 5 / 4, port: benchBackend, reasons: []string{"LIMIT"}},
+		{name: "drip a ClientHello", do: "drip", n: most, port: benchBackend, reasons: []string{"HANDSHAKE_TIMEOUT"}},
+		{name: "drip the header of a request", do: "header", n: many, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
+		{name: "drip a body", do: "body", n: many, port: shopPort, reasons: []string{"REQUEST_LIMIT"}},
+		{name: "hold HTTP/2 idle", do: "h2", n: many, port: shopPort, reasons: []string{"OPEN"}},
 		{name: "handshakes without end", do: "flood", n: floods, port: benchBackend, forged: true, reasons: []string{"NOT_AUTHORISED", "HANDSHAKE_FAILED"}},
 	}
 }
@@ -102,6 +110,7 @@ func loadAttacks(n, floods int) []loadAttack {
 type faced struct {
 	loadAttack
 	beside, during loadSaid // of the good client, with the attack at somebody else, and at the proxy
+	bare           loadSaid // of a good client of that somebody
 	attack         loadSaid
 	took           time.Duration // of the attack
 	memory, left   float64       // KiB of the proxy, at the end of the attack and after it
@@ -110,7 +119,9 @@ type faced struct {
 
 func newSiege(t *testing.T) *siege {
 	t.Helper()
-	l := &siege{n: 64, floods: 4, sources: 20, pause: 100 * time.Millisecond, time: loadTimeShort}
+	var files unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &files))
+	l := &siege{n: 64, floods: 4, sources: 20, files: int(files.Max), pause: 100 * time.Millisecond, time: loadTimeShort}
 	if v := os.Getenv("SLOW_CLIENTS"); v != "" {
 		var err error
 		l.n, err = strconv.Atoi(v)
@@ -168,7 +179,7 @@ func (l *siege) makeIdentities(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(l.forged, "bundle.pem"), bundle, 0o400))
 }
 
-// writeLoadConfig has the proxy take a few connections less than there are slow ones.
+// writeLoadConfig has the proxy take fewer connections than there are slow ones at most.
 func (l *siege) writeLoadConfig(t *testing.T) {
 	t.Helper()
 	config, err := os.ReadFile(l.world.files.proxy)
@@ -178,11 +189,12 @@ func (l *siege) writeLoadConfig(t *testing.T) {
 	write(t, l.config, strings.ReplaceAll(string(config), "maxConnections: 4000, handshakeTimeout: 2s", limits))
 }
 
+// places are as many as there are connections in the name of the benchmark, or as the limit of open files lets the proxy have.
 func (l *siege) places() int {
 	if l.short {
 		return l.n - l.n/8
 	}
-	return l.n
+	return min(l.n, (l.files-proxyFiles)/2)
 }
 
 func (l *siege) startProxy(t *testing.T) *lab.Process {
@@ -237,10 +249,10 @@ func (c *loadClient) finish(t *testing.T) (said loadSaid) {
 	return said
 }
 
-// judged watches the good client for a while. Whoever is given must still run then.
-func (l *siege) judged(t *testing.T, beside *loadClient) loadSaid {
+// judged watches a good client of somebody for a while. Whoever is given must still run then.
+func (l *siege) judged(t *testing.T, of contender, beside *loadClient) loadSaid {
 	t.Helper()
-	good := l.begin(t, l.world.Lab, loadRole{Do: "good", At: l.contender().at, PEM: []string{l.web}})
+	good := l.begin(t, of.lab, loadRole{Do: "good", At: of.at, PEM: []string{l.web}})
 	var ended <-chan struct{}
 	if beside != nil {
 		ended = beside.proc.Exited()
@@ -258,12 +270,12 @@ func (l *siege) face(t *testing.T, p *lab.Process, a loadAttack) {
 	t.Helper()
 	f := faced{loadAttack: a, reasons: map[string]uint64{}}
 	if !l.short {
-		f.beside = l.elsewhere(t, a)
+		f.beside, f.bare = l.elsewhere(t, a)
 	}
 	before := l.reasons(t)
 	began := time.Now()
 	attack := l.begin(t, l.world.Lab, l.attack(a, netip.AddrPortFrom(l.world.Pod.Addr(lab.IPv4), a.port)))
-	f.during = l.judged(t, attack)
+	f.during = l.judged(t, l.contender(), attack)
 	l.awaitReasons(t, a, before)
 	f.memory = memoryOf(t, p)
 	f.attack = attack.finish(t)
@@ -300,16 +312,24 @@ func (l *siege) attack(a loadAttack, at netip.AddrPort) loadRole {
 	return r
 }
 
-// elsewhere puts the attack on a bare forwarder, while the good client comes through Sallyport: the machine's cores are as busy.
-func (l *siege) elsewhere(t *testing.T, a loadAttack) (good loadSaid) {
+// elsewhere puts the attack on a listener that is not Sallyport's, while the good client comes through Sallyport: the machine's cores
+// are as busy. Then it is the good client of that listener that is watched.
+func (l *siege) elsewhere(t *testing.T, a loadAttack) (good, bare loadSaid) {
 	t.Helper()
-	forwarder := l.outside(t)[0]
-	l.run(t, forwarder, func(*lab.Process) {
-		attack := l.begin(t, l.plain, l.attack(a, forwarder.at))
-		good = l.judged(t, attack)
+	c := contender{name: "bare listener", lab: l.plain, at: netip.AddrPortFrom(l.plain.Node.Addr(lab.IPv4), 15001)}
+	c.start = func(t *testing.T) *lab.Process {
+		t.Helper()
+		p, err := l.plain.Node.Start(l.asLoad(loadRole{Do: "bare", At: c.at, To: netip.AddrPortFrom(l.plain.Pod.Addr(lab.IPv4), benchBackend),
+			PEM: []string{l.pem}, N: l.places(), Pause: l.patience()}))
+		must(t, err)
+		return p
+	}
+	l.run(t, c, func(*lab.Process) {
+		attack := l.begin(t, l.plain, l.attack(a, c.at))
+		good, bare = l.judged(t, l.contender(), attack), l.judged(t, c, attack)
 		attack.finish(t)
 	})
-	return good
+	return good, bare
 }
 
 // reasons adds up what the collector has of attackers: refusals by reason, and how many came through.
