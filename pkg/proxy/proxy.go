@@ -3,7 +3,6 @@
 package proxy
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,7 +34,8 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but Handshakes, ExpiryGrace, DrainTimeout, Tokens, Login, Certificates, Outside and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Besieged, Tokens, Login, Certificates, Outside and
+// Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -43,8 +43,6 @@ type Config struct {
 	// identity; if all have, it is reset. One in 8 is for those alone who have not proven an identity yet; who proves one when
 	// the others are taken gets the place of a caller that has more connections, or is reset.
 	MaxConnections int
-	// Handshakes is how many of them compute at a time, in the order that turns give. 0: as many as run Go code.
-	Handshakes int
 	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
 	HandshakeTimeout time.Duration
 	// IdleTimeout ends a connection on which nothing moved in either direction.
@@ -59,6 +57,8 @@ type Config struct {
 	Policy       *PolicyFile
 	// Report takes flow records. It must not block, and is called from many goroutines.
 	Report func(flow.Record)
+	// Besieged is told when many clients at a time have not proven an identity, and when that is over. nil: nobody is.
+	Besieged func(bool)
 	// Tokens verifies bearer tokens. nil: they prove nobody.
 	Tokens *token.Verifier
 	// Login logs browsers in, to services that have it. nil: none has.
@@ -101,6 +101,7 @@ type Proxy struct {
 	upstreams atomic.Int64 // connections to services that speak HTTP
 	room      *room        // of sessions, from accept to end
 	turns     *turns       // of handshakes
+	siege     siege        // used by expire alone
 }
 
 // New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
@@ -123,7 +124,7 @@ func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
 		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now,
-		room: newRoom(cfg.MaxConnections), turns: newTurns(cmp.Or(cfg.Handshakes, runtime.GOMAXPROCS(0))),
+		room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)), siege: siege{tell: cfg.Besieged},
 	}
 }
 
@@ -268,7 +269,7 @@ func (p *Proxy) ask(sessions []*session, judge func(*session)) {
 // through a suspended machine and through a clock that was set.
 const expiryLook = time.Second
 
-// expire cuts live connections whose proof of identity is over.
+// expire cuts live connections whose proof of identity is over, and looks who is there.
 func (p *Proxy) expire(ctx context.Context) {
 	tick := time.NewTicker(expiryLook)
 	defer tick.Stop()
@@ -279,6 +280,7 @@ func (p *Proxy) expire(ctx context.Context) {
 			for _, s := range p.room.snapshot() {
 				s.expire(now)
 			}
+			p.siege.look(p.room.unproven(), time.Now())
 		case <-ctx.Done():
 			return
 		}

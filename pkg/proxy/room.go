@@ -96,6 +96,13 @@ func (r *room) close() {
 	r.closed = true
 }
 
+// unproven is how many strangers there are.
+func (r *room) unproven() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.strangers.size()
+}
+
 func (r *room) snapshot() []*session {
 	r.mu.Lock()
 	defer r.mu.Unlock()
