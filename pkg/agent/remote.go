@@ -78,7 +78,7 @@ func remoteRow(s policy.RemoteService) datapath.Service {
 }
 
 // isHere tells whether an address is the node's own, or of a pod on it. One behind a bridge that has not spoken yet is taken for
-// elsewhere until it does.
+// elsewhere until it does, and one behind a bridge that leads elsewhere too always is: a pod there can say that it has any.
 func (n *node) isHere(where locator) func(netip.Addr) (bool, error) {
 	return func(a netip.Addr) (bool, error) {
 		own, err := n.around.own([]netip.Addr{a})
@@ -89,7 +89,11 @@ func (n *node) isHere(where locator) func(netip.Addr) (bool, error) {
 		if err != nil {
 			return false, nil // no route leads to a pod of this node
 		}
-		return where.isPod(device), nil
+		if !where.isPod(device) {
+			return false, nil
+		}
+		shared, err := where.isShared(device)
+		return !shared, err
 	}
 }
 
