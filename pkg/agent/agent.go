@@ -293,7 +293,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
+		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, closed: n.isClosed, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -308,6 +308,13 @@ func (n *node) loadResources(context.Context) error {
 }
 
 func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
+
+func (n *node) isClosed(s policy.RemoteService) error {
+	if e := s.Closed(n.cfg); e != nil {
+		return fmt.Errorf("%s: whoever asks for it is refused; %s", e.Error(), e.Hint)
+	}
+	return nil
+}
 
 // resourcesChanged ends what the new resources would refuse and probes anew. The error says what could not be ended.
 func (n *node) resourcesChanged(e *enforced) error {

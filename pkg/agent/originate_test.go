@@ -395,6 +395,17 @@ spec: {addresses: `+addresses+`, ports: [5432, 80], identities: ["spiffe://examp
 	check("one is watched", []string{"10.2.0.2", "10.9.0.1"}, "")
 	write(`["10.9.0.1"]`)
 	check("mended", []string{"10.9.0.1"}, "")
+	n := &node{}
+	d.closed = n.isClosed
+	d.reload()
+	check("nobody attests", []string{"10.9.0.1"}, "orders is closed on this node: nobody tells it the identities of its workloads (spec.workloads.api: none): "+
+		"whoever asks for it is refused; write spec.workloads of the node's configuration")
+	if _, ok := d.current().service("web"); !ok || remoteState(d.current(), false) != "; closed to workloads of this node: orders" {
+		t.Errorf("nobody attests: the rest is in force: %v; state %q", ok, remoteState(d.current(), false))
+	}
+	n.cfg.Spec.Workloads.API = policy.WorkloadsBroker
+	d.reload()
+	check("somebody attests", []string{"10.9.0.1"}, "")
 	if got := probeTargets(d.current().services); slices.ContainsFunc(got, func(a netip.AddrPort) bool { return a.Addr().String() == "10.9.0.1" }) {
 		t.Errorf("others are knocked at: %v", got)
 	}

@@ -28,6 +28,9 @@ func (r *resources) elsewhere(set *policy.Set) *policy.Set {
 		return out
 	})
 	for _, s := range set.RemoteServices() {
+		if r.closed != nil {
+			near[s.Name] = append(near[s.Name], r.closed(s))
+		}
 		r.problems.report(problemService, s.Name, errors.Join(near[s.Name]...))
 	}
 	r.problems.keep(problemService, func(name string) bool {
@@ -107,21 +110,24 @@ func describeRemote(s policy.RemoteService, row datapath.Service) *api.Service {
 	return out
 }
 
-// remoteState names the remote services that are in force; empty where there are none.
-func remoteState(e *enforced) string {
+// remoteState names the remote services that are in force; empty where there are none. Without attestation nobody is let out to them.
+func remoteState(e *enforced, attests bool) string {
 	if e == nil {
 		return ""
 	}
 	var names []string
 	for _, s := range e.handed.RemoteServices() {
 		name := s.Name
-		if s.Spec.Without == policy.WithoutPass {
+		if s.Spec.Without == policy.WithoutPass && attests {
 			name += " (in the clear where it speaks no TLS)"
 		}
 		names = append(names, name)
 	}
 	if len(names) == 0 {
 		return ""
+	}
+	if !attests {
+		return "; closed to workloads of this node: " + strings.Join(names, ", ")
 	}
 	return "; workloads speak for themselves to " + strings.Join(names, ", ")
 }

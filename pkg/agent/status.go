@@ -159,5 +159,5 @@ func (n *node) identityState() string {
 	if s.Err != nil {
 		text += ": " + oneLine(s.Err.Error())
 	}
-	return text + trustState(n.cfg.Spec.TrustDomain, s.Trusts) + n.brokerState() + remoteState(n.resources.current())
+	return text + trustState(n.cfg.Spec.TrustDomain, s.Trusts) + n.brokerState() + remoteState(n.resources.current(), n.broker != nil)
 }
