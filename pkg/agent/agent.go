@@ -310,6 +310,7 @@ func (n *node) loadResources(context.Context) error {
 
 func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
 
+// isClosed is why a remote service serves nobody on this node.
 func (n *node) isClosed(s policy.RemoteService) error {
 	if e := s.Closed(n.cfg); e != nil {
 		return fmt.Errorf("%s: whoever asks for it is refused; %s", e.Error(), e.Hint)

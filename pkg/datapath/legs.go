@@ -45,7 +45,8 @@ func (d *Datapath) sweepLegs() error {
 	proxy := proxySockets{file: d.cfg.PxNetns}
 	defer proxy.close()
 	for i := range keys {
-		if !lingers.over(&legs[i]) && !(isReset(&legs[i]) && proxy.hasNot(&keys[i])) {
+		over := lingers.over(&legs[i]) || isReset(&legs[i]) && proxy.hasNot(&keys[i])
+		if !over {
 			continue
 		}
 		if err := d.objs.SpLegs.Delete(&keys[i]); err != nil && !isMissing(err) {
