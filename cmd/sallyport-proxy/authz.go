@@ -109,7 +109,8 @@ func serveAuthz(ctx context.Context, cfg policy.AgentConfig, notify notifier, lo
 	helpers, stopHelpers := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopHelpers()
 	group, broken := errgroup.WithContext(helpers)
-	for _, run := range []func(context.Context) error{source.Run, file.Run, reporter.Run, tokens.Run} {
+	tell := func(ctx context.Context) error { return outside.Tell(ctx, nil, tokens) }
+	for _, run := range []func(context.Context) error{source.Run, file.Run, reporter.Run, tokens.Run, tell} {
 		group.Go(func() error { return run(broken) })
 	}
 	serving, stop := context.WithCancel(ctx)

@@ -151,3 +151,20 @@ func TestProxyProtocolFromStrangers(t *testing.T) {
 		t.Errorf("record %v", r)
 	}
 }
+
+// TestTellsWhatItWorksWith: the agent hears of the web certificate and of the provider, and that it cannot be reached.
+func TestTellsWhatItWorksWith(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, func(s *settings) { s.certificate = true })
+	b.writePolicy(httpPolicy(`[{identities: ["spiffe://example.org/app/web"]}]`) + `---
+apiVersion: sallyport.dev/v1alpha1
+kind: IdentityProvider
+metadata: {name: corp}
+spec: {issuer: "https://login.example.org", audiences: [web]}
+`)
+	b.until(func() bool {
+		s := b.records.lastState()
+		return len(s.GetCertificates()) == 1 && s.GetCertificates()[0].GetName() == "public" && s.GetCertificates()[0].GetUntil() != nil &&
+			len(s.GetProviders()) == 1 && strings.HasPrefix(s.GetProviders()[0].GetProblem(), "its tokens are refused")
+	})
+}

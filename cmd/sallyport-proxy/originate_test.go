@@ -35,10 +35,12 @@ var farID = spiffeid.RequireFromPath(domain, "/sallyport/proxy/node-b")
 type attester struct {
 	api.UnimplementedProxyReportServer
 	mu    sync.Mutex
-	svid  *x509svid.SVID // guarded by mu; nil: none
-	why   string         // guarded by mu; it is nobody's
-	gone  bool           // guarded by mu; who issues identities has none for it
-	signs int            // guarded by mu
+	svid  *x509svid.SVID  // guarded by mu; nil: none
+	why   string          // guarded by mu; it is nobody's
+	gone  bool            // guarded by mu; who issues identities has none for it
+	signs int             // guarded by mu
+	state *api.ProxyState // guarded by mu; what the proxy told last
+	as    string          // guarded by mu; whom the proxy said that it speaks as when it asked last
 }
 
 func (a *attester) say(svid *x509svid.SVID, why string, gone bool) {
@@ -53,10 +55,17 @@ func (a *attester) signatures() int {
 	return a.signs
 }
 
+func (a *attester) toldAs() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.as
+}
+
 // Caller implements api.ProxyReportServer.
 func (a *attester) Caller(_ context.Context, q *api.CallerRequest) (*api.CallerReply, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.as = q.GetIdentity()
 	switch {
 	case a.gone:
 		return nil, status.Error(codes.PermissionDenied, "its identity is withdrawn")
@@ -68,6 +77,20 @@ func (a *attester) Caller(_ context.Context, q *api.CallerRequest) (*api.CallerR
 		reply.Chain = append(reply.Chain, c.Raw)
 	}
 	return reply, nil
+}
+
+// State implements api.ProxyReportServer.
+func (a *attester) State(_ context.Context, s *api.ProxyState) (*api.ProxyStateReply, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.state = s
+	return &api.ProxyStateReply{}, nil
+}
+
+func (a *attester) lastState() *api.ProxyState {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state
 }
 
 // Sign implements api.ProxyReportServer.
@@ -453,6 +476,24 @@ func TestOriginatedIsAskedAgain(t *testing.T) {
 	o.records.say(nil, "", true)
 	o.resets(c)
 	if r := o.find("CLOSE", "IDENTITY_EXPIRED"); !strings.Contains(r.Detail, "withdrawn") {
+		t.Errorf("record %v", r)
+	}
+}
+
+// TestOriginatedAsAnother: a live connection ends when the agent says that its workload is another one now, though nobody has withdrawn
+// anything: an agent that has just begun may know no better. It is told whom the connection is carried as.
+func TestOriginatedAsAnother(t *testing.T) {
+	t.Parallel()
+	o := newOutbound(t, nil)
+	there := o.answers(o.target(lab.IPv4), o.issue(o.authority, farID), o.authority.Bundle())
+	defer there.Close()
+	c := o.live(o.target(lab.IPv4))
+	o.must(c.SetDeadline(time.Now().Add(3 * wait)))
+	o.until(func() bool { return o.records.toldAs() == web.String() })
+	o.must(goesOn(c))
+	o.records.say(o.issue(o.authority, mallory), "", false)
+	o.resets(c)
+	if r := o.find("CLOSE", "IDENTITY_EXPIRED"); r.Identity != web.String() || !strings.Contains(r.Detail, "its workload is "+mallory.String()) {
 		t.Errorf("record %v", r)
 	}
 }

@@ -56,6 +56,7 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 	defer forHTTP.outside.Close()
 	group.Go(func() error { return forHTTP.tokens.Run(broken) })
 	group.Go(func() error { return forHTTP.certificates.Run(broken) })
+	group.Go(func() error { return forHTTP.outside.Tell(broken, forHTTP.certificates, forHTTP.tokens) })
 
 	serving, stop := context.WithCancel(ctx)
 	defer stop()

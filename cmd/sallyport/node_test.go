@@ -109,6 +109,8 @@ func (n *node) Status(context.Context, *api.StatusRequest) (*api.StatusReply, er
 		Reasons:   map[string]uint64{"NO_PATH": 12, "PATH_LIVE": 3},
 		Problems:  []string{"resources.d/new.yaml:3: spec.ports[0]: \x1b[2Jmust be 1 to 65535"},
 		Collector: "connected", IdentityState: "fresh", SpoolFlow: 1, Panic: n.panicked, NotEnforced: []string{"ssh (Shadow)"},
+		WebCertificates: []*api.WebCertificate{{Name: "public", Until: timestamppb.New(began)}, {Name: "old"}},
+		Providers:       []*api.Provider{{Name: "corp", Keys: 2, Fetched: timestamppb.New(began)}, {Name: "new"}},
 	}, nil
 }
 

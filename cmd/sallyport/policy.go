@@ -31,22 +31,24 @@ func (c *cli) policyCheck() *cobra.Command {
 		Long: `Check one set of resources: all the FILEs together, or the *.yaml files of DIR. Every problem is
 shown at once, with its file and line and what to do. It is the agent's own evaluator. With --config it
 also finds what a node of that configuration refuses: a service that nobody of its trust domains could
-ever come in at, or whose certificate it does not have.`,
+ever come in at, or whose certificate it does not have. It names the remote services that are closed on that
+node alone.`,
 		Example: `  sallyport policy check /etc/sallyport/resources.d --config /etc/sallyport/agent.yaml
   sallyport policy check services.yaml bypass.yaml keyring.yaml`,
 		Args: between(1, -1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			set, err := loadPolicy(args)
+			var closed []problem
 			if err == nil && config != "" {
-				err = fitsNode(set, config)
+				closed, err = fitsNode(set, config)
 			}
 			if c.output == formatTable {
 				if err != nil {
 					return err
 				}
-				return c.show(nil, func(t *table) { checkTable(t, set) })
+				return c.show(nil, func(t *table) { checkTable(t, set, closed) })
 			}
-			if err := c.showObject(checked(set, err)); err != nil {
+			if err := c.showObject(checked(set, closed, err)); err != nil {
 				return err
 			}
 			return err
@@ -56,17 +58,22 @@ ever come in at, or whose certificate it does not have.`,
 	return cmd
 }
 
-// fitsNode holds a set to the configuration of a node.
-func fitsNode(set *policy.Set, file string) error {
+// fitsNode holds a set to the configuration of a node, and tells what is closed on it.
+func fitsNode(set *policy.Set, file string) (closed []problem, err error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
-		return withHint(err, "name the AgentConfig of the node, like /etc/sallyport/agent.yaml")
+		return nil, withHint(err, "name the AgentConfig of the node, like /etc/sallyport/agent.yaml")
 	}
 	node, err := policy.ParseAgentConfig(file, data)
-	if err == nil {
-		err = set.CheckNode(node)
+	if err != nil {
+		return nil, explained("check resources for the node", err)
 	}
-	return explained("check resources for the node", err)
+	for _, r := range set.RemoteServices() {
+		if e := r.Closed(node); e != nil {
+			closed = append(closed, asProblem(e))
+		}
+	}
+	return closed, explained("check resources for the node", set.CheckNode(node))
 }
 
 func (c *cli) policyTest() *cobra.Command {
@@ -111,7 +118,7 @@ func loadPolicy(paths []string) (*policy.Set, error) {
 	return set, explained("check resources", err)
 }
 
-func checkTable(t *table, set *policy.Set) {
+func checkTable(t *table, set *policy.Set, closed []problem) {
 	t.row("KIND", "NAME", "SOURCE", "WHAT IT SAYS")
 	for _, s := range set.Services() {
 		says := fmt.Sprintf("%s, ports %s", s.Spec.Target, ports(s.Spec.Ports))
@@ -149,6 +156,9 @@ func checkTable(t *table, set *policy.Set) {
 		t.row("version", set.Version())
 	}
 	t.row("digest", set.Digest())
+	for _, p := range closed {
+		t.row("closed", fmt.Sprintf("%s; %s", p.Message, p.Hint))
+	}
 }
 
 // checkReport is the outcome of a check for machines.
@@ -159,6 +169,8 @@ type checkReport struct {
 	BypassPolicies int       `json:"bypass_policies"`
 	Keyrings       int       `json:"keyrings"`
 	Problems       []problem `json:"problems"`
+	// Closed are remote services that serve nobody on the node of the configuration; what asks for them there is refused.
+	Closed []problem `json:"closed,omitempty"`
 }
 
 type problem struct {
@@ -169,10 +181,12 @@ type problem struct {
 	Hint    string `json:"hint"`
 }
 
-func checked(set *policy.Set, err error) checkReport {
-	report := checkReport{OK: err == nil, Problems: []problem{}}
+func asProblem(e *policy.Error) problem { return problem{e.File, e.Line, e.Field, e.Msg, e.Hint} }
+
+func checked(set *policy.Set, closed []problem, err error) checkReport {
+	report := checkReport{OK: err == nil, Problems: []problem{}, Closed: closed}
 	for _, e := range policy.Errors(err) {
-		report.Problems = append(report.Problems, problem{e.File, e.Line, e.Field, e.Msg, e.Hint})
+		report.Problems = append(report.Problems, asProblem(e))
 	}
 	if err != nil {
 		return report

@@ -62,6 +62,12 @@ func statusTable(t *table, s *api.StatusReply) {
 	t.row("started", stamp(s.GetStarted()))
 	t.row("identity", s.GetIdentityState())
 	t.row("proxy", choose(s.GetProxyListening(), "listening", "NOT LISTENING: proxied traffic is closed; start or look at sallyport-proxy"))
+	for _, w := range s.GetWebCertificates() {
+		t.row("web certificate", w.GetName()+choose(w.GetUntil() != nil, " until "+stamp(w.GetUntil()), ": NONE"))
+	}
+	for _, p := range s.GetProviders() {
+		t.row("provider", p.GetName()+choose(p.GetFetched() != nil, ", "+plural(uint64(p.GetKeys()), "key")+" as of "+stamp(p.GetFetched()), ": no keys yet"))
+	}
 	t.row("collector", s.GetCollector())
 	t.row("lease left", span(s.GetLeaseLeft()))
 	t.row("services", s.GetServices())

@@ -40,35 +40,36 @@ type node struct {
 	eventCounts *eventCounter
 	ports       *portUse
 
-	lock      *lock
-	cgroup    string // that the backstop is attached to
-	store     *store.Store
-	px        *px.Namespace
-	freshPx   bool // px was not there before
-	pxMoving  sync.Mutex
-	datapath  *datapath.Datapath
-	identity  *identity.Source // nil where nobody asks for it
-	broker    identity.Broker  // nil: nobody tells the identities of workloads
-	callers   *openers
-	audit     *audit.Streamer
-	sink      *sink
-	resources *resources
-	devices   *devices
-	backstop  *backstop
-	uplinks   *uplinks
-	around    *surroundings
-	grants    *grants
-	readiness *readiness
-	losses    *lossLedger
-	tides     *tides
-	reports   *reports
-	relay     *relay
-	operators *endpoint
-	proxy     *endpoint
-	metrics   *metricsServer // nil without an address
-	candidate *candidate
-	sweepNow  chan struct{}
-	stopping  chan struct{}
+	lock        *lock
+	cgroup      string // that the backstop is attached to
+	store       *store.Store
+	px          *px.Namespace
+	freshPx     bool // px was not there before
+	pxMoving    sync.Mutex
+	datapath    *datapath.Datapath
+	identity    *identity.Source // nil where nobody asks for it
+	broker      identity.Broker  // nil: nobody tells the identities of workloads
+	callers     *openers
+	audit       *audit.Streamer
+	sink        *sink
+	resources   *resources
+	devices     *devices
+	backstop    *backstop
+	uplinks     *uplinks
+	around      *surroundings
+	grants      *grants
+	readiness   *readiness
+	losses      *lossLedger
+	tides       *tides
+	reports     *reports
+	proxyStates *proxyStates
+	relay       *relay
+	operators   *endpoint
+	proxy       *endpoint
+	metrics     *metricsServer // nil without an address
+	candidate   *candidate
+	sweepNow    chan struct{}
+	stopping    chan struct{}
 
 	automation *automation // nil: workloads cannot ask
 	acts       *acts       // nil: there is no collector
@@ -293,7 +294,7 @@ func (n *node) loadResources(context.Context) error {
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
+		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, closed: n.isClosed, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -308,6 +309,14 @@ func (n *node) loadResources(context.Context) error {
 }
 
 func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
+
+// isClosed is why a remote service serves nobody on this node.
+func (n *node) isClosed(s policy.RemoteService) error {
+	if e := s.Closed(n.cfg); e != nil {
+		return fmt.Errorf("%s: whoever asks for it is refused; %s", e.Error(), e.Hint)
+	}
+	return nil
+}
 
 // resourcesChanged ends what the new resources would refuse and probes anew. The error says what could not be ended.
 func (n *node) resourcesChanged(e *enforced) error {
@@ -406,7 +415,8 @@ func (n *node) keeper() *keeper {
 }
 
 func (n *node) listenProxy(context.Context) (err error) {
-	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log,
+	n.proxyStates = &proxyStates{boot: n.clock.boot}
+	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log, states: n.proxyStates,
 		originations: newOriginations(n.callers, func() *policy.Set { return n.resources.current().handed }, n.clock),
 		lost:         func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},

@@ -199,7 +199,7 @@ func TestCallers(t *testing.T) {
 	}{
 		{"proven", (*calling).testProven}, {"unproven", (*calling).testUnproven}, {"over", (*calling).testOver}, {"number given again", (*calling).testNumberGivenAgain}, {"watched again", (*calling).testWatchedAgain}, {"becomes another", (*calling).testBecomesAnother},
 		{"asked for by the proxy", (*calling).testAsked},
-		{"spoken for", (*calling).testSpokenFor}, {"signed for", (*calling).testSignedFor},
+		{"spoken for", (*calling).testSpokenFor}, {"signed for", (*calling).testSignedFor}, {"signed while", (*calling).testSignedWhile},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			c.t = t

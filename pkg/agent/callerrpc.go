@@ -8,6 +8,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -25,12 +26,28 @@ func (r *reports) Caller(ctx context.Context, q *api.CallerRequest) (*api.Caller
 	found, told := r.sink.callers.who(ctx, c.client, c.server)
 	reply := &api.CallerReply{}
 	if r.originations != nil {
-		if reply.Chain, err = r.originations.chain(c, found, told); err != nil {
+		as, err := readIdentity(q.GetIdentity())
+		if err != nil {
+			return nil, err
+		}
+		if reply.Chain, err = r.originations.chain(c, found, told, as); err != nil {
 			return nil, err
 		}
 	}
 	reply.Caller = audit.WorkloadToAPI(told)
 	return reply, nil
+}
+
+// readIdentity gives zero for none.
+func readIdentity(text string) (spiffeid.ID, error) {
+	if text == "" {
+		return spiffeid.ID{}, nil
+	}
+	id, err := spiffeid.FromString(text)
+	if err != nil {
+		return spiffeid.ID{}, status.Errorf(codes.InvalidArgument, "identity %q: want a SPIFFE ID", plain(text))
+	}
+	return id, nil
 }
 
 func readConnection(q *api.CallerRequest) (connection, error) {

@@ -35,24 +35,39 @@ func (r *reports) Live(_ context.Context, q *api.LiveRequest) (*api.LiveReply, e
 // liveFor finds a grant whose path is live for the client and the port of the service; empty: there is none. The kernel's state counts,
 // as it does for packets.
 func (g *grants) liveFor(service string, client netip.AddrPort, port uint16) (string, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for _, h := range g.serving[clientOf{service, client.Addr()}] {
-		if !h.elsewhere() {
-			continue
+	for _, slot := range g.goodElsewhere(clientOf{service, client.Addr()}) {
+		p, err := g.datapath.Path(slot.number)
+		if err != nil {
+			return "", err
 		}
-		for _, slot := range h.row.Slots {
-			p, err := g.datapath.Path(slot)
-			if err != nil {
-				return "", err
-			}
-			if p.Grant == h.row.ID && p.State == datapath.PathActive && p.Client == client.Addr() &&
-				slices.Contains(p.Ports, port) && g.clock.boot() < p.Deadline {
-				return h.row.ID, nil
-			}
+		if p.Grant == slot.grant && p.State == datapath.PathActive && p.Client == client.Addr() &&
+			slices.Contains(p.Ports, port) && g.clock.boot() < p.Deadline {
+			return slot.grant, nil
 		}
 	}
 	return "", nil
+}
+
+// slotOf is a slot in which a grant has had a path.
+type slotOf struct {
+	grant  string
+	number uint32
+}
+
+// goodElsewhere lists where the client's paths are that another proxy may go by. What they are is asked of the kernel without the lock:
+// questions of every request would hold up who ends a grant.
+func (g *grants) goodElsewhere(c clientOf) (slots []slotOf) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, h := range g.serving[c] {
+		if !h.elsewhere() {
+			continue
+		}
+		for _, n := range h.row.Slots {
+			slots = append(slots, slotOf{h.row.ID, n})
+		}
+	}
+	return slots
 }
 
 // elsewhere tells whether a grant is good for what another proxy carries: the kernel sees no packet of it that it could count, nor

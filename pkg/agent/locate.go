@@ -116,6 +116,19 @@ func (l locator) isPod(ifindex int) bool {
 	return err == nil && matches(l.classify.pods, dev.Attrs().Name)
 }
 
+// isShared tells whether a device is a port of a bridge that has others than pods behind it.
+func (l locator) isShared(ifindex int) (bool, error) {
+	all, err := listLinks()
+	if err != nil {
+		return false, err
+	}
+	i := slices.IndexFunc(all, func(dev link) bool { return dev.ifindex == ifindex })
+	if i < 0 || all[i].master == nil {
+		return false, nil
+	}
+	return !l.classify.onlyPods(*all[i].master, all), nil
+}
+
 // nodeAddresses lists the addresses that are the node's own.
 func nodeAddresses() ([]netip.Addr, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)

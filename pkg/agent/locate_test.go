@@ -43,29 +43,7 @@ func TestPlaceOfPod(t *testing.T) {
 // TestDeviceOfPod: the device of the pod that has an address, behind a bridge too; nothing else is taken for one.
 func TestDeviceOfPod(t *testing.T) {
 	l := lab.New(t, lab.Options{Pods: 1})
-	ns, err := netns.GetFromPath(l.Pod.Path())
-	must(t, err)
-	defer ns.Close()
-	must(t, l.Node.Netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
-	bridge, err := l.Node.Netlink.LinkByName("br0")
-	must(t, err)
-	must(t, l.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vethport", MasterIndex: bridge.Attrs().Index}, PeerName: "net1", PeerNamespace: netlink.NsFd(int(ns))}))
-	port, err := l.Node.Netlink.LinkByName("vethport")
-	must(t, err)
-	inside, err := l.Pod.Netlink.LinkByName("net1")
-	must(t, err)
-	must(t, l.Node.Netlink.LinkSetUp(port))
-	address := func(h *netlink.Handle, to netlink.Link, text string) {
-		a, err := netlink.ParseAddr(text)
-		must(t, err)
-		a.Flags = unix.IFA_F_NODAD
-		must(t, h.AddrAdd(to, a))
-		must(t, h.LinkSetUp(to))
-	}
-	for _, host := range []string{"10.50.0.%/24", "fd00:50::%/64"} {
-		address(l.Node.Netlink, bridge, strings.Replace(host, "%", "1", 1))
-		address(l.Pod.Netlink, inside, strings.Replace(host, "%", "2", 1))
-	}
+	bridge, port := bridgedPod(t, l)
 	direct, err := l.Node.Ifindex(lab.PodDevice(0))
 	must(t, err)
 	uplink, err := l.Node.Ifindex(lab.Uplink)
@@ -81,21 +59,84 @@ func TestDeviceOfPod(t *testing.T) {
 		if f == lab.IPv6 {
 			here, there = netip.MustParseAddr("fd00:50::1"), netip.MustParseAddr("fd00:50::2")
 		}
-		// The pod connects, as it does before it asks.
-		var served net.Listener
-		must(t, l.Node.Do(func() (err error) { served, err = net.Listen("tcp", netip.AddrPortFrom(here, 0).String()); return err }))
-		at := served.Addr().(*net.TCPAddr).AddrPort()
-		c, err := l.Pod.Dial(t.Context(), netip.AddrPort{}, at)
-		must(t, err)
+		meets(t, l, here) // as it does before it asks
 		if got := on(there); got != port.Attrs().Index {
 			t.Errorf("%v: the pod behind the bridge has the device %d, want %d", f, got, port.Attrs().Index)
 		}
-		must(t, errors.Join(c.Close(), served.Close()))
 		for what, want := range map[netip.Addr]int{l.Pod.Addr(f): direct, l.Client.Addr(f): 0, l.Node.Addr(f): 0, here: 0} {
 			if got := on(what); got != want {
 				t.Errorf("%v: %s has the device %d, want %d", f, what, got, want)
 			}
 		}
+	}
+}
+
+// bridgedPod puts a bridge with networks of its own in front of the lab's pod.
+func bridgedPod(t *testing.T, l *lab.Lab) (bridge, port netlink.Link) {
+	t.Helper()
+	ns, err := netns.GetFromPath(l.Pod.Path())
+	must(t, err)
+	defer ns.Close()
+	must(t, l.Node.Netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	bridge, err = l.Node.Netlink.LinkByName("br0")
+	must(t, err)
+	must(t, l.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vethport", MasterIndex: bridge.Attrs().Index}, PeerName: "net1", PeerNamespace: netlink.NsFd(int(ns))}))
+	port, err = l.Node.Netlink.LinkByName("vethport")
+	must(t, err)
+	inside, err := l.Pod.Netlink.LinkByName("net1")
+	must(t, err)
+	must(t, l.Node.Netlink.LinkSetUp(port))
+	address := func(h *netlink.Handle, to netlink.Link, text string) {
+		a, err := netlink.ParseAddr(text)
+		must(t, err)
+		a.Flags = unix.IFA_F_NODAD
+		must(t, h.AddrAdd(to, a))
+		must(t, h.LinkSetUp(to))
+	}
+	for _, host := range []string{"10.50.0.%/24", "fd00:50::%/64"} {
+		address(l.Node.Netlink, bridge, strings.Replace(host, "%", "1", 1))
+		address(l.Pod.Netlink, inside, strings.Replace(host, "%", "2", 1))
+	}
+	return bridge, port
+}
+
+// meets has the pod connect to an address of the node, which makes the kernel know where the pod is.
+func meets(t *testing.T, l *lab.Lab, here netip.Addr) {
+	t.Helper()
+	var served net.Listener
+	must(t, l.Node.Do(func() (err error) { served, err = net.Listen("tcp", netip.AddrPortFrom(here, 0).String()); return err }))
+	c, err := l.Pod.Dial(t.Context(), netip.AddrPort{}, served.Addr().(*net.TCPAddr).AddrPort())
+	must(t, err)
+	must(t, errors.Join(c.Close(), served.Close()))
+}
+
+// TestIsHere: the node's addresses and its pods' are, behind a bridge too. Where a bridge leads elsewhere as well, what a pod says of an
+// address proves nothing.
+func TestIsHere(t *testing.T) {
+	l := lab.New(t, lab.Options{Pods: 1})
+	bridge, _ := bridgedPod(t, l)
+	isHere := (&node{around: &surroundings{clock: bootClock()}}).isHere(locator{classify: classifier{pods: []string{"vethport"}, px0: func() int { return 0 }}, ports: bridgePorts{}})
+	holds := func(when, address string, want bool) {
+		t.Helper()
+		must(t, l.Node.Do(func() error {
+			here, err := isHere(netip.MustParseAddr(address))
+			if here != want {
+				t.Errorf("%s: %s is here: %v", when, address, here)
+			}
+			return err
+		}))
+	}
+	for _, network := range []string{"10.50.0.", "fd00:50::"} {
+		meets(t, l, netip.MustParseAddr(network+"1"))
+		holds("pods alone", network+"1", true)
+		holds("pods alone", network+"2", true)
+		holds("pods alone", network+"3", false)
+	}
+	must(t, l.Node.Netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "wan0", MasterIndex: bridge.Attrs().Index}, PeerName: "wan1"}))
+	for _, network := range []string{"10.50.0.", "fd00:50::"} {
+		meets(t, l, netip.MustParseAddr(network+"1"))
+		holds("with an uplink", network+"1", true)
+		holds("with an uplink", network+"2", false)
 	}
 }
 

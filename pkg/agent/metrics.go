@@ -27,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
-	modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers *prometheus.Desc
+	certificates, providers, modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -72,6 +72,9 @@ func newMetrics(n *node) *metrics {
 
 		callers: desc("caller_connections_total", "Connections of clients on this node, by whether the identity of the workload behind the socket was attested.", "attested"),
 
+		certificates: desc("web_certificate_ends_seconds", "Unix time at which the web certificate that the proxy has in use ends.", "certificate"),
+		providers:    desc("provider_keys_fetched_seconds", "Unix time at which the proxy last fetched the keys of an identity provider.", "provider"),
+
 		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
 		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
 	}
@@ -82,7 +85,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
-		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers} {
+		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers, m.certificates, m.providers} {
 		ch <- d
 	}
 }
@@ -148,6 +151,7 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	for cause, n := range m.node.tides.unreconciled() {
 		gauge(ch, m.unreconciled, float64(n), cause)
 	}
+	m.proxyParts(ch)
 	if m.node.identity != nil {
 		now := m.node.identity.Status().State
 		for _, s := range identity.States() {
@@ -159,6 +163,20 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	gauge(ch, m.glass, float64(over), "unreviewed")
 	m.node.flowCounts.each(func(l flowLabels, n uint64) { counter(ch, m.records, n, l.source, l.event, l.verdict, l.reason) })
 	m.node.eventCounts.each(func(step string, n uint64) { counter(ch, m.grants, n, step) })
+}
+
+// proxyParts shows nothing of what the proxy does not have, or does not tell of.
+func (m *metrics) proxyParts(ch chan<- prometheus.Metric) {
+	for _, c := range m.node.proxyStates.certificates(m.node.hasCertificate) {
+		if c.GetUntil() != nil {
+			gauge(ch, m.certificates, float64(c.GetUntil().GetSeconds()), c.GetName())
+		}
+	}
+	for _, p := range m.node.proxyStates.providers(m.node.hasProvider) {
+		if p.GetFetched() != nil {
+			gauge(ch, m.providers, float64(p.GetFetched().GetSeconds()), p.GetName())
+		}
+	}
 }
 
 // grantTerms shows the extremes among the active grants: their ids would be labels without end.

@@ -62,8 +62,9 @@ func newOriginations(callers *openers, set func() *policy.Set, clock clock) *ori
 }
 
 // chain gives the certificates of the workload behind a connection, where policy lets it ask that remote service; none where not. The
-// error is that the broker knows the workload and gives it no identity, or not any more the one that the connection began with.
-func (o *originations) chain(c connection, found *called, told *flow.Workload) ([][]byte, error) {
+// error is that the broker knows the workload and gives it no identity, or not any more the one that the connection began with. as is whom
+// the proxy says that this is, which an agent that has just begun cannot know; zero: it speaks as nobody yet.
+func (o *originations) chain(c connection, found *called, told *flow.Workload, as spiffeid.ID) ([][]byte, error) {
 	service, ok := o.set().RemoteServiceAt(c.server)
 	if !ok || found == nil || found.attended == nil {
 		return nil, nil
@@ -74,7 +75,9 @@ func (o *originations) chain(c connection, found *called, told *flow.Workload) (
 		}
 		return nil, nil
 	}
-	as := o.spokenAs(c, found)
+	if known := o.spokenAs(c, found); !known.IsZero() {
+		as = known
+	}
 	if !as.IsZero() && found.attended.lacks(as) {
 		return nil, status.Errorf(codes.PermissionDenied, "%s is its identity no more", as)
 	}
@@ -287,19 +290,22 @@ func (a *attended) svidFor(may func(spiffeid.ID) bool) *x509svid.SVID {
 func (a *attended) lacks(id spiffeid.ID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return len(a.svids) > 0 && !slices.ContainsFunc(a.svids, func(s *x509svid.SVID) bool { return s.ID == id })
+	return len(a.svids) > 0 && !hasID(a.svids, id)
 }
 
-// svidOf is the SVID of the workload with that leaf: one that it has, or had until the last rotation, which may be under way.
+// svidOf is the SVID of the workload with that leaf: one that it has, or had until the last rotation, which may be under way. An
+// identity that it has no more is none of its own, however short ago it was.
 func (a *attended) svidOf(leaf [sha256.Size]byte, now time.Time) *x509svid.SVID {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, all := range [][]*x509svid.SVID{a.svids, a.before} {
-		for _, s := range all {
-			if sha256.Sum256(s.Certificates[0].Raw) == leaf && now.Before(s.Certificates[0].NotAfter) {
-				return s
-			}
+	for _, s := range slices.Concat(a.svids, a.before) {
+		if sha256.Sum256(s.Certificates[0].Raw) == leaf && now.Before(s.Certificates[0].NotAfter) && hasID(a.svids, s.ID) {
+			return s
 		}
 	}
 	return nil
+}
+
+func hasID(all []*x509svid.SVID, id spiffeid.ID) bool {
+	return slices.ContainsFunc(all, func(s *x509svid.SVID) bool { return s.ID == id })
 }

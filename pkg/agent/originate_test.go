@@ -156,6 +156,27 @@ func (c *calling) testSpokenFor(t *testing.T) {
 	if id, err := x509svid.IDFromCert(s.asks(t, s.connects(t, testPod, 44003))); err != nil || id != ofProcessID {
 		t.Errorf("a new connection: certificates of %s, %v", id, err)
 	}
+	c.testSpokenForBefore(t, s, web)
+}
+
+// testSpokenForBefore: an agent that has just begun goes by whom the proxy says that it speaks as: by one that the workload has no more
+// for nothing, and of several by that one.
+func (c *calling) testSpokenForBefore(t *testing.T, s *spoken, conn connection) {
+	s.server.originations = newOriginations(c.openers, func() *policy.Set { return s.set }, s.server.originations.clock)
+	q := conn.request()
+	q.Identity = ofPodID.String()
+	if _, err := s.client.Caller(t.Context(), q); status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), ofPodID.String()+" is its identity no more") {
+		t.Errorf("one that the workload has no more: %v", err)
+	}
+	c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PodUID: testPod}, devauthority.Entry{ID: ofPodID, PodUID: testPod})
+	c.eventually("certificates of the one of two that it speaks as", func() bool {
+		reply, err := s.client.Caller(t.Context(), q)
+		return err == nil && len(reply.GetChain()) > 0 && reply.GetCaller().GetIdentity() == ofPodID.String()
+	})
+	q.Identity = "web"
+	if _, err := s.client.Caller(t.Context(), q); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("no identity: %v", err)
+	}
 }
 
 // testSignedFor: what is signed is what TLS needs for a connection that was just asked about, and by its own key.
@@ -171,12 +192,6 @@ func (c *calling) testSignedFor(t *testing.T) {
 	if digest := sha256.Sum256([]byte("transcript")); !ecdsa.VerifyASN1(leaf.PublicKey.(*ecdsa.PublicKey), digest[:], signature) {
 		t.Error("it is not signed by the leaf's key")
 	}
-	refused := func(what string, c connection, leaf *x509.Certificate, want codes.Code, change func(*api.SignRequest)) {
-		t.Helper()
-		if got, err := s.signs(t, c, leaf, change); status.Code(err) != want || got != nil {
-			t.Errorf("%s: %v, want %s", what, err, want)
-		}
-	}
 	t.Run("what TLS does not need", func(t *testing.T) {
 		for what, change := range map[string]func(*api.SignRequest){
 			"short digest":    func(q *api.SignRequest) { q.Digest = q.GetDigest()[:31] },
@@ -191,20 +206,20 @@ func (c *calling) testSignedFor(t *testing.T) {
 			"a whole message": func(q *api.SignRequest) { q.Hash, q.Digest = 0, []byte("TLS 1.3, client CertificateVerify") },
 		} {
 			again := s.connects(t, testPod, 45000) // with its signatures to come
-			refused(what, again, s.asks(t, again), codes.InvalidArgument, change)
+			s.refuses(t, what, again, s.asks(t, again), codes.InvalidArgument, change)
 		}
 	})
 	t.Run("another's leaf", func(t *testing.T) {
-		refused("another's", conn, s.issued(t, ofProcessID), codes.PermissionDenied, nil)
-		refused("of a name that is its own", conn, s.issued(t, ofPodID), codes.PermissionDenied, nil)
+		s.refuses(t, "another's", conn, s.issued(t, ofProcessID), codes.PermissionDenied, nil)
+		s.refuses(t, "of a name that is its own", conn, s.issued(t, ofPodID), codes.PermissionDenied, nil)
 	})
 	t.Run("another connection", func(t *testing.T) {
 		now := s.connects(t, testPod, 45001)
-		refused("not asked about", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "not asked about", now, leaf, codes.PermissionDenied, nil)
 		s.asks(t, now)
 		s.connects(t, testPod, 45001)
-		refused("the next of that port", now, leaf, codes.PermissionDenied, nil)
-		refused("none at all", connection{netip.AddrPortFrom(now.client.Addr(), 45002), now.server}, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "the next of that port", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "none at all", connection{netip.AddrPortFrom(now.client.Addr(), 45002), now.server}, leaf, codes.PermissionDenied, nil)
 	})
 	t.Run("ended", func(t *testing.T) {
 		now := s.connects(t, testPod, 45003)
@@ -214,22 +229,37 @@ func (c *calling) testSignedFor(t *testing.T) {
 		must(t, stream.Send(records(0, closed)))
 		_, err := stream.Recv()
 		must(t, err)
-		refused("ended", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "ended", now, leaf, codes.PermissionDenied, nil)
 	})
+}
+
+// refuses to sign, for that reason.
+func (s *spoken) refuses(t *testing.T, what string, c connection, leaf *x509.Certificate, want codes.Code, change func(*api.SignRequest)) {
+	t.Helper()
+	if got, err := s.signs(t, c, leaf, change); status.Code(err) != want || got != nil {
+		t.Errorf("%s: %v, want %s", what, err, want)
+	}
+}
+
+// testSignedWhile: and for as long as it is the caller's, and the caller may ask.
+func (c *calling) testSignedWhile(t *testing.T) {
+	s := c.spoken(t)
+	conn := s.connects(t, testPod, 45000)
+	leaf := s.asks(t, conn)
 	t.Run("late", func(t *testing.T) {
 		now := s.connects(t, testPod, 45004)
 		s.asks(t, now)
 		s.ahead = signFor + time.Second
 		defer func() { s.ahead = 0 }()
-		refused("late", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "late", now, leaf, codes.PermissionDenied, nil)
 	})
 	t.Run("policy", func(t *testing.T) {
 		now := s.connects(t, testPod, 45005)
 		s.asks(t, now)
 		s.allow(t, ofProcessID)
-		refused("no caller any more", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "no caller any more", now, leaf, codes.PermissionDenied, nil)
 		s.set = remoteSet(t, []netip.Addr{c.lab.Client.Addr(lab.IPv4)}, ofPodID)
-		refused("no remote service any more", now, leaf, codes.PermissionDenied, nil)
+		s.refuses(t, "no remote service any more", now, leaf, codes.PermissionDenied, nil)
 		s.allow(t, ofPodID)
 	})
 	t.Run("often", func(t *testing.T) {
@@ -239,7 +269,7 @@ func (c *calling) testSignedFor(t *testing.T) {
 			_, err := s.signs(t, now, leaf, nil)
 			must(t, err)
 		}
-		refused("once more", now, leaf, codes.ResourceExhausted, nil)
+		s.refuses(t, "once more", now, leaf, codes.ResourceExhausted, nil)
 	})
 	t.Run("rotated", func(t *testing.T) {
 		now := s.connects(t, testPod, 45007)
@@ -251,10 +281,22 @@ func (c *calling) testSignedFor(t *testing.T) {
 			c.authority.Rotate()
 			c.eventually("the next certificate", func() bool { return !s.asks(t, now).Equal(before) })
 			if !before.Equal(old) {
-				refused("the one before the last", now, old, codes.PermissionDenied, nil)
+				s.refuses(t, "the one before the last", now, old, codes.PermissionDenied, nil)
 				break
 			}
 		}
+	})
+	t.Run("replaced", func(t *testing.T) {
+		now := s.connects(t, testPod, 45009)
+		own := s.asks(t, now)
+		c.t = t
+		s.allow(t, ofPodID, ofProcessID)
+		c.authority.SetEntries(devauthority.Entry{ID: ofProcessID, PodUID: testPod})
+		c.eventually("another identity", func() bool { return c.who(now.client, now.server).Identity == ofProcessID.String() })
+		s.refuses(t, "of an identity that it had", now, own, codes.PermissionDenied, nil)
+		c.authority.SetEntries(devauthority.Entry{ID: ofPodID, PodUID: testPod})
+		c.eventually("its identity to be back", func() bool { return c.who(now.client, now.server).Identity == ofPodID.String() })
+		s.allow(t, ofPodID)
 	})
 	t.Run("withdrawn", func(t *testing.T) {
 		now := s.connects(t, testPod, 45008)
@@ -263,7 +305,7 @@ func (c *calling) testSignedFor(t *testing.T) {
 		c.authority.Withdraw(ofPodID)
 		defer c.authority.Restore(ofPodID)
 		c.eventually("its identity to be gone", func() bool { return c.who(now.client, now.server).Identity == "" })
-		refused("withdrawn", now, own, codes.PermissionDenied, nil)
+		s.refuses(t, "withdrawn", now, own, codes.PermissionDenied, nil)
 	})
 }
 
@@ -395,6 +437,17 @@ spec: {addresses: `+addresses+`, ports: [5432, 80], identities: ["spiffe://examp
 	check("one is watched", []string{"10.2.0.2", "10.9.0.1"}, "")
 	write(`["10.9.0.1"]`)
 	check("mended", []string{"10.9.0.1"}, "")
+	n := &node{}
+	d.closed = n.isClosed
+	d.reload()
+	check("nobody attests", []string{"10.9.0.1"}, "orders is closed on this node: nobody tells it the identities of its workloads (spec.workloads.api: none): "+
+		"whoever asks for it is refused; write spec.workloads of the node's configuration")
+	if _, ok := d.current().service("web"); !ok || remoteState(d.current(), false) != "; closed to workloads of this node: orders" {
+		t.Errorf("nobody attests: the rest is in force: %v; state %q", ok, remoteState(d.current(), false))
+	}
+	n.cfg.Spec.Workloads.API = policy.WorkloadsBroker
+	d.reload()
+	check("somebody attests", []string{"10.9.0.1"}, "")
 	if got := probeTargets(d.current().services); slices.ContainsFunc(got, func(a netip.AddrPort) bool { return a.Addr().String() == "10.9.0.1" }) {
 		t.Errorf("others are knocked at: %v", got)
 	}

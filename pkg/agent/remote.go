@@ -28,6 +28,9 @@ func (r *resources) elsewhere(set *policy.Set) *policy.Set {
 		return out
 	})
 	for _, s := range set.RemoteServices() {
+		if r.closed != nil {
+			near[s.Name] = append(near[s.Name], r.closed(s))
+		}
 		r.problems.report(problemService, s.Name, errors.Join(near[s.Name]...))
 	}
 	r.problems.keep(problemService, func(name string) bool {
@@ -78,7 +81,7 @@ func remoteRow(s policy.RemoteService) datapath.Service {
 }
 
 // isHere tells whether an address is the node's own, or of a pod on it. One behind a bridge that has not spoken yet is taken for
-// elsewhere until it does.
+// elsewhere until it does, and one behind a bridge that leads elsewhere too always is: a pod there can say that it has any.
 func (n *node) isHere(where locator) func(netip.Addr) (bool, error) {
 	return func(a netip.Addr) (bool, error) {
 		own, err := n.around.own([]netip.Addr{a})
@@ -89,7 +92,11 @@ func (n *node) isHere(where locator) func(netip.Addr) (bool, error) {
 		if err != nil {
 			return false, nil // no route leads to a pod of this node
 		}
-		return where.isPod(device), nil
+		if !where.isPod(device) {
+			return false, nil
+		}
+		shared, err := where.isShared(device)
+		return !shared, err
 	}
 }
 
@@ -103,21 +110,24 @@ func describeRemote(s policy.RemoteService, row datapath.Service) *api.Service {
 	return out
 }
 
-// remoteState names the remote services that are in force; empty where there are none.
-func remoteState(e *enforced) string {
+// remoteState names the remote services that are in force; empty where there are none. Without attestation nobody is let out to them.
+func remoteState(e *enforced, attests bool) string {
 	if e == nil {
 		return ""
 	}
 	var names []string
 	for _, s := range e.handed.RemoteServices() {
 		name := s.Name
-		if s.Spec.Without == policy.WithoutPass {
+		if s.Spec.Without == policy.WithoutPass && attests {
 			name += " (in the clear where it speaks no TLS)"
 		}
 		names = append(names, name)
 	}
 	if len(names) == 0 {
 		return ""
+	}
+	if !attests {
+		return "; closed to workloads of this node: " + strings.Join(names, ", ")
 	}
 	return "; workloads speak for themselves to " + strings.Join(names, ", ")
 }

@@ -31,6 +31,7 @@ type reports struct {
 	live  func(service string, client netip.AddrPort, port uint16) (grant string, err error) // nil: nobody knows
 
 	originations *originations // nil: nothing is signed
+	states       *proxyStates  // nil: nobody wants to know
 	log          *slog.Logger
 
 	mu   sync.Mutex

@@ -46,8 +46,9 @@ type resources struct {
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
-	isHere   func(netip.Addr) (bool, error) // is it an address of the node or of a pod on it? nil: none is
-	fits     func(*policy.Set) error        // the node's configuration; nil: whatever is valid does
+	isHere   func(netip.Addr) (bool, error)   // is it an address of the node or of a pod on it? nil: none is
+	fits     func(*policy.Set) error          // the node's configuration; nil: whatever is valid does
+	closed   func(policy.RemoteService) error // why it serves nobody on this node; nil: none does
 	problems *problems
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work

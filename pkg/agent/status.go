@@ -29,7 +29,7 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 		reply.Problems = append(reply.Problems, "alarm "+a.String())
 	}
 	reply.Problems = append(reply.Problems, n.problems.lines()...)
-	for _, read := range []func(context.Context, *api.StatusReply) error{n.proxyStatus, n.kernelStatus, n.auditStatus} {
+	for _, read := range []func(context.Context, *api.StatusReply) error{n.proxyStatus, n.proxyParts, n.kernelStatus, n.auditStatus} {
 		if err := read(ctx, reply); err != nil {
 			reply.Problems = append(reply.Problems, "status: "+oneLine(err.Error()))
 		}
@@ -159,5 +159,5 @@ func (n *node) identityState() string {
 	if s.Err != nil {
 		text += ": " + oneLine(s.Err.Error())
 	}
-	return text + trustState(n.cfg.Spec.TrustDomain, s.Trusts) + n.brokerState() + remoteState(n.resources.current())
+	return text + trustState(n.cfg.Spec.TrustDomain, s.Trusts) + n.brokerState() + remoteState(n.resources.current(), n.broker != nil)
 }

@@ -3642,31 +3642,33 @@ func (x *HookStatus) GetBound() string {
 }
 
 type StatusReply struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Node           string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	Version        string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Ready          bool                   `protobuf:"varint,3,opt,name=ready,proto3" json:"ready,omitempty"`
-	NotReadyWhy    string                 `protobuf:"bytes,4,opt,name=not_ready_why,json=notReadyWhy,proto3" json:"not_ready_why,omitempty"`
-	Started        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=started,proto3" json:"started,omitempty"`
-	Bpffs          string                 `protobuf:"bytes,6,opt,name=bpffs,proto3" json:"bpffs,omitempty"`
-	Generation     uint32                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"` // of the services table
-	Hooks          []*HookStatus          `protobuf:"bytes,8,rep,name=hooks,proto3" json:"hooks,omitempty"`
-	ProxyListening bool                   `protobuf:"varint,9,opt,name=proxy_listening,json=proxyListening,proto3" json:"proxy_listening,omitempty"`
-	LeaseLeft      *durationpb.Duration   `protobuf:"bytes,10,opt,name=lease_left,json=leaseLeft,proto3" json:"lease_left,omitempty"`
-	Services       uint32                 `protobuf:"varint,11,opt,name=services,proto3" json:"services,omitempty"`
-	LivePaths      uint32                 `protobuf:"varint,12,opt,name=live_paths,json=livePaths,proto3" json:"live_paths,omitempty"`
-	LiveFlows      uint32                 `protobuf:"varint,13,opt,name=live_flows,json=liveFlows,proto3" json:"live_flows,omitempty"`
-	Reasons        map[string]uint64      `protobuf:"bytes,14,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"` // packets by reason
-	Problems       []string               `protobuf:"bytes,15,rep,name=problems,proto3" json:"problems,omitempty"`                                                                          // bad files, devices that could not be hooked
-	Collector      string                 `protobuf:"bytes,16,opt,name=collector,proto3" json:"collector,omitempty"`                                                                        // connected, away since ...
-	SpoolCritical  uint64                 `protobuf:"varint,17,opt,name=spool_critical,json=spoolCritical,proto3" json:"spool_critical,omitempty"`                                          // entries not yet acknowledged
-	SpoolFlow      uint64                 `protobuf:"varint,18,opt,name=spool_flow,json=spoolFlow,proto3" json:"spool_flow,omitempty"`
-	LostFlow       uint64                 `protobuf:"varint,19,opt,name=lost_flow,json=lostFlow,proto3" json:"lost_flow,omitempty"`
-	IdentityState  string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
-	Panic          string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"`                                // one that stands: since when, by whom and why
-	NotEnforced    []string               `protobuf:"bytes,40,rep,name=not_enforced,json=notEnforced,proto3" json:"not_enforced,omitempty"` // services that everybody reaches: "NAME (MODE)"
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Node            string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Version         string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Ready           bool                   `protobuf:"varint,3,opt,name=ready,proto3" json:"ready,omitempty"`
+	NotReadyWhy     string                 `protobuf:"bytes,4,opt,name=not_ready_why,json=notReadyWhy,proto3" json:"not_ready_why,omitempty"`
+	Started         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=started,proto3" json:"started,omitempty"`
+	Bpffs           string                 `protobuf:"bytes,6,opt,name=bpffs,proto3" json:"bpffs,omitempty"`
+	Generation      uint32                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"` // of the services table
+	Hooks           []*HookStatus          `protobuf:"bytes,8,rep,name=hooks,proto3" json:"hooks,omitempty"`
+	ProxyListening  bool                   `protobuf:"varint,9,opt,name=proxy_listening,json=proxyListening,proto3" json:"proxy_listening,omitempty"`
+	LeaseLeft       *durationpb.Duration   `protobuf:"bytes,10,opt,name=lease_left,json=leaseLeft,proto3" json:"lease_left,omitempty"`
+	Services        uint32                 `protobuf:"varint,11,opt,name=services,proto3" json:"services,omitempty"`
+	LivePaths       uint32                 `protobuf:"varint,12,opt,name=live_paths,json=livePaths,proto3" json:"live_paths,omitempty"`
+	LiveFlows       uint32                 `protobuf:"varint,13,opt,name=live_flows,json=liveFlows,proto3" json:"live_flows,omitempty"`
+	Reasons         map[string]uint64      `protobuf:"bytes,14,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"` // packets by reason
+	Problems        []string               `protobuf:"bytes,15,rep,name=problems,proto3" json:"problems,omitempty"`                                                                          // bad files, devices that could not be hooked
+	Collector       string                 `protobuf:"bytes,16,opt,name=collector,proto3" json:"collector,omitempty"`                                                                        // connected, away since ...
+	SpoolCritical   uint64                 `protobuf:"varint,17,opt,name=spool_critical,json=spoolCritical,proto3" json:"spool_critical,omitempty"`                                          // entries not yet acknowledged
+	SpoolFlow       uint64                 `protobuf:"varint,18,opt,name=spool_flow,json=spoolFlow,proto3" json:"spool_flow,omitempty"`
+	LostFlow        uint64                 `protobuf:"varint,19,opt,name=lost_flow,json=lostFlow,proto3" json:"lost_flow,omitempty"`
+	IdentityState   string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
+	Panic           string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"`                                            // one that stands: since when, by whom and why
+	NotEnforced     []string               `protobuf:"bytes,40,rep,name=not_enforced,json=notEnforced,proto3" json:"not_enforced,omitempty"`             // services that everybody reaches: "NAME (MODE)"
+	WebCertificates []*WebCertificate      `protobuf:"bytes,50,rep,name=web_certificates,json=webCertificates,proto3" json:"web_certificates,omitempty"` // as the proxy tells; none while it does not
+	Providers       []*Provider            `protobuf:"bytes,51,rep,name=providers,proto3" json:"providers,omitempty"`                                    // the same of IdentityProviders
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *StatusReply) Reset() {
@@ -3849,6 +3851,20 @@ func (x *StatusReply) GetPanic() string {
 func (x *StatusReply) GetNotEnforced() []string {
 	if x != nil {
 		return x.NotEnforced
+	}
+	return nil
+}
+
+func (x *StatusReply) GetWebCertificates() []*WebCertificate {
+	if x != nil {
+		return x.WebCertificates
+	}
+	return nil
+}
+
+func (x *StatusReply) GetProviders() []*Provider {
+	if x != nil {
+		return x.Providers
 	}
 	return nil
 }
@@ -5639,6 +5655,7 @@ type CallerRequest struct {
 	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp
 	Client        string                 `protobuf:"bytes,2,opt,name=client,proto3" json:"client,omitempty"`     // address:port
 	Server        string                 `protobuf:"bytes,3,opt,name=server,proto3" json:"server,omitempty"`
+	Identity      string                 `protobuf:"bytes,4,opt,name=identity,proto3" json:"identity,omitempty"` // whom the proxy speaks as for it, to a RemoteService; empty: nobody yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5690,6 +5707,13 @@ func (x *CallerRequest) GetClient() string {
 func (x *CallerRequest) GetServer() string {
 	if x != nil {
 		return x.Server
+	}
+	return ""
+}
+
+func (x *CallerRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
 	}
 	return ""
 }
@@ -6034,6 +6058,231 @@ func (x *RelayFrame) GetEnd() bool {
 	return false
 }
 
+// ProxyState is what a process of the proxy works with, for people who ask the agent.
+type ProxyState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"` // new with every process
+	Certificates  []*WebCertificate      `protobuf:"bytes,2,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	Providers     []*Provider            `protobuf:"bytes,3,rep,name=providers,proto3" json:"providers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProxyState) Reset() {
+	*x = ProxyState{}
+	mi := &file_sallyport_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProxyState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProxyState) ProtoMessage() {}
+
+func (x *ProxyState) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
+func (*ProxyState) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *ProxyState) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *ProxyState) GetCertificates() []*WebCertificate {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *ProxyState) GetProviders() []*Provider {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+type ProxyStateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProxyStateReply) Reset() {
+	*x = ProxyStateReply{}
+	mi := &file_sallyport_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProxyStateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProxyStateReply) ProtoMessage() {}
+
+func (x *ProxyStateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProxyStateReply.ProtoReflect.Descriptor instead.
+func (*ProxyStateReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
+}
+
+type WebCertificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`     // of the one in use; unset: there is none
+	Problem       string                 `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"` // with what to do
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WebCertificate) Reset() {
+	*x = WebCertificate{}
+	mi := &file_sallyport_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WebCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WebCertificate) ProtoMessage() {}
+
+func (x *WebCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WebCertificate.ProtoReflect.Descriptor instead.
+func (*WebCertificate) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *WebCertificate) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *WebCertificate) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *WebCertificate) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+type Provider struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Fetched       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=fetched,proto3" json:"fetched,omitempty"` // its keys, last; unset: never
+	Keys          uint32                 `protobuf:"varint,3,opt,name=keys,proto3" json:"keys,omitempty"`
+	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Provider) Reset() {
+	*x = Provider{}
+	mi := &file_sallyport_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Provider) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Provider) ProtoMessage() {}
+
+func (x *Provider) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Provider.ProtoReflect.Descriptor instead.
+func (*Provider) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *Provider) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Provider) GetFetched() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Fetched
+	}
+	return nil
+}
+
+func (x *Provider) GetKeys() uint32 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+func (x *Provider) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type PanicRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
@@ -6043,7 +6292,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6055,7 +6304,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6068,7 +6317,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{79}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -6087,7 +6336,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6099,7 +6348,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6112,7 +6361,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{80}
+	return file_sallyport_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -6131,7 +6380,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6143,7 +6392,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6156,7 +6405,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{81}
+	return file_sallyport_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -6174,7 +6423,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6186,7 +6435,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6199,7 +6448,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{82}
+	return file_sallyport_proto_rawDescGZIP(), []int{86}
 }
 
 type WatchGrantsRequest struct {
@@ -6211,7 +6460,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6223,7 +6472,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6236,7 +6485,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{83}
+	return file_sallyport_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -6258,7 +6507,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6270,7 +6519,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6283,7 +6532,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{84}
+	return file_sallyport_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -6329,7 +6578,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6341,7 +6590,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6354,7 +6603,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{85}
+	return file_sallyport_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -6416,7 +6665,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6428,7 +6677,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6441,7 +6690,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{86}
+	return file_sallyport_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -6466,7 +6715,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6478,7 +6727,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6491,7 +6740,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{87}
+	return file_sallyport_proto_rawDescGZIP(), []int{91}
 }
 
 type UsedGrantsReply struct {
@@ -6503,7 +6752,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6515,7 +6764,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6528,7 +6777,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{88}
+	return file_sallyport_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -6559,7 +6808,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6571,7 +6820,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6584,7 +6833,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{89}
+	return file_sallyport_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -6691,7 +6940,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6703,7 +6952,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6716,7 +6965,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{90}
+	return file_sallyport_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *Suggestion) GetField() string {
@@ -6767,7 +7016,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6779,7 +7028,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6792,7 +7041,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{91}
+	return file_sallyport_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -6874,7 +7123,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6886,7 +7135,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6899,7 +7148,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{92}
+	return file_sallyport_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -7211,7 +7460,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
 	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
-	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xd5\x06\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xe0\a\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -7241,7 +7490,9 @@ const file_sallyport_proto_rawDesc = "" +
 	"\tlost_flow\x18\x13 \x01(\x04R\blostFlow\x12%\n" +
 	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x12\x14\n" +
 	"\x05panic\x18\x1f \x01(\tR\x05panic\x12!\n" +
-	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x1a:\n" +
+	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x12M\n" +
+	"\x10web_certificates\x182 \x03(\v2\".sallyport.v1alpha1.WebCertificateR\x0fwebCertificates\x12:\n" +
+	"\tproviders\x183 \x03(\v2\x1c.sallyport.v1alpha1.ProviderR\tproviders\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x11\n" +
@@ -7369,11 +7620,12 @@ const file_sallyport_proto_rawDesc = "" +
 	"\arecords\x18\x02 \x01(\v2 .sallyport.v1alpha1.ProxyRecordsH\x00R\arecordsB\a\n" +
 	"\x05frame\"\x1c\n" +
 	"\bProxyAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq\"[\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\"w\n" +
 	"\rCallerRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x16\n" +
 	"\x06client\x18\x02 \x01(\tR\x06client\x12\x16\n" +
-	"\x06server\x18\x03 \x01(\tR\x06server\"Y\n" +
+	"\x06server\x18\x03 \x01(\tR\x06server\x12\x1a\n" +
+	"\bidentity\x18\x04 \x01(\tR\bidentity\"Y\n" +
 	"\vCallerReply\x124\n" +
 	"\x06caller\x18\x01 \x01(\v2\x1c.sallyport.v1alpha1.WorkloadR\x06caller\x12\x14\n" +
 	"\x05chain\x18\x02 \x03(\fR\x05chain\"\xa2\x01\n" +
@@ -7397,7 +7649,22 @@ const file_sallyport_proto_rawDesc = "" +
 	"RelayFrame\x12\x1a\n" +
 	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x10\n" +
-	"\x03end\x18\x03 \x01(\bR\x03end\" \n" +
+	"\x03end\x18\x03 \x01(\bR\x03end\"\xac\x01\n" +
+	"\n" +
+	"ProxyState\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12F\n" +
+	"\fcertificates\x18\x02 \x03(\v2\".sallyport.v1alpha1.WebCertificateR\fcertificates\x12:\n" +
+	"\tproviders\x18\x03 \x03(\v2\x1c.sallyport.v1alpha1.ProviderR\tproviders\"\x11\n" +
+	"\x0fProxyStateReply\"p\n" +
+	"\x0eWebCertificate\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x82\x01\n" +
+	"\bProvider\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
+	"\afetched\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\afetched\x12\x12\n" +
+	"\x04keys\x18\x03 \x01(\rR\x04keys\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\" \n" +
 	"\fPanicRequest\x12\x10\n" +
 	"\x03why\x18\x01 \x01(\tR\x03why\"\"\n" +
 	"\n" +
@@ -7498,13 +7765,14 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
-	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\x84\x03\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\xd2\x03\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
 	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
 	"\x06Caller\x12!.sallyport.v1alpha1.CallerRequest\x1a\x1f.sallyport.v1alpha1.CallerReply\x12F\n" +
 	"\x04Sign\x12\x1f.sallyport.v1alpha1.SignRequest\x1a\x1d.sallyport.v1alpha1.SignReply\x12F\n" +
-	"\x04Live\x12\x1f.sallyport.v1alpha1.LiveRequest\x1a\x1d.sallyport.v1alpha1.LiveReplyB,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
+	"\x04Live\x12\x1f.sallyport.v1alpha1.LiveRequest\x1a\x1d.sallyport.v1alpha1.LiveReply\x12L\n" +
+	"\x05State\x12\x1e.sallyport.v1alpha1.ProxyState\x1a#.sallyport.v1alpha1.ProxyStateReplyB,Z*github.com/sallyport-dev/sallyport/pkg/apib\x06proto3"
 
 var (
 	file_sallyport_proto_rawDescOnce sync.Once
@@ -7519,7 +7787,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -7601,38 +7869,42 @@ var file_sallyport_proto_goTypes = []any{
 	(*LiveRequest)(nil),           // 77: sallyport.v1alpha1.LiveRequest
 	(*LiveReply)(nil),             // 78: sallyport.v1alpha1.LiveReply
 	(*RelayFrame)(nil),            // 79: sallyport.v1alpha1.RelayFrame
-	(*PanicRequest)(nil),          // 80: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 81: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 82: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 83: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 84: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 85: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 86: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 87: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 88: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 89: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 90: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 91: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 92: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 93: sallyport.v1alpha1.SignalReply
-	nil,                           // 94: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 95: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 96: google.protobuf.Duration
+	(*ProxyState)(nil),            // 80: sallyport.v1alpha1.ProxyState
+	(*ProxyStateReply)(nil),       // 81: sallyport.v1alpha1.ProxyStateReply
+	(*WebCertificate)(nil),        // 82: sallyport.v1alpha1.WebCertificate
+	(*Provider)(nil),              // 83: sallyport.v1alpha1.Provider
+	(*PanicRequest)(nil),          // 84: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 85: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 86: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 87: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 88: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 89: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 90: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 91: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 92: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 93: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 94: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 95: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 96: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 97: sallyport.v1alpha1.SignalReply
+	nil,                           // 98: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 99: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 100: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	95,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	96,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	99,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	100, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
 	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
 	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
-	96,  // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
-	95,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	96,  // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	95,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	95,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	95,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	100, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	99,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	100, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	99,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	99,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	99,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	95,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	96,  // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	99,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	100, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -7658,143 +7930,151 @@ var file_sallyport_proto_depIdxs = []int32{
 	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
 	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	95,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	99,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	95,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	99,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	95,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	95,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	99,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	99,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
 	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	95,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	95,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	95,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	95,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	95,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	99,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	99,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	99,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	99,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	99,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
 	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
 	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	95,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	99,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
 	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	95,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	95,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	99,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	99,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
 	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
 	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
 	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	95,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	99,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	96,  // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	94,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	46,  // 66: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
-	47,  // 67: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
-	47,  // 68: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
-	47,  // 69: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
-	47,  // 70: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
-	45,  // 71: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	95,  // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	96,  // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
-	51,  // 74: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
-	50,  // 75: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	95,  // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	95,  // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
-	51,  // 78: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	96,  // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
-	54,  // 80: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
-	54,  // 81: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	54,  // 82: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
-	54,  // 83: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	95,  // 84: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 85: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	69,  // 86: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	70,  // 87: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	2,   // 88: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
-	73,  // 89: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
-	96,  // 90: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	95,  // 91: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	86,  // 92: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	54,  // 93: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	54,  // 94: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	96,  // 95: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	96,  // 96: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	50,  // 97: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	87,  // 98: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	95,  // 99: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	90,  // 100: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	54,  // 101: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	96,  // 102: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	96,  // 103: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	96,  // 104: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	96,  // 105: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	91,  // 106: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	95,  // 107: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	51,  // 108: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	95,  // 109: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	15,  // 110: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	28,  // 111: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	29,  // 112: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	30,  // 113: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	31,  // 114: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	32,  // 115: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	35,  // 116: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	37,  // 117: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	39,  // 118: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
-	41,  // 119: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	44,  // 120: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	49,  // 121: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	53,  // 122: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	56,  // 123: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	58,  // 124: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	62,  // 125: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	64,  // 126: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	60,  // 127: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	66,  // 128: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	68,  // 129: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	80,  // 130: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	82,  // 131: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	92,  // 132: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	88,  // 133: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	84,  // 134: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	71,  // 135: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	79,  // 136: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
-	73,  // 137: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
-	75,  // 138: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
-	77,  // 139: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
-	23,  // 140: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	24,  // 141: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	25,  // 142: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	26,  // 143: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	27,  // 144: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	33,  // 145: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	36,  // 146: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	38,  // 147: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	40,  // 148: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	43,  // 149: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	48,  // 150: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	52,  // 151: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	55,  // 152: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	57,  // 153: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	59,  // 154: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	63,  // 155: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	65,  // 156: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	61,  // 157: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	67,  // 158: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 159: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	81,  // 160: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	83,  // 161: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	93,  // 162: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	89,  // 163: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	85,  // 164: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	72,  // 165: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	79,  // 166: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
-	74,  // 167: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
-	76,  // 168: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
-	78,  // 169: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
-	140, // [140:170] is the sub-list for method output_type
-	110, // [110:140] is the sub-list for method input_type
-	110, // [110:110] is the sub-list for extension type_name
-	110, // [110:110] is the sub-list for extension extendee
-	0,   // [0:110] is the sub-list for field type_name
+	100, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	98,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	82,  // 66: sallyport.v1alpha1.StatusReply.web_certificates:type_name -> sallyport.v1alpha1.WebCertificate
+	83,  // 67: sallyport.v1alpha1.StatusReply.providers:type_name -> sallyport.v1alpha1.Provider
+	46,  // 68: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
+	47,  // 69: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
+	47,  // 70: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
+	47,  // 71: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
+	47,  // 72: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
+	45,  // 73: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
+	99,  // 74: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	100, // 75: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	51,  // 76: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
+	50,  // 77: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
+	99,  // 78: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	99,  // 79: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	51,  // 80: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
+	100, // 81: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	54,  // 82: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
+	54,  // 83: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	54,  // 84: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
+	54,  // 85: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
+	99,  // 86: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 87: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	69,  // 88: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	70,  // 89: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	2,   // 90: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
+	73,  // 91: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
+	82,  // 92: sallyport.v1alpha1.ProxyState.certificates:type_name -> sallyport.v1alpha1.WebCertificate
+	83,  // 93: sallyport.v1alpha1.ProxyState.providers:type_name -> sallyport.v1alpha1.Provider
+	99,  // 94: sallyport.v1alpha1.WebCertificate.until:type_name -> google.protobuf.Timestamp
+	99,  // 95: sallyport.v1alpha1.Provider.fetched:type_name -> google.protobuf.Timestamp
+	100, // 96: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	99,  // 97: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	90,  // 98: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	54,  // 99: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	54,  // 100: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	100, // 101: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	100, // 102: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	50,  // 103: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	91,  // 104: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	99,  // 105: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	94,  // 106: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	54,  // 107: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	100, // 108: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	100, // 109: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	100, // 110: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	100, // 111: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	95,  // 112: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	99,  // 113: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	51,  // 114: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	99,  // 115: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	15,  // 116: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	28,  // 117: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	29,  // 118: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	30,  // 119: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	31,  // 120: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	32,  // 121: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	35,  // 122: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	37,  // 123: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	39,  // 124: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	41,  // 125: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	44,  // 126: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	49,  // 127: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	53,  // 128: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	56,  // 129: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	58,  // 130: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	62,  // 131: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	64,  // 132: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	60,  // 133: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	66,  // 134: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	68,  // 135: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	84,  // 136: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	86,  // 137: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	96,  // 138: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	92,  // 139: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	88,  // 140: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	71,  // 141: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	79,  // 142: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	73,  // 143: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
+	75,  // 144: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
+	77,  // 145: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
+	80,  // 146: sallyport.v1alpha1.ProxyReport.State:input_type -> sallyport.v1alpha1.ProxyState
+	23,  // 147: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 148: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 149: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 150: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 151: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 152: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 153: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 154: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 155: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 156: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 157: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 158: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 159: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 160: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 161: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 162: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 163: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 164: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 165: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 166: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	85,  // 167: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	87,  // 168: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	97,  // 169: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	93,  // 170: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	89,  // 171: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	72,  // 172: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	79,  // 173: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	74,  // 174: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	76,  // 175: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
+	78,  // 176: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
+	81,  // 177: sallyport.v1alpha1.ProxyReport.State:output_type -> sallyport.v1alpha1.ProxyStateReply
+	147, // [147:178] is the sub-list for method output_type
+	116, // [116:147] is the sub-list for method input_type
+	116, // [116:116] is the sub-list for extension type_name
+	116, // [116:116] is the sub-list for extension extendee
+	0,   // [0:116] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -7837,7 +8117,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   94,
+			NumMessages:   98,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

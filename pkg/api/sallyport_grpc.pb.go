@@ -1215,6 +1215,7 @@ const (
 	ProxyReport_Caller_FullMethodName = "/sallyport.v1alpha1.ProxyReport/Caller"
 	ProxyReport_Sign_FullMethodName   = "/sallyport.v1alpha1.ProxyReport/Sign"
 	ProxyReport_Live_FullMethodName   = "/sallyport.v1alpha1.ProxyReport/Live"
+	ProxyReport_State_FullMethodName  = "/sallyport.v1alpha1.ProxyReport/State"
 )
 
 // ProxyReportClient is the client API for ProxyReport service.
@@ -1230,6 +1231,8 @@ type ProxyReportClient interface {
 	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
 	Sign(ctx context.Context, in *SignRequest, opts ...grpc.CallOption) (*SignReply, error)
 	Live(ctx context.Context, in *LiveRequest, opts ...grpc.CallOption) (*LiveReply, error)
+	// State is told when it changes, and every few seconds: the agent forgets what nobody repeats.
+	State(ctx context.Context, in *ProxyState, opts ...grpc.CallOption) (*ProxyStateReply, error)
 }
 
 type proxyReportClient struct {
@@ -1296,6 +1299,16 @@ func (c *proxyReportClient) Live(ctx context.Context, in *LiveRequest, opts ...g
 	return out, nil
 }
 
+func (c *proxyReportClient) State(ctx context.Context, in *ProxyState, opts ...grpc.CallOption) (*ProxyStateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ProxyStateReply)
+	err := c.cc.Invoke(ctx, ProxyReport_State_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ProxyReportServer is the server API for ProxyReport service.
 // All implementations must embed UnimplementedProxyReportServer
 // for forward compatibility.
@@ -1309,6 +1322,8 @@ type ProxyReportServer interface {
 	// Sign is refused for a connection that is none to a RemoteService, or whose caller is not attested.
 	Sign(context.Context, *SignRequest) (*SignReply, error)
 	Live(context.Context, *LiveRequest) (*LiveReply, error)
+	// State is told when it changes, and every few seconds: the agent forgets what nobody repeats.
+	State(context.Context, *ProxyState) (*ProxyStateReply, error)
 	mustEmbedUnimplementedProxyReportServer()
 }
 
@@ -1333,6 +1348,9 @@ func (UnimplementedProxyReportServer) Sign(context.Context, *SignRequest) (*Sign
 }
 func (UnimplementedProxyReportServer) Live(context.Context, *LiveRequest) (*LiveReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Live not implemented")
+}
+func (UnimplementedProxyReportServer) State(context.Context, *ProxyState) (*ProxyStateReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method State not implemented")
 }
 func (UnimplementedProxyReportServer) mustEmbedUnimplementedProxyReportServer() {}
 func (UnimplementedProxyReportServer) testEmbeddedByValue()                     {}
@@ -1423,6 +1441,24 @@ func _ProxyReport_Live_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ProxyReport_State_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ProxyState)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProxyReportServer).State(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProxyReport_State_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProxyReportServer).State(ctx, req.(*ProxyState))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ProxyReport_ServiceDesc is the grpc.ServiceDesc for ProxyReport service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1441,6 +1477,10 @@ var ProxyReport_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Live",
 			Handler:    _ProxyReport_Live_Handler,
+		},
+		{
+			MethodName: "State",
+			Handler:    _ProxyReport_State_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -12,13 +12,9 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 )
 
-// How long entries stay after their last packet.
+// How long entries stay after their last packet. Legs are in legs.go.
 const (
-	closedFlowLinger = time.Second      // late packets of a closed flow still count for it
-	closedLegLinger  = 10 * time.Second // the proxy's last ACKs and its TIME_WAIT answers
-	resetLegLinger   = 40 * time.Second // two keepalives of the proxy, which undo a forged RST
-	openingLegLinger = 30 * time.Second // from the SYN on, without a handshake
-	idleLegLinger    = 15 * time.Minute // the proxy keeps live legs busy with keepalives every 15 s
+	closedFlowLinger = time.Second // late packets of a closed flow still count for it
 	denyLinger       = 2 * time.Second
 )
 
@@ -242,38 +238,6 @@ func pathReason(p bpf.Path, s PathState, epoch uint32) flow.Reason {
 		return flow.ReasonPathLive
 	}
 	return flow.ReasonPathStale
-}
-
-func (d *Datapath) sweepLegs() error {
-	keys, legs, err := entries[bpf.LegKey, bpf.Leg](d.objs.SpLegs)
-	if err != nil {
-		return err
-	}
-	for i := range keys {
-		if !legOver(&legs[i]) {
-			continue
-		}
-		if err := d.objs.SpLegs.Delete(&keys[i]); err != nil && !isMissing(err) {
-			return fmt.Errorf("delete leg: %w", err)
-		}
-	}
-	return nil
-}
-
-func legOver(l *bpf.Leg) bool {
-	const fins = uint32(bpf.SallyportSpFlagsSP_FIN_CLIENT | bpf.SallyportSpFlagsSP_FIN_SERVER)
-	idle := BootTime() - time.Duration(l.LastNs)
-	reset := l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0
-	answered := l.Flags&uint32(bpf.SallyportSpFlagsSP_ANSWERED) != 0
-	switch {
-	case l.Flags&fins == fins, reset && !answered:
-		return idle > closedLegLinger
-	case reset:
-		return idle > resetLegLinger
-	case !answered:
-		return BootTime()-time.Duration(l.OpenedNs) > openingLegLinger // a SYN-ACK sent again does not count
-	}
-	return idle > idleLegLinger
 }
 
 // sweepDenies tells of denials, or of what was seen, that followed a record within a second and then stopped.

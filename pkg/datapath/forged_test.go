@@ -3,6 +3,7 @@ package datapath_test
 import (
 	"net"
 	"net/netip"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -126,10 +127,15 @@ func TestForgedSYNOfALeg(t *testing.T) {
 	}
 }
 
-// TestForgedResetOfALeg: the proxy's next packet, a keepalive if there is nothing to say, undoes a RST that it
-// did not take; one that it took is followed by nothing, and its leg ends.
+// TestForgedResetOfALeg: where nobody can ask which connections the proxy has, its next packet, a keepalive if there is nothing
+// to say, undoes a RST that it did not take; one that it took is followed by nothing, and its leg ends.
 func TestForgedResetOfALeg(t *testing.T) {
 	r := newRig(t, 64, 64)
+	blind := r.where
+	blind.PxNetns = filepath.Join(r.Dir, "no-px")
+	d, err := datapath.Open(blind)
+	check(t, err)
+	defer func() { check(t, d.Close()) }()
 	for _, f := range lab.Families() {
 		for name, c := range map[string]struct {
 			after []uint8
@@ -152,8 +158,8 @@ func TestForgedResetOfALeg(t *testing.T) {
 				for _, flags := range c.after {
 					r.send(t, at("sp_px0_in", r.px.Px0(), tcp(s.server, s.client, flags)))
 				}
-				ageLegs(t, r, c.age)
-				_, err := r.d.Sweep()
+				ageLegs(t, r.m, c.age)
+				_, err := d.Sweep()
 				check(t, err)
 				if left := len(all[bpf.LegKey, bpf.Leg](t, r.m.SpLegs)); left != c.left {
 					t.Errorf("%d legs are left, want %d", left, c.left)
@@ -161,4 +167,50 @@ func TestForgedResetOfALeg(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestForgedResetOfAProxied: a RST that the proxy did not take costs a silent connection nothing; the legs of one that it took are gone
+// with the next look.
+func TestForgedResetOfAProxied(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, datapath.ProfileAuto)
+	n.showPods(t)
+	n.copyProxy(t)
+	legs := func() int { return len(all[bpf.LegKey, bpf.Leg](t, n.d.Maps().SpLegs)) }
+	for _, c := range n.remoteCells() {
+		t.Run(c.name, func(t *testing.T) {
+			empty[bpf.LegKey, bpf.Leg](t, n.d.Maps().SpLegs)
+			conn, err := c.client.Dial(within(t), netip.AddrPortFrom(c.from, 0), c.target())
+			must(t, err)
+			defer conn.Close()
+			_, err = lab.Ask(conn)
+			must(t, err)
+			n.forge(t, conn, packet.RST)
+			waitUntil(t, "the forged reset", func() bool { return resetLegs(t, n) == 1 })
+			ageLegs(t, n.d.Maps(), 30*time.Second)
+			n.sweep(t)
+			if legs() != 2 {
+				t.Errorf("%d legs are left of a connection whose reset was forged, want 2", legs())
+			}
+			_, err = lab.Ask(conn)
+			must(t, err)
+			must(t, conn.(*net.TCPConn).SetLinger(0))
+			must(t, conn.Close())
+			waitUntil(t, "the reset", func() bool { return resetLegs(t, n) > 0 })
+			waitUntil(t, "the end of its leg", func() bool { // the proxy ends the other half in order
+				ageLegs(t, n.d.Maps(), 2*time.Second)
+				n.sweep(t)
+				return resetLegs(t, n) == 0
+			})
+		})
+	}
+}
+
+func resetLegs(t *testing.T, n *node) (count int) {
+	for _, l := range all[bpf.LegKey, bpf.Leg](t, n.d.Maps().SpLegs) {
+		if l.Flags&uint32(bpf.SallyportSpFlagsSP_RST) != 0 {
+			count++
+		}
+	}
+	return count
 }

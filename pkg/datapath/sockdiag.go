@@ -16,8 +16,9 @@ var ErrNoDestroy = errors.New("kernel lacks CONFIG_INET_DIAG_DESTROY: idle conne
 
 // States of TCP sockets that are no connections (include/net/tcp_states.h).
 const (
-	tcpTimeWait = 6
-	tcpListen   = 10
+	tcpSynReceived = 3 // of a listener, which knows nobody yet
+	tcpTimeWait    = 6
+	tcpListen      = 10
 )
 
 // sockets finds and destroys the TCP sockets of one network namespace, by sock_diag.

@@ -7,6 +7,7 @@ import (
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	httpauthzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_authz/v3"
+	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
@@ -22,8 +23,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// TestEnvoysConfiguration: every name in the recipe is one of Envoy's, every value is in its bounds, and both filters close when
-// nobody answers. There is no Envoy to be had for tests: what it does with it is not held here.
+// TestEnvoysConfiguration: every name in the recipe is one of Envoy's, every value is in its bounds, both filters close when
+// nobody answers, and trailers of requests, of which no question tells, are taken off. There is no Envoy to be had for tests: what it does with it is not held here.
 func TestEnvoysConfiguration(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../deploy/examples/other-proxies/envoy.yaml")
@@ -42,7 +43,7 @@ func TestEnvoysConfiguration(t *testing.T) {
 	if err := protojson.Unmarshal(data, &b); err != nil {
 		t.Fatal(err)
 	}
-	filters := 0
+	filters, trailers := 0, false
 	err = protorange.Range(b.ProtoReflect(), func(p protopath.Values) error {
 		m, ok := p.Index(-1).Value.Interface().(protoreflect.Message)
 		if !ok {
@@ -53,6 +54,10 @@ func TestEnvoysConfiguration(t *testing.T) {
 			filters++
 			if f.FailureModeAllow || !f.IncludePeerCertificate || !f.EncodeRawHeaders {
 				t.Errorf("HTTP: %v", f)
+			}
+		case *mutationv3.HeaderMutation:
+			for _, m := range f.GetMutations().GetRequestTrailersMutations() {
+				trailers = trailers || m.GetRemoveOnMatch().GetKeyMatcher().GetSafeRegex().GetRegex() == ".*"
 			}
 		case *tcpauthzv3.ExtAuthz:
 			filters++
@@ -65,7 +70,7 @@ func TestEnvoysConfiguration(t *testing.T) {
 		}
 		return nil
 	})
-	if err != nil || filters != 2 {
-		t.Errorf("%d filters ask, %v", filters, err)
+	if err != nil || filters != 2 || !trailers {
+		t.Errorf("%d filters ask, trailers are taken off: %v, %v", filters, trailers, err)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/net/http2"
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -32,7 +33,7 @@ import (
 // Bounds of what the proxies that ask may cost, all together where it does not say otherwise.
 const (
 	maxMessage     = 256 << 10 // bytes of one question: headers and a certificate
-	maxConnections = 64        // of each listener
+	maxConnections = 64        // of the socket
 	maxStreams     = 256       // of each connection
 	maxQuestions   = 1024      // at a time
 	maxTime        = 3 * time.Second
@@ -106,14 +107,14 @@ func (s *Server) open() error {
 		if err != nil {
 			return err
 		}
-		s.add(l, local.NewCredentials()) // the socket's mode says who may connect
+		s.add(netutil.LimitListener(l, maxConnections), local.NewCredentials()) // the socket's mode says who may connect
 	}
 	for _, address := range s.cfg.Listen {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
 			return fmt.Errorf("listen for ext_authz: %w", err)
 		}
-		s.add(l, credentials.NewTLS(s.tls()))
+		s.add(newDoor(l, s.tls()), proven{credentials.NewTLS(s.tls())})
 	}
 	return nil
 }
@@ -156,6 +157,7 @@ func (s *Server) tls() *tls.Config {
 	c := tlsconfig.MTLSServerConfig(s.cfg.Identity, s.cfg.Identity, tlsconfig.AuthorizeOneOf(s.cfg.Gateways...))
 	c.MinVersion = tls.VersionTLS13
 	c.SessionTicketsDisabled = true // each connection proves itself
+	c.NextProtos = []string{http2.NextProtoTLS}
 	return c
 }
 
@@ -164,7 +166,7 @@ func (s *Server) add(l net.Listener, creds credentials.TransportCredentials) {
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(16<<10),
 		grpc.ConnectionTimeout(maxTime), grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxTime}))
 	authv3.RegisterAuthorizationServer(server, s)
-	s.serving = append(s.serving, serving{netutil.LimitListener(l, maxConnections), server})
+	s.serving = append(s.serving, serving{l, server})
 }
 
 // bound refuses what is too many at a time, which the other proxy takes for a no, and gives each question its time.

@@ -108,7 +108,7 @@ func TestCheckNode(t *testing.T) {
 		"only watched":            {strings.Replace(good, "target: Host\n", "target: Host\n  mode: Shadow\n", 1), node(), ""},
 		"nobody on purpose":       {head + "ProtectedService\nmetadata: {name: a}\nspec: {target: Host, ports: [1]}\n", node(), ""},
 		"people":                  {web, node(), ""},
-		"remote, nobody attests":  {remote, node("example.org"), "spec.callers"},
+		"remote, nobody attests":  {strings.ReplaceAll(remote, "example.org/shop", "node.org/shop"), node("example.org"), ""},
 		"remote, others' callers": {remote, attesting(node("example.org")), "spec.callers"},
 		"remote, nobody answers":  {strings.ReplaceAll(remote, "example.org/shop", "node.org/shop"), attesting(node()), "spec.callers"},
 		"remote":                  {strings.ReplaceAll(remote, "example.org/shop", "node.org/shop"), attesting(node("example.org")), ""},
@@ -117,6 +117,14 @@ func TestCheckNode(t *testing.T) {
 		err := mustParse(t, c.text).CheckNode(c.node)
 		if errs := policy.Errors(err); len(errs) != map[bool]int{true: 1}[c.field != ""] || c.field != "" && (errs[0].Field != c.field || errs[0].Hint == "" || errs[0].Line == 0) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for api, closed := range map[string]bool{"": true, policy.WorkloadsNone: true, policy.WorkloadsBroker: false, policy.WorkloadsDelegated: false} {
+		c := node()
+		c.Spec.Workloads.API = api
+		err := mustParse(t, remote).RemoteServices()[0].Closed(c)
+		if (err != nil) != closed || closed && (err.Line == 0 || err.Hint == "" || !strings.Contains(err.Error(), "is closed on this node")) {
+			t.Errorf("workloads by %q: %v", api, err)
 		}
 	}
 }

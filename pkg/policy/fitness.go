@@ -10,7 +10,8 @@ import (
 )
 
 // CheckNode tells what of the set a node of that configuration could never do, as errors.Join of *Error: let anybody in at a service
-// that has rules for identities that nobody there can prove, show a certificate that it does not have, or let anybody ask a remote service.
+// that has rules for identities that nobody there can prove, show a certificate that it does not have, or let anybody ask a remote service
+// because of what this one says. What that node alone lacks is told by Closed.
 func (s *Set) CheckNode(c AgentConfig) error {
 	trusted := append([]string{c.Spec.TrustDomain}, c.Spec.FederatesWith...)
 	var errs []error
@@ -28,20 +29,27 @@ func (s *Set) CheckNode(c AgentConfig) error {
 		}
 	}
 	for _, r := range s.RemoteServices() {
-		if why, hint := r.nobodyAt(c, trusted); why != "" {
+		if why, hint := r.nobodyAt(trusted); why != "" {
 			errs = append(errs, &Error{File: r.Source.File, Line: r.Source.Line, Field: "spec.callers", Msg: why, Hint: hint})
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// Closed tells why a node of that configuration refuses everybody who asks the remote service, though other nodes with the same set may
+// serve it; nil: it does not.
+func (r RemoteService) Closed(c AgentConfig) *Error {
+	if api := c.Spec.Workloads.API; api != WorkloadsNone && api != "" {
+		return nil
+	}
+	return &Error{File: r.Source.File, Line: r.Source.Line, Field: "spec.callers", Hint: "write spec.workloads of the node's configuration",
+		Msg: fmt.Sprintf("%s is closed on this node: nobody tells it the identities of its workloads (spec.workloads.api: none)", r.Name)}
+}
+
 // nobodyAt says why nobody could ever be served by the remote service at a node that knows these trust domains, and what to do.
-func (r RemoteService) nobodyAt(c AgentConfig, trusted []string) (why, hint string) {
+func (r RemoteService) nobodyAt(trusted []string) (why, hint string) {
 	own := trusted[:1]
 	switch {
-	case c.Spec.Workloads.API == WorkloadsNone || c.Spec.Workloads.API == "":
-		return fmt.Sprintf("%s can serve nobody: nobody tells this node the identities of its workloads (spec.workloads.api: none)", r.Name),
-			"write spec.workloads of the node's configuration, or remove the RemoteService"
 	case !anyFrom(r.Spec.Callers, own):
 		return fmt.Sprintf("%s can serve nobody: its callers are of other trust domains than this node's workloads (%s)", r.Name, own[0]),
 			"name callers of that trust domain"

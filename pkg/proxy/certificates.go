@@ -11,6 +11,9 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -31,6 +34,8 @@ type webCertificate struct {
 	trouble   error // with what was read last
 	told      bool  // that it ends soon, or has ended
 }
+
+const fileHint = "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's"
 
 // endsSoon is when there is time left to renew a web certificate by hand: a week before its end, and a third of its time for one of short life.
 func (w *webCertificate) endsSoon(now time.Time) bool {
@@ -81,6 +86,40 @@ func unknownCertificate(name string) error {
 	return fmt.Errorf("no web certificate is named %q: add it to spec.proxy.certificates of the node's AgentConfig", name)
 }
 
+// states tells of each, by its place in the configuration.
+func (c *Certificates) states(now time.Time) (all []*api.WebCertificate) {
+	if c == nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range c.files {
+		read := c.read[f.Name]
+		s := &api.WebCertificate{Name: f.Name, Problem: read.problem(now)}
+		if read.loaded != nil {
+			s.Until = timestamppb.New(read.loaded.Leaf.NotAfter)
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// problem is what there is to do about it, if anything.
+func (w *webCertificate) problem(now time.Time) string {
+	const renew = "see why it was not renewed; a new one is in use 5 s after it is there, without a restart"
+	switch {
+	case w.loaded == nil:
+		return fmt.Sprintf("clients of services that name it are refused: %s; %s", w.trouble, fileHint)
+	case now.After(w.loaded.Leaf.NotAfter):
+		return "it has ended, and browsers refuse it; " + renew
+	case w.trouble != nil:
+		return fmt.Sprintf("the last good one stays in use: %s; %s", w.trouble, fileHint)
+	case w.endsSoon(now):
+		return "it ends soon; " + renew
+	}
+	return ""
+}
+
 // look reads all files: a mount that is swapped as a whole raises no event at the file, and they are small.
 func (c *Certificates) look() {
 	for _, f := range c.files {
@@ -123,11 +162,10 @@ func (c *Certificates) take(f policy.WebCertificate, cert, key []byte, err error
 		return
 	}
 	now.trouble = fmt.Errorf("read web certificate %s from %s and %s: %w", f.Name, f.CertFile, f.KeyFile, err)
-	const hint = "the proxy's user must be able to read both files, in PEM, and the key must be the certificate's"
 	if before == nil || before.loaded == nil {
-		c.log.Error("no web certificate: clients of services that name it are refused", "name", f.Name, "error", now.trouble, "hint", hint)
+		c.log.Error("no web certificate: clients of services that name it are refused", "name", f.Name, "error", now.trouble, "hint", fileHint)
 		return
 	}
 	now.loaded = before.loaded
-	c.log.Error("keep last good web certificate", "name", f.Name, "until", now.loaded.Leaf.NotAfter, "error", now.trouble, "hint", hint)
+	c.log.Error("keep last good web certificate", "name", f.Name, "until", now.loaded.Leaf.NotAfter, "error", now.trouble, "hint", fileHint)
 }

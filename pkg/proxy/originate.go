@@ -81,7 +81,7 @@ func (s *session) attest(ctx context.Context, service policy.RemoteService) (*x5
 	if s.p.cfg.Outside == nil {
 		return nil, &refusal{reason: flow.ReasonUnattested, err: errors.New("nobody tells whose connections are")}
 	}
-	w, err := s.p.cfg.Outside.workload(ctx, s.client, s.server)
+	w, err := s.p.cfg.Outside.workload(ctx, s.client, s.server, spiffeid.ID{})
 	switch {
 	case err != nil:
 		return nil, &refusal{reason: flow.ReasonUnattested, err: err}
@@ -292,19 +292,21 @@ func (p *Proxy) attestAgain(ctx context.Context) {
 }
 
 // attestAgain takes a newer certificate of the workload for the one that the connection was begun with, and cuts when the workload has
-// no identity any more. That nobody can say whose it is, for the process has ended or the agent is away, changes nothing: what was
+// no identity any more, or another one. That nobody can say whose it is, for the process has ended or the agent is away, changes nothing: what was
 // proven holds until its time is over. It tells whether the agent has answered.
 func (s *session) attestAgain(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
-	w, err := s.p.cfg.Outside.workload(ctx, s.client, s.server)
 	who := s.identity()
+	w, err := s.p.cfg.Outside.workload(ctx, s.client, s.server, who.caller.ID)
 	switch {
 	case errors.Is(err, errNoIdentity):
 		s.cut(flow.ReasonIdentityExpired, err.Error())
 	case err == nil && w.svid != nil && w.id == who.caller.ID:
 		who.chain = w.svid.Certificates
 		s.setIdentity(who)
+	case err == nil && w.svid != nil:
+		s.cut(flow.ReasonIdentityExpired, fmt.Sprintf("its workload is %s now", w.id))
 	}
 	return err == nil || errors.Is(err, errNoIdentity)
 }

@@ -15,13 +15,13 @@ import (
 	"time"
 
 	"github.com/chromedp/cdproto/network"
-	events "github.com/chromedp/cdproto/page"
 	"github.com/chromedp/chromedp"
 
 	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/token"
+	"github.com/sallyport-dev/sallyport/test/chromium"
 	"github.com/sallyport-dev/sallyport/test/oidc"
 )
 
@@ -81,17 +81,17 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 		GrantTypes: []string{"authorization_code"}, ResponseTypes: []string{"code"}, RedirectURIs: []string{where + "/.sallyport/callback"}, TokenAuthMethod: "none"}}})
 	l.write(byBrowser, `[{groups: [people/ops], routes: [{paths: [/, /open, /hints]}]}]`+fmt.Sprintf(people, p.Issuer, p.Endpoint, p.CA))
 
-	b := newChromium(t)
-	b.do(chromedp.Navigate(where + "/"))
-	b.do(chromedp.SendKeys(chromedp.CSS("input[name=login]"), "ann"), chromedp.SendKeys(chromedp.CSS("input[name=password]"), "any"))
-	b.follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
-	b.follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
-	text := b.text()
+	b := chromium.Start(t, chromium.AnyCertificate)
+	b.Do(chromedp.Navigate(where + "/"))
+	b.Do(chromedp.SendKeys(chromedp.CSS("input[name=login]"), "ann"), chromedp.SendKeys(chromedp.CSS("input[name=password]"), "any"))
+	b.Follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
+	b.Follow(chromedp.Click(chromedp.CSS("button[type=submit]")))
+	text := b.Text("body")
 	if !strings.Contains(text, "X-Sallyport-Identity: people/ann") || !strings.Contains(text, "X-Sallyport-Proof: oidc") || strings.Contains(text, "__Host-sallyport") {
 		t.Errorf("the service sees %s", text)
 	}
-	b.follow(chromedp.Reload())
-	if text := b.text(); !strings.Contains(text, "X-Sallyport-Identity: people/ann") {
+	b.Follow(chromedp.Reload())
+	if text := b.Text("body"); !strings.Contains(text, "X-Sallyport-Identity: people/ann") {
 		t.Errorf("after a reload, the service sees %s", text)
 	}
 	if r := l.find(flow.EventRequest, flow.ReasonIdentity); r.Identity != "people/ann" || r.Proof != "oidc" {
@@ -103,11 +103,12 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	c.Timeout = time.Minute // that it hangs
 	c.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify = true
 	c.Transport.(*http.Transport).TLSClientConfig.VerifyPeerCertificate = nil
+	var kept []*network.Cookie
 	ask := func(path string, change ...func(*http.Request)) *http.Response {
 		t.Helper()
 		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, where+path, nil)
 		l.must(err)
-		for _, k := range b.kept {
+		for _, k := range kept {
 			r.AddCookie(&http.Cookie{Name: k.Name, Value: k.Value})
 		}
 		for _, f := range change {
@@ -117,7 +118,7 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 		l.must(err)
 		return answer
 	}
-	b.keep(where)
+	kept = b.Cookies(where) // as a thief would
 	if answer := ask("/secret"); answer.StatusCode != http.StatusForbidden {
 		t.Errorf("what is not allowed: %s", answer.Status)
 	}
@@ -126,8 +127,8 @@ func TestChromiumThroughTheProxy(t *testing.T) {
 	if stream.StatusCode != http.StatusOK {
 		t.Fatalf("with the browser's cookies: %s", stream.Status)
 	}
-	b.do(chromedp.Navigate(where + "/.sallyport/logout"))
-	b.follow(chromedp.Click(chromedp.CSS("button")))
+	b.Do(chromedp.Navigate(where + "/.sallyport/logout"))
+	b.Follow(chromedp.Click(chromedp.CSS("button")))
 	if _, err := io.ReadAll(stream.Body); err == nil {
 		t.Error("what the session has open ends as if nothing was")
 	}
@@ -157,62 +158,4 @@ func (l *webLab) renewedBehindHints(ask func(string, ...func(*http.Request)) *ht
 	if h := <-hints; len(h["Set-Cookie"]) > 0 {
 		l.Errorf("hints set %q", h["Set-Cookie"])
 	}
-}
-
-// chromium is a real browser that takes the certificates of tests.
-type chromium struct {
-	t    *testing.T
-	ctx  context.Context
-	kept []*network.Cookie
-}
-
-func newChromium(t *testing.T) *chromium {
-	t.Helper()
-	ctx, late := context.WithTimeout(context.Background(), 2*time.Minute)
-	t.Cleanup(late)
-	ctx, end := chromedp.NewContext(ctx, chromedp.WithAllocatorOptions(
-		chromedp.NoSandbox, // it runs as root here, where Chromium has none
-		chromedp.Flag("ignore-certificate-errors", true),
-		chromedp.Flag("disable-dev-shm-usage", true)))
-	t.Cleanup(func() {
-		if err := chromedp.Cancel(ctx); err != nil {
-			t.Errorf("end browser: %v", err)
-		}
-		end()
-	})
-	return &chromium{t: t, ctx: ctx}
-}
-
-func (b *chromium) do(steps ...chromedp.Action[chromedp.Void]) {
-	b.t.Helper()
-	if err := chromedp.Do(b.ctx, steps...); err != nil {
-		b.t.Fatal(err)
-	}
-}
-
-// follow does something that leads to another page, and waits until that is there.
-func (b *chromium) follow(step chromedp.Action[chromedp.Void]) {
-	b.t.Helper()
-	if _, err := chromedp.Run(b.ctx, chromedp.WaitEvent(events.LoadEventFired, nil, step)); err != nil {
-		b.t.Fatal(err)
-	}
-}
-
-func (b *chromium) text() string {
-	b.t.Helper()
-	text, err := chromedp.Run(b.ctx, chromedp.Text(chromedp.CSS("body")))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return text
-}
-
-// keep copies the browser's cookies, as a thief would.
-func (b *chromium) keep(where string) {
-	b.t.Helper()
-	got, err := chromedp.Call(b.ctx, network.GetCookies, network.GetCookiesParams{URLs: []string{where + "/"}})
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	b.kept = got.Cookies
 }

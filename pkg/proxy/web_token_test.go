@@ -324,3 +324,35 @@ func TestWhatIsSaidOfWebCertificates(t *testing.T) {
 		}
 	}
 }
+
+// TestStatesOfWebCertificates: what people who ask the agent are told, from none to one that has ended.
+func TestStatesOfWebCertificates(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f := policy.WebCertificate{Name: "public", CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	certificates := NewCertificates([]policy.WebCertificate{f}, slog.New(slog.DiscardHandler))
+	for _, step := range []struct {
+		change  func()
+		at      time.Duration
+		problem string
+	}{
+		{func() {}, 0, "clients of services that name it are refused: read web certificate public from " + f.CertFile},
+		{func() { writeCertificate(t, f, "web.example.org", 1) }, 0, ""},
+		{func() {}, 45 * time.Minute, "it ends soon; see why"},
+		{func() { _ = os.WriteFile(f.KeyFile, []byte("no key"), 0o600) }, 0, "the last good one stays in use: read web certificate public"},
+		{func() {}, 2 * time.Hour, "it has ended, and browsers refuse it; see why"},
+	} {
+		step.change()
+		certificates.look()
+		got := certificates.states(time.Now().Add(step.at))[0]
+		if got.GetName() != "public" || !strings.HasPrefix(got.GetProblem(), step.problem) || step.problem == "" && got.GetProblem() != "" {
+			t.Errorf("want the problem %q: %v", step.problem, got)
+		}
+		if in := time.Until(got.GetUntil().AsTime()); got.GetUntil() != nil && (in < 50*time.Minute || in > time.Hour) {
+			t.Errorf("it is valid for %s", in)
+		}
+		if none := strings.HasPrefix(got.GetProblem(), "clients"); none != (got.GetUntil() == nil) {
+			t.Errorf("there is none: %v", got)
+		}
+	}
+}

@@ -31,10 +31,10 @@ type workload struct {
 	svid *x509svid.SVID
 }
 
-// workload asks the agent whose the client's end of a connection is. errNoIdentity is in the error if that is known and may not be
-// what it was; any other error says nothing about it.
-func (o *Outside) workload(ctx context.Context, client, server netip.AddrPort) (w workload, err error) {
-	connection := &api.CallerRequest{Protocol: "tcp", Client: bare(client).String(), Server: bare(server).String()}
+// workload asks the agent whose the client's end of a connection is; as is whom we speak as for it, if we do. errNoIdentity is in the
+// error if that is known and may not be what it was; any other error says nothing about it.
+func (o *Outside) workload(ctx context.Context, client, server netip.AddrPort, as spiffeid.ID) (w workload, err error) {
+	connection := &api.CallerRequest{Protocol: "tcp", Client: bare(client).String(), Server: bare(server).String(), Identity: as.String()}
 	reply, err := api.NewProxyReportClient(o.conn).Caller(ctx, connection)
 	switch {
 	case status.Code(err) == codes.PermissionDenied:

@@ -56,11 +56,13 @@ func TestOutage(t *testing.T) {
 	}, i.provider())
 	token := i.mint(nil, fields{"exp": time.Now().Add(24 * time.Hour).Unix()})
 	v.want(token, ErrNoKeys, policy.AuthenticateOIDC)
+	until(t, "people can know that its keys were never fetched", func() bool { return v.hasState(0, "never fetched: ", "cable is out", "; see that") })
 	away.Store(false)
 	until(t, "it is there", func() bool {
 		_, err := v.Verify(t.Context(), orders(policy.AuthenticateOIDC), token)
 		return err == nil
 	})
+	until(t, "people can know that all is well", func() bool { return v.hasState(1) })
 	away.Store(true)
 	k := v.keys(i.provider())
 	until(t, "its absence is seen", func() bool {
@@ -70,8 +72,14 @@ func TestOutage(t *testing.T) {
 	})
 	v.advance(59 * time.Minute)
 	v.want(token, nil, policy.AuthenticateOIDC)
+	if !v.hasState(1, "cannot be fetched, and those that it had count until ", "cable is out") {
+		t.Errorf("away: %+v", v.States())
+	}
 	v.advance(2 * time.Minute)
 	v.want(token, ErrNoKeys, policy.AuthenticateOIDC)
+	if !v.hasState(1, "are refused since ", "too old", "cable is out") {
+		t.Errorf("away for longer than its keys are kept: %+v", v.States())
+	}
 	away.Store(false)
 	until(t, "it is back", func() bool {
 		_, err := v.Verify(t.Context(), orders(policy.AuthenticateOIDC), token)
@@ -366,4 +374,18 @@ func TestRememberedTokensAreBounded(t *testing.T) {
 	if k.signed(last, time.Now(), time.Hour) {
 		t.Error("a signature of earlier keys is remembered")
 	}
+}
+
+// hasState tells whether the one provider has so many keys, and a problem with these words, or none.
+func (v *verifying) hasState(keys int, words ...string) bool {
+	all := v.States()
+	if len(all) != 1 || all[0].Keys != keys || all[0].Fetched.IsZero() != (keys == 0) || (all[0].Problem == "") != (len(words) == 0) {
+		return false
+	}
+	for _, w := range words {
+		if !strings.Contains(all[0].Problem, w) {
+			return false
+		}
+	}
+	return true
 }

@@ -204,40 +204,50 @@ func (s Store) Token(ctx context.Context, name string) (Kept, error) {
 		return k, err // another one has done it
 	}
 	next, err := k.renew(ctx)
+	if next.Token != k.Token || next.Refresh != k.Refresh {
+		if kept := s.write(name, next); kept != nil {
+			return Kept{}, errors.Join(err, kept)
+		}
+	}
 	switch {
 	case err == nil:
-		return next, s.write(name, next)
+		return next, nil
 	case s.now().Before(k.Expires) && !errors.Is(err, ErrRefused):
-		return k, nil // it counts for a little longer
+		return next, nil // its token counts for a little longer
 	case errors.Is(err, ErrRefused):
 		return Kept{}, fmt.Errorf("%w: %w", ErrExpired, err)
 	}
 	return Kept{}, err
 }
 
-// renew asks the provider for a new token.
+// renew asks the provider for a new token. What it gives is to be kept in any case: where the token is of no use, a provider may still
+// have taken the old refresh token for the last time.
 func (k Kept) renew(ctx context.Context) (Kept, error) {
 	if k.Refresh == "" {
-		return Kept{}, fmt.Errorf("%w: its token was valid until %s, and the provider gave nothing to renew it with", ErrRefused, k.Expires.UTC().Format(time.RFC3339))
+		return k, fmt.Errorf("%w: its token was valid until %s, and the provider gave nothing to renew it with", ErrRefused, k.Expires.UTC().Format(time.RFC3339))
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	p, err := Discover(ctx, k.Client)
 	if err != nil {
-		return Kept{}, err
+		return k, err
 	}
 	t, err := p.config.TokenSource(p.context(ctx), &oauth2.Token{RefreshToken: k.Refresh}).Token()
 	if err != nil {
-		return Kept{}, judge("renew the login", err)
+		return k, judge("renew the login", err)
 	}
+	k.Refresh = t.RefreshToken
 	next := Kept{Client: k.Client, Refresh: t.RefreshToken, Token: t.AccessToken}
 	if k.Client.Show == ShowID {
 		next.Token, _ = t.Extra("id_token").(string)
 	}
 	if next.Token == "" {
-		return Kept{}, fmt.Errorf("%w: no new %s token comes with it", ErrRefused, k.Client.Show)
+		return k, fmt.Errorf("%w: no new %s token comes with it", ErrRefused, k.Client.Show)
 	}
-	return next, next.read()
+	if err := next.read(); err != nil {
+		return k, err
+	}
+	return next, nil
 }
 
 // lock is held by the one who renews.

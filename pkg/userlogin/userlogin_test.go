@@ -100,6 +100,7 @@ func TestOnlyTheLoginIsAnswered(t *testing.T) {
 		_, _ = io.Copy(io.Discard, answer.Body)
 		return answer.StatusCode
 	}
+	before := map[string]string{"another provider": "another provider answers", "no name": "another provider answers", "no code": "has no code"}
 	for name, give := range map[string]func(q url.Values){
 		"refused":          func(q url.Values) { q.Set("error", "access_denied") },
 		"another provider": func(q url.Values) { q.Set("code", "x"); q.Set("iss", "https://other.example.org") },
@@ -127,6 +128,10 @@ func TestOnlyTheLoginIsAnswered(t *testing.T) {
 		})
 		if err == nil || name == "refused" && !errors.Is(err, userlogin.ErrRefused) || name == "made up" && !errors.Is(err, userlogin.ErrRefused) {
 			t.Errorf("%s: %v", name, err)
+		}
+		// A code that is made up is refused whoever answers.
+		if why := before[name]; err != nil && !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, want %q before the code is redeemed", name, err, why)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())

@@ -165,8 +165,9 @@ func TestExamplesAreValid(t *testing.T) {
 	}
 	attesting := config
 	attesting.Spec.Workloads.API = policy.WorkloadsBroker
-	if err := remote.CheckNode(attesting); err != nil || remote.CheckNode(config) == nil {
-		t.Errorf("remote services: %v, and where nobody attests %v", err, remote.CheckNode(config))
+	service := remote.RemoteServices()[0]
+	if err := remote.CheckNode(config); err != nil || service.Closed(config) == nil || service.Closed(attesting) != nil {
+		t.Errorf("remote services: %v, where nobody attests %v, where somebody does %v", err, service.Closed(config), service.Closed(attesting))
 	}
 	// What the example calls a default is one.
 	want := policy.DefaultAgentConfig()
