@@ -512,7 +512,7 @@ type GrantEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
 	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, SIGNALLED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
-	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
+	// WITHDRAWN, DENIED, REVIEWED, VOUCHED, ADVANCED, HALTED, RESUMED, FELL_BACK, ROLLED_OUT
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -3665,6 +3665,7 @@ type StatusReply struct {
 	IdentityState  string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
 	Panic          string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"`                                // one that stands: since when, by whom and why
 	NotEnforced    []string               `protobuf:"bytes,40,rep,name=not_enforced,json=notEnforced,proto3" json:"not_enforced,omitempty"` // services that everybody reaches: "NAME (MODE)"
+	Rollouts       []string               `protobuf:"bytes,41,rep,name=rollouts,proto3" json:"rollouts,omitempty"`                          // each with its wave and phase, in words
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -3849,6 +3850,13 @@ func (x *StatusReply) GetPanic() string {
 func (x *StatusReply) GetNotEnforced() []string {
 	if x != nil {
 		return x.NotEnforced
+	}
+	return nil
+}
+
+func (x *StatusReply) GetRollouts() []string {
+	if x != nil {
+		return x.Rollouts
 	}
 	return nil
 }
@@ -5387,6 +5395,679 @@ func (x *AgentFlowsRequest) GetLimit() uint32 {
 	return 0
 }
 
+type RolloutsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsRequest) Reset() {
+	*x = RolloutsRequest{}
+	mi := &file_sallyport_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsRequest) ProtoMessage() {}
+
+func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsRequest.ProtoReflect.Descriptor instead.
+func (*RolloutsRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *RolloutsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RolloutsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Rollouts      []*Rollout             `protobuf:"bytes,2,rep,name=rollouts,proto3" json:"rollouts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsReply) Reset() {
+	*x = RolloutsReply{}
+	mi := &file_sallyport_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsReply) ProtoMessage() {}
+
+func (x *RolloutsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsReply.ProtoReflect.Descriptor instead.
+func (*RolloutsReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *RolloutsReply) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *RolloutsReply) GetRollouts() []*Rollout {
+	if x != nil {
+		return x.Rollouts
+	}
+	return nil
+}
+
+// Rollout is how far one has come on a node.
+type Rollout struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Plan          string                 `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`   // SHA-256 of it, in hex: what is signed names it
+	Phase         string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"` // Running, Halted, FellBack, Done
+	Wave          uint32                 `protobuf:"varint,4,opt,name=wave,proto3" json:"wave,omitempty"`  // how many have begun here
+	Waves         []*RolloutWave         `protobuf:"bytes,5,rep,name=waves,proto3" json:"waves,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`  // of the last that began
+	Baked         bool                   `protobuf:"varint,7,opt,name=baked,proto3" json:"baked,omitempty"` // it has held long enough
+	Changed       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=changed,proto3" json:"changed,omitempty"`
+	By            string                 `protobuf:"bytes,9,opt,name=by,proto3" json:"by,omitempty"` // who changed it last
+	Why           string                 `protobuf:"bytes,10,opt,name=why,proto3" json:"why,omitempty"`
+	Budget        string                 `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"` // in words
+	Auto          bool                   `protobuf:"varint,12,opt,name=auto,proto3" json:"auto,omitempty"`    // the next wave may begin without a person
+	Services      []*RolloutService      `protobuf:"bytes,13,rep,name=services,proto3" json:"services,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rollout) Reset() {
+	*x = Rollout{}
+	mi := &file_sallyport_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rollout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rollout) ProtoMessage() {}
+
+func (x *Rollout) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
+func (*Rollout) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *Rollout) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rollout) GetPlan() string {
+	if x != nil {
+		return x.Plan
+	}
+	return ""
+}
+
+func (x *Rollout) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *Rollout) GetWave() uint32 {
+	if x != nil {
+		return x.Wave
+	}
+	return 0
+}
+
+func (x *Rollout) GetWaves() []*RolloutWave {
+	if x != nil {
+		return x.Waves
+	}
+	return nil
+}
+
+func (x *Rollout) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Rollout) GetBaked() bool {
+	if x != nil {
+		return x.Baked
+	}
+	return false
+}
+
+func (x *Rollout) GetChanged() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+func (x *Rollout) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Rollout) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Rollout) GetBudget() string {
+	if x != nil {
+		return x.Budget
+	}
+	return ""
+}
+
+func (x *Rollout) GetAuto() bool {
+	if x != nil {
+		return x.Auto
+	}
+	return false
+}
+
+func (x *Rollout) GetServices() []*RolloutService {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+type RolloutWave struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Bake          *durationpb.Duration   `protobuf:"bytes,3,opt,name=bake,proto3" json:"bake,omitempty"`
+	Here          bool                   `protobuf:"varint,4,opt,name=here,proto3" json:"here,omitempty"` // this node is in it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutWave) Reset() {
+	*x = RolloutWave{}
+	mi := &file_sallyport_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutWave) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutWave) ProtoMessage() {}
+
+func (x *RolloutWave) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutWave.ProtoReflect.Descriptor instead.
+func (*RolloutWave) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *RolloutWave) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RolloutWave) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *RolloutWave) GetBake() *durationpb.Duration {
+	if x != nil {
+		return x.Bake
+	}
+	return nil
+}
+
+func (x *RolloutWave) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type RolloutService struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`                                   // here and now
+	Served        uint64                 `protobuf:"varint,3,opt,name=served,proto3" json:"served,omitempty"`                              // connections within the budget's window
+	Refused       uint64                 `protobuf:"varint,4,opt,name=refused,proto3" json:"refused,omitempty"`                            // of those that count
+	WouldRefuse   uint64                 `protobuf:"varint,5,opt,name=would_refuse,json=wouldRefuse,proto3" json:"would_refuse,omitempty"` // connections that Enforce would refuse, since seen_since
+	OverBudget    string                 `protobuf:"bytes,6,opt,name=over_budget,json=overBudget,proto3" json:"over_budget,omitempty"`     // why the budget is spent, or would be under Enforce; empty: it is not
+	SeenSince     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=seen_since,json=seenSince,proto3" json:"seen_since,omitempty"`
+	Clients       []*RolloutClient       `protobuf:"bytes,8,rep,name=clients,proto3" json:"clients,omitempty"`                             // that Enforce would refuse, with the most connections first
+	Live          uint32                 `protobuf:"varint,9,opt,name=live,proto3" json:"live,omitempty"`                                  // connections that going over to Enforce cuts
+	LiveUnknown   string                 `protobuf:"bytes,10,opt,name=live_unknown,json=liveUnknown,proto3" json:"live_unknown,omitempty"` // why nobody can tell how many
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutService) Reset() {
+	*x = RolloutService{}
+	mi := &file_sallyport_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutService) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutService) ProtoMessage() {}
+
+func (x *RolloutService) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutService.ProtoReflect.Descriptor instead.
+func (*RolloutService) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *RolloutService) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RolloutService) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *RolloutService) GetServed() uint64 {
+	if x != nil {
+		return x.Served
+	}
+	return 0
+}
+
+func (x *RolloutService) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *RolloutService) GetWouldRefuse() uint64 {
+	if x != nil {
+		return x.WouldRefuse
+	}
+	return 0
+}
+
+func (x *RolloutService) GetOverBudget() string {
+	if x != nil {
+		return x.OverBudget
+	}
+	return ""
+}
+
+func (x *RolloutService) GetSeenSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SeenSince
+	}
+	return nil
+}
+
+func (x *RolloutService) GetClients() []*RolloutClient {
+	if x != nil {
+		return x.Clients
+	}
+	return nil
+}
+
+func (x *RolloutService) GetLive() uint32 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
+}
+
+func (x *RolloutService) GetLiveUnknown() string {
+	if x != nil {
+		return x.LiveUnknown
+	}
+	return ""
+}
+
+type RolloutClient struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	Opens         uint64                 `protobuf:"varint,2,opt,name=opens,proto3" json:"opens,omitempty"`
+	Last          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=last,proto3" json:"last,omitempty"`
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutClient) Reset() {
+	*x = RolloutClient{}
+	mi := &file_sallyport_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutClient) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutClient) ProtoMessage() {}
+
+func (x *RolloutClient) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutClient.ProtoReflect.Descriptor instead.
+func (*RolloutClient) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *RolloutClient) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RolloutClient) GetOpens() uint64 {
+	if x != nil {
+		return x.Opens
+	}
+	return 0
+}
+
+func (x *RolloutClient) GetLast() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+func (x *RolloutClient) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type StateRolloutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRolloutRequest) Reset() {
+	*x = StateRolloutRequest{}
+	mi := &file_sallyport_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRolloutRequest) ProtoMessage() {}
+
+func (x *StateRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRolloutRequest.ProtoReflect.Descriptor instead.
+func (*StateRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *StateRolloutRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+type StateRolloutReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rollout       *Rollout               `protobuf:"bytes,1,opt,name=rollout,proto3" json:"rollout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRolloutReply) Reset() {
+	*x = StateRolloutReply{}
+	mi := &file_sallyport_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRolloutReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRolloutReply) ProtoMessage() {}
+
+func (x *StateRolloutReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRolloutReply.ProtoReflect.Descriptor instead.
+func (*StateRolloutReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *StateRolloutReply) GetRollout() *Rollout {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
+}
+
+type HaltRolloutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HaltRolloutRequest) Reset() {
+	*x = HaltRolloutRequest{}
+	mi := &file_sallyport_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HaltRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HaltRolloutRequest) ProtoMessage() {}
+
+func (x *HaltRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HaltRolloutRequest.ProtoReflect.Descriptor instead.
+func (*HaltRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *HaltRolloutRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HaltRolloutRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type HaltRolloutReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Halted        []string               `protobuf:"bytes,1,rep,name=halted,proto3" json:"halted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HaltRolloutReply) Reset() {
+	*x = HaltRolloutReply{}
+	mi := &file_sallyport_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HaltRolloutReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HaltRolloutReply) ProtoMessage() {}
+
+func (x *HaltRolloutReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HaltRolloutReply.ProtoReflect.Descriptor instead.
+func (*HaltRolloutReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *HaltRolloutReply) GetHalted() []string {
+	if x != nil {
+		return x.Halted
+	}
+	return nil
+}
+
 type ProxyHello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
@@ -5398,7 +6079,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5410,7 +6091,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5423,7 +6104,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{68}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -5458,7 +6139,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5470,7 +6151,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5483,7 +6164,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{69}
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -5520,7 +6201,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5532,7 +6213,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5545,7 +6226,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{70}
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -5598,7 +6279,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5610,7 +6291,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5623,7 +6304,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{71}
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -5645,7 +6326,7 @@ type CallerRequest struct {
 
 func (x *CallerRequest) Reset() {
 	*x = CallerRequest{}
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5657,7 +6338,7 @@ func (x *CallerRequest) String() string {
 func (*CallerRequest) ProtoMessage() {}
 
 func (x *CallerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5670,7 +6351,7 @@ func (x *CallerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallerRequest.ProtoReflect.Descriptor instead.
 func (*CallerRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{72}
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *CallerRequest) GetProtocol() string {
@@ -5704,7 +6385,7 @@ type CallerReply struct {
 
 func (x *CallerReply) Reset() {
 	*x = CallerReply{}
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5716,7 +6397,7 @@ func (x *CallerReply) String() string {
 func (*CallerReply) ProtoMessage() {}
 
 func (x *CallerReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5729,7 +6410,7 @@ func (x *CallerReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallerReply.ProtoReflect.Descriptor instead.
 func (*CallerReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{73}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *CallerReply) GetCaller() *Workload {
@@ -5761,7 +6442,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5773,7 +6454,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5786,7 +6467,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{74}
+	return file_sallyport_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *SignRequest) GetConnection() *CallerRequest {
@@ -5833,7 +6514,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5845,7 +6526,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5858,7 +6539,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{75}
+	return file_sallyport_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *SignReply) GetSignature() []byte {
@@ -5880,7 +6561,7 @@ type LiveRequest struct {
 
 func (x *LiveRequest) Reset() {
 	*x = LiveRequest{}
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5892,7 +6573,7 @@ func (x *LiveRequest) String() string {
 func (*LiveRequest) ProtoMessage() {}
 
 func (x *LiveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5905,7 +6586,7 @@ func (x *LiveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiveRequest.ProtoReflect.Descriptor instead.
 func (*LiveRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{76}
+	return file_sallyport_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LiveRequest) GetService() string {
@@ -5938,7 +6619,7 @@ type LiveReply struct {
 
 func (x *LiveReply) Reset() {
 	*x = LiveReply{}
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5950,7 +6631,7 @@ func (x *LiveReply) String() string {
 func (*LiveReply) ProtoMessage() {}
 
 func (x *LiveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5963,7 +6644,7 @@ func (x *LiveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiveReply.ProtoReflect.Descriptor instead.
 func (*LiveReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{77}
+	return file_sallyport_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LiveReply) GetGrant() string {
@@ -5985,7 +6666,7 @@ type RelayFrame struct {
 
 func (x *RelayFrame) Reset() {
 	*x = RelayFrame{}
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5997,7 +6678,7 @@ func (x *RelayFrame) String() string {
 func (*RelayFrame) ProtoMessage() {}
 
 func (x *RelayFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6010,7 +6691,7 @@ func (x *RelayFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayFrame.ProtoReflect.Descriptor instead.
 func (*RelayFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{78}
+	return file_sallyport_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RelayFrame) GetEndpoint() string {
@@ -6043,7 +6724,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6055,7 +6736,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6068,7 +6749,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{79}
+	return file_sallyport_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -6087,7 +6768,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6099,7 +6780,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6112,7 +6793,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{80}
+	return file_sallyport_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -6131,7 +6812,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6143,7 +6824,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6156,7 +6837,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{81}
+	return file_sallyport_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -6174,7 +6855,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6186,7 +6867,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6199,7 +6880,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{82}
+	return file_sallyport_proto_rawDescGZIP(), []int{92}
 }
 
 type WatchGrantsRequest struct {
@@ -6211,7 +6892,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6223,7 +6904,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6236,7 +6917,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{83}
+	return file_sallyport_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -6258,7 +6939,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6270,7 +6951,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6283,7 +6964,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{84}
+	return file_sallyport_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -6329,7 +7010,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6341,7 +7022,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6354,7 +7035,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{85}
+	return file_sallyport_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -6416,7 +7097,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6428,7 +7109,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6441,7 +7122,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{86}
+	return file_sallyport_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -6466,7 +7147,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6478,7 +7159,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6491,7 +7172,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{87}
+	return file_sallyport_proto_rawDescGZIP(), []int{97}
 }
 
 type UsedGrantsReply struct {
@@ -6503,7 +7184,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6515,7 +7196,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6528,7 +7209,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{88}
+	return file_sallyport_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -6559,7 +7240,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6571,7 +7252,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6584,7 +7265,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{89}
+	return file_sallyport_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -6691,7 +7372,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6703,7 +7384,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6716,7 +7397,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{90}
+	return file_sallyport_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *Suggestion) GetField() string {
@@ -6767,7 +7448,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6779,7 +7460,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6792,7 +7473,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{91}
+	return file_sallyport_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -6874,7 +7555,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6886,7 +7567,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6899,7 +7580,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{92}
+	return file_sallyport_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -7211,7 +7892,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
 	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
-	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xd5\x06\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xf1\x06\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -7241,7 +7922,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\tlost_flow\x18\x13 \x01(\x04R\blostFlow\x12%\n" +
 	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x12\x14\n" +
 	"\x05panic\x18\x1f \x01(\tR\x05panic\x12!\n" +
-	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x1a:\n" +
+	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x12\x1a\n" +
+	"\brollouts\x18) \x03(\tR\brollouts\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x11\n" +
@@ -7353,7 +8035,60 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05lines\x18\x05 \x03(\tR\x05lines\"A\n" +
 	"\x11AgentFlowsRequest\x12\x16\n" +
 	"\x06follow\x18\x01 \x01(\bR\x06follow\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"x\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"%\n" +
+	"\x0fRolloutsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\\\n" +
+	"\rRolloutsReply\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x127\n" +
+	"\brollouts\x18\x02 \x03(\v2\x1b.sallyport.v1alpha1.RolloutR\brollouts\"\x9e\x03\n" +
+	"\aRollout\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04plan\x18\x02 \x01(\tR\x04plan\x12\x14\n" +
+	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04wave\x18\x04 \x01(\rR\x04wave\x125\n" +
+	"\x05waves\x18\x05 \x03(\v2\x1f.sallyport.v1alpha1.RolloutWaveR\x05waves\x120\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05baked\x18\a \x01(\bR\x05baked\x124\n" +
+	"\achanged\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\achanged\x12\x0e\n" +
+	"\x02by\x18\t \x01(\tR\x02by\x12\x10\n" +
+	"\x03why\x18\n" +
+	" \x01(\tR\x03why\x12\x16\n" +
+	"\x06budget\x18\v \x01(\tR\x06budget\x12\x12\n" +
+	"\x04auto\x18\f \x01(\bR\x04auto\x12>\n" +
+	"\bservices\x18\r \x03(\v2\".sallyport.v1alpha1.RolloutServiceR\bservices\"x\n" +
+	"\vRolloutWave\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12-\n" +
+	"\x04bake\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04bake\x12\x12\n" +
+	"\x04here\x18\x04 \x01(\bR\x04here\"\xdd\x02\n" +
+	"\x0eRolloutService\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x16\n" +
+	"\x06served\x18\x03 \x01(\x04R\x06served\x12\x18\n" +
+	"\arefused\x18\x04 \x01(\x04R\arefused\x12!\n" +
+	"\fwould_refuse\x18\x05 \x01(\x04R\vwouldRefuse\x12\x1f\n" +
+	"\vover_budget\x18\x06 \x01(\tR\n" +
+	"overBudget\x129\n" +
+	"\n" +
+	"seen_since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tseenSince\x12;\n" +
+	"\aclients\x18\b \x03(\v2!.sallyport.v1alpha1.RolloutClientR\aclients\x12\x12\n" +
+	"\x04live\x18\t \x01(\rR\x04live\x12!\n" +
+	"\flive_unknown\x18\n" +
+	" \x01(\tR\vliveUnknown\"\x81\x01\n" +
+	"\rRolloutClient\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05opens\x18\x02 \x01(\x04R\x05opens\x12.\n" +
+	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why\"3\n" +
+	"\x13StateRolloutRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\"J\n" +
+	"\x11StateRolloutReply\x125\n" +
+	"\arollout\x18\x01 \x01(\v2\x1b.sallyport.v1alpha1.RolloutR\arollout\":\n" +
+	"\x12HaltRolloutRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"*\n" +
+	"\x10HaltRolloutReply\x12\x16\n" +
+	"\x06halted\x18\x01 \x03(\tR\x06halted\"x\n" +
 	"\n" +
 	"ProxyHello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
@@ -7479,8 +8214,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Nodes\x12 .sallyport.v1alpha1.NodesRequest\x1a\x1e.sallyport.v1alpha1.NodesReply\x12C\n" +
 	"\x03Log\x12\x1e.sallyport.v1alpha1.LogRequest\x1a\x1c.sallyport.v1alpha1.LogReply\x12T\n" +
 	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x01\x12C\n" +
-	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\x97\n" +
-	"\n" +
+	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\xa8\f\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -7498,7 +8232,10 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
-	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\x84\x03\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x01\x12R\n" +
+	"\bRollouts\x12#.sallyport.v1alpha1.RolloutsRequest\x1a!.sallyport.v1alpha1.RolloutsReply\x12^\n" +
+	"\fStateRollout\x12'.sallyport.v1alpha1.StateRolloutRequest\x1a%.sallyport.v1alpha1.StateRolloutReply\x12[\n" +
+	"\vHaltRollout\x12&.sallyport.v1alpha1.HaltRolloutRequest\x1a$.sallyport.v1alpha1.HaltRolloutReply2\x84\x03\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
 	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
@@ -7519,7 +8256,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 104)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -7590,49 +8327,59 @@ var file_sallyport_proto_goTypes = []any{
 	(*ExplainRequest)(nil),        // 66: sallyport.v1alpha1.ExplainRequest
 	(*ExplainReply)(nil),          // 67: sallyport.v1alpha1.ExplainReply
 	(*AgentFlowsRequest)(nil),     // 68: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 69: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 70: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 71: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 72: sallyport.v1alpha1.ProxyAck
-	(*CallerRequest)(nil),         // 73: sallyport.v1alpha1.CallerRequest
-	(*CallerReply)(nil),           // 74: sallyport.v1alpha1.CallerReply
-	(*SignRequest)(nil),           // 75: sallyport.v1alpha1.SignRequest
-	(*SignReply)(nil),             // 76: sallyport.v1alpha1.SignReply
-	(*LiveRequest)(nil),           // 77: sallyport.v1alpha1.LiveRequest
-	(*LiveReply)(nil),             // 78: sallyport.v1alpha1.LiveReply
-	(*RelayFrame)(nil),            // 79: sallyport.v1alpha1.RelayFrame
-	(*PanicRequest)(nil),          // 80: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 81: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 82: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 83: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 84: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 85: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 86: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 87: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 88: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 89: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 90: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 91: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 92: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 93: sallyport.v1alpha1.SignalReply
-	nil,                           // 94: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 95: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 96: google.protobuf.Duration
+	(*RolloutsRequest)(nil),       // 69: sallyport.v1alpha1.RolloutsRequest
+	(*RolloutsReply)(nil),         // 70: sallyport.v1alpha1.RolloutsReply
+	(*Rollout)(nil),               // 71: sallyport.v1alpha1.Rollout
+	(*RolloutWave)(nil),           // 72: sallyport.v1alpha1.RolloutWave
+	(*RolloutService)(nil),        // 73: sallyport.v1alpha1.RolloutService
+	(*RolloutClient)(nil),         // 74: sallyport.v1alpha1.RolloutClient
+	(*StateRolloutRequest)(nil),   // 75: sallyport.v1alpha1.StateRolloutRequest
+	(*StateRolloutReply)(nil),     // 76: sallyport.v1alpha1.StateRolloutReply
+	(*HaltRolloutRequest)(nil),    // 77: sallyport.v1alpha1.HaltRolloutRequest
+	(*HaltRolloutReply)(nil),      // 78: sallyport.v1alpha1.HaltRolloutReply
+	(*ProxyHello)(nil),            // 79: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 80: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 81: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 82: sallyport.v1alpha1.ProxyAck
+	(*CallerRequest)(nil),         // 83: sallyport.v1alpha1.CallerRequest
+	(*CallerReply)(nil),           // 84: sallyport.v1alpha1.CallerReply
+	(*SignRequest)(nil),           // 85: sallyport.v1alpha1.SignRequest
+	(*SignReply)(nil),             // 86: sallyport.v1alpha1.SignReply
+	(*LiveRequest)(nil),           // 87: sallyport.v1alpha1.LiveRequest
+	(*LiveReply)(nil),             // 88: sallyport.v1alpha1.LiveReply
+	(*RelayFrame)(nil),            // 89: sallyport.v1alpha1.RelayFrame
+	(*PanicRequest)(nil),          // 90: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 91: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 92: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 93: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 94: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 95: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 96: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 97: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 98: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 99: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 100: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 101: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 102: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 103: sallyport.v1alpha1.SignalReply
+	nil,                           // 104: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 105: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 106: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	95,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	96,  // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	105, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	106, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
 	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
 	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
-	96,  // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
-	95,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	96,  // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	95,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	95,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	95,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	106, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	105, // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	106, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	105, // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	105, // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	105, // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	95,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	96,  // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	105, // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	106, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -7658,143 +8405,159 @@ var file_sallyport_proto_depIdxs = []int32{
 	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
 	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	95,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	105, // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	95,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	105, // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	95,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	95,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	105, // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	105, // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
 	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	95,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	95,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	95,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	95,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	95,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	105, // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	105, // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	105, // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	105, // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	105, // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
 	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
 	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	95,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	105, // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
 	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	95,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	95,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	105, // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	105, // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
 	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
 	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
 	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	95,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	105, // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	96,  // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	94,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	106, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	104, // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	46,  // 66: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
 	47,  // 67: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
 	47,  // 68: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
 	47,  // 69: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
 	47,  // 70: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
 	45,  // 71: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	95,  // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	96,  // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	105, // 72: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	106, // 73: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	51,  // 74: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	50,  // 75: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	95,  // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	95,  // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	105, // 76: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	105, // 77: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	51,  // 78: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	96,  // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	106, // 79: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	54,  // 80: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	54,  // 81: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 82: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 83: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	95,  // 84: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 85: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	69,  // 86: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	70,  // 87: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	2,   // 88: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
-	73,  // 89: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
-	96,  // 90: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	95,  // 91: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	86,  // 92: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	54,  // 93: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	54,  // 94: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	96,  // 95: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	96,  // 96: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	50,  // 97: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	87,  // 98: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	95,  // 99: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	90,  // 100: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	54,  // 101: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	96,  // 102: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	96,  // 103: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	96,  // 104: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	96,  // 105: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	91,  // 106: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	95,  // 107: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	51,  // 108: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	95,  // 109: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	15,  // 110: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	28,  // 111: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	29,  // 112: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	30,  // 113: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	31,  // 114: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	32,  // 115: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	35,  // 116: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	37,  // 117: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	39,  // 118: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
-	41,  // 119: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	44,  // 120: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	49,  // 121: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	53,  // 122: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	56,  // 123: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	58,  // 124: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	62,  // 125: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	64,  // 126: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	60,  // 127: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	66,  // 128: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	68,  // 129: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	80,  // 130: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	82,  // 131: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	92,  // 132: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	88,  // 133: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	84,  // 134: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	71,  // 135: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	79,  // 136: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
-	73,  // 137: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
-	75,  // 138: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
-	77,  // 139: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
-	23,  // 140: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	24,  // 141: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	25,  // 142: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	26,  // 143: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	27,  // 144: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	33,  // 145: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	36,  // 146: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	38,  // 147: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	40,  // 148: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	43,  // 149: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	48,  // 150: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	52,  // 151: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	55,  // 152: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	57,  // 153: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	59,  // 154: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	63,  // 155: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	65,  // 156: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	61,  // 157: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	67,  // 158: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 159: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	81,  // 160: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	83,  // 161: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	93,  // 162: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	89,  // 163: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	85,  // 164: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	72,  // 165: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	79,  // 166: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
-	74,  // 167: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
-	76,  // 168: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
-	78,  // 169: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
-	140, // [140:170] is the sub-list for method output_type
-	110, // [110:140] is the sub-list for method input_type
-	110, // [110:110] is the sub-list for extension type_name
-	110, // [110:110] is the sub-list for extension extendee
-	0,   // [0:110] is the sub-list for field type_name
+	71,  // 84: sallyport.v1alpha1.RolloutsReply.rollouts:type_name -> sallyport.v1alpha1.Rollout
+	72,  // 85: sallyport.v1alpha1.Rollout.waves:type_name -> sallyport.v1alpha1.RolloutWave
+	105, // 86: sallyport.v1alpha1.Rollout.since:type_name -> google.protobuf.Timestamp
+	105, // 87: sallyport.v1alpha1.Rollout.changed:type_name -> google.protobuf.Timestamp
+	73,  // 88: sallyport.v1alpha1.Rollout.services:type_name -> sallyport.v1alpha1.RolloutService
+	106, // 89: sallyport.v1alpha1.RolloutWave.bake:type_name -> google.protobuf.Duration
+	105, // 90: sallyport.v1alpha1.RolloutService.seen_since:type_name -> google.protobuf.Timestamp
+	74,  // 91: sallyport.v1alpha1.RolloutService.clients:type_name -> sallyport.v1alpha1.RolloutClient
+	105, // 92: sallyport.v1alpha1.RolloutClient.last:type_name -> google.protobuf.Timestamp
+	71,  // 93: sallyport.v1alpha1.StateRolloutReply.rollout:type_name -> sallyport.v1alpha1.Rollout
+	105, // 94: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 95: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	79,  // 96: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	80,  // 97: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	2,   // 98: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
+	83,  // 99: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
+	106, // 100: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	105, // 101: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	96,  // 102: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	54,  // 103: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	54,  // 104: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	106, // 105: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	106, // 106: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	50,  // 107: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	97,  // 108: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	105, // 109: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	100, // 110: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	54,  // 111: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	106, // 112: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	106, // 113: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	106, // 114: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	106, // 115: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	101, // 116: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	105, // 117: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	51,  // 118: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	105, // 119: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	15,  // 120: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	28,  // 121: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	29,  // 122: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	30,  // 123: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	31,  // 124: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	32,  // 125: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	35,  // 126: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	37,  // 127: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	39,  // 128: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	41,  // 129: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	44,  // 130: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	49,  // 131: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	53,  // 132: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	56,  // 133: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	58,  // 134: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	62,  // 135: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	64,  // 136: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	60,  // 137: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	66,  // 138: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	68,  // 139: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	90,  // 140: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	92,  // 141: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	102, // 142: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	98,  // 143: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	94,  // 144: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	69,  // 145: sallyport.v1alpha1.Agent.Rollouts:input_type -> sallyport.v1alpha1.RolloutsRequest
+	75,  // 146: sallyport.v1alpha1.Agent.StateRollout:input_type -> sallyport.v1alpha1.StateRolloutRequest
+	77,  // 147: sallyport.v1alpha1.Agent.HaltRollout:input_type -> sallyport.v1alpha1.HaltRolloutRequest
+	81,  // 148: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	89,  // 149: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	83,  // 150: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
+	85,  // 151: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
+	87,  // 152: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
+	23,  // 153: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 154: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 155: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 156: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 157: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 158: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 159: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 160: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 161: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 162: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 163: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 164: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 165: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 166: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 167: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 168: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 169: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 170: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 171: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 172: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	91,  // 173: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	93,  // 174: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	103, // 175: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	99,  // 176: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	95,  // 177: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	70,  // 178: sallyport.v1alpha1.Agent.Rollouts:output_type -> sallyport.v1alpha1.RolloutsReply
+	76,  // 179: sallyport.v1alpha1.Agent.StateRollout:output_type -> sallyport.v1alpha1.StateRolloutReply
+	78,  // 180: sallyport.v1alpha1.Agent.HaltRollout:output_type -> sallyport.v1alpha1.HaltRolloutReply
+	82,  // 181: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	89,  // 182: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	84,  // 183: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	86,  // 184: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
+	88,  // 185: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
+	153, // [153:186] is the sub-list for method output_type
+	120, // [120:153] is the sub-list for method input_type
+	120, // [120:120] is the sub-list for extension type_name
+	120, // [120:120] is the sub-list for extension extendee
+	0,   // [0:120] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -7827,7 +8590,7 @@ func file_sallyport_proto_init() {
 		(*ActRequest_Revoke)(nil),
 		(*ActRequest_Statement)(nil),
 	}
-	file_sallyport_proto_msgTypes[70].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[80].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -7837,7 +8600,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   94,
+			NumMessages:   104,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
