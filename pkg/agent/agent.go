@@ -331,12 +331,12 @@ func (n *node) resourcesChanged(e *enforced) error {
 	n.log.Info("resources in force", "digest", e.verified.Digest(), "services", len(e.services), "generation", e.generation)
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
 	err := n.grants.recheck(ctx, e)
 	if errors.Is(err, errNotRecorded) {
 		err = nil // a tick records it, and tells why it cannot
 	}
 	n.problems.report(problemGrants, "resources", err)
+	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
 	n.relay.recheck()
 	n.readiness.poke()
 	return err

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -143,9 +144,13 @@ func TestRollout(t *testing.T) {
 	r.wait(t, "FellBack 1 Shadow, Halted 1 Shadow")
 
 	r.resources(t, fmt.Sprintf("%q", here.other))
-	waitUntil(t, "the mended policy", func() bool {
-		return r.say("resume", "--yes").err == nil || r.stands(t) == "Running 1 Enforce, Running 1 Shadow"
-	})
+	for _, w := range []*world{r.here, r.there} {
+		waitUntil(t, "the mended policy", func() bool {
+			kept, err := os.ReadFile(w.files.state + "/verified.yaml")
+			return err == nil && strings.Contains(string(kept), "except:") && strings.Contains(string(kept), here.other.String())
+		})
+	}
+	r.must(t, r.say("resume", "--yes"))
 	r.wait(t, "Running 1 Enforce, Running 1 Shadow")
 	for range 4 {
 		planted(here).plain(within(t, patience))
