@@ -236,6 +236,8 @@ func TestWhatFallsBack(t *testing.T) {
 	r.refused(9, "10.1.9.1", flow.ReasonNoTLS)          // left out
 	r.refused(9, "10.1.0.66", flow.ReasonNotAuthorised) // of whom Shadow has told
 	r.refused(9, "10.1.0.2", flow.ReasonStray)          // was cut by the change of mode
+	r.watch.note(flow.Record{Event: flow.EventDeny, Verdict: flow.VerdictDenied, Reason: flow.ReasonHandshakeFailed, Service: "postgres", Count: 9,
+		Client: netip.MustParseAddrPort("127.0.0.1:40000"), Detail: flow.DetailLeft + ": EOF"}) // a probe
 	r.refused(2, "10.1.0.67", flow.ReasonNoTLS)
 	must(t, r.tend(t.Context()))
 	if r.mode() != policy.ModeEnforce || r.kicked != 0 {

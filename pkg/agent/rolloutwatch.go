@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -97,10 +98,11 @@ func (w *rolloutWatch) note(rec flow.Record) {
 	}
 }
 
-// refused counts a refusal, unless Shadow has told of it. w.mu is held.
+// refused counts a refusal, unless Shadow has told of it. A client that only knocked, as the agent's own probes do, was refused nothing.
+// w.mu is held.
 func (w *rolloutWatch) refused(s *watchedService, rec flow.Record) {
 	b, state := s.rollout.Spec.Budget, w.state(s.rollout.Name)
-	if !b.Counts(rec.Client.Addr(), rec.Reason) || state.Modes[rec.Service] != policy.ModeEnforce || isTold(state, rec.Service, rec.Client.Addr()) {
+	if strings.Contains(rec.Detail, flow.DetailLeft) || !b.Counts(rec.Client.Addr(), rec.Reason) || state.Modes[rec.Service] != policy.ModeEnforce || isTold(state, rec.Service, rec.Client.Addr()) {
 		return
 	}
 	now := w.clock.boot()

@@ -132,7 +132,7 @@ func TestRollout(t *testing.T) {
 	r.wait(t, "FellBack 1 Shadow, Running 1 Shadow")
 	waitUntil(t, "the client's answer", func() bool { return planted(here).plain(within(t, patience)).who == direct })
 	t.Logf("fell back and served again %v after the first refusal", time.Since(began).Round(time.Millisecond))
-	if s := r.say("advance", "--yes", "--despite-forecast"); s.err == nil || !strings.Contains(s.stderr, "node-1: FellBack: host-echo: 3 of ") {
+	if s := r.say("advance", "--yes", "--despite-forecast"); s.err == nil || !strings.Contains(s.stderr, "node-1: FellBack: host-echo: 3 of 4 connections were refused") {
 		t.Errorf("another wave: %s", s)
 	}
 	if s := r.here.try("rollout", "run", "echo", "--agents", r.agents(), "--key", r.here.key, "--by", "alice"); s.err == nil {
