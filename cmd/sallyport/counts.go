@@ -39,6 +39,8 @@ func (c *cli) signerOfStep(set *policy.Set, key policy.PublicKey, step grant.Ste
 		return signer, err
 	}
 	switch step {
+	case grant.StepAdvanced, grant.StepResumed:
+		use = policy.UseRollout
 	case grant.StepWithdrawn:
 		use, may, who = facts.UseOf(policy.UseRequest), signer.Person == facts.Requester, facts.Requester+" asked for it, and `sallyport grant deny` is for those who could approve it"
 	case grant.StepDenied:

@@ -182,7 +182,7 @@ func exported() (all []any) {
 		}
 	}
 	add(&api.FlowRecord{})
-	steps := []string{"", "LATER", "ACTIVATED", "REVOKED", "EXPIRED", "SPENT", "IDLE", "WARNED", "SIGNALLED", "REFUSED", "UNINSTALLED", "ALARM", "ROLLED_BACK", "PANIC", "LIFTED", "WITHDRAWN", "DENIED", "REVIEWED", "VOUCHED"}
+	steps := []string{"", "LATER", "ACTIVATED", "REVOKED", "EXPIRED", "SPENT", "IDLE", "WARNED", "SIGNALLED", "REFUSED", "UNINSTALLED", "ALARM", "ROLLED_BACK", "PANIC", "LIFTED", "WITHDRAWN", "DENIED", "REVIEWED", "VOUCHED", "ADVANCED", "HALTED", "RESUMED", "FELL_BACK", "ROLLED_OUT"}
 	for _, step := range steps {
 		full := &api.GrantEvent{Grant: "01J8ZQ4X5M3T9V0Y2B7C6D1E4F", Step: step, Time: timestamppb.New(began), Boot: durationpb.New(time.Hour), Requester: "bob", Actor: "uid:0", Service: "postgres",
 			Clients: []string{"10.1.0.2"}, Deadline: timestamppb.New(began.Add(time.Minute)), Slots: []uint32{0, 3}, Why: "because", Envelope: []byte("{}"), Signers: []string{"K"}, Kind: "breakGlass", Signals: []string{"one"}}

@@ -151,6 +151,10 @@ func checkTable(t *table, set *policy.Set, closed []problem) {
 		t.row(policy.KindRemoteService, r.Name, r.Source, fmt.Sprintf("%s, for %s, answered by %s, without Sallyport: %s",
 			r.Words(), plural(len(r.Spec.Callers), "caller"), strings.Join(r.Spec.Identities, ", "), r.Spec.Without))
 	}
+	for _, r := range set.Rollouts() {
+		t.row(policy.KindRollout, r.Name, r.Source, fmt.Sprintf("%s, in %s, falls back where more is refused than %s", strings.Join(r.Spec.Services, ","),
+			plural(len(r.Spec.Waves), "wave"), r.Spec.Budget))
+	}
 	t.line("")
 	if set.Version() > 0 {
 		t.row("version", set.Version())

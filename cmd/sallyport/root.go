@@ -58,7 +58,7 @@ func newRoot(e env) *cobra.Command {
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
 	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.audit(), c.console(), c.policy(), c.whoami())
-	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.panic(), c.demo(), c.uninstall())
+	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.rollout(), c.panic(), c.demo(), c.uninstall())
 	root.AddCommand(c.docs())
 	return root
 }
@@ -74,6 +74,7 @@ When something is wrong on a node:
   sallyport grants                      what goes around the proxy now
   sallyport grant revoke ID --why TEXT  end one grant
   sallyport panic --why TEXT            end every path of the node
+  sallyport rollout halt --why TEXT     let no wave of a roll-out begin
 
 ` + exitCodesHelp
 

@@ -104,7 +104,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	answered, unanswered := g.answered(a, e)
-	if err := errors.Join(p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.set.Digest()), refused, unanswered,
+	if err := errors.Join(p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.verified.Digest()), refused, unanswered,
 		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}

@@ -58,6 +58,7 @@ type node struct {
 	uplinks     *uplinks
 	around      *surroundings
 	grants      *grants
+	rollouts    *rollouts
 	readiness   *readiness
 	losses      *lossLedger
 	tides       *tides
@@ -123,6 +124,7 @@ func (n *node) parts() []part {
 		{name: "hooks of devices", start: n.hookDevices},
 		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
 		{name: "grants", start: n.adoptGrants, stop: n.tellRefusals},
+		{name: "roll-outs", run: func(ctx context.Context) error { return n.rollouts.Run(ctx) }},
 		{name: "tides", start: n.makeTides},
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
@@ -289,12 +291,12 @@ func (n *node) classifier() classifier {
 	return classifier{pods: d.Pods, ignore: d.Ignore, px0: n.px.Px0}
 }
 
-func (n *node) loadResources(context.Context) error {
+func (n *node) loadResources(ctx context.Context) error {
 	where := locator{classify: n.classifier(), ports: bridgePorts{}}
 	n.resources = &resources{
 		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
-		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, closed: n.isClosed, problems: n.problems, changed: n.resourcesChanged,
+		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), modes: n.modes, fits: n.fits, closed: n.isClosed, problems: n.problems, changed: n.resourcesChanged,
 		kick: make(chan struct{}, 1),
 	}
 	n.grants = &grants{
@@ -305,8 +307,23 @@ func (n *node) loadResources(context.Context) error {
 		panicMark: panicFile(n.cfg), saidFile: n.cfg.SignalsFile(), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}
+	if err := n.makeRollouts(ctx); err != nil {
+		return err
+	}
 	return n.resources.load()
 }
+
+// makeRollouts recalls how far roll-outs have come before any table is made.
+func (n *node) makeRollouts(ctx context.Context) error {
+	n.rollouts = &rollouts{node: n.cfg.Name, store: n.store, clock: n.clock, enforced: n.resources.current, hear: n.grants.hear,
+		apply: n.resources.poke, recorded: func() { n.audit.Kick() }, alarm: n.alarms.raise, events: n.eventCounts, problems: n.problems,
+		log: n.log, kick: make(chan struct{}, 1)}
+	n.rollouts.watch = &rolloutWatch{clock: n.clock, state: n.rollouts.state, kick: n.rollouts.soon}
+	n.sink.watch = n.rollouts.watch
+	return n.rollouts.recall(ctx)
+}
+
+func (n *node) modes(set *policy.Set) map[string]policy.Mode { return n.rollouts.modes(set) }
 
 func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
 
@@ -320,7 +337,7 @@ func (n *node) isClosed(s policy.RemoteService) error {
 
 // resourcesChanged ends what the new resources would refuse and probes anew. The error says what could not be ended.
 func (n *node) resourcesChanged(e *enforced) error {
-	n.log.Info("resources in force", "digest", e.set.Digest(), "services", len(e.services), "generation", e.generation)
+	n.log.Info("resources in force", "digest", e.verified.Digest(), "services", len(e.services), "generation", e.generation)
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	err := n.grants.recheck(ctx, e)
@@ -328,6 +345,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 		err = nil // a tick records it, and tells why it cannot
 	}
 	n.problems.report(problemGrants, "resources", err)
+	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
 	n.relay.recheck()
 	n.readiness.poke()
 	return err
@@ -427,7 +445,7 @@ func (n *node) listenProxy(context.Context) (err error) {
 func (n *node) listenOperators(context.Context) (err error) {
 	o := n.cfg.Spec.Operators
 	n.operators, err = newEndpoint(n.cfg.AgentSocket(), callers{uids: o.UIDs, gids: o.GIDs}, func(r grpc.ServiceRegistrar) {
-		api.RegisterAgentServer(r, &operators{grants: n.grants, datapath: n.datapath, enforced: n.resources.current,
+		api.RegisterAgentServer(r, &operators{grants: n.grants, rollouts: n.rollouts, datapath: n.datapath, enforced: n.resources.current,
 			status: n.status, listening: n.proxyListening, recent: n.recent, clock: n.clock, stopping: n.stopping})
 	})
 	return err

@@ -30,11 +30,12 @@ const (
 
 	alarmStoreDamaged alarmName = "store_damaged" // the node's records were, and begin anew
 	alarmLog          alarmName = "log"           // the collector showed another history than it did before
+	alarmRollout      alarmName = "rollout"       // what a roll-out had enforced fell back: too much was refused
 	alarmUnreconciled alarmName = "unreconciled"  // the kernel counted another volume than records tell of, and no loss explains it
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog, alarmUnreconciled}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog, alarmRollout, alarmUnreconciled}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

@@ -241,7 +241,7 @@ func TestRecheckNeedsNoDisk(t *testing.T) {
 	revoked, err := policy.Parse("test.yaml", []byte(strings.Replace(b.signer.resources("15m"), "spec:\n  version: 1\n",
 		fmt.Sprintf("spec:\n  version: 2\n  revokedKeys: [%q]\n", b.signer.key.Public().ID()), 1)))
 	must(t, err)
-	must(t, l.recheck(t.Context(), &enforced{set: revoked, services: l.enforced().services}))
+	must(t, l.recheck(t.Context(), &enforced{verified: revoked, set: revoked, services: l.enforced().services}))
 	row, err := l.store.Grant(t.Context(), stays)
 	must(t, err)
 	if _, open := l.states(); open[stays] != 0 || !contains(row.EndedWhy, "resources changed", "is revoked") {
@@ -281,7 +281,7 @@ func (l *life) denying(a netip.Addr) *enforced {
 	set, err := policy.Parse("test.yaml", []byte(l.signer.resources("15m")+fmt.Sprintf(
 		"---\napiVersion: sallyport.dev/v1alpha1\nkind: DenyList\nmetadata: {name: out}\nspec: {reason: left, addresses: [%q]}\n", a)))
 	must(l.t, err)
-	return &enforced{set: set, services: l.enforced().services}
+	return &enforced{verified: set, set: set, services: l.enforced().services}
 }
 
 // TestSlotOfALivePathIsNoEndedOne: a slot that was seen with an ended path, and has a live one by the time it is noted, or by the time

@@ -25,6 +25,7 @@ type sink struct {
 	ports   *portUse
 	tides   *tides
 	callers *openers // nil: nobody looks at them
+	watch   *rolloutWatch
 }
 
 func (s *sink) take(source string, rec flow.Record) {
@@ -40,6 +41,7 @@ func (s *sink) note(source string, rec flow.Record) {
 	s.counts.count(source, rec)
 	s.recent.add(rec)
 	s.ports.note(rec)
+	s.watch.note(rec)
 }
 
 // kernelEvents reads the kernel's rings.
@@ -123,7 +125,8 @@ type eventCounter struct {
 
 func newEventCounter() *eventCounter {
 	c := &eventCounter{n: make(map[string]uint64)}
-	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepSignalled, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted} {
+	for _, step := range []string{stepActivated, stepRevoked, stepExpired, stepSpent, stepIdle, stepWarned, stepSignalled, stepRefused, stepUninstalled, stepAlarm, stepPanic, stepLifted,
+		stepAdvanced, stepHalted, stepResumed, stepFellBack, stepRolledOut} {
 		c.n[step] = 0
 	}
 	return c

@@ -215,7 +215,9 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 	services := r.compile(b.set)
 	generation, err := d.SetServices(services)
 	must(b.t, err)
-	l.enforced = func() *enforced { return &enforced{set: b.set, services: services, generation: generation} }
+	l.enforced = func() *enforced {
+		return &enforced{verified: b.set, set: b.set, services: services, generation: generation}
+	}
 	return l
 }
 

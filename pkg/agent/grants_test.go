@@ -323,7 +323,7 @@ func TestResourcesThatChangeEndGrants(t *testing.T) {
 	}
 	tighter, err := policy.Parse("test.yaml", []byte(b.signer.resources("30s")))
 	must(t, err)
-	must(t, l.recheck(t.Context(), &enforced{set: tighter, services: l.enforced().services}))
+	must(t, l.recheck(t.Context(), &enforced{verified: tighter, set: tighter, services: l.enforced().services}))
 	rows, err := l.all(t.Context())
 	must(t, err)
 	if _, open := l.states(); len(open) != 0 || rows[0].State != store.StateRevoked || !contains(rows[0].EndedWhy, "resources changed", "duration") {
@@ -351,11 +351,11 @@ func TestPolicyEndsPaths(t *testing.T) {
 	if left := paths[0].Deadline - datapath.BootTime(); !row.Deadline.Equal(end) || left > time.Until(end)+time.Second {
 		t.Fatalf("recorded until %v, in the kernel for %v; its policy ends at %v", row.Deadline, left, end)
 	}
-	must(t, l.recheck(t.Context(), &enforced{set: ending(end), services: l.enforced().services}))
+	must(t, l.recheck(t.Context(), &enforced{verified: ending(end), set: ending(end), services: l.enforced().services}))
 	if _, open := l.states(); open[row.ID] != 1 {
 		t.Fatal("ended by a policy that ends no sooner")
 	}
-	must(t, l.recheck(t.Context(), &enforced{set: ending(end.Add(-5 * time.Second)), services: l.enforced().services}))
+	must(t, l.recheck(t.Context(), &enforced{verified: ending(end.Add(-5 * time.Second)), set: ending(end.Add(-5 * time.Second)), services: l.enforced().services}))
 	rows, err := l.all(t.Context())
 	must(t, err)
 	if _, open := l.states(); len(open) != 0 || !contains(rows[0].EndedWhy, "resources changed", "ends it sooner") {

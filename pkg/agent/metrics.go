@@ -27,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
-	certificates, providers, modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers *prometheus.Desc
+	certificates, providers, modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers, wave, phase *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -74,6 +74,8 @@ func newMetrics(n *node) *metrics {
 
 		certificates: desc("web_certificate_ends_seconds", "Unix time at which the web certificate that the proxy has in use ends.", "certificate"),
 		providers:    desc("provider_keys_fetched_seconds", "Unix time at which the proxy last fetched the keys of an identity provider.", "provider"),
+		wave:         desc("rollout_wave", "How many waves of a roll-out have begun on this node.", "rollout"),
+		phase:        desc("rollout", "1 for the phase that a roll-out is in on this node.", "rollout", "phase"),
 
 		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
 		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
@@ -85,7 +87,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
-		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers, m.certificates, m.providers} {
+		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers, m.certificates, m.providers, m.wave, m.phase} {
 		ch <- d
 	}
 }
@@ -120,6 +122,7 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	if e := m.node.resources.current(); e != nil {
 		gauge(ch, m.generation, float64(e.generation))
 	}
+	m.collectRollouts(ch)
 	for class, n := range m.node.problems.counts() {
 		gauge(ch, m.problems, float64(n), string(class))
 	}

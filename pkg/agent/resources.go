@@ -21,7 +21,8 @@ const settle = 100 * time.Millisecond
 
 // enforced is what the node enforces: a verified set and the table made of it. It does not change.
 type enforced struct {
-	set        *policy.Set
+	verified   *policy.Set // as it was read
+	set        *policy.Set // with the modes that roll-outs have reached on this node
 	handed     *policy.Set // to the proxy: without the addresses of remote services that are here
 	services   []datapath.Service
 	generation uint32 // of the kernel's table
@@ -46,9 +47,10 @@ type resources struct {
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
 	locate   func(policy.ProtectedService) (place, error)
-	isHere   func(netip.Addr) (bool, error)   // is it an address of the node or of a pod on it? nil: none is
-	fits     func(*policy.Set) error          // the node's configuration; nil: whatever is valid does
-	closed   func(policy.RemoteService) error // why it serves nobody on this node; nil: none does
+	isHere   func(netip.Addr) (bool, error)           // is it an address of the node or of a pod on it? nil: none is
+	modes    func(*policy.Set) map[string]policy.Mode // that roll-outs have reached; nil: none have
+	fits     func(*policy.Set) error                  // the node's configuration; nil: whatever is valid does
+	closed   func(policy.RemoteService) error         // why it serves nobody on this node; nil: none does
 	problems *problems
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work
@@ -119,7 +121,7 @@ func (r *resources) reload() {
 	before := r.current()
 	var last *policy.Set
 	if before != nil {
-		last = before.set
+		last = before.verified
 		if r.owed { // whatever becomes of what the directory has
 			r.owed = r.changed(before) != nil
 		}
@@ -129,7 +131,7 @@ func (r *resources) reload() {
 		err = r.put(set, last)
 	} else if before != nil {
 		// Devices may have come: the table is made anew of the set that stays.
-		err = errors.Join(err, r.put(before.set, before.set))
+		err = errors.Join(err, r.put(before.verified, before.verified))
 	}
 	r.problems.report(problemResources, "", err)
 }
@@ -199,20 +201,24 @@ func (r *resources) put(set, last *policy.Set) error {
 func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	handed := r.elsewhere(set)
+	at := set
+	if r.modes != nil {
+		at = set.AtModes(r.modes(set))
+	}
+	handed := r.elsewhere(at)
 	services := r.compile(handed)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)
 		if err != nil {
 			return false, fmt.Errorf("write services table: %w", err)
 		}
-		r.now = &enforced{set: set, handed: handed, services: services, generation: generation}
+		r.now = &enforced{verified: set, set: at, handed: handed, services: services, generation: generation}
 		return true, nil
 	}
-	if r.now.set.Digest() == set.Digest() && r.now.handed.Digest() == handed.Digest() {
+	if r.now.verified.Digest() == set.Digest() && r.now.handed.Digest() == handed.Digest() {
 		return false, nil
 	}
-	r.now = &enforced{set: set, handed: handed, services: services, generation: r.now.generation}
+	r.now = &enforced{verified: set, set: at, handed: handed, services: services, generation: r.now.generation}
 	return true, nil
 }
 

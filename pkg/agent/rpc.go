@@ -23,6 +23,7 @@ import (
 type operators struct {
 	api.UnimplementedAgentServer
 	grants   *grants
+	rollouts *rollouts
 	datapath *datapath.Datapath
 	enforced func() *enforced
 	status   func(context.Context) *api.StatusReply

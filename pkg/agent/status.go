@@ -24,6 +24,7 @@ func (n *node) status(ctx context.Context) *api.StatusReply {
 	}
 	if e := n.resources.current(); e != nil {
 		reply.Services, reply.Generation, reply.NotEnforced = uint32(len(e.services)), e.generation, notEnforced(e.set)
+		reply.Rollouts = n.rollouts.lines(e)
 	}
 	for _, a := range n.alarms.list() {
 		reply.Problems = append(reply.Problems, "alarm "+a.String())

@@ -512,7 +512,7 @@ type GrantEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"` // grant id
 	Step  string                 `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`   // ACTIVATED, REVOKED, EXPIRED, SPENT, IDLE, WARNED, SIGNALLED, REFUSED, UNINSTALLED, ALARM, ROLLED_BACK, PANIC, LIFTED,
-	// WITHDRAWN, DENIED, REVIEWED, VOUCHED
+	// WITHDRAWN, DENIED, REVIEWED, VOUCHED, ADVANCED, HALTED, RESUMED, FELL_BACK, ROLLED_OUT
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
 	Boot          *durationpb.Duration   `protobuf:"bytes,4,opt,name=boot,proto3" json:"boot,omitempty"`
 	Requester     string                 `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
@@ -3665,6 +3665,7 @@ type StatusReply struct {
 	IdentityState   string                 `protobuf:"bytes,20,opt,name=identity_state,json=identityState,proto3" json:"identity_state,omitempty"`
 	Panic           string                 `protobuf:"bytes,31,opt,name=panic,proto3" json:"panic,omitempty"`                                            // one that stands: since when, by whom and why
 	NotEnforced     []string               `protobuf:"bytes,40,rep,name=not_enforced,json=notEnforced,proto3" json:"not_enforced,omitempty"`             // services that everybody reaches: "NAME (MODE)"
+	Rollouts        []string               `protobuf:"bytes,41,rep,name=rollouts,proto3" json:"rollouts,omitempty"`                                      // each with its wave and phase, in words
 	WebCertificates []*WebCertificate      `protobuf:"bytes,50,rep,name=web_certificates,json=webCertificates,proto3" json:"web_certificates,omitempty"` // as the proxy tells; none while it does not
 	Providers       []*Provider            `protobuf:"bytes,51,rep,name=providers,proto3" json:"providers,omitempty"`                                    // the same of IdentityProviders
 	unknownFields   protoimpl.UnknownFields
@@ -3851,6 +3852,13 @@ func (x *StatusReply) GetPanic() string {
 func (x *StatusReply) GetNotEnforced() []string {
 	if x != nil {
 		return x.NotEnforced
+	}
+	return nil
+}
+
+func (x *StatusReply) GetRollouts() []string {
+	if x != nil {
+		return x.Rollouts
 	}
 	return nil
 }
@@ -5403,6 +5411,679 @@ func (x *AgentFlowsRequest) GetLimit() uint32 {
 	return 0
 }
 
+type RolloutsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsRequest) Reset() {
+	*x = RolloutsRequest{}
+	mi := &file_sallyport_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsRequest) ProtoMessage() {}
+
+func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsRequest.ProtoReflect.Descriptor instead.
+func (*RolloutsRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *RolloutsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RolloutsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Rollouts      []*Rollout             `protobuf:"bytes,2,rep,name=rollouts,proto3" json:"rollouts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsReply) Reset() {
+	*x = RolloutsReply{}
+	mi := &file_sallyport_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsReply) ProtoMessage() {}
+
+func (x *RolloutsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsReply.ProtoReflect.Descriptor instead.
+func (*RolloutsReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *RolloutsReply) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *RolloutsReply) GetRollouts() []*Rollout {
+	if x != nil {
+		return x.Rollouts
+	}
+	return nil
+}
+
+// Rollout is how far one has come on a node.
+type Rollout struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Plan          string                 `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`   // SHA-256 of it, in hex: what is signed names it
+	Phase         string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"` // Running, Halted, FellBack, Done
+	Wave          uint32                 `protobuf:"varint,4,opt,name=wave,proto3" json:"wave,omitempty"`  // how many have begun here
+	Waves         []*RolloutWave         `protobuf:"bytes,5,rep,name=waves,proto3" json:"waves,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`  // of the last that began
+	Baked         bool                   `protobuf:"varint,7,opt,name=baked,proto3" json:"baked,omitempty"` // it has held long enough
+	Changed       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=changed,proto3" json:"changed,omitempty"`
+	By            string                 `protobuf:"bytes,9,opt,name=by,proto3" json:"by,omitempty"` // who changed it last
+	Why           string                 `protobuf:"bytes,10,opt,name=why,proto3" json:"why,omitempty"`
+	Budget        string                 `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"` // in words
+	Auto          bool                   `protobuf:"varint,12,opt,name=auto,proto3" json:"auto,omitempty"`    // the next wave may begin without a person
+	Services      []*RolloutService      `protobuf:"bytes,13,rep,name=services,proto3" json:"services,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rollout) Reset() {
+	*x = Rollout{}
+	mi := &file_sallyport_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rollout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rollout) ProtoMessage() {}
+
+func (x *Rollout) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
+func (*Rollout) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *Rollout) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rollout) GetPlan() string {
+	if x != nil {
+		return x.Plan
+	}
+	return ""
+}
+
+func (x *Rollout) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *Rollout) GetWave() uint32 {
+	if x != nil {
+		return x.Wave
+	}
+	return 0
+}
+
+func (x *Rollout) GetWaves() []*RolloutWave {
+	if x != nil {
+		return x.Waves
+	}
+	return nil
+}
+
+func (x *Rollout) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Rollout) GetBaked() bool {
+	if x != nil {
+		return x.Baked
+	}
+	return false
+}
+
+func (x *Rollout) GetChanged() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+func (x *Rollout) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Rollout) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Rollout) GetBudget() string {
+	if x != nil {
+		return x.Budget
+	}
+	return ""
+}
+
+func (x *Rollout) GetAuto() bool {
+	if x != nil {
+		return x.Auto
+	}
+	return false
+}
+
+func (x *Rollout) GetServices() []*RolloutService {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+type RolloutWave struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Bake          *durationpb.Duration   `protobuf:"bytes,3,opt,name=bake,proto3" json:"bake,omitempty"`
+	Here          bool                   `protobuf:"varint,4,opt,name=here,proto3" json:"here,omitempty"` // this node is in it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutWave) Reset() {
+	*x = RolloutWave{}
+	mi := &file_sallyport_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutWave) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutWave) ProtoMessage() {}
+
+func (x *RolloutWave) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutWave.ProtoReflect.Descriptor instead.
+func (*RolloutWave) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *RolloutWave) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RolloutWave) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *RolloutWave) GetBake() *durationpb.Duration {
+	if x != nil {
+		return x.Bake
+	}
+	return nil
+}
+
+func (x *RolloutWave) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type RolloutService struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`                                   // here and now
+	Served        uint64                 `protobuf:"varint,3,opt,name=served,proto3" json:"served,omitempty"`                              // connections within the budget's window
+	Refused       uint64                 `protobuf:"varint,4,opt,name=refused,proto3" json:"refused,omitempty"`                            // of those that count
+	WouldRefuse   uint64                 `protobuf:"varint,5,opt,name=would_refuse,json=wouldRefuse,proto3" json:"would_refuse,omitempty"` // connections that Enforce would refuse, since seen_since
+	OverBudget    string                 `protobuf:"bytes,6,opt,name=over_budget,json=overBudget,proto3" json:"over_budget,omitempty"`     // why the budget is spent, or would be under Enforce; empty: it is not
+	SeenSince     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=seen_since,json=seenSince,proto3" json:"seen_since,omitempty"`
+	Clients       []*RolloutClient       `protobuf:"bytes,8,rep,name=clients,proto3" json:"clients,omitempty"`                             // that Enforce would refuse, with the most connections first
+	Live          uint32                 `protobuf:"varint,9,opt,name=live,proto3" json:"live,omitempty"`                                  // connections that going over to Enforce cuts
+	LiveUnknown   string                 `protobuf:"bytes,10,opt,name=live_unknown,json=liveUnknown,proto3" json:"live_unknown,omitempty"` // why nobody can tell how many
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutService) Reset() {
+	*x = RolloutService{}
+	mi := &file_sallyport_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutService) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutService) ProtoMessage() {}
+
+func (x *RolloutService) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutService.ProtoReflect.Descriptor instead.
+func (*RolloutService) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *RolloutService) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RolloutService) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *RolloutService) GetServed() uint64 {
+	if x != nil {
+		return x.Served
+	}
+	return 0
+}
+
+func (x *RolloutService) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *RolloutService) GetWouldRefuse() uint64 {
+	if x != nil {
+		return x.WouldRefuse
+	}
+	return 0
+}
+
+func (x *RolloutService) GetOverBudget() string {
+	if x != nil {
+		return x.OverBudget
+	}
+	return ""
+}
+
+func (x *RolloutService) GetSeenSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SeenSince
+	}
+	return nil
+}
+
+func (x *RolloutService) GetClients() []*RolloutClient {
+	if x != nil {
+		return x.Clients
+	}
+	return nil
+}
+
+func (x *RolloutService) GetLive() uint32 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
+}
+
+func (x *RolloutService) GetLiveUnknown() string {
+	if x != nil {
+		return x.LiveUnknown
+	}
+	return ""
+}
+
+type RolloutClient struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	Opens         uint64                 `protobuf:"varint,2,opt,name=opens,proto3" json:"opens,omitempty"`
+	Last          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=last,proto3" json:"last,omitempty"`
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutClient) Reset() {
+	*x = RolloutClient{}
+	mi := &file_sallyport_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutClient) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutClient) ProtoMessage() {}
+
+func (x *RolloutClient) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutClient.ProtoReflect.Descriptor instead.
+func (*RolloutClient) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *RolloutClient) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RolloutClient) GetOpens() uint64 {
+	if x != nil {
+		return x.Opens
+	}
+	return 0
+}
+
+func (x *RolloutClient) GetLast() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+func (x *RolloutClient) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type StateRolloutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRolloutRequest) Reset() {
+	*x = StateRolloutRequest{}
+	mi := &file_sallyport_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRolloutRequest) ProtoMessage() {}
+
+func (x *StateRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRolloutRequest.ProtoReflect.Descriptor instead.
+func (*StateRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *StateRolloutRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+type StateRolloutReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rollout       *Rollout               `protobuf:"bytes,1,opt,name=rollout,proto3" json:"rollout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRolloutReply) Reset() {
+	*x = StateRolloutReply{}
+	mi := &file_sallyport_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRolloutReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRolloutReply) ProtoMessage() {}
+
+func (x *StateRolloutReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRolloutReply.ProtoReflect.Descriptor instead.
+func (*StateRolloutReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *StateRolloutReply) GetRollout() *Rollout {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
+}
+
+type HaltRolloutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HaltRolloutRequest) Reset() {
+	*x = HaltRolloutRequest{}
+	mi := &file_sallyport_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HaltRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HaltRolloutRequest) ProtoMessage() {}
+
+func (x *HaltRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HaltRolloutRequest.ProtoReflect.Descriptor instead.
+func (*HaltRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *HaltRolloutRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HaltRolloutRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type HaltRolloutReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Halted        []string               `protobuf:"bytes,1,rep,name=halted,proto3" json:"halted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HaltRolloutReply) Reset() {
+	*x = HaltRolloutReply{}
+	mi := &file_sallyport_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HaltRolloutReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HaltRolloutReply) ProtoMessage() {}
+
+func (x *HaltRolloutReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HaltRolloutReply.ProtoReflect.Descriptor instead.
+func (*HaltRolloutReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *HaltRolloutReply) GetHalted() []string {
+	if x != nil {
+		return x.Halted
+	}
+	return nil
+}
+
 type ProxyHello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
@@ -5414,7 +6095,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5426,7 +6107,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[68]
+	mi := &file_sallyport_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5439,7 +6120,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{68}
+	return file_sallyport_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ProxyHello) GetVersion() string {
@@ -5474,7 +6155,7 @@ type ProxyRecords struct {
 
 func (x *ProxyRecords) Reset() {
 	*x = ProxyRecords{}
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5486,7 +6167,7 @@ func (x *ProxyRecords) String() string {
 func (*ProxyRecords) ProtoMessage() {}
 
 func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[69]
+	mi := &file_sallyport_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5499,7 +6180,7 @@ func (x *ProxyRecords) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyRecords.ProtoReflect.Descriptor instead.
 func (*ProxyRecords) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{69}
+	return file_sallyport_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ProxyRecords) GetRecords() []*FlowRecord {
@@ -5536,7 +6217,7 @@ type ProxyFrame struct {
 
 func (x *ProxyFrame) Reset() {
 	*x = ProxyFrame{}
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5548,7 +6229,7 @@ func (x *ProxyFrame) String() string {
 func (*ProxyFrame) ProtoMessage() {}
 
 func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[70]
+	mi := &file_sallyport_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5561,7 +6242,7 @@ func (x *ProxyFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyFrame.ProtoReflect.Descriptor instead.
 func (*ProxyFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{70}
+	return file_sallyport_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ProxyFrame) GetFrame() isProxyFrame_Frame {
@@ -5614,7 +6295,7 @@ type ProxyAck struct {
 
 func (x *ProxyAck) Reset() {
 	*x = ProxyAck{}
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5626,7 +6307,7 @@ func (x *ProxyAck) String() string {
 func (*ProxyAck) ProtoMessage() {}
 
 func (x *ProxyAck) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[71]
+	mi := &file_sallyport_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5639,7 +6320,7 @@ func (x *ProxyAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyAck.ProtoReflect.Descriptor instead.
 func (*ProxyAck) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{71}
+	return file_sallyport_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ProxyAck) GetSeq() uint64 {
@@ -5662,7 +6343,7 @@ type CallerRequest struct {
 
 func (x *CallerRequest) Reset() {
 	*x = CallerRequest{}
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5674,7 +6355,7 @@ func (x *CallerRequest) String() string {
 func (*CallerRequest) ProtoMessage() {}
 
 func (x *CallerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[72]
+	mi := &file_sallyport_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5687,7 +6368,7 @@ func (x *CallerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallerRequest.ProtoReflect.Descriptor instead.
 func (*CallerRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{72}
+	return file_sallyport_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *CallerRequest) GetProtocol() string {
@@ -5728,7 +6409,7 @@ type CallerReply struct {
 
 func (x *CallerReply) Reset() {
 	*x = CallerReply{}
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5740,7 +6421,7 @@ func (x *CallerReply) String() string {
 func (*CallerReply) ProtoMessage() {}
 
 func (x *CallerReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[73]
+	mi := &file_sallyport_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5753,7 +6434,7 @@ func (x *CallerReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallerReply.ProtoReflect.Descriptor instead.
 func (*CallerReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{73}
+	return file_sallyport_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *CallerReply) GetCaller() *Workload {
@@ -5785,7 +6466,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5797,7 +6478,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[74]
+	mi := &file_sallyport_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5810,7 +6491,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{74}
+	return file_sallyport_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *SignRequest) GetConnection() *CallerRequest {
@@ -5857,7 +6538,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5869,7 +6550,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[75]
+	mi := &file_sallyport_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5882,7 +6563,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{75}
+	return file_sallyport_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *SignReply) GetSignature() []byte {
@@ -5904,7 +6585,7 @@ type LiveRequest struct {
 
 func (x *LiveRequest) Reset() {
 	*x = LiveRequest{}
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5916,7 +6597,7 @@ func (x *LiveRequest) String() string {
 func (*LiveRequest) ProtoMessage() {}
 
 func (x *LiveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[76]
+	mi := &file_sallyport_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5929,7 +6610,7 @@ func (x *LiveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiveRequest.ProtoReflect.Descriptor instead.
 func (*LiveRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{76}
+	return file_sallyport_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LiveRequest) GetService() string {
@@ -5962,7 +6643,7 @@ type LiveReply struct {
 
 func (x *LiveReply) Reset() {
 	*x = LiveReply{}
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5974,7 +6655,7 @@ func (x *LiveReply) String() string {
 func (*LiveReply) ProtoMessage() {}
 
 func (x *LiveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[77]
+	mi := &file_sallyport_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5987,7 +6668,7 @@ func (x *LiveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiveReply.ProtoReflect.Descriptor instead.
 func (*LiveReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{77}
+	return file_sallyport_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LiveReply) GetGrant() string {
@@ -6009,7 +6690,7 @@ type RelayFrame struct {
 
 func (x *RelayFrame) Reset() {
 	*x = RelayFrame{}
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6021,7 +6702,7 @@ func (x *RelayFrame) String() string {
 func (*RelayFrame) ProtoMessage() {}
 
 func (x *RelayFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[78]
+	mi := &file_sallyport_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6034,7 +6715,7 @@ func (x *RelayFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayFrame.ProtoReflect.Descriptor instead.
 func (*RelayFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{78}
+	return file_sallyport_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RelayFrame) GetEndpoint() string {
@@ -6070,7 +6751,7 @@ type ProxyState struct {
 
 func (x *ProxyState) Reset() {
 	*x = ProxyState{}
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6082,7 +6763,7 @@ func (x *ProxyState) String() string {
 func (*ProxyState) ProtoMessage() {}
 
 func (x *ProxyState) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[79]
+	mi := &file_sallyport_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6095,7 +6776,7 @@ func (x *ProxyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyState.ProtoReflect.Descriptor instead.
 func (*ProxyState) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{79}
+	return file_sallyport_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ProxyState) GetInstance() string {
@@ -6127,7 +6808,7 @@ type ProxyStateReply struct {
 
 func (x *ProxyStateReply) Reset() {
 	*x = ProxyStateReply{}
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6139,7 +6820,7 @@ func (x *ProxyStateReply) String() string {
 func (*ProxyStateReply) ProtoMessage() {}
 
 func (x *ProxyStateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[80]
+	mi := &file_sallyport_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6152,7 +6833,7 @@ func (x *ProxyStateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyStateReply.ProtoReflect.Descriptor instead.
 func (*ProxyStateReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{80}
+	return file_sallyport_proto_rawDescGZIP(), []int{90}
 }
 
 type WebCertificate struct {
@@ -6166,7 +6847,7 @@ type WebCertificate struct {
 
 func (x *WebCertificate) Reset() {
 	*x = WebCertificate{}
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6178,7 +6859,7 @@ func (x *WebCertificate) String() string {
 func (*WebCertificate) ProtoMessage() {}
 
 func (x *WebCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[81]
+	mi := &file_sallyport_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6191,7 +6872,7 @@ func (x *WebCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WebCertificate.ProtoReflect.Descriptor instead.
 func (*WebCertificate) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{81}
+	return file_sallyport_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *WebCertificate) GetName() string {
@@ -6227,7 +6908,7 @@ type Provider struct {
 
 func (x *Provider) Reset() {
 	*x = Provider{}
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6239,7 +6920,7 @@ func (x *Provider) String() string {
 func (*Provider) ProtoMessage() {}
 
 func (x *Provider) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[82]
+	mi := &file_sallyport_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6252,7 +6933,7 @@ func (x *Provider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Provider.ProtoReflect.Descriptor instead.
 func (*Provider) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{82}
+	return file_sallyport_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *Provider) GetName() string {
@@ -6292,7 +6973,7 @@ type PanicRequest struct {
 
 func (x *PanicRequest) Reset() {
 	*x = PanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6304,7 +6985,7 @@ func (x *PanicRequest) String() string {
 func (*PanicRequest) ProtoMessage() {}
 
 func (x *PanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[83]
+	mi := &file_sallyport_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6317,7 +6998,7 @@ func (x *PanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicRequest.ProtoReflect.Descriptor instead.
 func (*PanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{83}
+	return file_sallyport_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *PanicRequest) GetWhy() string {
@@ -6336,7 +7017,7 @@ type PanicReply struct {
 
 func (x *PanicReply) Reset() {
 	*x = PanicReply{}
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6348,7 +7029,7 @@ func (x *PanicReply) String() string {
 func (*PanicReply) ProtoMessage() {}
 
 func (x *PanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[84]
+	mi := &file_sallyport_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6361,7 +7042,7 @@ func (x *PanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PanicReply.ProtoReflect.Descriptor instead.
 func (*PanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{84}
+	return file_sallyport_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *PanicReply) GetEnded() uint32 {
@@ -6380,7 +7061,7 @@ type LiftPanicRequest struct {
 
 func (x *LiftPanicRequest) Reset() {
 	*x = LiftPanicRequest{}
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6392,7 +7073,7 @@ func (x *LiftPanicRequest) String() string {
 func (*LiftPanicRequest) ProtoMessage() {}
 
 func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[85]
+	mi := &file_sallyport_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6405,7 +7086,7 @@ func (x *LiftPanicRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicRequest.ProtoReflect.Descriptor instead.
 func (*LiftPanicRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{85}
+	return file_sallyport_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *LiftPanicRequest) GetWhy() string {
@@ -6423,7 +7104,7 @@ type LiftPanicReply struct {
 
 func (x *LiftPanicReply) Reset() {
 	*x = LiftPanicReply{}
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6435,7 +7116,7 @@ func (x *LiftPanicReply) String() string {
 func (*LiftPanicReply) ProtoMessage() {}
 
 func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[86]
+	mi := &file_sallyport_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6448,7 +7129,7 @@ func (x *LiftPanicReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftPanicReply.ProtoReflect.Descriptor instead.
 func (*LiftPanicReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{86}
+	return file_sallyport_proto_rawDescGZIP(), []int{96}
 }
 
 type WatchGrantsRequest struct {
@@ -6460,7 +7141,7 @@ type WatchGrantsRequest struct {
 
 func (x *WatchGrantsRequest) Reset() {
 	*x = WatchGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6472,7 +7153,7 @@ func (x *WatchGrantsRequest) String() string {
 func (*WatchGrantsRequest) ProtoMessage() {}
 
 func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[87]
+	mi := &file_sallyport_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6485,7 +7166,7 @@ func (x *WatchGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGrantsRequest.ProtoReflect.Descriptor instead.
 func (*WatchGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{87}
+	return file_sallyport_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *WatchGrantsRequest) GetEvery() *durationpb.Duration {
@@ -6507,7 +7188,7 @@ type WatchFrame struct {
 
 func (x *WatchFrame) Reset() {
 	*x = WatchFrame{}
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6519,7 +7200,7 @@ func (x *WatchFrame) String() string {
 func (*WatchFrame) ProtoMessage() {}
 
 func (x *WatchFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[88]
+	mi := &file_sallyport_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6532,7 +7213,7 @@ func (x *WatchFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFrame.ProtoReflect.Descriptor instead.
 func (*WatchFrame) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{88}
+	return file_sallyport_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *WatchFrame) GetTime() *timestamppb.Timestamp {
@@ -6578,7 +7259,7 @@ type WatchedGrant struct {
 
 func (x *WatchedGrant) Reset() {
 	*x = WatchedGrant{}
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6590,7 +7271,7 @@ func (x *WatchedGrant) String() string {
 func (*WatchedGrant) ProtoMessage() {}
 
 func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[89]
+	mi := &file_sallyport_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6603,7 +7284,7 @@ func (x *WatchedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchedGrant.ProtoReflect.Descriptor instead.
 func (*WatchedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{89}
+	return file_sallyport_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *WatchedGrant) GetGrant() *Grant {
@@ -6665,7 +7346,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6677,7 +7358,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[90]
+	mi := &file_sallyport_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6690,7 +7371,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{90}
+	return file_sallyport_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *Warning) GetTime() *timestamppb.Timestamp {
@@ -6715,7 +7396,7 @@ type UsedGrantsRequest struct {
 
 func (x *UsedGrantsRequest) Reset() {
 	*x = UsedGrantsRequest{}
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6727,7 +7408,7 @@ func (x *UsedGrantsRequest) String() string {
 func (*UsedGrantsRequest) ProtoMessage() {}
 
 func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[91]
+	mi := &file_sallyport_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6740,7 +7421,7 @@ func (x *UsedGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsRequest.ProtoReflect.Descriptor instead.
 func (*UsedGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{91}
+	return file_sallyport_proto_rawDescGZIP(), []int{101}
 }
 
 type UsedGrantsReply struct {
@@ -6752,7 +7433,7 @@ type UsedGrantsReply struct {
 
 func (x *UsedGrantsReply) Reset() {
 	*x = UsedGrantsReply{}
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6764,7 +7445,7 @@ func (x *UsedGrantsReply) String() string {
 func (*UsedGrantsReply) ProtoMessage() {}
 
 func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[92]
+	mi := &file_sallyport_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6777,7 +7458,7 @@ func (x *UsedGrantsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrantsReply.ProtoReflect.Descriptor instead.
 func (*UsedGrantsReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{92}
+	return file_sallyport_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *UsedGrantsReply) GetGrants() []*UsedGrant {
@@ -6808,7 +7489,7 @@ type UsedGrant struct {
 
 func (x *UsedGrant) Reset() {
 	*x = UsedGrant{}
-	mi := &file_sallyport_proto_msgTypes[93]
+	mi := &file_sallyport_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6820,7 +7501,7 @@ func (x *UsedGrant) String() string {
 func (*UsedGrant) ProtoMessage() {}
 
 func (x *UsedGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[93]
+	mi := &file_sallyport_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6833,7 +7514,7 @@ func (x *UsedGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedGrant.ProtoReflect.Descriptor instead.
 func (*UsedGrant) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{93}
+	return file_sallyport_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *UsedGrant) GetGrant() *Grant {
@@ -6940,7 +7621,7 @@ type Suggestion struct {
 
 func (x *Suggestion) Reset() {
 	*x = Suggestion{}
-	mi := &file_sallyport_proto_msgTypes[94]
+	mi := &file_sallyport_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6952,7 +7633,7 @@ func (x *Suggestion) String() string {
 func (*Suggestion) ProtoMessage() {}
 
 func (x *Suggestion) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[94]
+	mi := &file_sallyport_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6965,7 +7646,7 @@ func (x *Suggestion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Suggestion.ProtoReflect.Descriptor instead.
 func (*Suggestion) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{94}
+	return file_sallyport_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *Suggestion) GetField() string {
@@ -7016,7 +7697,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sallyport_proto_msgTypes[95]
+	mi := &file_sallyport_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7028,7 +7709,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[95]
+	mi := &file_sallyport_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7041,7 +7722,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{95}
+	return file_sallyport_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *SignalRequest) GetSource() string {
@@ -7123,7 +7804,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_sallyport_proto_msgTypes[96]
+	mi := &file_sallyport_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7135,7 +7816,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_sallyport_proto_msgTypes[96]
+	mi := &file_sallyport_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7148,7 +7829,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_sallyport_proto_rawDescGZIP(), []int{96}
+	return file_sallyport_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *SignalReply) GetGrants() []string {
@@ -7460,7 +8141,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x1a\n" +
 	"\bprograms\x18\x04 \x03(\tR\bprograms\x12\x10\n" +
 	"\x03xdp\x18\x05 \x01(\tR\x03xdp\x12\x14\n" +
-	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xe0\a\n" +
+	"\x05bound\x18\x06 \x01(\tR\x05bound\"\xfc\a\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -7490,7 +8171,8 @@ const file_sallyport_proto_rawDesc = "" +
 	"\tlost_flow\x18\x13 \x01(\x04R\blostFlow\x12%\n" +
 	"\x0eidentity_state\x18\x14 \x01(\tR\ridentityState\x12\x14\n" +
 	"\x05panic\x18\x1f \x01(\tR\x05panic\x12!\n" +
-	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x12M\n" +
+	"\fnot_enforced\x18( \x03(\tR\vnotEnforced\x12\x1a\n" +
+	"\brollouts\x18) \x03(\tR\brollouts\x12M\n" +
 	"\x10web_certificates\x182 \x03(\v2\".sallyport.v1alpha1.WebCertificateR\x0fwebCertificates\x12:\n" +
 	"\tproviders\x183 \x03(\v2\x1c.sallyport.v1alpha1.ProviderR\tproviders\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
@@ -7604,7 +8286,60 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05lines\x18\x05 \x03(\tR\x05lines\"A\n" +
 	"\x11AgentFlowsRequest\x12\x16\n" +
 	"\x06follow\x18\x01 \x01(\bR\x06follow\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"x\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"%\n" +
+	"\x0fRolloutsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\\\n" +
+	"\rRolloutsReply\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x127\n" +
+	"\brollouts\x18\x02 \x03(\v2\x1b.sallyport.v1alpha1.RolloutR\brollouts\"\x9e\x03\n" +
+	"\aRollout\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04plan\x18\x02 \x01(\tR\x04plan\x12\x14\n" +
+	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04wave\x18\x04 \x01(\rR\x04wave\x125\n" +
+	"\x05waves\x18\x05 \x03(\v2\x1f.sallyport.v1alpha1.RolloutWaveR\x05waves\x120\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05baked\x18\a \x01(\bR\x05baked\x124\n" +
+	"\achanged\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\achanged\x12\x0e\n" +
+	"\x02by\x18\t \x01(\tR\x02by\x12\x10\n" +
+	"\x03why\x18\n" +
+	" \x01(\tR\x03why\x12\x16\n" +
+	"\x06budget\x18\v \x01(\tR\x06budget\x12\x12\n" +
+	"\x04auto\x18\f \x01(\bR\x04auto\x12>\n" +
+	"\bservices\x18\r \x03(\v2\".sallyport.v1alpha1.RolloutServiceR\bservices\"x\n" +
+	"\vRolloutWave\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12-\n" +
+	"\x04bake\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04bake\x12\x12\n" +
+	"\x04here\x18\x04 \x01(\bR\x04here\"\xdd\x02\n" +
+	"\x0eRolloutService\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x16\n" +
+	"\x06served\x18\x03 \x01(\x04R\x06served\x12\x18\n" +
+	"\arefused\x18\x04 \x01(\x04R\arefused\x12!\n" +
+	"\fwould_refuse\x18\x05 \x01(\x04R\vwouldRefuse\x12\x1f\n" +
+	"\vover_budget\x18\x06 \x01(\tR\n" +
+	"overBudget\x129\n" +
+	"\n" +
+	"seen_since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tseenSince\x12;\n" +
+	"\aclients\x18\b \x03(\v2!.sallyport.v1alpha1.RolloutClientR\aclients\x12\x12\n" +
+	"\x04live\x18\t \x01(\rR\x04live\x12!\n" +
+	"\flive_unknown\x18\n" +
+	" \x01(\tR\vliveUnknown\"\x81\x01\n" +
+	"\rRolloutClient\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05opens\x18\x02 \x01(\x04R\x05opens\x12.\n" +
+	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why\"3\n" +
+	"\x13StateRolloutRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\"J\n" +
+	"\x11StateRolloutReply\x125\n" +
+	"\arollout\x18\x01 \x01(\v2\x1b.sallyport.v1alpha1.RolloutR\arollout\":\n" +
+	"\x12HaltRolloutRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"*\n" +
+	"\x10HaltRolloutReply\x12\x16\n" +
+	"\x06halted\x18\x01 \x03(\tR\x06halted\"x\n" +
 	"\n" +
 	"ProxyHello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
@@ -7746,8 +8481,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Nodes\x12 .sallyport.v1alpha1.NodesRequest\x1a\x1e.sallyport.v1alpha1.NodesReply\x12C\n" +
 	"\x03Log\x12\x1e.sallyport.v1alpha1.LogRequest\x1a\x1c.sallyport.v1alpha1.LogReply\x12T\n" +
 	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x01\x12C\n" +
-	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\x97\n" +
-	"\n" +
+	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\xa8\f\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -7765,7 +8499,10 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06Signal\x12!.sallyport.v1alpha1.SignalRequest\x1a\x1f.sallyport.v1alpha1.SignalReply\x12X\n" +
 	"\n" +
 	"UsedGrants\x12%.sallyport.v1alpha1.UsedGrantsRequest\x1a#.sallyport.v1alpha1.UsedGrantsReply\x12W\n" +
-	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x012\xd2\x03\n" +
+	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x01\x12R\n" +
+	"\bRollouts\x12#.sallyport.v1alpha1.RolloutsRequest\x1a!.sallyport.v1alpha1.RolloutsReply\x12^\n" +
+	"\fStateRollout\x12'.sallyport.v1alpha1.StateRolloutRequest\x1a%.sallyport.v1alpha1.StateRolloutReply\x12[\n" +
+	"\vHaltRollout\x12&.sallyport.v1alpha1.HaltRolloutRequest\x1a$.sallyport.v1alpha1.HaltRolloutReply2\xd2\x03\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
 	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
@@ -7787,7 +8524,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -7858,53 +8595,63 @@ var file_sallyport_proto_goTypes = []any{
 	(*ExplainRequest)(nil),        // 66: sallyport.v1alpha1.ExplainRequest
 	(*ExplainReply)(nil),          // 67: sallyport.v1alpha1.ExplainReply
 	(*AgentFlowsRequest)(nil),     // 68: sallyport.v1alpha1.AgentFlowsRequest
-	(*ProxyHello)(nil),            // 69: sallyport.v1alpha1.ProxyHello
-	(*ProxyRecords)(nil),          // 70: sallyport.v1alpha1.ProxyRecords
-	(*ProxyFrame)(nil),            // 71: sallyport.v1alpha1.ProxyFrame
-	(*ProxyAck)(nil),              // 72: sallyport.v1alpha1.ProxyAck
-	(*CallerRequest)(nil),         // 73: sallyport.v1alpha1.CallerRequest
-	(*CallerReply)(nil),           // 74: sallyport.v1alpha1.CallerReply
-	(*SignRequest)(nil),           // 75: sallyport.v1alpha1.SignRequest
-	(*SignReply)(nil),             // 76: sallyport.v1alpha1.SignReply
-	(*LiveRequest)(nil),           // 77: sallyport.v1alpha1.LiveRequest
-	(*LiveReply)(nil),             // 78: sallyport.v1alpha1.LiveReply
-	(*RelayFrame)(nil),            // 79: sallyport.v1alpha1.RelayFrame
-	(*ProxyState)(nil),            // 80: sallyport.v1alpha1.ProxyState
-	(*ProxyStateReply)(nil),       // 81: sallyport.v1alpha1.ProxyStateReply
-	(*WebCertificate)(nil),        // 82: sallyport.v1alpha1.WebCertificate
-	(*Provider)(nil),              // 83: sallyport.v1alpha1.Provider
-	(*PanicRequest)(nil),          // 84: sallyport.v1alpha1.PanicRequest
-	(*PanicReply)(nil),            // 85: sallyport.v1alpha1.PanicReply
-	(*LiftPanicRequest)(nil),      // 86: sallyport.v1alpha1.LiftPanicRequest
-	(*LiftPanicReply)(nil),        // 87: sallyport.v1alpha1.LiftPanicReply
-	(*WatchGrantsRequest)(nil),    // 88: sallyport.v1alpha1.WatchGrantsRequest
-	(*WatchFrame)(nil),            // 89: sallyport.v1alpha1.WatchFrame
-	(*WatchedGrant)(nil),          // 90: sallyport.v1alpha1.WatchedGrant
-	(*Warning)(nil),               // 91: sallyport.v1alpha1.Warning
-	(*UsedGrantsRequest)(nil),     // 92: sallyport.v1alpha1.UsedGrantsRequest
-	(*UsedGrantsReply)(nil),       // 93: sallyport.v1alpha1.UsedGrantsReply
-	(*UsedGrant)(nil),             // 94: sallyport.v1alpha1.UsedGrant
-	(*Suggestion)(nil),            // 95: sallyport.v1alpha1.Suggestion
-	(*SignalRequest)(nil),         // 96: sallyport.v1alpha1.SignalRequest
-	(*SignalReply)(nil),           // 97: sallyport.v1alpha1.SignalReply
-	nil,                           // 98: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 99: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 100: google.protobuf.Duration
+	(*RolloutsRequest)(nil),       // 69: sallyport.v1alpha1.RolloutsRequest
+	(*RolloutsReply)(nil),         // 70: sallyport.v1alpha1.RolloutsReply
+	(*Rollout)(nil),               // 71: sallyport.v1alpha1.Rollout
+	(*RolloutWave)(nil),           // 72: sallyport.v1alpha1.RolloutWave
+	(*RolloutService)(nil),        // 73: sallyport.v1alpha1.RolloutService
+	(*RolloutClient)(nil),         // 74: sallyport.v1alpha1.RolloutClient
+	(*StateRolloutRequest)(nil),   // 75: sallyport.v1alpha1.StateRolloutRequest
+	(*StateRolloutReply)(nil),     // 76: sallyport.v1alpha1.StateRolloutReply
+	(*HaltRolloutRequest)(nil),    // 77: sallyport.v1alpha1.HaltRolloutRequest
+	(*HaltRolloutReply)(nil),      // 78: sallyport.v1alpha1.HaltRolloutReply
+	(*ProxyHello)(nil),            // 79: sallyport.v1alpha1.ProxyHello
+	(*ProxyRecords)(nil),          // 80: sallyport.v1alpha1.ProxyRecords
+	(*ProxyFrame)(nil),            // 81: sallyport.v1alpha1.ProxyFrame
+	(*ProxyAck)(nil),              // 82: sallyport.v1alpha1.ProxyAck
+	(*CallerRequest)(nil),         // 83: sallyport.v1alpha1.CallerRequest
+	(*CallerReply)(nil),           // 84: sallyport.v1alpha1.CallerReply
+	(*SignRequest)(nil),           // 85: sallyport.v1alpha1.SignRequest
+	(*SignReply)(nil),             // 86: sallyport.v1alpha1.SignReply
+	(*LiveRequest)(nil),           // 87: sallyport.v1alpha1.LiveRequest
+	(*LiveReply)(nil),             // 88: sallyport.v1alpha1.LiveReply
+	(*RelayFrame)(nil),            // 89: sallyport.v1alpha1.RelayFrame
+	(*ProxyState)(nil),            // 90: sallyport.v1alpha1.ProxyState
+	(*ProxyStateReply)(nil),       // 91: sallyport.v1alpha1.ProxyStateReply
+	(*WebCertificate)(nil),        // 92: sallyport.v1alpha1.WebCertificate
+	(*Provider)(nil),              // 93: sallyport.v1alpha1.Provider
+	(*PanicRequest)(nil),          // 94: sallyport.v1alpha1.PanicRequest
+	(*PanicReply)(nil),            // 95: sallyport.v1alpha1.PanicReply
+	(*LiftPanicRequest)(nil),      // 96: sallyport.v1alpha1.LiftPanicRequest
+	(*LiftPanicReply)(nil),        // 97: sallyport.v1alpha1.LiftPanicReply
+	(*WatchGrantsRequest)(nil),    // 98: sallyport.v1alpha1.WatchGrantsRequest
+	(*WatchFrame)(nil),            // 99: sallyport.v1alpha1.WatchFrame
+	(*WatchedGrant)(nil),          // 100: sallyport.v1alpha1.WatchedGrant
+	(*Warning)(nil),               // 101: sallyport.v1alpha1.Warning
+	(*UsedGrantsRequest)(nil),     // 102: sallyport.v1alpha1.UsedGrantsRequest
+	(*UsedGrantsReply)(nil),       // 103: sallyport.v1alpha1.UsedGrantsReply
+	(*UsedGrant)(nil),             // 104: sallyport.v1alpha1.UsedGrant
+	(*Suggestion)(nil),            // 105: sallyport.v1alpha1.Suggestion
+	(*SignalRequest)(nil),         // 106: sallyport.v1alpha1.SignalRequest
+	(*SignalReply)(nil),           // 107: sallyport.v1alpha1.SignalReply
+	nil,                           // 108: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 109: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 110: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	99,  // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	100, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	109, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	110, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
 	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
 	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
-	100, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
-	99,  // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	100, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	99,  // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	99,  // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	99,  // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	110, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	109, // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	110, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	109, // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	109, // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	109, // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	99,  // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	100, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	109, // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	110, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -7930,151 +8677,167 @@ var file_sallyport_proto_depIdxs = []int32{
 	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
 	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	99,  // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	109, // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	99,  // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	109, // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	99,  // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	99,  // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	109, // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	109, // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
 	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	99,  // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	99,  // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	99,  // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	99,  // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	99,  // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	109, // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	109, // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	109, // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	109, // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	109, // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
 	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
 	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	99,  // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	109, // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
 	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	99,  // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	99,  // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	109, // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	109, // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
 	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
 	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
 	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	99,  // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	109, // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	100, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	98,  // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
-	82,  // 66: sallyport.v1alpha1.StatusReply.web_certificates:type_name -> sallyport.v1alpha1.WebCertificate
-	83,  // 67: sallyport.v1alpha1.StatusReply.providers:type_name -> sallyport.v1alpha1.Provider
+	110, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	108, // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	92,  // 66: sallyport.v1alpha1.StatusReply.web_certificates:type_name -> sallyport.v1alpha1.WebCertificate
+	93,  // 67: sallyport.v1alpha1.StatusReply.providers:type_name -> sallyport.v1alpha1.Provider
 	46,  // 68: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
 	47,  // 69: sallyport.v1alpha1.Watched.seen:type_name -> sallyport.v1alpha1.Seen
 	47,  // 70: sallyport.v1alpha1.Watched.proxied:type_name -> sallyport.v1alpha1.Seen
 	47,  // 71: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
 	47,  // 72: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
 	45,  // 73: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	99,  // 74: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	100, // 75: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	109, // 74: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	110, // 75: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	51,  // 76: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	50,  // 77: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	99,  // 78: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	99,  // 79: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	109, // 78: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	109, // 79: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	51,  // 80: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	100, // 81: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	110, // 81: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	54,  // 82: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	54,  // 83: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 84: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 85: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
-	99,  // 86: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
-	1,   // 87: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
-	69,  // 88: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
-	70,  // 89: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
-	2,   // 90: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
-	73,  // 91: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
-	82,  // 92: sallyport.v1alpha1.ProxyState.certificates:type_name -> sallyport.v1alpha1.WebCertificate
-	83,  // 93: sallyport.v1alpha1.ProxyState.providers:type_name -> sallyport.v1alpha1.Provider
-	99,  // 94: sallyport.v1alpha1.WebCertificate.until:type_name -> google.protobuf.Timestamp
-	99,  // 95: sallyport.v1alpha1.Provider.fetched:type_name -> google.protobuf.Timestamp
-	100, // 96: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	99,  // 97: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
-	90,  // 98: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
-	54,  // 99: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
-	54,  // 100: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	100, // 101: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	100, // 102: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
-	50,  // 103: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
-	91,  // 104: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	99,  // 105: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
-	94,  // 106: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
-	54,  // 107: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	100, // 108: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	100, // 109: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	100, // 110: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	100, // 111: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
-	95,  // 112: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	99,  // 113: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
-	51,  // 114: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	99,  // 115: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	15,  // 116: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	28,  // 117: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	29,  // 118: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	30,  // 119: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	31,  // 120: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	32,  // 121: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	35,  // 122: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	37,  // 123: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	39,  // 124: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
-	41,  // 125: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	44,  // 126: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	49,  // 127: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	53,  // 128: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	56,  // 129: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	58,  // 130: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	62,  // 131: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	64,  // 132: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	60,  // 133: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	66,  // 134: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	68,  // 135: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	84,  // 136: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	86,  // 137: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	96,  // 138: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	92,  // 139: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	88,  // 140: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	71,  // 141: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	79,  // 142: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
-	73,  // 143: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
-	75,  // 144: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
-	77,  // 145: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
-	80,  // 146: sallyport.v1alpha1.ProxyReport.State:input_type -> sallyport.v1alpha1.ProxyState
-	23,  // 147: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	24,  // 148: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	25,  // 149: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	26,  // 150: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	27,  // 151: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	33,  // 152: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	36,  // 153: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	38,  // 154: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	40,  // 155: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	43,  // 156: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	48,  // 157: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	52,  // 158: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	55,  // 159: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	57,  // 160: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	59,  // 161: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	63,  // 162: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	65,  // 163: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	61,  // 164: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	67,  // 165: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 166: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	85,  // 167: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	87,  // 168: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	97,  // 169: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	93,  // 170: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	89,  // 171: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	72,  // 172: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	79,  // 173: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
-	74,  // 174: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
-	76,  // 175: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
-	78,  // 176: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
-	81,  // 177: sallyport.v1alpha1.ProxyReport.State:output_type -> sallyport.v1alpha1.ProxyStateReply
-	147, // [147:178] is the sub-list for method output_type
-	116, // [116:147] is the sub-list for method input_type
-	116, // [116:116] is the sub-list for extension type_name
-	116, // [116:116] is the sub-list for extension extendee
-	0,   // [0:116] is the sub-list for field type_name
+	71,  // 86: sallyport.v1alpha1.RolloutsReply.rollouts:type_name -> sallyport.v1alpha1.Rollout
+	72,  // 87: sallyport.v1alpha1.Rollout.waves:type_name -> sallyport.v1alpha1.RolloutWave
+	109, // 88: sallyport.v1alpha1.Rollout.since:type_name -> google.protobuf.Timestamp
+	109, // 89: sallyport.v1alpha1.Rollout.changed:type_name -> google.protobuf.Timestamp
+	73,  // 90: sallyport.v1alpha1.Rollout.services:type_name -> sallyport.v1alpha1.RolloutService
+	110, // 91: sallyport.v1alpha1.RolloutWave.bake:type_name -> google.protobuf.Duration
+	109, // 92: sallyport.v1alpha1.RolloutService.seen_since:type_name -> google.protobuf.Timestamp
+	74,  // 93: sallyport.v1alpha1.RolloutService.clients:type_name -> sallyport.v1alpha1.RolloutClient
+	109, // 94: sallyport.v1alpha1.RolloutClient.last:type_name -> google.protobuf.Timestamp
+	71,  // 95: sallyport.v1alpha1.StateRolloutReply.rollout:type_name -> sallyport.v1alpha1.Rollout
+	109, // 96: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	1,   // 97: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
+	79,  // 98: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
+	80,  // 99: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
+	2,   // 100: sallyport.v1alpha1.CallerReply.caller:type_name -> sallyport.v1alpha1.Workload
+	83,  // 101: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
+	92,  // 102: sallyport.v1alpha1.ProxyState.certificates:type_name -> sallyport.v1alpha1.WebCertificate
+	93,  // 103: sallyport.v1alpha1.ProxyState.providers:type_name -> sallyport.v1alpha1.Provider
+	109, // 104: sallyport.v1alpha1.WebCertificate.until:type_name -> google.protobuf.Timestamp
+	109, // 105: sallyport.v1alpha1.Provider.fetched:type_name -> google.protobuf.Timestamp
+	110, // 106: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	109, // 107: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	100, // 108: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
+	54,  // 109: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
+	54,  // 110: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	110, // 111: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	110, // 112: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	50,  // 113: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
+	101, // 114: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
+	109, // 115: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	104, // 116: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
+	54,  // 117: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
+	110, // 118: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	110, // 119: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	110, // 120: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	110, // 121: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	105, // 122: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
+	109, // 123: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	51,  // 124: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
+	109, // 125: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	15,  // 126: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	28,  // 127: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	29,  // 128: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	30,  // 129: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	31,  // 130: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	32,  // 131: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	35,  // 132: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	37,  // 133: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	39,  // 134: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	41,  // 135: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	44,  // 136: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	49,  // 137: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	53,  // 138: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	56,  // 139: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	58,  // 140: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	62,  // 141: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	64,  // 142: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	60,  // 143: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	66,  // 144: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	68,  // 145: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	94,  // 146: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	96,  // 147: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	106, // 148: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	102, // 149: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	98,  // 150: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	69,  // 151: sallyport.v1alpha1.Agent.Rollouts:input_type -> sallyport.v1alpha1.RolloutsRequest
+	75,  // 152: sallyport.v1alpha1.Agent.StateRollout:input_type -> sallyport.v1alpha1.StateRolloutRequest
+	77,  // 153: sallyport.v1alpha1.Agent.HaltRollout:input_type -> sallyport.v1alpha1.HaltRolloutRequest
+	81,  // 154: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	89,  // 155: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	83,  // 156: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
+	85,  // 157: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
+	87,  // 158: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
+	90,  // 159: sallyport.v1alpha1.ProxyReport.State:input_type -> sallyport.v1alpha1.ProxyState
+	23,  // 160: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 161: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 162: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 163: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 164: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 165: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 166: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 167: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 168: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 169: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 170: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 171: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 172: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 173: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 174: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 175: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 176: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 177: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 178: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 179: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	95,  // 180: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	97,  // 181: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	107, // 182: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	103, // 183: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	99,  // 184: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	70,  // 185: sallyport.v1alpha1.Agent.Rollouts:output_type -> sallyport.v1alpha1.RolloutsReply
+	76,  // 186: sallyport.v1alpha1.Agent.StateRollout:output_type -> sallyport.v1alpha1.StateRolloutReply
+	78,  // 187: sallyport.v1alpha1.Agent.HaltRollout:output_type -> sallyport.v1alpha1.HaltRolloutReply
+	82,  // 188: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	89,  // 189: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	84,  // 190: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	86,  // 191: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
+	88,  // 192: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
+	91,  // 193: sallyport.v1alpha1.ProxyReport.State:output_type -> sallyport.v1alpha1.ProxyStateReply
+	160, // [160:194] is the sub-list for method output_type
+	126, // [126:160] is the sub-list for method input_type
+	126, // [126:126] is the sub-list for extension type_name
+	126, // [126:126] is the sub-list for extension extendee
+	0,   // [0:126] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -8107,7 +8870,7 @@ func file_sallyport_proto_init() {
 		(*ActRequest_Revoke)(nil),
 		(*ActRequest_Statement)(nil),
 	}
-	file_sallyport_proto_msgTypes[70].OneofWrappers = []any{
+	file_sallyport_proto_msgTypes[80].OneofWrappers = []any{
 		(*ProxyFrame_Hello)(nil),
 		(*ProxyFrame_Records)(nil),
 	}
@@ -8117,7 +8880,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   98,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -511,22 +511,25 @@ var Audit_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Agent_Status_FullMethodName      = "/sallyport.v1alpha1.Agent/Status"
-	Agent_Services_FullMethodName    = "/sallyport.v1alpha1.Agent/Services"
-	Agent_Paths_FullMethodName       = "/sallyport.v1alpha1.Agent/Paths"
-	Agent_Grants_FullMethodName      = "/sallyport.v1alpha1.Agent/Grants"
-	Agent_Challenge_FullMethodName   = "/sallyport.v1alpha1.Agent/Challenge"
-	Agent_Activate_FullMethodName    = "/sallyport.v1alpha1.Agent/Activate"
-	Agent_State_FullMethodName       = "/sallyport.v1alpha1.Agent/State"
-	Agent_Vouch_FullMethodName       = "/sallyport.v1alpha1.Agent/Vouch"
-	Agent_Revoke_FullMethodName      = "/sallyport.v1alpha1.Agent/Revoke"
-	Agent_Explain_FullMethodName     = "/sallyport.v1alpha1.Agent/Explain"
-	Agent_Flows_FullMethodName       = "/sallyport.v1alpha1.Agent/Flows"
-	Agent_Panic_FullMethodName       = "/sallyport.v1alpha1.Agent/Panic"
-	Agent_LiftPanic_FullMethodName   = "/sallyport.v1alpha1.Agent/LiftPanic"
-	Agent_Signal_FullMethodName      = "/sallyport.v1alpha1.Agent/Signal"
-	Agent_UsedGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/UsedGrants"
-	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
+	Agent_Status_FullMethodName       = "/sallyport.v1alpha1.Agent/Status"
+	Agent_Services_FullMethodName     = "/sallyport.v1alpha1.Agent/Services"
+	Agent_Paths_FullMethodName        = "/sallyport.v1alpha1.Agent/Paths"
+	Agent_Grants_FullMethodName       = "/sallyport.v1alpha1.Agent/Grants"
+	Agent_Challenge_FullMethodName    = "/sallyport.v1alpha1.Agent/Challenge"
+	Agent_Activate_FullMethodName     = "/sallyport.v1alpha1.Agent/Activate"
+	Agent_State_FullMethodName        = "/sallyport.v1alpha1.Agent/State"
+	Agent_Vouch_FullMethodName        = "/sallyport.v1alpha1.Agent/Vouch"
+	Agent_Revoke_FullMethodName       = "/sallyport.v1alpha1.Agent/Revoke"
+	Agent_Explain_FullMethodName      = "/sallyport.v1alpha1.Agent/Explain"
+	Agent_Flows_FullMethodName        = "/sallyport.v1alpha1.Agent/Flows"
+	Agent_Panic_FullMethodName        = "/sallyport.v1alpha1.Agent/Panic"
+	Agent_LiftPanic_FullMethodName    = "/sallyport.v1alpha1.Agent/LiftPanic"
+	Agent_Signal_FullMethodName       = "/sallyport.v1alpha1.Agent/Signal"
+	Agent_UsedGrants_FullMethodName   = "/sallyport.v1alpha1.Agent/UsedGrants"
+	Agent_WatchGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/WatchGrants"
+	Agent_Rollouts_FullMethodName     = "/sallyport.v1alpha1.Agent/Rollouts"
+	Agent_StateRollout_FullMethodName = "/sallyport.v1alpha1.Agent/StateRollout"
+	Agent_HaltRollout_FullMethodName  = "/sallyport.v1alpha1.Agent/HaltRollout"
 )
 
 // AgentClient is the client API for Agent service.
@@ -559,6 +562,12 @@ type AgentClient interface {
 	UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
+	// Rollouts tells how far roll-outs have come on the node, and what their next wave would do here.
+	Rollouts(ctx context.Context, in *RolloutsRequest, opts ...grpc.CallOption) (*RolloutsReply, error)
+	// StateRollout takes a signed word about a roll-out: a wave begins, or it goes on. It is durable when it returns.
+	StateRollout(ctx context.Context, in *StateRolloutRequest, opts ...grpc.CallOption) (*StateRolloutReply, error)
+	// HaltRollout lets no wave begin on the node until somebody signs for it. Every operator may: nothing is opened by it.
+	HaltRollout(ctx context.Context, in *HaltRolloutRequest, opts ...grpc.CallOption) (*HaltRolloutReply, error)
 }
 
 type agentClient struct {
@@ -747,6 +756,36 @@ func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, o
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_WatchGrantsClient = grpc.ServerStreamingClient[WatchFrame]
 
+func (c *agentClient) Rollouts(ctx context.Context, in *RolloutsRequest, opts ...grpc.CallOption) (*RolloutsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RolloutsReply)
+	err := c.cc.Invoke(ctx, Agent_Rollouts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) StateRollout(ctx context.Context, in *StateRolloutRequest, opts ...grpc.CallOption) (*StateRolloutReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StateRolloutReply)
+	err := c.cc.Invoke(ctx, Agent_StateRollout_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) HaltRollout(ctx context.Context, in *HaltRolloutRequest, opts ...grpc.CallOption) (*HaltRolloutReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HaltRolloutReply)
+	err := c.cc.Invoke(ctx, Agent_HaltRollout_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -777,6 +816,12 @@ type AgentServer interface {
 	UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
+	// Rollouts tells how far roll-outs have come on the node, and what their next wave would do here.
+	Rollouts(context.Context, *RolloutsRequest) (*RolloutsReply, error)
+	// StateRollout takes a signed word about a roll-out: a wave begins, or it goes on. It is durable when it returns.
+	StateRollout(context.Context, *StateRolloutRequest) (*StateRolloutReply, error)
+	// HaltRollout lets no wave begin on the node until somebody signs for it. Every operator may: nothing is opened by it.
+	HaltRollout(context.Context, *HaltRolloutRequest) (*HaltRolloutReply, error)
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -834,6 +879,15 @@ func (UnimplementedAgentServer) UsedGrants(context.Context, *UsedGrantsRequest) 
 }
 func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
 	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
+}
+func (UnimplementedAgentServer) Rollouts(context.Context, *RolloutsRequest) (*RolloutsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rollouts not implemented")
+}
+func (UnimplementedAgentServer) StateRollout(context.Context, *StateRolloutRequest) (*StateRolloutReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method StateRollout not implemented")
+}
+func (UnimplementedAgentServer) HaltRollout(context.Context, *HaltRolloutRequest) (*HaltRolloutReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method HaltRollout not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -1130,6 +1184,60 @@ func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_WatchGrantsServer = grpc.ServerStreamingServer[WatchFrame]
 
+func _Agent_Rollouts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RolloutsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Rollouts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Rollouts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Rollouts(ctx, req.(*RolloutsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_StateRollout_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StateRolloutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).StateRollout(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_StateRollout_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).StateRollout(ctx, req.(*StateRolloutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_HaltRollout_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HaltRolloutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).HaltRollout(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_HaltRollout_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).HaltRollout(ctx, req.(*HaltRolloutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1192,6 +1300,18 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "UsedGrants",
 			Handler:    _Agent_UsedGrants_Handler,
+		},
+		{
+			MethodName: "Rollouts",
+			Handler:    _Agent_Rollouts_Handler,
+		},
+		{
+			MethodName: "StateRollout",
+			Handler:    _Agent_StateRollout_Handler,
+		},
+		{
+			MethodName: "HaltRollout",
+			Handler:    _Agent_HaltRollout_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -92,6 +92,23 @@ func (a *Agent) Vouch(ctx context.Context, statement []byte) error {
 	return err
 }
 
+// Rollouts tells how far roll-outs have come on the node; an empty name is all of them.
+func (a *Agent) Rollouts(ctx context.Context, name string) (*api.RolloutsReply, error) {
+	return unary(ctx, a.conn, "read roll-outs", a.rpc.Rollouts, &api.RolloutsRequest{Name: name})
+}
+
+// StateRollout hands over a signed word about a roll-out. When it returns, it is durable there.
+func (a *Agent) StateRollout(ctx context.Context, statement []byte) (*api.Rollout, error) {
+	reply, err := unary(ctx, a.conn, "state roll-out", a.rpc.StateRollout, &api.StateRolloutRequest{Statement: statement})
+	return reply.GetRollout(), err
+}
+
+// HaltRollout lets no wave of a roll-out begin on the node, or of any for an empty name. It gives those that it stopped.
+func (a *Agent) HaltRollout(ctx context.Context, name, why string) ([]string, error) {
+	reply, err := unary(ctx, a.conn, "halt roll-out", a.rpc.HaltRollout, &api.HaltRolloutRequest{Name: name, Why: why})
+	return reply.GetHalted(), err
+}
+
 // Revoke ends a grant. When it returns, its paths are closed.
 func (a *Agent) Revoke(ctx context.Context, id, why string) (*api.Grant, error) {
 	reply, err := unary(ctx, a.conn, "revoke grant", a.rpc.Revoke, &api.RevokeRequest{Grant: id, Why: why})

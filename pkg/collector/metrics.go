@@ -23,7 +23,7 @@ var (
 	lossStages = known("kernel_ring", "proxy_buffer", "agent_spool", "agent_store", "flow_spool", "collector")
 	lossCauses = known("full", "must_deliver_full", "best_effort_full", "buffer_full", "spool_full", "agent_restart", "forgotten", "unreadable", "damaged", "several")
 	eventSteps = known("ACTIVATED", "REVOKED", "EXPIRED", "SPENT", "IDLE", "WARNED", "SIGNALLED", "REFUSED", "UNINSTALLED", "ALARM", "ROLLED_BACK", "PANIC",
-		"LIFTED", "WITHDRAWN", "DENIED", "REVIEWED", "VOUCHED")
+		"LIFTED", "WITHDRAWN", "DENIED", "REVIEWED", "VOUCHED", "ADVANCED", "HALTED", "RESUMED", "FELL_BACK", "ROLLED_OUT")
 	verdicts = known(flow.VerdictNone.String(), flow.VerdictProxied.String(), flow.VerdictBypassed.String(), flow.VerdictDenied.String())
 )
 

@@ -56,6 +56,9 @@ type Record struct {
 	Request *Request
 }
 
+// DetailLeft is in the detail of a denial whose client was refused nothing: it connected and left, as probes do.
+const DetailLeft = "client left before its first byte"
+
 // Workload is whose socket it is, as far as the node proves it. What is not proven is empty.
 type Workload struct {
 	Identity  string // SPIFFE ID; "": unattested, and Why says why

@@ -32,21 +32,27 @@ const (
 	StepReviewed  Step = "reviewed"  // by somebody else, after its end: what was done with it was looked at
 	StepActivated Step = "activated" // by its requester, in answer to a node's challenge: it begins, there and now
 	StepVouched   Step = "vouched"   // in answer to a node's challenge: its clock is right, and its records are its own
+	StepAdvanced  Step = "advanced"  // by an operator of a roll-out: a wave begins
+	StepResumed   Step = "resumed"   // by an operator of a roll-out: it goes on after a halt
 )
 
-var steps = []Step{StepWithdrawn, StepDenied, StepReviewed, StepActivated, StepVouched}
+var steps = []Step{StepWithdrawn, StepDenied, StepReviewed, StepActivated, StepVouched, StepAdvanced, StepResumed}
 
 // Statement is somebody's signed word. Files carry it, as they carry grants.
 type Statement struct {
 	ID     string // ULID, new for each statement
 	Step   Step
-	Grant  string // id of the grant; empty for StepVouched
-	Digest string // SHA-256 of the grant's payload in hex: it is about this very one; empty for StepVouched
+	Grant  string // id of the grant; empty where it is about none
+	Digest string // SHA-256 of the grant's payload, or of a roll-out's plan, in hex: it is about this very one; empty for StepVouched
 	By     string // the person who says so
 	At     time.Time
 	Why    string // may be empty for StepActivated
 	// Challenge is the one that StepActivated and StepVouched answer. The others have the zero value.
 	Challenge Challenge
+	// Rollout is the name of the roll-out that StepAdvanced and StepResumed are about, and Wave the number, from 1 on, of the one that
+	// begins by StepAdvanced. The others have the zero values.
+	Rollout string
+	Wave    uint32
 }
 
 // wireStatement is a statement's form in JSON; the order of its fields is the canonical order.
@@ -59,6 +65,8 @@ type wireStatement struct {
 	At        string         `json:"at"`
 	Why       string         `json:"why,omitempty"`
 	Challenge *wireChallenge `json:"challenge,omitempty"`
+	Rollout   string         `json:"rollout,omitempty"`
+	Wave      uint32         `json:"wave,omitempty"`
 }
 
 // Digest is the SHA-256 of the payload of a grant's envelope, in hex.
@@ -108,22 +116,38 @@ func (s Statement) Validate() error {
 // answers tells whether a statement of this step answers a challenge.
 func (s Statement) answers() bool { return s.Step == StepActivated || s.Step == StepVouched }
 
+// ofRollout tells whether a statement of this step is about a roll-out.
+func (s Statement) ofRollout() bool { return s.Step == StepAdvanced || s.Step == StepResumed }
+
 func (v *validation) about(s Statement) {
 	const hint = "let the command make the statement"
-	if s.Step == StepVouched {
-		if s.Grant != "" || s.Digest != "" {
-			v.refuse("grant", hint, "a statement of this step is about no grant")
-		}
-		return
+	if (s.Step == StepAdvanced) != (s.Wave != 0) {
+		v.refuse("wave", hint, "a wave goes with the step advanced, and with nothing else")
 	}
-	v.check("grant", checkID(s.Grant))
-	if raw, err := hex.DecodeString(s.Digest); err != nil || len(raw) != sha256.Size || hex.EncodeToString(raw) != s.Digest {
+	switch {
+	case s.ofRollout():
+		v.check("rollout", policy.CheckName(s.Rollout))
+	case s.Rollout != "":
+		v.refuse("rollout", hint, "a statement of this step is about no roll-out")
+	}
+	switch {
+	case s.Step != StepVouched && !s.ofRollout():
+		v.check("grant", checkID(s.Grant))
+	case s.Grant != "":
+		v.refuse("grant", hint, "a statement of this step is about no grant")
+	}
+	switch raw, err := hex.DecodeString(s.Digest); {
+	case s.Step == StepVouched:
+		if s.Digest != "" {
+			v.refuse("digest", hint, "a statement of this step is about no grant")
+		}
+	case err != nil || len(raw) != sha256.Size || hex.EncodeToString(raw) != s.Digest:
 		v.refuse("digest", hint, "%.80q is not a SHA-256 in hex", s.Digest)
 	}
 }
 
 func (s Statement) canonical() ([]byte, error) {
-	w := wireStatement{s.ID, s.Step, s.Grant, s.Digest, s.By, s.At.UTC().Format(time.RFC3339Nano), s.Why, nil}
+	w := wireStatement{s.ID, s.Step, s.Grant, s.Digest, s.By, s.At.UTC().Format(time.RFC3339Nano), s.Why, nil, s.Rollout, s.Wave}
 	if s.answers() {
 		w.Challenge = s.Challenge.wire()
 	}
@@ -209,7 +233,7 @@ func parseStatement(data []byte) (Statement, error) {
 		return Statement{}, err
 	}
 	v := &validation{}
-	s := Statement{w.ID, w.Step, w.Grant, w.Digest, w.By, v.parseTime("at", w.At), w.Why, w.Challenge.read(v)}
+	s := Statement{w.ID, w.Step, w.Grant, w.Digest, w.By, v.parseTime("at", w.At), w.Why, w.Challenge.read(v), w.Rollout, w.Wave}
 	if err := errors.Join(v.errs...); err != nil {
 		return Statement{}, err
 	}

@@ -109,6 +109,9 @@ func TestStatementWrong(t *testing.T) {
 		"at":     func(s *grant.Statement) { s.At = time.Time{} },
 		"why":    func(s *grant.Statement) { s.Why = " " },
 
+		"rollout": func(s *grant.Statement) { s.Rollout = "databases" },
+		"wave":    func(s *grant.Statement) { s.Wave = 1 },
+
 		"challenge": func(s *grant.Statement) { s.Challenge = goodChallenge() },
 		"challenge.node": func(s *grant.Statement) {
 			s.Step, s.Challenge = grant.StepActivated, goodChallenge()
@@ -266,6 +269,38 @@ func TestChallengeForm(t *testing.T) {
 	} {
 		if _, err := grant.ParseChallenge([]byte(strings.Replace(string(good), c.old, c.new, 1))); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+}
+
+// TestRolloutStatements: a word about a roll-out names it, its plan and, where one begins, its wave, and no grant.
+func TestRolloutStatements(t *testing.T) {
+	alice := newKey(t)
+	keys := keyring(person(t, "alice", alice))
+	good := grant.Statement{ID: "01J8ZQ4X5M3T9V0Y2B7C6D1E4G", Step: grant.StepAdvanced, Digest: strings.Repeat("0a", 32), By: "alice",
+		At: time.Date(2026, 11, 23, 9, 0, 0, 0, time.UTC), Why: "a week of Shadow", Rollout: "databases", Wave: 2}
+	resumed := good
+	resumed.Step, resumed.Wave = grant.StepResumed, 0
+	for _, want := range []grant.Statement{good, resumed} {
+		signed, err := grant.SignStatement(t.Context(), want, alice)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _, err := grant.VerifyStatement(signed, keys, want.At); err != nil || got != want {
+			t.Errorf("comes back as %+v, %v", got, err)
+		}
+	}
+	for field, change := range map[string]func(*grant.Statement){
+		"rollout": func(s *grant.Statement) { s.Rollout = "" },
+		"wave":    func(s *grant.Statement) { s.Wave = 0 },
+		"grant":   func(s *grant.Statement) { s.Grant = goodPayload().ID },
+		"digest":  func(s *grant.Statement) { s.Digest = "" },
+		"why":     func(s *grant.Statement) { s.Why = "" },
+	} {
+		s := good
+		change(&s)
+		if errs := policy.Errors(s.Validate()); len(errs) != 1 || errs[0].Field != field {
+			t.Errorf("%s: %v", field, errs)
 		}
 	}
 }

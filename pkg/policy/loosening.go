@@ -108,7 +108,7 @@ func (c *comparison) added(r any) {
 	switch r := r.(type) {
 	case ProtectedService:
 		c.note(ofModes(ProtectedService{Spec: ProtectedServiceSpec{Mode: ModeObserve}}, r), "", "is new")
-	case DenyList, GrantTemplate, RemoteService:
+	case DenyList, GrantTemplate, RemoteService, Rollout:
 		c.note(Tighter, "", "is new")
 	default:
 		c.loosen("", "is new")
@@ -129,6 +129,8 @@ func (c *comparison) compare(old, next any) {
 		c.provider(was.Spec, next.(IdentityProvider).Spec)
 	case RemoteService:
 		c.remote(was.Spec, next.(RemoteService).Spec)
+	case Rollout:
+		rest(c, "spec", was.Spec, next.(Rollout).Spec)
 	default:
 		if !same(old, next) {
 			c.loosen("", "is not what it was")
@@ -328,7 +330,7 @@ func (c *comparison) opened(old, next *Set) {
 			continue
 		}
 		for _, other := range old.services {
-			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !other.Enforced() || other.Spec.Target != svc.Spec.Target {
+			if other.Spec.Protocol != ProtocolTCP || other.Spec.UDP == UDPAllow || !old.mayBeEnforced(other) || other.Spec.Target != svc.Spec.Target {
 				continue
 			}
 			for _, port := range svc.Spec.Ports {

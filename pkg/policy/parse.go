@@ -34,6 +34,7 @@ type parser struct {
 	sets      []located[ResourceSet]
 	providers []located[IdentityProvider]
 	remotes   []located[RemoteService]
+	rollouts  []located[Rollout]
 }
 
 // Parse reads a set of resources from YAML documents and validates it as a whole. name is the file
@@ -67,7 +68,7 @@ func (p *parser) set(where string) (*Set, error) {
 	}
 	return newSet(&Set{services: values(p.services), policies: values(p.policies), keyrings: values(p.keyrings),
 		denials: values(p.denials), templates: values(p.templates), sets: values(p.sets), providers: values(p.providers),
-		remotes: values(p.remotes)}), nil
+		remotes: values(p.remotes), rollouts: values(p.rollouts)}), nil
 }
 
 func values[T any](list []located[T]) []T {
@@ -148,6 +149,8 @@ func (p *parser) resource(d *document) {
 		p.providers = append(p.providers, located[IdentityProvider]{d, decoded[IdentityProvider](d)})
 	case KindRemoteService:
 		p.remotes = append(p.remotes, located[RemoteService]{d, decoded[RemoteService](d)})
+	case KindRollout:
+		p.rollouts = append(p.rollouts, located[Rollout]{d, decoded[Rollout](d)})
 	case KindAgentConfig:
 		d.report("kind", faultf("keep it in a file of its own and check it with `sallyport-agent check --config FILE`",
 			"an AgentConfig is no part of a set of resources"))
@@ -180,7 +183,7 @@ func (t *GrantTemplate) from(at Source)    { t.Source = at }
 func (r *ResourceSet) from(at Source)      { r.Source = at }
 func (p *IdentityProvider) from(at Source) { p.Source = at }
 
-const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet, IdentityProvider, RemoteService"
+const knownKinds = "ProtectedService, BypassPolicy, Keyring, DenyList, GrantTemplate, ResourceSet, IdentityProvider, RemoteService, Rollout"
 
 // kind reads what the document says it is, and reports if it does not say it rightly.
 func (d *document) kind() string {

@@ -23,9 +23,11 @@ const (
 	UseBreakGlass Use = "breakGlass"
 	// UseResources is to sign sets of resources, and to vouch for a node.
 	UseResources Use = "resources"
+	// UseRollout is to have a wave of a Rollout begin, or go on after a halt.
+	UseRollout Use = "rollout"
 )
 
-var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true}
+var uses = map[Use]bool{UseRequest: true, UseApprove: true, UseBreakGlass: true, UseResources: true, UseRollout: true}
 
 // Signer is a person whose signature was verified, and what the key may sign; or a workload that proved its identity.
 type Signer struct {

@@ -17,6 +17,7 @@ const (
 	KindResourceSet      = "ResourceSet"
 	KindIdentityProvider = "IdentityProvider"
 	KindRemoteService    = "RemoteService"
+	KindRollout          = "Rollout"
 	KindAgentConfig      = "AgentConfig"
 )
 

@@ -16,6 +16,7 @@ func (p *parser) checkNames() {
 	checkUnique(p.templates, func(t GrantTemplate) string { return t.Name })
 	checkUnique(p.providers, func(i IdentityProvider) string { return i.Name })
 	checkUnique(p.remotes, func(r RemoteService) string { return r.Name })
+	checkUnique(p.rollouts, func(r Rollout) string { return r.Name })
 }
 
 func checkUnique[T any](list []located[T], name func(T) string) {
@@ -155,6 +156,7 @@ func (p *parser) checkReferences() {
 	}
 	p.checkProviders()
 	groups := p.checkGroups(people)
+	p.checkRollouts(services, people, groups)
 	for _, l := range p.policies {
 		l.checkKnown("spec.services", l.value.Spec.Services, services, "no ProtectedService is named %q")
 		l.checkRequesters("spec.requesters", l.value.Spec.Requesters, people, groups)

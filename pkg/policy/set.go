@@ -24,6 +24,7 @@ type Set struct {
 	sets      []ResourceSet // one at most
 	providers []IdentityProvider
 	remotes   []RemoteService
+	rollouts  []Rollout
 
 	yaml   []byte
 	digest string
@@ -49,6 +50,7 @@ func newSet(s *Set) *Set {
 	slices.SortFunc(s.templates, func(a, b GrantTemplate) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.providers, func(a, b IdentityProvider) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.remotes, func(a, b RemoteService) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.rollouts, func(a, b Rollout) int { return cmp.Compare(a.Name, b.Name) })
 	for i, svc := range s.services {
 		s.index(i, svc)
 	}
@@ -129,6 +131,9 @@ func (s *Set) resources() (all []resource) {
 	}
 	for _, v := range s.remotes {
 		all = append(all, resource{KindRemoteService, v.Name, v})
+	}
+	for _, v := range s.rollouts {
+		all = append(all, resource{KindRollout, v.Name, v})
 	}
 	for _, v := range s.sets {
 		all = append(all, resource{KindResourceSet, v.Name, v})

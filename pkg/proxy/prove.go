@@ -103,7 +103,7 @@ func (s *session) firstByte() (byte, error) {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return 0, &refusal{reason: flow.ReasonHandshakeTimeout, err: errors.New("client said nothing")}
 	case err != nil:
-		return 0, &refusal{reason: flow.ReasonHandshakeFailed, err: fmt.Errorf("client left before its first byte: %w", err)}
+		return 0, &refusal{reason: flow.ReasonHandshakeFailed, err: fmt.Errorf(flow.DetailLeft+": %w", err)}
 	case b[0] != recordHandshake:
 		return 0, &refusal{reason: flow.ReasonNoTLS, err: fmt.Errorf("first byte is 0x%02x: put `sallyport forward` or a SPIFFE-aware client in front", b[0])}
 	}

@@ -137,6 +137,11 @@ metadata: {name: orders}
 spec: {addresses: ["10.9.0.5", "fd00:9::5"], ports: [7000, 7001], identities: ["spiffe://example.org/node-b"], callers: ["spiffe://example.org/shop/*"]}
 ---
 apiVersion: sallyport.dev/v1alpha1
+kind: Rollout
+metadata: {name: later}
+spec: {services: [dns], operators: [carol], waves: [{name: all, percent: 100, mode: Enforce, bake: 1h}], budget: {refusals: 5, window: 1m}}
+---
+apiVersion: sallyport.dev/v1alpha1
 kind: ResourceSet
 metadata: {name: all}
 spec: {version: 4, signers: 2}
@@ -170,6 +175,10 @@ func Plus(text string) func(string) string {
 // Kinds are all of them.
 func Kinds() []Kind {
 	return []Kind{
+		{"roll-out gone", without("Rollout", "later"), "Rollout later: is gone"},
+		{"roll-out of more services", Swap("{services: [dns], operators: [carol]", "{services: [dns, web], operators: [carol]"), "Rollout later: spec.services: "},
+		{"roll-out by others", Swap("operators: [carol]", "operators: [bob]"), "Rollout later: spec.operators: "},
+		{"roll-out that falls back sooner", Swap("{refusals: 5, window: 1m}", "{refusals: 1, window: 1m}"), "Rollout later: spec.budget: "},
 		{"service gone", without("ProtectedService", "cache", "services: [cache]", "services: [postgres]"), "ProtectedService cache: is gone"},
 		{"port gone", Swap("ports: [5432, 5433]", "ports: [5432]"), "ProtectedService postgres: spec.ports: 5433 was removed"},
 		{"address gone", Swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2"]`), "spec.addresses: fd00:2::2 was removed"},
@@ -298,6 +307,7 @@ func Kinds() []Kind {
 		{"keyring gone", func(s string) string {
 			s = without("Keyring", "operators")(s)
 			s = without("BypassPolicy", "plain")(s)
+			s = without("Rollout", "later")(s)
 			return without("BypassPolicy", "backup")(s)
 		}, "Keyring operators: is gone"},
 		{"keyring older", Swap("version: 3", "version: 2"), "spec.version: 3 became 2"},

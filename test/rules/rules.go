@@ -92,7 +92,7 @@ var rules = []rule{
 	},
 	{
 		imports: []string{"net/http", "os/exec", "os/signal", "log/slog", "syscall", "golang.org/x/sys/...", "./bpf", "./pkg/datapath", "./pkg/px", "./pkg/identity", "./pkg/proxy", "./pkg/store", "./pkg/audit", "./pkg/collector", "./pkg/api", "./pkg/client", "./pkg/agent"},
-		not:     []string{"./pkg/flow", "./pkg/policy", "./pkg/grant", "./pkg/signal", "./pkg/proof"},
+		not:     []string{"./pkg/flow", "./pkg/policy", "./pkg/grant", "./pkg/signal", "./pkg/rollout", "./pkg/proof"},
 		why:     "pure packages decide on values alone, so that agent, proxy and CLI come to the same answer",
 	},
 	{
