@@ -161,11 +161,6 @@ var rules = []rule{
 		why:     "definitions of resources are generated and tested with them; the agent validates by policy alone",
 	},
 	{
-		imports: []string{"k8s.io/...", "sigs.k8s.io/..."},
-		not:     []string{"./pkg/policy", "./pkg/grant", "./pkg/flow", "./pkg/signal", "./pkg/proof", "./pkg/datapath", "./pkg/proxy", "./pkg/identity"},
-		why:     "a cluster is one of several places where resources come from; whoever decides by them does not know which",
-	},
-	{
 		imports: []string{"./tools/..."},
 		only:    []string{},
 		why:     "tools are run, not imported",

@@ -78,8 +78,9 @@ func definitions() (files, error) {
 func describeStandardTypes() {
 	crd.KnownPackages["time"] = func(p *crd.Parser, pkg *loader.Package) {
 		p.Schemata[crd.TypeIdent{Name: "Time", Package: pkg}] = apiextensions.JSONSchemaProps{
-			Type: "string", Format: "date-time",
-			Pattern: `^(0001|19[7-9][0-9]|[2-9][0-9]{3})-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]+)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$`,
+			Type: "string", MaxLength: new(int64(40)), // and no format: with one, a list of texts would do as well
+			Pattern:      `^(0001|19[7-9][0-9]|[2-9][0-9]{3})-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]+)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$`,
+			XValidations: apiextensions.ValidationRules{{Rule: "timestamp(self) < timestamp('9999-12-31T23:59:59Z')", Message: "is not a time: write it like 2027-01-01T00:00:00Z"}},
 		}
 	}
 	crd.KnownPackages["net/netip"] = func(p *crd.Parser, pkg *loader.Package) {
