@@ -11,12 +11,12 @@ import (
 	"sync"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"golang.org/x/sync/errgroup"
 )
 
-// settle is how long a directory must be quiet before it is read: an editor writes in several steps.
+// settle is how long an origin must be quiet before it is read: an editor writes in several steps, and so does kubectl.
 const settle = 100 * time.Millisecond
 
 // enforced is what the node enforces: a verified set and the table made of it. It does not change.
@@ -36,10 +36,10 @@ func (e *enforced) service(name string) (datapath.Service, bool) {
 	return e.services[i], true
 }
 
-// resources makes the kernel's table and the proxy's file follow a directory of resources. A directory that is bad in any
-// way changes nothing: the last verified set stays, over a restart too.
+// resources makes the kernel's table and the proxy's file follow the set of resources of an origin. A set that is bad in any
+// way changes nothing: the last verified one stays, over a restart too.
 type resources struct {
-	dir      string
+	from     origin
 	verified string      // the last set that was put to work, for the next start
 	proxy    string      // the file that the proxy reads
 	signed   *signedSets // nil where nothing has to be signed
@@ -49,6 +49,7 @@ type resources struct {
 	isHere   func(netip.Addr) (bool, error) // is it an address of the node or of a pod on it? nil: none is
 	fits     func(*policy.Set) error        // the node's configuration; nil: whatever is valid does
 	problems *problems
+	loosened func(looser []error)  // tells what nobody has signed, where nothing has to be
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work
 
@@ -64,7 +65,7 @@ func (r *resources) current() *enforced {
 	return r.now
 }
 
-// load puts the directory's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
+// load puts the origin's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
 // it has.
 func (r *resources) load() error {
 	last, lastErr := r.last()
@@ -113,13 +114,13 @@ func (r *resources) last() (*policy.Set, error) {
 	return policy.Parse(r.verified, data)
 }
 
-// reload looks at the directory again. What is wrong with it is a problem, and nothing else happens.
+// reload looks at the origin again. What is wrong with it is a problem, and nothing else happens.
 func (r *resources) reload() {
 	before := r.current()
 	var last *policy.Set
 	if before != nil {
 		last = before.set
-		if r.owed { // whatever becomes of what the directory has
+		if r.owed { // whatever becomes of what the origin has
 			r.owed = r.changed(before) != nil
 		}
 	}
@@ -131,25 +132,24 @@ func (r *resources) reload() {
 		err = errors.Join(err, r.put(before.set, before.set))
 	}
 	r.problems.report(problemResources, "", err)
+	if now := r.current(); now != nil {
+		r.from.tell(now.set, err)
+	}
 }
 
-// read gives the directory's set, if it may take the place of the last one.
+// read gives the origin's set, if it may take the place of the last one.
 func (r *resources) read(last *policy.Set) (*policy.Set, error) {
-	if err := checkTrustedDir(r.dir); err != nil {
-		return nil, err
-	}
-	set, err := policy.LoadDir(r.dir)
+	offered, err := r.from.read()
 	if err == nil && r.fits != nil {
-		err = r.fits(set)
+		err = r.fits(offered.set)
 	}
 	switch {
 	case err != nil:
+		return nil, err
 	case r.signed != nil:
-		err = r.signed.admit(last, set)
-	default:
-		err = olderKeyrings(last, set)
+		return r.signed.admit(last, offered)
 	}
-	return set, err
+	return offered.set, olderKeyrings(last, offered.set)
 }
 
 // olderKeyrings refuses a keyring with a lower version than the one of its name in force: where nothing is signed, this is what tells
@@ -183,6 +183,9 @@ func (r *resources) put(set, last *policy.Set) error {
 	changed, err := r.enforce(set)
 	if err != nil {
 		return err
+	}
+	if looser := policy.Loosenings(last, set); r.loosened != nil && r.signed == nil && last != nil && len(looser) > 0 {
+		r.loosened(told(looser))
 	}
 	handed := keepFile(r.proxy, r.current().handed.YAML(), 0o644)
 	if handed != nil {
@@ -266,14 +269,27 @@ func (r *resources) poke() {
 	}
 }
 
-// Run follows the directory until ctx ends. It also looks every resyncEvery, for a directory that vanished and came back
-// tells nothing.
+// Run follows the origin until ctx ends. It also looks every resyncEvery.
 func (r *resources) Run(ctx context.Context) error {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch resources: %w", err)
-	}
-	defer watcher.Close()
+	stirred := make(chan struct{}, 1)
+	both, ctx := errgroup.WithContext(ctx)
+	both.Go(func() error {
+		return r.from.watch(ctx, func() {
+			select {
+			case stirred <- struct{}{}:
+			default: // it has not looked yet
+			}
+		})
+	})
+	both.Go(func() error {
+		r.follow(ctx, stirred)
+		return nil
+	})
+	return both.Wait()
+}
+
+// follow looks when the origin has been quiet for a while, when it is poked, and every resyncEvery.
+func (r *resources) follow(ctx context.Context, stirred <-chan struct{}) {
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
 	quiet := time.NewTimer(0)
@@ -281,22 +297,14 @@ func (r *resources) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-watcher.Events:
+			return
+		case <-stirred:
 			quiet.Reset(settle)
-		case err := <-watcher.Errors: // an overflow: look at all of it
-			if err != nil {
-				quiet.Reset(settle)
-			}
 		case <-r.kick:
 			quiet.Reset(0)
 		case <-resync.C:
 			quiet.Reset(0)
 		case <-quiet.C:
-			// The parent tells when the directory comes back. What cannot be watched is told of by reload, and adding
-			// what is watched already changes nothing.
-			_ = watcher.Add(filepath.Dir(r.dir))
-			_ = watcher.Add(r.dir)
 			r.reload()
 		}
 	}
