@@ -84,7 +84,9 @@ type ProtectedServiceSpec struct {
 	Idle *Duration `json:"idle,omitempty" yaml:"idle,omitempty"`
 	// Ports are protected on every address of the service. At least one, no duplicates.
 	Ports []uint16 `json:"ports" yaml:"ports"`
-	// Addresses are those of the pod. Pod: at least one. Host: none, every local address counts.
+	// PodSelector chooses the pods of a service in a cluster. Pod: this or addresses.
+	PodSelector *PodSelector `json:"podSelector,omitempty" yaml:"podSelector,omitempty"`
+	// Addresses are those of the pod. Pod without a podSelector: at least one. Host: none, every local address counts.
 	Addresses []netip.Addr `json:"addresses,omitempty" yaml:"addresses,omitempty"`
 	// Device is the pod's host-side device. Empty: the agent finds it by the route.
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
@@ -186,11 +188,30 @@ func (s *ProtectedService) validateHost(d *document) {
 	if s.Spec.Device != "" {
 		d.report("spec.device", faultf("remove the device, or write target: Pod", "a Host service has no device"))
 	}
+	if s.Spec.PodSelector != nil {
+		d.report("spec.podSelector", faultf("remove the podSelector, or write target: Pod", "a Host service is in no pod of its own; "+
+			"pods with hostNetwork are protected by target: Host"))
+	}
+}
+
+// validateSelected checks a service whose pods are chosen by what they are.
+func (s *ProtectedService) validateSelected(d *document) {
+	if len(s.Spec.Addresses) > 0 {
+		d.report("spec.addresses", faultf("remove the addresses or the podSelector", "the podSelector says which pods, and their addresses follow"))
+	}
+	if s.Spec.Device != "" {
+		d.report("spec.device", faultf("remove the device", "the podSelector says which pods, and their devices follow"))
+	}
+	s.Spec.PodSelector.validate(d)
 }
 
 func (s *ProtectedService) validatePod(d *document) {
+	if s.Spec.PodSelector != nil {
+		s.validateSelected(d)
+		return
+	}
 	if len(s.Spec.Addresses) == 0 {
-		d.report("spec.addresses", faultf("list the addresses of the pod", "a Pod service needs at least one address"))
+		d.report("spec.addresses", faultf("list the addresses of the pod, or write a podSelector", "a Pod service needs at least one address"))
 	}
 	seen := map[netip.Addr]int{}
 	for i, a := range s.Spec.Addresses {
