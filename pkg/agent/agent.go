@@ -55,6 +55,7 @@ type node struct {
 	sink      *sink
 	kube      *kube.Source // nil: resources are files
 	applied   *applied     // nil: there is no cluster
+	pods      *pods
 	resources *resources
 	devices   *devices
 	backstop  *backstop
@@ -122,6 +123,7 @@ func (n *node) parts() []part {
 		{name: "alarms", run: n.runAlarms},
 		{name: "cluster", start: n.makeCluster, run: n.runCluster},
 		{name: "resources", start: n.loadResources},
+		{name: "pods of the cluster", run: n.followPods},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
 		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
@@ -298,14 +300,17 @@ func (n *node) loadResources(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.pods = newPods(n.callers.groups, podsFile(n.cfg), n.cfg.Spec.PolicySignatures == policy.SignaturesRequired)
+	n.problems.report(problemPods, podsKept, n.pods.load())
 	where := locator{classify: n.classifier(), ports: bridgePorts{}}
 	n.resources = &resources{
 		from: from, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
 		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), fits: n.fits, problems: n.problems, changed: n.resourcesChanged,
-		loosened: n.loosened,
-		kick:     make(chan struct{}, 1),
+		loosened: n.loosened, decide: n.datapath.SetDecided, pods: n.pods, classify: n.classifier(),
+		kick: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 	}
+	n.pods.changed = n.resources.podsMoved
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},

@@ -25,8 +25,21 @@ func (n *node) makeCluster(context.Context) (err error) {
 	if n.cfg.Spec.Kubernetes == nil {
 		return nil
 	}
-	n.kube, err = kubeSource(n.cfg, n.log)
+	if n.kube, err = kubeSource(n.cfg, n.log); err == nil {
+		n.kube.Pods() // it is watched from the beginning
+	}
 	return err
+}
+
+// followPods has the services that choose their pods follow these.
+func (n *node) followPods(ctx context.Context) error {
+	if n.kube == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return n.kube.FollowPods(ctx, func(all []policy.Pod) {
+		n.problems.report(problemPods, podsKept, n.pods.Set(all))
+	})
 }
 
 func (n *node) runCluster(ctx context.Context) error {

@@ -127,6 +127,9 @@ func panicFile(cfg policy.AgentConfig) panicMark {
 	return panicMark(filepath.Join(cfg.Spec.RunDir, "panic"))
 }
 
+// podsFile is what the cluster said of this node's pods last.
+func podsFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "pods.json") }
+
 // verifiedFile is one file for sets that were signed and another for those that were not: who goes over to signatures begins
 // with a signed set, and who comes back to them goes on from the last.
 func verifiedFile(cfg policy.AgentConfig) string {

@@ -21,6 +21,7 @@ const (
 	problemDevice    problemClass = "device"
 	problemIgnored   problemClass = "ignored_device"
 	problemService   problemClass = "service"
+	problemPods      problemClass = "pods"
 	problemLease     problemClass = "lease"
 	problemGrants    problemClass = "grants"
 	problemEvents    problemClass = "events"
@@ -42,7 +43,7 @@ const (
 	problemBreakGlass problemClass = "break_glass"
 )
 
-var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
+var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemPods, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
 	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemBreakGlass}
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,7 +23,7 @@ const settle = 100 * time.Millisecond
 // enforced is what the node enforces: a verified set and the table made of it. It does not change.
 type enforced struct {
 	set        *policy.Set
-	handed     *policy.Set // to the proxy: without the addresses of remote services that are here
+	handed     *policy.Set // to the proxy: without the addresses of remote services that are here, and with those of pods that are chosen
 	services   []datapath.Service
 	generation uint32 // of the kernel's table
 }
@@ -45,6 +46,9 @@ type resources struct {
 	signed   *signedSets // nil where nothing has to be signed
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
+	decide   func(pods map[uint64]string) error // in which namespaces it is known what is there
+	pods     *pods                              // nil: none are chosen here
+	classify classifier                         // of the pods' devices
 	locate   func(policy.ProtectedService) (place, error)
 	isHere   func(netip.Addr) (bool, error) // is it an address of the node or of a pod on it? nil: none is
 	fits     func(*policy.Set) error        // the node's configuration; nil: whatever is valid does
@@ -56,6 +60,9 @@ type resources struct {
 	kick chan struct{}
 	mu   sync.Mutex
 	now  *enforced // guarded by mu; nil until load
+	// before is what was decided before; guarded by mu; nil: not known.
+	before map[uint64]string
+	moved  chan struct{} // pods came or went
 }
 
 // current is what is enforced now; nil before the first load.
@@ -197,12 +204,39 @@ func (r *resources) put(set, last *policy.Set) error {
 	return errors.Join(handed, r.keep(set))
 }
 
-// enforce makes the kernel's table follow the set, and tells whether anything changed.
+// enforce makes the kernel's table follow the set, and tells whether anything changed. A pod is decided when all that it has to have
+// protected is in the table; one that nothing of the table concerns, before: what it has going on is not held up.
 func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	handed := r.elsewhere(set)
-	services := r.compile(handed)
+	plan := r.plan(set)
+	r.setDecided(plan.first(r.before))
+	changed, err = r.tabulate(set, plan)
+	if err == nil {
+		r.setDecided(plan.decided)
+	}
+	if plan.waits {
+		time.AfterFunc(podsAgain, r.podsMoved)
+	}
+	return changed, err
+}
+
+// setDecided tells the kernel. What it does not take stays closed. r.mu is held.
+func (r *resources) setDecided(pods map[uint64]string) {
+	if r.decide == nil || r.before != nil && maps.Equal(pods, r.before) {
+		return // the first time, an earlier agent may have left others
+	}
+	err := r.decide(pods)
+	r.problems.report(problemPods, podsDecided, err)
+	if r.before = pods; err != nil {
+		r.before = nil // tried again with the next look
+	}
+}
+
+// tabulate makes the table of the set, where the pods are as planned. r.mu is held.
+func (r *resources) tabulate(set *policy.Set, plan podPlan) (changed bool, err error) {
+	handed := r.elsewhere(set.WithPods(plan.addresses))
+	services := r.compile(handed, plan)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)
 		if err != nil {
@@ -226,13 +260,22 @@ func (r *resources) keep(set *policy.Set) error {
 	return nil
 }
 
-// compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.
-func (r *resources) compile(set *policy.Set) []datapath.Service {
+// compile makes rows of a set, of listed places before chosen ones. A pod whose device is not there yet has rows without one, and is a
+// problem.
+func (r *resources) compile(set *policy.Set, plan podPlan) []datapath.Service {
 	all := set.Services()
 	services := make([]datapath.Service, 0, len(all))
+	var chosen []datapath.Service
 	for _, s := range all {
-		services = append(services, r.row(s))
+		if row := rowOf(s); s.Spec.PodSelector != nil || plan.places[s.Name] != nil {
+			row.Selected, row.Pods = true, plan.places[s.Name]
+			chosen = append(chosen, row)
+		} else {
+			services = append(services, r.locatedRow(row, s))
+		}
 	}
+	services = append(services, chosen...)
+	services = append(services, plan.contested...)
 	for _, s := range set.RemoteServices() {
 		services = append(services, remoteRow(s))
 	}
@@ -240,25 +283,50 @@ func (r *resources) compile(set *policy.Set) []datapath.Service {
 	return services
 }
 
-func (r *resources) row(s policy.ProtectedService) datapath.Service {
+// rowOf is the row group of a service, without where it is.
+func rowOf(s policy.ProtectedService) datapath.Service {
 	row := datapath.Service{Name: s.Name, Target: datapath.TargetHost, Ports: s.Spec.Ports, Protocol: datapath.TCP,
 		Mode: modeOf(s), DenyUDP: s.Spec.UDP != policy.UDPAllow}
 	if s.Spec.Protocol == policy.ProtocolUDP {
 		row.Protocol, row.Idle, row.DenyUDP = datapath.UDP, s.Spec.Idle.Duration, false
 	}
+	if s.Spec.Target == policy.TargetPod {
+		row.Target = datapath.TargetPod
+	}
+	return row
+}
+
+// locatedRow is the row group where the service lists its places.
+func (r *resources) locatedRow(row datapath.Service, s policy.ProtectedService) datapath.Service {
 	if s.Spec.Target != policy.TargetPod {
 		return row
 	}
 	where, err := r.locate(s)
 	r.problems.report(problemService, s.Name, err)
-	row.Target, row.Addresses, row.Ifindex, row.Besides = datapath.TargetPod, s.Spec.Addresses, where.device, where.besides
+	row.Addresses, row.Ifindex, row.Besides = s.Spec.Addresses, where.device, where.besides
 	return row
 }
 
 func sameService(a, b datapath.Service) bool {
 	return a.ID == b.ID && a.Name == b.Name && a.Target == b.Target && a.Ifindex == b.Ifindex &&
-		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP && a.Mode == b.Mode &&
-		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
+		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP && a.Mode == b.Mode && a.Selected == b.Selected &&
+		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports) &&
+		slices.EqualFunc(a.Pods, b.Pods, datapath.Place.Same)
+}
+
+// podsMoved asks Run to look at the pods again, and at nothing else.
+func (r *resources) podsMoved() {
+	select {
+	case r.moved <- struct{}{}:
+	default:
+	}
+}
+
+// settle puts the set in force to work with the pods as they are now.
+func (r *resources) settle() {
+	if now := r.current(); now != nil {
+		r.problems.report(problemPods, podsTable, r.put(now.set, now.set))
+	}
 }
 
 // poke asks Run to look at once: a device came or went.
@@ -302,6 +370,8 @@ func (r *resources) follow(ctx context.Context, stirred <-chan struct{}) {
 			quiet.Reset(settle)
 		case <-r.kick:
 			quiet.Reset(0)
+		case <-r.moved:
+			r.settle()
 		case <-resync.C:
 			quiet.Reset(0)
 		case <-quiet.C:
