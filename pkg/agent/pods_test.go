@@ -205,8 +205,6 @@ func TestPodsOutliveTheCluster(t *testing.T) {
 	if got := c.row("db").Pods; len(got) != 1 || !got[0].Same(before[0]) || !slices.Equal(c.names(), []string{"shop/db-0"}) {
 		t.Errorf("after a restart at %+v, before at %+v; decided %v", got, before, c.names())
 	}
-	c.stop() // its processes end, and nobody has told
-	must(t, c.lab.Node.Do(func() error { c.settle(); return nil }))
 }
 
 // TestLabelsOpenNothing: where sets are signed, a pod stays with the service that has chosen it; and what two services claim is given
