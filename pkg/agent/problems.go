@@ -21,6 +21,7 @@ const (
 	problemDevice    problemClass = "device"
 	problemIgnored   problemClass = "ignored_device"
 	problemService   problemClass = "service"
+	problemPods      problemClass = "pods"
 	problemLease     problemClass = "lease"
 	problemGrants    problemClass = "grants"
 	problemEvents    problemClass = "events"
@@ -37,13 +38,14 @@ const (
 	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
 	problemMemory    problemClass = "memory"
+	problemCluster   problemClass = "cluster"
 
 	problemBreakGlass problemClass = "break_glass"
 )
 
-var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
+var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemPods, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -72,6 +72,16 @@ func (s *Set) Signers() int {
 	return max(int(s.sets[0].Spec.Signers), 1)
 }
 
+// WithVersionOf is the set with the ResourceSet that another has, or with none where that has none.
+func (s *Set) WithVersionOf(other *Set) *Set {
+	with := *s
+	with.sets = nil
+	if other != nil {
+		with.sets = other.sets
+	}
+	return with.withRemotes(with.remotes)
+}
+
 // PinnedKey is a key that a node's configuration names: of somebody of its own, who may sign resources. No keyring says
 // anything of it: it neither ends nor is revoked but by the configuration, and who also has a key of a keyring counts twice.
 func PinnedKey(k PublicKey) KnownKey {

@@ -38,7 +38,8 @@ var notInSchema = map[string]string{
 	"has an escape within an escape": "%25 and two digits", "is already spec.": "one address in two spellings",
 	"is not allowed": "a part of a second below a millisecond", "is not of the provider": "the provider of a group in a test",
 	"has characters that cannot be shown": "characters that Unicode has not given away", "is not a SPIFFE ID": "its length",
-	"has 5": "bytes of a line, not characters",
+	"has 5":                "bytes of a line, not characters",
+	"is no key of a label": "keys of a map",
 }
 
 // onlyInCluster are words of refusals by the API server of what files may have, and why.

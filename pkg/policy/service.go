@@ -74,7 +74,10 @@ type ProtectedService struct {
 // ProtectedServiceSpec is what a ProtectedService says.
 // +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.addresses) || size(self.addresses) == 0",message="a Host service is protected on every local address and names none",fieldPath=".addresses"
 // +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.device) || size(self.device) == 0",message="a Host service has no device",fieldPath=".device"
-// +kubebuilder:validation:XValidation:rule="self.target != 'Pod' || has(self.addresses) && size(self.addresses) > 0",message="a Pod service needs at least one address",fieldPath=".addresses"
+// +kubebuilder:validation:XValidation:rule="self.target != 'Pod' || has(self.podSelector) || has(self.addresses) && size(self.addresses) > 0",message="a Pod service needs at least one address, or a podSelector",fieldPath=".addresses"
+// +kubebuilder:validation:XValidation:rule="!has(self.podSelector) || !has(self.addresses) || size(self.addresses) == 0",message="the podSelector says which pods, and their addresses follow: remove one of the two",fieldPath=".addresses"
+// +kubebuilder:validation:XValidation:rule="!has(self.podSelector) || !has(self.device) || size(self.device) == 0",message="the podSelector says which pods, and their devices follow",fieldPath=".device"
+// +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.podSelector)",message="a Host service is in no pod of its own",fieldPath=".podSelector"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.access) || size(self.access) == 0",message="nothing proves who sent a datagram, so UDP has no way through the proxy",fieldPath=".access"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.http)",message="a UDP service has no way through the proxy",fieldPath=".http"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.tokens)",message="a UDP service has no way through the proxy",fieldPath=".tokens"
@@ -111,7 +114,9 @@ type ProtectedServiceSpec struct {
 	// +kubebuilder:validation:MaxItems=1024
 	// +listType=set
 	Ports []Port `json:"ports" yaml:"ports"`
-	// Addresses are those of the pod. Pod: at least one. Host: none, every local address counts.
+	// PodSelector chooses the pods of a service in a cluster. Pod: this or addresses.
+	PodSelector *PodSelector `json:"podSelector,omitempty" yaml:"podSelector,omitempty"`
+	// Addresses are those of the pod. Pod without a podSelector: at least one. Host: none, every local address counts.
 	// +kubebuilder:validation:MaxItems=256
 	// +listType=set
 	// +kubebuilder:validation:items:XValidation:rule="!isIP(self) || ip(self).isGlobalUnicast()",message="is not the address of one host that can be routed: loopback, link-local, multicast and unspecified ones are not"
@@ -223,11 +228,30 @@ func (s *ProtectedService) validateHost(d *document) {
 	if s.Spec.Device != "" {
 		d.report("spec.device", faultf("remove the device, or write target: Pod", "a Host service has no device"))
 	}
+	if s.Spec.PodSelector != nil {
+		d.report("spec.podSelector", faultf("remove the podSelector, or write target: Pod", "a Host service is in no pod of its own; "+
+			"pods with hostNetwork are protected by target: Host"))
+	}
+}
+
+// validateSelected checks a service whose pods are chosen by what they are.
+func (s *ProtectedService) validateSelected(d *document) {
+	if len(s.Spec.Addresses) > 0 {
+		d.report("spec.addresses", faultf("remove the addresses or the podSelector", "the podSelector says which pods, and their addresses follow"))
+	}
+	if s.Spec.Device != "" {
+		d.report("spec.device", faultf("remove the device", "the podSelector says which pods, and their devices follow"))
+	}
+	s.Spec.PodSelector.validate(d)
 }
 
 func (s *ProtectedService) validatePod(d *document) {
+	if s.Spec.PodSelector != nil {
+		s.validateSelected(d)
+		return
+	}
 	if len(s.Spec.Addresses) == 0 {
-		d.report("spec.addresses", faultf("list the addresses of the pod", "a Pod service needs at least one address"))
+		d.report("spec.addresses", faultf("list the addresses of the pod, or write a podSelector", "a Pod service needs at least one address"))
 	}
 	seen := map[netip.Addr]int{}
 	for i, a := range s.Spec.Addresses {

@@ -131,6 +131,16 @@ var rules = []rule{
 		why:     "signatures of XML are where logins are forged: a program of its own reads them, the proxy its short tokens",
 	},
 	{
+		imports: []string{"k8s.io/..."},
+		only:    []string{"./pkg/kube/...", "./tools/...", "./test/schema"},
+		why:     "what an API server says is read in one place, and turned into what policy and grant read from files",
+	},
+	{
+		imports: []string{"./pkg/kube"},
+		only:    []string{"./pkg/agent"},
+		why:     "the agent alone follows a cluster; nothing else depends on there being one",
+	},
+	{
 		imports: []string{"./pkg/console"},
 		only:    []string{"./pkg/collector", "./cmd/sallyport"},
 		why:     "pages are shown by who serves the log and by the operator's command, and nothing is decided in them",
