@@ -18,6 +18,7 @@ import (
 // it is about.
 // +kubebuilder:validation:XValidation:rule="(has(self.identity) && size(self.identity) > 0) != (has(self.subject) && size(self.subject) > 0)",message="write identity or subject, and not both",fieldPath=".identity"
 // +kubebuilder:validation:XValidation:rule="!has(self.groups) || self.groups.all(g, has(self.subject) && g.startsWith(self.subject.split('/')[0] + '/'))",message="write groups of the subject's provider",fieldPath=".groups"
+// +kubebuilder:validation:XValidation:rule="has(self.path) && size(self.path) > 0 || (!has(self.method) || size(self.method) == 0) && (!has(self.host) || size(self.host) == 0) && (!has(self.headers) || size(self.headers) == 0)",message="a request has a path: write one",fieldPath=".path"
 type AccessTest struct {
 	// Name says what is tested.
 	// +kubebuilder:validation:MinLength=1
