@@ -217,6 +217,24 @@ struct sp_owner_socket {
 };
 
 /*
+ * Is it for a port that some pods have protected, in a namespace of which the agent has not said whose it is? Every pod
+ * begins so, whichever way its first packet comes; and so does one end that the cluster does not know any more, with the
+ * connections that it still has. What a pod sends to itself is none of a stranger's.
+ */
+static __always_inline bool sp_is_undecided(const struct sp_config *cfg, const struct sp_packet *p,
+					    const struct sp_delivery *d, const struct sp_owner_socket *sock)
+{
+	__u64 cookie = d->cookie;
+
+	if (!cfg || p->ifindex == SP_LO_IFINDEX || cookie == cfg->host_netns)
+		return false;
+	if (!sp_pod_serves(SP_UNDECIDED_DEVICE, p->dport, p->protocol) &&
+	    !sp_pod_serves(SP_UNDECIDED_DEVICE, sock->port, sock->protocol))
+		return false;
+	return !bpf_map_lookup_elem(&sp_decided, &cookie);
+}
+
+/*
  * Not compared with the hooks: copies that raw sockets get, and what meets a listener that is no SYN,
  * because the kernel shows the end of a handshake twice when two of them race.
  */
@@ -254,13 +272,19 @@ static __always_inline int sp_deliver(struct __sk_buff *skb, struct sp_packet *p
 	d.svc = sp_service_at(cfg, d.cookie, &p->dst, p->dport, p->protocol);
 	if (!d.svc)
 		d.svc = sp_service_at(cfg, d.cookie, &p->dst, sock->port, sock->protocol);
-	if (!d.svc && !sp_is_unlisted_at(cfg, p, &d))
+	if (!d.svc && sp_is_undecided(cfg, p, &d, sock))
+		reason = SP_REASON_UNDECIDED;
+	else if (!d.svc && !sp_is_unlisted_at(cfg, p, &d))
 		return SP_CG_PASS;
 	sp_parse_volume(skb, p);
 	*key = sp_key_towards(p);
 	if (d.svc)
 		reason = sp_decide_socket(cfg, p, key, &d);
 	sp_count(reason, p->segments, p->bytes);
+	if (reason == SP_REASON_UNDECIDED) { /* nobody came around anything: it is early */
+		sp_record_deny(key, reason, 0);
+		return SP_CG_DROP;
+	}
 	if (!sp_refuses(reason)) {
 		if (d.svc && sock->counts && reason != SP_REASON_SOCKET_RESET)
 			sp_count_socket(skb, p, d.svc->id, reason);

@@ -13,6 +13,7 @@ type (
 	Budget      = SallyportSpBudget
 	Config      = SallyportSpConfig
 	Counter     = SallyportSpCounter
+	Decided     = SallyportSpDecided
 	Deny        = SallyportSpDeny
 	DenyKey     = SallyportSpDenyKey
 	Device      = SallyportSpDevice

@@ -125,6 +125,17 @@ struct {
 	__type(value, struct sp_device);
 } sp_devices SEC(".maps");
 
+/* By the cookie of a network namespace (SO_NETNS_COOKIE), which is never given twice. One that is missing has those ports
+ * closed that some pods have protected. Full: the agent says so, and what does not fit stays closed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct sp_decided);
+} sp_decided SEC(".maps");
+
 /* Leases of the paths' budgets, one slot a path and CPU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

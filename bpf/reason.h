@@ -91,6 +91,7 @@ enum sp_reason {
 	SP_REASON_BACKSTOP = 75,	/* no leg and no live path explains it: it came around the hooks */
 	SP_REASON_SOCKET_ENDED = 76,	/* was on its way when its path ended */
 	SP_REASON_LOOPBACK_DENIED = 77,	/* from the pod to its own service, which is denied */
+	SP_REASON_UNDECIDED = 78,	/* to a port that some pods have protected, in a pod that the agent does not know yet */
 
 	/* the packet was dropped by XDP, at the uplink */
 	SP_REASON_XDP_MALFORMED = 80,	/* headers lie or are cut off */

@@ -82,6 +82,11 @@ type SallyportSpCounter struct {
 	Bytes   uint64
 }
 
+type SallyportSpDecided struct {
+	_   structs.HostLayout
+	Pod [64]int8
+}
+
 type SallyportSpDeny struct {
 	_          structs.HostLayout
 	ReportedNs uint64
@@ -445,6 +450,7 @@ const (
 	SallyportSpReasonSP_REASON_BACKSTOP          SallyportSpReason = 75
 	SallyportSpReasonSP_REASON_SOCKET_ENDED      SallyportSpReason = 76
 	SallyportSpReasonSP_REASON_LOOPBACK_DENIED   SallyportSpReason = 77
+	SallyportSpReasonSP_REASON_UNDECIDED         SallyportSpReason = 78
 	SallyportSpReasonSP_REASON_XDP_MALFORMED     SallyportSpReason = 80
 	SallyportSpReasonSP_REASON_XDP_MAPPED        SallyportSpReason = 81
 	SallyportSpReasonSP_REASON_XDP_MARTIAN       SallyportSpReason = 82
@@ -603,6 +609,7 @@ const (
 	SallyportMapSpCallers     = "sp_callers"
 	SallyportMapSpConfig      = "sp_config"
 	SallyportMapSpCounters    = "sp_counters"
+	SallyportMapSpDecided     = "sp_decided"
 	SallyportMapSpDenies      = "sp_denies"
 	SallyportMapSpDevices     = "sp_devices"
 	SallyportMapSpFlows       = "sp_flows"
@@ -728,6 +735,7 @@ type SallyportMapSpecs struct {
 	SpCallers     *ebpf.MapSpec `ebpf:"sp_callers"`
 	SpConfig      *ebpf.MapSpec `ebpf:"sp_config"`
 	SpCounters    *ebpf.MapSpec `ebpf:"sp_counters"`
+	SpDecided     *ebpf.MapSpec `ebpf:"sp_decided"`
 	SpDenies      *ebpf.MapSpec `ebpf:"sp_denies"`
 	SpDevices     *ebpf.MapSpec `ebpf:"sp_devices"`
 	SpFlows       *ebpf.MapSpec `ebpf:"sp_flows"`
@@ -791,6 +799,7 @@ type SallyportMaps struct {
 	SpCallers     *ebpf.Map `ebpf:"sp_callers"`
 	SpConfig      *ebpf.Map `ebpf:"sp_config"`
 	SpCounters    *ebpf.Map `ebpf:"sp_counters"`
+	SpDecided     *ebpf.Map `ebpf:"sp_decided"`
 	SpDenies      *ebpf.Map `ebpf:"sp_denies"`
 	SpDevices     *ebpf.Map `ebpf:"sp_devices"`
 	SpFlows       *ebpf.Map `ebpf:"sp_flows"`
@@ -828,6 +837,7 @@ func (m *SallyportMaps) Close() error {
 		m.SpCallers,
 		m.SpConfig,
 		m.SpCounters,
+		m.SpDecided,
 		m.SpDenies,
 		m.SpDevices,
 		m.SpFlows,

@@ -135,12 +135,20 @@ struct sp_owner {
 	__u32 target;		/* enum sp_target */
 };
 
+/* No device has this number. With no address: some pods have this service, and the agent says of each whether it has. */
+#define SP_UNDECIDED_DEVICE 0xffffffff
+
 struct sp_service_key {
 	struct sp_addr address;	/* all zero: every local address (host services) */
 	__u16 port;
 	__u8 protocol;
 	__u8 watched;		/* 1: of a service that is not enforced: nothing that decides looks for it */
 	__u32 device;		/* 0; or, with no address, the device behind which a pod has this service */
+};
+
+/* A network namespace of which the agent knows whose it is: what of it is protected stands in the table. */
+struct sp_decided {
+	char pod[64];		/* its namespace and name in the cluster, cut */
 };
 
 struct sp_service {

@@ -20,6 +20,7 @@ type activation struct {
 	envelope []byte
 	answer   []byte  // the requester's, to a challenge of this node
 	ask      *wanted // instead of both
+	applied  bool    // its resource begins it, and no answer
 	actor    string
 	verified grant.Verified
 	held     *held
@@ -104,7 +105,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	p := v.Payload
 	allowance, refused := g.allowed(v, e, now)
 	answered, unanswered := g.answered(a, e)
-	if err := errors.Join(p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.verified.Digest()), refused, unanswered,
+	if err := errors.Join(g.beginsSo(a), p.CheckID(), p.CheckTime(now), p.CheckAudience(g.node), p.CheckPolicy(e.verified.Digest()), refused, unanswered,
 		g.reviews.check(v), g.remembered(p, now)); err != nil {
 		return err
 	}
@@ -122,7 +123,7 @@ func (g *grants) authorise(_ context.Context, a *activation) error {
 	if err := g.heed(a.held, now); err != nil {
 		return err
 	}
-	if a.ask != nil {
+	if a.ask != nil || a.applied {
 		return nil
 	}
 	return g.challenges.use(answered)
@@ -142,10 +143,11 @@ func (g *grants) giveWay(ctx context.Context, a *activation) error {
 	return errors.Join(errs...)
 }
 
-// answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking.
+// answered verifies that who asked for the grant wants it to begin, here and now. A workload says so by asking, and who signed a grant
+// that begins by its resource has said so before.
 func (g *grants) answered(a *activation, e *enforced) (grant.Challenge, error) {
 	p := a.verified.Payload
-	if a.ask != nil {
+	if a.ask != nil || a.applied {
 		return grant.Challenge{}, nil
 	}
 	if len(a.answer) == 0 {

@@ -15,6 +15,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/audit"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
+	"github.com/sallyport-dev/sallyport/pkg/kube"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/px"
 	"github.com/sallyport-dev/sallyport/pkg/store"
@@ -52,6 +53,9 @@ type node struct {
 	callers     *openers
 	audit       *audit.Streamer
 	sink        *sink
+	kube        *kube.Source // nil: resources are files
+	applied     *applied     // nil: there is no cluster
+	pods        *pods
 	resources   *resources
 	devices     *devices
 	backstop    *backstop
@@ -119,7 +123,9 @@ func (n *node) parts() []part {
 		{name: "control groups", start: n.makeCallers, run: func(ctx context.Context) error { return n.callers.groups.Run(ctx) }},
 		{name: "callers", run: func(ctx context.Context) error { return n.callers.Run(ctx) }},
 		{name: "alarms", run: n.runAlarms},
+		{name: "cluster", start: n.makeCluster, run: n.runCluster},
 		{name: "resources", start: n.loadResources},
+		{name: "pods of the cluster", run: n.followPods},
 		{name: "hooks of px", start: func(context.Context) error { return n.datapath.AttachPx() }},
 		{name: "hooks of devices", start: n.hookDevices},
 		{name: "backstop", start: n.attachBackstop, run: func(ctx context.Context) error { return n.backstop.Run(ctx) }},
@@ -134,6 +140,7 @@ func (n *node) parts() []part {
 		{name: "guard watch", run: func(ctx context.Context) error { return n.guardWatch().Run(ctx) }},
 		{name: "address watch", run: func(ctx context.Context) error { return n.sources().Run(ctx) }},
 		{name: "device watch", run: func(ctx context.Context) error { return n.devices.Run(ctx) }},
+		{name: "grants of the cluster", run: n.runApplied},
 		{name: "resource watch", run: func(ctx context.Context) error { return n.resources.Run(ctx) }},
 		{name: "proxy's socket", start: n.listenProxy, run: func(ctx context.Context) error { return n.proxy.Run(ctx) }},
 		{name: "operators' socket", start: n.listenOperators, run: func(ctx context.Context) error { return n.operators.Run(ctx) }},
@@ -292,13 +299,21 @@ func (n *node) classifier() classifier {
 }
 
 func (n *node) loadResources(ctx context.Context) error {
+	from, err := n.origin(ctx)
+	if err != nil {
+		return err
+	}
+	n.pods = newPods(n.callers.groups, podsFile(n.cfg), n.cfg.Spec.PolicySignatures == policy.SignaturesRequired)
+	n.problems.report(problemPods, podsKept, n.pods.load())
 	where := locator{classify: n.classifier(), ports: bridgePorts{}}
 	n.resources = &resources{
-		dir: n.cfg.Spec.Resources, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
+		from: from, verified: verifiedFile(n.cfg), proxy: n.cfg.PolicyFile(),
 		ids: newServiceIDs(n.datapath.Services()), apply: n.datapath.SetServices,
 		locate: where.find, isHere: n.isHere(where), signed: signedOnly(n.cfg, n.clock), modes: n.modes, fits: n.fits, closed: n.isClosed, problems: n.problems, changed: n.resourcesChanged,
-		kick: make(chan struct{}, 1),
+		loosened: n.loosened, decide: n.datapath.SetDecided, pods: n.pods, classify: n.classifier(),
+		kick: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 	}
+	n.pods.changed = n.resources.podsMoved
 	n.grants = &grants{
 		node: n.cfg.Name, bootID: n.store.BootID(), owner: n.owner(), store: n.store,
 		challenges: &challenges{node: n.cfg.Name, boot: n.store.BootID(), clock: n.clock},
@@ -309,6 +324,9 @@ func (n *node) loadResources(ctx context.Context) error {
 	}
 	if err := n.makeRollouts(ctx); err != nil {
 		return err
+	}
+	if n.kube != nil {
+		n.applied = newApplied(n.kube, n.grants, n.clock)
 	}
 	return n.resources.load()
 }
@@ -348,6 +366,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
 	n.relay.recheck()
 	n.readiness.poke()
+	n.applied.poke()
 	return err
 }
 
@@ -406,6 +425,23 @@ func (n *node) sweeper() *sweeper {
 func (n *node) grantsMoved() {
 	n.audit.Kick()
 	n.sweepSoon()
+	n.applied.poke()
+}
+
+// loosened tells of what became looser without anybody's signature, where none is asked for.
+func (n *node) loosened(looser []error) {
+	for _, l := range looser {
+		n.log.Warn("resources became looser, and nobody has to sign that here", "what", l)
+	}
+}
+
+// runApplied follows the grants of the cluster, once what an earlier agent left is settled.
+func (n *node) runApplied(ctx context.Context) error {
+	if n.applied == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return n.applied.Run(ctx)
 }
 
 func (n *node) sweepSoon() {

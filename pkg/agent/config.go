@@ -52,14 +52,27 @@ func Check(o Options) error {
 	if err != nil {
 		return err
 	}
-	set, err := policy.LoadDir(cfg.Spec.Resources)
 	_, cgroup := backstopCgroup(cfg)
-	machine := []error{checkSigned(cfg, set, err), datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
+	machine := []error{datapath.CheckKernel(datapath.Profile(cfg.Spec.Hooks)), cgroup, datapath.CheckBPFFS(cfg.PinDir())}
 	machine = slices.DeleteFunc(machine, func(err error) bool { return errors.Is(err, fs.ErrPermission) }) // only root can ask
-	if err == nil {
-		err = set.CheckNode(cfg)
+	return errors.Join(append(machine, checkResources(cfg), checkCertificates(cfg))...)
+}
+
+// checkResources reads the files of resources. Those of a cluster are for the API server to check, and for the running agent.
+func checkResources(cfg policy.AgentConfig) error {
+	if cfg.Spec.Kubernetes != nil {
+		_, err := kubeSource(cfg, nil)
+		return err
 	}
-	return errors.Join(append(machine, checkTrustedDir(cfg.Spec.Resources), err, checkCertificates(cfg))...)
+	offered, err := files(cfg.Spec.Resources).read()
+	if errors.Is(err, ErrUntrusted) {
+		_, wrong := policy.LoadDir(cfg.Spec.Resources)
+		err = errors.Join(err, wrong)
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(checkSigned(cfg, offered), offered.set.CheckNode(cfg))
 }
 
 // checkCertificates reads the web certificates as the proxy will, which starts without those that it cannot read.
@@ -74,16 +87,17 @@ func checkCertificates(cfg policy.AgentConfig) error {
 }
 
 // checkSigned asks whether the agent would put the set to work in the place of the last one.
-func checkSigned(cfg policy.AgentConfig, set *policy.Set, readErr error) error {
+func checkSigned(cfg policy.AgentConfig, offered offer) error {
 	signed := signedOnly(cfg, bootClock())
-	if signed == nil || readErr != nil {
+	if signed == nil {
 		return nil
 	}
 	last, err := (&resources{verified: verifiedFile(cfg)}).last()
 	if err != nil {
 		return fmt.Errorf("load last verified resources: %w", err)
 	}
-	return signed.admit(last, set)
+	_, err = signed.admit(last, offered)
+	return err
 }
 
 // makeDirs makes the directories that the agent writes to. The state directory is closed to others; the run directory holds
@@ -113,6 +127,9 @@ func panicFile(cfg policy.AgentConfig) panicMark {
 	return panicMark(filepath.Join(cfg.Spec.RunDir, "panic"))
 }
 
+// podsFile is what the cluster said of this node's pods last.
+func podsFile(cfg policy.AgentConfig) string { return filepath.Join(cfg.Spec.StateDir, "pods.json") }
+
 // verifiedFile is one file for sets that were signed and another for those that were not: who goes over to signatures begins
 // with a signed set, and who comes back to them goes on from the last.
 func verifiedFile(cfg policy.AgentConfig) string {
@@ -127,7 +144,7 @@ func signedOnly(cfg policy.AgentConfig, c clock) *signedSets {
 	if cfg.Spec.PolicySignatures != policy.SignaturesRequired {
 		return nil
 	}
-	return &signedSets{dir: cfg.Spec.Resources, name: cfg.Spec.PolicySet, pinned: cfg.Spec.PolicyKeys, now: c.wall}
+	return &signedSets{name: cfg.Spec.PolicySet, pinned: cfg.Spec.PolicyKeys, now: c.wall}
 }
 
 // spoolDir keeps the flow records that the collector does not have.

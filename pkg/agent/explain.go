@@ -73,7 +73,7 @@ func (o *operators) answer(q question, e *enforced) *api.ExplainReply {
 	if ownErr != nil {
 		say(r, "not known: which addresses are the node's: "+oneLine(ownErr.Error()))
 	}
-	if service, port, ok := find(q, e.set, own); ok && service.Enforced() && r.Verdict != flow.VerdictBypassed.String() {
+	if service, port, ok := find(q, e.handed, own); ok && service.Enforced() && r.Verdict != flow.VerdictBypassed.String() {
 		around(r, e.set, policy.GrantFacts{Service: service.Name, Ports: []uint16{port}, Addresses: []netip.Addr{q.client},
 			NodeAddresses: own, Now: o.clock.wall()})
 	}
@@ -86,7 +86,7 @@ func decide(q question, e *enforced, own []netip.Addr, paths []datapath.PathStat
 	if remote, ok := findRemote(q, e.handed); ok {
 		return overRemote(r, q, remote, e.set)
 	}
-	service, port, ok := find(q, e.set, own)
+	service, port, ok := find(q, e.handed, own)
 	if !ok {
 		return say(r, "no protected service is there: the packet goes on untouched")
 	}

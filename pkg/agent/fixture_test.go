@@ -212,7 +212,7 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 	}}
 	ids := newServiceIDs(d.Services())
 	r := &resources{ids: ids, problems: l.problems}
-	services := r.compile(b.set)
+	services := r.compile(b.set, podPlan{})
 	generation, err := d.SetServices(services)
 	must(b.t, err)
 	l.enforced = func() *enforced {

@@ -111,6 +111,8 @@ type grants struct {
 	saidFile string                   // where the proxy reads what was said about callers; empty: nobody does
 	history  *history                 // guarded by mu
 
+	appliedSince time.Time // guarded by mu; since when it is known which grants of the cluster were used; zero: of none
+
 	refused  map[refusedWhat]*refused // guarded by mu
 	ports    *portUse                 // what the records of flows tell
 	usesKept time.Duration            // owned by the sweeper; CLOCK_BOOTTIME at which the uses were made durable

@@ -114,8 +114,6 @@ func probeAddresses(s datapath.Service) []netip.Addr {
 		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
 	case s.Target == datapath.TargetRemote: // others are not knocked at
 		return nil
-	case s.Ifindex == 0: // nowhere to send it yet
-		return nil
 	}
-	return s.Addresses
+	return locatedAddresses(s) // to the others there is nowhere to send it yet
 }

@@ -21,6 +21,7 @@ const (
 	problemDevice    problemClass = "device"
 	problemIgnored   problemClass = "ignored_device"
 	problemService   problemClass = "service"
+	problemPods      problemClass = "pods"
 	problemLease     problemClass = "lease"
 	problemGrants    problemClass = "grants"
 	problemEvents    problemClass = "events"
@@ -38,13 +39,14 @@ const (
 	problemAsking    problemClass = "automation"
 	problemMemory    problemClass = "memory"
 	problemRollouts  problemClass = "rollouts"
+	problemCluster   problemClass = "cluster"
 
 	problemBreakGlass problemClass = "break_glass"
 )
 
-var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
+var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemPods, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemRollouts, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemRollouts, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -11,19 +12,19 @@ import (
 	"sync"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"golang.org/x/sync/errgroup"
 )
 
-// settle is how long a directory must be quiet before it is read: an editor writes in several steps.
+// settle is how long an origin must be quiet before it is read: an editor writes in several steps, and so does kubectl.
 const settle = 100 * time.Millisecond
 
 // enforced is what the node enforces: a verified set and the table made of it. It does not change.
 type enforced struct {
 	verified   *policy.Set // as it was read
 	set        *policy.Set // with the modes that roll-outs have reached on this node
-	handed     *policy.Set // to the proxy: without the addresses of remote services that are here
+	handed     *policy.Set // to the proxy: without the addresses of remote services that are here, and with those of pods that are chosen
 	services   []datapath.Service
 	generation uint32 // of the kernel's table
 }
@@ -37,27 +38,34 @@ func (e *enforced) service(name string) (datapath.Service, bool) {
 	return e.services[i], true
 }
 
-// resources makes the kernel's table and the proxy's file follow a directory of resources. A directory that is bad in any
-// way changes nothing: the last verified set stays, over a restart too.
+// resources makes the kernel's table and the proxy's file follow the set of resources of an origin. A set that is bad in any
+// way changes nothing: the last verified one stays, over a restart too.
 type resources struct {
-	dir      string
+	from     origin
 	verified string      // the last set that was put to work, for the next start
 	proxy    string      // the file that the proxy reads
 	signed   *signedSets // nil where nothing has to be signed
 	ids      *serviceIDs
 	apply    func([]datapath.Service) (generation uint32, err error)
+	decide   func(pods map[uint64]string) error // in which namespaces it is known what is there
+	pods     *pods                              // nil: none are chosen here
+	classify classifier                         // of the pods' devices
 	locate   func(policy.ProtectedService) (place, error)
 	isHere   func(netip.Addr) (bool, error)           // is it an address of the node or of a pod on it? nil: none is
 	modes    func(*policy.Set) map[string]policy.Mode // that roll-outs have reached; nil: none have
 	fits     func(*policy.Set) error                  // the node's configuration; nil: whatever is valid does
 	closed   func(policy.RemoteService) error         // why it serves nobody on this node; nil: none does
 	problems *problems
+	loosened func(looser []error)  // tells what nobody has signed, where nothing has to be
 	changed  func(*enforced) error // called after a change has been put to work, and again with the next look if it fails
 	owed     bool                  // it has failed; owned by whoever puts sets to work
 
 	kick chan struct{}
 	mu   sync.Mutex
 	now  *enforced // guarded by mu; nil until load
+	// before is what was decided before; guarded by mu; nil: not known.
+	before map[uint64]string
+	moved  chan struct{} // pods came or went
 }
 
 // current is what is enforced now; nil before the first load.
@@ -67,7 +75,7 @@ func (r *resources) current() *enforced {
 	return r.now
 }
 
-// load puts the directory's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
+// load puts the origin's set to work, or else the last verified one. Without either it fails, and the kernel keeps what
 // it has.
 func (r *resources) load() error {
 	last, lastErr := r.last()
@@ -116,13 +124,13 @@ func (r *resources) last() (*policy.Set, error) {
 	return policy.Parse(r.verified, data)
 }
 
-// reload looks at the directory again. What is wrong with it is a problem, and nothing else happens.
+// reload looks at the origin again. What is wrong with it is a problem, and nothing else happens.
 func (r *resources) reload() {
 	before := r.current()
 	var last *policy.Set
 	if before != nil {
 		last = before.verified
-		if r.owed { // whatever becomes of what the directory has
+		if r.owed { // whatever becomes of what the origin has
 			r.owed = r.changed(before) != nil
 		}
 	}
@@ -134,25 +142,24 @@ func (r *resources) reload() {
 		err = errors.Join(err, r.put(before.verified, before.verified))
 	}
 	r.problems.report(problemResources, "", err)
+	if now := r.current(); now != nil {
+		r.from.tell(now.verified, err)
+	}
 }
 
-// read gives the directory's set, if it may take the place of the last one.
+// read gives the origin's set, if it may take the place of the last one.
 func (r *resources) read(last *policy.Set) (*policy.Set, error) {
-	if err := checkTrustedDir(r.dir); err != nil {
-		return nil, err
-	}
-	set, err := policy.LoadDir(r.dir)
+	offered, err := r.from.read()
 	if err == nil && r.fits != nil {
-		err = r.fits(set)
+		err = r.fits(offered.set)
 	}
 	switch {
 	case err != nil:
+		return nil, err
 	case r.signed != nil:
-		err = r.signed.admit(last, set)
-	default:
-		err = olderKeyrings(last, set)
+		return r.signed.admit(last, offered)
 	}
-	return set, err
+	return offered.set, olderKeyrings(last, offered.set)
 }
 
 // olderKeyrings refuses a keyring with a lower version than the one of its name in force: where nothing is signed, this is what tells
@@ -187,6 +194,9 @@ func (r *resources) put(set, last *policy.Set) error {
 	if err != nil {
 		return err
 	}
+	if looser := policy.Loosenings(last, set); r.loosened != nil && r.signed == nil && last != nil && len(looser) > 0 {
+		r.loosened(told(looser))
+	}
 	handed := keepFile(r.proxy, r.current().handed.YAML(), 0o644)
 	if handed != nil {
 		handed = fmt.Errorf("hand resources to the proxy: %w", handed)
@@ -197,7 +207,8 @@ func (r *resources) put(set, last *policy.Set) error {
 	return errors.Join(handed, r.keep(set))
 }
 
-// enforce makes the kernel's table follow the set, and tells whether anything changed.
+// enforce makes the kernel's table follow the set, and tells whether anything changed. A pod is decided when all that it has to have
+// protected is in the table; one that nothing of the table concerns, before: what it has going on is not held up.
 func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -205,8 +216,34 @@ func (r *resources) enforce(set *policy.Set) (changed bool, err error) {
 	if r.modes != nil {
 		at = set.AtModes(r.modes(set))
 	}
-	handed := r.elsewhere(at)
-	services := r.compile(handed)
+	plan := r.plan(at)
+	r.setDecided(plan.first(r.before))
+	changed, err = r.tabulate(set, at, plan)
+	if err == nil {
+		r.setDecided(plan.decided)
+	}
+	if plan.waits {
+		time.AfterFunc(podsAgain, r.podsMoved)
+	}
+	return changed, err
+}
+
+// setDecided tells the kernel. What it does not take stays closed. r.mu is held.
+func (r *resources) setDecided(pods map[uint64]string) {
+	if r.decide == nil || r.before != nil && maps.Equal(pods, r.before) {
+		return // the first time, an earlier agent may have left others
+	}
+	err := r.decide(pods)
+	r.problems.report(problemPods, podsDecided, err)
+	if r.before = pods; err != nil {
+		r.before = nil // tried again with the next look
+	}
+}
+
+// tabulate makes the table of the set, at the modes that roll-outs have reached, where the pods are as planned. r.mu is held.
+func (r *resources) tabulate(set, at *policy.Set, plan podPlan) (changed bool, err error) {
+	handed := r.elsewhere(at.WithPods(plan.addresses))
+	services := r.compile(handed, plan)
 	if r.now == nil || !slices.EqualFunc(r.now.services, services, sameService) {
 		generation, err := r.apply(services)
 		if err != nil {
@@ -230,13 +267,22 @@ func (r *resources) keep(set *policy.Set) error {
 	return nil
 }
 
-// compile makes rows of a set. A pod whose device is not there yet has rows without one, and is a problem.
-func (r *resources) compile(set *policy.Set) []datapath.Service {
+// compile makes rows of a set, of listed places before chosen ones. A pod whose device is not there yet has rows without one, and is a
+// problem.
+func (r *resources) compile(set *policy.Set, plan podPlan) []datapath.Service {
 	all := set.Services()
 	services := make([]datapath.Service, 0, len(all))
+	var chosen []datapath.Service
 	for _, s := range all {
-		services = append(services, r.row(s))
+		if row := rowOf(s); s.Spec.PodSelector != nil || plan.places[s.Name] != nil {
+			row.Selected, row.Pods = true, plan.places[s.Name]
+			chosen = append(chosen, row)
+		} else {
+			services = append(services, r.locatedRow(row, s))
+		}
 	}
+	services = append(services, chosen...)
+	services = append(services, plan.contested...)
 	for _, s := range set.RemoteServices() {
 		services = append(services, remoteRow(s))
 	}
@@ -244,25 +290,50 @@ func (r *resources) compile(set *policy.Set) []datapath.Service {
 	return services
 }
 
-func (r *resources) row(s policy.ProtectedService) datapath.Service {
+// rowOf is the row group of a service, without where it is.
+func rowOf(s policy.ProtectedService) datapath.Service {
 	row := datapath.Service{Name: s.Name, Target: datapath.TargetHost, Ports: s.Spec.Ports, Protocol: datapath.TCP,
 		Mode: modeOf(s), DenyUDP: s.Spec.UDP != policy.UDPAllow}
 	if s.Spec.Protocol == policy.ProtocolUDP {
 		row.Protocol, row.Idle, row.DenyUDP = datapath.UDP, s.Spec.Idle.Duration, false
 	}
+	if s.Spec.Target == policy.TargetPod {
+		row.Target = datapath.TargetPod
+	}
+	return row
+}
+
+// locatedRow is the row group where the service lists its places.
+func (r *resources) locatedRow(row datapath.Service, s policy.ProtectedService) datapath.Service {
 	if s.Spec.Target != policy.TargetPod {
 		return row
 	}
 	where, err := r.locate(s)
 	r.problems.report(problemService, s.Name, err)
-	row.Target, row.Addresses, row.Ifindex, row.Besides = datapath.TargetPod, s.Spec.Addresses, where.device, where.besides
+	row.Addresses, row.Ifindex, row.Besides = s.Spec.Addresses, where.device, where.besides
 	return row
 }
 
 func sameService(a, b datapath.Service) bool {
 	return a.ID == b.ID && a.Name == b.Name && a.Target == b.Target && a.Ifindex == b.Ifindex &&
-		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP && a.Mode == b.Mode &&
-		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
+		a.Protocol == b.Protocol && a.Idle == b.Idle && a.DenyUDP == b.DenyUDP && a.Mode == b.Mode && a.Selected == b.Selected &&
+		slices.Equal(a.Besides, b.Besides) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports) &&
+		slices.EqualFunc(a.Pods, b.Pods, datapath.Place.Same)
+}
+
+// podsMoved asks Run to look at the pods again, and at nothing else.
+func (r *resources) podsMoved() {
+	select {
+	case r.moved <- struct{}{}:
+	default:
+	}
+}
+
+// settle puts the set in force to work with the pods as they are now.
+func (r *resources) settle() {
+	if now := r.current(); now != nil {
+		r.problems.report(problemPods, podsTable, r.put(now.set, now.set))
+	}
 }
 
 // poke asks Run to look at once: a device came or went.
@@ -273,14 +344,27 @@ func (r *resources) poke() {
 	}
 }
 
-// Run follows the directory until ctx ends. It also looks every resyncEvery, for a directory that vanished and came back
-// tells nothing.
+// Run follows the origin until ctx ends. It also looks every resyncEvery.
 func (r *resources) Run(ctx context.Context) error {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch resources: %w", err)
-	}
-	defer watcher.Close()
+	stirred := make(chan struct{}, 1)
+	both, ctx := errgroup.WithContext(ctx)
+	both.Go(func() error {
+		return r.from.watch(ctx, func() {
+			select {
+			case stirred <- struct{}{}:
+			default: // it has not looked yet
+			}
+		})
+	})
+	both.Go(func() error {
+		r.follow(ctx, stirred)
+		return nil
+	})
+	return both.Wait()
+}
+
+// follow looks when the origin has been quiet for a while, when it is poked, and every resyncEvery.
+func (r *resources) follow(ctx context.Context, stirred <-chan struct{}) {
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
 	quiet := time.NewTimer(0)
@@ -288,22 +372,16 @@ func (r *resources) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-watcher.Events:
+			return
+		case <-stirred:
 			quiet.Reset(settle)
-		case err := <-watcher.Errors: // an overflow: look at all of it
-			if err != nil {
-				quiet.Reset(settle)
-			}
 		case <-r.kick:
 			quiet.Reset(0)
+		case <-r.moved:
+			r.settle()
 		case <-resync.C:
 			quiet.Reset(0)
 		case <-quiet.C:
-			// The parent tells when the directory comes back. What cannot be watched is told of by reload, and adding
-			// what is watched already changes nothing.
-			_ = watcher.Add(filepath.Dir(r.dir))
-			_ = watcher.Add(r.dir)
 			r.reload()
 		}
 	}

@@ -20,6 +20,7 @@ import (
 type directory struct {
 	*resources
 	t       *testing.T
+	dir     string
 	applied [][]datapath.Service
 	changes int
 	ifindex int
@@ -31,9 +32,9 @@ type directory struct {
 func newDirectory(t *testing.T, table ...datapath.Service) *directory {
 	t.Helper()
 	root := t.TempDir()
-	d := &directory{t: t, ifindex: 7}
+	d := &directory{t: t, dir: filepath.Join(root, "resources.d"), ifindex: 7}
 	d.resources = &resources{
-		dir: filepath.Join(root, "resources.d"), verified: filepath.Join(root, "verified.yaml"), proxy: filepath.Join(root, "policy.yaml"),
+		from: files(d.dir), verified: filepath.Join(root, "verified.yaml"), proxy: filepath.Join(root, "policy.yaml"),
 		ids: newServiceIDs(table), problems: newProblems(slog.New(slog.DiscardHandler)), kick: make(chan struct{}, 1),
 		apply: func(s []datapath.Service) (uint32, error) {
 			if d.refuse == nil {
@@ -57,7 +58,7 @@ func newDirectory(t *testing.T, table ...datapath.Service) *directory {
 func (d *directory) restart() *directory {
 	d.t.Helper()
 	next := newDirectory(d.t, d.applied[len(d.applied)-1]...)
-	next.dir, next.verified, next.proxy = d.dir, d.verified, d.proxy
+	next.dir, next.from, next.verified, next.proxy = d.dir, d.from, d.verified, d.proxy
 	return next
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
@@ -56,9 +57,9 @@ func (o *operators) Services(context.Context, *api.ServicesRequest) (*api.Servic
 	if err != nil {
 		return nil, toStatus(fmt.Errorf("read what was seen of services: %w", err))
 	}
-	for _, s := range e.set.Services() {
+	for _, s := range e.handed.Services() {
 		row, _ := e.service(s.Name)
-		described := describeService(s, row, devices[row.Ifindex])
+		described := describeService(s, row, devicesOf(row, devices))
 		described.Watched = describeWatched(seen[row.ID], row.Mode)
 		reply.Services = append(reply.Services, described)
 	}
@@ -67,6 +68,17 @@ func (o *operators) Services(context.Context, *api.ServicesRequest) (*api.Servic
 		reply.Services = append(reply.Services, describeRemote(s, row))
 	}
 	return reply, nil
+}
+
+// devicesOf names the devices of a service's pods.
+func devicesOf(row datapath.Service, names map[int]string) string {
+	var all []string
+	for _, p := range row.Places() {
+		if name := names[p.Ifindex]; name != "" {
+			all = append(all, name)
+		}
+	}
+	return strings.Join(all, ", ")
 }
 
 func describeService(s policy.ProtectedService, row datapath.Service, device string) *api.Service {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/pkg/grant"
@@ -21,29 +20,35 @@ const maxTold = 10
 // signedSets holds what is put to work to what people have signed (invariant 15): whoever writes the directory and has no
 // key can only tighten.
 type signedSets struct {
-	dir    string             // where the signatures are
 	name   string             // of the ResourceSet that the node's own configuration names: sets for other nodes have others
 	pinned []policy.PublicKey // of the node's own configuration; they sign the first set, and any later one
 	now    func() time.Time   // wall clock
 }
 
-// admit gives nil for a set that is nowhere looser than the last one, and for one of the node's name that is signed, with a
+// admit gives the set to put to work: one that is nowhere looser than the last one, and for one of the node's name that is signed, with a
 // higher version, by as many people as the last one asks for, with keys that the last one knows. last is nil for the first set of the node.
-func (s *signedSets) admit(last, next *policy.Set) error {
-	looser := policy.Loosenings(last, next)
-	if len(looser) == 0 {
-		return nil
+//
+// Where resources come one by one, the version may come before what it is the version of: it counts once all that was signed is there.
+// Until then the set has the version of the last one, and what is tighter in it counts all the same.
+func (s *signedSets) admit(last *policy.Set, offered offer) (*policy.Set, error) {
+	looser := policy.Loosenings(last, offered.set)
+	if len(looser) == 0 && !offered.piecemeal {
+		return offered.set, nil
 	}
-	if err := s.signed(last, next); err != nil {
-		return errors.Join(append([]error{err}, told(looser)...)...)
+	err := s.signed(last, offered)
+	switch {
+	case err == nil:
+		return offered.set, nil
+	case len(looser) == 0:
+		return offered.set.WithVersionOf(last), nil
 	}
-	return nil
+	return nil, errors.Join(append([]error{err}, told(looser)...)...)
 }
 
-func (s *signedSets) signed(last, next *policy.Set) error {
-	file := filepath.Join(s.dir, policy.SignatureFile)
+func (s *signedSets) signed(last *policy.Set, offered offer) error {
+	next := offered.set
 	refuse := func(hint, format string, args ...any) error {
-		return &policy.Error{File: file, Msg: "these resources are kept out: " + fmt.Sprintf(format, args...), Hint: hint, Err: ErrLooser}
+		return &policy.Error{File: offered.signedAt, Msg: "these resources are kept out: " + fmt.Sprintf(format, args...), Hint: hint, Err: ErrLooser}
 	}
 	if next.Name() != s.name {
 		return refuse("sign the set that is meant for this node with `sallyport policy sign`, or write the name into its configuration as policySet",
@@ -53,7 +58,7 @@ func (s *signedSets) signed(last, next *policy.Set) error {
 		return refuse("raise the version of the ResourceSet, and sign it with `sallyport policy sign`",
 			"the version %d is not higher than %d, and they are looser than what is in force", next.Version(), last.Version())
 	}
-	envelope, err := readSignatures(file)
+	envelope, err := offered.signatures()
 	if err != nil {
 		return refuse("sign them with `sallyport policy sign`", "they are looser than what is in force, and not signed: %s", oneLine(err.Error()))
 	}

@@ -25,7 +25,7 @@ func newOffice(t *testing.T) office {
 func (o office) node(t *testing.T) *directory {
 	t.Helper()
 	d := newDirectory(t)
-	d.signed = &signedSets{dir: d.dir, name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
+	d.signed = &signedSets{name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
 	d.write("a.yaml", loosen.InForce(o.carol.key.Public().String()))
 	d.sign(o.pinned)
 	must(t, d.load())
@@ -133,7 +133,7 @@ func TestSignedSetsDoNotComeBack(t *testing.T) {
 func TestFirstSignedSet(t *testing.T) {
 	o := newOffice(t)
 	d := newDirectory(t)
-	d.signed = &signedSets{dir: d.dir, name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
+	d.signed = &signedSets{name: "all", pinned: []policy.PublicKey{o.pinned.key.Public()}, now: time.Now}
 	text := loosen.InForce(o.carol.key.Public().String())
 	d.write("a.yaml", text)
 	for name, by := range map[string][]signer{"nobody": nil, "its own keyring": {o.carol}, "a stranger": {o.stranger}} {
@@ -180,7 +180,7 @@ func TestSetsOfOtherNodes(t *testing.T) {
 	}
 
 	fresh := newDirectory(t)
-	fresh.signed = &signedSets{dir: fresh.dir, name: "all", pinned: d.signed.pinned, now: time.Now}
+	fresh.signed = &signedSets{name: "all", pinned: d.signed.pinned, now: time.Now}
 	fresh.write("a.yaml", theirs)
 	fresh.sign(o.pinned)
 	if err := fresh.load(); err == nil || fresh.current() != nil || !contains(err.Error(), says) {
@@ -190,7 +190,7 @@ func TestSetsOfOtherNodes(t *testing.T) {
 	// Moved to the others by its configuration, it takes their set, and keeps its own until that is there.
 	d.write("a.yaml", first)
 	moved := d.restart()
-	moved.signed = &signedSets{dir: d.dir, name: "lab", pinned: d.signed.pinned, now: time.Now}
+	moved.signed = &signedSets{name: "lab", pinned: d.signed.pinned, now: time.Now}
 	must(t, moved.load())
 	if lines := moved.problems.lines(); moved.current().set.Digest() != digest || len(lines) > 0 {
 		t.Errorf("before the move: %v", lines)
@@ -248,9 +248,9 @@ func TestCheckAsksForSignatures(t *testing.T) {
 	cfg.Spec.PolicySignatures, cfg.Spec.PolicyKeys, cfg.Spec.PolicySet = policy.SignaturesRequired, d.signed.pinned, d.signed.name
 	must(t, os.Rename(d.verified, verifiedFile(cfg)))
 	check := func() error {
-		set, err := policy.LoadDir(d.dir)
+		offered, err := d.from.read()
 		must(t, err)
-		return checkSigned(cfg, set, nil)
+		return checkSigned(cfg, offered)
 	}
 	must(t, check())
 	d.write("a.yaml", strings.Replace(loosen.InForce(o.carol.key.Public().String()), "maxDuration: 15m", "maxDuration: 16m", 1))

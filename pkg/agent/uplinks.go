@@ -207,15 +207,23 @@ func ownSources(c classifier, services []datapath.Service) ([]netip.Prefix, erro
 		return nil, err
 	}
 	for _, s := range inForce(services) {
-		if s.Target == datapath.TargetPod && s.Ifindex != 0 { // without a device it may be on another node
-			addresses = append(addresses, s.Addresses...)
-		}
+		addresses = append(addresses, locatedAddresses(s)...)
 	}
 	own, err := podNetworks(c)
 	for _, a := range addresses {
 		own = append(own, netip.PrefixFrom(a, a.BitLen()))
 	}
 	return own, err
+}
+
+// locatedAddresses are those of a service's pods whose devices are known: the others may be on another node.
+func locatedAddresses(s datapath.Service) (all []netip.Addr) {
+	for _, p := range s.Places() {
+		if s.Target == datapath.TargetPod && p.Ifindex != 0 {
+			all = append(all, p.Addresses...)
+		}
+	}
+	return all
 }
 
 // podNetworks are the destinations of routes that end at a pod's device, or at a bridge of such.

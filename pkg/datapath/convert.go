@@ -20,18 +20,25 @@ func fromAddr(a bpf.Addr) netip.Addr { return netip.AddrFrom16(a.Bytes).Unmap() 
 
 // toLabel cuts a name to what a label holds, and ends it with a zero.
 func toLabel(s string) (l [32]int8) {
-	for i := 0; i < len(s) && i < len(l)-1; i++ {
-		l[i] = int8(s[i])
-	}
+	writeLabel(l[:], s)
 	return l
 }
 
-func fromLabel(l [32]int8) string {
-	var b [32]byte
+func fromLabel(l [32]int8) string { return readLabel(l[:]) }
+
+// writeLabel cuts what does not fit: the last byte stays zero.
+func writeLabel(l []int8, s string) {
+	for i := 0; i < len(s) && i < len(l)-1; i++ {
+		l[i] = int8(s[i])
+	}
+}
+
+func readLabel(l []int8) string {
+	b := make([]byte, len(l))
 	for i, c := range l {
 		b[i] = byte(c)
 	}
-	before, _, _ := bytes.Cut(b[:], []byte{0})
+	before, _, _ := bytes.Cut(b, []byte{0})
 	return string(before)
 }
 

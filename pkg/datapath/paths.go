@@ -197,11 +197,11 @@ func (d *Datapath) endPath(slot uint32, s PathState) error {
 	return nil
 }
 
-// endPathsBehind revokes the open paths to services behind a device. d.mu is held.
+// endPathsBehind revokes the open paths to services behind a device alone. d.mu is held.
 func (d *Datapath) endPathsBehind(ifindex int) error {
 	for slot, p := range d.live {
 		behind := slices.ContainsFunc(d.services, func(s Service) bool {
-			return s.ID == p.ServiceID && s.Target == TargetPod && s.Ifindex == ifindex
+			return s.ID == p.ServiceID && s.Target == TargetPod && isBehind(s.Places(), ifindex)
 		})
 		if !behind {
 			continue
@@ -216,6 +216,9 @@ func (d *Datapath) endPathsBehind(ifindex int) error {
 	}
 	return nil
 }
+
+// isBehind says whether a service is in that pod alone.
+func isBehind(pods []Place, ifindex int) bool { return len(pods) == 1 && pods[0].Ifindex == ifindex }
 
 // FreePath gives an ended slot back. Call it when Sweep has returned the records of its flows.
 func (d *Datapath) FreePath(slot uint32) error {

@@ -28,7 +28,7 @@ func rowsOf(services []Service, gen uint32) []row {
 	}
 	for _, s := range services {
 		for _, r := range s.rows(s.Protocol.number(), gen) {
-			if r.key.Device == 0 || !taken[r.key] { // or another service of the same pod has it
+			if (r.key.Device == 0 && !s.Selected) || !taken[r.key] { // or another service of the same pod has it
 				add(r)
 			}
 		}
@@ -101,35 +101,58 @@ func ofMode(services []Service) (enforced, others []Service) {
 	return enforced, others
 }
 
+// undecidedDevice is SP_UNDECIDED_DEVICE in C.
+const undecidedDevice = 0xffffffff
+
 // rows makes a row for each address and port.
-func (s *Service) rows(p Protocol, gen uint32) []row {
-	var rows []row
-	addresses := s.Addresses
-	if s.Target == TargetHost {
-		addresses = []netip.Addr{netip.IPv6Unspecified()} // every local address
-	}
-	value := bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(s.Ifindex), Generation: gen,
-		UdpIdleS: uint32(s.Idle / time.Second), Mode: bpf.SallyportSpMode(s.Mode), Name: toLabel(s.Name)}
-	add := func(k bpf.ServiceKey) {
-		rows = append(rows, row{watched(k, s.Mode != Enforce), value})
-	}
-	for _, port := range s.Ports {
-		for _, a := range addresses {
-			add(bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint8(p)})
+func (s *Service) rows(p Protocol, gen uint32) (rows []row) {
+	if s.Target != TargetPod { // a service of the host is at every local address
+		places := []Place{{Addresses: s.Addresses}}
+		if s.Target == TargetHost {
+			places[0].Addresses = []netip.Addr{netip.IPv6Unspecified()}
 		}
-		for _, device := range s.devices() {
-			add(bpf.ServiceKey{Port: port, Protocol: uint8(p), Device: uint32(device)})
+		return s.rowsAt(places, p, gen)
+	}
+	rows = s.rowsAt(s.Places(), p, gen)
+	if s.Selected {
+		value := s.value(0, gen)
+		for _, port := range s.Ports {
+			key := bpf.ServiceKey{Port: port, Protocol: uint8(p), Device: undecidedDevice}
+			rows = append(rows, row{watched(key, s.Mode != Enforce), value})
 		}
 	}
 	return rows
 }
 
+func (s *Service) rowsAt(places []Place, p Protocol, gen uint32) (rows []row) {
+	for _, place := range places {
+		value := s.value(place.Ifindex, gen)
+		add := func(k bpf.ServiceKey) {
+			rows = append(rows, row{watched(k, s.Mode != Enforce), value})
+		}
+		for _, port := range s.Ports {
+			for _, a := range place.Addresses {
+				add(bpf.ServiceKey{Address: toAddr(a), Port: port, Protocol: uint8(p)})
+			}
+			for _, device := range place.devices() {
+				add(bpf.ServiceKey{Port: port, Protocol: uint8(p), Device: uint32(device)})
+			}
+		}
+	}
+	return rows
+}
+
+func (s *Service) value(ifindex int, gen uint32) bpf.Service {
+	return bpf.Service{Id: s.ID, Target: bpf.SallyportSpTarget(s.Target), Ifindex: uint32(ifindex), Generation: gen,
+		UdpIdleS: uint32(s.Idle / time.Second), Mode: bpf.SallyportSpMode(s.Mode), Name: toLabel(s.Name)}
+}
+
 // devices lists those behind which the pod is: its ports are closed at its other addresses, too.
-func (s *Service) devices() []int {
-	if s.Target != TargetPod || s.Ifindex == 0 {
+func (p *Place) devices() []int {
+	if p.Ifindex == 0 {
 		return nil
 	}
-	return append([]int{s.Ifindex}, s.Besides...)
+	return append([]int{p.Ifindex}, p.Besides...)
 }
 
 // SetServices replaces the whole table in one step and returns its generation, and so does every change of a mode. The port
@@ -309,23 +332,29 @@ func (d *Datapath) restoreServices() error {
 		s := byID[r.value.Id]
 		if s == nil {
 			s = &Service{ID: r.value.Id, Name: fromLabel(r.value.Name), Target: Target(r.value.Target),
-				Ifindex: int(r.value.Ifindex), Idle: time.Duration(r.value.UdpIdleS) * time.Second, Mode: Mode(r.value.Mode)}
+				Idle: time.Duration(r.value.UdpIdleS) * time.Second, Mode: Mode(r.value.Mode)}
 			byID[r.value.Id] = s
 			order = append(order, r.value.Id)
 		}
-		s.add(r.key)
+		s.add(r.key, int(r.value.Ifindex))
 	}
 	for _, id := range order {
-		d.services = append(d.services, *byID[id])
+		d.services = append(d.services, byID[id].settled())
 	}
 	d.rows = len(rows)
 	return nil
 }
 
-func (s *Service) add(k bpf.ServiceKey) {
-	if device := int(k.Device); device != 0 {
-		if device != s.Ifindex && !slices.Contains(s.Besides, device) {
-			s.Besides = append(s.Besides, device)
+// add takes in what a row says, of the pod behind that device.
+func (s *Service) add(k bpf.ServiceKey, ifindex int) {
+	switch device := int(k.Device); {
+	case device == undecidedDevice:
+		s.Selected = true
+		s.protects(k)
+		return
+	case device != 0:
+		if p := s.pod(ifindex); device != ifindex && !slices.Contains(p.Besides, device) {
+			p.Besides = append(p.Besides, device)
 		}
 		return
 	}
@@ -333,24 +362,42 @@ func (s *Service) add(k bpf.ServiceKey) {
 		s.DenyUDP = true
 		return
 	}
-	s.Protocol = Protocol(k.Protocol)
-	for _, p := range s.Ports {
-		if p == k.Port {
-			k.Port = 0
-		}
+	s.protects(k)
+	if a, p := fromAddr(k.Address), s.pod(ifindex); s.Target != TargetHost && !slices.Contains(p.Addresses, a) {
+		p.Addresses = append(p.Addresses, a)
 	}
-	if k.Port != 0 {
+}
+
+// protects notes the port of a row.
+func (s *Service) protects(k bpf.ServiceKey) {
+	if Protocol(k.Protocol) == UDP && s.Idle == 0 {
+		s.DenyUDP = true
+		return
+	}
+	s.Protocol = Protocol(k.Protocol)
+	if !slices.Contains(s.Ports, k.Port) {
 		s.Ports = append(s.Ports, k.Port)
 	}
-	a := fromAddr(k.Address)
-	for _, have := range s.Addresses {
-		if have == a {
-			return
-		}
+}
+
+// pod is that behind a device, among those seen so far.
+func (s *Service) pod(ifindex int) *Place {
+	i := slices.IndexFunc(s.Pods, func(p Place) bool { return p.Ifindex == ifindex })
+	if i < 0 {
+		i = len(s.Pods)
+		s.Pods = append(s.Pods, Place{Ifindex: ifindex})
 	}
-	if s.Target != TargetHost {
-		s.Addresses = append(s.Addresses, a)
+	return &s.Pods[i]
+}
+
+// settled is the service as it was given to SetServices, but for the order of what it lists.
+func (s *Service) settled() Service {
+	out := *s
+	if s.Selected || len(s.Pods) == 0 {
+		return out
 	}
+	out.Addresses, out.Ifindex, out.Besides, out.Pods = s.Pods[0].Addresses, s.Pods[0].Ifindex, s.Pods[0].Besides, nil
+	return out
 }
 
 func (d *Datapath) pinnedRows() ([]row, error) {
@@ -408,10 +455,8 @@ func (d *Datapath) serviceAt(dst netip.AddrPort, p Protocol, enforced bool) stri
 			if s.Target == TargetHost && name == "" {
 				name = s.Name
 			}
-			for _, a := range s.Addresses {
-				if a == dst.Addr() {
-					return s.Name
-				}
+			if slices.ContainsFunc(s.Places(), func(p Place) bool { return slices.Contains(p.Addresses, dst.Addr()) }) {
+				return s.Name
 			}
 		}
 	}

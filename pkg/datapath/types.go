@@ -74,9 +74,31 @@ type Service struct {
 	Ports     []uint16
 	Ifindex   int           // TargetPod: the host-side device; 0: not known yet, closed at every device
 	Besides   []int         // TargetPod: other host-side devices of the same pod, in order
+	Selected  bool          // TargetPod: it is in those Pods, and its ports are closed in every namespace that is not decided
+	Pods      []Place       // Selected: in the place of Addresses, Ifindex and Besides
 	Idle      time.Duration // UDP: silence that ends a flow, in whole seconds, at least one
 	Mode      Mode          // Enforce, unless it is said
 	DenyUDP   bool          // TCP: refuses UDP to the same addresses and ports, but for those of a UDP service
+}
+
+// Place is one pod of a service that has several.
+type Place struct {
+	Addresses []netip.Addr
+	Ifindex   int   // the host-side device; 0: not known yet, closed at every device
+	Besides   []int // other host-side devices of the pod, in order
+}
+
+// Places lists the pods that the service is in, as far as anybody knows them.
+func (s *Service) Places() []Place {
+	if s.Selected {
+		return s.Pods
+	}
+	return []Place{{s.Addresses, s.Ifindex, s.Besides}}
+}
+
+// Same compares two pods.
+func (p Place) Same(q Place) bool {
+	return p.Ifindex == q.Ifindex && slices.Equal(p.Besides, q.Besides) && slices.Equal(p.Addresses, q.Addresses)
 }
 
 // PathState is the u32 in the path state map. An operator revokes by hand by storing 3.

@@ -82,6 +82,7 @@ const (
 	ReasonBackstop         Reason = 75
 	ReasonSocketEnded      Reason = 76
 	ReasonLoopbackDenied   Reason = 77
+	ReasonUndecided        Reason = 78
 	ReasonXDPMalformed     Reason = 80
 	ReasonXDPMapped        Reason = 81
 	ReasonXDPMartian       Reason = 82
@@ -174,6 +175,7 @@ var reasonNames = map[Reason]string{
 	ReasonBackstop:         "BACKSTOP",
 	ReasonSocketEnded:      "SOCKET_ENDED",
 	ReasonLoopbackDenied:   "LOOPBACK_DENIED",
+	ReasonUndecided:        "UNDECIDED",
 	ReasonXDPMalformed:     "XDP_MALFORMED",
 	ReasonXDPMapped:        "XDP_MAPPED",
 	ReasonXDPMartian:       "XDP_MARTIAN",

@@ -37,6 +37,7 @@ type wire struct {
 	Template     string   `json:"template,omitempty"`
 	Audience     string   `json:"audience"`
 	PolicyDigest string   `json:"policyDigest,omitempty"`
+	Begin        Begin    `json:"begin,omitempty"`
 }
 
 // budget is a budget's form in JSON, in numbers alone.
@@ -86,7 +87,7 @@ func (w wire) payload() (Payload, error) {
 	p := Payload{
 		ID: w.ID, Kind: w.Kind, Requester: w.Requester, Service: w.Service, Binding: w.Binding, ClientPort: w.ClientPort, Cgroup: w.Cgroup, Device: w.Device, Ports: w.Ports, Budget: w.Budget.read(), Ingress: policy.Ingress(w.Ingress),
 		Template: w.Template,
-		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest,
+		Reason:   w.Reason, Ticket: w.Ticket, Audience: w.Audience, PolicyDigest: w.PolicyDigest, Begin: w.Begin,
 	}
 	v := &validation{}
 	p.IdleTimeout = v.parseIdle(w.IdleTimeout)
@@ -131,7 +132,7 @@ func (p Payload) canonical() ([]byte, error) {
 		Duration:  policy.Duration{Duration: p.Duration}.String(),
 		Budget:    wireBudget(p.Budget), Ingress: string(p.Ingress),
 		Template: p.Template,
-		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest,
+		Reason:   p.Reason, Ticket: p.Ticket, Audience: p.Audience, PolicyDigest: p.PolicyDigest, Begin: p.Begin,
 	}
 	if p.IdleTimeout != 0 {
 		w.IdleTimeout = policy.Duration{Duration: p.IdleTimeout}.String()

@@ -42,6 +42,13 @@ type Kind string
 // and it is reviewed. The empty kind is an ordinary grant.
 const BreakGlass Kind = "breakGlass"
 
+// Begin is what lets a grant begin. The empty one is its requester's answer to a challenge of the node.
+type Begin string
+
+// BeginApplied lets it begin when its resource comes to the node from the API server of its cluster. Whoever has the envelope and
+// can write there chooses the moment then, within the grant's window.
+const BeginApplied Begin = "applied"
+
 // Payload is what a grant says. All times are wall-clock times.
 type Payload struct {
 	ID        string // ULID, new for each grant
@@ -72,6 +79,7 @@ type Payload struct {
 	Template     string // name of the template that it was asked for by; may be empty
 	Audience     string // name of the one node that may activate it
 	PolicyDigest string // digest of the only policy set that it is for; may be empty
+	Begin        Begin
 }
 
 // NewID makes a grant id of the time and of randomness.

@@ -53,6 +53,7 @@ func (p Payload) Validate() error {
 	}
 	v.check("audience", policy.CheckNodeName(p.Audience))
 	v.digest(p.PolicyDigest)
+	v.begin(p)
 	return errors.Join(v.errs...)
 }
 
@@ -112,6 +113,19 @@ func (v *validation) binding(p Payload) {
 	}
 	if tuple && len(p.Ports) != 1 {
 		v.refuse("ports", "name the port of the service that is connected to", "the binding %q is to one port", p.Binding)
+	}
+}
+
+// begin holds that what needs somebody who is there begins by somebody's answer.
+func (v *validation) begin(p Payload) {
+	switch {
+	case p.Begin == "":
+	case p.Begin != BeginApplied:
+		v.refuse("begin", "write applied or leave it out", "begin %.40q is not known", p.Begin)
+	case p.Kind == BreakGlass:
+		v.refuse("begin", "activate it yourself: whoever breaks the glass is there", "a break-glass grant does not begin by a resource")
+	case p.Binding == policy.BindingTuple:
+		v.refuse("begin", "only who holds the connection's port can begin it", "the binding %q does not begin by a resource", p.Binding)
 	}
 }
 

@@ -25,7 +25,10 @@ type AgentConfigSpec struct {
 	FederatesWith []string `json:"federatesWith,omitempty" yaml:"federatesWith,omitempty"`
 	// Resources is the directory of the set of resources: /etc/sallyport/resources.d.
 	Resources string `json:"resources" yaml:"resources"`
-	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required.
+	// Kubernetes takes the resources from a cluster, and from no directory. Left out: there is no cluster.
+	Kubernetes *KubernetesConfig `json:"kubernetes,omitempty" yaml:"kubernetes,omitempty"`
+	// PolicySignatures says whether resources that are looser than those in force need signatures: off, or required. Where it is
+	// not written: off, and required with kubernetes.
 	PolicySignatures string `json:"policySignatures" yaml:"policySignatures"`
 	// PolicySet is the name of the ResourceSet that this node takes when it is signed, and takes no other: sets for other nodes
 	// have other names. None; where signatures are required, it has to be written.

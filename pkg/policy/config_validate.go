@@ -61,6 +61,7 @@ func (c *AgentConfig) validate(d *document) {
 			d.report("spec.candidate", faultf("name another directory", "is that of the resources in force"))
 		}
 	}
+	c.Spec.Kubernetes.validate(d)
 	c.validateSignatures(d)
 	c.validateDevices(d)
 	c.validateCollector(d)
@@ -83,6 +84,9 @@ func (w WorkloadsConfig) validate(d *document) {
 }
 
 func (c *AgentConfig) validateSignatures(d *document) {
+	if _, written := d.lines["spec.policySignatures"]; !written && c.Spec.Kubernetes != nil {
+		c.Spec.PolicySignatures = SignaturesRequired
+	}
 	switch c.Spec.PolicySignatures {
 	case SignaturesOff:
 	case SignaturesRequired:

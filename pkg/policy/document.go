@@ -15,13 +15,19 @@ type document struct {
 	lines    map[string]int
 	wrong    []string
 	problems *problems
+	unlined  bool // it is from no file: its lines mean nothing
 }
 
 func newDocument(file string, root *yaml.Node, p *problems) *document {
 	return &document{file: file, root: root, lines: map[string]int{"": root.Line}, problems: p}
 }
 
-func (d *document) source() Source { return Source{File: d.file, Line: d.root.Line} }
+func (d *document) source() Source {
+	if d.unlined {
+		return Source{File: d.file}
+	}
+	return Source{File: d.file, Line: d.root.Line}
+}
 
 // line finds the line of a field, or of the nearest thing around it that was written.
 func (d *document) line(field string) int {
@@ -49,6 +55,9 @@ func (d *document) located(field string, line int, err error) *Error {
 	e := Error{Msg: err.Error()}
 	if known, ok := errors.AsType[*Error](err); ok {
 		e = *known
+	}
+	if d.unlined {
+		line = 0
 	}
 	e.File, e.Line, e.Field = d.file, line, field
 	e.Msg = cut(e.Msg)

@@ -262,6 +262,7 @@ func raised(old, next uint64) bool { return old != 0 && (next == 0 || next > old
 func (c *comparison) service(old, next ProtectedServiceSpec) {
 	shrinks(c, "spec.ports", old.Ports, &next.Ports, equal)
 	shrinks(c, "spec.addresses", old.Addresses, &next.Addresses, equal)
+	c.selector(old.PodSelector, &next.PodSelector)
 	became(c, ofModes(ProtectedService{Spec: old}, ProtectedService{Spec: next}), "spec.mode", old.Mode, &next.Mode)
 	settle(c, "spec.udp", old.UDP, &next.UDP, old.UDP != UDPAllow && next.UDP == UDPAllow)
 	settle(c, "spec.idle", old.Idle, &next.Idle, old.Idle != nil && next.Idle != nil && next.Idle.Duration > old.Idle.Duration)
@@ -334,7 +335,8 @@ func (c *comparison) opened(old, next *Set) {
 				continue
 			}
 			for _, port := range svc.Spec.Ports {
-				before := had && !was.Enforced() && slices.Contains(was.Spec.Ports, port) && same(was.Spec.Addresses, svc.Spec.Addresses)
+				before := had && !was.Enforced() && slices.Contains(was.Spec.Ports, port) && same(was.Spec.Addresses, svc.Spec.Addresses) &&
+					same(was.Spec.PodSelector, svc.Spec.PodSelector)
 				if slices.Contains(other.Spec.Ports, port) && !before {
 					c.at = resource{kind: KindProtectedService, name: svc.Name}.String()
 					c.loosen("spec.ports", "UDP to %d was refused by %s, and is not any more", port, other.Name)

@@ -46,6 +46,25 @@ func Parse(name string, data []byte) (*Set, error) {
 	return p.set(name)
 }
 
+// Document is one resource that is in no file. Name is what errors call it.
+type Document struct {
+	Name string
+	Data []byte
+}
+
+// ParseDocuments is Parse for resources that are from elsewhere than from files: no error tells a line. where is what an error about
+// the whole names.
+func ParseDocuments(where string, all []Document) (*Set, error) {
+	p := &parser{}
+	for _, one := range all {
+		for _, d := range documents(one.Name, one.Data, &p.problems) {
+			d.unlined = true
+			p.resource(d)
+		}
+	}
+	return p.set(where)
+}
+
 // set validates what was read as a whole. where is what an error about the whole names.
 func (p *parser) set(where string) (*Set, error) {
 	if len(p.services)+len(p.remotes)+len(p.list) == 0 {

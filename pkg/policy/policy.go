@@ -38,10 +38,10 @@ type Source struct {
 	Line int
 }
 
-// String gives "file:line", and nothing for a resource that was not read from a file.
+// String gives "file:line", without the line for a resource of a cluster, and nothing for one that was not read from anywhere.
 func (s Source) String() string {
-	if s.File == "" {
-		return ""
+	if s.Line == 0 {
+		return s.File
 	}
 	return fmt.Sprintf("%s:%d", s.File, s.Line)
 }

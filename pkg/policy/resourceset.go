@@ -17,8 +17,12 @@ type ResourceSet struct {
 type ResourceSetSpec struct {
 	// Version counts up with each set that is signed: where signatures are required, none but a higher one loosens what is in
 	// force. At least 1.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Version uint64 `json:"version" yaml:"version"`
 	// Signers is how many people have to sign what loosens this set; 1 when it is not written.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=16
 	Signers uint8 `json:"signers,omitempty" yaml:"signers,omitempty"`
 }
 
@@ -66,6 +70,16 @@ func (s *Set) Signers() int {
 		return 1
 	}
 	return max(int(s.sets[0].Spec.Signers), 1)
+}
+
+// WithVersionOf is the set with the ResourceSet that another has, or with none where that has none.
+func (s *Set) WithVersionOf(other *Set) *Set {
+	with := *s
+	with.sets = nil
+	if other != nil {
+		with.sets = other.sets
+	}
+	return with.withRemotes(with.remotes)
 }
 
 // PinnedKey is a key that a node's configuration names: of somebody of its own, who may sign resources. No keyring says

@@ -94,6 +94,11 @@ func (s *Set) index(i int, svc ProtectedService) {
 		s.rules[svc.Name] = append(s.rules[svc.Name], c)
 	}
 	s.byName[svc.Name] = i
+	s.claim(i, svc)
+}
+
+// claim notes the places of a service.
+func (s *Set) claim(i int, svc ProtectedService) {
 	for _, port := range svc.Spec.Ports {
 		for _, a := range claimed(svc) {
 			s.byPlace[endpoint{svc.Spec.Protocol, a, port}] = i

@@ -131,6 +131,16 @@ var rules = []rule{
 		why:     "signatures of XML are where logins are forged: a program of its own reads them, the proxy its short tokens",
 	},
 	{
+		imports: []string{"k8s.io/..."},
+		only:    []string{"./pkg/kube/...", "./tools/...", "./test/schema"},
+		why:     "what an API server says is read in one place, and turned into what policy and grant read from files",
+	},
+	{
+		imports: []string{"./pkg/kube"},
+		only:    []string{"./pkg/agent"},
+		why:     "the agent alone follows a cluster; nothing else depends on there being one",
+	},
+	{
 		imports: []string{"./pkg/console"},
 		only:    []string{"./pkg/collector", "./cmd/sallyport"},
 		why:     "pages are shown by who serves the log and by the operator's command, and nothing is decided in them",
@@ -154,6 +164,11 @@ var rules = []rule{
 		imports: []string{"./test/...", "testing"},
 		only:    []string{"./test/..."},
 		why:     "nothing that is shipped depends on what tests need",
+	},
+	{
+		imports: []string{"k8s.io/apiextensions-apiserver/...", "sigs.k8s.io/controller-tools/..."},
+		only:    []string{"./tools/crdgen", "./test/schema"},
+		why:     "definitions of resources are generated and tested with them; the agent validates by policy alone",
 	},
 	{
 		imports: []string{"./tools/..."},

@@ -1,0 +1,243 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
+	"github.com/sallyport-dev/sallyport/test/lab"
+)
+
+// cluster of a test: a lab whose pods have processes in control groups as kubelet names them, and a node's resources.
+type podLab struct {
+	*directory
+	lab     *lab.Lab
+	decided map[uint64]string
+	writes  []string // what was written, in its order
+	runs    []*lab.Process
+}
+
+func newPodLab(t *testing.T, selectors string) *podLab {
+	t.Helper()
+	c := &podLab{directory: newDirectory(t), lab: lab.New(t, lab.Options{Pods: 1})}
+	if c.lab.Cgroup() == "" {
+		t.Skip("this kernel has no control groups of version 2")
+	}
+	c.pods = newPods(newCgroups(c.lab.Cgroup()), filepath.Join(t.TempDir(), "pods.json"), false)
+	c.classify = classifier{pods: []string{"vethpods*"}, px0: func() int { return -1 }}
+	c.moved = make(chan struct{}, 1)
+	apply := c.apply
+	c.apply = func(s []datapath.Service) (uint32, error) {
+		c.writes = append(c.writes, "table")
+		return apply(s)
+	}
+	c.decide = func(pods map[uint64]string) error {
+		c.decided = pods
+		c.writes = append(c.writes, fmt.Sprint("decided ", len(pods)))
+		return nil
+	}
+	t.Cleanup(c.stop)
+	c.write("a.yaml", selectors)
+	return c
+}
+
+func (c *podLab) stop() {
+	for _, p := range c.runs {
+		_ = p.Kill() // it may have ended
+	}
+	c.runs = nil
+}
+
+// start has the node begin a pod: its namespace, its device, and a process in a container's control group.
+func (c *podLab) start(number int) (uid string, pod *lab.Namespace) {
+	c.t.Helper()
+	pod, err := c.lab.StartPod(number, nil)
+	must(c.t, err)
+	uid = fmt.Sprintf("%08d-0000-4000-8000-000000000000", number)
+	dir := "kubepods"
+	for _, name := range []string{"", "pod" + uid, strings.Repeat("ab", 32)} {
+		dir = filepath.Join(dir, name)
+		if _, err := os.Stat(filepath.Join(c.lab.Cgroup(), dir)); err == nil {
+			continue
+		}
+		g, err := c.lab.NewGroup(dir)
+		must(c.t, err)
+		if len(name) == 64 {
+			run, err := g.Start(pod, exec.Command("sleep", "600"))
+			must(c.t, err)
+			c.runs = append(c.runs, run)
+		}
+	}
+	return uid, pod
+}
+
+// look has the node look at the pods, where it is.
+func (c *podLab) look(facts ...policy.Pod) {
+	c.t.Helper()
+	must(c.t, c.pods.Set(facts))
+	must(c.t, c.lab.Node.Do(func() error {
+		if c.current() == nil {
+			return c.load()
+		}
+		c.settle()
+		return nil
+	}))
+}
+
+// row is a service's in the table.
+func (c *podLab) row(name string) datapath.Service {
+	c.t.Helper()
+	row, _ := c.current().service(name)
+	return row
+}
+
+func (c *podLab) says(parts ...string) {
+	c.t.Helper()
+	if told := strings.Join(c.problems.lines(), "\n"); len(parts) == 0 && told != "" || !contains(told, parts...) {
+		c.t.Errorf("problems %q, want %q", told, parts)
+	}
+}
+
+// names are the pods that are decided.
+func (c *podLab) names() (all []string) {
+	for _, name := range c.decided {
+		all = append(all, name)
+	}
+	slices.Sort(all)
+	return all
+}
+
+const dbSelector = `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: db}
+spec: {target: Pod, ports: [5432], podSelector: {namespace: shop, matchLabels: {app: db}}}
+`
+
+func facts(uid, name string, labels map[string]string, at ...netip.Addr) policy.Pod {
+	slices.SortFunc(at, netip.Addr.Compare)
+	return policy.Pod{UID: uid, Namespace: "shop", Name: name, Labels: labels, Addresses: at}
+}
+
+// TestPodsAreFollowed: a service is at the pods that it chooses, by what their processes are in and the node's routes say; a pod is decided
+// when its rows are there, and not before.
+func TestPodsAreFollowed(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector)
+	isDB, isWeb := map[string]string{"app": "db"}, map[string]string{"app": "web"}
+	c.look()
+	if row := c.row("db"); !row.Selected || len(row.Pods) != 0 || row.Target != datapath.TargetPod {
+		t.Errorf("without pods: %+v", row)
+	}
+	u1, first := c.start(1)
+	u2, second := c.start(2)
+	device := func(n int) int {
+		t.Helper()
+		index, err := c.lab.Node.Ifindex(lab.StartedDevice(n))
+		must(t, err)
+		return index
+	}
+	a4, a6, b4 := first.Addr(lab.IPv4), first.Addr(lab.IPv6), second.Addr(lab.IPv4)
+
+	c.look(facts(u1, "db-0", isDB), facts(u2, "web-0", isWeb))
+	if got := c.names(); !slices.Equal(got, []string{"shop/web-0"}) || len(c.row("db").Pods) != 0 {
+		t.Errorf("before the cluster tells of addresses %v are decided, %+v", got, c.row("db"))
+	}
+	c.says()
+
+	c.writes = nil
+	c.look(facts(u1, "db-0", isDB, a4, a6), facts(u2, "web-0", isWeb, b4))
+	want := datapath.Place{Addresses: []netip.Addr{a4, a6}, Ifindex: device(1)}
+	if got := c.row("db").Pods; len(got) != 1 || !got[0].Same(want) {
+		t.Errorf("the service is at %+v, want %+v", got, want)
+	}
+	if got := c.names(); !slices.Equal(got, []string{"shop/db-0", "shop/web-0"}) || !slices.Equal(c.writes, []string{"table", "decided 2"}) {
+		t.Errorf("decided are %v, written was %v", got, c.writes)
+	}
+	if s, ok := c.current().handed.PodServiceAt(policy.ProtocolTCP, netip.AddrPortFrom(a6, 5432)); !ok || s.Name != "db" {
+		t.Errorf("the proxy is told of %+v", s)
+	}
+
+	// It gets a label, and loses it; the other one stands still.
+	c.look(facts(u1, "db-0", isDB, a4, a6), facts(u2, "web-0", isDB, b4))
+	if got := c.row("db").Pods; len(got) != 2 || got[1].Ifindex != device(2) || !got[0].Same(want) {
+		t.Errorf("two pods: %+v", got)
+	}
+	c.look(facts(u1, "db-0", isDB, a4, a6), facts(u2, "web-0", isWeb, b4))
+	if got := c.row("db").Pods; len(got) != 1 || !got[0].Same(want) || len(c.decided) != 2 {
+		t.Errorf("one pod again: %+v", got)
+	}
+
+	// Who has the API server's word says that the pod is at another's address: neither is given.
+	c.look(facts(u1, "db-0", isDB, b4), facts(u2, "web-0", isWeb, b4))
+	c.says("pod shop/db-0", "leads into the pod")
+	if got := c.names(); !slices.Equal(got, []string{"shop/web-0"}) || len(c.row("db").Pods) != 0 {
+		t.Errorf("with another's address: decided %v, %+v", got, c.row("db"))
+	}
+	c.look(facts(u1, "db-0", isDB, c.lab.Node.Addr(lab.IPv4)), facts(u2, "web-0", isWeb, b4))
+	c.says("pod shop/db-0", "no route of the node leads to its address")
+
+	// The cluster forgets a pod that still runs: it is closed.
+	c.look(facts(u1, "db-0", isDB, a4, a6))
+	if got := c.names(); !slices.Equal(got, []string{"shop/db-0"}) {
+		t.Errorf("a pod that the cluster has forgotten: decided %v", got)
+	}
+	c.says()
+}
+
+// TestPodsOutliveTheCluster: without the API server the next agent goes by what it said last, of the pods that are still there.
+func TestPodsOutliveTheCluster(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector)
+	uid, pod := c.start(1)
+	c.look(facts(uid, "db-0", map[string]string{"app": "db"}, pod.Addr(lab.IPv4)), facts("ffffffff-0000-4000-8000-000000000000", "gone", nil))
+	before := c.row("db").Pods
+	next := newPods(newCgroups(c.lab.Cgroup()), c.pods.file, false)
+	must(t, next.load())
+	c.pods, c.before = next, nil
+	must(t, c.lab.Node.Do(func() error { c.settle(); return nil }))
+	if got := c.row("db").Pods; len(got) != 1 || !got[0].Same(before[0]) || !slices.Equal(c.names(), []string{"shop/db-0"}) {
+		t.Errorf("after a restart at %+v, before at %+v; decided %v", got, before, c.names())
+	}
+}
+
+// TestLabelsOpenNothing: where sets are signed, a pod stays with the service that has chosen it; and what two services claim is given
+// to neither.
+func TestLabelsOpenNothing(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector+"---\n"+strings.NewReplacer("{name: db}", "{name: all}", "{app: db}", "{all: yes-all}").Replace(dbSelector))
+	c.pods.sticky = true
+	uid, pod := c.start(1)
+	at := pod.Addr(lab.IPv4)
+	c.look(facts(uid, "db-0", map[string]string{"app": "db"}, at))
+	if len(c.row("db").Pods) != 1 {
+		t.Fatalf("%+v", c.row("db"))
+	}
+	c.look(facts(uid, "db-0", map[string]string{"app": "none"}, at))
+	if len(c.row("db").Pods) != 1 {
+		t.Errorf("relabelled: %+v", c.row("db"))
+	}
+	c.look(facts(uid, "db-0", map[string]string{"all": "yes-all"}, at))
+	c.says("ports of", "all and db", "more than one service")
+	for _, name := range []string{"db", "all"} {
+		if row := c.row(name); len(row.Pods) != 0 {
+			t.Errorf("claimed by two: %+v", row)
+		}
+	}
+	closed := c.row("(db of shop/db-0)")
+	if len(closed.Pods) != 1 || closed.Pods[0].Addresses[0] != at || closed.Mode != datapath.Enforce || len(c.decided) != 1 {
+		t.Errorf("claimed by two: the row that closes it is %+v", closed)
+	}
+	if _, ok := c.current().handed.PodServiceAt(policy.ProtocolTCP, netip.AddrPortFrom(at, 5432)); ok {
+		t.Error("the proxy is told of a service there")
+	}
+	c.pods.sticky = false
+	c.look(facts(uid, "db-0", nil, at), policy.Pod{UID: "x", Namespace: "shop", Name: "hosty", Labels: map[string]string{"app": "db"}, HostNetwork: true})
+	c.says("db chooses shop/hosty", "target: Host")
+}
