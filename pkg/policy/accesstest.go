@@ -16,39 +16,55 @@ import (
 
 // AccessTest is a caller, of a service with http also a request, and what the whole set must make of it. It stands in the service that
 // it is about.
+// +kubebuilder:validation:XValidation:rule="(has(self.identity) && size(self.identity) > 0) != (has(self.subject) && size(self.subject) > 0)",message="write identity or subject, and not both",fieldPath=".identity"
+// +kubebuilder:validation:XValidation:rule="!has(self.groups) || self.groups.all(g, has(self.subject) && g.startsWith(self.subject.split('/')[0] + '/'))",message="write groups of the subject's provider",fieldPath=".groups"
 type AccessTest struct {
 	// Name says what is tested.
-	Name string `json:"name" yaml:"name"`
+	// +kubebuilder:validation:MinLength=1
+	Name Line `json:"name" yaml:"name"`
 	// Expect is Allow or Refuse.
 	Expect Expectation `json:"expect" yaml:"expect"`
 	// AccessQuestion is what is asked.
-	AccessQuestion `yaml:",inline"`
+	AccessQuestion `json:",inline" yaml:",inline"`
 }
 
 // AccessQuestion is a caller and a request as people write them.
 type AccessQuestion struct {
 	// Identity is a SPIFFE ID. Empty: Subject is who comes.
+	// +kubebuilder:validation:MaxLength=2048
+	// +kubebuilder:validation:Pattern=`^(spiffe://[a-z0-9._-]+(/([A-Za-z0-9_-]|\.[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*)*)?$`
 	Identity string `json:"identity,omitempty" yaml:"identity,omitempty"`
 	// Subject and Groups of a token, as rules write them: PROVIDER/SUBJECT and PROVIDER/GROUP.
-	Subject string   `json:"subject,omitempty" yaml:"subject,omitempty"`
-	Groups  []string `json:"groups,omitempty" yaml:"groups,omitempty"`
+	// +kubebuilder:validation:MaxLength=512
+	// +kubebuilder:validation:Pattern=`^([a-z0-9]([-a-z0-9]{0,29}[a-z0-9])?/[\pL\pM\pN\pP\pS ]+)?$`
+	// +kubebuilder:validation:XValidation:rule="!self.contains('*')",message="* is nobody's name"
+	Subject string `json:"subject,omitempty" yaml:"subject,omitempty"`
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=atomic
+	Groups []TokenGroup `json:"groups,omitempty" yaml:"groups,omitempty"`
 	// Claims of the token. A value is JSON, like true or [1,2], or else text.
-	Claims map[string]string `json:"claims,omitempty" yaml:"claims,omitempty"`
+	// +kubebuilder:validation:MaxProperties=64
+	Claims map[string]Text `json:"claims,omitempty" yaml:"claims,omitempty"`
 	// Proof is spiffe, jwt, oidc or local. Empty: oidc of a Subject, spiffe of an Identity.
+	// +kubebuilder:validation:Enum="";spiffe;jwt;oidc;local
 	Proof string `json:"proof,omitempty" yaml:"proof,omitempty"`
 	// From is the caller's address.
 	From *netip.Addr `json:"from,omitempty" yaml:"from,omitempty"`
 	// At is the time by the wall clock. Zero: nobody knows it.
+	// +optional
 	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
 	// Signals are sources, with ok or against: what they say about the caller.
-	Signals map[string]string `json:"signals,omitempty" yaml:"signals,omitempty"`
+	// +kubebuilder:validation:MaxProperties=32
+	Signals map[string]SignalWord `json:"signals,omitempty" yaml:"signals,omitempty"`
 	// Method and Path of the request: GET where there is a path. Neither: before there is a request.
-	Method string `json:"method,omitempty" yaml:"method,omitempty"`
-	Path   string `json:"path,omitempty" yaml:"path,omitempty"`
+	Method Line        `json:"method,omitempty" yaml:"method,omitempty"`
+	Path   RequestPath `json:"path,omitempty" yaml:"path,omitempty"`
 	// Host of the request: the first of the service's.
-	Host string `json:"host,omitempty" yaml:"host,omitempty"`
+	Host Line `json:"host,omitempty" yaml:"host,omitempty"`
 	// Headers of the request, by names in lower case.
-	Headers map[string]string `json:"headers,omitempty" yaml:"headers,omitempty"`
+	// +kubebuilder:validation:MaxProperties=32
+	// +kubebuilder:validation:XValidation:rule="!('host' in self)",message="host is no header to compare: use hosts"
+	Headers map[string]HeaderValue `json:"headers,omitempty" yaml:"headers,omitempty"`
 }
 
 func (t AccessTest) validate(d *document, field string, svc ProtectedServiceSpec) {

@@ -8,6 +8,10 @@ import (
 )
 
 // Size is a number of bytes. As text it is a whole number with a unit: B, KiB, MiB, GiB or TiB.
+// +kubebuilder:validation:MinLength=2
+// +kubebuilder:validation:MaxLength=32
+// +kubebuilder:validation:Pattern=`^(0|[1-9][0-9]{0,18})(B|KiB|MiB|GiB|TiB)$`
+// +kubebuilder:validation:XValidation:rule="!isQuantity(self.substring(0, size(self) - 1)) || !quantity(self.substring(0, size(self) - 1)).isGreaterThan(quantity('1Ei'))",message="is more than 1048576TiB"
 type Size uint64
 
 // MaxSize is the largest size that can be written.
@@ -53,10 +57,17 @@ type Budget struct {
 	// Bytes of IP packets, headers included.
 	Bytes Size `json:"bytes,omitempty" yaml:"bytes,omitempty"`
 	// Packets as they are on the wire.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Packets uint64 `json:"packets,omitempty" yaml:"packets,omitempty"`
 	// Connections in all.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Connections uint64 `json:"connections,omitempty" yaml:"connections,omitempty"`
 	// ConnectionsPerSecond that may begin.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=4294967295
+	// +kubebuilder:validation:Format=int64
 	ConnectionsPerSecond uint32 `json:"connectionsPerSecond,omitempty" yaml:"connectionsPerSecond,omitempty"`
 }
 

@@ -7,6 +7,7 @@ import (
 )
 
 // Class says how much harm a bypass policy can do, and so how much care its grants get.
+// +kubebuilder:validation:Enum="";Routine;Sensitive;Critical
 type Class string
 
 // Classes of bypass policies. What follows from each is in classRules.

@@ -20,24 +20,39 @@ type DenyList struct {
 }
 
 // DenyListSpec is what a DenyList says. Each entry denies by itself.
+// +kubebuilder:validation:XValidation:rule="has(self.identities) && size(self.identities) > 0 || has(self.subjects) && size(self.subjects) > 0 || has(self.people) && size(self.people) > 0 || has(self.services) && size(self.services) > 0 || has(self.addresses) && size(self.addresses) > 0 || has(self.grants) && size(self.grants) > 0",message="denies nothing: list identities, subjects, people, services, addresses or grants"
 type DenyListSpec struct {
 	// Reason is told to whoever is refused.
-	Reason string `json:"reason" yaml:"reason"`
+	// +kubebuilder:validation:MinLength=1
+	Reason Line `json:"reason" yaml:"reason"`
 	// NotAfter ends the list, by the wall clock. Zero: it does not end.
+	// +optional
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
 	// Identities are SPIFFE IDs, exact, or ending in /* for everything below, that the proxy lets in nowhere, and that may
 	// not ask for grants.
-	Identities []string `json:"identities,omitempty" yaml:"identities,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	Identities []IdentityPattern `json:"identities,omitempty" yaml:"identities,omitempty"`
 	// Subjects are those of tokens, PROVIDER/SUBJECT or PROVIDER/*, that the proxy lets in nowhere.
-	Subjects []string `json:"subjects,omitempty" yaml:"subjects,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	Subjects []Text `json:"subjects,omitempty" yaml:"subjects,omitempty"`
 	// People may neither ask for grants nor approve them. They need not be in a keyring.
-	People []string `json:"people,omitempty" yaml:"people,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	People []PersonName `json:"people,omitempty" yaml:"people,omitempty"`
 	// Services get no grants.
-	Services []string `json:"services,omitempty" yaml:"services,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	Services []Text `json:"services,omitempty" yaml:"services,omitempty"`
 	// Addresses may be no client's of a grant.
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
 	Addresses []AddressRange `json:"addresses,omitempty" yaml:"addresses,omitempty"`
 	// Grants are ids.
-	Grants []string `json:"grants,omitempty" yaml:"grants,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	Grants []GrantID `json:"grants,omitempty" yaml:"grants,omitempty"`
 }
 
 func (l *DenyList) validate(d *document) {

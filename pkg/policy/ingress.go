@@ -3,6 +3,7 @@ package policy
 import "slices"
 
 // Ingress is the kind of device that clients of a path are reached by. Empty is any.
+// +kubebuilder:validation:Enum="";uplink;pod;local
 type Ingress string
 
 // Kinds of devices that a grant may be for.

@@ -18,29 +18,49 @@ type Keyring struct {
 type KeyringSpec struct {
 	// Version counts up with each change: a node takes none that is lower than the one it has, but where as many people have signed
 	// that as a looser set asks for. At least 1.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Version uint64 `json:"version" yaml:"version"`
 	// NotAfter ends every key of it, by the wall clock. Zero: it does not end.
+	// +optional
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
 	// People have names that are unique over all keyrings of a set.
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=map
+	// +listMapKey=name
 	People []Person `json:"people" yaml:"people"`
 	// Groups have names that are unique over all keyrings of a set, and members from any of them.
+	// +kubebuilder:validation:MaxItems=128
+	// +listType=map
+	// +listMapKey=name
 	Groups []Group `json:"groups,omitempty" yaml:"groups,omitempty"`
 	// RevokedKeys are the ids of keys that count no more, in this keyring or another.
-	RevokedKeys []string `json:"revokedKeys,omitempty" yaml:"revokedKeys,omitempty"`
+	// +kubebuilder:validation:MaxItems=4096
+	// +listType=atomic
+	RevokedKeys []KeyID `json:"revokedKeys,omitempty" yaml:"revokedKeys,omitempty"`
 }
 
 // Person is somebody who may sign, with one or more keys.
 type Person struct {
-	Name string `json:"name" yaml:"name"`
-	Keys []Key  `json:"keys" yaml:"keys"`
+	// +kubebuilder:validation:MinLength=1
+	Name PersonName `json:"name" yaml:"name"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=map
+	// +listMapKey=publicKey
+	Keys []Key `json:"keys" yaml:"keys"`
 }
 
 // Key is one public key of one person.
 type Key struct {
 	PublicKey PublicKey `json:"publicKey" yaml:"publicKey"`
 	// NotAfter ends the key, by the wall clock. Zero: it does not end.
+	// +optional
 	NotAfter time.Time `json:"notAfter,omitzero" yaml:"notAfter,omitempty"`
 	// Uses are what it may sign. Empty: requests and approvals.
+	// +kubebuilder:validation:MaxItems=16
+	// +listType=atomic
 	Uses []Use `json:"uses,omitempty" yaml:"uses,omitempty"`
 }
 

@@ -13,6 +13,7 @@ const groupPrefix = "group:"
 const workloadPrefix = "spiffe://"
 
 // Use is something that a key may sign.
+// +kubebuilder:validation:Enum=request;approve;breakGlass;resources
 type Use string
 
 // Uses of a key. One without any may request and approve.
@@ -44,15 +45,24 @@ func (s Signer) May(u Use) bool {
 
 // Group is people who approve together.
 type Group struct {
-	Name    string   `json:"name" yaml:"name"`
-	Members []string `json:"members" yaml:"members"`
+	// +kubebuilder:validation:MinLength=1
+	Name Name `json:"name" yaml:"name"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=512
+	// +listType=set
+	Members []PersonName `json:"members" yaml:"members"`
 }
 
 // Approval says how many of some people have to agree. The requester is never one of them.
 type Approval struct {
 	// From are people, and groups as group:NAME.
-	From []string `json:"from" yaml:"from"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=set
+	From []PersonOrGroup `json:"from" yaml:"from"`
 	// Min is how many of them; 1 when it is not written.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=15
 	Min uint8 `json:"min,omitempty" yaml:"min,omitempty"`
 }
 

@@ -18,6 +18,9 @@ const (
 // PublicKey is the public half of a key that signs: a plain Ed25519 key, or one of OpenSSH, which may live in a
 // security key. Its text form is "ed25519:" and the key in base64, or the first two words of OpenSSH's own form. It can
 // be compared with ==. The zero value is no key.
+// +kubebuilder:validation:MinLength=1
+// +kubebuilder:validation:MaxLength=2048
+// +kubebuilder:validation:Pattern=`^(ed25519:[A-Za-z0-9+/]{43}=|(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)|sk-ssh-ed25519@openssh\.com|sk-ecdsa-sha2-nistp256@openssh\.com) [A-Za-z0-9+/]+={0,2})$`
 type PublicKey struct {
 	kind string // plain, or the SSH key type
 	raw  string // 32 bytes, or the SSH wire format

@@ -9,6 +9,7 @@ import (
 )
 
 // Without says what becomes of a connection to a remote service that speaks no TLS.
+// +kubebuilder:validation:Enum="";refuse;pass
 type Without string
 
 // Answers to a destination without Sallyport.
@@ -32,13 +33,26 @@ type RemoteService struct {
 // RemoteServiceSpec is what a RemoteService says.
 type RemoteServiceSpec struct {
 	// Addresses are those of other nodes, or of what is behind them. At least one.
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=256
+	// +listType=set
+	// +kubebuilder:validation:items:XValidation:rule="!isIP(self) || ip(self).isGlobalUnicast()",message="is not the address of one host that can be routed: loopback, link-local, multicast and unspecified ones are not"
 	Addresses []netip.Addr `json:"addresses" yaml:"addresses"`
 	// Ports of each address, of TCP. At least one.
-	Ports []uint16 `json:"ports" yaml:"ports"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=set
+	Ports []Port `json:"ports" yaml:"ports"`
 	// Identities are the SPIFFE IDs of those who may answer, exact, or ending in /* for everything below. At least one.
-	Identities []string `json:"identities" yaml:"identities"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=128
+	// +listType=atomic
+	Identities []IdentityPattern `json:"identities" yaml:"identities"`
 	// Callers are the SPIFFE IDs of the workloads that may ask, written in the same way. At least one.
-	Callers []string `json:"callers" yaml:"callers"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=128
+	// +listType=atomic
+	Callers []IdentityPattern `json:"callers" yaml:"callers"`
 	// Without says what becomes of a destination that speaks no TLS: refuse, also when it is not written, or pass.
 	Without Without `json:"without,omitempty" yaml:"without,omitempty"`
 }

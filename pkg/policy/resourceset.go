@@ -17,8 +17,12 @@ type ResourceSet struct {
 type ResourceSetSpec struct {
 	// Version counts up with each set that is signed: where signatures are required, none but a higher one loosens what is in
 	// force. At least 1.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Version uint64 `json:"version" yaml:"version"`
 	// Signers is how many people have to sign what loosens this set; 1 when it is not written.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=16
 	Signers uint8 `json:"signers,omitempty" yaml:"signers,omitempty"`
 }
 

@@ -12,6 +12,7 @@ import (
 var ErrTestFailed = errors.New("policy does not do what its test expects")
 
 // Expectation is what a test says of a grant.
+// +kubebuilder:validation:Enum=Allow;Refuse
 type Expectation string
 
 // Expectations of a test.
@@ -21,32 +22,47 @@ const (
 )
 
 // GrantTest is a grant, and what the whole set must make of it. It stands in the policy that it is about.
+// +kubebuilder:validation:XValidation:rule="self.expect != 'Allow' || !has(self.field) || size(self.field) == 0",message="what is allowed is refused for nothing: expect Refuse, or remove it",fieldPath=".field"
 type GrantTest struct {
 	// Name says what is tested.
-	Name string `json:"name" yaml:"name"`
+	// +kubebuilder:validation:MinLength=1
+	Name Line `json:"name" yaml:"name"`
 	// Expect is Allow or Refuse.
 	Expect Expectation `json:"expect" yaml:"expect"`
 	// Field must be among what is refused: duration, ticket, when. Empty: any will do.
-	Field string `json:"field,omitempty" yaml:"field,omitempty"`
+	Field Line `json:"field,omitempty" yaml:"field,omitempty"`
 	// Service and Requester are those of the grant; the requester has signed it, and so have the Approvers.
-	Service   string   `json:"service" yaml:"service"`
-	Requester string   `json:"requester" yaml:"requester"`
-	Approvers []string `json:"approvers,omitempty" yaml:"approvers,omitempty"`
+	// +optional
+	Service Line `json:"service" yaml:"service"`
+	// +optional
+	Requester Text `json:"requester" yaml:"requester"`
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=atomic
+	Approvers []Text `json:"approvers,omitempty" yaml:"approvers,omitempty"`
 	// Addresses are its clients.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=atomic
 	Addresses []netip.Addr `json:"addresses" yaml:"addresses"`
-	Ports     []uint16     `json:"ports,omitempty" yaml:"ports,omitempty"`
-	Duration  Duration     `json:"duration" yaml:"duration"`
-	Budget    Budget       `json:"budget,omitzero" yaml:"budget,omitempty"`
-	Ingress   Ingress      `json:"ingress,omitempty" yaml:"ingress,omitempty"`
-	Ticket    string       `json:"ticket,omitempty" yaml:"ticket,omitempty"`
-	Template  string       `json:"template,omitempty" yaml:"template,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=atomic
+	Ports []uint16 `json:"ports,omitempty" yaml:"ports,omitempty"`
+	// +optional
+	Duration Duration `json:"duration" yaml:"duration"`
+	// +optional
+	Budget   Budget  `json:"budget,omitzero" yaml:"budget,omitempty"`
+	Ingress  Ingress `json:"ingress,omitempty" yaml:"ingress,omitempty"`
+	Ticket   Text    `json:"ticket,omitempty" yaml:"ticket,omitempty"`
+	Template Line    `json:"template,omitempty" yaml:"template,omitempty"`
 	// Reason is the name of the test where it is not written.
-	Reason string `json:"reason,omitempty" yaml:"reason,omitempty"`
+	Reason Text `json:"reason,omitempty" yaml:"reason,omitempty"`
 	// Binding is what its paths are bound to: address.
+	// +kubebuilder:validation:Enum="";address;tuple;workload
 	Binding string `json:"binding,omitempty" yaml:"binding,omitempty"`
 	// BreakGlass makes it a break-glass grant.
 	BreakGlass bool `json:"breakGlass,omitempty" yaml:"breakGlass,omitempty"`
 	// At is the time of activation. Zero: what depends on it is left out.
+	// +optional
 	At time.Time `json:"at,omitzero" yaml:"at,omitempty"`
 }
 

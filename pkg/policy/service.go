@@ -11,6 +11,7 @@ import (
 )
 
 // Target says where a protected service's sockets live.
+// +kubebuilder:validation:Enum=Host;Pod
 type Target string
 
 // Targets of a protected service.
@@ -22,6 +23,7 @@ const (
 )
 
 // Mode says how far a service is protected.
+// +kubebuilder:validation:Enum="";Enforce;Shadow;Observe
 type Mode string
 
 // Modes of a protected service. Only an enforced one is closed to anybody.
@@ -70,31 +72,66 @@ type ProtectedService struct {
 }
 
 // ProtectedServiceSpec is what a ProtectedService says.
+// +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.addresses) || size(self.addresses) == 0",message="a Host service is protected on every local address and names none",fieldPath=".addresses"
+// +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.device) || size(self.device) == 0",message="a Host service has no device",fieldPath=".device"
+// +kubebuilder:validation:XValidation:rule="self.target != 'Pod' || has(self.addresses) && size(self.addresses) > 0",message="a Pod service needs at least one address",fieldPath=".addresses"
+// +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.access) || size(self.access) == 0",message="nothing proves who sent a datagram, so UDP has no way through the proxy",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.http)",message="a UDP service has no way through the proxy",fieldPath=".http"
+// +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.tokens)",message="a UDP service has no way through the proxy",fieldPath=".tokens"
+// +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.udp) || size(self.udp) == 0",message="it is for TCP services: this one is UDP itself",fieldPath=".udp"
+// +kubebuilder:validation:XValidation:rule="self.protocol == 'UDP' || !has(self.idle)",message="a TCP service has no idle time",fieldPath=".idle"
+// +kubebuilder:validation:XValidation:rule="!has(self.http) || !has(self.tokens)",message="a service with http takes tokens with its requests: write them in spec.http",fieldPath=".tokens"
+// +kubebuilder:validation:XValidation:rule="has(self.http) || !has(self.access) || self.access.all(r, !has(r.routes) || size(r.routes) == 0)",message="only a service with http has requests: write http, or remove the routes",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="has(self.http) || has(self.tokens) || !has(self.access) || self.access.all(r, (!has(r.subjects) || size(r.subjects) == 0) && (!has(r.groups) || size(r.groups) == 0))",message="only a service with http or tokens takes tokens: remove subjects and groups",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="!has(self.http) || !has(self.http.authenticate) || size(self.http.authenticate) == 0 || self.http.authenticate.exists(a, a == 'spiffe' || a == 'jwt') || !has(self.access) || self.access.all(r, !has(r.identities) || size(r.identities) == 0)",message="nobody proves a SPIFFE ID to this service: add spiffe or jwt to spec.http.authenticate",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="!has(self.access) || self.access.all(r, (!has(r.subjects) || r.subjects.all(s, has(self.http) ? has(self.http.providers) && s.split('/')[0] in self.http.providers : !has(self.tokens) || has(self.tokens.providers) && s.split('/')[0] in self.tokens.providers)))",message="names a subject of a provider that the service does not list",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="!has(self.access) || self.access.all(r, (!has(r.groups) || r.groups.all(s, has(self.http) ? has(self.http.providers) && s.split('/')[0] in self.http.providers : !has(self.tokens) || has(self.tokens.providers) && s.split('/')[0] in self.tokens.providers)))",message="names a group of a provider that the service does not list",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="!has(self.http) || !has(self.http.hosts) || size(self.http.hosts) == 0 || !has(self.access) || self.access.all(r, !has(r.routes) || r.routes.all(o, !has(o.hosts) || o.hosts.all(h, h in self.http.hosts)))",message="a route names a host that is not in spec.http.hosts",fieldPath=".access"
+// +kubebuilder:validation:XValidation:rule="has(self.http) || !has(self.tests) || self.tests.all(t, (!has(t.path) || size(t.path) == 0) && (!has(t.method) || size(t.method) == 0) && (!has(t.host) || size(t.host) == 0) && (!has(t.headers) || size(t.headers) == 0))",message="the service has no http: nobody looks at requests",fieldPath=".tests"
 type ProtectedServiceSpec struct {
 	// Target is Host or Pod.
 	Target Target `json:"target" yaml:"target"`
 	// Mode is Enforce, also when it is not written, Shadow or Observe.
+	// +optional
+	// +kubebuilder:default=Enforce
 	Mode Mode `json:"mode,omitzero" yaml:"mode,omitempty"`
 	// Protocol is TCP, also when it is not written, or UDP.
+	// +kubebuilder:validation:Enum="";TCP;UDP
+	// +kubebuilder:default=TCP
 	Protocol string `json:"protocol,omitempty" yaml:"protocol,omitempty"`
 	// UDP says what becomes of UDP at the ports of a TCP service: Deny, also when it is not written, so that
 	// QUIC does not go around the proxy, or Allow. Ports that a UDP service has are that service's.
+	// +kubebuilder:validation:Enum="";Deny;Allow
 	UDP string `json:"udp,omitempty" yaml:"udp,omitempty"`
 	// Idle is the silence that ends a flow of a UDP service: 1s to 1h in whole seconds, 30s when it is not written.
+	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1s') && duration(self) <= duration('1h') && duration(self).getMilliseconds() % 1000 == 0",message="must be 1s to 1h in whole seconds"
 	Idle *Duration `json:"idle,omitempty" yaml:"idle,omitempty"`
 	// Ports are protected on every address of the service. At least one, no duplicates.
-	Ports []uint16 `json:"ports" yaml:"ports"`
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=set
+	Ports []Port `json:"ports" yaml:"ports"`
 	// Addresses are those of the pod. Pod: at least one. Host: none, every local address counts.
+	// +kubebuilder:validation:MaxItems=256
+	// +listType=set
+	// +kubebuilder:validation:items:XValidation:rule="!isIP(self) || ip(self).isGlobalUnicast()",message="is not the address of one host that can be routed: loopback, link-local, multicast and unspecified ones are not"
 	Addresses []netip.Addr `json:"addresses,omitempty" yaml:"addresses,omitempty"`
 	// Device is the pod's host-side device. Empty: the agent finds it by the route.
+	// +kubebuilder:validation:Pattern=`^([!-.0-9;-~]{1,15})?$`
+	// +kubebuilder:validation:XValidation:rule="self != '.' && self != '..'",message="is not the name of a network device"
+	// +kubebuilder:validation:MaxLength=15
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
 	// Access says who may come through the proxy. Empty: nobody. A UDP service has none.
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=atomic
 	Access []AccessRule `json:"access,omitempty" yaml:"access,omitempty"`
 	// HTTP makes the proxy speak HTTP with its clients. Left out: bytes are carried as they are.
 	HTTP *HTTPSpec `json:"http,omitempty" yaml:"http,omitempty"`
 	// Tokens let callers of a service without http prove themselves by a bearer token. Left out: by an X.509-SVID alone.
 	Tokens *TokensSpec `json:"tokens,omitempty" yaml:"tokens,omitempty"`
 	// Tests are callers and requests, and what the set must make of them: sallyport policy test.
+	// +kubebuilder:validation:MaxItems=128
+	// +listType=atomic
 	Tests []AccessTest `json:"tests,omitempty" yaml:"tests,omitempty"`
 }
 

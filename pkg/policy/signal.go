@@ -28,22 +28,40 @@ var builtInSignals = []string{SignalFirstSeen, SignalOutOfHours, SignalBreadth, 
 func IsBuiltInSignal(source string) bool { return slices.Contains(builtInSignals, source) }
 
 // SignalRule names a source of signals and what it may take from the grants of a policy. No signal gives anything.
+// +kubebuilder:validation:XValidation:rule="self.source in ['firstSeen', 'outOfHours', 'breadth', 'frequency', 'nearBudget'] || has(self.may) && size(self.may) > 0",message="write what it may do: Shorten, Lower, Revoke",fieldPath=".may"
+// +kubebuilder:validation:XValidation:rule="self.source in ['firstSeen', 'outOfHours', 'breadth', 'frequency', 'nearBudget'] || !has(self.required) || !self.required || has(self.may) && 'Revoke' in self.may",message="a required source revokes by its silence: add Revoke to may",fieldPath=".required"
+// +kubebuilder:validation:XValidation:rule="self.source in ['firstSeen', 'outOfHours', 'breadth', 'frequency', 'nearBudget'] || (!has(self.shortenTo) || duration(self.shortenTo) == duration('0s')) && (!has(self.revoke) || !self.revoke) && (!has(self.above) || self.above == 0) && (!has(self.hours) || size(self.hours) == 0)",message="shortenTo, revoke, above and hours are for what is built in",fieldPath=".source"
+// +kubebuilder:validation:XValidation:rule="!(self.source in ['firstSeen', 'outOfHours', 'breadth', 'frequency', 'nearBudget']) || (!has(self.uids) || size(self.uids) == 0) && (!has(self.may) || size(self.may) == 0) && (!has(self.required) || !self.required)",message="is built in: it has no uids, may or required",fieldPath=".source"
+// +kubebuilder:validation:XValidation:rule="!(self.source in ['firstSeen', 'breadth', 'frequency', 'nearBudget']) || !has(self.hours) || size(self.hours) == 0",message="hours are for outOfHours",fieldPath=".hours"
+// +kubebuilder:validation:XValidation:rule="self.source != 'outOfHours' || has(self.hours) && size(self.hours) > 0",message="outOfHours needs hours",fieldPath=".hours"
+// +kubebuilder:validation:XValidation:rule="self.source != 'nearBudget' || !has(self.above) || self.above <= 100",message="more than 100 % of a budget cannot be used",fieldPath=".above"
 type SignalRule struct {
 	// Source is a name, or one of firstSeen, outOfHours, breadth, frequency and nearBudget.
-	Source string `json:"source" yaml:"source"`
+	// +kubebuilder:validation:MinLength=1
+	Source PersonName `json:"source" yaml:"source"`
 	// UIDs are the users who may speak for it on the agent's socket: root alone. Not of what is built in.
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=atomic
 	UIDs []uint32 `json:"uids,omitempty" yaml:"uids,omitempty"`
 	// May is what it may do: Shorten, Lower, Revoke. Not of what is built in.
-	May []string `json:"may,omitempty" yaml:"may,omitempty"`
+	// +kubebuilder:validation:MaxItems=3
+	// +listType=set
+	May []SignalEffect `json:"may,omitempty" yaml:"may,omitempty"`
 	// Required revokes grants about which the source says nothing. It needs Revoke. Not of what is built in.
 	Required bool `json:"required,omitempty" yaml:"required,omitempty"`
 	// ShortenTo lets the paths end so long after the signal at the latest. Only of what is built in.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('0s') && duration(self) <= duration('24h')",message="must be from 0s to 24h"
 	ShortenTo Duration `json:"shortenTo,omitzero" yaml:"shortenTo,omitempty"`
 	// Revoke refuses the grant, or revokes it. Only of what is built in.
 	Revoke bool `json:"revoke,omitempty" yaml:"revoke,omitempty"`
 	// Above is what breadth, frequency and nearBudget count as much: 10000, 5, and 80 per cent.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000000000000000000
 	Above uint64 `json:"above,omitempty" yaml:"above,omitempty"`
 	// Hours are the times outside of which outOfHours speaks.
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=atomic
 	Hours []Window `json:"hours,omitempty" yaml:"hours,omitempty"`
 }
 

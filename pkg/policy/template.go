@@ -18,21 +18,30 @@ type GrantTemplate struct {
 // GrantTemplateSpec is what a GrantTemplate says. What is left out is left to the bypass policy.
 type GrantTemplateSpec struct {
 	// Service is the protected service that its grants are for.
-	Service string `json:"service" yaml:"service"`
+	// +kubebuilder:validation:MinLength=1
+	Service Name `json:"service" yaml:"service"`
 	// Ports are those that a grant may name. Empty: all of the service.
-	Ports []uint16 `json:"ports,omitempty" yaml:"ports,omitempty"`
+	// +kubebuilder:validation:MaxItems=1024
+	// +listType=set
+	Ports []Port `json:"ports,omitempty" yaml:"ports,omitempty"`
 	// Bindings are those that a grant may have. Empty: what the policy allows.
-	Bindings []string `json:"bindings,omitempty" yaml:"bindings,omitempty"`
+	// +kubebuilder:validation:MaxItems=3
+	// +listType=set
+	Bindings []Binding `json:"bindings,omitempty" yaml:"bindings,omitempty"`
 	// Clients are the addresses that a grant may name. Empty: what the policy allows.
+	// +kubebuilder:validation:MaxItems=256
+	// +listType=atomic
 	Clients []AddressRange `json:"clients,omitempty" yaml:"clients,omitempty"`
 	// Ingress is the kind of device that the clients come by. Empty: any.
 	Ingress Ingress `json:"ingress,omitempty" yaml:"ingress,omitempty"`
 	// MaxDuration caps the duration, and is what is asked for where nothing else is said. More than 0, at most 24h.
+	// +kubebuilder:validation:XValidation:rule="duration(self) > duration('0s') && duration(self) <= duration('24h')",message="must be more than 0s and at most 24h: every grant ends"
 	MaxDuration Duration `json:"maxDuration" yaml:"maxDuration"`
 	// MaxBudget caps what each path may carry. A grant must name every limit that is given here, and none above it.
+	// +optional
 	MaxBudget Budget `json:"maxBudget,omitzero" yaml:"maxBudget,omitempty"`
 	// ReasonPrefix is what the reason begins with.
-	ReasonPrefix string `json:"reasonPrefix,omitempty" yaml:"reasonPrefix,omitempty"`
+	ReasonPrefix Line `json:"reasonPrefix,omitempty" yaml:"reasonPrefix,omitempty"`
 }
 
 func (t *GrantTemplate) validate(d *document) {

@@ -7,13 +7,20 @@ import (
 
 // TokensSpec lets callers of a service without http prove who they are by a bearer token, which `sallyport connect` and
 // `sallyport forward` show before the first byte. X.509-SVIDs count beside it.
+// +kubebuilder:validation:XValidation:rule="(has(self.audiences) && size(self.audiences) > 0) || (has(self.providers) && size(self.providers) > 0)",message="the service would take no token: list providers, or audiences for JWT-SVIDs"
 type TokensSpec struct {
 	// Audiences are those of JWT-SVIDs, one of which a token must be for. Empty: none is taken.
-	Audiences []string `json:"audiences,omitempty" yaml:"audiences,omitempty"`
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=set
+	// +kubebuilder:validation:items:MinLength=1
+	Audiences []Line `json:"audiences,omitempty" yaml:"audiences,omitempty"`
 	// Providers are the IdentityProviders whose tokens count. Empty: none.
-	Providers []string `json:"providers,omitempty" yaml:"providers,omitempty"`
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=set
+	Providers []Name `json:"providers,omitempty" yaml:"providers,omitempty"`
 	// Certificate is the name of the web certificate of the proxy that callers with a token see.
-	Certificate string `json:"certificate" yaml:"certificate"`
+	// +kubebuilder:validation:MinLength=1
+	Certificate Name `json:"certificate" yaml:"certificate"`
 }
 
 // Proofs are the ways in which callers of a service may prove who they are.

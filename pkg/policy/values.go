@@ -7,6 +7,9 @@ import (
 )
 
 // Duration is a length of time in Go's syntax: 15m, 1h30m, 5s.
+// +kubebuilder:validation:MinLength=1
+// +kubebuilder:validation:MaxLength=64
+// +kubebuilder:validation:Pattern=`^([-+]?(([0-9]+([.][0-9]*)?|[.][0-9]+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0)$`
 type Duration struct{ time.Duration }
 
 // String gives the shortest form: 15m, not 15m0s.
@@ -35,6 +38,10 @@ func (d *Duration) UnmarshalText(text []byte) error {
 }
 
 // AddressRange is one address or the addresses of a prefix.
+// +kubebuilder:validation:MinLength=1
+// +kubebuilder:validation:MaxLength=64
+// +kubebuilder:validation:XValidation:rule="isIP(self) || isCIDR(self)",message="is neither an IP address nor a prefix: write 10.1.0.2, 10.1.0.0/24 or fd00:1::/64"
+// +kubebuilder:validation:XValidation:rule="!isCIDR(self) || cidr(self) == cidr(self).masked()",message="has bits set beyond its prefix length"
 type AddressRange struct{ netip.Prefix }
 
 // String gives a single address without a prefix length.

@@ -10,17 +10,29 @@ import (
 )
 
 // Window is a time of the week. It is read in its time zone, with the hours that summer time takes and gives.
+// +kubebuilder:validation:XValidation:rule="(has(self.from) ? self.from : '00:00') != (has(self.to) ? self.to : '00:00')",message="is none: write 00:00 and 24:00 for a whole day",fieldPath=".to"
 type Window struct {
 	// Days on which it begins: Mon to Sun. Empty: every day.
-	Days []string `json:"days,omitempty" yaml:"days,omitempty"`
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=atomic
+	Days []Weekday `json:"days,omitempty" yaml:"days,omitempty"`
 	// From and To are times of day, like 22:00. A To that is not after From is on the next day.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self != '24:00'",message="a window cannot begin at the end of a day: write 00:00, and the day after"
 	From TimeOfDay `json:"from" yaml:"from"`
-	To   TimeOfDay `json:"to" yaml:"to"`
+	// +optional
+	To TimeOfDay `json:"to" yaml:"to"`
 	// Timezone is a name of the IANA database. Empty: UTC.
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:Pattern=`^([A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*)?$`
+	// +kubebuilder:validation:XValidation:rule="self != 'Local'",message="is not a time zone: write a name like Europe/Berlin"
 	Timezone string `json:"timezone,omitempty" yaml:"timezone,omitempty"`
 }
 
 // TimeOfDay is hours and minutes, as minutes after midnight; 24:00 is the end of a day.
+// +kubebuilder:validation:MinLength=5
+// +kubebuilder:validation:MaxLength=5
+// +kubebuilder:validation:Pattern=`^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$`
 type TimeOfDay uint16
 
 const endOfDay TimeOfDay = 24 * 60
