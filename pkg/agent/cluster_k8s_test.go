@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -114,6 +115,13 @@ func (c *clustered) problem(words ...string) {
 	c.within(time.Minute, strings.Join(words, ", "), func() bool { return contains(strings.Join(c.status().GetProblems(), "\n"), words...) })
 }
 
+// follows tells whether nothing is wrong with the resources, or with the way to them.
+func (c *clustered) follows() bool {
+	return !slices.ContainsFunc(c.status().GetProblems(), func(line string) bool {
+		return strings.HasPrefix(line, "resources") || strings.HasPrefix(line, "cluster")
+	})
+}
+
 // resource carries an envelope.
 func resource(name string, envelope []byte) string {
 	text, _ := json.Marshal(string(envelope))
@@ -190,7 +198,7 @@ func (c *clustered) testWrong() {
 		c.t.Errorf("in force: %s", got)
 	}
 	c.apply(c.signed(c.set("12m", 2)))
-	c.within(time.Minute, "no problem is left", func() bool { return len(c.status().GetProblems()) == 0 })
+	c.within(time.Minute, "no problem is left", c.follows)
 	c.server.Eventually([]string{`status: "True"`}, "get", "bypasspolicy", "backup", "-o", "yaml")
 }
 
@@ -278,7 +286,7 @@ func (c *clustered) testGone() {
 	c.problem("cluster", "connection refused")
 	c.damaged()
 	c.server.Begin()
-	c.within(2*time.Minute, "no problem is left", func() bool { return len(c.status().GetProblems()) == 0 })
+	c.within(2*time.Minute, "no problem is left", c.follows)
 	c.apply(c.set("9m", 2))
 	c.becomes("9m v2")
 	c.server.Eventually([]string{"type: Ended", "reason: Expired"}, "get", "bypassgrant", "short", "-o", "yaml")
