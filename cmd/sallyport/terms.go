@@ -33,6 +33,7 @@ type terms struct {
 	notAfter  string
 
 	breakGlass bool
+	onApply    bool
 
 	idle     time.Duration
 	maxBytes string
@@ -53,6 +54,7 @@ func (g *terms) add(f *pflag.FlagSet) {
 	f.StringVar(&g.ingress, "from", "", "only clients behind this `KIND` of device: uplink, pod or local (default: any)")
 	f.StringVar(&g.node, "node", "", "the one `NODE` that may activate it")
 	f.BoolVar(&g.breakGlass, "break-glass", false, "ask by the policy for break-glass: narrow, loud, and reviewed afterwards")
+	f.BoolVar(&g.onApply, "on-apply", false, "it begins when its BypassGrant comes to the node from its cluster, with nobody's answer")
 	f.StringVar(&g.reason, "reason", "", "`TEXT` that says why, for the record")
 	f.StringVar(&g.template, "template", "", "ask by this GrantTemplate of --policy: `NAME`; what is not said is what it says")
 	f.StringVar(&g.ticket, "ticket", "", "`TICKET` that asks for it")
@@ -67,7 +69,7 @@ var flagOf = map[string]string{
 	"reason": "--reason", "ticket": "--ticket", "requester": "--requester", "notBefore": "--not-before", "notAfter": "--not-after",
 	"signatures": "--key", "key": "--key", "budget.bytes": "--max-bytes", "budget.packets": "--max-packets",
 	"budget.connections": "--max-connections", "budget.connectionsPerSecond": "--max-connection-rate",
-	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle", "kind": "--break-glass",
+	"ingress": "--from", "template": "--template", "reach": "--client", "idleTimeout": "--idle", "kind": "--break-glass", "begin": "--on-apply",
 	"why": "--why", "by": "--by",
 }
 
@@ -101,8 +103,12 @@ func (g *terms) payload(now time.Time, owner string) (grant.Payload, error) {
 	if g.breakGlass {
 		kind = grant.BreakGlass
 	}
+	var starts grant.Begin
+	if g.onApply {
+		starts = grant.BeginApplied
+	}
 	return grant.Payload{
-		Kind: kind, Requester: either(g.requester, owner), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
+		Begin: starts, Kind: kind, Requester: either(g.requester, owner), Service: g.service, Binding: policy.BindingAddress, Addresses: addresses, Ports: ports,
 		NotBefore: begin, NotAfter: end, Duration: g.duration, IdleTimeout: g.idle, Budget: budget, Ingress: policy.Ingress(g.ingress), Reason: g.reason, Ticket: g.ticket, Template: g.template, Audience: g.node,
 	}, errors.Join(addressErr, portErr, beginErr, endErr, budgetErr)
 }
@@ -235,6 +241,9 @@ func payloadTable(t *table, p grant.Payload) {
 	}
 	t.row("at most", limitWords(p.Budget))
 	t.row("between", fmt.Sprintf("%s and %s: no activation before, no open path after", p.NotBefore.UTC().Format(time.RFC3339), p.NotAfter.UTC().Format(time.RFC3339)))
+	if p.Begin == grant.BeginApplied {
+		t.row("begins", "when its BypassGrant is applied in the cluster of the node: whoever can do that chooses the moment")
+	}
 	t.row("because", p.Reason)
 	t.row("ticket", p.Ticket)
 	t.row("asked by", p.Requester)

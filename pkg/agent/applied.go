@@ -16,7 +16,8 @@ import (
 const (
 	// noteOfApplied is where the store has the time since which the node knows which grants of its cluster were used.
 	noteOfApplied = "applied/since"
-	// actorCluster is who ends a grant whose resource is gone: nobody knows who deleted it but the API server.
+	// actorCluster is who begins a grant by its resource, and ends one whose resource is gone: who that was only the API server knows.
+	// One actor for all of them bounds what refusals add to the store.
 	actorCluster = "kubernetes"
 	whyDeleted   = "its BypassGrant was deleted"
 	// applyAgain is the pause after which a grant is tried again that something else than itself stands in the way of.
@@ -141,7 +142,7 @@ func (a *applied) begin(ctx context.Context, r kube.Grant, p grant.Payload) kube
 	if tried && before.digest == digest && (before.again == 0 || now < before.again) {
 		return refusedWord(r, before.err)
 	}
-	row, err := a.grants.Apply(ctx, r.Envelope, actorCluster+" BypassGrant "+plain(r.Name))
+	row, err := a.grants.Apply(ctx, r.Envelope, actorCluster)
 	if err != nil {
 		a.refused[r.UID] = appliedRefusal{err: err, digest: digest, again: tryAgain(err, now)}
 		return refusedWord(r, err)

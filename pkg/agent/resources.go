@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -121,7 +123,26 @@ func (r *resources) last() (*policy.Set, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkSum(r.verified, data); err != nil {
+		return nil, err
+	}
 	return policy.Parse(r.verified, data)
+}
+
+// sumMark begins the first line of a verified set, which has the SHA-256 of what follows: a bit that the disk has turned may make
+// another valid set of it. Older agents wrote none.
+const sumMark = "# sha256:"
+
+func summed(yaml []byte) []byte {
+	return fmt.Appendf(nil, "%s %x\n%s", sumMark, sha256.Sum256(yaml), yaml)
+}
+
+func checkSum(file string, data []byte) error {
+	if _, yaml, _ := bytes.Cut(data, []byte("\n")); bytes.HasPrefix(data, []byte(sumMark)) && !bytes.Equal(summed(yaml), data) {
+		return &policy.Error{File: file, Line: 1, Msg: "is damaged: it is not what the agent wrote",
+			Hint: "bring back a copy of it; only where there is none, remove it: then this node begins with the set that it is given"}
+	}
+	return nil
 }
 
 // reload looks at the origin again. What is wrong with it is a problem, and nothing else happens.
@@ -261,7 +282,7 @@ func (r *resources) tabulate(set, at *policy.Set, plan podPlan) (changed bool, e
 
 // keep makes the set durable, for the next start.
 func (r *resources) keep(set *policy.Set) error {
-	if err := keepFile(r.verified, set.YAML(), 0o600); err != nil {
+	if err := keepFile(r.verified, summed(set.YAML()), 0o600); err != nil {
 		return fmt.Errorf("keep verified resources: %w", err)
 	}
 	return nil

@@ -36,11 +36,13 @@ func (s *signedSets) admit(last *policy.Set, offered offer) (*policy.Set, error)
 		return offered.set, nil
 	}
 	err := s.signed(last, offered)
-	switch {
-	case err == nil:
+	if err == nil {
 		return offered.set, nil
-	case len(looser) == 0:
-		return offered.set.WithVersionOf(last), nil
+	}
+	if offered.piecemeal && last != nil {
+		if set := offered.set.WithVersionOf(last); len(policy.Loosenings(last, set)) == 0 {
+			return set, nil
+		}
 	}
 	return nil, errors.Join(append([]error{err}, told(looser)...)...)
 }

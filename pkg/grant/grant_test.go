@@ -181,6 +181,7 @@ func TestValidate(t *testing.T) {
 		{"year 10000", func(p *grant.Payload) {
 			p.NotBefore, p.NotAfter = time.Date(9999, 12, 31, 23, 0, 0, 0, time.UTC), time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)
 		}, "notAfter"},
+		{"unknown begin", func(p *grant.Payload) { p.Begin = "soon" }, "begin"},
 		{"zero duration", func(p *grant.Payload) { p.Duration = 0 }, "duration"},
 		{"negative duration", func(p *grant.Payload) { p.Duration = -time.Second }, "duration"},
 		{"duration over the cap", func(p *grant.Payload) { p.Duration = 24*time.Hour + 1 }, "duration"},
@@ -215,6 +216,29 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// TestBegin: what begins by its resource says so under its signatures, and whoever breaks the glass is there.
+func TestBegin(t *testing.T) {
+	p, key := goodPayload(), newKey(t)
+	p.Begin = grant.BeginApplied
+	envelope, err := grant.Sign(t.Context(), p, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := grant.Verify(envelope, keyring(person(t, p.Requester, key)), now); err != nil || v.Payload.Begin != grant.BeginApplied {
+		t.Errorf("%q, %v", v.Payload.Begin, err)
+	}
+	other := goodPayload()
+	if a, _ := p.Digest(); a == "" {
+		t.Error("no digest")
+	} else if b, _ := other.Digest(); a == b {
+		t.Error("who signed the one has signed the other")
+	}
+	p.Kind = grant.BreakGlass
+	if err := p.Validate(); err == nil || !strings.Contains(err.Error(), "begin: a break-glass grant does not begin by a resource") {
+		t.Errorf("break-glass: %v", err)
+	}
+}
+
 // TestBindingsToSockets: what is bound to sockets names them, wholly, and is not signed.
 func TestBindingsToSockets(t *testing.T) {
 	tuple := func(p *grant.Payload) {
@@ -235,6 +259,7 @@ func TestBindingsToSockets(t *testing.T) {
 		{"workload", workload, func(*grant.Payload) {}, ""},
 		{"workload without its group", workload, func(p *grant.Payload) { p.Cgroup = 0 }, "cgroup"},
 		{"workload with a port", workload, func(p *grant.Payload) { p.ClientPort = 1 }, "clientPort"},
+		{"workload that begins by its resource", workload, func(p *grant.Payload) { p.Begin = grant.BeginApplied }, "begin"},
 		{"workload of two addresses", workload, func(p *grant.Payload) { p.Addresses = goodPayload().Addresses }, "addresses"},
 	} {
 		p := goodPayload()

@@ -124,8 +124,8 @@ func (v *validation) begin(p Payload) {
 		v.refuse("begin", "write applied or leave it out", "begin %.40q is not known", p.Begin)
 	case p.Kind == BreakGlass:
 		v.refuse("begin", "activate it yourself: whoever breaks the glass is there", "a break-glass grant does not begin by a resource")
-	case p.Binding == policy.BindingTuple:
-		v.refuse("begin", "only who holds the connection's port can begin it", "the binding %q does not begin by a resource", p.Binding)
+	case p.Binding != policy.BindingAddress:
+		v.refuse("begin", "name the client's address", "the binding %q does not begin by a resource: who has the sockets asks for the path", p.Binding)
 	}
 }
 
