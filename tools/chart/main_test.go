@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -45,6 +46,7 @@ func TestBaseIsTheChart(t *testing.T) {
 var worlds = map[string]map[string]any{
 	"as it is":  nil,
 	"collector": {"collector": map[string]any{"enabled": true, "storageClassName": "fast", "config": map[string]any{"readers": []any{"spiffe://example.org/ops/*"}}}},
+	"cluster":   {"cluster": map[string]any{"enabled": true, "apiServer": map[string]any{"host": "10.0.0.1"}}, "agentConfig": map[string]any{"policySignatures": "off"}},
 	"uninstall": {"uninstall": map[string]any{"nodes": []any{"node-1", "node-2.example.org"}}},
 }
 
@@ -56,7 +58,8 @@ func TestManifests(t *testing.T) {
 			kinds[o.GetObjectKind().GroupVersionKind().Kind]++
 		}
 		sets := kinds["DaemonSet"]
-		if name == "uninstall" && (sets != 0 || kinds["Job"] != 2) || name != "uninstall" && (sets != 1 || kinds["Job"] != 0) || name == "collector" && kinds["StatefulSet"] != 1 {
+		if name == "uninstall" && (sets != 0 || kinds["Job"] != 2) || name != "uninstall" && (sets != 1 || kinds["Job"] != 0) || name == "collector" && kinds["StatefulSet"] != 1 ||
+			name == "cluster" && (kinds["ClusterRole"] != 1 || kinds["ConfigMap"] != 1) || name != "cluster" && kinds["ClusterRole"] != 0 {
 			t.Errorf("%s: %v", name, kinds)
 		}
 	}
@@ -65,6 +68,9 @@ func TestManifests(t *testing.T) {
 // TestConfigurations: what the ConfigMaps hold is what the programs read, whatever the node is called.
 func TestConfigurations(t *testing.T) {
 	for name, values := range worlds {
+		if name == "cluster" { // read by an agent that has spec.kubernetes
+			continue
+		}
 		for _, o := range objects(t, rendered(t, values)) {
 			m, ok := o.(*corev1.ConfigMap)
 			if !ok {
@@ -95,6 +101,49 @@ func checkResources(t *testing.T, files map[string]string) {
 	}
 	if _, err := policy.LoadDir(dir); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTokenIsTheAgentsAlone: what the agent may ask the API server for, the process that parses untrusted bytes may not.
+func TestTokenIsTheAgentsAlone(t *testing.T) {
+	for name, values := range worlds {
+		for _, o := range objects(t, rendered(t, values)) {
+			d, ok := o.(*appsv1.DaemonSet)
+			if !ok {
+				continue
+			}
+			pod := d.Spec.Template.Spec
+			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+				t.Errorf("%s: every container gets the token", name)
+			}
+			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+				has := slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == "token" })
+				if want := name == "cluster" && c.Name == "agent"; has != want {
+					t.Errorf("%s: %s has the token: %v", name, c.Name, has)
+				}
+			}
+		}
+	}
+}
+
+// TestRoleOnlyReads: no verb changes anything but a status.
+func TestRoleOnlyReads(t *testing.T) {
+	for _, o := range objects(t, rendered(t, worlds["cluster"])) {
+		role, ok := o.(*rbacv1.ClusterRole)
+		if !ok {
+			continue
+		}
+		for _, r := range role.Rules {
+			for _, resource := range r.Resources {
+				want := []string{"list", "watch"}
+				if strings.HasSuffix(resource, "/status") {
+					want = []string{"patch"}
+				}
+				if !slices.Equal(r.Verbs, want) {
+					t.Errorf("%s: %v, want %v", resource, r.Verbs, want)
+				}
+			}
+		}
 	}
 }
 

@@ -14,6 +14,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "sallyport.agentSpec" -}}
 {{- $spec := dict "trustDomain" .Values.trustDomain "stateDir" "/var/lib/sallyport/state" "workloadAPI" (printf "unix:///run/spire/sockets/%s" .Values.workloadAPI.socket) }}
+{{- if .Values.cluster.enabled }}
+{{- $_ := set $spec "kubernetes" dict }}
+{{- end }}
 {{- if .Values.collector.enabled }}
 {{- $_ := set $spec "collector" (dict "address" (printf "sallyport-collector.%s.svc:9443" .Release.Namespace)) }}
 {{- end }}
@@ -27,7 +30,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "sallyport.volumes" -}}
 - {name: config, configMap: {name: sallyport}}
+{{- if not .Values.cluster.enabled }}
 - {name: resources, configMap: {name: sallyport-resources}}
+{{- end }}
 # What must be there when this pod is not: px, sockets and the proxy's policy.
 - {name: run, hostPath: {path: {{ .Values.host.run }}, type: DirectoryOrCreate}}
 # Records and used grants: they outlive pod and node.
@@ -44,7 +49,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "sallyport.agentMounts" -}}
 {{ include "sallyport.configMounts" . }}
-{{- range $name, $_ := .Values.resources }}
+{{- range $name, $_ := ternary dict .Values.resources .Values.cluster.enabled }}
 - {name: resources, mountPath: /etc/sallyport/resources.d/{{ $name }}, subPath: {{ $name }}, readOnly: true}
 {{- end }}
 - {name: state, mountPath: /var/lib/sallyport}
