@@ -112,13 +112,17 @@ func (c *cluster) end() {
 
 // tell says what the cluster was like when a test failed.
 func (c *cluster) tell() {
-	for _, args := range [][]string{{"get", "pods", "-A", "-o", "wide"}, {"get", "events", "-A", "--sort-by=.lastTimestamp"},
-		{"logs", "-n", namespace, "-l", "app.kubernetes.io/name=sallyport", "--all-containers", "--prefix", "--tail=30"}} {
+	for _, args := range [][]string{{"get", "pods", "-A", "-o", "wide"}, {"logs", "-n", namespace, "-l", "app.kubernetes.io/name=sallyport", "--all-containers", "--prefix", "--tail=30"}} {
 		out, err := c.kubectl(args...).CombinedOutput()
 		c.t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 	for _, n := range c.nodes {
-		c.t.Logf("kubelet of %s:\n%s", n.name, n.log("kubelet"))
+		out, err := c.kubectl("logs", "client-"+n.name, "-c", "forward", "--tail=5").CombinedOutput()
+		c.t.Logf("client of %s: %v\n%s", n.name, err, out)
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		out, err = n.inside(ctx, filepath.Join(c.dir, "bin/sallyport"), "flows").CombinedOutput()
+		cancel()
+		c.t.Logf("flows of %s: %v\n%s", n.name, err, out)
 	}
 }
 

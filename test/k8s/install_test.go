@@ -3,12 +3,15 @@
 package k8s
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,10 +21,7 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 )
 
-const (
-	domain   = "cluster.test"
-	hostPort = 7000 // of the service of the nodes themselves
-)
+const domain = "cluster.test"
 
 // world is a cluster with a database in a pod of the first node, clients on both, and our chart.
 type world struct {
@@ -129,8 +129,10 @@ func pgBin(t *testing.T) string {
 	return bins[0]
 }
 
+// resources are those of the node with the database's pod.
 func (w *world) resources() string {
-	return fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
+	return fmt.Sprintf(hostService+`---
+apiVersion: sallyport.dev/v1alpha1
 kind: ProtectedService
 metadata: {name: db}
 spec:
@@ -138,11 +140,6 @@ spec:
   ports: [5432]
   addresses: ["%s"]
   access: [{identities: ["spiffe://%s/app/web"]}]
----
-apiVersion: sallyport.dev/v1alpha1
-kind: ProtectedService
-metadata: {name: host}
-spec: {target: Host, ports: [%d]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: BypassPolicy
@@ -155,16 +152,23 @@ metadata: {name: operators}
 spec:
   version: 1
   people: [{name: alice, keys: [{publicKey: "%s"}]}]
-`, w.db, domain, hostPort, w.key.Public())
+`, w.db, domain, w.key.Public())
 }
+
+// hostService is all that the node without the pod protects.
+const hostService = `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: host}
+spec: {target: Host, ports: [7000]}
+`
 
 // values are those of the cluster. All nodes are on one kernel: the backstop of each watches its own part of the control groups.
 func (w *world) values(more string) string {
-	var file strings.Builder
-	for line := range strings.Lines(w.resources()) {
-		file.WriteString("    " + line)
+	var files strings.Builder
+	for i, text := range []string{w.resources(), hostService} {
+		fmt.Fprintf(&files, "  %s.yaml: |\n    %s\n", w.nodes[i].name, strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n    "))
 	}
-	return fmt.Sprintf("trustDomain: %s\nimage: {pullPolicy: Never}\nagentConfig: {cgroup: /host/cgroup/unified}\nresources:\n  resources.yaml: |\n%s%s", domain, file.String(), more)
+	return fmt.Sprintf("trustDomain: %s\nimage: {pullPolicy: Never}\nagentConfig: {cgroup: /host/cgroup/unified}\nresourcesPerNode: true\nresources:\n  resources.yaml: null\n%s%s", domain, files.String(), more)
 }
 
 func (w *world) install() {
@@ -175,7 +179,7 @@ func (w *world) install() {
 
 // asks a question of the database. The answer says who answered: nothing else knows the number.
 func (w *world) ask(run func(args ...string) ([]byte, error), host string, port int) error {
-	out, err := run("psql", "-X", "-A", "-t", "-U", "postgres", "-c", "select 6*7", fmt.Sprintf("host=%s port=%d dbname=postgres sslmode=disable connect_timeout=5", host, port))
+	out, err := run("psql", "-X", "-A", "-t", "-U", "postgres", "-c", "select 6*7", fmt.Sprintf("host=%s port=%d dbname=postgres sslmode=disable connect_timeout=20", host, port))
 	if err != nil || strings.TrimSpace(string(out)) != "42" {
 		return fmt.Errorf("%w: %s", errors.Join(err, errNoAnswer), out)
 	}
@@ -268,6 +272,7 @@ func (w *world) granted() {
 	if err := w.ask(w.inPod(first), w.db, 5432); !errors.Is(err, errNoAnswer) {
 		w.t.Errorf("LEAKED: by the path of another: %v", err)
 	}
+	w.rolled(second)
 	first.run(w.cli(), "grant", "revoke", id, "--why", "done")
 	if err := w.ask(w.inPod(second), w.db, 5432); !errors.Is(err, errNoAnswer) {
 		w.t.Errorf("LEAKED: by a path that was revoked: %v", err)
@@ -318,4 +323,76 @@ func (w *world) uninstalled() {
 			w.t.Errorf("hooks left on %s:\n%s", n.name, hooks)
 		}
 	}
+}
+
+// rolled replaces the pods of all nodes under load: the path's connection lives on, identities come in throughout, and nobody else does.
+func (w *world) rolled(client *node) {
+	var load sync.WaitGroup
+	done := make(chan struct{})
+	var asked, refused, leaked, probes atomic.Int64
+	until := func(f func()) {
+		load.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+					f()
+				}
+			}
+		})
+	}
+	until(func() {
+		asked.Add(1)
+		if err := w.ask(w.inPod(client), "127.0.0.1", 5433); err != nil {
+			refused.Add(1)
+			w.t.Logf("by identity, while it rolls: %v", err)
+		}
+	})
+	until(func() {
+		probes.Add(1)
+		if w.ask(w.onNode(client), w.db, 5432) == nil {
+			leaked.Add(1)
+		}
+	})
+	ended := make(chan error, 1)
+	long := w.kubectl("exec", "-i", "client-"+client.name, "-c", "psql", "--", "psql", "-X", "-A", "-t", "-U", "postgres", fmt.Sprintf("host=%s port=5432 dbname=postgres sslmode=disable", w.db))
+	in, err := long.StdinPipe()
+	must(w.t, err)
+	var out bytes.Buffer
+	long.Stdout, long.Stderr = &out, &out
+	must(w.t, long.Start())
+	go func() { ended <- long.Wait() }()
+	load.Go(func() {
+		for { // a question each moment, on one connection
+			select {
+			case <-done:
+				fmt.Fprintln(in, "select 6*7;")
+				in.Close()
+				return
+			case <-time.After(50 * time.Millisecond):
+				fmt.Fprintln(in, "select 1;")
+			}
+		}
+	})
+	before := w.agentPod(w.nodes[0])
+	w.do("rollout", "restart", "-n", namespace, "daemonset/sallyport")
+	w.do("rollout", "status", "-n", namespace, "daemonset/sallyport", "--timeout=4m")
+	close(done)
+	load.Wait()
+	if err := <-ended; err != nil || !strings.HasSuffix(strings.TrimSpace(out.String()), "42") {
+		w.t.Errorf("RESET: the connection by the path, while pods were replaced: %v: %s", err, lastLine(out.String()))
+	}
+	if after := w.agentPod(w.nodes[0]); after == before {
+		w.t.Errorf("nothing was replaced: %s", after)
+	}
+	w.t.Logf("rolled: %d probes without identity, %d leaked; %d connections with one, %d failed; one by a path, %d answers", probes.Load(), leaked.Load(), asked.Load(), refused.Load(), strings.Count(out.String(), "\n"))
+	if leaked.Load() > 0 || refused.Load() > 0 {
+		w.t.Error("LEAKED or RESET while pods were replaced")
+	}
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
 }

@@ -49,8 +49,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "sallyport.agentMounts" -}}
 {{ include "sallyport.configMounts" . }}
-{{- range $name, $_ := ternary dict .Values.resources .Values.cluster.enabled }}
+{{- if and (not .Values.cluster.enabled) .Values.resourcesPerNode }}
+- {name: resources, mountPath: /etc/sallyport/resources.d/node.yaml, subPathExpr: $(NODE_NAME).yaml, readOnly: true}
+{{- else if not .Values.cluster.enabled }}
+{{- range $name, $_ := .Values.resources }}
 - {name: resources, mountPath: /etc/sallyport/resources.d/{{ $name }}, subPath: {{ $name }}, readOnly: true}
+{{- end }}
 {{- end }}
 - {name: state, mountPath: /var/lib/sallyport}
 - {name: bpffs, mountPath: /sys/fs/bpf}
