@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -287,16 +288,14 @@ func (w *world) activate(n *node, client string) string {
 	must(w.t, os.MkdirAll(policy, 0o755))
 	must(w.t, os.WriteFile(filepath.Join(policy, "resources.yaml"), []byte(w.resources()), 0o644))
 	_ = os.Remove(file)
-	n.run(w.cli(), "grant", "issue", "--service", "db", "--client", client, "--for", "10m", "--node", n.name, "--reason", "backup",
-		"--key", w.keyFile, "--policy", policy, "--out", file)
-	out := n.run(w.cli(), "grant", "activate", file, "--key", w.keyFile, "--yes", "-o", "yaml")
-	for line := range strings.Lines(n.run(w.cli(), "grants", "-o", "yaml")) {
-		if _, id, ok := strings.Cut(line, "id: "); ok {
-			return strings.TrimSpace(id)
-		}
+	issued := n.run(w.cli(), "grant", "issue", "--service", "db", "--client", client, "--for", "10m", "--node", n.name, "--reason", "backup",
+		"--key", w.keyFile, "--policy", policy, "--out", file, "--yes")
+	n.run(w.cli(), "grant", "activate", file, "--key", w.keyFile, "--yes")
+	id := regexp.MustCompile(`\b01[0-9A-Z]{24}\b`).FindString(issued)
+	if id == "" {
+		w.t.Fatalf("no id of the grant: %s", issued)
 	}
-	w.t.Fatalf("no id of the grant: %s", out)
-	return ""
+	return id
 }
 
 func (w *world) agentPod(n *node) string {
