@@ -314,7 +314,7 @@ func (w *world) uninstalled() {
 		}
 	}
 	for _, n := range w.nodes {
-		left := n.run("sh", "-c", "ls /sys/fs/bpf; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep sallyport /proc/1/mounts || true")
+		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep sallyport /proc/1/mounts || true")
 		if left = strings.TrimSpace(left); left != "" {
 			w.t.Errorf("left on %s:\n%s", n.name, left)
 		}
@@ -343,7 +343,8 @@ func (w *world) rolled(client *node) {
 	}
 	until(func() {
 		asked.Add(1)
-		if err := w.ask(w.inPod(client), "127.0.0.1", 5433); err != nil {
+		// From the other pod: what the path's client sends does not come to the proxy.
+		if err := w.ask(w.inPod(w.nodes[0]), "127.0.0.1", 5433); err != nil {
 			refused.Add(1)
 			w.t.Logf("by identity, while it rolls: %v", err)
 		}
