@@ -18,7 +18,7 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
 .DEFAULT_GOAL := build
-.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 build: ## build the four static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ $(BINARIES:%=./cmd/%)
@@ -60,6 +60,11 @@ test-alerts: ## have a real Prometheus and Alertmanager see each alert come from
 test-spire: ## have the programs live on identities of a real SPIRE, of SPIRE_BIN_DIR=folder: rotated, withdrawn, away (root; a quarter of an hour)
 	go run ./tools/needs test
 	go test -p 1 -tags spire -count 1 -v -timeout 40m -run '^(TestSPIRE|TestSPIREBrokers|TestDemoWithSPIRE)$$' ./cmd/sallyport ./test/e2e
+
+test-k8s: ## have two real kubelets run our image, installed by our chart (root; the first time builds Kubernetes' programs into KUBE_BIN_DIR=.tools/kube, a quarter of an hour)
+	go run ./tools/needs test test-k8s
+	KUBE_BIN_DIR=$(abspath $(or $(KUBE_BIN_DIR),.tools/kube)) go run ./tools/kube
+	KUBE_BIN_DIR=$(abspath $(or $(KUBE_BIN_DIR),.tools/kube)) go test -p 1 -tags k8s -count 1 -v -timeout 30m ./test/k8s/...
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
@@ -128,4 +133,4 @@ clean: ## remove what was built
 	rm -rf bin bench-out $(TOOLS)
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'

@@ -23,8 +23,9 @@ func (p *process) command() *cobra.Command {
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
 	root.PersistentFlags().StringVar(&p.config, "config", defaultConfig, "configuration `FILE` (kind: AgentConfig)")
+	root.PersistentFlags().StringVar(&p.node, "node", "", "`NAME` of this node, where one configuration is that of many; default: the one in the configuration")
 	root.PersistentFlags().TextVar(&p.level, "log-level", p.level, "least `LEVEL` to log: DEBUG, INFO, WARN or ERROR")
-	root.AddCommand(p.run(), p.guard(), p.check(), p.rollback(), p.uninstall())
+	root.AddCommand(p.run(), p.guard(), p.px(), p.check(), p.rollback(), p.uninstall())
 	return root
 }
 
@@ -46,6 +47,25 @@ func (p *process) guard() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return p.asRoot(privilege.Guard(), func() error { return agent.Guard(cmd.Context(), p.options()) })
+		},
+	}
+}
+
+// px is for who may make mounts and write sysctls where run must not: the first container of a pod.
+func (p *process) px() *cobra.Command {
+	return &cobra.Command{
+		Use:   "px",
+		Short: "Make the proxy's namespace, or mend it, and leave; run does it, too, where it may",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.asRoot(privilege.Agent(), func() error {
+				path, err := agent.MakePx(cmd.Context(), p.options())
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(p.stdout, path)
+				return err
+			})
 		},
 	}
 }

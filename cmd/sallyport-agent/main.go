@@ -38,13 +38,13 @@ type process struct {
 	stdout, stderr io.Writer
 	notifySocket   string
 	uid            int
-	config         string
+	config, node   string
 	level          slog.Level
 }
 
 func (p *process) options() agent.Options {
 	return agent.Options{
-		ConfigFile: p.config, Version: version(), NotifySocket: p.notifySocket,
+		ConfigFile: p.config, Node: p.node, Version: version(), NotifySocket: p.notifySocket,
 		Logger: slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: p.level})),
 	}
 }

@@ -86,6 +86,7 @@ func TestWrongCommandLines(t *testing.T) {
 	}{
 		{1000, []string{"run"}, "needs root\nhint: "},
 		{1000, []string{"guard"}, "needs root\nhint: "},
+		{1000, []string{"px"}, "needs root\nhint: "},
 		{1000, []string{"uninstall"}, "needs root\nhint: "},
 		{1000, []string{"rollback"}, "needs root\nhint: "},
 		{0, []string{"walk"}, `unknown command "walk"`},

@@ -24,6 +24,7 @@ const pollPx = 100 * time.Millisecond
 type launcher struct {
 	config policy.AgentConfig
 	path   string // of the configuration, for messages
+	node   string // as the command line names it
 	data   []byte
 	env    environment
 	log    *slog.Logger
@@ -39,7 +40,7 @@ func launch(ctx context.Context, l launcher) error {
 		return err
 	}
 	return l.enter(ctx, px.Command{
-		Args: []string{l.env.args[0], "--config", l.path, "--inside-fd", strconv.Itoa(fd)},
+		Args: []string{l.env.args[0], "--config", l.path, "--node", l.node, "--inside-fd", strconv.Itoa(fd)},
 		Env:  l.env.vars,
 	})
 }

@@ -46,7 +46,8 @@ func main() {
 // options of the command line.
 type options struct {
 	config   string
-	insideFD int // of the second run: descriptor with the configuration; -1: first run
+	node     string // of many that have this configuration; empty: the one in it
+	insideFD int    // of the second run: descriptor with the configuration; -1: first run
 	version  bool
 }
 
@@ -71,13 +72,16 @@ func run(ctx context.Context, env environment) error {
 		return err
 	}
 	cfg, err := policy.ParseAgentConfig(opts.config, data)
+	if err == nil {
+		cfg, err = cfg.For(opts.node)
+	}
 	if err != nil {
 		return err
 	}
 	if opts.insideFD >= 0 {
 		return serve(ctx, cfg, notifier{env.getenv("NOTIFY_SOCKET")}, log)
 	}
-	return launch(ctx, launcher{config: cfg, path: opts.config, data: data, env: env, log: log})
+	return launch(ctx, launcher{config: cfg, path: opts.config, node: opts.node, data: data, env: env, log: log})
 }
 
 func parseOptions(env environment) (options, error) {
@@ -85,6 +89,7 @@ func parseOptions(env environment) (options, error) {
 	flags := flag.NewFlagSet("sallyport-proxy", flag.ContinueOnError)
 	flags.SetOutput(env.stderr)
 	flags.StringVar(&o.config, "config", "/etc/sallyport/agent.yaml", "`FILE` with the node's AgentConfig")
+	flags.StringVar(&o.node, "node", "", "`NAME` of this node, where one configuration is that of many; default: the one in the configuration")
 	flags.IntVar(&o.insideFD, "inside-fd", -1, "used by the launcher only: descriptor `NUMBER` with the configuration")
 	flags.BoolVar(&o.version, "version", false, "print the version and exit")
 	if err := flags.Parse(env.args[1:]); err != nil {

@@ -14,17 +14,28 @@ import (
 	"github.com/sallyport-dev/sallyport/pkg/client"
 )
 
+// Parts that --ready knows.
+const (
+	partEnforcement = "enforcement"
+	partProxy       = "proxy"
+)
+
 func (c *cli) status() *cobra.Command {
 	var check bool
+	var ready string
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "How the node's agent and its enforcement are",
 		Example: `  sudo sallyport status
-  sudo sallyport status --check   # for scripts: exit code 3 unless all is well`,
+  sudo sallyport status --check   # for scripts: exit code 3 unless all is well
+  sallyport status --ready proxy  # for a probe of Kubernetes`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
 				s, err := a.Status(ctx)
+				if err == nil {
+					err = partReady(s, ready)
+				}
 				if err != nil {
 					return err
 				}
@@ -36,7 +47,23 @@ func (c *cli) status() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&check, "check", false, "for scripts: end with exit code 3 unless the node is ready and has no problem")
+	cmd.Flags().StringVar(&ready, "ready", "", "for probes: end with exit code 3 unless this `PART` is ready, whatever problems there are: enforcement, proxy")
 	return cmd
+}
+
+// partReady refuses what --ready is for. Who waits for the proxy waits for enforcement, too.
+func partReady(s *api.StatusReply, part string) error {
+	switch {
+	case part == "":
+		return nil
+	case part != partEnforcement && part != partProxy:
+		return withHint(usagef("--ready: there is no part %q", part), "write enforcement, or proxy")
+	case !s.GetReady():
+		return refused(withHint(fmt.Errorf("the node does not enforce: %s", orDash(s.GetNotReadyWhy())), "`sallyport status` has all of it"))
+	case part == partProxy && !s.GetProxyListening():
+		return refused(withHint(errors.New("the proxy does not listen"), "look at what the proxy logs"))
+	}
+	return nil
 }
 
 // healthy refuses what --check is for.

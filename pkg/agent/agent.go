@@ -83,7 +83,7 @@ type node struct {
 // Run enforces until ctx ends, and then leaves enforcement on: hooks, tables and live paths stay, and paths end on time. It
 // needs root. Describe gives the next step for its errors.
 func Run(ctx context.Context, o Options) error {
-	cfg, err := loadConfig(o.ConfigFile)
+	cfg, err := o.config()
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,8 @@ import (
 type Options struct {
 	// ConfigFile holds one AgentConfig. It must be root's alone to write.
 	ConfigFile string
+	// Node is the name of this node, where one configuration is that of many; empty: the one in the configuration.
+	Node string
 	// Version of this program, for status and metrics.
 	Version string
 	// NotifySocket is where the service manager listens (NOTIFY_SOCKET); empty: nowhere.
@@ -31,6 +33,14 @@ func (o Options) logger() *slog.Logger {
 		return slog.New(slog.DiscardHandler)
 	}
 	return o.Logger
+}
+
+func (o Options) config() (policy.AgentConfig, error) {
+	cfg, err := loadConfig(o.ConfigFile)
+	if err != nil {
+		return policy.AgentConfig{}, err
+	}
+	return cfg.For(o.Node)
 }
 
 // loadConfig reads a configuration that root alone can have written. Every problem comes back at once, with its line.
@@ -48,7 +58,7 @@ func loadConfig(path string) (policy.AgentConfig, error) {
 // Check reads configuration and resources as Run would, and asks whether the kernel, the control group and the bpffs that
 // it needs are there; it changes nothing. Every problem comes back at once.
 func Check(o Options) error {
-	cfg, err := loadConfig(o.ConfigFile)
+	cfg, err := o.config()
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,7 @@ import (
 // Guard holds the descriptors of the agent's links until ctx ends, so that enforcement outlives the agent, its pins and
 // bpffs. It is a process of its own and does nothing else.
 func Guard(ctx context.Context, o Options) error {
-	cfg, err := loadConfig(o.ConfigFile)
+	cfg, err := o.config()
 	if err != nil {
 		return err
 	}

@@ -12,7 +12,7 @@ import (
 // first. The next start of an agent puts its own version's programs back; to stay, start the older one. The error wraps
 // ErrRunning while the agent runs, and datapath.ErrNoPrevious when there was no other version. actor is told in the record.
 func Rollback(ctx context.Context, o Options, actor string) (hooks int, err error) {
-	cfg, err := loadConfig(o.ConfigFile)
+	cfg, err := o.config()
 	if err != nil {
 		return 0, err
 	}

@@ -30,7 +30,7 @@ var errLeft = errors.New("still there")
 // sure that they are gone. The records stay. It can be repeated after an error. The error wraps ErrRunning while the agent
 // runs, for it would put everything back. actor is told in the record.
 func Uninstall(ctx context.Context, o Options, actor string) (removed Removed, err error) {
-	cfg, err := loadConfig(o.ConfigFile)
+	cfg, err := o.config()
 	if err != nil {
 		return Removed{}, err
 	}

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"path/filepath"
 	"reflect"
 	"time"
@@ -286,6 +287,18 @@ func ParseAgentConfig(name string, data []byte) (AgentConfig, error) {
 		return AgentConfig{}, err
 	}
 	return config, nil
+}
+
+// For is the configuration as the named node reads it, where one file is that of many nodes. An empty name changes nothing.
+func (c AgentConfig) For(node string) (AgentConfig, error) {
+	if node == "" {
+		return c, nil
+	}
+	if err := CheckNodeName(node); err != nil {
+		return AgentConfig{}, fmt.Errorf("--node: %w", err)
+	}
+	c.Name = node
+	return c, nil
 }
 
 // AgentSocket is the path of the operators' socket.

@@ -94,6 +94,26 @@ func TestAgentConfigNames(t *testing.T) {
 	}
 }
 
+// TestAgentConfigForANode: one file is that of many nodes, and each has a name and identities of its own.
+func TestAgentConfigForANode(t *testing.T) {
+	c, err := policy.ParseAgentConfig("agent.yaml", []byte(shortConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := c.For("ip-10-0-0-1.example.org")
+	if err != nil || other.Name != "ip-10-0-0-1.example.org" || other.ProxyID().Path() != "/sallyport/proxy/ip-10-0-0-1.example.org" {
+		t.Errorf("%s, %v", other.Name, err)
+	}
+	if same, err := c.For(""); err != nil || same.Name != c.Name {
+		t.Errorf("without a name: %s, %v", same.Name, err)
+	}
+	for _, wrong := range []string{"no node", "../x", "Node"} {
+		if _, err := c.For(wrong); err == nil || !strings.Contains(err.Error(), "is not the name of a node") {
+			t.Errorf("%q: %v", wrong, err)
+		}
+	}
+}
+
 func TestAgentConfigTakes(t *testing.T) {
 	for _, c := range []struct{ old, new string }{
 		{"ignore: []", `ignore: ["docker0", "br-*"]`},

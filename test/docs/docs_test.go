@@ -53,7 +53,7 @@ func TestReadmeIsShort(t *testing.T) {
 
 func TestMakeTargetsInDocumentsExist(t *testing.T) {
 	makefile := read(t, "Makefile")
-	used := regexp.MustCompile("(?m)(?:^|[`(]|sudo )make ([a-z-]+)")
+	used := regexp.MustCompile("(?m)(?:^|[`(]|sudo )make ([a-z0-9-]+)")
 	for name, text := range documents(t) {
 		for _, m := range used.FindAllStringSubmatch(text, -1) {
 			if !regexp.MustCompile(`(?m)^` + m[1] + `:.*## `).MatchString(makefile) {

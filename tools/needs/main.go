@@ -45,6 +45,13 @@ var needs = map[string][]need{
 		{"prometheus", "it scrapes and evaluates the alert rules", []string{"prometheus"}},
 		{"prometheus-alertmanager", "it is told of alerts", []string{"prometheus-alertmanager"}},
 	},
+	"test-k8s": {
+		{"etcd", "it keeps what the API server has", []string{"etcd-server"}},
+		{"containerd", "it runs the pods", []string{"containerd"}},
+		{"runc", "so does it", []string{"runc"}},
+		{"/usr/lib/cni/bridge", "it gives pods their devices", []string{"containernetworking-plugins"}},
+		{"iptables", "portmap writes rules with it", []string{"iptables"}},
+	},
 	"test-kernels": {
 		{"qemu-system-x86_64", "it boots the kernels", []string{"qemu-system-x86"}},
 		{"/bin/busybox", "the shell of the guests", []string{"busybox-static"}},
