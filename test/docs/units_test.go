@@ -103,11 +103,12 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 	}
 }
 
-// TestWatchdogs: what holds or steers is started anew when it does not move, and the proxy can be exchanged.
+// TestWatchdogs: what holds or steers is started anew when it does not move, however often it failed, and the proxy can be exchanged.
 func TestWatchdogs(t *testing.T) {
 	for _, name := range []string{"sallyport-agent.service", "sallyport-guard.service", "sallyport-proxy.service"} {
-		if u := directives(t, name); len(u["WatchdogSec"]) != 1 || !slices.Equal(u["Restart"], []string{"always"}) || !slices.Equal(u["Type"], []string{"notify"}) {
-			t.Errorf("%s: WatchdogSec=%v Restart=%v Type=%v", name, u["WatchdogSec"], u["Restart"], u["Type"])
+		if u := directives(t, name); len(u["WatchdogSec"]) != 1 || !slices.Equal(u["Restart"], []string{"always"}) || !slices.Equal(u["Type"], []string{"notify"}) ||
+			!slices.Equal(u["StartLimitIntervalSec"], []string{"0"}) {
+			t.Errorf("%s: WatchdogSec=%v Restart=%v Type=%v StartLimitIntervalSec=%v", name, u["WatchdogSec"], u["Restart"], u["Type"], u["StartLimitIntervalSec"])
 		}
 	}
 	proxy := directives(t, "sallyport-proxy.service")

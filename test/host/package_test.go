@@ -39,10 +39,11 @@ var (
 	proxyID = spiffeid.RequireFromString("spiffe://example.org/sallyport/proxy/node-1")
 )
 
+// The machine sees a part of the hierarchy of control groups, its own: its agent's backstop must not be that of the host.
 const agentConfig = `apiVersion: sallyport.dev/v1alpha1
 kind: AgentConfig
 metadata: {name: node-1}
-spec: {trustDomain: example.org, resources: /etc/sallyport/resources.d, workloadAPI: "unix:///srv/shared/workload.sock"}
+spec: {trustDomain: example.org, resources: /etc/sallyport/resources.d, workloadAPI: "unix:///srv/shared/workload.sock", cgroup: /sys/fs/cgroup}
 `
 
 const resources = `apiVersion: sallyport.dev/v1alpha1
@@ -139,6 +140,7 @@ func (m *machine) release(version string) {
 // configure does what the README says.
 func (m *machine) configure() {
 	m.t.Helper()
+	m.run("mkdir", "-p", "/sys/fs/bpf")
 	m.run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf") // systemd does that, but in containers
 	public := regexp.MustCompile(`ed25519:[A-Za-z0-9+/=]+`).FindString(m.run("sallyport", "keygen", "--out", "/root/alice.key"))
 	m.write("/etc/sallyport/resources.d/all.yaml", fmt.Sprintf(resources, public))
@@ -219,7 +221,7 @@ func (s *story) proxied() error {
 func (s *story) grant(name, duration string) {
 	s.t.Helper()
 	s.run("sallyport", "grant", "issue", "--service", "postgres", "--client", backup, "--for", duration, "--node", "node-1", "--reason", "nightly backup",
-		"--key", "/root/alice.key", "--policy", "/etc/sallyport/resources.d", "--out", "/root/"+name)
+		"--key", "/root/alice.key", "--policy", "/etc/sallyport/resources.d", "--out", "/root/"+name, "--yes")
 	s.run("sallyport", "grant", "activate", "/root/"+name, "--key", "/root/alice.key")
 }
 
