@@ -222,7 +222,7 @@ func (s *story) grant(name, duration string) {
 	s.t.Helper()
 	s.run("sallyport", "grant", "issue", "--service", "postgres", "--client", backup, "--for", duration, "--node", "node-1", "--reason", "nightly backup",
 		"--key", "/root/alice.key", "--policy", "/etc/sallyport/resources.d", "--out", "/root/"+name, "--yes")
-	s.run("sallyport", "grant", "activate", "/root/"+name, "--key", "/root/alice.key")
+	s.run("sallyport", "grant", "activate", "/root/"+name, "--key", "/root/alice.key", "--yes")
 }
 
 // byHand is the README's demo.
