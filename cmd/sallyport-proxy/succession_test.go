@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -108,7 +107,7 @@ func (b *bench) hears(begin string) string {
 // TestNobodyTakesOver: a program that is not there, or does not get ready, changes nothing.
 func TestNobodyTakesOver(t *testing.T) {
 	for _, program := range []string{"/bin/false", "/bin/true", "/does/not/exist"} {
-		s := succession{env: environment{args: []string{program}}, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+		s := succession{env: environment{args: []string{program}}, log: slog.New(slog.DiscardHandler)}
 		if pid, err := s.handOn(t.Context(), &proxy.Proxy{}); err == nil {
 			t.Errorf("%s takes over as %d", program, pid)
 		}
