@@ -19,6 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// The main thread cannot end, and would stay in the network that it was sent to: it takes no part.
+func init() { runtime.LockOSThread() }
+
 // patience bounds what the machine takes to get somewhere.
 const patience = 2 * time.Minute
 
