@@ -121,16 +121,24 @@ bench: ## run every benchmark, BENCHTIME=1s each
 image: build ## build a container image with the four binaries and nothing else
 	docker build -t $(IMAGE) .
 
+package: ## make a Debian package, an archive, their checksums and an SPDX SBOM in dist/; the same commit gives the same bytes (VERSION=)
+	go run ./tools/package $(if $(VERSION),-version $(VERSION))
+
+test-package: ## install, upgrade under load, remove and purge the package in a Debian of its own, under its systemd (root; installs what it needs)
+	go run ./tools/needs test test-package
+	go test -tags package -count 1 -v -timeout 30m -run '^TestPackage' ./test/host
+
 install: ## install what `make build` built, and systemd units (PREFIX, DESTDIR); needs no Go, starts nothing
 	@for b in $(BINARIES); do test -f bin/$$b || { echo "bin/$$b is not built: run \`make build\` first, as yourself" >&2; exit 1; }; done
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BINARIES:%=bin/%)
-	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system deploy/systemd/*.service
+	for u in deploy/systemd/*.service; do sed 's,/usr/bin/sallyport,$(PREFIX)/bin/sallyport,' $$u | \
+		install -D -m 0644 /dev/stdin $(DESTDIR)/etc/systemd/system/$${u##*/} || exit 1; done
 
 uninstall: ## end enforcement, prove that nothing is left attached, and remove what install put there
 	deploy/systemd/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean: ## remove what was built
-	rm -rf bin bench-out $(TOOLS)
+	rm -rf bin dist bench-out $(TOOLS)
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'

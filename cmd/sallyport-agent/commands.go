@@ -2,11 +2,11 @@ package main
 
 import (
 	"fmt"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/privilege"
 )
 
@@ -16,12 +16,13 @@ func (p *process) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "sallyport-agent",
 		Short:         "Enforce on this node that protected services are reached through the proxy",
-		Version:       version(),
+		Version:       build.Version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
+	root.SetVersionTemplate(build.Read().Describe(root.Name()))
 	root.PersistentFlags().StringVar(&p.config, "config", defaultConfig, "configuration `FILE` (kind: AgentConfig)")
 	root.PersistentFlags().StringVar(&p.node, "node", "", "`NAME` of this node, where one configuration is that of many; default: the one in the configuration")
 	root.PersistentFlags().TextVar(&p.level, "log-level", p.level, "least `LEVEL` to log: DEBUG, INFO, WARN or ERROR")
@@ -119,13 +120,4 @@ func (p *process) uninstall() *cobra.Command {
 			})
 		},
 	}
-}
-
-// version is that of the module as it was built.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	return info.Main.Version
 }

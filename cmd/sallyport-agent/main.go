@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/sallyport-dev/sallyport/pkg/agent"
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 	"github.com/sallyport-dev/sallyport/pkg/privilege"
 )
@@ -44,7 +45,7 @@ type process struct {
 
 func (p *process) options() agent.Options {
 	return agent.Options{
-		ConfigFile: p.config, Node: p.node, Version: version(), NotifySocket: p.notifySocket,
+		ConfigFile: p.config, Node: p.node, Version: build.Version(), NotifySocket: p.notifySocket,
 		Logger: slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: p.level})),
 	}
 }

@@ -10,11 +10,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -52,13 +52,14 @@ func (p *process) command() *cobra.Command {
 		Short:         "Receive, keep and show flow records and grant events",
 		Long:          "Receive the records of nodes over SPIFFE mTLS, keep each exactly once, and answer questions about them.\nIt runs until it is stopped; what was acknowledged to a node is durable.",
 		Args:          cobra.NoArgs,
-		Version:       version(),
+		Version:       build.Version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return p.serve(cmd.Context()) },
 	}
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
+	root.SetVersionTemplate(build.Read().Describe(root.Name()))
 	flags := root.PersistentFlags()
 	flags.StringVar(&p.config, "config", defaultConfig, "configuration `FILE` (kind: CollectorConfig)")
 	flags.TextVar(&p.level, "log-level", p.level, "least `LEVEL` to log: DEBUG, INFO, WARN or ERROR")
@@ -109,12 +110,4 @@ func (p *process) report(err error) {
 			fmt.Fprintln(p.stderr, "hint: "+e.Hint)
 		}
 	}
-}
-
-// version is that of the module as it was built.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return info.Main.Version
-	}
-	return "unknown"
 }

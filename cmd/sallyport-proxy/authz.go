@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/extauthz"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -92,7 +93,7 @@ func serveAuthz(ctx context.Context, cfg policy.AgentConfig, notify notifier, lo
 		return err
 	}
 	file := proxy.NewPolicyFile(cfg.PolicyFile(), log)
-	reporter := proxy.NewReporter(proxy.ReporterConfig{Socket: cfg.ProxySocket(), Version: version() + " authz", Logger: log})
+	reporter := proxy.NewReporter(proxy.ReporterConfig{Socket: cfg.ProxySocket(), Version: build.Version() + " authz", Logger: log})
 	outside, err := proxy.NewOutside(cfg.ProxySocket())
 	if err != nil {
 		return err

@@ -60,6 +60,7 @@ type bench struct {
 	ctx       context.Context
 	authority *devauthority.Authority
 	run       string
+	notify    *net.UnixConn // the service manager's end
 	proxy     *lab.Process
 	records   *collector
 }
@@ -212,6 +213,7 @@ func (b *bench) startProxy(s settings) {
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	b.must(err)
 	b.Cleanup(func() { notify.Close() })
+	b.notify = notify
 	b.must(os.Chmod(path, 0o666))
 	config := filepath.Join(b.Dir, "agent.yaml")
 	b.must(os.WriteFile(config, []byte(b.config(s)), 0o600)) // root's alone

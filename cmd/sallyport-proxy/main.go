@@ -16,9 +16,9 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
@@ -48,6 +48,7 @@ type options struct {
 	config   string
 	node     string // of many that have this configuration; empty: the one in it
 	insideFD int    // of the second run: descriptor with the configuration; -1: first run
+	after    int    // of a run that takes the place of another: how many listeners it gets; 0: it takes nobody's
 	version  bool
 }
 
@@ -63,7 +64,7 @@ func run(ctx context.Context, env environment) error {
 		return err
 	}
 	if opts.version {
-		fmt.Fprintln(env.stderr, "sallyport-proxy", version())
+		fmt.Fprint(env.stderr, build.Read().Describe("sallyport-proxy"))
 		return nil
 	}
 	log := slog.New(slog.NewTextHandler(env.stderr, nil))
@@ -79,7 +80,7 @@ func run(ctx context.Context, env environment) error {
 		return err
 	}
 	if opts.insideFD >= 0 {
-		return serve(ctx, cfg, notifier{env.getenv("NOTIFY_SOCKET")}, log)
+		return serve(ctx, cfg, succession{env: env, path: opts.config, data: data, after: opts.after, log: log}, notifier{env.getenv("NOTIFY_SOCKET")}, log)
 	}
 	return launch(ctx, launcher{config: cfg, path: opts.config, node: opts.node, data: data, env: env, log: log})
 }
@@ -91,6 +92,7 @@ func parseOptions(env environment) (options, error) {
 	flags.StringVar(&o.config, "config", "/etc/sallyport/agent.yaml", "`FILE` with the node's AgentConfig")
 	flags.StringVar(&o.node, "node", "", "`NAME` of this node, where one configuration is that of many; default: the one in the configuration")
 	flags.IntVar(&o.insideFD, "inside-fd", -1, "used by the launcher only: descriptor `NUMBER` with the configuration")
+	flags.IntVar(&o.after, "after", 0, "used by a proxy whose place is taken only: `NUMBER` of listeners that are handed over")
 	flags.BoolVar(&o.version, "version", false, "print the version and exit")
 	if err := flags.Parse(env.args[1:]); err != nil {
 		return o, err
@@ -116,11 +118,4 @@ func readConfig(o options) ([]byte, error) {
 		return nil, fmt.Errorf("read configuration from descriptor %d: %w", o.insideFD, err)
 	}
 	return data, nil
-}
-
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }

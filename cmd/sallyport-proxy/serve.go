@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"runtime"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/pkg/build"
 	"github.com/sallyport-dev/sallyport/pkg/identity"
 	"github.com/sallyport-dev/sallyport/pkg/login"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -29,7 +31,7 @@ const (
 
 // serve is the second run: inside px, with CAP_NET_RAW alone. It ends in this order: no new
 // connections, the live ones drained, their records handed over, then everything else.
-func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *slog.Logger) error {
+func serve(ctx context.Context, cfg policy.AgentConfig, next succession, notify notifier, log *slog.Logger) error {
 	if err := settle(cfg.PxPath()); err != nil {
 		return err
 	}
@@ -38,7 +40,7 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 		return err
 	}
 	file := proxy.NewPolicyFile(cfg.PolicyFile(), log)
-	reporter := proxy.NewReporter(proxy.ReporterConfig{Socket: cfg.ProxySocket(), Version: version(), Logger: log})
+	reporter := proxy.NewReporter(proxy.ReporterConfig{Socket: cfg.ProxySocket(), Version: build.Version(), Logger: log})
 	helpers, stopHelpers := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopHelpers()
 	group, broken := errgroup.WithContext(helpers)
@@ -62,12 +64,17 @@ func serve(ctx context.Context, cfg policy.AgentConfig, notify notifier, log *sl
 	defer stop()
 	context.AfterFunc(broken, stop) // a helper that broke ends the rest
 	awaitIdentity(serving, source, log)
-	p, err := newProxy(cfg.Spec.Proxy, parts{source, file, reporter, forHTTP}, log)
+	listeners, err := next.inherit()
 	if err == nil {
-		context.AfterFunc(serving, func() { notify.send("STOPPING=1") })
-		log.Info("listening", "port", cfg.Spec.Proxy.ListenPort, "identity", cfg.ProxyID())
-		notify.send("READY=1")
-		err = p.Run(serving)
+		var p *proxy.Proxy
+		p, err = newProxy(cfg.Spec.Proxy, parts{source, file, reporter, forHTTP, listeners, func() { notify.send("WATCHDOG=1") }}, log)
+		if err == nil {
+			context.AfterFunc(serving, func() { notify.send("STOPPING=1") })
+			log.Info("listening", "port", cfg.Spec.Proxy.ListenPort, "identity", cfg.ProxyID())
+			next.ready(notify)
+			group.Go(func() error { return next.await(serving, p, notify) })
+			err = p.Run(serving)
+		}
 	}
 	err = errors.Join(err, flush(broken, reporter))
 	stopHelpers()
@@ -119,6 +126,9 @@ type parts struct {
 	file     *proxy.PolicyFile
 	reporter *proxy.Reporter
 	http     httpParts
+
+	listeners []*net.TCPListener // of the proxy before; nil: there was none
+	moves     func()
 }
 
 // threadsInSiege is how many threads run Go code for each core while many strangers are there. With one each, whoever is carried waits for
@@ -167,6 +177,8 @@ func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy,
 		Login:            with.http.login,
 		Certificates:     with.http.certificates,
 		Outside:          with.http.outside,
+		Listeners:        with.listeners,
+		Moves:            with.moves,
 		Logger:           log,
 	})
 }

@@ -4,11 +4,12 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/pkg/build"
 )
 
 // cli is one invocation: the process and what the flags of all commands say.
@@ -42,7 +43,7 @@ func newRoot(e env) *cobra.Command {
 		Use:           "sallyport",
 		Short:         "Look at and change what may go around the identity proxy",
 		Long:          rootHelp,
-		Version:       version(),
+		Version:       build.Version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
@@ -54,6 +55,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
 	root.SetFlagErrorFunc(flagError)
+	root.SetVersionTemplate(build.Read().Describe(root.Name()))
 	root.CompletionOptions.HiddenDefaultCmd = true
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
@@ -147,12 +149,4 @@ func fixed(cmd *cobra.Command, flag string, values []string) {
 	if err := cmd.RegisterFlagCompletionFunc(flag, complete); err != nil {
 		panic(fmt.Sprintf("complete --%s: %v", flag, err)) // only for a flag that does not exist
 	}
-}
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" {
-		return "(devel)"
-	}
-	return info.Main.Version
 }

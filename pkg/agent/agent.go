@@ -33,6 +33,7 @@ type node struct {
 	clock   clock
 	started time.Time
 	notify  notifier
+	pulse   *pulse
 
 	problems    *problems
 	alarms      *alarms
@@ -100,7 +101,7 @@ func Run(ctx context.Context, o Options) error {
 func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
 	n := &node{
-		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
+		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket}, pulse: newPulse(),
 		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(),
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
@@ -376,7 +377,7 @@ func (n *node) hookDevices(context.Context) error {
 	if err := n.uplinks.limit(); err != nil {
 		return err
 	}
-	n.devices = &devices{datapath: n.datapath, moving: &n.pxMoving, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged}
+	n.devices = &devices{datapath: n.datapath, moving: &n.pxMoving, classify: n.classifier(), uplinks: n.uplinks, problems: n.problems, log: n.log, changed: n.devicesChanged, moved: n.moves("device watch")}
 	return n.devices.sync()
 }
 
@@ -393,6 +394,9 @@ func (n *node) devicesChanged() {
 	n.resources.poke()
 	n.readiness.poke()
 }
+
+// moves makes the function by which a loop shows that it moves.
+func (n *node) moves(loop string) func() { return func() { n.pulse.beat(loop, n.clock.boot()) } }
 
 // adoptGrants settles what an earlier agent left; from then on the collector may have grants ended.
 func (n *node) adoptGrants(ctx context.Context) error {
@@ -465,7 +469,7 @@ func (n *node) guardWatch() *guardWatch {
 
 func (n *node) keeper() *keeper {
 	return &keeper{datapath: n.datapath, grants: n.grants, lease: n.cfg.Spec.Lease.Duration, clock: n.clock, problems: n.problems,
-		alarm: n.alarms.raise, notify: n.notify}
+		alarm: n.alarms.raise, pulse: n.pulse, notify: n.notify}
 }
 
 func (n *node) listenProxy(context.Context) (err error) {

@@ -138,6 +138,7 @@ type devices struct {
 	problems *problems
 	log      *slog.Logger
 	changed  func() // called after devices came or went, from Run
+	moved    func() // called after each look, from Run
 }
 
 // Run follows the kernel's messages until ctx ends. A message only says that something changed: the list of devices is read
@@ -149,6 +150,7 @@ func (d *devices) Run(ctx context.Context) error {
 		if err := d.follow(ctx, resync.C); err != nil {
 			d.problems.report(problemDevice, "", err)
 		}
+		d.moved()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -169,6 +171,7 @@ func (d *devices) follow(ctx context.Context, resync <-chan time.Time) error {
 			return err
 		}
 		d.problems.report(problemDevice, "", nil)
+		d.moved()
 		select {
 		case <-ctx.Done():
 			return nil

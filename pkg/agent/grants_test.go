@@ -371,7 +371,7 @@ func TestClockJumpEndsAllPaths(t *testing.T) {
 	must(t, err)
 	var alarms []alarmName
 	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
-		alarm: func(name alarmName, _ string) { alarms = append(alarms, name) }}
+		alarm: func(name alarmName, _ string) { alarms = append(alarms, name) }, pulse: newPulse()}
 	beat := func() {
 		k.tick()
 		k.settle(t.Context(), k.takeLeft())

@@ -15,15 +15,12 @@ func Guard(ctx context.Context, o Options) error {
 		return err
 	}
 	log, notify := o.logger(), notifier{socket: o.NotifySocket}
-	told := false
-	held := func(n int) {
-		if told {
-			return
-		}
-		told = true
-		if err := notify.ready(); err != nil {
+	tell := notify.ready
+	held := func(int) { // after each look: a guard that looks no more is started anew
+		if err := tell(); err != nil {
 			log.Warn("tell service manager", "error", err)
 		}
+		tell = notify.alive
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var seen sync.WaitGroup

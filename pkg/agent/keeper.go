@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,6 +23,7 @@ type keeper struct {
 	clock    clock
 	problems *problems
 	alarm    func(alarmName, string)
+	pulse    *pulse
 	notify   notifier
 
 	origin time.Time     // owned by Run; wall minus boot time at the last tick
@@ -74,7 +76,15 @@ func (k *keeper) tick() {
 	if err == nil {
 		err = k.datapath.Renew(k.lease)
 	}
-	k.leave(beat{jump: jump, wrong: errors.Join(err, k.notify.alive()), seen: k.origin.Add(k.last), steady: k.last - k.steady})
+	k.leave(beat{jump: jump, wrong: errors.Join(err, k.alive()), seen: k.origin.Add(k.last), steady: k.last - k.steady})
+}
+
+// alive tells the service manager that the agent moves, if it does: a tick alone proves nothing of the hooks.
+func (k *keeper) alive() error {
+	if stalled := k.pulse.stalled(k.clock.boot()); len(stalled) > 0 {
+		return fmt.Errorf("%w: %s", errStalled, strings.Join(stalled, ", "))
+	}
+	return k.notify.alive()
 }
 
 // jumped closes every path after a jump of the clock, and tells of it. One that could not be carried out is found again.

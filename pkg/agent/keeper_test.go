@@ -18,7 +18,7 @@ func TestLeaseWaitsForNobody(t *testing.T) {
 	row, err := l.Activate(t.Context(), b.signer.envelope(t, nil), "uid:0")
 	must(t, err)
 	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
-		alarm: func(alarmName, string) {}}
+		alarm: func(alarmName, string) {}, pulse: newPulse()}
 	k.begin()
 	b.clock.wall = 6 * time.Second
 	ctx, stop := context.WithCancel(t.Context())
@@ -59,7 +59,7 @@ func TestTimeIsRememberedAsItWasSeen(t *testing.T) {
 	l := b.begin()
 	defer l.kill()
 	k := &keeper{datapath: l.datapath, grants: l.grants, lease: 10 * time.Second, clock: b.clock.clock(), problems: l.problems,
-		alarm: func(alarmName, string) {}}
+		alarm: func(alarmName, string) {}, pulse: newPulse()}
 	k.begin()
 	k.steady -= time.Hour
 	k.tick()

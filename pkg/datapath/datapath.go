@@ -25,6 +25,9 @@ import (
 // schema is the layout of maps and pins that this package can read; SP_SCHEMA in C.
 const schema = 4
 
+// Layout is the number of that layout, which the folder of the pins is named by: v4 for 4.
+func Layout() int { return schema }
+
 // ErrLayout says that what is pinned has a layout that this version cannot read.
 var ErrLayout = errors.New("unknown map layout")
 

@@ -17,8 +17,8 @@ import (
 const guardInterval = 500 * time.Millisecond
 
 // HoldLinks keeps the descriptors of every pinned link, so that enforcement outlives the agent, its
-// pins and the bpffs. It calls held after each change, and returns when ctx ends. A link that was
-// detached on purpose (uninstall) is let go.
+// pins and the bpffs. It calls held after each look with the number of links, and returns when ctx ends.
+// A link that was detached on purpose (uninstall) is let go.
 func HoldLinks(ctx context.Context, dir string, log *slog.Logger, held func(n int)) error {
 	links := map[string]link.Link{}
 	defer func() {
@@ -35,8 +35,8 @@ func HoldLinks(ctx context.Context, dir string, log *slog.Logger, held func(n in
 		if len(links) != known {
 			known = len(links)
 			log.Info("links held", "links", known, "dir", linksDir(dir))
-			held(known)
 		}
+		held(known)
 		select {
 		case <-ctx.Done():
 			return nil

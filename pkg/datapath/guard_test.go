@@ -25,17 +25,26 @@ type guard struct {
 	held chan int
 	done chan error
 	stop context.CancelFunc
+	last int // owned by HoldLinks
 }
 
 func (n *node) guard(t *testing.T) *guard {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	g := &guard{held: make(chan int, 16), done: make(chan error, 1), stop: cancel}
+	g := &guard{held: make(chan int, 16), done: make(chan error, 1), stop: cancel, last: -1}
 	go func() {
-		g.done <- datapath.HoldLinks(ctx, n.cf.Dir, slog.New(slog.DiscardHandler), func(count int) { g.held <- count })
+		g.done <- datapath.HoldLinks(ctx, n.cf.Dir, slog.New(slog.DiscardHandler), g.tell)
 	}()
 	t.Cleanup(func() { g.end(t) })
 	return g
+}
+
+// tell hands on what is new; it is called after each look.
+func (g *guard) tell(count int) {
+	if count != g.last {
+		g.held <- count
+	}
+	g.last = count
 }
 
 func (g *guard) end(t *testing.T) {

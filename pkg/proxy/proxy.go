@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -34,7 +35,7 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Besieged, Tokens, Login, Certificates, Outside and
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Besieged, Tokens, Login, Certificates, Outside, Listeners, Moves and
 // Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
@@ -67,7 +68,11 @@ type Config struct {
 	Certificates *Certificates
 	// Outside is the way to the agent, which tells the workloads of this node. nil: none can ask for a remote service.
 	Outside *Outside
-	Logger  *slog.Logger
+	// Listeners are those of a proxy that this one takes the place of. nil: New opens them.
+	Listeners []*net.TCPListener
+	// Moves is called every few seconds while every listener is looked after, and not while one is not.
+	Moves  func()
+	Logger *slog.Logger
 }
 
 func (c Config) validate() error {
@@ -98,10 +103,14 @@ type Proxy struct {
 	pace      *pace
 	now       func() time.Time // by which policy is asked
 	flows     atomic.Uint64
-	upstreams atomic.Int64 // connections to services that speak HTTP
-	room      *room        // of sessions, from accept to end
-	turns     *turns       // of handshakes
-	siege     siege        // used by expire alone
+	upstreams atomic.Int64   // connections to services that speak HTTP
+	room      *room          // of sessions, from accept to end
+	turns     *turns         // of handshakes
+	looked    []atomic.Int64 // of each listener: when it was last looked after, in nanoseconds since started
+	started   time.Time
+	left      chan struct{} // closed: another proxy has the listeners
+	leave     sync.Once
+	siege     siege // used by expire alone
 }
 
 // New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
@@ -112,6 +121,9 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Listeners != nil {
+		return newProxy(cfg, cfg.Listeners), nil
 	}
 	listeners, err := listenBoth(cfg.ListenPort)
 	if err != nil {
@@ -125,11 +137,13 @@ func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
 		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now,
 		room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)), siege: siege{tell: cfg.Besieged},
+		looked: make([]atomic.Int64, len(listeners)), started: time.Now(), left: make(chan struct{}),
 	}
 }
 
 // Run serves until ctx ends, then drains: no new connections, live ones go on for DrainTimeout and
-// are then reset. It returns when the last one is over, with nil unless a listener broke.
+// are then reset. After Leave live ones go on for as long as they would have, until ctx ends. It returns when the last one is
+// over, with nil unless a listener broke.
 func (p *Proxy) Run(ctx context.Context) error {
 	accepting, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -140,21 +154,27 @@ func (p *Proxy) Run(ctx context.Context) error {
 	helpers.Go(func() { p.recheck(draining) })
 	helpers.Go(func() { p.expire(draining) })
 	helpers.Go(func() { p.attestAgain(draining) })
-	for _, l := range p.listeners {
+	for i, l := range p.listeners {
 		for range acceptorsEach {
-			acceptors.Go(func() { stop(p.accept(accepting, l)) })
+			acceptors.Go(func() { stop(p.accept(accepting, l, &p.looked[i])) })
 		}
 	}
-	<-accepting.Done()
+	helpers.Go(func() { p.watch(accepting) })
+	select {
+	case <-accepting.Done():
+	case <-p.left:
+	}
+	broke := context.Cause(accepting)
+	stop(nil)
 	for _, l := range p.listeners {
 		l.Close()
 	}
 	acceptors.Wait()
-	p.drain()
+	p.drain(ctx)
 	stopHelpers()
 	helpers.Wait()
-	if cause := context.Cause(accepting); ctx.Err() == nil {
-		return cause
+	if ctx.Err() == nil {
+		return broke
 	}
 	return nil
 }
@@ -166,14 +186,21 @@ const acceptorsEach = 4
 // retryAccept is how long to wait when the process is out of descriptors or memory.
 const retryAccept = 50 * time.Millisecond
 
-func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
+func (p *Proxy) accept(ctx context.Context, l *net.TCPListener, looked *atomic.Int64) error {
 	for {
-		c, err := l.AcceptTCP()
+		looked.Store(int64(time.Since(p.started)))
+		err := l.SetDeadline(time.Now().Add(lookAgain))
+		var c *net.TCPConn
+		if err == nil {
+			c, err = l.AcceptTCP()
+		}
 		switch {
 		case err == nil:
+			_ = c.SetKeepAliveConfig(keepAlive()) // a listener that was handed over does not know of it
 			p.begin(newSession(p, c))
 		case ctx.Err() != nil:
 			return nil
+		case errors.Is(err, os.ErrDeadlineExceeded): // nobody came
 		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EINVAL):
 			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
 		default:
@@ -184,6 +211,37 @@ func (p *Proxy) accept(ctx context.Context, l *net.TCPListener) error {
 			}
 		}
 	}
+}
+
+// lookAgain is how often a listener is looked after to which nobody comes; one that is not for three times as long stands.
+const lookAgain = 2 * time.Second
+
+// watch tells that every listener is looked after, for as long as that is so.
+func (p *Proxy) watch(ctx context.Context) {
+	if p.cfg.Moves == nil {
+		return
+	}
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if p.moves(time.Since(p.started)) {
+				p.cfg.Moves()
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (p *Proxy) moves(now time.Duration) bool {
+	for i := range p.looked {
+		if now-time.Duration(p.looked[i].Load()) > 3*lookAgain {
+			return false
+		}
+	}
+	return true
 }
 
 // begin runs a session, or resets its connection when there is no room.
@@ -200,9 +258,12 @@ func (p *Proxy) begin(s *session) {
 }
 
 // drain waits for the sessions, and cuts those that have not proven an identity at once and all
-// that are left after DrainTimeout.
-func (p *Proxy) drain() {
+// that are left after DrainTimeout. Where the listeners were left to another proxy, ctx may go on: until it ends, nobody is cut.
+func (p *Proxy) drain(ctx context.Context) {
 	p.room.close()
+	if p.hasLeft() {
+		p.outlive(ctx)
+	}
 	for _, s := range p.room.snapshot() {
 		if !s.isOpen() {
 			s.cut(flow.ReasonDrained, "proxy stops")
@@ -217,6 +278,52 @@ func (p *Proxy) drain() {
 	})
 	defer timer.Stop()
 	p.room.inside.Wait()
+}
+
+// Leave has Run take no more connections, because another proxy has the listeners of Files. It may be called more than once.
+func (p *Proxy) Leave() { p.leave.Do(func() { close(p.left) }) }
+
+func (p *Proxy) hasLeft() bool {
+	select {
+	case <-p.left:
+		return true
+	default:
+		return false
+	}
+}
+
+// outlive waits for the last session, or for the end of ctx. Connections of HTTP end with the requests that are under way.
+func (p *Proxy) outlive(ctx context.Context) {
+	for _, s := range p.room.snapshot() {
+		if w := s.served(); w != nil && s.isOpen() {
+			p.room.inside.Go(w.drain)
+		}
+	}
+	over := make(chan struct{})
+	go func() {
+		p.room.inside.Wait()
+		close(over)
+	}()
+	select {
+	case <-over:
+	case <-ctx.Done():
+	}
+}
+
+// Files are the listeners, for another process. The caller closes them; a connection that nobody has accepted yet waits for whoever
+// comes next.
+func (p *Proxy) Files() (files []*os.File, err error) {
+	for _, l := range p.listeners {
+		f, err := l.File()
+		if err != nil {
+			for _, f := range files {
+				f.Close()
+			}
+			return nil, fmt.Errorf("hand over listener %s: %w", l.Addr(), err)
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 // recheck asks again, of every live connection, whether it would still be let in, whenever policy,

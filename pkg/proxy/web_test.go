@@ -452,7 +452,7 @@ func TestDrainLetsRequestsEnd(t *testing.T) {
 		answer, err := l.client(webID, protocol).Get("https://" + l.addr)
 		l.must(err)
 		drained := make(chan struct{})
-		go func() { l.proxy.drain(); close(drained) }()
+		go func() { l.proxy.drain(t.Context()); close(drained) }()
 		select {
 		case <-drained:
 			t.Errorf("%s: stopped before the answer ended", protocol)

@@ -165,7 +165,7 @@ func (l *webLab) run() {
 	l.Cleanup(func() {
 		cancel()
 		listener.Close()
-		l.proxy.drain()
+		l.proxy.drain(context.Background())
 		helpers.Wait()
 	})
 }

@@ -30,7 +30,7 @@ func directives(t *testing.T, name string) map[string][]string {
 func TestBootOrder(t *testing.T) {
 	agent := directives(t, "sallyport-agent.service")
 	for key, want := range map[string][]string{
-		"DefaultDependencies": {"no"}, "Type": {"notify"}, "Before": {"network-pre.target", "shutdown.target"},
+		"DefaultDependencies": {"no"}, "Type": {"notify"}, "Before": {"network-pre.target", "sockets.target", "shutdown.target"},
 		"Wants": {"network-pre.target", "sallyport-guard.service", "sallyport-proxy.service"}, "Conflicts": {"shutdown.target"},
 		"After": {"local-fs.target", "sys-fs-bpf.mount"},
 	} {
@@ -93,10 +93,42 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 	}
 	place(t, filepath.Join(dir, "net.service"), "[Unit]\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=network.target\nWants=network.target\n[Service]\nExecStart=/bin/true\n")
 	place(t, filepath.Join(dir, "net.service.d", "enforced.conf"), read(t, units+"sallyport-enforced.conf"))
-	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no"}, append(names, "net.service")...)...)
+	place(t, filepath.Join(dir, "served.socket"), "[Socket]\nListenStream=5432\nAccept=no\n")
+	place(t, filepath.Join(dir, "served.service"), "[Service]\nExecStart=/bin/true\n")
+	place(t, filepath.Join(dir, "served.socket.d", "enforced.conf"), read(t, units+"sallyport-enforced.conf"))
+	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no"}, append(names, "net.service", "served.socket")...)...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")
 	if out, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(out), dir) || strings.Contains(string(out), "cycle") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// TestWatchdogs: what holds or steers is started anew when it does not move, however often it failed, and the proxy can be exchanged.
+func TestWatchdogs(t *testing.T) {
+	for _, name := range []string{"sallyport-agent.service", "sallyport-guard.service", "sallyport-proxy.service"} {
+		if u := directives(t, name); len(u["WatchdogSec"]) != 1 || !slices.Equal(u["Restart"], []string{"always"}) || !slices.Equal(u["Type"], []string{"notify"}) ||
+			!slices.Equal(u["StartLimitIntervalSec"], []string{"0"}) {
+			t.Errorf("%s: WatchdogSec=%v Restart=%v Type=%v StartLimitIntervalSec=%v", name, u["WatchdogSec"], u["Restart"], u["Type"], u["StartLimitIntervalSec"])
+		}
+	}
+	proxy := directives(t, "sallyport-proxy.service")
+	if len(proxy["ExecReload"]) == 0 || !strings.HasPrefix(proxy["ExecReload"][0], "+") || !slices.Contains(proxy["ExecReload"], "--signal=HUP") {
+		t.Errorf("proxy: ExecReload=%v", proxy["ExecReload"])
+	}
+}
+
+// TestExposure holds the units to what systemd makes of their sandboxes, which docs/install.md states.
+func TestExposure(t *testing.T) {
+	stated := regexp.MustCompile(`(?m)^\| (sallyport-\S+\.service) \| ([0-9.]+) \|`).FindAllStringSubmatch(read(t, "docs/install.md"), -1)
+	if len(stated) != 4 {
+		t.Fatalf("docs/install.md states %q", stated)
+	}
+	overall := regexp.MustCompile(`(?m)Overall exposure level for \S+: ([0-9.]+) `)
+	for _, s := range stated {
+		out, err := exec.Command("systemd-analyze", "security", "--offline=yes", "--no-pager", filepath.Join(root, units, s[1])).CombinedOutput()
+		if m := overall.FindSubmatch(out); m == nil || string(m[1]) != s[2] {
+			t.Errorf("%s: stated %s, systemd says %q (%v)", s[1], s[2], m, err)
+		}
 	}
 }
 

@@ -141,6 +141,16 @@ var rules = []rule{
 		why:     "the agent alone follows a cluster; nothing else depends on there being one",
 	},
 	{
+		imports: []string{"./pkg/build"},
+		only:    []string{"./cmd/...", "./tools/package"},
+		why:     "what a program was built from is told by the program; packages take a version as text",
+	},
+	{
+		imports: []string{"github.com/spdx/..."},
+		only:    []string{"./tools/package"},
+		why:     "what is in a release is written down when it is made",
+	},
+	{
 		imports: []string{"./pkg/console"},
 		only:    []string{"./pkg/collector", "./cmd/sallyport"},
 		why:     "pages are shown by who serves the log and by the operator's command, and nothing is decided in them",
