@@ -59,6 +59,8 @@ type node struct {
 	around    *surroundings
 	grants    *grants
 	readiness *readiness
+	canaries  *canaries
+	lately    *lately
 	losses    *lossLedger
 	tides     *tides
 	reports   *reports
@@ -95,7 +97,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket},
-		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(),
+		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(), lately: &lately{},
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
@@ -137,6 +139,7 @@ func (n *node) parts() []part {
 		{name: "automation", start: n.makeAutomation, run: n.runAutomation},
 		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
 		{name: "candidate", run: n.runCandidate},
+		{name: "canaries", run: func(ctx context.Context) error { return n.canaries.Run(ctx) }},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
 	}
@@ -201,7 +204,9 @@ func (n *node) openDatapath(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	n.canaries = newCanaries(n.currentResources, n.datapath.Steered, n.problems, n.alarms.raise, n.clock)
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.readiness.open, n.canaries.changed = n.canaries.open, n.readiness.poke
 	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
@@ -262,7 +267,7 @@ func (n *node) makeAudit(ctx context.Context) (err error) {
 	}
 	n.datapath.SetKept(taken) // it is told of
 	n.around = &surroundings{clock: n.clock}
-	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
+	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports, lately: n.lately}
 	return nil
 }
 
@@ -304,7 +309,11 @@ func (n *node) loadResources(context.Context) error {
 		panicMark: panicFile(n.cfg), saidFile: n.cfg.SignalsFile(), recorded: func() { n.audit.Kick() }, kick: n.grantsMoved,
 		active: make(map[string]*held), serving: make(map[clientOf][]*held), ended: make(map[uint32]time.Duration),
 	}
-	return n.resources.load()
+	err := n.resources.load()
+	if err == nil {
+		n.lately.moved(n.resources.current().services, n.started)
+	}
+	return err
 }
 
 func (n *node) fits(set *policy.Set) error { return set.CheckNode(n.cfg) }
@@ -320,6 +329,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 	}
 	n.problems.report(problemGrants, "resources", err)
 	n.relay.recheck()
+	n.lately.moved(e.services, time.Now())
 	n.readiness.poke()
 	return err
 }
@@ -406,7 +416,7 @@ func (n *node) keeper() *keeper {
 }
 
 func (n *node) listenProxy(context.Context) (err error) {
-	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log,
+	n.reports = &reports{sink: n.sink, mark: n.canaries.mark, relay: n.relay, live: n.grants.liveFor, log: n.log,
 		originations: newOriginations(n.callers, func() *policy.Set { return n.resources.current().handed }, n.clock),
 		lost:         func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
@@ -418,7 +428,7 @@ func (n *node) listenOperators(context.Context) (err error) {
 	o := n.cfg.Spec.Operators
 	n.operators, err = newEndpoint(n.cfg.AgentSocket(), callers{uids: o.UIDs, gids: o.GIDs}, func(r grpc.ServiceRegistrar) {
 		api.RegisterAgentServer(r, &operators{grants: n.grants, datapath: n.datapath, enforced: n.resources.current,
-			status: n.status, listening: n.proxyListening, recent: n.recent, clock: n.clock, stopping: n.stopping})
+			status: n.status, listening: n.proxyListening, recent: n.recent, canaries: n.canaries, lately: n.lately, clock: n.clock, stopping: n.stopping})
 	})
 	return err
 }

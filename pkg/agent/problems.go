@@ -37,13 +37,14 @@ const (
 	problemCandidate problemClass = "candidate"
 	problemAsking    problemClass = "automation"
 	problemMemory    problemClass = "memory"
+	problemCanary    problemClass = "canary"
 
 	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCanary, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

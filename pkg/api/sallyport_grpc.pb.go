@@ -527,6 +527,8 @@ const (
 	Agent_Signal_FullMethodName      = "/sallyport.v1alpha1.Agent/Signal"
 	Agent_UsedGrants_FullMethodName  = "/sallyport.v1alpha1.Agent/UsedGrants"
 	Agent_WatchGrants_FullMethodName = "/sallyport.v1alpha1.Agent/WatchGrants"
+	Agent_Canaries_FullMethodName    = "/sallyport.v1alpha1.Agent/Canaries"
+	Agent_Coverage_FullMethodName    = "/sallyport.v1alpha1.Agent/Coverage"
 )
 
 // AgentClient is the client API for Agent service.
@@ -559,6 +561,10 @@ type AgentClient interface {
 	UsedGrants(ctx context.Context, in *UsedGrantsRequest, opts ...grpc.CallOption) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(ctx context.Context, in *WatchGrantsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchFrame], error)
+	// Canaries tells what canaries saw of each enforced port.
+	Canaries(ctx context.Context, in *CanariesRequest, opts ...grpc.CallOption) (*CanariesReply, error)
+	// Coverage tells how far each service is protected, and what shows it.
+	Coverage(ctx context.Context, in *CoverageRequest, opts ...grpc.CallOption) (*CoverageReply, error)
 }
 
 type agentClient struct {
@@ -747,6 +753,26 @@ func (c *agentClient) WatchGrants(ctx context.Context, in *WatchGrantsRequest, o
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_WatchGrantsClient = grpc.ServerStreamingClient[WatchFrame]
 
+func (c *agentClient) Canaries(ctx context.Context, in *CanariesRequest, opts ...grpc.CallOption) (*CanariesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CanariesReply)
+	err := c.cc.Invoke(ctx, Agent_Canaries_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Coverage(ctx context.Context, in *CoverageRequest, opts ...grpc.CallOption) (*CoverageReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CoverageReply)
+	err := c.cc.Invoke(ctx, Agent_Coverage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -777,6 +803,10 @@ type AgentServer interface {
 	UsedGrants(context.Context, *UsedGrantsRequest) (*UsedGrantsReply, error)
 	// WatchGrants sends a frame at once and then one after each interval.
 	WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error
+	// Canaries tells what canaries saw of each enforced port.
+	Canaries(context.Context, *CanariesRequest) (*CanariesReply, error)
+	// Coverage tells how far each service is protected, and what shows it.
+	Coverage(context.Context, *CoverageRequest) (*CoverageReply, error)
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -834,6 +864,12 @@ func (UnimplementedAgentServer) UsedGrants(context.Context, *UsedGrantsRequest) 
 }
 func (UnimplementedAgentServer) WatchGrants(*WatchGrantsRequest, grpc.ServerStreamingServer[WatchFrame]) error {
 	return status.Error(codes.Unimplemented, "method WatchGrants not implemented")
+}
+func (UnimplementedAgentServer) Canaries(context.Context, *CanariesRequest) (*CanariesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Canaries not implemented")
+}
+func (UnimplementedAgentServer) Coverage(context.Context, *CoverageRequest) (*CoverageReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Coverage not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -1130,6 +1166,42 @@ func _Agent_WatchGrants_Handler(srv interface{}, stream grpc.ServerStream) error
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_WatchGrantsServer = grpc.ServerStreamingServer[WatchFrame]
 
+func _Agent_Canaries_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CanariesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Canaries(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Canaries_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Canaries(ctx, req.(*CanariesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Coverage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CoverageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Coverage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Coverage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Coverage(ctx, req.(*CoverageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1192,6 +1264,14 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "UsedGrants",
 			Handler:    _Agent_UsedGrants_Handler,
+		},
+		{
+			MethodName: "Canaries",
+			Handler:    _Agent_Canaries_Handler,
+		},
+		{
+			MethodName: "Coverage",
+			Handler:    _Agent_Coverage_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
