@@ -130,6 +130,9 @@ func (c *cli) addProtected(ctx context.Context, found *inventory.Inventory) erro
 const inventoryFlows = 10000
 
 func protect(found *inventory.Inventory, s *api.Service) error {
+	if s.GetTarget() != string(policy.TargetHost) && len(s.GetAddresses()) == 0 {
+		return nil // it is nowhere yet
+	}
 	var ports []uint16
 	for _, p := range s.GetPorts() {
 		ports = append(ports, uint16(p))

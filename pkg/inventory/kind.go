@@ -1,9 +1,6 @@
 package inventory
 
-import (
-	"fmt"
-	"strings"
-)
+import "fmt"
 
 // Kind is what a listener speaks, as far as its process and port tell.
 type Kind string
@@ -25,6 +22,7 @@ var kindOfProgram = map[string]Kind{
 	"mysqld": MySQL, "mariadbd": MySQL,
 	"redis-server": Redis, "redis-check-rdb": Redis, "valkey-server": Redis, // Debian's redis-server is a link to the latter name
 	"nginx": HTTP, "apache2": HTTP, "httpd": HTTP, "caddy": HTTP, "lighttpd": HTTP, "traefik": HTTP,
+	"sallyport": Sallyport, "sallyport-agent": Sallyport, "sallyport-proxy": Sallyport, "sallyport-collector": Sallyport,
 	"sshd": SSH, "sshd-session": SSH, "dropbear": SSH,
 }
 
@@ -34,9 +32,6 @@ var kindOfPort = map[uint16]Kind{
 
 // classify tells the kind, and by what. The program comes before the port: nothing keeps anybody from any port.
 func classify(l Listener) (Kind, string) {
-	if strings.HasPrefix(l.Process.Name, "sallyport") {
-		return Sallyport, "by its program"
-	}
 	if k, ok := kindOfProgram[l.Process.Name]; ok {
 		return k, "by its program"
 	}
