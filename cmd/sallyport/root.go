@@ -58,7 +58,7 @@ func newRoot(e env) *cobra.Command {
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
 	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.canary(), c.audit(), c.console(), c.policy(), c.inventory(), c.whoami())
-	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.panic(), c.demo(), c.uninstall())
+	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.panic(), c.drill(), c.demo(), c.uninstall())
 	root.AddCommand(c.docs())
 	return root
 }
