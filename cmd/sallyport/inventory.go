@@ -70,6 +70,10 @@ func (c *cli) takeInventory(ctx context.Context, flags inventoryFlags) error {
 	if err != nil {
 		return fmt.Errorf("take inventory: %w", err)
 	}
+	if ctx.Err() != nil {
+		c.note("stopped before the time was over: this is what was seen until then")
+		ctx = context.WithoutCancel(ctx)
+	}
 	if err := c.addProtected(ctx, found); err != nil {
 		return err
 	}

@@ -204,7 +204,8 @@ func (n *node) openDatapath(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	n.canaries = newCanaries(n.currentResources, n.datapath.Steered, n.problems, n.alarms.raise, n.clock)
+	n.canaries = &canaries{enforced: n.currentResources, steered: n.datapath.Steered, paths: n.datapath.Paths, problems: n.problems, alarm: n.alarms.raise,
+		clock: n.clock, seen: map[canaryTarget]canaryResult{}, flows: map[canaryFlow]time.Duration{}}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
 	n.readiness.open, n.canaries.changed = n.canaries.open, n.readiness.poke
 	n.problems.report(problemSockets, "", datapath.CanDestroy())

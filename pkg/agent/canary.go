@@ -44,6 +44,7 @@ const (
 type canaries struct {
 	enforced func() *enforced
 	steered  func(client, server netip.AddrPort) (bool, error)
+	paths    func() ([]datapath.PathStatus, error)
 	problems *problems
 	alarm    func(alarmName, string)
 	clock    clock
@@ -69,10 +70,14 @@ type canaryResult struct {
 
 type canaryFlow struct{ client, server netip.AddrPort }
 
-func newCanaries(current func() *enforced, steered func(client, server netip.AddrPort) (bool, error), p *problems, alarm func(alarmName, string), c clock) *canaries {
-	return &canaries{enforced: current, steered: steered, problems: p, alarm: alarm, clock: c,
-		seen: map[canaryTarget]canaryResult{}, flows: map[canaryFlow]time.Duration{}}
+// served is a client's address that a path serves.
+type served struct {
+	client  netip.Addr
+	service string
 }
+
+// errServed says that a canary would take somebody's path: it is let through there, and counts against its budget.
+var errServed = errors.New("a grant's path serves the address that it would come from")
 
 // Run tries all targets once a minute until ctx ends. The first round comes after a minute: readiness has crossed the hooks by then.
 func (c *canaries) Run(ctx context.Context) error {
@@ -116,6 +121,13 @@ func (c *canaries) targets() []canaryTarget { return canaryTargets(inForce(c.enf
 // tryAll tries a few targets at a time.
 func (c *canaries) tryAll(ctx context.Context, targets []canaryTarget) map[canaryTarget]canaryResult {
 	results := make(map[canaryTarget]canaryResult, len(targets))
+	open, err := c.served()
+	if err != nil {
+		for _, t := range targets {
+			results[t] = canaryResult{state: canaryUnknown, why: err.Error()}
+		}
+		return results
+	}
 	var mu sync.Mutex
 	var trying sync.WaitGroup
 	places := make(chan struct{}, canaryWide)
@@ -123,7 +135,7 @@ func (c *canaries) tryAll(ctx context.Context, targets []canaryTarget) map[canar
 		places <- struct{}{}
 		trying.Go(func() {
 			defer func() { <-places }()
-			r := c.try(ctx, t.at)
+			r := c.try(ctx, t, open)
 			mu.Lock()
 			defer mu.Unlock()
 			results[t] = r
@@ -131,6 +143,21 @@ func (c *canaries) tryAll(ctx context.Context, targets []canaryTarget) map[canar
 	}
 	trying.Wait()
 	return results
+}
+
+// served lists whom paths serve now.
+func (c *canaries) served() (map[served]bool, error) {
+	paths, err := c.paths()
+	if err != nil {
+		return nil, fmt.Errorf("read paths: %w", err)
+	}
+	all := map[served]bool{}
+	for _, p := range paths {
+		if isOpen(p) && p.ClientPort == 0 && p.Cgroup == 0 { // others serve certain sockets alone
+			all[served{p.Client, p.Service}] = true
+		}
+	}
+	return all, nil
 }
 
 // tell keeps the results, and raises an alarm for what is open.
@@ -200,12 +227,16 @@ func canaryTargets(services []datapath.Service) []canaryTarget {
 }
 
 // try connects, and writes where the kernel says that it is the proxy that hears it.
-func (c *canaries) try(ctx context.Context, to netip.AddrPort) canaryResult {
+func (c *canaries) try(ctx context.Context, t canaryTarget, open map[served]bool) canaryResult {
+	to := t.at
 	ctx, cancel := context.WithTimeout(ctx, canaryPatience)
 	defer cancel()
 	var from netip.AddrPort
 	dialer := net.Dialer{ControlContext: func(_ context.Context, _, _ string, raw syscall.RawConn) error {
 		source, err := canarySource(to)
+		if err == nil && open[served{source, t.service}] {
+			err = errServed
+		}
 		if err == nil {
 			from, err = bindTo(raw, source)
 		}
@@ -220,7 +251,7 @@ func (c *canaries) try(ctx context.Context, to netip.AddrPort) canaryResult {
 		defer conn.Close()
 	}
 	if !from.IsValid() {
-		return canaryResult{state: canaryUnknown, why: fmt.Sprintf("no socket for it: %v", dialErr)}
+		return canaryResult{state: canaryUnknown, why: fmt.Sprintf("it was not sent: %v", dialErr)}
 	}
 	steered, err := c.steered(from, to)
 	switch {

@@ -18,7 +18,9 @@ import (
 func newTestCanaries(at netip.AddrPort, steered func(client, server netip.AddrPort) (bool, error)) *canaries {
 	service := datapath.Service{Name: "postgres", Target: datapath.TargetHost, Mode: datapath.Enforce, Ports: []uint16{at.Port()}}
 	current := &enforced{services: []datapath.Service{service}}
-	return newCanaries(func() *enforced { return current }, steered, newProblems(slog.New(slog.DiscardHandler)), func(alarmName, string) {}, bootClock())
+	return &canaries{enforced: func() *enforced { return current }, steered: steered, problems: newProblems(slog.New(slog.DiscardHandler)), clock: bootClock(),
+		paths: func() ([]datapath.PathStatus, error) { return nil, nil }, alarm: func(alarmName, string) {},
+		seen: map[canaryTarget]canaryResult{}, flows: map[canaryFlow]time.Duration{}}
 }
 
 // TestCanaryJudges: that a connection comes about says nothing. It has to be steered and then reset without a byte; and where it was
@@ -55,7 +57,7 @@ func TestCanaryJudges(t *testing.T) {
 			}
 			at := netip.MustParseAddrPort(ln.Addr().String())
 			all := newTestCanaries(at, func(client, server netip.AddrPort) (bool, error) { return c.steered, nil })
-			if r := all.try(t.Context(), at); r.state != c.want {
+			if r := all.try(t.Context(), canaryTarget{"postgres", at}, nil); r.state != c.want {
 				t.Errorf("%s (%s), want %s", r.state, r.why, c.want)
 			}
 		})
@@ -70,7 +72,7 @@ func TestCanaryJudges(t *testing.T) {
 			heard <- len(all)
 		})
 		at := netip.MustParseAddrPort(ln.Addr().String())
-		newTestCanaries(at, func(client, server netip.AddrPort) (bool, error) { return false, nil }).try(t.Context(), at)
+		newTestCanaries(at, func(client, server netip.AddrPort) (bool, error) { return false, nil }).try(t.Context(), canaryTarget{"postgres", at}, nil)
 		if n := <-heard; n != 0 {
 			t.Errorf("the service heard %d bytes", n)
 		}
@@ -97,7 +99,7 @@ func TestCanaryAsksTheKernel(t *testing.T) {
 	all := newTestCanaries(service.Addr, l.datapath.Steered)
 	try := func() (r canaryResult) {
 		must(t, b.lab.Node.Do(func() error {
-			r = all.try(t.Context(), service.Addr)
+			r = all.try(t.Context(), canaryTarget{"postgres", service.Addr}, nil)
 			return nil
 		}))
 		return r
@@ -116,6 +118,33 @@ func TestCanaryAsksTheKernel(t *testing.T) {
 	}
 	if n := len(service.Peers()) - before; n != 0 {
 		t.Errorf("the service saw %d connections", n)
+	}
+}
+
+// TestCanaryTakesNobodysPath: where a grant serves the address that it would come from, it is not sent, and nothing is proven.
+func TestCanaryTakesNobodysPath(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	all := newTestCanaries(netip.MustParseAddrPort(ln.Addr().String()), func(client, server netip.AddrPort) (bool, error) { return false, nil })
+	path := datapath.PathStatus{State: datapath.PathActive, Path: datapath.Path{Client: netip.MustParseAddr("127.83.80.1"), Service: "postgres"}}
+	all.paths = func() ([]datapath.PathStatus, error) { return []datapath.PathStatus{path}, nil }
+	accepted := make(chan bool, 1)
+	go func() {
+		_, err := ln.Accept()
+		accepted <- err == nil
+	}()
+	must(t, all.round(t.Context()))
+	must(t, ln.Close())
+	if <-accepted {
+		t.Error("the canary came")
+	}
+	if c := all.coverage()["postgres"]; c.state != canaryUnknown || !strings.Contains(c.why, errServed.Error()) {
+		t.Errorf("have %+v", c)
+	}
+	path.State = datapath.PathExpired
+	must(t, all.round(t.Context()))
+	if c := all.coverage()["postgres"]; c.state != canaryOpen { // nobody steers here, and nobody listens any more
+		t.Errorf("after the path: %+v", c)
 	}
 }
 
@@ -220,5 +249,32 @@ func TestLately(t *testing.T) {
 	}
 	if l.moved(nil, third); len(l.all) != 0 {
 		t.Errorf("kept: %v", l.all)
+	}
+}
+
+// BenchmarkCanary is what one canary costs beside the proxy's refusal: socket, connection, question to the kernel, byte, reset.
+func BenchmarkCanary(b *testing.B) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.ReadFull(c, make([]byte, 1))
+			_ = c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}
+	}()
+	at := netip.MustParseAddrPort(ln.Addr().String())
+	all := newTestCanaries(at, func(client, server netip.AddrPort) (bool, error) { return true, nil })
+	for b.Loop() {
+		if r := all.try(b.Context(), canaryTarget{"postgres", at}, nil); r.state != canaryClosed {
+			b.Fatal(r)
+		}
 	}
 }

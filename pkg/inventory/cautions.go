@@ -60,7 +60,7 @@ func checked(clients []Client) []string {
 }
 
 // unixListeners finds where the processes of listeners also wait: paths by PID.
-func unixListeners(listeners map[listenerKey]*found) (map[int32][]string, error) {
+func unixListeners(listeners map[listenerKey]*found) map[int32][]string {
 	paths := map[int32][]string{}
 	tables := map[uint64]map[uint64]string{}
 	for _, f := range listeners {
@@ -70,17 +70,14 @@ func unixListeners(listeners map[listenerKey]*found) (map[int32][]string, error)
 		}
 		if tables[f.Namespace] == nil {
 			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/unix", pid))
-			if os.IsNotExist(err) {
-				continue // it ended
-			}
 			if err != nil {
-				return nil, fmt.Errorf("read unix sockets: %w", err)
+				continue // it ended
 			}
 			tables[f.Namespace] = waitingUnix(string(text))
 		}
 		paths[pid] = unixOf(pid, tables[f.Namespace])
 	}
-	return paths, nil
+	return paths
 }
 
 // waitingUnix reads the listeners of /proc/net/unix (proc(5)): their paths by inode. Paths with an @ are of the abstract space.

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -112,7 +113,7 @@ func Look(ctx context.Context, c Config) (*Inventory, error) {
 		}
 		break
 	}
-	return l.result(time.Since(begun))
+	return l.result(time.Since(begun)), nil
 }
 
 // LeaveOut drops the listeners of a place.
@@ -121,12 +122,10 @@ func (v *Inventory) LeaveOut(where Where) {
 }
 
 // result puts everything in order, and says what cannot be protected.
-func (l *watch) result(took time.Duration) (*Inventory, error) {
+func (l *watch) result(took time.Duration) *Inventory {
 	v := &Inventory{Looked: took.Round(100 * time.Millisecond).String(), Listeners: []Listener{}}
-	sockets, err := unixListeners(l.listeners)
-	if err != nil {
-		return nil, err
-	}
+	sockets := unixListeners(l.listeners)
+	maps.DeleteFunc(l.listeners, func(_ listenerKey, f *found) bool { return l.succeeded(f) })
 	for _, f := range l.listeners {
 		one := f.Listener
 		one.Clients = f.grouped()
@@ -134,7 +133,7 @@ func (l *watch) result(took time.Duration) (*Inventory, error) {
 		v.Listeners = append(v.Listeners, one)
 	}
 	slices.SortFunc(v.Listeners, compareListeners)
-	return v, nil
+	return v
 }
 
 // order of places in what is shown: the host's first.

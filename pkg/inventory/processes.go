@@ -3,6 +3,7 @@ package inventory
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"os/user"
 	"path"
@@ -27,22 +28,26 @@ type Process struct {
 
 // processes finds the owners of sockets. A socket that several processes have belongs to the one that was there first.
 type processes struct {
-	owners  map[uint32]int32 // by inode of the socket; 0: nobody was found
-	started map[int32]uint64
-	known   map[int32]Process
+	owners map[uint32]*Process // by inode of the socket; nil: nobody was found
+	known  map[birth]*Process
+}
+
+// birth tells a process from a later one with its number.
+type birth struct {
+	pid     int32
+	started uint64 // in clock ticks after boot (proc(5), starttime)
 }
 
 func newProcesses() *processes {
-	return &processes{owners: map[uint32]int32{}, started: map[int32]uint64{}, known: map[int32]Process{}}
+	return &processes{owners: map[uint32]*Process{}, known: map[birth]*Process{}}
 }
 
 // find makes the owners of these sockets known; it goes through the files of all processes only if one of them is new.
 func (p *processes) find(inodes map[uint32]bool) {
-	news := map[uint32]bool{}
+	news := map[uint32]birth{}
 	for inode := range inodes {
 		if _, ok := p.owners[inode]; !ok && inode != 0 {
-			news[inode] = true
-			p.owners[inode] = 0
+			news[inode], p.owners[inode] = birth{}, nil
 		}
 	}
 	if len(news) == 0 {
@@ -52,12 +57,31 @@ func (p *processes) find(inodes map[uint32]bool) {
 	for _, dir := range dirs {
 		pid, err := strconv.ParseInt(strings.Split(dir, "/")[2], 10, 32)
 		if err == nil {
-			p.scan(dir, int32(pid), news)
+			scan(dir, birthOf(int32(pid)), news)
 		}
+	}
+	for inode, b := range news {
+		if b.pid == 0 {
+			continue
+		}
+		if p.known[b] == nil {
+			p.known[b] = readProcess(b.pid)
+		}
+		p.owners[inode] = p.known[b]
 	}
 }
 
-func (p *processes) scan(dir string, pid int32, news map[uint32]bool) {
+// forget drops what is known of sockets that are gone, and of processes that have none any more.
+func (p *processes) forget(there map[uint32]bool) {
+	maps.DeleteFunc(p.owners, func(inode uint32, _ *Process) bool { return !there[inode] })
+	used := map[*Process]bool{}
+	for _, owner := range p.owners {
+		used[owner] = true
+	}
+	maps.DeleteFunc(p.known, func(_ birth, one *Process) bool { return !used[one] })
+}
+
+func scan(dir string, b birth, news map[uint32]birth) {
 	files, err := os.ReadDir(dir)
 	if err != nil {
 		return // it ended
@@ -69,51 +93,39 @@ func (p *processes) scan(dir string, pid int32, news map[uint32]bool) {
 		}
 		text, ok := strings.CutPrefix(name, "socket:[")
 		inode, err := strconv.ParseUint(strings.TrimSuffix(text, "]"), 10, 32)
-		if ok && err == nil && news[uint32(inode)] && p.before(pid, p.owners[uint32(inode)]) {
-			p.owners[uint32(inode)] = pid
+		if !ok || err != nil {
+			continue
+		}
+		if than, wanted := news[uint32(inode)]; wanted && b.before(than) {
+			news[uint32(inode)] = b
 		}
 	}
 }
 
 // before says whether a process is more of an owner than another. Systemd has the sockets that it made for others.
-func (p *processes) before(pid, than int32) bool {
-	if than == 0 || than == 1 {
+func (b birth) before(than birth) bool {
+	if than.pid == 0 || than.pid == 1 {
 		return true
 	}
-	return pid != 1 && p.begun(pid) < p.begun(than)
+	return b.pid != 1 && b.started < than.started
 }
 
-// begun is when a process started, in clock ticks after boot (proc(5), starttime).
-func (p *processes) begun(pid int32) uint64 {
-	if t, ok := p.started[pid]; ok {
-		return t
-	}
+func birthOf(pid int32) birth {
 	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	_, rest, _ := strings.Cut(string(data[bytes.LastIndexByte(data, ')')+1:]), " ")
-	ticks := ^uint64(0) // who is gone owns nothing
+	b := birth{pid: pid, started: ^uint64(0)} // who is gone owns nothing
 	if fields := strings.Fields(rest); len(fields) > 19 {
-		ticks, _ = strconv.ParseUint(fields[19], 10, 64)
+		b.started, _ = strconv.ParseUint(fields[19], 10, 64)
 	}
-	p.started[pid] = ticks
-	return ticks
+	return b
 }
 
-// owner is the process that has the socket; the zero Process if none was found.
-func (p *processes) owner(inode uint32) Process {
-	pid := p.owners[inode]
-	if pid == 0 {
-		return Process{}
-	}
-	if known, ok := p.known[pid]; ok {
-		return known
-	}
-	p.known[pid] = readProcess(pid)
-	return p.known[pid]
-}
+// owner is the process that has the socket; nil if none was found.
+func (p *processes) owner(inode uint32) *Process { return p.owners[inode] }
 
-func readProcess(pid int32) Process {
+func readProcess(pid int32) *Process {
 	dir := fmt.Sprintf("/proc/%d", pid)
-	p := Process{PID: pid}
+	p := &Process{PID: pid}
 	comm, _ := os.ReadFile(dir + "/comm")
 	p.Name = strings.TrimSpace(string(comm))
 	if exe, err := os.Readlink(dir + "/exe"); err == nil {

@@ -29,7 +29,7 @@ type Proposal struct {
 }
 
 // Propose makes protected services of that mode of the TCP listeners that can be protected and are not enforced yet. Ports of one
-// process are one service; a service that is there keeps its name.
+// process are one service, and processes that share a port too; a service that is there keeps its name.
 func (v *Inventory) Propose(mode policy.Mode) []Proposal {
 	type owner struct {
 		space   uint64
@@ -37,7 +37,7 @@ func (v *Inventory) Propose(mode policy.Mode) []Proposal {
 		port    uint16 // of what has no process
 		service string
 	}
-	groups := map[owner][]Listener{}
+	groups, at := map[owner][]Listener{}, map[portKey]owner{}
 	var order []owner
 	for _, l := range v.Listeners {
 		if !l.protectable() {
@@ -47,6 +47,10 @@ func (v *Inventory) Propose(mode policy.Mode) []Proposal {
 		if l.Process.PID == 0 {
 			key.port = l.Port
 		}
+		if first, ok := at[portKey{l.Namespace, TCP, l.Port}]; ok {
+			key = first // a service has a port on every address
+		}
+		at[portKey{l.Namespace, TCP, l.Port}] = key
 		if groups[key] == nil {
 			order = append(order, key)
 		}

@@ -51,7 +51,7 @@ func TestNamesAreLabels(t *testing.T) {
 	v := &Inventory{}
 	for i, name := range []string{hostile, strings.Repeat("long", 20), "-", "Ünïcode", "", "same", "same"} {
 		l := listener()
-		l.Process = Process{PID: int32(10 + i), Name: name}
+		l.Process, l.Namespace = Process{PID: int32(10 + i), Name: name}, uint64(i)
 		v.Listeners = append(v.Listeners, l)
 	}
 	seen := map[string]bool{}
@@ -96,6 +96,35 @@ func TestIdentitiesOfFlows(t *testing.T) {
 	v.Protect("pg", "Enforce", TCP, []uint16{5432}, nil)
 	if again := v.Propose(policy.ModeShadow); len(again) != 0 {
 		t.Errorf("an enforced service is proposed: %+v", again)
+	}
+}
+
+// TestOnePortIsOneService: two processes at different addresses of a port share the service, since that has the port on every address.
+func TestOnePortIsOneService(t *testing.T) {
+	first, second := listener(), listener()
+	second.Process.PID++
+	second.Clients = []Client{{Address: netip.MustParseAddr("10.1.0.2"), Connections: 1}}
+	all := (&Inventory{Listeners: []Listener{first, second}}).Propose(policy.ModeObserve)
+	if len(all) != 1 || len(all[0].Service.Spec.Ports) != 1 || len(all[0].Listeners) != 2 || len(all[0].Denied) != 1 {
+		t.Errorf("have %+v", all)
+	}
+}
+
+// TestRestart: who listens anew inherits the clients of the process before.
+func TestRestart(t *testing.T) {
+	port := portKey{1, TCP, 5432}
+	client := netip.MustParseAddrPort("10.1.0.2:40000")
+	made := func(pid int32, last int) *found {
+		l := listener()
+		l.Namespace, l.Process.PID = port.space, pid
+		return &found{Listener: l, seen: map[netip.AddrPort]*Process{}, last: last}
+	}
+	before, after := made(7, 3), made(8, 4)
+	before.seen[client] = nil
+	w := &watch{rounds: 4, listeners: map[listenerKey]*found{{port, 7}: before, {port, 8}: after}, at: map[portKey][]*found{port: {before, after}}}
+	v := w.result(time.Second)
+	if len(v.Listeners) != 1 || v.Listeners[0].Process.PID != 8 || len(v.Listeners[0].Clients) != 1 {
+		t.Errorf("have %+v", v.Listeners)
 	}
 }
 

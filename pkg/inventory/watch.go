@@ -2,6 +2,7 @@ package inventory
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -25,8 +26,8 @@ type listenerKey struct {
 // found is a listener with the connections that were seen at it.
 type found struct {
 	Listener
-	inodes map[uint32]bool
-	seen   map[netip.AddrPort]Process // by client; the zero Process: unknown
+	seen map[netip.AddrPort]*Process // by client; nil: unknown
+	last int                         // round in which it was there
 }
 
 // watch is what has been seen in all looks so far.
@@ -34,6 +35,7 @@ type watch struct {
 	listeners map[listenerKey]*found
 	at        map[portKey][]*found
 	processes *processes
+	rounds    int
 	ephemeral [2]uint16 // ports that the kernel gives to who asks for none
 }
 
@@ -59,6 +61,7 @@ func (w *watch) round() error {
 	if err != nil {
 		return err
 	}
+	w.rounds++
 	waiting := map[uint32]bool{}
 	for _, s := range spaces {
 		for _, k := range s.sockets {
@@ -75,8 +78,25 @@ func (w *watch) round() error {
 			}
 		}
 	}
-	w.meet(connections(spaces, w.at))
+	talking := connections(spaces, w.at)
+	for _, m := range talking {
+		waiting[m.inode] = true
+	}
+	w.processes.find(waiting)
+	w.meet(talking)
+	w.processes.forget(waiting)
 	return nil
+}
+
+// succeeded hands the clients of a listener that is gone to the one that has its port now, as after a restart, and says whether there is one.
+func (w *watch) succeeded(gone *found) bool {
+	for _, f := range w.at[portKey{gone.Namespace, gone.Protocol, gone.Port}] {
+		if gone.last < w.rounds && f.last == w.rounds {
+			maps.Copy(f.seen, gone.seen)
+			return true
+		}
+	}
+	return false
 }
 
 // serves leaves out the UDP sockets of those who ask: their ports are the kernel's choice.
@@ -88,19 +108,22 @@ func (w *watch) serves(k socket) bool {
 
 // listen takes a socket that waits.
 func (w *watch) listen(s *space, k socket) {
-	owner := w.processes.owner(k.inode)
+	var owner Process
+	if p := w.processes.owner(k.inode); p != nil {
+		owner = *p
+	}
 	key := listenerKey{portKey{s.inode, k.protocol, k.local.Port()}, owner.PID}
 	f := w.listeners[key]
 	if f == nil {
 		f = &found{
 			Listener: Listener{Protocol: k.protocol, Port: k.local.Port(), Namespace: s.inode, Where: s.where, Process: owner},
-			inodes:   map[uint32]bool{}, seen: map[netip.AddrPort]Process{},
+			seen:     map[netip.AddrPort]*Process{},
 		}
 		f.Kind, f.Because = classify(f.Listener)
 		w.listeners[key] = f
 		w.at[key.portKey] = append(w.at[key.portKey], f)
 	}
-	f.inodes[k.inode] = true
+	f.last = w.rounds
 	if a := k.local.Addr(); !slices.Contains(f.Addresses, a) {
 		f.Addresses = append(f.Addresses, a)
 		slices.SortFunc(f.Addresses, netip.Addr.Compare)
@@ -119,13 +142,8 @@ type meeting struct {
 
 // meet takes connections. Whose socket it was can be known from a later look than the first.
 func (w *watch) meet(all []meeting) {
-	inodes := map[uint32]bool{}
 	for _, m := range all {
-		inodes[m.inode] = true
-	}
-	w.processes.find(inodes)
-	for _, m := range all {
-		if before, ok := m.at.seen[m.client]; !ok || before.PID == 0 {
+		if m.at.seen[m.client] == nil {
 			m.at.seen[m.client] = w.processes.owner(m.inode)
 		}
 	}
@@ -218,13 +236,13 @@ func (f *found) grouped() []Client {
 	}
 	groups := map[group]*Client{}
 	for from, p := range f.seen {
-		key := group{from.Addr(), p.Name, p.Cgroup, p.UID}
+		key := group{address: from.Addr()}
+		if p != nil {
+			key.name, key.cgroup, key.uid = p.Name, p.Cgroup, p.UID
+		}
 		c := groups[key]
 		if c == nil {
-			c = &Client{Address: from.Addr()}
-			if p.PID != 0 {
-				c.Process = &p
-			}
+			c = &Client{Address: from.Addr(), Process: p}
 			groups[key] = c
 		}
 		c.Connections++
