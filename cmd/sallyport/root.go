@@ -59,8 +59,8 @@ func newRoot(e env) *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})
-	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.audit(), c.console(), c.policy(), c.whoami())
-	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.rollout(), c.panic(), c.demo(), c.uninstall())
+	addGroup(root, groupRead, c.status(), c.services(), c.flows(), c.grants(), c.paths(), c.explain(), c.canary(), c.audit(), c.console(), c.policy(), c.inventory(), c.whoami())
+	addGroup(root, groupChange, c.keygen(), c.grant(), c.exec(), c.forward(), c.connect(), c.login(), c.logout(), c.signal(), c.rollout(), c.panic(), c.drill(), c.demo(), c.uninstall())
 	root.AddCommand(c.docs())
 	return root
 }

@@ -13,13 +13,21 @@ import (
 )
 
 func (c *cli) services() *cobra.Command {
-	return &cobra.Command{
-		Use:     "services",
-		Short:   "The protected services of the node, and who may come through the proxy",
-		Example: `  sudo sallyport services`,
-		Args:    exactly(0),
+	var coverage bool
+	cmd := &cobra.Command{
+		Use:   "services",
+		Short: "The protected services of the node, and who may come through the proxy",
+		Long: `Show the protected services of the node, and who may come through the proxy. With --coverage it tells how far each is protected instead:
+its mode and since when it has that, when its clients were last proxied, bypassed and denied, and whether canaries see it closed. Times are
+of the life of the agent.`,
+		Example: `  sudo sallyport services
+  sudo sallyport services --coverage`,
+		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withAgent(cmd.Context(), func(ctx context.Context, a *client.Agent) error {
+				if coverage {
+					return c.showCoverage(ctx, a)
+				}
 				reply, err := a.Services(ctx)
 				if err != nil {
 					return err
@@ -28,6 +36,22 @@ func (c *cli) services() *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&coverage, "coverage", false, "tell how far each is protected, and what shows it")
+	return cmd
+}
+
+func (c *cli) showCoverage(ctx context.Context, a *client.Agent) error {
+	reply, err := a.Coverage(ctx)
+	if err != nil {
+		return err
+	}
+	return c.show(reply, func(t *table) {
+		t.row("NAME", "MODE", "SINCE", "LAST PROXIED", "LAST BYPASSED", "LAST DENIED", "CANARY", "LAST CLOSED", "WHY")
+		for _, s := range reply.GetServices() {
+			t.row(s.GetService(), s.GetMode(), stamp(s.GetSince()), stamp(s.GetProxied()), stamp(s.GetBypassed()), stamp(s.GetDenied()),
+				s.GetCanary(), stamp(s.GetClosed()), s.GetWhy())
+		}
+	})
 }
 
 func servicesTable(t *table, services []*api.Service) {

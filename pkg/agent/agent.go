@@ -65,6 +65,8 @@ type node struct {
 	grants      *grants
 	rollouts    *rollouts
 	readiness   *readiness
+	canaries    *canaries
+	lately      *lately
 	losses      *lossLedger
 	tides       *tides
 	reports     *reports
@@ -102,7 +104,7 @@ func newNode(o Options, cfg policy.AgentConfig) *node {
 	log := o.logger()
 	n := &node{
 		opt: o, cfg: cfg, log: log, clock: bootClock(), started: time.Now(), notify: notifier{socket: o.NotifySocket}, pulse: newPulse(),
-		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(),
+		problems: newProblems(log), recent: newRecent(recentRecords), flowCounts: newFlowCounter(), eventCounts: newEventCounter(), ports: newPortUse(), lately: &lately{},
 		sweepNow: make(chan struct{}, 1), stopping: make(chan struct{}),
 	}
 	n.alarms = newAlarms(n.clock, log, n.recordAlarm)
@@ -148,6 +150,7 @@ func (n *node) parts() []part {
 		{name: "automation", start: n.makeAutomation, run: n.runAutomation},
 		{name: "metrics", start: n.makeMetrics, run: n.runMetrics},
 		{name: "candidate", run: n.runCandidate},
+		{name: "canaries", run: func(ctx context.Context) error { return n.canaries.Run(ctx) }},
 		{name: "readiness", run: func(ctx context.Context) error { return n.readiness.Run(ctx) }},
 		{name: "service manager", stop: n.beginStop},
 	}
@@ -212,7 +215,10 @@ func (n *node) openDatapath(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	n.canaries = &canaries{enforced: n.currentResources, steered: n.datapath.Steered, paths: n.datapath.Paths, problems: n.problems, alarm: n.alarms.raise,
+		clock: n.clock, seen: map[canaryTarget]canaryResult{}, flows: map[canaryFlow]time.Duration{}}
 	n.readiness = newReadiness(probe{counters: n.datapath.Counters}, n.currentResources, n.problems, n.notify)
+	n.readiness.open, n.canaries.changed = n.canaries.open, n.readiness.poke
 	n.problems.report(problemSockets, "", datapath.CanDestroy())
 	n.log.Info("datapath open", "adopted", n.datapath.Adopted(), "hooks", n.datapath.Profile())
 	return nil
@@ -273,7 +279,7 @@ func (n *node) makeAudit(ctx context.Context) (err error) {
 	}
 	n.datapath.SetKept(taken) // it is told of
 	n.around = &surroundings{clock: n.clock}
-	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports}
+	n.sink = &sink{audit: n.audit, recent: n.recent, counts: n.flowCounts, ports: n.ports, lately: n.lately}
 	return nil
 }
 
@@ -329,7 +335,11 @@ func (n *node) loadResources(ctx context.Context) error {
 	if n.kube != nil {
 		n.applied = newApplied(n.kube, n.grants, n.clock)
 	}
-	return n.resources.load()
+	err = n.resources.load()
+	if err == nil {
+		n.lately.moved(n.resources.current().services, n.started)
+	}
+	return err
 }
 
 // makeRollouts recalls how far roll-outs have come before any table is made.
@@ -366,6 +376,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 	n.problems.report(problemGrants, "resources", err)
 	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
 	n.relay.recheck()
+	n.lately.moved(e.services, time.Now())
 	n.readiness.poke()
 	n.applied.poke()
 	return err
@@ -474,7 +485,7 @@ func (n *node) keeper() *keeper {
 
 func (n *node) listenProxy(context.Context) (err error) {
 	n.proxyStates = &proxyStates{boot: n.clock.boot}
-	n.reports = &reports{sink: n.sink, relay: n.relay, live: n.grants.liveFor, log: n.log, states: n.proxyStates,
+	n.reports = &reports{sink: n.sink, mark: n.canaries.mark, relay: n.relay, live: n.grants.liveFor, log: n.log, states: n.proxyStates,
 		originations: newOriginations(n.callers, func() *policy.Set { return n.resources.current().handed }, n.clock),
 		lost:         func(cause string, count uint64) { n.audit.Lost(audit.StageProxyBuffer, cause, count) }}
 	n.proxy, err = newEndpoint(n.cfg.ProxySocket(), callers{uids: []uint32{n.cfg.Spec.Proxy.UID}},
@@ -486,7 +497,7 @@ func (n *node) listenOperators(context.Context) (err error) {
 	o := n.cfg.Spec.Operators
 	n.operators, err = newEndpoint(n.cfg.AgentSocket(), callers{uids: o.UIDs, gids: o.GIDs}, func(r grpc.ServiceRegistrar) {
 		api.RegisterAgentServer(r, &operators{grants: n.grants, rollouts: n.rollouts, datapath: n.datapath, enforced: n.resources.current,
-			status: n.status, listening: n.proxyListening, recent: n.recent, clock: n.clock, stopping: n.stopping})
+			status: n.status, listening: n.proxyListening, recent: n.recent, canaries: n.canaries, lately: n.lately, clock: n.clock, stopping: n.stopping})
 	})
 	return err
 }

@@ -26,6 +26,8 @@ const (
 	alarmBackstopLost alarmName = "backstop_lost" // the backstop was detached
 	alarmUnexplained  alarmName = "unexplained"   // sockets got more than the hooks let through
 
+	alarmCanary alarmName = "canary" // a canary saw an enforced port open
+
 	alarmBreakGlass alarmName = "break_glass" // a break-glass grant is live, or nobody has reviewed it
 
 	alarmStoreDamaged alarmName = "store_damaged" // the node's records were, and begin anew
@@ -35,7 +37,7 @@ const (
 )
 
 var alarmNames = []alarmName{alarmHookLost, alarmHookBehind, alarmPinsLost, alarmBPFFSLost, alarmPxLost, alarmClockJump,
-	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmBreakGlass, alarmStoreDamaged, alarmLog, alarmRollout, alarmUnreconciled}
+	alarmBackstop, alarmBackstopLost, alarmUnexplained, alarmCanary, alarmBreakGlass, alarmStoreDamaged, alarmLog, alarmRollout, alarmUnreconciled}
 
 // alarmQuiet bounds the records of one kind: those that come within it are told as one, with their count.
 const alarmQuiet = time.Minute

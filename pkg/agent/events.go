@@ -14,6 +14,7 @@ import (
 const (
 	sourceKernel = "kernel"
 	sourceProxy  = "proxy"
+	sourceCanary = "canary" // the proxy's, of a connection that a canary made
 )
 
 // sink takes every flow record of the node and hands it to all who want it. Safe for concurrent use; it never keeps a
@@ -23,6 +24,7 @@ type sink struct {
 	recent  *recent
 	counts  *flowCounter
 	ports   *portUse
+	lately  *lately // nil: nobody asks
 	tides   *tides
 	callers *openers // nil: nobody looks at them
 	watch   *rolloutWatch
@@ -41,7 +43,10 @@ func (s *sink) note(source string, rec flow.Record) {
 	s.counts.count(source, rec)
 	s.recent.add(rec)
 	s.ports.note(rec)
-	s.watch.note(rec)
+	if source != sourceCanary {
+		s.lately.note(rec)
+		s.watch.note(rec)
+	}
 }
 
 // kernelEvents reads the kernel's rings.

@@ -27,7 +27,7 @@ type metrics struct {
 	unjudged unjudged
 
 	build, ready, proxy, reporting, generation, lease, problems, alarms, devices, xdp, paths, packets, bytes, refused, volume, records, grants, glass, lost, spool, spoolBytes, spoolLimit, shed,
-	certificates, providers, modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers, wave, phase *prometheus.Desc
+	certificates, providers, modes, seenOpens, seenPackets, seenBytes, panic, failed, identity, longest, widest, unused, unreconciled, callers, wave, phase, canary, canaryClosed *prometheus.Desc
 }
 
 func newMetrics(n *node) *metrics {
@@ -76,6 +76,8 @@ func newMetrics(n *node) *metrics {
 		providers:    desc("provider_keys_fetched_seconds", "Unix time at which the proxy last fetched the keys of an identity provider.", "provider"),
 		wave:         desc("rollout_wave", "How many waves of a roll-out have begun on this node.", "rollout"),
 		phase:        desc("rollout", "1 for the phase that a roll-out is in on this node.", "rollout", "phase"),
+		canary:       desc("canary", "1 for the state in which canaries saw an enforced service at the latest round: closed, open or unknown.", "service", "state"),
+		canaryClosed: desc("canary_closed_age_seconds", "How long ago canaries last proved that all ports of an enforced service are closed to who proves nothing; since the agent's start while they never did.", "service"),
 
 		panic:  desc("panic", "1 while a panic stands: every path ended, and none is opened."),
 		failed: desc("scrape_failed", "1 if some of the kernel's or the store's figures could not be read."),
@@ -87,7 +89,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{m.build, m.ready, m.proxy, m.reporting, m.generation, m.lease, m.problems, m.alarms, m.devices, m.xdp, m.paths,
 		m.packets, m.bytes, m.refused, m.volume, m.records, m.grants, m.glass, m.lost, m.spool, m.spoolBytes, m.spoolLimit, m.shed,
 		m.modes, m.seenOpens, m.seenPackets, m.seenBytes, m.panic, m.failed,
-		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers, m.certificates, m.providers, m.wave, m.phase} {
+		m.identity, m.longest, m.widest, m.unused, m.unreconciled, m.callers, m.certificates, m.providers, m.wave, m.phase, m.canary, m.canaryClosed} {
 		ch <- d
 	}
 }
@@ -151,6 +153,7 @@ func (m *metrics) own(ch chan<- prometheus.Metric) {
 	attested, unattested := m.node.callers.tallies()
 	counter(ch, m.callers, attested, "yes")
 	counter(ch, m.callers, unattested, "no")
+	m.canaries(ch)
 	for cause, n := range m.node.tides.unreconciled() {
 		gauge(ch, m.unreconciled, float64(n), cause)
 	}
@@ -179,6 +182,18 @@ func (m *metrics) proxyParts(ch chan<- prometheus.Metric) {
 		if p.GetFetched() != nil {
 			gauge(ch, m.providers, float64(p.GetFetched().GetSeconds()), p.GetName())
 		}
+	}
+}
+
+// canaries tells of every enforced TCP service, also of one that no canary has seen yet. A service has one label for each state.
+func (m *metrics) canaries(ch chan<- prometheus.Metric) {
+	begun := m.node.clock.boot() - time.Since(m.node.started)
+	for service, c := range m.node.canaries.coverage() {
+		for _, state := range []string{canaryClosed, canaryOpen, canaryUnknown} {
+			gauge(ch, m.canary, truth(c.state == state), service, state)
+		}
+		since := max(c.closed, begun)
+		gauge(ch, m.canaryClosed, (m.node.clock.boot() - since).Seconds(), service)
 	}
 }
 

@@ -40,13 +40,14 @@ const (
 	problemMemory    problemClass = "memory"
 	problemRollouts  problemClass = "rollouts"
 	problemCluster   problemClass = "cluster"
+	problemCanary    problemClass = "canary"
 
 	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemPods, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemRollouts, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemCanary, problemRollouts, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

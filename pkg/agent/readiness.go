@@ -13,13 +13,14 @@ const notReadyRetry = time.Second
 // errNotProbed is the state before the first probe.
 var errNotProbed = errors.New("hooks are not probed yet")
 
-// readiness says that the node is ready once probes crossed the hooks, and asks again after every change of devices or
-// resources. It does not depend on the proxy: without one, what is steered is closed, and that is enforcement too.
+// readiness says that the node is ready once probes crossed the hooks, while no canary saw a port open, and asks again after every
+// change of devices or resources. It does not depend on the proxy: without one, what is steered is closed, and that is enforcement too.
 type readiness struct {
 	probe    probe
 	enforced func() *enforced
 	problems *problems
 	notify   notifier
+	open     func() error // what canaries saw open; nil: nobody asks them
 	kick     chan struct{}
 
 	mu  sync.Mutex
@@ -65,6 +66,9 @@ func (r *readiness) Run(ctx context.Context) error {
 func (r *readiness) check(ctx context.Context) error {
 	err := r.probe.all(ctx, probeTargets(inForce(r.enforced().services)))
 	r.problems.report(problemProbe, "", err)
+	if r.open != nil {
+		err = errors.Join(err, r.open()) // canaries have problems of their own
+	}
 	r.mu.Lock()
 	was := r.why
 	r.why = err

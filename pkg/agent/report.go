@@ -11,6 +11,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
 	"github.com/sallyport-dev/sallyport/pkg/audit"
+	"github.com/sallyport-dev/sallyport/pkg/flow"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -27,6 +28,7 @@ type reports struct {
 	api.UnimplementedProxyReportServer
 	sink  *sink
 	lost  func(cause string, n uint64)
+	mark  func(flow.Record) (flow.Record, bool)                                              // nil: no canary is out
 	relay *relay                                                                             // nil: it relays nothing
 	live  func(service string, client netip.AddrPort, port uint16) (grant string, err error) // nil: nobody knows
 
@@ -121,7 +123,13 @@ func (r *reports) take(instance string, f *api.ProxyRecords) (seq uint64, err er
 		}
 		rec = fromProxy(rec)
 		r.originations.ended(rec)
-		r.sink.take(sourceProxy, rec)
+		source := sourceProxy
+		if r.mark != nil {
+			if marked, ours := r.mark(rec); ours {
+				source, rec = sourceCanary, marked
+			}
+		}
+		r.sink.take(source, rec)
 	}
 	if missing > 0 {
 		r.lost(audit.CauseBufferFull, missing)

@@ -31,6 +31,8 @@ type operators struct {
 	// listening tells whether the proxy does.
 	listening func() (bool, error)
 	recent    *recent
+	canaries  *canaries
+	lately    *lately
 	clock     clock
 	stopping  <-chan struct{} // followers leave when it closes
 }
@@ -91,6 +93,24 @@ func describeService(s policy.ProtectedService, row datapath.Service, device str
 		out.Allow = append(out.Allow, rule.Identities...)
 	}
 	return out
+}
+
+// Canaries tells what canaries saw of each enforced port, at the latest round or now.
+func (o *operators) Canaries(ctx context.Context, q *api.CanariesRequest) (*api.CanariesReply, error) {
+	if q.GetNow() {
+		if err := o.canaries.round(ctx); err != nil {
+			return nil, toStatus(err)
+		}
+	}
+	reply := &api.CanariesReply{}
+	for t, r := range o.canaries.latest() {
+		one := &api.Canary{Service: t.service, Address: t.at.String(), State: r.state, Why: r.why}
+		if r.closed != 0 {
+			one.Closed = timestamp(o.clock.wallAt(r.closed))
+		}
+		reply.Canaries = append(reply.Canaries, one)
+	}
+	return reply, nil
 }
 
 // Paths lists the kernel's paths, live and just ended.

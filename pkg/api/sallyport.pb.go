@@ -7839,6 +7839,360 @@ func (x *SignalReply) GetGrants() []string {
 	return nil
 }
 
+type CanariesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Now           bool                   `protobuf:"varint,1,opt,name=now,proto3" json:"now,omitempty"` // try every port first, in the place of the latest round
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CanariesRequest) Reset() {
+	*x = CanariesRequest{}
+	mi := &file_sallyport_proto_msgTypes[107]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CanariesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CanariesRequest) ProtoMessage() {}
+
+func (x *CanariesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[107]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CanariesRequest.ProtoReflect.Descriptor instead.
+func (*CanariesRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{107}
+}
+
+func (x *CanariesRequest) GetNow() bool {
+	if x != nil {
+		return x.Now
+	}
+	return false
+}
+
+type CanariesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Canaries      []*Canary              `protobuf:"bytes,1,rep,name=canaries,proto3" json:"canaries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CanariesReply) Reset() {
+	*x = CanariesReply{}
+	mi := &file_sallyport_proto_msgTypes[108]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CanariesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CanariesReply) ProtoMessage() {}
+
+func (x *CanariesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[108]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CanariesReply.ProtoReflect.Descriptor instead.
+func (*CanariesReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{108}
+}
+
+func (x *CanariesReply) GetCanaries() []*Canary {
+	if x != nil {
+		return x.Canaries
+	}
+	return nil
+}
+
+// Canary is one enforced port at one address, as who proves nothing sees it.
+type Canary struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // address:port
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // closed, open or unknown
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"`
+	Closed        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=closed,proto3" json:"closed,omitempty"` // when it was last proven to be; unset: never in the life of this agent
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Canary) Reset() {
+	*x = Canary{}
+	mi := &file_sallyport_proto_msgTypes[109]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Canary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Canary) ProtoMessage() {}
+
+func (x *Canary) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[109]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Canary.ProtoReflect.Descriptor instead.
+func (*Canary) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{109}
+}
+
+func (x *Canary) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *Canary) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Canary) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Canary) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Canary) GetClosed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Closed
+	}
+	return nil
+}
+
+type CoverageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CoverageRequest) Reset() {
+	*x = CoverageRequest{}
+	mi := &file_sallyport_proto_msgTypes[110]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CoverageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CoverageRequest) ProtoMessage() {}
+
+func (x *CoverageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[110]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CoverageRequest.ProtoReflect.Descriptor instead.
+func (*CoverageRequest) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{110}
+}
+
+type CoverageReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Services      []*Coverage            `protobuf:"bytes,1,rep,name=services,proto3" json:"services,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CoverageReply) Reset() {
+	*x = CoverageReply{}
+	mi := &file_sallyport_proto_msgTypes[111]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CoverageReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CoverageReply) ProtoMessage() {}
+
+func (x *CoverageReply) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[111]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CoverageReply.ProtoReflect.Descriptor instead.
+func (*CoverageReply) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{111}
+}
+
+func (x *CoverageReply) GetServices() []*Coverage {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+// Coverage is how far a service is protected. Times are of the life of this agent; unset: it saw none.
+type Coverage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`     // it has the mode; the agent's start, where that is later
+	Proxied       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=proxied,proto3" json:"proxied,omitempty"` // the latest flow
+	Bypassed      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=bypassed,proto3" json:"bypassed,omitempty"`
+	Denied        *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=denied,proto3" json:"denied,omitempty"`
+	Canary        string                 `protobuf:"bytes,7,opt,name=canary,proto3" json:"canary,omitempty"` // closed, open or unknown; empty: it has none
+	Why           string                 `protobuf:"bytes,8,opt,name=why,proto3" json:"why,omitempty"`
+	Closed        *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=closed,proto3" json:"closed,omitempty"` // all of its ports were proven to be
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Coverage) Reset() {
+	*x = Coverage{}
+	mi := &file_sallyport_proto_msgTypes[112]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Coverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Coverage) ProtoMessage() {}
+
+func (x *Coverage) ProtoReflect() protoreflect.Message {
+	mi := &file_sallyport_proto_msgTypes[112]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Coverage.ProtoReflect.Descriptor instead.
+func (*Coverage) Descriptor() ([]byte, []int) {
+	return file_sallyport_proto_rawDescGZIP(), []int{112}
+}
+
+func (x *Coverage) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *Coverage) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Coverage) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Coverage) GetProxied() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Proxied
+	}
+	return nil
+}
+
+func (x *Coverage) GetBypassed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Bypassed
+	}
+	return nil
+}
+
+func (x *Coverage) GetDenied() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Denied
+	}
+	return nil
+}
+
+func (x *Coverage) GetCanary() string {
+	if x != nil {
+		return x.Canary
+	}
+	return ""
+}
+
+func (x *Coverage) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Coverage) GetClosed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Closed
+	}
+	return nil
+}
+
 var File_sallyport_proto protoreflect.FileDescriptor
 
 const file_sallyport_proto_rawDesc = "" +
@@ -8465,7 +8819,30 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x06reason\x18\n" +
 	" \x01(\tR\x06reason\"%\n" +
 	"\vSignalReply\x12\x16\n" +
-	"\x06grants\x18\x01 \x03(\tR\x06grants*B\n" +
+	"\x06grants\x18\x01 \x03(\tR\x06grants\"#\n" +
+	"\x0fCanariesRequest\x12\x10\n" +
+	"\x03now\x18\x01 \x01(\bR\x03now\"G\n" +
+	"\rCanariesReply\x126\n" +
+	"\bcanaries\x18\x01 \x03(\v2\x1a.sallyport.v1alpha1.CanaryR\bcanaries\"\x98\x01\n" +
+	"\x06Canary\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why\x122\n" +
+	"\x06closed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06closed\"\x11\n" +
+	"\x0fCoverageRequest\"I\n" +
+	"\rCoverageReply\x128\n" +
+	"\bservices\x18\x01 \x03(\v2\x1c.sallyport.v1alpha1.CoverageR\bservices\"\xea\x02\n" +
+	"\bCoverage\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x124\n" +
+	"\aproxied\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aproxied\x126\n" +
+	"\bbypassed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bbypassed\x122\n" +
+	"\x06denied\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x06denied\x12\x16\n" +
+	"\x06canary\x18\a \x01(\tR\x06canary\x12\x10\n" +
+	"\x03why\x18\b \x01(\tR\x03why\x122\n" +
+	"\x06closed\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06closed*B\n" +
 	"\x05Class\x12\x15\n" +
 	"\x11CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCLASS_CRITICAL\x10\x01\x12\x0e\n" +
@@ -8481,7 +8858,7 @@ const file_sallyport_proto_rawDesc = "" +
 	"\x05Nodes\x12 .sallyport.v1alpha1.NodesRequest\x1a\x1e.sallyport.v1alpha1.NodesReply\x12C\n" +
 	"\x03Log\x12\x1e.sallyport.v1alpha1.LogRequest\x1a\x1c.sallyport.v1alpha1.LogReply\x12T\n" +
 	"\bEvidence\x12#.sallyport.v1alpha1.EvidenceRequest\x1a!.sallyport.v1alpha1.EvidenceChunk0\x01\x12C\n" +
-	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\xa8\f\n" +
+	"\x03Act\x12\x1e.sallyport.v1alpha1.ActRequest\x1a\x1c.sallyport.v1alpha1.ActReply2\xd0\r\n" +
 	"\x05Agent\x12L\n" +
 	"\x06Status\x12!.sallyport.v1alpha1.StatusRequest\x1a\x1f.sallyport.v1alpha1.StatusReply\x12R\n" +
 	"\bServices\x12#.sallyport.v1alpha1.ServicesRequest\x1a!.sallyport.v1alpha1.ServicesReply\x12I\n" +
@@ -8502,7 +8879,9 @@ const file_sallyport_proto_rawDesc = "" +
 	"\vWatchGrants\x12&.sallyport.v1alpha1.WatchGrantsRequest\x1a\x1e.sallyport.v1alpha1.WatchFrame0\x01\x12R\n" +
 	"\bRollouts\x12#.sallyport.v1alpha1.RolloutsRequest\x1a!.sallyport.v1alpha1.RolloutsReply\x12^\n" +
 	"\fStateRollout\x12'.sallyport.v1alpha1.StateRolloutRequest\x1a%.sallyport.v1alpha1.StateRolloutReply\x12[\n" +
-	"\vHaltRollout\x12&.sallyport.v1alpha1.HaltRolloutRequest\x1a$.sallyport.v1alpha1.HaltRolloutReply2\xd2\x03\n" +
+	"\vHaltRollout\x12&.sallyport.v1alpha1.HaltRolloutRequest\x1a$.sallyport.v1alpha1.HaltRolloutReply\x12R\n" +
+	"\bCanaries\x12#.sallyport.v1alpha1.CanariesRequest\x1a!.sallyport.v1alpha1.CanariesReply\x12R\n" +
+	"\bCoverage\x12#.sallyport.v1alpha1.CoverageRequest\x1a!.sallyport.v1alpha1.CoverageReply2\xd2\x03\n" +
 	"\vProxyReport\x12J\n" +
 	"\x06Report\x12\x1e.sallyport.v1alpha1.ProxyFrame\x1a\x1c.sallyport.v1alpha1.ProxyAck(\x010\x01\x12K\n" +
 	"\x05Relay\x12\x1e.sallyport.v1alpha1.RelayFrame\x1a\x1e.sallyport.v1alpha1.RelayFrame(\x010\x01\x12L\n" +
@@ -8524,7 +8903,7 @@ func file_sallyport_proto_rawDescGZIP() []byte {
 }
 
 var file_sallyport_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_sallyport_proto_msgTypes = make([]protoimpl.MessageInfo, 114)
 var file_sallyport_proto_goTypes = []any{
 	(Class)(0),                    // 0: sallyport.v1alpha1.Class
 	(*FlowRecord)(nil),            // 1: sallyport.v1alpha1.FlowRecord
@@ -8634,24 +9013,30 @@ var file_sallyport_proto_goTypes = []any{
 	(*Suggestion)(nil),            // 105: sallyport.v1alpha1.Suggestion
 	(*SignalRequest)(nil),         // 106: sallyport.v1alpha1.SignalRequest
 	(*SignalReply)(nil),           // 107: sallyport.v1alpha1.SignalReply
-	nil,                           // 108: sallyport.v1alpha1.StatusReply.ReasonsEntry
-	(*timestamppb.Timestamp)(nil), // 109: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 110: google.protobuf.Duration
+	(*CanariesRequest)(nil),       // 108: sallyport.v1alpha1.CanariesRequest
+	(*CanariesReply)(nil),         // 109: sallyport.v1alpha1.CanariesReply
+	(*Canary)(nil),                // 110: sallyport.v1alpha1.Canary
+	(*CoverageRequest)(nil),       // 111: sallyport.v1alpha1.CoverageRequest
+	(*CoverageReply)(nil),         // 112: sallyport.v1alpha1.CoverageReply
+	(*Coverage)(nil),              // 113: sallyport.v1alpha1.Coverage
+	nil,                           // 114: sallyport.v1alpha1.StatusReply.ReasonsEntry
+	(*timestamppb.Timestamp)(nil), // 115: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 116: google.protobuf.Duration
 }
 var file_sallyport_proto_depIdxs = []int32{
-	109, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
-	110, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
+	115, // 0: sallyport.v1alpha1.FlowRecord.time:type_name -> google.protobuf.Timestamp
+	116, // 1: sallyport.v1alpha1.FlowRecord.boot:type_name -> google.protobuf.Duration
 	2,   // 2: sallyport.v1alpha1.FlowRecord.caller:type_name -> sallyport.v1alpha1.Workload
 	3,   // 3: sallyport.v1alpha1.FlowRecord.request:type_name -> sallyport.v1alpha1.Request
-	110, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
-	109, // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
-	110, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
-	109, // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
-	109, // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
-	109, // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
+	116, // 4: sallyport.v1alpha1.Request.took:type_name -> google.protobuf.Duration
+	115, // 5: sallyport.v1alpha1.GrantEvent.time:type_name -> google.protobuf.Timestamp
+	116, // 6: sallyport.v1alpha1.GrantEvent.boot:type_name -> google.protobuf.Duration
+	115, // 7: sallyport.v1alpha1.GrantEvent.deadline:type_name -> google.protobuf.Timestamp
+	115, // 8: sallyport.v1alpha1.LossRecord.from:type_name -> google.protobuf.Timestamp
+	115, // 9: sallyport.v1alpha1.LossRecord.to:type_name -> google.protobuf.Timestamp
 	6,   // 10: sallyport.v1alpha1.LossRecord.ranges:type_name -> sallyport.v1alpha1.CPURange
-	109, // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
-	110, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
+	115, // 11: sallyport.v1alpha1.Tide.time:type_name -> google.protobuf.Timestamp
+	116, // 12: sallyport.v1alpha1.Tide.boot:type_name -> google.protobuf.Duration
 	8,   // 13: sallyport.v1alpha1.Tide.paths:type_name -> sallyport.v1alpha1.PathTide
 	9,   // 14: sallyport.v1alpha1.Tide.services:type_name -> sallyport.v1alpha1.ServiceTide
 	10,  // 15: sallyport.v1alpha1.PathTide.kernel:type_name -> sallyport.v1alpha1.Volume
@@ -8677,34 +9062,34 @@ var file_sallyport_proto_depIdxs = []int32{
 	22,  // 35: sallyport.v1alpha1.CollectorFrame.ack:type_name -> sallyport.v1alpha1.Ack
 	21,  // 36: sallyport.v1alpha1.CollectorFrame.grown:type_name -> sallyport.v1alpha1.Grown
 	16,  // 37: sallyport.v1alpha1.CollectorFrame.act:type_name -> sallyport.v1alpha1.Act
-	109, // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
+	115, // 38: sallyport.v1alpha1.StoredFlow.received:type_name -> google.protobuf.Timestamp
 	1,   // 39: sallyport.v1alpha1.StoredFlow.flow:type_name -> sallyport.v1alpha1.FlowRecord
 	0,   // 40: sallyport.v1alpha1.StoredFlow.class:type_name -> sallyport.v1alpha1.Class
-	109, // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
+	115, // 41: sallyport.v1alpha1.StoredGrantEvent.received:type_name -> google.protobuf.Timestamp
 	4,   // 42: sallyport.v1alpha1.StoredGrantEvent.event:type_name -> sallyport.v1alpha1.GrantEvent
 	0,   // 43: sallyport.v1alpha1.StoredLoss.class:type_name -> sallyport.v1alpha1.Class
 	5,   // 44: sallyport.v1alpha1.StoredLoss.loss:type_name -> sallyport.v1alpha1.LossRecord
-	109, // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
-	109, // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
+	115, // 45: sallyport.v1alpha1.StoredLoss.received:type_name -> google.protobuf.Timestamp
+	115, // 46: sallyport.v1alpha1.StoredTide.received:type_name -> google.protobuf.Timestamp
 	7,   // 47: sallyport.v1alpha1.StoredTide.tide:type_name -> sallyport.v1alpha1.Tide
-	109, // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
-	109, // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
-	109, // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
-	109, // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
-	109, // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
+	115, // 48: sallyport.v1alpha1.FlowQuery.since:type_name -> google.protobuf.Timestamp
+	115, // 49: sallyport.v1alpha1.FlowQuery.until:type_name -> google.protobuf.Timestamp
+	115, // 50: sallyport.v1alpha1.GrantQuery.since:type_name -> google.protobuf.Timestamp
+	115, // 51: sallyport.v1alpha1.GrantQuery.until:type_name -> google.protobuf.Timestamp
+	115, // 52: sallyport.v1alpha1.LossQuery.since:type_name -> google.protobuf.Timestamp
 	34,  // 53: sallyport.v1alpha1.NodesReply.nodes:type_name -> sallyport.v1alpha1.NodeState
 	0,   // 54: sallyport.v1alpha1.NodeState.class:type_name -> sallyport.v1alpha1.Class
-	109, // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
+	115, // 55: sallyport.v1alpha1.NodeState.received:type_name -> google.protobuf.Timestamp
 	21,  // 56: sallyport.v1alpha1.LogReply.grown:type_name -> sallyport.v1alpha1.Grown
-	109, // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
-	109, // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
+	115, // 57: sallyport.v1alpha1.EvidenceRequest.since:type_name -> google.protobuf.Timestamp
+	115, // 58: sallyport.v1alpha1.EvidenceRequest.until:type_name -> google.protobuf.Timestamp
 	0,   // 59: sallyport.v1alpha1.EvidenceRequest.class:type_name -> sallyport.v1alpha1.Class
 	17,  // 60: sallyport.v1alpha1.ActRequest.revoke:type_name -> sallyport.v1alpha1.Revocation
 	54,  // 61: sallyport.v1alpha1.ActReply.grant:type_name -> sallyport.v1alpha1.Grant
-	109, // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
+	115, // 62: sallyport.v1alpha1.StatusReply.started:type_name -> google.protobuf.Timestamp
 	42,  // 63: sallyport.v1alpha1.StatusReply.hooks:type_name -> sallyport.v1alpha1.HookStatus
-	110, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
-	108, // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
+	116, // 64: sallyport.v1alpha1.StatusReply.lease_left:type_name -> google.protobuf.Duration
+	114, // 65: sallyport.v1alpha1.StatusReply.reasons:type_name -> sallyport.v1alpha1.StatusReply.ReasonsEntry
 	92,  // 66: sallyport.v1alpha1.StatusReply.web_certificates:type_name -> sallyport.v1alpha1.WebCertificate
 	93,  // 67: sallyport.v1alpha1.StatusReply.providers:type_name -> sallyport.v1alpha1.Provider
 	46,  // 68: sallyport.v1alpha1.Service.watched:type_name -> sallyport.v1alpha1.Watched
@@ -8713,29 +9098,29 @@ var file_sallyport_proto_depIdxs = []int32{
 	47,  // 71: sallyport.v1alpha1.Watched.bypassed:type_name -> sallyport.v1alpha1.Seen
 	47,  // 72: sallyport.v1alpha1.Watched.denied:type_name -> sallyport.v1alpha1.Seen
 	45,  // 73: sallyport.v1alpha1.ServicesReply.services:type_name -> sallyport.v1alpha1.Service
-	109, // 74: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
-	110, // 75: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
+	115, // 74: sallyport.v1alpha1.Path.deadline:type_name -> google.protobuf.Timestamp
+	116, // 75: sallyport.v1alpha1.Path.left:type_name -> google.protobuf.Duration
 	51,  // 76: sallyport.v1alpha1.Path.budget:type_name -> sallyport.v1alpha1.Budget
 	50,  // 77: sallyport.v1alpha1.PathsReply.paths:type_name -> sallyport.v1alpha1.Path
-	109, // 78: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
-	109, // 79: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
+	115, // 78: sallyport.v1alpha1.Grant.activated:type_name -> google.protobuf.Timestamp
+	115, // 79: sallyport.v1alpha1.Grant.deadline:type_name -> google.protobuf.Timestamp
 	51,  // 80: sallyport.v1alpha1.Grant.budget:type_name -> sallyport.v1alpha1.Budget
-	110, // 81: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
+	116, // 81: sallyport.v1alpha1.Grant.idle_timeout:type_name -> google.protobuf.Duration
 	54,  // 82: sallyport.v1alpha1.GrantsReply.grants:type_name -> sallyport.v1alpha1.Grant
 	54,  // 83: sallyport.v1alpha1.ActivateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 84: sallyport.v1alpha1.RevokeReply.grant:type_name -> sallyport.v1alpha1.Grant
 	54,  // 85: sallyport.v1alpha1.StateReply.grant:type_name -> sallyport.v1alpha1.Grant
 	71,  // 86: sallyport.v1alpha1.RolloutsReply.rollouts:type_name -> sallyport.v1alpha1.Rollout
 	72,  // 87: sallyport.v1alpha1.Rollout.waves:type_name -> sallyport.v1alpha1.RolloutWave
-	109, // 88: sallyport.v1alpha1.Rollout.since:type_name -> google.protobuf.Timestamp
-	109, // 89: sallyport.v1alpha1.Rollout.changed:type_name -> google.protobuf.Timestamp
+	115, // 88: sallyport.v1alpha1.Rollout.since:type_name -> google.protobuf.Timestamp
+	115, // 89: sallyport.v1alpha1.Rollout.changed:type_name -> google.protobuf.Timestamp
 	73,  // 90: sallyport.v1alpha1.Rollout.services:type_name -> sallyport.v1alpha1.RolloutService
-	110, // 91: sallyport.v1alpha1.RolloutWave.bake:type_name -> google.protobuf.Duration
-	109, // 92: sallyport.v1alpha1.RolloutService.seen_since:type_name -> google.protobuf.Timestamp
+	116, // 91: sallyport.v1alpha1.RolloutWave.bake:type_name -> google.protobuf.Duration
+	115, // 92: sallyport.v1alpha1.RolloutService.seen_since:type_name -> google.protobuf.Timestamp
 	74,  // 93: sallyport.v1alpha1.RolloutService.clients:type_name -> sallyport.v1alpha1.RolloutClient
-	109, // 94: sallyport.v1alpha1.RolloutClient.last:type_name -> google.protobuf.Timestamp
+	115, // 94: sallyport.v1alpha1.RolloutClient.last:type_name -> google.protobuf.Timestamp
 	71,  // 95: sallyport.v1alpha1.StateRolloutReply.rollout:type_name -> sallyport.v1alpha1.Rollout
-	109, // 96: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
+	115, // 96: sallyport.v1alpha1.ProxyHello.started:type_name -> google.protobuf.Timestamp
 	1,   // 97: sallyport.v1alpha1.ProxyRecords.records:type_name -> sallyport.v1alpha1.FlowRecord
 	79,  // 98: sallyport.v1alpha1.ProxyFrame.hello:type_name -> sallyport.v1alpha1.ProxyHello
 	80,  // 99: sallyport.v1alpha1.ProxyFrame.records:type_name -> sallyport.v1alpha1.ProxyRecords
@@ -8743,101 +9128,113 @@ var file_sallyport_proto_depIdxs = []int32{
 	83,  // 101: sallyport.v1alpha1.SignRequest.connection:type_name -> sallyport.v1alpha1.CallerRequest
 	92,  // 102: sallyport.v1alpha1.ProxyState.certificates:type_name -> sallyport.v1alpha1.WebCertificate
 	93,  // 103: sallyport.v1alpha1.ProxyState.providers:type_name -> sallyport.v1alpha1.Provider
-	109, // 104: sallyport.v1alpha1.WebCertificate.until:type_name -> google.protobuf.Timestamp
-	109, // 105: sallyport.v1alpha1.Provider.fetched:type_name -> google.protobuf.Timestamp
-	110, // 106: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
-	109, // 107: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
+	115, // 104: sallyport.v1alpha1.WebCertificate.until:type_name -> google.protobuf.Timestamp
+	115, // 105: sallyport.v1alpha1.Provider.fetched:type_name -> google.protobuf.Timestamp
+	116, // 106: sallyport.v1alpha1.WatchGrantsRequest.every:type_name -> google.protobuf.Duration
+	115, // 107: sallyport.v1alpha1.WatchFrame.time:type_name -> google.protobuf.Timestamp
 	100, // 108: sallyport.v1alpha1.WatchFrame.active:type_name -> sallyport.v1alpha1.WatchedGrant
 	54,  // 109: sallyport.v1alpha1.WatchFrame.ended:type_name -> sallyport.v1alpha1.Grant
 	54,  // 110: sallyport.v1alpha1.WatchedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	110, // 111: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
-	110, // 112: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
+	116, // 111: sallyport.v1alpha1.WatchedGrant.left:type_name -> google.protobuf.Duration
+	116, // 112: sallyport.v1alpha1.WatchedGrant.silent:type_name -> google.protobuf.Duration
 	50,  // 113: sallyport.v1alpha1.WatchedGrant.paths:type_name -> sallyport.v1alpha1.Path
 	101, // 114: sallyport.v1alpha1.WatchedGrant.warnings:type_name -> sallyport.v1alpha1.Warning
-	109, // 115: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
+	115, // 115: sallyport.v1alpha1.Warning.time:type_name -> google.protobuf.Timestamp
 	104, // 116: sallyport.v1alpha1.UsedGrantsReply.grants:type_name -> sallyport.v1alpha1.UsedGrant
 	54,  // 117: sallyport.v1alpha1.UsedGrant.grant:type_name -> sallyport.v1alpha1.Grant
-	110, // 118: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
-	110, // 119: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
-	110, // 120: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
-	110, // 121: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
+	116, // 118: sallyport.v1alpha1.UsedGrant.granted:type_name -> google.protobuf.Duration
+	116, // 119: sallyport.v1alpha1.UsedGrant.open:type_name -> google.protobuf.Duration
+	116, // 120: sallyport.v1alpha1.UsedGrant.busy:type_name -> google.protobuf.Duration
+	116, // 121: sallyport.v1alpha1.UsedGrant.last:type_name -> google.protobuf.Duration
 	105, // 122: sallyport.v1alpha1.UsedGrant.suggestions:type_name -> sallyport.v1alpha1.Suggestion
-	109, // 123: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
+	115, // 123: sallyport.v1alpha1.SignalRequest.end:type_name -> google.protobuf.Timestamp
 	51,  // 124: sallyport.v1alpha1.SignalRequest.budget:type_name -> sallyport.v1alpha1.Budget
-	109, // 125: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
-	15,  // 126: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
-	28,  // 127: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
-	29,  // 128: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
-	30,  // 129: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
-	31,  // 130: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
-	32,  // 131: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
-	35,  // 132: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
-	37,  // 133: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
-	39,  // 134: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
-	41,  // 135: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
-	44,  // 136: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
-	49,  // 137: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
-	53,  // 138: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
-	56,  // 139: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
-	58,  // 140: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
-	62,  // 141: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
-	64,  // 142: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
-	60,  // 143: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
-	66,  // 144: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
-	68,  // 145: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
-	94,  // 146: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
-	96,  // 147: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
-	106, // 148: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
-	102, // 149: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
-	98,  // 150: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
-	69,  // 151: sallyport.v1alpha1.Agent.Rollouts:input_type -> sallyport.v1alpha1.RolloutsRequest
-	75,  // 152: sallyport.v1alpha1.Agent.StateRollout:input_type -> sallyport.v1alpha1.StateRolloutRequest
-	77,  // 153: sallyport.v1alpha1.Agent.HaltRollout:input_type -> sallyport.v1alpha1.HaltRolloutRequest
-	81,  // 154: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
-	89,  // 155: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
-	83,  // 156: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
-	85,  // 157: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
-	87,  // 158: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
-	90,  // 159: sallyport.v1alpha1.ProxyReport.State:input_type -> sallyport.v1alpha1.ProxyState
-	23,  // 160: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
-	24,  // 161: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
-	25,  // 162: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
-	26,  // 163: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
-	27,  // 164: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
-	33,  // 165: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
-	36,  // 166: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
-	38,  // 167: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
-	40,  // 168: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
-	43,  // 169: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
-	48,  // 170: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
-	52,  // 171: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
-	55,  // 172: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
-	57,  // 173: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
-	59,  // 174: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
-	63,  // 175: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
-	65,  // 176: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
-	61,  // 177: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
-	67,  // 178: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
-	1,   // 179: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
-	95,  // 180: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
-	97,  // 181: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
-	107, // 182: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
-	103, // 183: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
-	99,  // 184: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
-	70,  // 185: sallyport.v1alpha1.Agent.Rollouts:output_type -> sallyport.v1alpha1.RolloutsReply
-	76,  // 186: sallyport.v1alpha1.Agent.StateRollout:output_type -> sallyport.v1alpha1.StateRolloutReply
-	78,  // 187: sallyport.v1alpha1.Agent.HaltRollout:output_type -> sallyport.v1alpha1.HaltRolloutReply
-	82,  // 188: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
-	89,  // 189: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
-	84,  // 190: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
-	86,  // 191: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
-	88,  // 192: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
-	91,  // 193: sallyport.v1alpha1.ProxyReport.State:output_type -> sallyport.v1alpha1.ProxyStateReply
-	160, // [160:194] is the sub-list for method output_type
-	126, // [126:160] is the sub-list for method input_type
-	126, // [126:126] is the sub-list for extension type_name
-	126, // [126:126] is the sub-list for extension extendee
-	0,   // [0:126] is the sub-list for field type_name
+	115, // 125: sallyport.v1alpha1.SignalRequest.until:type_name -> google.protobuf.Timestamp
+	110, // 126: sallyport.v1alpha1.CanariesReply.canaries:type_name -> sallyport.v1alpha1.Canary
+	115, // 127: sallyport.v1alpha1.Canary.closed:type_name -> google.protobuf.Timestamp
+	113, // 128: sallyport.v1alpha1.CoverageReply.services:type_name -> sallyport.v1alpha1.Coverage
+	115, // 129: sallyport.v1alpha1.Coverage.since:type_name -> google.protobuf.Timestamp
+	115, // 130: sallyport.v1alpha1.Coverage.proxied:type_name -> google.protobuf.Timestamp
+	115, // 131: sallyport.v1alpha1.Coverage.bypassed:type_name -> google.protobuf.Timestamp
+	115, // 132: sallyport.v1alpha1.Coverage.denied:type_name -> google.protobuf.Timestamp
+	115, // 133: sallyport.v1alpha1.Coverage.closed:type_name -> google.protobuf.Timestamp
+	15,  // 134: sallyport.v1alpha1.AuditIngest.Stream:input_type -> sallyport.v1alpha1.AgentFrame
+	28,  // 135: sallyport.v1alpha1.Audit.Flows:input_type -> sallyport.v1alpha1.FlowQuery
+	29,  // 136: sallyport.v1alpha1.Audit.GrantEvents:input_type -> sallyport.v1alpha1.GrantQuery
+	30,  // 137: sallyport.v1alpha1.Audit.Losses:input_type -> sallyport.v1alpha1.LossQuery
+	31,  // 138: sallyport.v1alpha1.Audit.Tides:input_type -> sallyport.v1alpha1.TideQuery
+	32,  // 139: sallyport.v1alpha1.Audit.Nodes:input_type -> sallyport.v1alpha1.NodesRequest
+	35,  // 140: sallyport.v1alpha1.Audit.Log:input_type -> sallyport.v1alpha1.LogRequest
+	37,  // 141: sallyport.v1alpha1.Audit.Evidence:input_type -> sallyport.v1alpha1.EvidenceRequest
+	39,  // 142: sallyport.v1alpha1.Audit.Act:input_type -> sallyport.v1alpha1.ActRequest
+	41,  // 143: sallyport.v1alpha1.Agent.Status:input_type -> sallyport.v1alpha1.StatusRequest
+	44,  // 144: sallyport.v1alpha1.Agent.Services:input_type -> sallyport.v1alpha1.ServicesRequest
+	49,  // 145: sallyport.v1alpha1.Agent.Paths:input_type -> sallyport.v1alpha1.PathsRequest
+	53,  // 146: sallyport.v1alpha1.Agent.Grants:input_type -> sallyport.v1alpha1.GrantsRequest
+	56,  // 147: sallyport.v1alpha1.Agent.Challenge:input_type -> sallyport.v1alpha1.ChallengeRequest
+	58,  // 148: sallyport.v1alpha1.Agent.Activate:input_type -> sallyport.v1alpha1.ActivateRequest
+	62,  // 149: sallyport.v1alpha1.Agent.State:input_type -> sallyport.v1alpha1.StateRequest
+	64,  // 150: sallyport.v1alpha1.Agent.Vouch:input_type -> sallyport.v1alpha1.VouchRequest
+	60,  // 151: sallyport.v1alpha1.Agent.Revoke:input_type -> sallyport.v1alpha1.RevokeRequest
+	66,  // 152: sallyport.v1alpha1.Agent.Explain:input_type -> sallyport.v1alpha1.ExplainRequest
+	68,  // 153: sallyport.v1alpha1.Agent.Flows:input_type -> sallyport.v1alpha1.AgentFlowsRequest
+	94,  // 154: sallyport.v1alpha1.Agent.Panic:input_type -> sallyport.v1alpha1.PanicRequest
+	96,  // 155: sallyport.v1alpha1.Agent.LiftPanic:input_type -> sallyport.v1alpha1.LiftPanicRequest
+	106, // 156: sallyport.v1alpha1.Agent.Signal:input_type -> sallyport.v1alpha1.SignalRequest
+	102, // 157: sallyport.v1alpha1.Agent.UsedGrants:input_type -> sallyport.v1alpha1.UsedGrantsRequest
+	98,  // 158: sallyport.v1alpha1.Agent.WatchGrants:input_type -> sallyport.v1alpha1.WatchGrantsRequest
+	69,  // 159: sallyport.v1alpha1.Agent.Rollouts:input_type -> sallyport.v1alpha1.RolloutsRequest
+	75,  // 160: sallyport.v1alpha1.Agent.StateRollout:input_type -> sallyport.v1alpha1.StateRolloutRequest
+	77,  // 161: sallyport.v1alpha1.Agent.HaltRollout:input_type -> sallyport.v1alpha1.HaltRolloutRequest
+	108, // 162: sallyport.v1alpha1.Agent.Canaries:input_type -> sallyport.v1alpha1.CanariesRequest
+	111, // 163: sallyport.v1alpha1.Agent.Coverage:input_type -> sallyport.v1alpha1.CoverageRequest
+	81,  // 164: sallyport.v1alpha1.ProxyReport.Report:input_type -> sallyport.v1alpha1.ProxyFrame
+	89,  // 165: sallyport.v1alpha1.ProxyReport.Relay:input_type -> sallyport.v1alpha1.RelayFrame
+	83,  // 166: sallyport.v1alpha1.ProxyReport.Caller:input_type -> sallyport.v1alpha1.CallerRequest
+	85,  // 167: sallyport.v1alpha1.ProxyReport.Sign:input_type -> sallyport.v1alpha1.SignRequest
+	87,  // 168: sallyport.v1alpha1.ProxyReport.Live:input_type -> sallyport.v1alpha1.LiveRequest
+	90,  // 169: sallyport.v1alpha1.ProxyReport.State:input_type -> sallyport.v1alpha1.ProxyState
+	23,  // 170: sallyport.v1alpha1.AuditIngest.Stream:output_type -> sallyport.v1alpha1.CollectorFrame
+	24,  // 171: sallyport.v1alpha1.Audit.Flows:output_type -> sallyport.v1alpha1.StoredFlow
+	25,  // 172: sallyport.v1alpha1.Audit.GrantEvents:output_type -> sallyport.v1alpha1.StoredGrantEvent
+	26,  // 173: sallyport.v1alpha1.Audit.Losses:output_type -> sallyport.v1alpha1.StoredLoss
+	27,  // 174: sallyport.v1alpha1.Audit.Tides:output_type -> sallyport.v1alpha1.StoredTide
+	33,  // 175: sallyport.v1alpha1.Audit.Nodes:output_type -> sallyport.v1alpha1.NodesReply
+	36,  // 176: sallyport.v1alpha1.Audit.Log:output_type -> sallyport.v1alpha1.LogReply
+	38,  // 177: sallyport.v1alpha1.Audit.Evidence:output_type -> sallyport.v1alpha1.EvidenceChunk
+	40,  // 178: sallyport.v1alpha1.Audit.Act:output_type -> sallyport.v1alpha1.ActReply
+	43,  // 179: sallyport.v1alpha1.Agent.Status:output_type -> sallyport.v1alpha1.StatusReply
+	48,  // 180: sallyport.v1alpha1.Agent.Services:output_type -> sallyport.v1alpha1.ServicesReply
+	52,  // 181: sallyport.v1alpha1.Agent.Paths:output_type -> sallyport.v1alpha1.PathsReply
+	55,  // 182: sallyport.v1alpha1.Agent.Grants:output_type -> sallyport.v1alpha1.GrantsReply
+	57,  // 183: sallyport.v1alpha1.Agent.Challenge:output_type -> sallyport.v1alpha1.ChallengeReply
+	59,  // 184: sallyport.v1alpha1.Agent.Activate:output_type -> sallyport.v1alpha1.ActivateReply
+	63,  // 185: sallyport.v1alpha1.Agent.State:output_type -> sallyport.v1alpha1.StateReply
+	65,  // 186: sallyport.v1alpha1.Agent.Vouch:output_type -> sallyport.v1alpha1.VouchReply
+	61,  // 187: sallyport.v1alpha1.Agent.Revoke:output_type -> sallyport.v1alpha1.RevokeReply
+	67,  // 188: sallyport.v1alpha1.Agent.Explain:output_type -> sallyport.v1alpha1.ExplainReply
+	1,   // 189: sallyport.v1alpha1.Agent.Flows:output_type -> sallyport.v1alpha1.FlowRecord
+	95,  // 190: sallyport.v1alpha1.Agent.Panic:output_type -> sallyport.v1alpha1.PanicReply
+	97,  // 191: sallyport.v1alpha1.Agent.LiftPanic:output_type -> sallyport.v1alpha1.LiftPanicReply
+	107, // 192: sallyport.v1alpha1.Agent.Signal:output_type -> sallyport.v1alpha1.SignalReply
+	103, // 193: sallyport.v1alpha1.Agent.UsedGrants:output_type -> sallyport.v1alpha1.UsedGrantsReply
+	99,  // 194: sallyport.v1alpha1.Agent.WatchGrants:output_type -> sallyport.v1alpha1.WatchFrame
+	70,  // 195: sallyport.v1alpha1.Agent.Rollouts:output_type -> sallyport.v1alpha1.RolloutsReply
+	76,  // 196: sallyport.v1alpha1.Agent.StateRollout:output_type -> sallyport.v1alpha1.StateRolloutReply
+	78,  // 197: sallyport.v1alpha1.Agent.HaltRollout:output_type -> sallyport.v1alpha1.HaltRolloutReply
+	109, // 198: sallyport.v1alpha1.Agent.Canaries:output_type -> sallyport.v1alpha1.CanariesReply
+	112, // 199: sallyport.v1alpha1.Agent.Coverage:output_type -> sallyport.v1alpha1.CoverageReply
+	82,  // 200: sallyport.v1alpha1.ProxyReport.Report:output_type -> sallyport.v1alpha1.ProxyAck
+	89,  // 201: sallyport.v1alpha1.ProxyReport.Relay:output_type -> sallyport.v1alpha1.RelayFrame
+	84,  // 202: sallyport.v1alpha1.ProxyReport.Caller:output_type -> sallyport.v1alpha1.CallerReply
+	86,  // 203: sallyport.v1alpha1.ProxyReport.Sign:output_type -> sallyport.v1alpha1.SignReply
+	88,  // 204: sallyport.v1alpha1.ProxyReport.Live:output_type -> sallyport.v1alpha1.LiveReply
+	91,  // 205: sallyport.v1alpha1.ProxyReport.State:output_type -> sallyport.v1alpha1.ProxyStateReply
+	170, // [170:206] is the sub-list for method output_type
+	134, // [134:170] is the sub-list for method input_type
+	134, // [134:134] is the sub-list for extension type_name
+	134, // [134:134] is the sub-list for extension extendee
+	0,   // [0:134] is the sub-list for field type_name
 }
 
 func init() { file_sallyport_proto_init() }
@@ -8880,7 +9277,7 @@ func file_sallyport_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sallyport_proto_rawDesc), len(file_sallyport_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   108,
+			NumMessages:   114,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -530,6 +530,8 @@ const (
 	Agent_Rollouts_FullMethodName     = "/sallyport.v1alpha1.Agent/Rollouts"
 	Agent_StateRollout_FullMethodName = "/sallyport.v1alpha1.Agent/StateRollout"
 	Agent_HaltRollout_FullMethodName  = "/sallyport.v1alpha1.Agent/HaltRollout"
+	Agent_Canaries_FullMethodName     = "/sallyport.v1alpha1.Agent/Canaries"
+	Agent_Coverage_FullMethodName     = "/sallyport.v1alpha1.Agent/Coverage"
 )
 
 // AgentClient is the client API for Agent service.
@@ -568,6 +570,10 @@ type AgentClient interface {
 	StateRollout(ctx context.Context, in *StateRolloutRequest, opts ...grpc.CallOption) (*StateRolloutReply, error)
 	// HaltRollout lets no wave begin on the node until somebody signs for it. Every operator may: nothing is opened by it.
 	HaltRollout(ctx context.Context, in *HaltRolloutRequest, opts ...grpc.CallOption) (*HaltRolloutReply, error)
+	// Canaries tells what canaries saw of each enforced port.
+	Canaries(ctx context.Context, in *CanariesRequest, opts ...grpc.CallOption) (*CanariesReply, error)
+	// Coverage tells how far each service is protected, and what shows it.
+	Coverage(ctx context.Context, in *CoverageRequest, opts ...grpc.CallOption) (*CoverageReply, error)
 }
 
 type agentClient struct {
@@ -786,6 +792,26 @@ func (c *agentClient) HaltRollout(ctx context.Context, in *HaltRolloutRequest, o
 	return out, nil
 }
 
+func (c *agentClient) Canaries(ctx context.Context, in *CanariesRequest, opts ...grpc.CallOption) (*CanariesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CanariesReply)
+	err := c.cc.Invoke(ctx, Agent_Canaries_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Coverage(ctx context.Context, in *CoverageRequest, opts ...grpc.CallOption) (*CoverageReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CoverageReply)
+	err := c.cc.Invoke(ctx, Agent_Coverage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -822,6 +848,10 @@ type AgentServer interface {
 	StateRollout(context.Context, *StateRolloutRequest) (*StateRolloutReply, error)
 	// HaltRollout lets no wave begin on the node until somebody signs for it. Every operator may: nothing is opened by it.
 	HaltRollout(context.Context, *HaltRolloutRequest) (*HaltRolloutReply, error)
+	// Canaries tells what canaries saw of each enforced port.
+	Canaries(context.Context, *CanariesRequest) (*CanariesReply, error)
+	// Coverage tells how far each service is protected, and what shows it.
+	Coverage(context.Context, *CoverageRequest) (*CoverageReply, error)
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -888,6 +918,12 @@ func (UnimplementedAgentServer) StateRollout(context.Context, *StateRolloutReque
 }
 func (UnimplementedAgentServer) HaltRollout(context.Context, *HaltRolloutRequest) (*HaltRolloutReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method HaltRollout not implemented")
+}
+func (UnimplementedAgentServer) Canaries(context.Context, *CanariesRequest) (*CanariesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Canaries not implemented")
+}
+func (UnimplementedAgentServer) Coverage(context.Context, *CoverageRequest) (*CoverageReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Coverage not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -1238,6 +1274,42 @@ func _Agent_HaltRollout_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Canaries_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CanariesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Canaries(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Canaries_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Canaries(ctx, req.(*CanariesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Coverage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CoverageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Coverage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Coverage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Coverage(ctx, req.(*CoverageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1312,6 +1384,14 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "HaltRollout",
 			Handler:    _Agent_HaltRollout_Handler,
+		},
+		{
+			MethodName: "Canaries",
+			Handler:    _Agent_Canaries_Handler,
+		},
+		{
+			MethodName: "Coverage",
+			Handler:    _Agent_Coverage_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

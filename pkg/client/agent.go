@@ -42,6 +42,16 @@ func (a *Agent) Services(ctx context.Context) (*api.ServicesReply, error) {
 	return unary(ctx, a.conn, "list services", a.rpc.Services, &api.ServicesRequest{})
 }
 
+// Canaries tells what canaries saw of each enforced port. With now they try them all first.
+func (a *Agent) Canaries(ctx context.Context, now bool) (*api.CanariesReply, error) {
+	return unary(ctx, a.conn, "ask the canaries", a.rpc.Canaries, &api.CanariesRequest{Now: now})
+}
+
+// Coverage tells how far each service is protected, and what shows it.
+func (a *Agent) Coverage(ctx context.Context) (*api.CoverageReply, error) {
+	return unary(ctx, a.conn, "ask for coverage", a.rpc.Coverage, &api.CoverageRequest{})
+}
+
 // Paths lists the kernel's paths, live and ended.
 func (a *Agent) Paths(ctx context.Context) (*api.PathsReply, error) {
 	return unary(ctx, a.conn, "list paths", a.rpc.Paths, &api.PathsRequest{})

@@ -32,6 +32,7 @@ var needs = map[string][]need{
 		{"psql", "the client of another one", []string{"postgresql-client"}},
 		{"systemd-analyze", "a test has systemd read the units", []string{"systemd"}},
 		{"/usr/lib/postgresql/*/bin/postgres", "the protected service of the end-to-end test, and the collector's database in its own", []string{"postgresql"}},
+		{"redis-server", "one of the services that the inventory's test has it find", []string{"redis-server"}},
 		{"promtool", "it tests the alert rules", []string{"prometheus"}},
 		{"strace", "it has reads of the disk fail", []string{"strace"}},
 		{"haproxy", "a proxy in the place of ours, and one that ours is measured beside", []string{"haproxy"}},

@@ -1,0 +1,53 @@
+package e2e_test
+
+import (
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/test/lab"
+	"github.com/sallyport-dev/sallyport/test/leak"
+)
+
+// TestDrill: somebody opens a path for the sake of seeing it close, stops the agent, and has it in writing that the kernel closed the
+// path. Whoever has the Keyring can verify that.
+func TestDrill(t *testing.T) {
+	leak.Check(t)
+	w := newWorld(t, options{plain: true})
+	for _, d := range []*daemon{w.collector, w.agent, w.proxy} {
+		d.start(t)
+	}
+	file := w.issue(t, wanted{"host-echo", netip.MustParseAddr("127.83.80.2"), "10s"})
+	record := filepath.Join(w.Dir, "drill")
+	run, err := w.Node.Start(exec.Command(filepath.Join(w.bin, "sallyport"), "--run-dir", w.files.run, "drill", "run", file, "--key", w.key, "--out", record, "--yes"))
+	must(t, err)
+	waitUntil(t, "the drill to ask for the agent's end", func() bool { return hasEnded(run) || strings.Contains(run.Output(), "stop the agent") })
+	if hasEnded(run) {
+		t.Fatalf("the drill ended:\n%s", run.Output())
+	}
+	w.agent.stop(t)
+	waitUntil(t, "the drill to ask for the agent", func() bool { return hasEnded(run) || strings.Contains(run.Output(), "start the agent") })
+	w.agent.start(t)
+	if err := run.Wait(within(t, patience)); err != nil {
+		t.Fatalf("%v\n%s", err, run.Output())
+	}
+	type drill struct {
+		By, Service, Before, Live, New string
+		Closed                         bool
+	}
+	got := read[drill](t, w, "drill", "verify", record, "--policy", w.files.resources)
+	if want := (drill{"alice", "host-echo", "reset", "reset", "reset", true}); got != want {
+		t.Errorf("have %+v, want %+v", got, want)
+	}
+}
+
+func hasEnded(p *lab.Process) bool {
+	select {
+	case <-p.Exited():
+		return true
+	default:
+		return false
+	}
+}
