@@ -124,9 +124,9 @@ image: build ## build a container image with the four binaries and nothing else
 package: ## make a Debian package, an archive, their checksums and an SPDX SBOM in dist/; the same commit gives the same bytes (VERSION=)
 	go run ./tools/package $(if $(VERSION),-version $(VERSION))
 
-test-package: ## install, upgrade under load, remove and purge the package in a Debian of its own, under its systemd (root; installs what it needs)
+test-package: ## look at what the package holds; install, upgrade under load, remove and purge the package in a Debian of its own, under its systemd (root; installs what it needs)
 	go run ./tools/needs test test-package
-	go test -tags package -count 1 -v -timeout 30m -run '^TestPackage' ./test/host
+	go test -p 1 -tags package -count 1 -v -timeout 30m -run '^TestPackage' ./tools/package ./test/host
 
 install: ## install what `make build` built, and systemd units (PREFIX, DESTDIR); needs no Go, starts nothing
 	@for b in $(BINARIES); do test -f bin/$$b || { echo "bin/$$b is not built: run \`make build\` first, as yourself" >&2; exit 1; }; done

@@ -41,11 +41,11 @@ var needs = map[string][]need{
 		{"chromium", "the browser that looks at the console", []string{"chromium"}},
 		{"node", "it runs the OpenID provider of tests", []string{"nodejs"}},
 		{"npm", "it installs the OpenID provider of tests", []string{"npm"}},
+	},
+	"test-package": {
 		{"dpkg-deb", "it opens the package that a test made", []string{"dpkg"}},
 		{"lintian", "it judges that package", []string{"lintian"}},
 		{"shellcheck", "it reads the package's scripts", []string{"shellcheck"}},
-	},
-	"test-package": {
 		{"debootstrap", "it makes the Debian that the package is installed in", []string{"debootstrap"}},
 		{"systemd-nspawn", "it boots that Debian", []string{"systemd-container"}},
 	},
