@@ -135,7 +135,7 @@ func (a *applied) take(ctx context.Context, r kube.Grant) kube.GrantWord {
 func (a *applied) begin(ctx context.Context, r kube.Grant, p grant.Payload) kube.GrantWord {
 	digest := ""
 	if e := a.grants.enforced(); e != nil {
-		digest = e.set.Digest()
+		digest = e.verified.Digest()
 	}
 	now := a.clock.boot()
 	before, tried := a.refused[r.UID]
