@@ -109,10 +109,10 @@ func probeTargets(services []datapath.Service) []netip.AddrPort {
 }
 
 func probeAddresses(s datapath.Service) []netip.Addr {
-	switch {
-	case s.Target == datapath.TargetHost:
+	switch s.Target {
+	case datapath.TargetHost:
 		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
-	case s.Target == datapath.TargetRemote: // others are not knocked at
+	case datapath.TargetRemote: // others are not knocked at
 		return nil
 	}
 	return locatedAddresses(s) // to the others there is nowhere to send it yet
