@@ -95,6 +95,17 @@ func (d *drill) run(ctx context.Context, file string) error {
 		return err
 	}
 	defer live.Close()
+	if err := d.alone(ctx, live); err != nil {
+		return errors.Join(err, d.undo(ctx))
+	}
+	if err := d.back(ctx); err != nil {
+		return err
+	}
+	return d.write(ctx)
+}
+
+// alone has the agent stopped, and tries the path after its deadline.
+func (d *drill) alone(ctx context.Context, live net.Conn) error {
 	if err := d.stopped(ctx); err != nil {
 		return err
 	}
@@ -104,11 +115,16 @@ func (d *drill) run(ctx context.Context, file string) error {
 	d.record.Tried = d.now()
 	used, fresh := peep(live), d.knock(ctx)
 	d.record.Live, d.record.New = used.String(), fresh.String()
-	if err := d.back(ctx); err != nil {
-		return err
-	}
 	d.record.Closed = used == knockReset && fresh.closed()
-	return d.write(ctx)
+	return nil
+}
+
+// undo has the agent started after a drill that was broken off, also by a signal: a node without one soon admits nothing new.
+func (d *drill) undo(ctx context.Context) error {
+	if !d.stopsAgent && d.record.Stopped.IsZero() {
+		return nil // nobody has stopped it
+	}
+	return d.systemctl(context.WithoutCancel(ctx), "start")
 }
 
 // prepare reads what is needed, before anything is opened.
@@ -208,7 +224,7 @@ func (d *drill) stopped(ctx context.Context) error {
 	}
 	if err := d.await(ctx, false); err != nil {
 		return withHint(fmt.Errorf("drill: the agent still answered when the path ended at %s", stampOf(d.record.Deadline)),
-			"stop it as soon as the command asks, or give --stop-agent")
+			"%s", choose(d.stopsAgent, "issue the grant for longer than systemd takes to stop the agent", "stop it as soon as the command asks, or give --stop-agent"))
 	}
 	d.record.Stopped = d.now()
 	return nil
@@ -233,7 +249,8 @@ func (d *drill) systemctl(ctx context.Context, verb string) error {
 		return nil
 	}
 	if out, err := exec.CommandContext(ctx, "systemctl", verb, "sallyport-agent").CombinedOutput(); err != nil {
-		return withHint(fmt.Errorf("drill: systemctl %s sallyport-agent: %w: %s", verb, err, out), "do it by hand: leave --stop-agent out")
+		return withHint(fmt.Errorf("drill: systemctl %s sallyport-agent: %w: %s", verb, err, out),
+			"%s it by hand; `journalctl -u sallyport-agent` says more", verb)
 	}
 	return nil
 }

@@ -32,7 +32,10 @@ func (c *cli) rollout() *cobra.Command {
 there falls back by itself. docs/rollout.md tells it from the beginning. Stop everything:
 
   sallyport rollout halt --why TEXT`,
+		Args: cobra.ArbitraryArgs,
 		RunE: group,
+
+		SuggestionsMinimumDistance: suggestWithin,
 	}
 	cmd.AddCommand(c.rolloutStatus(), c.rolloutAdvance(), c.rolloutHalt(), c.rolloutResume(), c.rolloutRun(), c.rolloutRecord())
 	return cmd
@@ -241,7 +244,7 @@ enforced stays enforced, and still falls back where its budget is spent. "rollou
 	return cmd
 }
 
-// haltedNodes is what halt did, for machines.
+// haltedNodes is what halt did, for machines. A node that is not in it was not halted.
 type haltedNodes struct {
 	Halted map[string][]string `json:"halted"`
 }
@@ -253,15 +256,25 @@ func (c *cli) haltRollout(ctx context.Context, nodes rolloutNodes, name, why str
 	}
 	done, errs := haltedNodes{map[string][]string{}}, []error(nil)
 	for _, dir := range nodes {
-		errs = append(errs, c.withAgentAt(ctx, dir, func(ctx context.Context, a *client.Agent) error {
+		err := c.withAgentAt(ctx, dir, func(ctx context.Context, a *client.Agent) error {
 			halted, err := a.HaltRollout(ctx, name, why)
-			done.Halted[dir] = append([]string{}, halted...)
+			if err == nil {
+				done.Halted[dir] = append([]string{}, halted...)
+			}
 			return err
-		}))
+		})
+		if err != nil {
+			err = fmt.Errorf("%s: %w", dir, err)
+		}
+		errs = append(errs, err)
 	}
 	shown := c.show(done, func(t *table) {
 		for _, dir := range nodes {
-			t.row("halted", dir, either(strings.Join(done.Halted[dir], ", "), "nothing that was running"))
+			if halted, ok := done.Halted[dir]; ok {
+				t.row("halted", dir, either(strings.Join(halted, ", "), "nothing that was running"))
+			} else {
+				t.row("NOT HALTED", dir, "the error says why")
+			}
 		}
 		t.row("next", "mend what broke, and then: sallyport rollout resume ROLLOUT")
 	})
@@ -397,7 +410,7 @@ func (c *cli) sayRollout(ctx context.Context, all seenNodes, s *statement, said 
 // tookRollout is what nodes made of a statement, for machines.
 type tookRollout struct {
 	Step  grant.Step        `json:"step"`
-	Nodes map[string]string `json:"nodes"` // phase and wave, or why it was refused
+	Nodes map[string]string `json:"nodes"` // phase and wave, or that it was not taken
 }
 
 func (c *cli) handRollout(ctx context.Context, nodes rolloutNodes, signed []byte) error {
@@ -413,7 +426,7 @@ func (c *cli) handRollout(ctx context.Context, nodes rolloutNodes, signed []byte
 			return err
 		})
 		if err != nil {
-			took.Nodes[dir], err = "refused", fmt.Errorf("%s: %w", dir, err)
+			took.Nodes[dir], err = "not taken", fmt.Errorf("%s: %w", dir, err)
 		}
 		errs = append(errs, err)
 	}

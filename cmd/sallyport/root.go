@@ -56,6 +56,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetErr(e.stderr)
 	root.SetFlagErrorFunc(flagError)
 	root.SetVersionTemplate(build.Read().Describe(root.Name()))
+	root.InitDefaultVersionFlag() // not only once it is executed: documents are held to the flags
 	root.CompletionOptions.HiddenDefaultCmd = true
 	c.globalFlags(root)
 	root.AddGroup(&cobra.Group{ID: groupRead, Title: "Nouns read:"}, &cobra.Group{ID: groupChange, Title: "Verbs change:"})

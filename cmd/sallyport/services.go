@@ -58,8 +58,12 @@ func servicesTable(t *table, services []*api.Service) {
 	t.row("NAME", "ID", "MODE", "TARGET", "PROTOCOL", "PORTS", "ADDRESSES", "DEVICE", "ALLOW", "SOURCE")
 	for _, s := range services {
 		addresses := s.GetAddresses()
-		if len(addresses) == 0 {
+		switch {
+		case len(addresses) > 0:
+		case s.GetTarget() == string(policy.TargetHost):
 			addresses = []string{"every local"}
+		default:
+			addresses = []string{"none yet"} // no pod that it chooses is here
 		}
 		allow := s.GetAllow()
 		if len(allow) == 0 {

@@ -37,3 +37,27 @@ func TestWatchedTable(t *testing.T) {
 		t.Errorf("have\n%s", out.String())
 	}
 }
+
+// TestServicesWithoutAddresses: of a service of the node that is every local one, and of one that chooses its pods that there is none here.
+func TestServicesWithoutAddresses(t *testing.T) {
+	var out bytes.Buffer
+	table := newTable(&out)
+	servicesTable(table, []*api.Service{{Name: "ssh", Target: "Host", Mode: "Enforce"}, {Name: "db", Target: "Pod", Mode: "Enforce"}})
+	if err := table.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(out.String(), "\n")[1:3] {
+		if everywhere := strings.Contains(line, "every local"); everywhere != strings.HasPrefix(line, "ssh") || !everywhere && !strings.Contains(line, "none yet") {
+			t.Errorf("%s", line)
+		}
+	}
+}
+
+// TestHaltSaysWhomItDidNotReach: who stops everything is not told that a node stands still that did not hear it.
+func TestHaltSaysWhomItDidNotReach(t *testing.T) {
+	away := t.TempDir()
+	r := command(t.Context(), nil, "rollout", "halt", "--agents", away, "--why", "test")
+	if r.code == exitDone || !strings.Contains(r.stdout, "NOT HALTED") || strings.Contains(r.stdout, "nothing that was running") || !strings.Contains(r.stderr, away) {
+		t.Errorf("%+v", r)
+	}
+}

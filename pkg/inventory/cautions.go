@@ -50,7 +50,7 @@ func checked(clients []Client) []string {
 		}
 		says := fmt.Sprintf("%s of this node connects to it: a health check would be denied, it proves no identity", c.name())
 		if c.name() == "kubelet" {
-			says = "kubelet of this node connects to it: have its probe run in the pod (exec), or be listed, before Enforce"
+			says = "kubelet of this node connects to it: before Enforce, have its probe run in the pod (exec), or try another port"
 		}
 		if !slices.Contains(all, says) {
 			all = append(all, says)

@@ -51,6 +51,15 @@ func TestReadmeIsShort(t *testing.T) {
 	}
 }
 
+func glob(t *testing.T, pattern string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(root, pattern))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%s: %v", pattern, err)
+	}
+	return files
+}
+
 func TestMakeTargetsInDocumentsExist(t *testing.T) {
 	makefile := read(t, "Makefile")
 	used := regexp.MustCompile("(?m)(?:^|[`(]|sudo )make ([a-z0-9-]+)")
@@ -162,6 +171,10 @@ func TestExamplesAreValid(t *testing.T) {
 	remote, err := policy.LoadFiles(filepath.Join(root, "deploy/examples/remote.yaml"))
 	if err != nil {
 		t.Fatal(err)
+	}
+	rolledOut, err := policy.LoadFiles(append(glob(t, "deploy/examples/resources.d/*.yaml"), filepath.Join(root, "deploy/examples/rollout.yaml"))...)
+	if err != nil || len(rolledOut.Rollouts()) != 1 {
+		t.Errorf("roll-out: %v", err)
 	}
 	attesting := config
 	attesting.Spec.Workloads.API = policy.WorkloadsBroker

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -40,6 +41,26 @@ func TestDrill(t *testing.T) {
 	got := read[drill](t, w, "drill", "verify", record, "--policy", w.files.resources)
 	if want := (drill{"alice", "host-echo", "reset", "reset", "reset", true}); got != want {
 		t.Errorf("have %+v, want %+v", got, want)
+	}
+	w.breakOffDrill(t)
+}
+
+// breakOffDrill has systemd take the agent's end for done that is none: the drill proves nothing, and leaves no node without an agent behind.
+func (w *world) breakOffDrill(t *testing.T) {
+	t.Helper()
+	bin := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(bin, "systemctl"), []byte("#!/bin/sh\necho \"$@\" >> "+bin+"/asked\n"), 0o755))
+	file := w.issue(t, wanted{"host-echo", netip.MustParseAddr("127.83.80.2"), "2s"})
+	cmd := exec.Command(filepath.Join(w.bin, "sallyport"), "--run-dir", w.files.run, "drill", "run", file, "--key", w.key, "--stop-agent", "--yes")
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+	run, err := w.Node.Start(cmd)
+	must(t, err)
+	if err := run.Wait(within(t, patience)); err == nil || !strings.Contains(run.Output(), "the agent still answered") {
+		t.Errorf("%v\n%s", err, run.Output())
+	}
+	asked, err := os.ReadFile(filepath.Join(bin, "asked"))
+	if err != nil || string(asked) != "stop sallyport-agent\nstart sallyport-agent\n" {
+		t.Errorf("asked of systemd: %q, %v", asked, err)
 	}
 }
 

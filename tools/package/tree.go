@@ -87,7 +87,8 @@ func (t tree) layUnits(context.Context) error {
 }
 
 func (t tree) layDocs(context.Context) error {
-	for _, f := range []string{"README.md", "SECURITY.md", "docs/operators.md", "docs/reasons.md"} {
+	for _, f := range []string{"README.md", "SECURITY.md", "docs/operators.md", "docs/reasons.md", "docs/install.md", "docs/inventory.md", "docs/rollout.md",
+		"docs/other-proxies.md"} {
 		if err := t.copy(f, docs+"/"+filepath.Base(f), 0o644); err != nil {
 			return err
 		}
