@@ -353,7 +353,7 @@ func (r *resources) podsMoved() {
 // settle puts the set in force to work with the pods as they are now.
 func (r *resources) settle() {
 	if now := r.current(); now != nil {
-		r.problems.report(problemPods, podsTable, r.put(now.set, now.set))
+		r.problems.report(problemPods, podsTable, r.put(now.verified, now.verified))
 	}
 }
 

@@ -272,6 +272,7 @@ func TestModesOfRolloutsInTheTable(t *testing.T) {
 	}{{policy.ModeObserve, datapath.Shadow}, {policy.ModeEnforce, datapath.Enforce}, {policy.ModeShadow, datapath.Shadow}} {
 		reached["postgres"] = c.reached
 		d.reload()
+		d.settle() // pods came or went
 		handed, err := os.ReadFile(d.proxy)
 		must(t, err)
 		kept, err := os.ReadFile(d.verified)
