@@ -267,6 +267,9 @@ func TestWhatAPodWasCounts(t *testing.T) {
 	}
 	c.look(is("db", "shop", "db"))
 	chosen("in the beginning")
+	c.look(is("web", "shop", "db"))
+	chosen("another account")
+	c.look(is("db", "shop", "db"))
 	c.look()
 	if len(c.decided) != 0 {
 		t.Errorf("said to be gone, and decided: %v", c.decided)
@@ -276,8 +279,6 @@ func TestWhatAPodWasCounts(t *testing.T) {
 	next.changed, c.pods = c.pods.changed, next
 	c.look(is("db", "shop", "web"))
 	chosen("gone, and there again with other labels, over a restart")
-	c.look(is("web", "shop", "db"))
-	chosen("another account")
 	c.look(is("db", "shops", "db"))
 	chosen("another namespace")
 	for i := range 4 * keptLabels {
