@@ -144,7 +144,7 @@ func (l *life) applied(t *testing.T, change func(*grant.Payload)) (envelope []by
 func TestAppliedGrants(t *testing.T) {
 	b := newTestbed(t, 16)
 	l := b.begin()
-	envelope, id := l.applied(t, nil)
+	envelope, _ := l.applied(t, nil)
 	if _, err := l.Apply(t.Context(), envelope, "kubernetes"); !errors.Is(err, ErrForgotten) {
 		t.Errorf("before it is known what was used: %v", err)
 	}
@@ -155,7 +155,7 @@ func TestAppliedGrants(t *testing.T) {
 	if _, err := l.Apply(t.Context(), l.signer.envelope(t, nil), "kubernetes"); !errors.Is(err, ErrBegin) {
 		t.Errorf("one that wants an answer: %v", err)
 	}
-	envelope, id = l.applied(t, nil)
+	envelope, id := l.applied(t, nil)
 	if _, err := l.Activate(t.Context(), envelope, "uid:0"); !errors.Is(err, ErrBegin) {
 		t.Errorf("answered: %v", err)
 	}
