@@ -79,14 +79,11 @@ func (a *applied) follow(ctx context.Context) {
 	if err != nil {
 		return // nobody knows what is gone; the watch of the resources tells what is wrong
 	}
-	there, here := make(map[string]bool, len(all)), make(map[string]bool, len(all))
+	here := make(map[string]bool, len(all))
 	for _, r := range all {
 		here[r.UID] = true
-		if p, err := grant.Peek(r.Envelope); err == nil {
-			there[p.ID] = true
-		}
 	}
-	err = a.endGone(ctx, there)
+	err = a.endGone(ctx, carried(all))
 	a.grants.problems.report(problemGrants, "cluster", errors.Join(err, a.grants.rememberApplied(ctx)))
 	for uid := range a.refused {
 		if !here[uid] {
@@ -98,11 +95,26 @@ func (a *applied) follow(ctx context.Context) {
 	}
 }
 
+// carried are the digests of the grants that are there: a resource that only says the same id is another one's.
+func carried(all []kube.Grant) map[string]bool {
+	there := make(map[string]bool, len(all))
+	for _, r := range all {
+		p, err := grant.Peek(r.Envelope)
+		if err != nil {
+			continue
+		}
+		if digest, err := p.Digest(); err == nil {
+			there[digest] = true
+		}
+	}
+	return there
+}
+
 // endGone ends the active grants that began by a resource that is not there any more.
 func (a *applied) endGone(ctx context.Context, there map[string]bool) error {
 	var over []doomed
 	for _, h := range a.grants.every() {
-		if h.payload.Begin == grant.BeginApplied && !there[h.payload.ID] {
+		if h.payload.Begin == grant.BeginApplied && !there[h.row.Digest] {
 			over = append(over, doomed{h, ending{grant: h.row.ID}.revoked(actorCluster, whyDeleted)})
 		}
 	}
@@ -167,7 +179,7 @@ func tryAgain(err error, now time.Duration) time.Duration {
 // refusedWord says why a grant has opened nothing. Of what was not verified it tells nothing.
 func refusedWord(r kube.Grant, err error) kube.GrantWord {
 	return kube.GrantWord{Generation: r.Generation,
-		Verified: kube.Answer{Reason: reasonOf(err), Message: inWords(err)}, Active: kube.Answer{Reason: "Refused"}}
+		Verified: kube.Answer{Reason: reasonOf(err), Message: plainLines(inWords(err))}, Active: kube.Answer{Reason: "Refused"}}
 }
 
 // usedWord says how a grant stands that this node has verified and used.

@@ -156,7 +156,7 @@ func verdictOf(r kube.Resource, inForce *policy.Set, err error) (v kube.Verdict,
 		if errors.Is(e, ErrLooser) {
 			v.Reason = "NotSigned"
 		}
-		why = append(why, inWords(e))
+		why = append(why, plainLines(inWords(e)))
 	}
 	if v.Message = strings.Join(why, "; "); !v.Accepted {
 		return v, true

@@ -166,11 +166,12 @@ func TestAppliedGrants(t *testing.T) {
 		t.Errorf("again: %v", err)
 	}
 	a := newApplied(nil, l.grants, l.grants.clock)
-	must(t, a.endGone(t.Context(), map[string]bool{id: true}))
+	must(t, a.endGone(t.Context(), carried([]kube.Grant{{Envelope: envelope}})))
 	if _, open := l.states(); open[id] != 1 {
 		t.Errorf("ended although its resource is there: %v", open)
 	}
-	must(t, a.endGone(t.Context(), nil))
+	forged, _ := l.applied(t, func(p *grant.Payload) { p.ID, p.Reason = id, "to keep it open" })
+	must(t, a.endGone(t.Context(), carried([]kube.Grant{{Envelope: forged}, {Envelope: []byte("nonsense")}})))
 	if states, open := l.states(); states[id] != store.StateRevoked || len(open) != 0 {
 		t.Errorf("its resource is gone: %v, open %v", states, open)
 	}

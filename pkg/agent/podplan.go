@@ -70,6 +70,7 @@ type podPlanner struct {
 	services []policy.ProtectedService
 	plan     podPlan
 	problems map[string][]error // by pod
+	said     map[netip.Addr]int // how many pods that run are said to have an address
 }
 
 // plan says where the services of the set are whose pods are chosen. What is wrong with a pod is a problem of its own, and leaves it closed.
@@ -82,6 +83,7 @@ func (r *resources) plan(set *policy.Set) podPlan {
 	r.problems.report(problemPods, podsDevices, err)
 	p := &podPlanner{classify: r.classify, links: links, services: set.Services(), problems: make(map[string][]error),
 		plan: podPlan{places: make(map[string][]datapath.Place), decided: make(map[uint64]string), early: make(map[uint64]string), waits: waits}}
+	p.said = addressesOf(known)
 	for _, k := range known {
 		p.add(k)
 	}
@@ -90,6 +92,20 @@ func (r *resources) plan(set *policy.Set) podPlan {
 	}
 	r.reportSelectors(set, p.problems)
 	return p.plan
+}
+
+// addressesOf counts the pods that run at each address.
+func addressesOf(known []*knownPod) map[netip.Addr]int {
+	said := make(map[netip.Addr]int)
+	for _, k := range known {
+		if len(k.namespaces) == 0 {
+			continue
+		}
+		for _, a := range slices.Compact(slices.Clone(k.Now.Addresses)) {
+			said[a]++
+		}
+	}
+	return said
 }
 
 // reportSelectors tells of services that choose what cannot be protected so.
@@ -118,6 +134,10 @@ func (r *resources) reportSelectors(set *policy.Set, pods map[string][]error) {
 // add finds the place of one pod, and what of it is whose.
 func (p *podPlanner) add(k *knownPod) {
 	name := k.Now.String()
+	if err := k.doubt(); err != nil {
+		p.problems[name] = append(p.problems[name], fmt.Errorf("pod %s %w", name, err))
+		return
+	}
 	enforced, watched := p.claims(k)
 	decide := func(into map[uint64]string) {
 		for cookie := range k.namespaces {
@@ -263,7 +283,21 @@ func (p *podPlanner) leadsTo(a netip.Addr, inside map[int]netlink.Link) (int, er
 		if role, _ := p.classify.role(at); role != datapath.RolePod && role != datapath.RolePodPort {
 			return 0, fmt.Errorf("its device %s is no pod device (devices.pods)", at.name)
 		}
-		return index, nil
+		if index != out {
+			err = p.isBehind(index, out, a)
+		}
+		return index, err
 	}
 	return 0, fmt.Errorf("the node's route to its address %s ends at no device that leads into the pod", a)
+}
+
+// isBehind says what speaks against an address being behind this port of a bridge: the node's route leads to all of its ports alike.
+func (p *podPlanner) isBehind(port, bridge int, a netip.Addr) error {
+	if at := bridgePort(bridge, a); at != 0 && at != port {
+		return fmt.Errorf("its address %s is behind another port of its bridge", a)
+	}
+	if p.said[a] > 1 {
+		return fmt.Errorf("its address %s is said to be another pod's, too", a)
+	}
+	return nil
 }

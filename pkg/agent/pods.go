@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -16,8 +18,14 @@ import (
 // podsSoon is how long a pod that is not there yet is looked for often: a node begins one within seconds.
 const podsSoon = 30 * time.Second
 
-// keptLabels is how many earlier states of a pod's labels are kept, where what a pod was goes on to count.
-const keptLabels = 8
+// keptLabels is how many earlier states of a pod's labels are kept, where what a pod was goes on to count. One that had more is closed.
+const keptLabels = 16
+
+var (
+	errTwice = errors.New("is told of twice, in different ways: its protected ports are closed; look for another pod that says it is this one " +
+		"(kubectl get pods -A -o wide, the annotation kubernetes.io/config.mirror)")
+	errManyLabels = fmt.Errorf("had more than %d states of labels, and what it was counts: its protected ports are closed; make it anew", keptLabels)
+)
 
 // pods are the pods of this node: what the cluster says of them, and what the node itself knows, which is the network namespace that each
 // is in. Safe for concurrent use.
@@ -36,8 +44,13 @@ type pods struct {
 // knownPod is a pod of the node.
 type knownPod struct {
 	Now policy.Pod   `json:"now"`
-	Was []policy.Pod `json:"was,omitempty"` // with other labels
+	Was []policy.Pod `json:"was,omitempty"` // by which it was chosen otherwise
+	// More says that it was more than there is room for.
+	More bool `json:"more,omitempty"`
+	// Gone says that the cluster does not tell of it any more, and that it runs.
+	Gone bool `json:"gone,omitempty"`
 
+	twice      bool                    // told of in different ways at once
 	since      time.Time               // when it was first told of; zero: before this start
 	looked     map[uint64]bool         // control groups whose namespace is known
 	namespaces map[uint64]podNamespace // by their cookies
@@ -58,6 +71,12 @@ func (p *pods) load() error {
 	}
 	var kept []*knownPod
 	if err == nil {
+		err = checkSum(p.file, data)
+	}
+	if err == nil {
+		if _, after, marked := bytes.Cut(data, []byte("\n")); marked && bytes.HasPrefix(data, []byte(sumMark)) {
+			data = after
+		}
 		err = json.Unmarshal(data, &kept)
 	}
 	if err != nil {
@@ -67,7 +86,9 @@ func (p *pods) load() error {
 	defer p.mu.Unlock()
 	p.told = true
 	for _, k := range kept {
-		p.known[k.Now.UID] = k
+		if k != nil {
+			p.known[k.Now.UID] = k
+		}
 	}
 	return nil
 }
@@ -76,15 +97,21 @@ func (p *pods) load() error {
 // the next start, and changes nothing else.
 func (p *pods) Set(list []policy.Pod) error {
 	p.mu.Lock()
-	next, moved := make(map[string]*knownPod, len(list)), !p.told || len(list) != len(p.known)
+	next, moved := make(map[string]*knownPod, len(list)), !p.told
 	for _, pod := range list {
+		if first, again := next[pod.UID]; again {
+			first.twice = first.twice || !first.Now.Equal(pod)
+			moved = true
+			continue
+		}
 		k, ok := p.known[pod.UID]
 		if !ok {
 			k = &knownPod{Now: pod, since: time.Now()}
 		}
-		moved = moved || !ok || !k.Now.Equal(pod)
+		moved = moved || !ok || k.Gone || k.twice || !k.Now.Equal(pod)
 		next[pod.UID] = k.become(pod, p.sticky)
 	}
+	moved = p.keepGone(next) || moved
 	p.known, p.told = next, true
 	p.mu.Unlock()
 	if !moved {
@@ -95,15 +122,56 @@ func (p *pods) Set(list []policy.Pod) error {
 	return err
 }
 
+// keepGone looks at those that are not among the next ones. What a pod was goes on to count while it runs: who tells of it again, with other
+// labels, changes nothing. p.mu is held.
+func (p *pods) keepGone(next map[string]*knownPod) (moved bool) {
+	var running map[string][]podGroup
+	for uid, k := range p.known {
+		if next[uid] != nil {
+			continue
+		}
+		moved = moved || !k.Gone
+		if running == nil && p.sticky {
+			running = p.groups.ofPods()
+		}
+		if len(running[uid]) > 0 {
+			gone := *k
+			gone.Gone, gone.twice = true, false
+			next[uid] = &gone
+		}
+	}
+	return moved
+}
+
 // become takes over what is said of the pod now.
 func (k *knownPod) become(now policy.Pod, sticky bool) *knownPod {
 	out := *k
-	out.Now = now
-	labels := policy.Pod{Labels: k.Now.Labels}
-	if sticky && !labels.Equal(policy.Pod{Labels: now.Labels}) && len(k.Was) < keptLabels {
-		out.Was = append(slices.Clone(k.Was), k.Now)
+	out.Now, out.Gone, out.twice = now, false, false
+	is := func(was policy.Pod) bool { return chosenAlike(was, k.Now) }
+	if sticky && !chosenAlike(k.Now, now) && !slices.ContainsFunc(k.Was, is) {
+		if len(k.Was) >= keptLabels {
+			out.More = true
+		} else {
+			out.Was = append(slices.Clone(k.Was), k.Now)
+		}
 	}
 	return &out
+}
+
+// chosenAlike tells whether the same selectors choose both.
+func chosenAlike(a, b policy.Pod) bool {
+	return a.Namespace == b.Namespace && a.ServiceAccount == b.ServiceAccount && maps.Equal(a.Labels, b.Labels)
+}
+
+// doubt is why what the cluster says of the pod decides nothing; nil: it does.
+func (k *knownPod) doubt() error {
+	switch {
+	case k.twice:
+		return errTwice
+	case k.More:
+		return errManyLabels
+	}
+	return nil
 }
 
 // keep makes what is known durable.
@@ -117,7 +185,7 @@ func (p *pods) keep() error {
 	slices.SortFunc(kept, func(a, b *knownPod) int { return cmp.Compare(a.Now.UID, b.Now.UID) })
 	data, err := json.Marshal(kept)
 	if err == nil {
-		err = keepFile(p.file, data, 0o600)
+		err = keepFile(p.file, summed(data), 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("keep what is known of pods: %w", err)
@@ -139,7 +207,7 @@ func (p *pods) look() (list []*knownPod, waits bool) {
 	}
 	groups := p.groups.ofPods()
 	for uid, k := range p.known {
-		if k.Now.HostNetwork {
+		if k.Now.HostNetwork || k.Gone {
 			continue
 		}
 		k.look(p.groups, groups[uid])
@@ -175,7 +243,7 @@ func (p *pods) hostNetwork(s *policy.PodSelector) (names []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, k := range p.known {
-		if k.Now.HostNetwork && k.isChosen(s) {
+		if k.Now.HostNetwork && !k.Gone && k.isChosen(s) {
 			names = append(names, k.Now.String())
 		}
 	}

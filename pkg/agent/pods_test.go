@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -9,6 +11,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -240,4 +245,151 @@ func TestLabelsOpenNothing(t *testing.T) {
 	c.pods.sticky = false
 	c.look(facts(uid, "db-0", nil, at), policy.Pod{UID: "x", Namespace: "shop", Name: "hosty", Labels: map[string]string{"app": "db"}, HostNetwork: true})
 	c.says("db chooses shop/hosty", "target: Host")
+}
+
+// TestWhatAPodWasCounts: where sets are signed, nothing that is said of a pod that runs lets it go: that it is gone and there again, in another
+// namespace, under another account, or of so many kinds that it cannot be kept.
+func TestWhatAPodWasCounts(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, strings.Replace(dbSelector, "namespace: shop", "namespace: shop, serviceAccount: db", 1))
+	c.pods.sticky = true
+	uid, pod := c.start(1)
+	is := func(account, namespace, app string) policy.Pod {
+		p := facts(uid, "db-0", map[string]string{"app": app}, pod.Addr(lab.IPv4))
+		p.ServiceAccount, p.Namespace = account, namespace
+		return p
+	}
+	chosen := func(after string) {
+		t.Helper()
+		if len(c.row("db").Pods) != 1 || len(c.decided) != 1 {
+			t.Errorf("%s: at %+v, decided %v", after, c.row("db").Pods, c.decided)
+		}
+	}
+	c.look(is("db", "shop", "db"))
+	chosen("in the beginning")
+	c.look(is("web", "shop", "db"))
+	chosen("another account")
+	c.look(is("db", "shop", "db"))
+	c.look()
+	if len(c.decided) != 0 {
+		t.Errorf("said to be gone, and decided: %v", c.decided)
+	}
+	next := newPods(c.pods.groups, c.pods.file, true)
+	must(t, next.load())
+	next.changed, c.pods = c.pods.changed, next
+	c.look(is("db", "shop", "web"))
+	chosen("gone, and there again with other labels, over a restart")
+	c.look(is("db", "shops", "db"))
+	chosen("another namespace")
+	for i := range 4 * keptLabels {
+		c.look(is("db", "shop", []string{"db", "web"}[i%2]))
+	}
+	chosen("labels to and fro")
+	c.says()
+	for i := range 2 * keptLabels {
+		c.look(is("db", "shop", fmt.Sprint(i)))
+	}
+	c.says("pod shop/db-0", "states of labels")
+	if len(c.decided) != 0 {
+		t.Errorf("with more than is kept: decided %v", c.decided)
+	}
+	c.stop()
+}
+
+// TestPodIsToldOfTwice: whoever can have another pod carry a pod's UID does not say what it is.
+func TestPodIsToldOfTwice(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector)
+	uid, pod := c.start(1)
+	isDB := map[string]string{"app": "db"}
+	own := facts(uid, "db-0", isDB, pod.Addr(lab.IPv4))
+	other := policy.Pod{UID: uid, Namespace: "evil", Name: "db-0", Labels: isDB}
+	c.look(own)
+	for _, both := range [][]policy.Pod{{own, other}, {other, own}} {
+		c.look(both...)
+		if len(c.decided) != 0 || len(c.row("db").Pods) != 0 {
+			t.Errorf("told of twice: decided %v, %+v", c.decided, c.row("db").Pods)
+		}
+		c.says("db-0", "told of twice")
+		c.look(own)
+		if len(c.decided) != 1 || len(c.row("db").Pods) != 1 {
+			t.Errorf("told of once again: decided %v, %+v", c.decided, c.row("db").Pods)
+		}
+	}
+	c.says()
+}
+
+// TestPodsOfOneBridge: a route to a bridge leads to all that is behind it. An address that two pods are said to have is nobody's, so that
+// a service that lets more in does not stand for another one's pod.
+func TestPodsOfOneBridge(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector+"---\n"+strings.NewReplacer("{name: db}", "{name: web}", "{app: db}", "{app: web}").Replace(dbSelector))
+	isDB, isWeb := map[string]string{"app": "db"}, map[string]string{"app": "web"}
+	u1, first := c.start(1)
+	u2, second := c.start(2)
+	a, b := first.Addr(lab.IPv4), second.Addr(lab.IPv4)
+	must(t, c.lab.Node.Do(func() error {
+		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}}
+		errs := []error{netlink.LinkAdd(bridge), netlink.LinkSetUp(bridge)}
+		for n, at := range map[int]netip.Addr{1: a, 2: b} {
+			device, err := netlink.LinkByName(lab.StartedDevice(n))
+			if err != nil {
+				return err
+			}
+			errs = append(errs, netlink.LinkSetMaster(device, bridge), netlink.RouteReplace(&netlink.Route{LinkIndex: bridge.Index,
+				Dst: &net.IPNet{IP: at.AsSlice(), Mask: net.CIDRMask(32, 32)}, Scope: netlink.SCOPE_LINK}))
+		}
+		return errors.Join(errs...)
+	}))
+	c.look(facts(u1, "db-0", isDB, a), facts(u2, "web-0", isWeb, b))
+	if len(c.row("db").Pods) != 1 || len(c.row("web").Pods) != 1 || len(c.decided) != 2 {
+		t.Fatalf("each where it is: %+v, %+v, decided %v", c.row("db").Pods, c.row("web").Pods, c.decided)
+	}
+	c.look(facts(u1, "db-0", isDB, a), facts(u2, "web-0", isWeb, a))
+	c.says("said to be another pod's")
+	if len(c.row("db").Pods) != 0 || len(c.row("web").Pods) != 0 || len(c.decided) != 0 {
+		t.Errorf("both at one address: %+v, %+v, decided %v", c.row("db").Pods, c.row("web").Pods, c.decided)
+	}
+	// The kernel knows whose it is.
+	must(t, c.lab.Node.Do(func() error { return knownBehind("cni0", lab.StartedDevice(1), a) }))
+	c.look(facts(u1, "db-0", isDB), facts(u2, "web-0", isWeb, a))
+	c.says("pod shop/web-0", "behind another port")
+	c.look(facts(u1, "db-0", isDB, a), facts(u2, "web-0", isWeb, b))
+	c.says()
+}
+
+// knownBehind has the kernel know that an address is behind a port of a bridge, as after a packet from there.
+func knownBehind(bridge, port string, a netip.Addr) error {
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
+	master, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return err
+	}
+	device, err := netlink.LinkByName(port)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		netlink.NeighSet(&netlink.Neigh{LinkIndex: master.Attrs().Index, IP: a.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT}),
+		netlink.NeighSet(&netlink.Neigh{LinkIndex: device.Attrs().Index, Family: unix.AF_BRIDGE, HardwareAddr: mac, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER}))
+}
+
+// TestDamagedPods: a bit that the disk has turned makes no other labels.
+func TestDamagedPods(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "pods.json")
+	p := newPods(nil, file, false)
+	must(t, p.Set([]policy.Pod{facts("u", "db-0", map[string]string{"app": "db"})}))
+	again := newPods(nil, file, false)
+	must(t, again.load())
+	if k := again.known["u"]; k == nil || k.Now.Labels["app"] != "db" {
+		t.Errorf("%+v", k)
+	}
+	data, err := os.ReadFile(file)
+	must(t, err)
+	must(t, os.WriteFile(file, []byte(strings.Replace(string(data), `"db"`, `"dc"`, 1)), 0o600))
+	again = newPods(nil, file, false)
+	if err := again.load(); err == nil || !contains(err.Error(), "damaged") || again.isTold() {
+		t.Errorf("%v", err)
+	}
 }

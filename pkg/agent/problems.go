@@ -85,9 +85,18 @@ func (p *problems) change(key problemKey, err error) bool {
 		delete(p.now, key)
 		return was
 	}
-	words := inWords(err)
+	words := plainLines(inWords(err))
 	p.now[key] = words
 	return !was || before != words
+}
+
+// plainLines drops what a terminal would obey: an API server, and names of resources that it tells, may say anything.
+func plainLines(words string) string {
+	lines := strings.Split(words, "\n")
+	for i := range lines {
+		lines[i] = plain(lines[i])
+	}
+	return strings.Join(lines, "\n")
 }
 
 // inWords is a line for each cause, with the next step where it has one.

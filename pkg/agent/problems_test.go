@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -83,5 +84,14 @@ func TestProblemsTellTheNextStep(t *testing.T) {
 	want := "resources: a.yaml:4: spec.ports[0]: 0 is not a port (write a port from 1 to 65535)"
 	if got := p.lines(); len(got) != 1 || got[0] != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// TestProblemsAreObeyedByNoTerminal: what an API server says is shown, and nothing more.
+func TestProblemsAreObeyedByNoTerminal(t *testing.T) {
+	p := newProblems(slog.New(slog.DiscardHandler))
+	p.report(problemCluster, "", errors.Join(errors.New("watch: \x1b]0;root\x07\x1b[2Jall is well\r"), errors.New("and more")))
+	if told := strings.Join(p.lines(), "\n"); strings.ContainsAny(told, "\x1b\x07\r") || len(p.lines()) != 2 || !contains(told, "and more", "all is well") {
+		t.Errorf("%q", told)
 	}
 }

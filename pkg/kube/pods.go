@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"encoding/hex"
 	"net/netip"
 	"slices"
 
@@ -57,11 +58,12 @@ func runs(p *corev1.Pod) bool {
 	return p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed
 }
 
-// factsOf is what counts of a pod. A static pod's mirror has another UID than kubelet uses, which an annotation tells.
+// factsOf is what counts of a pod. A static pod's mirror has another UID than kubelet uses, which an annotation tells. Whoever may make pods
+// may write that annotation: it is never the UID that the API server gives a pod, which may be somebody else's.
 func factsOf(p *corev1.Pod) policy.Pod {
 	facts := policy.Pod{UID: string(p.UID), Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Labels: p.Labels,
 		HostNetwork: p.Spec.HostNetwork}
-	if hash := p.Annotations[corev1.MirrorPodAnnotationKey]; hash != "" {
+	if hash := p.Annotations[corev1.MirrorPodAnnotationKey]; isHash(hash) {
 		facts.UID = hash
 	}
 	for _, ip := range p.Status.PodIPs {
@@ -71,4 +73,10 @@ func factsOf(p *corev1.Pod) policy.Pod {
 	}
 	slices.SortFunc(facts.Addresses, netip.Addr.Compare)
 	return facts
+}
+
+// isHash tells whether it is what kubelet makes of a file: 16 bytes in hex, where the API server's UIDs have dashes.
+func isHash(uid string) bool {
+	sum, err := hex.DecodeString(uid)
+	return err == nil && len(sum) == 16
 }

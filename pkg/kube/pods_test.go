@@ -75,6 +75,12 @@ func TestFactsOfPods(t *testing.T) {
 	if got := factsOf(pod).UID; got != "0123456789abcdef0123456789abcdef" {
 		t.Errorf("a static pod has the UID %s", got)
 	}
+	for _, another := range []string{"7e7c1f0a-3b1d-4f0e-9a50-0d6c1d2f3a4b", "0123456789abcdef", "../0123456789abcdef0123456789abcde"} {
+		pod.Annotations[corev1.MirrorPodAnnotationKey] = another
+		if got := factsOf(pod).UID; got != "u-1" {
+			t.Errorf("a pod whose author says that it is the mirror of %q has the UID %s", another, got)
+		}
+	}
 	for phase, want := range map[corev1.PodPhase]bool{corev1.PodPending: true, corev1.PodRunning: true, corev1.PodUnknown: true,
 		corev1.PodSucceeded: false, corev1.PodFailed: false} {
 		pod.Status.Phase = phase
