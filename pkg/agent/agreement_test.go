@@ -185,7 +185,7 @@ func (a *agreement) next() *enforced {
 	a.services = set.Services()
 	maker := &resources{ids: a.ids, problems: newProblems(slog.New(slog.DiscardHandler)),
 		locate: func(policy.ProtectedService) (place, error) { return place{device: a.devices["sp_pod_out"]}, nil }}
-	e := &enforced{verified: set, set: set, services: maker.compile(set, podPlan{})}
+	e := &enforced{verified: set, set: set, handed: set, services: maker.compile(set, podPlan{})}
 	e.generation, err = a.datapath.SetServices(e.services)
 	must(a.t, err)
 	must(a.t, a.datapath.Renew(time.Minute))

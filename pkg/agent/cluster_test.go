@@ -214,7 +214,7 @@ func TestRefusedGrantsAreNotTriedForEver(t *testing.T) {
 	must(t, err)
 	before := l.enforced()
 	l.enforced = func() *enforced {
-		return &enforced{set: more, services: before.services, generation: before.generation}
+		return &enforced{verified: more, set: more, handed: more, services: before.services, generation: before.generation}
 	}
 	if w := a.take(t.Context(), r); !w.Active.Is {
 		t.Errorf("policy allows it now: %+v", w)

@@ -216,7 +216,7 @@ func (b *testbed) beginOn(d *datapath.Datapath) *life {
 	generation, err := d.SetServices(services)
 	must(b.t, err)
 	l.enforced = func() *enforced {
-		return &enforced{verified: b.set, set: b.set, services: services, generation: generation}
+		return &enforced{verified: b.set, set: b.set, handed: b.set, services: services, generation: generation}
 	}
 	return l
 }
