@@ -26,52 +26,7 @@ func TestUndecidedProgram(t *testing.T) {
 	needSocketRuns(t)
 	t.Parallel()
 	r := newRig(t, 0, 0)
-	table := func(s datapath.Service) given {
-		return func(t testing.TB, r *rig, _ scene, _ *probe) {
-			_, err := r.d.SetServices([]datapath.Service{s})
-			check(t, err)
-			check(t, r.d.SetDecided(nil))
-		}
-	}
-	decided := func(t testing.TB, r *rig, _ scene, p *probe) {
-		var cookie uint64
-		check(t, p.in.Do(func() (err error) { cookie, err = datapath.OwnNetns(); return err }))
-		check(t, r.d.SetDecided(map[uint64]string{cookie: "shop/free", 1: "shop/other"}))
-	}
-	closed := want{verdict: cgDrop, counts: one(flow.ReasonUndecided), records: []string{"DENY UNDECIDED"}}
-	free := admitted(flow.ReasonNone)
-	watchedOnly := chosen()
-	watchedOnly.Mode = datapath.Observe
-	udpService := chosen()
-	udpService.Protocol, udpService.Idle, udpService.DenyUDP = datapath.UDP, 30e9, false
-	here := chosen(datapath.Place{Addresses: []netip.Addr{r.Pods[1].Addr(lab.IPv4), r.Pods[1].Addr(lab.IPv6)}, Ifindex: 7})
-	inHost := func(_ testing.TB, _ *rig, _ scene, p *probe) { p.in = nil }
-	inPx := func(_ testing.TB, _ *rig, _ scene, p *probe) { p.in, p.px, p.ctx.Ifindex = nil, true, 1 }
-	for _, c := range []struct {
-		name  string
-		flags uint8 // 0: a datagram
-		want  want
-		given []given
-	}{
-		{"SYN", syn, closed, []given{table(chosen())}},
-		{"SYN, the pod is known", syn, free, []given{table(chosen()), decided}},
-		{"SYN, another port", syn, free, []given{table(chosen()), func(_ testing.TB, _ *rig, s scene, p *probe) {
-			p.frame = tcp(s.client, netip.AddrPortFrom(s.server.Addr(), 9999), syn).Bytes()
-		}}},
-		{"SYN, nothing is chosen", syn, free, []given{table(datapath.Service{ID: 1, Name: "host", Target: datapath.TargetHost, Ports: []uint16{chosenPort}})}},
-		{"SYN, only watched", syn, free, []given{table(watchedOnly)}},
-		{"SYN, of the pod itself", syn, free, []given{table(chosen()), onLoopback}},
-		{"SYN, in the node", syn, free, []given{table(chosen()), inHost}},
-		{"SYN, in px", syn, free, []given{table(chosen()), inPx}},
-		{"SYN, the service is here", syn, turnedAway(flow.ReasonBackstop), []given{table(here)}},
-		{"SYN, the service is here and the pod is known", syn, turnedAway(flow.ReasonBackstop), []given{table(here), decided}},
-		{"mid-stream", ack, closed, []given{table(chosen())}},
-		{"datagram", 0, closed, []given{table(chosen())}},
-		{"datagram, the pod is known", 0, free, []given{table(chosen()), decided}},
-		{"datagram, of a UDP service", 0, closed, []given{table(udpService)}},
-		{"SYN, of a UDP service", syn, free, []given{table(udpService)}},
-		{"no configuration", syn, turnedAway(flow.ReasonNoConfig), []given{table(here), noConfig}},
-	} {
+	for _, c := range undecidedCases() {
 		for _, f := range lab.Families() {
 			t.Run(c.name+"/"+f.String(), func(t *testing.T) {
 				s := r.socketScenes(t, f)["pod"]
@@ -96,6 +51,60 @@ func TestUndecidedProgram(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// undecidedCase is a packet at a socket in a pod.
+type undecidedCase struct {
+	name  string
+	flags uint8 // 0: a datagram
+	want  want
+	given []given
+}
+
+func undecidedCases() []undecidedCase {
+	table := func(s datapath.Service) given {
+		return func(t testing.TB, r *rig, _ scene, _ *probe) {
+			_, err := r.d.SetServices([]datapath.Service{s})
+			check(t, err)
+			check(t, r.d.SetDecided(nil))
+		}
+	}
+	decided := func(t testing.TB, r *rig, _ scene, p *probe) {
+		var cookie uint64
+		check(t, p.in.Do(func() (err error) { cookie, err = datapath.OwnNetns(); return err }))
+		check(t, r.d.SetDecided(map[uint64]string{cookie: "shop/free", 1: "shop/other"}))
+	}
+	closed := want{verdict: cgDrop, counts: one(flow.ReasonUndecided), records: []string{"DENY UNDECIDED"}}
+	free := admitted(flow.ReasonNone)
+	watchedOnly := chosen()
+	watchedOnly.Mode = datapath.Observe
+	udpService := chosen()
+	udpService.Protocol, udpService.Idle, udpService.DenyUDP = datapath.UDP, 30e9, false
+	here := func(t testing.TB, r *rig, s scene, p *probe) {
+		table(chosen(datapath.Place{Addresses: []netip.Addr{r.Pods[1].Addr(lab.IPv4), r.Pods[1].Addr(lab.IPv6)}, Ifindex: 7}))(t, r, s, p)
+	}
+	inHost := func(_ testing.TB, _ *rig, _ scene, p *probe) { p.in = nil }
+	inPx := func(_ testing.TB, _ *rig, _ scene, p *probe) { p.in, p.px, p.ctx.Ifindex = nil, true, 1 }
+	return []undecidedCase{
+		{"SYN", syn, closed, []given{table(chosen())}},
+		{"SYN, the pod is known", syn, free, []given{table(chosen()), decided}},
+		{"SYN, another port", syn, free, []given{table(chosen()), func(_ testing.TB, _ *rig, s scene, p *probe) {
+			p.frame = tcp(s.client, netip.AddrPortFrom(s.server.Addr(), 9999), syn).Bytes()
+		}}},
+		{"SYN, nothing is chosen", syn, free, []given{table(datapath.Service{ID: 1, Name: "host", Target: datapath.TargetHost, Ports: []uint16{chosenPort}})}},
+		{"SYN, only watched", syn, free, []given{table(watchedOnly)}},
+		{"SYN, of the pod itself", syn, free, []given{table(chosen()), onLoopback}},
+		{"SYN, in the node", syn, free, []given{table(chosen()), inHost}},
+		{"SYN, in px", syn, free, []given{table(chosen()), inPx}},
+		{"SYN, the service is here", syn, turnedAway(flow.ReasonBackstop), []given{here}},
+		{"SYN, the service is here and the pod is known", syn, turnedAway(flow.ReasonBackstop), []given{here, decided}},
+		{"mid-stream", ack, closed, []given{table(chosen())}},
+		{"datagram", 0, closed, []given{table(chosen())}},
+		{"datagram, the pod is known", 0, free, []given{table(chosen()), decided}},
+		{"datagram, of a UDP service", 0, closed, []given{table(udpService)}},
+		{"SYN, of a UDP service", syn, free, []given{table(udpService)}},
+		{"no configuration", syn, turnedAway(flow.ReasonNoConfig), []given{here, noConfig}},
 	}
 }
 
