@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -115,7 +116,8 @@ func testFollow(t *testing.T, i ids) {
 	if first := must(all.Recv())(t); first.GetSeq() != 7 {
 		t.Fatalf("first is %d, want 7", first.GetSeq())
 	}
-	go func() {
+	var storing sync.WaitGroup
+	storing.Go(func() {
 		for seq := uint64(11); seq <= 200; seq++ {
 			at.set(at.now().Add(15 * time.Minute))
 			n.store(flows, flowEntry(seq, func(f *api.FlowRecord) {
@@ -124,7 +126,7 @@ func testFollow(t *testing.T, i ids) {
 				}
 			}))
 		}
-	}()
+	})
 	for want := uint64(8); want <= 200; want++ {
 		if f := must(all.Recv())(t); f.GetSeq() != want {
 			t.Fatalf("have %d, want %d", f.GetSeq(), want)
@@ -135,6 +137,7 @@ func testFollow(t *testing.T, i ids) {
 			t.Fatalf("have %d of redis, want %d", f.GetSeq(), want)
 		}
 	}
+	storing.Wait() // a follower may see a record before the node hears that it is stored
 	r.stop()
 	if _, err := all.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("after the stop: %v", err)
