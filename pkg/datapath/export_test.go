@@ -114,3 +114,8 @@ func RunningTags() (tags []string, err error) {
 	})
 	return tags, err
 }
+
+// TakeNumber is take, of a map of numbers.
+func TakeNumber(m *ebpf.Map, key uint32, same func(*uint64) bool) (uint64, bool, error) {
+	return take(m, &key, same)
+}

@@ -34,6 +34,29 @@ func entries[K, V any](m *ebpf.Map) ([]K, []V, error) {
 	return keys, values, nil
 }
 
+// take takes an entry out of a hash map if it is still the one that was judged, and returns its last value. Between the look at a
+// map and this its key may have become that of a new connection: clients come again by the same port. Such an entry stays. One that
+// comes just between the two calls here is put back, and packets of that moment have found none.
+func take[K, V any](m *ebpf.Map, key *K, same func(*V) bool) (last V, taken bool, err error) {
+	if err := m.Lookup(key, &last); err != nil || !same(&last) {
+		return last, false, unlessMissing(err)
+	}
+	if err := m.LookupAndDelete(key, &last); err != nil || same(&last) {
+		return last, err == nil, unlessMissing(err)
+	}
+	if err := m.Update(key, &last, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return last, false, fmt.Errorf("put back: %w", err)
+	}
+	return last, false, nil
+}
+
+func unlessMissing(err error) error {
+	if isMissing(err) {
+		return nil
+	}
+	return err
+}
+
 // LiveFlows tells of every bypassed flow in the kernel, with its counters so far.
 func (d *Datapath) LiveFlows() ([]flow.Record, error) {
 	keys, flows, err := entries[bpf.FlowKey, bpf.Flow](d.objs.SpFlows)
@@ -138,11 +161,12 @@ func (d *Datapath) takeFlows(done over) (out []flow.Record, err error) {
 		}
 	}()
 	for i := range done.keys {
-		var last bpf.Flow
-		if err := d.objs.SpFlows.LookupAndDelete(&done.keys[i], &last); isMissing(err) {
-			continue // a SYN replaced it; the kernel told of it
-		} else if err != nil {
+		last, taken, err := take(d.objs.SpFlows, &done.keys[i], func(f *bpf.Flow) bool { return f.OpenedNs == done.flows[i].OpenedNs })
+		if err != nil {
 			return out, fmt.Errorf("take flow: %w", err)
+		}
+		if !taken {
+			continue // a SYN replaced it; the kernel told of it
 		}
 		out = append(out, fromFlow(&done.keys[i], &last, &done.paths[i], flow.EventClose, done.reasons[i]))
 	}

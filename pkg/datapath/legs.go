@@ -49,8 +49,8 @@ func (d *Datapath) sweepLegs() error {
 		if !over {
 			continue
 		}
-		if err := d.objs.SpLegs.Delete(&keys[i]); err != nil && !isMissing(err) {
-			return fmt.Errorf("delete leg: %w", err)
+		if _, _, err := take(d.objs.SpLegs, &keys[i], func(l *bpf.Leg) bool { return l.OpenedNs == legs[i].OpenedNs && l.LastNs == legs[i].LastNs }); err != nil {
+			return fmt.Errorf("take leg: %w", err)
 		}
 	}
 	return nil

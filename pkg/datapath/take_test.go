@@ -1,0 +1,67 @@
+package datapath_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/pkg/datapath"
+)
+
+// TestTake: what was judged is taken; what came by its key since then is not, whenever it came.
+func TestTake(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: BPF maps (CAP_BPF)")
+	}
+	const key, judged, newer = uint32(7), uint64(1), uint64(2)
+	for name, c := range map[string]struct {
+		comes int  // the new one: 0 never, 1 before the first look, 2 after it
+		gone  bool // the judged one, before the first look
+		last  uint64
+		taken bool
+		left  uint64 // 0: nothing
+	}{
+		"still there":             {last: judged, taken: true},
+		"gone":                    {gone: true},
+		"replaced before":         {comes: 1, last: newer, left: newer},
+		"replaced between":        {comes: 2, last: newer, left: newer},
+		"gone and a new one came": {gone: true, comes: 1, last: newer, left: newer},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 8, MaxEntries: 4})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			put := func(v uint64) {
+				if err := m.Put(key, v); err != nil {
+					t.Error(err)
+				}
+			}
+			if !c.gone {
+				put(judged)
+			}
+			if c.comes == 1 {
+				put(newer)
+			}
+			looks := 0
+			last, taken, err := datapath.TakeNumber(m, key, func(v *uint64) bool {
+				was := *v == judged
+				if looks++; looks == 1 && c.comes == 2 {
+					put(newer)
+				}
+				return was
+			})
+			if err != nil || last != c.last || taken != c.taken {
+				t.Errorf("took %d, %v, %v; want %d, %v", last, taken, err, c.last, c.taken)
+			}
+			var left uint64
+			if _ = m.Lookup(key, &left); left != c.left { // missing is 0
+				t.Errorf("left is %d, want %d", left, c.left)
+			}
+		})
+	}
+}
