@@ -33,35 +33,44 @@ func (l *Lab) MountBPFFS() (string, error) {
 	return dir, nil
 }
 
-// removeDir unmounts everything below dir, the deepest first, and removes dir.
+// removeDir unmounts everything below dir, the deepest first, and removes dir. Network namespaces that are kept there end.
 func removeDir(dir string) error {
 	mounts, err := mountsBelow(dir)
 	if err != nil {
 		return err
 	}
 	for _, m := range slices.Backward(mounts) {
-		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil {
-			return fmt.Errorf("unmount %s: %w", m, err)
+		if m.kind == "nsfs" {
+			if err := unhookKept(m.path); err != nil {
+				return fmt.Errorf("unhook %s: %w", m.path, err)
+			}
+		}
+		if err := unix.Unmount(m.path, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", m.path, err)
 		}
 	}
 	return os.RemoveAll(dir)
 }
 
+// mount is one mount point.
+type mount struct{ path, kind string }
+
 // mountsBelow lists mount points at or below dir in the order in which they were mounted.
-func mountsBelow(dir string) ([]string, error) {
+func mountsBelow(dir string) ([]mount, error) {
 	f, err := os.Open("/proc/thread-self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("list mounts: %w", err)
 	}
 	defer f.Close()
-	var found []string
+	var found []mount
 	for s := bufio.NewScanner(f); s.Scan(); {
 		fields := strings.Fields(s.Text())
 		if len(fields) < 5 {
 			continue
 		}
+		kind := slices.Index(fields, "-") + 1 // after the optional fields, see proc_pid_mountinfo(5)
 		if p := fields[4]; p == dir || strings.HasPrefix(p, dir+"/") {
-			found = append(found, p)
+			found = append(found, mount{path: p, kind: fields[kind]})
 		}
 	}
 	return found, nil

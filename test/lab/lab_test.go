@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -15,7 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 const port = 5432
@@ -212,6 +215,40 @@ func TestCloseLeavesNothing(t *testing.T) {
 	}
 	if _, err := os.Stat(l.Dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("directory is left: %v", err)
+	}
+}
+
+// TestCloseUnhooksWhatIsKept: connections that nobody holds any more keep a namespace for minutes after the lab, and filters on its lo with it.
+func TestCloseUnhooksWhatIsKept(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: network namespaces (CAP_SYS_ADMIN and CAP_NET_ADMIN)")
+	}
+	l := must[*Lab](t)(Build(Options{}))
+	defer l.Close()
+	held := must[netns.NsHandle](t)(create()) // as such a connection would
+	defer held.Close()
+	h := must[*netlink.Handle](t)(netlink.NewHandleAt(held))
+	defer h.Close()
+	lo := must[netlink.Link](t)(h.LinkByName("lo")).Attrs().Index
+	if err := h.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: lo, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(l.Dir, "kept")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", int(held)), path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range must[[]netlink.Qdisc](t)(h.QdiscList(nil)) {
+		if q.Type() == "clsact" {
+			t.Errorf("%v is left", q.Attrs())
+		}
 	}
 }
 

@@ -56,26 +56,43 @@ func (l *Lab) newNamespace(name string) (*Namespace, error) {
 func (n *Namespace) close() error {
 	var err error
 	if n.Netlink != nil {
-		err = n.unhook()
+		if err = unhook(n.Netlink); err != nil {
+			err = fmt.Errorf("unhook %s: %w", n.Name, err)
+		}
 		n.Netlink.Close()
 	}
 	return errors.Join(err, n.handle.Close())
 }
 
-// unhook takes the filters of clsact off lo. Connections that nobody holds any more keep a namespace for minutes while they
-// wait for answers, and lo with it; other devices went with the peer, and links with who held them.
-func (n *Namespace) unhook() error {
-	lo, err := n.Netlink.LinkByName("lo")
+// unhook takes the filters of clsact off lo of a namespace that is to end. Connections that nobody holds any more keep a
+// namespace for minutes while they wait for answers, and lo with it; other devices went with the peer, and links with who held them.
+func unhook(h *netlink.Handle) error {
+	lo, err := h.LinkByName("lo")
 	if err != nil {
-		return fmt.Errorf("find lo in %s: %w", n.Name, err)
+		return fmt.Errorf("find lo: %w", err)
 	}
-	err = n.Netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+	err = h.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: lo.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
 	}})
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 		return nil // there is none
 	}
 	return err
+}
+
+// unhookKept does so in a namespace that a mount keeps.
+func unhookKept(path string) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	h, err := netlink.NewHandleAt(ns)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return unhook(h)
 }
 
 // create unshares a namespace on a thread that then returns to its own.
