@@ -22,6 +22,7 @@ import (
 
 const (
 	maxFrame    = 512                    // records in one frame
+	framePause  = 5 * time.Millisecond   // between frames that are not full: what comes meanwhile goes with the next
 	minRedial   = 100 * time.Millisecond // doubles up to maxRedial, with jitter
 	maxRedial   = 3 * time.Second
 	maxUnacked  = 8192 // records under way
@@ -169,7 +170,8 @@ func (r *Reporter) stream(ctx context.Context, client api.ProxyReportClient) err
 	return err
 }
 
-// send sends what is held and not yet sent on this stream.
+// send sends what is held and not yet sent on this stream. A frame costs the agent and the proxy more than the records in it: what
+// comes alone goes at once, and what follows it goes together.
 func (r *Reporter) send(ctx context.Context, stream api.ProxyReport_ReportClient, broken <-chan error) error {
 	sent := r.ackedSeq()
 	for {
@@ -179,15 +181,28 @@ func (r *Reporter) send(ctx context.Context, stream api.ProxyReport_ReportClient
 				return receiveErrorOf(broken, err)
 			}
 			sent = last
+			if len(frame.Records) < maxFrame {
+				if err := await(ctx, time.After(framePause), broken); err != nil {
+					return err
+				}
+			}
 			continue
 		}
-		select {
-		case <-r.wake:
-		case err := <-broken:
+		if err := await(ctx, r.wake, broken); err != nil {
 			return err
-		case <-ctx.Done():
-			return ctx.Err()
 		}
+	}
+}
+
+// await waits for something to come, unless the stream breaks or ctx ends before.
+func await[T any](ctx context.Context, comes <-chan T, broken <-chan error) error {
+	select {
+	case <-comes:
+		return nil
+	case err := <-broken:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
