@@ -119,3 +119,8 @@ func RunningTags() (tags []string, err error) {
 func TakeNumber(m *ebpf.Map, key uint32, same func(*uint64) bool) (uint64, bool, error) {
 	return take(m, &key, same)
 }
+
+// Numbers is entries, of a map of numbers.
+func Numbers(m *ebpf.Map) (keys []uint32, values []uint64, err error) {
+	return entries[uint32, uint64](m)
+}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
@@ -18,20 +19,25 @@ const (
 	denyLinger       = 2 * time.Second
 )
 
-// entries reads a whole hash map in batches.
-func entries[K, V any](m *ebpf.Map) ([]K, []V, error) {
-	var keys []K
-	var values []V
-	var k K
-	var v V
-	it := m.Iterate()
-	for it.Next(&k, &v) {
-		keys, values = append(keys, k), append(values, v)
+// walkBatch is how many entries a walk over a map asks for at a time.
+const walkBatch = 512
+
+// entries reads a whole hash map, in batches (Linux 5.6).
+func entries[K, V any](m *ebpf.Map) (keys []K, values []V, err error) {
+	var at ebpf.MapBatchCursor
+	for room := walkBatch; ; {
+		k, v := make([]K, room), make([]V, room)
+		n, err := m.BatchLookup(&at, k, v, nil)
+		keys, values = append(keys, k[:n]...), append(values, v[:n]...)
+		switch {
+		case errors.Is(err, ebpf.ErrKeyNotExist): // that was the last batch
+			return keys, values, nil
+		case errors.Is(err, unix.ENOSPC): // one bucket has more
+			room *= 2
+		case err != nil:
+			return nil, nil, fmt.Errorf("walk map: %w", err)
+		}
 	}
-	if err := it.Err(); err != nil {
-		return nil, nil, fmt.Errorf("walk map: %w", err)
-	}
-	return keys, values, nil
 }
 
 // take takes an entry out of a hash map if it is still the one that was judged, and returns its last value. Between the look at a

@@ -1,6 +1,7 @@
 package datapath_test
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
@@ -31,11 +32,7 @@ func TestTake(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 8, MaxEntries: 4})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer m.Close()
+			m := numbers(t, 0)
 			put := func(v uint64) {
 				if err := m.Put(key, v); err != nil {
 					t.Error(err)
@@ -64,4 +61,48 @@ func TestTake(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestEntries: a walk gives each entry once, of maps with fewer and with more than a batch.
+func TestEntries(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: BPF maps (CAP_BPF)")
+	}
+	for _, n := range []uint32{0, 1, 512, 20_000} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			m := numbers(t, n)
+			keys, values, err := datapath.Numbers(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen := map[uint32]bool{}
+			for i, k := range keys {
+				seen[k] = true
+				if values[i] != 2*uint64(k) {
+					t.Fatalf("%d has the value %d", k, values[i])
+				}
+			}
+			if len(keys) != int(n) || len(seen) != int(n) || len(values) != int(n) {
+				t.Errorf("%d keys, %d different ones and %d values, want %d", len(keys), len(seen), len(values), n)
+			}
+		})
+	}
+}
+
+// numbers makes a map of the numbers below n to their doubles.
+func numbers(t testing.TB, n uint32) *ebpf.Map {
+	t.Helper()
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 8, MaxEntries: max(n, 4)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	for k := range n {
+		if err := m.Put(k, 2*uint64(k)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return m
 }
