@@ -56,7 +56,7 @@ const (
 	// proxyFiles are the descriptors that the proxy keeps for itself; a connection takes two.
 	proxyFiles = 256
 	// loadTime is how long the good client is watched in each part of a full run.
-	loadTime      = 6 * time.Second
+	loadTime      = 15 * time.Second
 	loadTimeShort = time.Second
 	// goroutineSlack is what comes and goes by itself: a stream to the agent, timers.
 	goroutineSlack = 8
