@@ -137,7 +137,8 @@ func (c *cluster) connect() {
 	for i, n := range c.nodes {
 		other := c.nodes[1-i]
 		for _, args := range []string{"link set lo up", "addr add " + n.ip + "/24 dev eth0", "link set eth0 up", "route add default via 10.98.0.254",
-			"route add " + other.pods + ".0/24 via " + other.ip, "addr add " + n.ip6 + "/64 dev eth0 nodad", "-6 route add " + other.net6 + "::/64 via " + other.ip6} {
+			"route add " + other.pods + ".0/24 via " + other.ip, "addr add " + n.ip6 + "/64 dev eth0 nodad", "-6 route add " + other.net6 + "::/64 via " + other.ip6,
+			"-6 route add default via fd98::fe"} {
 			n.run(append([]string{"ip"}, strings.Fields(args)...)...)
 		}
 		n.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")

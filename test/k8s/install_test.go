@@ -355,7 +355,7 @@ func (w *world) uninstalled(values string, ways []way) {
 	rendered := w.chart(values + fmt.Sprintf("uninstall: {nodes: [%s, %s]}\n", w.nodes[0].name, w.nodes[1].name))
 	w.do("delete", "daemonset", "-n", namespace, "sallyport", "--wait")
 	w.apply(rendered)
-	w.do("wait", "-n", namespace, "--for=condition=Complete", "job", "--all", "--timeout=2m")
+	w.do("wait", "-n", namespace, "--for=condition=Complete", "job", "--all", "--timeout=5m")
 	w.reached("after uninstall", ways)
 	for _, n := range w.nodes {
 		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep sallyport /proc/1/mounts || true")

@@ -260,11 +260,17 @@ func must(t *testing.T, err error) {
 // eventually asks until the answer is nil.
 func eventually(t *testing.T, within time.Duration, what string, ask func() error) {
 	t.Helper()
-	var err error
+	if err := patiently(within, ask); err != nil {
+		t.Fatalf("not in %s: %s: %v", within, what, err)
+	}
+}
+
+// patiently gives the last answer where none was nil.
+func patiently(within time.Duration, ask func() error) (err error) {
 	for deadline := time.Now().Add(within); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		if err = ask(); err == nil {
-			return
+			return nil
 		}
 	}
-	t.Fatalf("not in %s: %s: %v", within, what, err)
+	return err
 }

@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -147,7 +149,9 @@ func (c *inCluster) proven() {
 			c.forward(second, "NodePort that keeps the source"+v.name, v.node, nodePortKept), c.forward(second, "hostPort"+v.name, v.node, 15432))
 	}
 	c.each(all, func(p way) {
-		eventually(c.t, 30*time.Second, "an identity comes in by "+p.name, func() error { return c.ask(p.run, p.host, p.port) })
+		if err := patiently(30*time.Second, func() error { return c.ask(p.run, p.host, p.port) }); err != nil {
+			c.t.Errorf("no identity comes in by %s: %v", p.name, err)
+		}
 	})
 	c.t.Logf("an identity came in by %d ways", len(all))
 }
@@ -243,15 +247,33 @@ func (c *inCluster) open(what string, ask func(args ...string) ([]byte, error)) 
 		}
 		close(answered)
 	}()
+	file := filepath.Join(c.dir, "bypassgrant.yaml")
+	must(c.t, os.WriteFile(file, []byte(what), 0o600))
 	begun := time.Now()
-	c.apply(what)
+	said := c.do("apply", "-v=6", "-f", file)
 	returned := time.Now()
 	at, ok := <-answered
 	if !ok {
 		c.t.Fatalf("no path was opened:\n%s", c.do("get", "bgrant", "-o", "yaml"))
 	}
-	c.t.Logf("kubectl apply took %s; the client was answered %s after it began, %s after it returned",
-		returned.Sub(begun).Round(time.Millisecond), at.Sub(begun).Round(time.Millisecond), at.Sub(returned).Round(time.Millisecond))
+	c.t.Logf("kubectl apply took %s; the client was answered %s after it began, %s after it asked the API server to create the grant",
+		returned.Sub(begun).Round(time.Millisecond), at.Sub(begun).Round(time.Millisecond), at.Sub(c.asked(said, "POST")).Round(time.Millisecond))
+}
+
+var response = regexp.MustCompile(`(?m)^I(\d{4} \d\d:\d\d:\d\d\.\d{6}) .*verb="(\w+)" url="\S*/bypassgrants.* milliseconds=(\d+)`)
+
+// asked is when kubectl, which has a start of its own, sent its request, by what it says of the answer.
+func (c *inCluster) asked(said, verb string) time.Time {
+	c.t.Helper()
+	for _, m := range response.FindAllStringSubmatch(said, -1) {
+		at, err := time.ParseInLocation("20060102 15:04:05.000000", strconv.Itoa(time.Now().Year())+m[1], time.Local)
+		took, err2 := strconv.Atoi(m[3])
+		if m[2] == verb && err == nil && err2 == nil {
+			return at.Add(-time.Duration(took) * time.Millisecond)
+		}
+	}
+	c.t.Fatalf("kubectl says nothing of a %s:\n%s", verb, said)
+	return time.Time{}
 }
 
 // applied: a grant that is applied opens a path for its client, at each way on which its address is kept, and for nobody else; delete ends it.
@@ -270,14 +292,15 @@ func (c *inCluster) applied() {
 	c.refused("beside the path", another)
 	conn := c.talk(beside("psql", "-X", "-A", "-t", "-U", "postgres", c.at(c.db)))
 	begun := time.Now()
-	c.do("delete", "bgrant", "nightly")
+	said := c.do("delete", "-v=6", "bgrant", "nightly")
 	returned := time.Now()
 	select {
 	case <-conn.ended:
 	case <-time.After(time.Minute):
 		c.t.Fatal("the connection lives on without its grant")
 	}
-	c.t.Logf("kubectl delete took %s; the database's last answer was %s after it began", returned.Sub(begun).Round(time.Millisecond), conn.last().Sub(begun).Round(time.Millisecond))
+	c.t.Logf("kubectl delete took %s; the last answer by the path was %s after it began, %s after it asked the API server",
+		returned.Sub(begun).Round(time.Millisecond), conn.last().Sub(begun).Round(time.Millisecond), conn.last().Sub(c.asked(said, "DELETE")).Round(time.Millisecond))
 	c.refused("deleted", slices.Concat(own, another))
 }
 
