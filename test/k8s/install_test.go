@@ -358,7 +358,7 @@ func (w *world) uninstalled(values string, ways []way) {
 	w.do("wait", "-n", namespace, "--for=condition=Complete", "job", "--all", "--timeout=5m")
 	w.reached("after uninstall", ways)
 	for _, n := range w.nodes {
-		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep sallyport /proc/1/mounts || true")
+		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep -E ' /(run|var/lib|sys/fs/bpf)/sallyport' /proc/1/mounts || true")
 		if left = strings.TrimSpace(left); left != "" {
 			w.t.Errorf("left on %s:\n%s", n.name, left)
 		}

@@ -209,7 +209,7 @@ func (c *inCluster) bypass(name, duration string) string {
 	client, client6 := c.addresses("client-" + c.nodes[1].name)
 	file := filepath.Join(c.dir, name+".grant")
 	first.run(c.cli(), "grant", "issue", "--on-apply", "--service", "db", "--client", client, "--client", client6, "--for", duration, "--node", first.name, "--reason", "backup",
-		"--key", c.keyFile, "--policy", c.policy(), "--out", file, "--yes")
+		"--key", c.keyFile, "--not-before", time.Now().UTC().Format(time.RFC3339), "--policy", c.policy(), "--out", file, "--yes")
 	envelope, err := os.ReadFile(file)
 	must(c.t, err)
 	text, err := json.Marshal(string(envelope))
