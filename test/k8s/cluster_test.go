@@ -46,7 +46,7 @@ func newCluster(t *testing.T) *cluster {
 	must(t, err)
 	must(t, os.Chmod(c.dir, 0o755))
 	t.Cleanup(c.end)
-	c.nodes = []*node{startNode(t, c.dir, "node-1", "10.98.0.1", "10.96.1"), startNode(t, c.dir, "node-2", "10.98.0.2", "10.96.2")}
+	c.nodes = []*node{startNode(t, c.dir, 1), startNode(t, c.dir, 2)}
 	c.connect()
 	images := c.makeImages()
 	c.controlPlane()
@@ -55,6 +55,7 @@ func newCluster(t *testing.T) *cluster {
 	}
 	for _, n := range c.nodes {
 		c.kubelet(n)
+		c.kubeProxy(n)
 	}
 	for _, n := range c.nodes {
 		c.wait(time.Minute, "create", "node/"+n.name)
@@ -71,7 +72,7 @@ func kubernetes(t *testing.T) string {
 	}
 	dir, err := filepath.Abs(dir)
 	must(t, err)
-	for _, p := range []string{"kube-apiserver", "kubectl", "kubelet", "kube-controller-manager", "kube-scheduler"} {
+	for _, p := range []string{"kube-apiserver", "kubectl", "kubelet", "kube-controller-manager", "kube-scheduler", "kube-proxy"} {
 		if _, err := os.Stat(filepath.Join(dir, p)); err != nil {
 			t.Fatalf("%v: run `make test-k8s`, or `go run ./tools/kube` first", err)
 		}
@@ -136,10 +137,11 @@ func (c *cluster) connect() {
 	for i, n := range c.nodes {
 		other := c.nodes[1-i]
 		for _, args := range []string{"link set lo up", "addr add " + n.ip + "/24 dev eth0", "link set eth0 up", "route add default via 10.98.0.254",
-			"route add " + other.pods + ".0/24 via " + other.ip} {
+			"route add " + other.pods + ".0/24 via " + other.ip, "addr add " + n.ip6 + "/64 dev eth0 nodad", "-6 route add " + other.net6 + "::/64 via " + other.ip6,
+			"-6 route add default via fd98::fe"} {
 			n.run(append([]string{"ip"}, strings.Fields(args)...)...)
 		}
-		n.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+		n.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
 	}
 }
 
@@ -184,10 +186,21 @@ func (c *cluster) controlPlane() {
 "clusters":[{"name":"c","cluster":{"server":"https://%s:6443","insecure-skip-tls-verify":true}}],"users":[{"name":"u","user":{"token":%q}}]}`, n.ip, token), 0o600))
 	}
 	n.daemon("etcd", "etcd", "--data-dir", filepath.Join(n.dir, "etcd"), "--listen-client-urls", "http://127.0.0.1:2379", "--advertise-client-urls", "http://127.0.0.1:2379", "--listen-peer-urls", "http://127.0.0.1:2380")
-	certs := filepath.Join(c.dir, "certs")
+	c.apiServer()
+	admin := c.kubeconfig("admin")
+	n.daemon("controllers", filepath.Join(c.bin, "kube-controller-manager"), "--kubeconfig="+admin, "--service-account-private-key-file="+filepath.Join(c.dir, "sa.key"),
+		"--root-ca-file="+filepath.Join(c.certs(), "apiserver.crt"), "--cert-dir="+c.certs(), "--leader-elect=false")
+	n.daemon("scheduler", filepath.Join(c.bin, "kube-scheduler"), "--kubeconfig="+admin, "--authentication-kubeconfig="+admin, "--authorization-kubeconfig="+admin, "--leader-elect=false", "--cert-dir="+c.certs())
+}
+
+func (c *cluster) certs() string { return filepath.Join(c.dir, "certs") }
+
+// apiServer starts it, again after it was killed.
+func (c *cluster) apiServer() {
+	n := c.nodes[0]
 	n.daemon("apiserver", filepath.Join(c.bin, "kube-apiserver"), "--etcd-servers=http://127.0.0.1:2379", "--bind-address="+n.ip, "--advertise-address="+n.ip, "--secure-port=6443",
-		"--cert-dir="+certs, "--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+filepath.Join(c.dir, "sa.pub"),
-		"--service-account-signing-key-file="+filepath.Join(c.dir, "sa.key"), "--service-cluster-ip-range=10.97.0.0/24", "--authorization-mode=Node,RBAC",
+		"--cert-dir="+c.certs(), "--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+filepath.Join(c.dir, "sa.pub"),
+		"--service-account-signing-key-file="+filepath.Join(c.dir, "sa.key"), "--service-cluster-ip-range=10.97.0.0/24,fd97::/112", "--authorization-mode=Node,RBAC",
 		"--token-auth-file="+filepath.Join(c.dir, "tokens.csv"), "--allow-privileged", "--kubelet-preferred-address-types=InternalIP")
 	eventually(c.t, 2*time.Minute, "the API server is ready", func() error {
 		out, err := c.kubectl("get", "--raw", "/readyz").CombinedOutput()
@@ -196,10 +209,6 @@ func (c *cluster) controlPlane() {
 		}
 		return nil
 	})
-	admin := c.kubeconfig("admin")
-	n.daemon("controllers", filepath.Join(c.bin, "kube-controller-manager"), "--kubeconfig="+admin, "--service-account-private-key-file="+filepath.Join(c.dir, "sa.key"),
-		"--root-ca-file="+filepath.Join(certs, "apiserver.crt"), "--cert-dir="+certs, "--leader-elect=false")
-	n.daemon("scheduler", filepath.Join(c.bin, "kube-scheduler"), "--kubeconfig="+admin, "--authentication-kubeconfig="+admin, "--authorization-kubeconfig="+admin, "--leader-elect=false", "--cert-dir="+certs)
 }
 
 func (c *cluster) kubeconfig(who string) string { return filepath.Join(c.dir, who+".kubeconfig") }
@@ -207,8 +216,8 @@ func (c *cluster) kubeconfig(who string) string { return filepath.Join(c.dir, wh
 // runtime starts containerd, with Debian's bridge plugin, and gives it the images before anything can ask for them.
 func (c *cluster) runtime(n *node, images []string) {
 	must(c.t, os.WriteFile(filepath.Join(n.dir, "cni/10.conflist"), fmt.Appendf(nil, `{"cniVersion":"0.4.0","name":"br","plugins":[
-{"type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"%s.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
-{"type":"portmap","capabilities":{"portMappings":true}}]}`, n.pods), 0o644))
+{"type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"%s.0/24"}],[{"subnet":"%s::/64"}]],"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]}},
+{"type":"portmap","capabilities":{"portMappings":true}}]}`, n.pods, n.net6), 0o644))
 	config := filepath.Join(n.dir, "containerd.toml")
 	must(c.t, os.WriteFile(config, fmt.Appendf(nil, `version = 2
 [grpc]
@@ -251,8 +260,14 @@ volumePluginDir: %s
 clusterDNS: [10.97.0.10]
 evictionHard: {"memory.available": "100Mi", "nodefs.available": "1%%", "imagefs.available": "1%%"}
 `, n.ip, prefix+n.name, filepath.Join(n.dir, "plugins")), 0o644))
-	n.daemon("kubelet", filepath.Join(c.bin, "kubelet"), "--config="+config, "--kubeconfig="+c.kubeconfig(n.name), "--hostname-override="+n.name, "--node-ip="+n.ip,
+	n.daemon("kubelet", filepath.Join(c.bin, "kubelet"), "--config="+config, "--kubeconfig="+c.kubeconfig(n.name), "--hostname-override="+n.name, "--node-ip="+n.ip+","+n.ip6,
 		"--cert-dir="+filepath.Join(n.dir, "certs"))
+}
+
+// kubeProxy has the node carry addresses of Services to pods, by iptables.
+func (c *cluster) kubeProxy(n *node) {
+	n.daemon("kube-proxy", filepath.Join(c.bin, "kube-proxy"), "--kubeconfig="+c.kubeconfig("admin"), "--hostname-override="+n.name, "--proxy-mode=iptables",
+		"--cluster-cidr=10.96.0.0/16,fd96::/48", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0")
 }
 
 // kubectl is a command of whoever runs the cluster.

@@ -3,7 +3,6 @@
 package k8s
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -29,7 +28,7 @@ type world struct {
 	*cluster
 	key     grant.PrivateKey
 	keyFile string
-	db      string // address of the database's pod
+	db, db6 string // addresses of the database's pod
 }
 
 func newWorld(t *testing.T) *world {
@@ -40,9 +39,7 @@ func newWorld(t *testing.T) *world {
 	w.keyFile = filepath.Join(w.dir, "alice.key")
 	must(t, grant.WritePrivateKey(w.keyFile, w.key))
 	w.authority()
-	w.apply(w.databasePod())
-	w.wait(3*time.Minute, "condition=Ready", "pod/db")
-	w.db = w.address("db")
+	w.startDatabase()
 	for _, n := range w.nodes {
 		w.apply(w.clientPod(n))
 		w.wait(2*time.Minute, "condition=Ready", "pod/client-"+n.name)
@@ -66,8 +63,21 @@ func (w *world) authority() {
 	}
 }
 
-func (w *world) address(pod string) string {
-	return strings.TrimSpace(w.do("get", "pod", pod, "-o", "jsonpath={.status.podIP}"))
+// addresses are those of a pod, of version 4 and of version 6.
+func (w *world) addresses(pod string) (string, string) {
+	w.t.Helper()
+	all := strings.Fields(w.do("get", "pod", pod, "-o", "jsonpath={.status.podIPs[*].ip}"))
+	if len(all) != 2 {
+		w.t.Fatalf("pod %s has the addresses %v", pod, all)
+	}
+	return all[0], all[1]
+}
+
+func (w *world) startDatabase() {
+	w.t.Helper()
+	w.apply(w.databasePod())
+	w.wait(3*time.Minute, "condition=Ready", "pod/db")
+	w.db, w.db6 = w.addresses("db")
 }
 
 // databasePod is a real PostgreSQL that trusts whoever reaches it, on a port of the node, too.
@@ -87,7 +97,7 @@ spec:
       args:
         - |
           initdb -D /data/db -U postgres -A trust --no-locale -E UTF8 --no-sync
-          echo "host all all 0.0.0.0/0 trust" >> /data/db/pg_hba.conf
+          printf 'host all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n' >> /data/db/pg_hba.conf
           exec postgres -D /data/db -c listen_addresses=* -c jit=off -c fsync=off -c unix_socket_directories=/tmp
       env: [{name: PATH, value: "%s:/bin"}]
       ports: [{containerPort: 5432, hostPort: 15432}]
@@ -139,13 +149,13 @@ metadata: {name: db}
 spec:
   target: Pod
   ports: [5432]
-  addresses: ["%s"]
+  addresses: ["%s", "%s"]
   access: [{identities: ["spiffe://%s/app/web"]}]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: BypassPolicy
 metadata: {name: backup}
-spec: {services: [db], bindings: [address], sources: ["10.96.0.0/16"], maxDuration: 15m, requesters: [alice]}
+spec: {services: [db], bindings: [address], sources: ["10.96.0.0/16", "fd96::/48"], maxDuration: 15m, requesters: [alice]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: Keyring
@@ -153,7 +163,7 @@ metadata: {name: operators}
 spec:
   version: 1
   people: [{name: alice, keys: [{publicKey: "%s"}]}]
-`, w.db, domain, w.key.Public())
+`, w.db, w.db6, domain, w.key.Public())
 }
 
 // hostService is all that the node without the pod protects.
@@ -163,18 +173,21 @@ metadata: {name: host}
 spec: {target: Host, ports: [7000]}
 `
 
-// values are those of the cluster. All nodes are on one kernel: the backstop of each watches its own part of the control groups.
-func (w *world) values(more string) string {
+// values are those of the lab. All nodes are on one kernel: the backstop of each watches its own part of the control groups.
+const values = "trustDomain: " + domain + "\nimage: {pullPolicy: Never}\nhost: {cgroup: " + podGroups + "}\n"
+
+// fileValues have each node read files of its own.
+func (w *world) fileValues() string {
 	var files strings.Builder
 	for i, text := range []string{w.resources(), hostService} {
 		fmt.Fprintf(&files, "  %s.yaml: |\n    %s\n", w.nodes[i].name, strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n    "))
 	}
-	return fmt.Sprintf("trustDomain: %s\nimage: {pullPolicy: Never}\nagentConfig: {cgroup: /host/cgroup/unified}\nresourcesPerNode: true\nresources:\n  resources.yaml: null\n%s%s", domain, files.String(), more)
+	return values + "agentConfig: {cgroup: /host/cgroup}\nresourcesPerNode: true\nresources:\n  resources.yaml: null\n" + files.String()
 }
 
-func (w *world) install() {
+func (w *world) install(values string) {
 	w.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + namespace + "}\n")
-	w.apply(w.chart(w.values("")))
+	w.apply(w.chart(values))
 	w.do("rollout", "status", "-n", namespace, "daemonset/sallyport", "--timeout=3m")
 }
 
@@ -215,44 +228,79 @@ type way struct {
 // plainWays are all that have no identity.
 func (w *world) plainWays() []way {
 	first, second := w.nodes[0], w.nodes[1]
-	return []way{
-		{"pod of the same node", w.inPod(first), w.db, 5432},
-		{"pod of the other node", w.inPod(second), w.db, 5432},
-		{"the node itself", w.onNode(first), w.db, 5432},
-		{"the other node", w.onNode(second), w.db, 5432},
-		{"hostPort from the other node", w.onNode(second), first.ip, 15432},
-		{"hostPort from a pod of the other node", w.inPod(second), first.ip, 15432},
+	var all []way
+	for _, v := range []struct{ name, pod, node string }{{"", w.db, first.ip}, {", IPv6", w.db6, first.ip6}} {
+		all = append(all,
+			way{"pod of the same node" + v.name, w.inPod(first), v.pod, 5432},
+			way{"pod of the other node" + v.name, w.inPod(second), v.pod, 5432},
+			way{"the node itself" + v.name, w.onNode(first), v.pod, 5432},
+			way{"the other node" + v.name, w.onNode(second), v.pod, 5432},
+			way{"hostPort from the other node" + v.name, w.onNode(second), v.node, 15432},
+			way{"hostPort from a pod of the other node" + v.name, w.inPod(second), v.node, 15432})
 	}
+	return all
+}
+
+// reached has all of them reach the database.
+func (w *world) reached(when string, ways []way) {
+	w.t.Helper()
+	w.each(ways, func(p way) {
+		if err := w.ask(p.run, p.host, p.port); err != nil {
+			w.t.Errorf("%s, from %s: %v", when, p.name, err)
+		}
+	})
+}
+
+// refused has none of them reach it.
+func (w *world) refused(when string, ways []way) {
+	w.t.Helper()
+	w.each(ways, func(p way) {
+		if err := w.ask(p.run, p.host, p.port); !errors.Is(err, errNoAnswer) {
+			w.t.Errorf("LEAKED: %s, from %s: %v", when, p.name, err)
+		}
+	})
+	w.t.Logf("%s: %d ways refused", when, len(ways))
+}
+
+// each goes some ways at a time.
+func (w *world) each(ways []way, do func(way)) {
+	var all sync.WaitGroup
+	places := make(chan struct{}, 4)
+	for _, p := range ways {
+		all.Go(func() {
+			places <- struct{}{}
+			defer func() { <-places }()
+			do(p)
+		})
+	}
+	all.Wait()
 }
 
 // TestInstall: before the chart everybody reaches the database, with it only who proves an identity or has a path, and
 // after the uninstall Jobs there is nothing of ours on the nodes.
 func TestInstall(t *testing.T) {
 	w := newWorld(t)
-	for _, p := range w.plainWays() {
-		if err := w.ask(p.run, p.host, p.port); err != nil {
-			t.Errorf("without us, from %s: %v", p.name, err)
-		}
-	}
-	w.install()
-	w.enforced()
+	w.reached("without us", w.plainWays())
+	w.install(w.fileValues())
+	w.refused("installed", w.plainWays())
+	w.healthy()
 	w.identified()
 	w.granted()
-	w.uninstalled()
+	w.uninstalled(w.fileValues(), w.plainWays())
 }
 
-func (w *world) enforced() {
-	for _, p := range w.plainWays() {
-		if err := w.ask(p.run, p.host, p.port); !errors.Is(err, errNoAnswer) {
-			w.t.Errorf("LEAKED: from %s: %v", p.name, err)
-		} else {
-			w.t.Logf("from %s: %v", p.name, err)
-		}
-	}
-	if out := w.do("exec", "-n", namespace, w.agentPod(w.nodes[0]), "-c", "agent", "--", "/sallyport", "status"); strings.Contains(out, "PROBLEM") {
-		w.t.Errorf("status:\n%s", out)
-	} else {
-		w.t.Logf("status:\n%s", out)
+// healthy says what each agent thinks of its node.
+func (w *world) healthy() {
+	w.t.Helper()
+	for _, n := range w.nodes {
+		eventually(w.t, time.Minute, n.name+" has no problem", func() error {
+			out, err := w.kubectl("exec", "-n", namespace, w.agentPod(n), "-c", "agent", "--", "/sallyport", "status").CombinedOutput()
+			if err != nil || strings.Contains(string(out), "PROBLEM") {
+				return fmt.Errorf("%w:\n%s", errors.Join(err, errors.New("status")), out)
+			}
+			w.t.Logf("status of %s:\n%s", n.name, out)
+			return nil
+		})
 	}
 }
 
@@ -265,7 +313,7 @@ func (w *world) identified() {
 // granted: a path opens for its client, and for nobody else, and is closed when it was revoked.
 func (w *world) granted() {
 	first, second := w.nodes[0], w.nodes[1]
-	client := w.address("client-" + second.name)
+	client, _ := w.addresses("client-" + second.name)
 	id := w.activate(first, client)
 	if err := w.ask(w.inPod(second), w.db, 5432); err != nil {
 		w.t.Errorf("by a path: %v", err)
@@ -303,18 +351,14 @@ func (w *world) agentPod(n *node) string {
 }
 
 // uninstalled: the Jobs end well, everybody reaches the database again, and nothing of ours is on a node.
-func (w *world) uninstalled() {
-	rendered := w.chart(w.values(fmt.Sprintf("uninstall: {nodes: [%s, %s]}\n", w.nodes[0].name, w.nodes[1].name)))
+func (w *world) uninstalled(values string, ways []way) {
+	rendered := w.chart(values + fmt.Sprintf("uninstall: {nodes: [%s, %s]}\n", w.nodes[0].name, w.nodes[1].name))
 	w.do("delete", "daemonset", "-n", namespace, "sallyport", "--wait")
 	w.apply(rendered)
-	w.do("wait", "-n", namespace, "--for=condition=Complete", "job", "--all", "--timeout=2m")
-	for _, p := range w.plainWays() {
-		if err := w.ask(p.run, p.host, p.port); err != nil {
-			w.t.Errorf("after uninstall, from %s: %v", p.name, err)
-		}
-	}
+	w.do("wait", "-n", namespace, "--for=condition=Complete", "job", "--all", "--timeout=5m")
+	w.reached("after uninstall", ways)
 	for _, n := range w.nodes {
-		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep sallyport /proc/1/mounts || true")
+		left := n.run("sh", "-c", "ls /sys/fs/bpf | grep sallyport; ip -o link show | grep -w px0; find /run/sallyport -type f -o -type s; grep -E ' /(run|var/lib|sys/fs/bpf)/sallyport' /proc/1/mounts || true")
 		if left = strings.TrimSpace(left); left != "" {
 			w.t.Errorf("left on %s:\n%s", n.name, left)
 		}
@@ -355,44 +399,20 @@ func (w *world) rolled(client *node) {
 			leaked.Add(1)
 		}
 	})
-	ended := make(chan error, 1)
-	long := w.kubectl("exec", "-i", "client-"+client.name, "-c", "psql", "--", "psql", "-X", "-A", "-t", "-U", "postgres", fmt.Sprintf("host=%s port=5432 dbname=postgres sslmode=disable", w.db))
-	in, err := long.StdinPipe()
-	must(w.t, err)
-	var out bytes.Buffer
-	long.Stdout, long.Stderr = &out, &out
-	must(w.t, long.Start())
-	go func() { ended <- long.Wait() }()
-	load.Go(func() {
-		for { // a question each moment, on one connection
-			select {
-			case <-done:
-				fmt.Fprintln(in, "select 6*7;")
-				in.Close()
-				return
-			case <-time.After(50 * time.Millisecond):
-				fmt.Fprintln(in, "select 1;")
-			}
-		}
-	})
+	conn := w.talk(w.kubectl("exec", "-i", "client-"+client.name, "-c", "psql", "--", "psql", "-X", "-A", "-t", "-U", "postgres", w.at(w.db)))
 	before := w.agentPod(w.nodes[0])
 	w.do("rollout", "restart", "-n", namespace, "daemonset/sallyport")
 	w.do("rollout", "status", "-n", namespace, "daemonset/sallyport", "--timeout=4m")
 	close(done)
 	load.Wait()
-	if err := <-ended; err != nil || !strings.HasSuffix(strings.TrimSpace(out.String()), "42") {
-		w.t.Errorf("RESET: the connection by the path, while pods were replaced: %v: %s", err, lastLine(out.String()))
+	if err := conn.hangUp(); err != nil {
+		w.t.Errorf("RESET: the connection by the path, while pods were replaced: %v", err)
 	}
 	if after := w.agentPod(w.nodes[0]); after == before {
 		w.t.Errorf("nothing was replaced: %s", after)
 	}
-	w.t.Logf("rolled: %d probes without identity, %d leaked; %d connections with one, %d failed; one by a path, %d answers", probes.Load(), leaked.Load(), asked.Load(), refused.Load(), strings.Count(out.String(), "\n"))
+	w.t.Logf("rolled: %d probes without identity, %d leaked; %d connections with one, %d failed; one by a path, %d answers", probes.Load(), leaked.Load(), asked.Load(), refused.Load(), conn.answers())
 	if leaked.Load() > 0 || refused.Load() > 0 {
 		w.t.Error("LEAKED or RESET while pods were replaced")
 	}
-}
-
-func lastLine(s string) string {
-	lines := strings.Split(strings.TrimSpace(s), "\n")
-	return lines[len(lines)-1]
 }

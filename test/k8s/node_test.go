@@ -35,7 +35,9 @@ type node struct {
 	name string
 	dir  string // with the node's own /run, /var/lib and the rest
 	ip   string
+	ip6  string
 	pods string // prefix of pods' addresses: 10.96.1
+	net6 string // and of those of version 6: fd96:0:0:1
 	pid  int
 }
 
@@ -47,6 +49,9 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(m.Run())
 }
+
+// podGroups is where a node has the version 2 control groups of its own: kubelet's, by the names that they have on a machine.
+const podGroups = "/run/cgroup"
 
 // place is where a node has what machines have one of.
 type place struct{ Name, Dir, Cgroup string }
@@ -80,11 +85,11 @@ func (p place) mount() error {
 		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE},
 		{"proc", "/proc", "proc", 0},
 		{"bpf", "/sys/fs/bpf", "bpf", 0},
-		{p.Cgroup, cgroups + "/unified", "", unix.MS_BIND},
 		{filepath.Join(p.Dir, "machine-id"), "/etc/machine-id", "", unix.MS_BIND},
 		{filepath.Join(p.Dir, "log"), "/var/log", "", unix.MS_BIND},
 		{filepath.Join(p.Dir, "lib"), "/var/lib", "", unix.MS_BIND},
 		{filepath.Join(p.Dir, "run"), "/run", "", unix.MS_BIND},
+		{p.Cgroup, podGroups, "", unix.MS_BIND},
 		{"", "/", "", unix.MS_REC | unix.MS_SHARED},
 	}
 	for _, s := range steps {
@@ -95,9 +100,11 @@ func (p place) mount() error {
 	return nil
 }
 
-func startNode(t *testing.T, dir, name, ip, pods string) *node {
-	n := &node{t: t, name: name, dir: filepath.Join(dir, name), ip: ip, pods: pods}
-	for _, d := range []string{"run/netns", "lib/kubelet", "log/pods", "cni"} {
+func startNode(t *testing.T, dir string, number int) *node {
+	name := fmt.Sprintf("node-%d", number)
+	n := &node{t: t, name: name, dir: filepath.Join(dir, name), ip: fmt.Sprintf("10.98.0.%d", number), ip6: fmt.Sprintf("fd98::%d", number),
+		pods: fmt.Sprintf("10.96.%d", number), net6: fmt.Sprintf("fd96:0:0:%d", number)}
+	for _, d := range []string{"run/netns", "run/cgroup", "lib/kubelet", "log/pods", "cni"} {
 		must(t, os.MkdirAll(filepath.Join(n.dir, d), 0o755))
 	}
 	must(t, os.WriteFile(filepath.Join(n.dir, "machine-id"), []byte(fmt.Sprintf("%032x\n", []byte(name))[:33]), 0o444))
@@ -161,6 +168,21 @@ func (n *node) run(args ...string) string {
 		n.t.Fatalf("%s: %s: %v\n%s", n.name, strings.Join(args, " "), err, out)
 	}
 	return string(out)
+}
+
+// kill ends the processes of the node, and of its pods, whose command lines begin so, and waits until they are gone.
+func (n *node) kill(command string) {
+	n.t.Helper()
+	pattern := "^" + command
+	n.run("sh", "-c", `kill -9 $(pgrep -f "$1")`, "sh", pattern)
+	eventually(n.t, 20*time.Second, command+" is gone", func() error {
+		out, err := n.inside(context.Background(), "pgrep", "-f", pattern).Output()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == 1 {
+			return nil
+		}
+		return fmt.Errorf("it runs: %s (%v)", out, err)
+	})
 }
 
 // log is the end of what a daemon wrote.
@@ -238,11 +260,17 @@ func must(t *testing.T, err error) {
 // eventually asks until the answer is nil.
 func eventually(t *testing.T, within time.Duration, what string, ask func() error) {
 	t.Helper()
-	var err error
+	if err := patiently(within, ask); err != nil {
+		t.Fatalf("not in %s: %s: %v", within, what, err)
+	}
+}
+
+// patiently gives the last answer where none was nil.
+func patiently(within time.Duration, ask func() error) (err error) {
 	for deadline := time.Now().Add(within); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		if err = ask(); err == nil {
-			return
+			return nil
 		}
 	}
-	t.Fatalf("not in %s: %s: %v", within, what, err)
+	return err
 }

@@ -68,9 +68,6 @@ func TestManifests(t *testing.T) {
 // TestConfigurations: what the ConfigMaps hold is what the programs read, whatever the node is called.
 func TestConfigurations(t *testing.T) {
 	for name, values := range worlds {
-		if name == "cluster" { // read by an agent that has spec.kubernetes
-			continue
-		}
 		for _, o := range objects(t, rendered(t, values)) {
 			m, ok := o.(*corev1.ConfigMap)
 			if !ok {

@@ -4,6 +4,7 @@ package v1alpha1_test
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -28,6 +29,7 @@ func TestServer(t *testing.T) {
 		t.Errorf("applied again, something changed:\n%s", out)
 	}
 	wrongOnes(t, s)
+	asShown(t, s)
 	columns(t, ok)
 	if out := ok("", "explain", "psvc.spec.access.identities"); !strings.Contains(out, "ending in /*") {
 		t.Errorf("explain says nothing:\n%s", out)
@@ -91,6 +93,29 @@ func wrongOnes(t *testing.T, s *apiserver.Server) {
 		out, err := s.Try(c.text, "apply", "-f", "-")
 		if err == nil || !strings.Contains(out, c.field) || !strings.Contains(out, c.says) {
 			t.Errorf("%s: %v, want %q at %s:\n%s", c.name, err, c.says, c.field, out)
+		}
+	}
+}
+
+// asShown holds what kubectl says to what the document shows of it.
+func asShown(t *testing.T, s *apiserver.Server) {
+	t.Helper()
+	doc, err := os.ReadFile("../../../docs/kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(doc), "\n```\nThe ProtectedService")
+	shown, _, _ := strings.Cut(after, "\n```\n")
+	out, err := s.Try(head+"ProtectedService\nmetadata: {name: db}\nspec: {target: Host, ports: [5432, 5432], addresses: [10.0.0.1]}\n", "apply", "-f", "-")
+	t.Logf("kubectl apply of a wrong resource: %v\n%s", err, out)
+	lines := func(text string) []string {
+		return strings.FieldsFunc(text, func(r rune) bool { return r == '\n' })
+	}
+	said, want := lines(out), lines("The ProtectedService"+shown)
+	for i := range want {
+		if err == nil || i >= len(said) || strings.TrimSpace(said[i]) != want[i] {
+			t.Errorf("kubectl says %q, docs/kubernetes.md %q", said, want)
+			return
 		}
 	}
 }
