@@ -9,11 +9,16 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // so that a second signal ends what does not listen to the first
+	run := run
+	if filepath.Base(os.Args[0]) == pluginName {
+		run = runPlugin
+	}
 	os.Exit(report(os.Stderr, run(ctx, processEnv(), os.Args[1:])))
 }

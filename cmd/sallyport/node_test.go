@@ -135,6 +135,10 @@ func (n *node) Services(context.Context, *api.ServicesRequest) (*api.ServicesRep
 	return reply, nil
 }
 
+func (n *node) Rollouts(context.Context, *api.RolloutsRequest) (*api.RolloutsReply, error) {
+	return &api.RolloutsReply{Node: n.name}, nil
+}
+
 func (n *node) Grants(context.Context, *api.GrantsRequest) (*api.GrantsReply, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

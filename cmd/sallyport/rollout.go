@@ -54,7 +54,7 @@ func (c *cli) rolloutStatus() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.show(all.reply(), func(t *table) { all.table(t) })
+			return errors.Join(c.show(all.reply(), func(t *table) { all.table(t) }), all.unseen())
 		},
 	}
 	nodes.add(cmd.Flags())
@@ -87,6 +87,18 @@ func (c *cli) seeRollouts(ctx context.Context, nodes rolloutNodes, name string) 
 		all = append(all, s)
 	}
 	return all, nil
+}
+
+// unseen is what to end with when no node at all has answered: what was shown then says nothing of any roll-out.
+func (all seenNodes) unseen() error {
+	var errs []error
+	for _, s := range all {
+		if s.err == nil {
+			return nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", s.dir, s.err))
+	}
+	return fmt.Errorf("no node was reached:\n%w", errors.Join(errs...))
 }
 
 func (c *cli) withAgentAt(ctx context.Context, dir string, f func(context.Context, *client.Agent) error) error {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -58,6 +59,28 @@ func TestHaltSaysWhomItDidNotReach(t *testing.T) {
 	away := t.TempDir()
 	r := command(t.Context(), nil, "rollout", "halt", "--agents", away, "--why", "test")
 	if r.code == exitDone || !strings.Contains(r.stdout, "NOT HALTED") || strings.Contains(r.stdout, "nothing that was running") || !strings.Contains(r.stderr, away) {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestRolloutStatusOfNobody: with no node that answers, nothing is known, whatever was shown: scripts see that, and people each reason.
+func TestRolloutStatusOfNobody(t *testing.T) {
+	one, two := t.TempDir(), t.TempDir()
+	for _, args := range [][]string{{"--agents", one + "," + two}, {"--agents", one + "," + two, "-o", "json"}, {"--agents", one}} {
+		r := command(t.Context(), nil, append([]string{"rollout", "status"}, args...)...)
+		if r.code != exitUnreachable || !strings.Contains(r.stderr, one+"/agent.sock") || strings.Contains(args[1], two) && !strings.Contains(r.stderr, two+": ") {
+			t.Errorf("%v: %+v", args, r)
+		}
+	}
+}
+
+// TestRolloutStatusOfSome: the others are shown, and the one that is away is named.
+func TestRolloutStatusOfSome(t *testing.T) {
+	here, away := t.TempDir(), t.TempDir()
+	text := strings.ReplaceAll(resources, "KEY", storyKey(t, filepath.Join(here, "alice.key")))
+	t.Cleanup(newNode(t, text).serve(t, filepath.Join(here, "agent.sock")))
+	r := command(t.Context(), nil, "rollout", "status", "--agents", here+","+away)
+	if r.code != exitDone || !strings.Contains(r.stdout, away) {
 		t.Errorf("%+v", r)
 	}
 }
