@@ -12,6 +12,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/pkg/datapath"
 	"github.com/sallyport-dev/sallyport/pkg/flow"
+	"github.com/sallyport-dev/sallyport/pkg/policy"
 )
 
 // newTestCanaries are of a service at one port of loopback.
@@ -141,6 +142,16 @@ func TestCanaryTakesNobodysPath(t *testing.T) {
 	if c := all.coverage()["postgres"]; c.state != canaryUnknown || !strings.Contains(c.why, errServed.Error()) {
 		t.Errorf("have %+v", c)
 	}
+	for _, some := range []datapath.Path{{ClientPort: 40000}, {Cgroup: 7}} { // it is no canary's socket that these serve
+		some.Client, some.Service = path.Client, path.Service
+		all.paths = func() ([]datapath.PathStatus, error) {
+			return []datapath.PathStatus{{State: datapath.PathActive, Path: some}}, nil
+		}
+		if open, err := all.served(); err != nil || len(open) != 0 {
+			t.Errorf("%+v is taken for a path of every socket: %v, %v", some, open, err)
+		}
+	}
+	all.paths = func() ([]datapath.PathStatus, error) { return []datapath.PathStatus{path}, nil }
 	path.State = datapath.PathExpired
 	must(t, all.round(t.Context()))
 	if c := all.coverage()["postgres"]; c.state != canaryOpen { // nobody steers here, and nobody listens any more
@@ -177,6 +188,84 @@ func TestCanaryTells(t *testing.T) {
 		t.Errorf("closed again: problems %q, open %v", lines, all.open())
 	}
 }
+
+// TestCanaryLooksAgain: a port that was open for a moment is no alarm, for who may have opened it; one that is enforced no more is not told
+// of; and readiness is asked about when the first port opens and when the last one is closed, and not otherwise.
+func TestCanaryLooksAgain(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	must(t, ln.Close())
+	at := netip.MustParseAddrPort(ln.Addr().String())
+	asked, steeredFrom := 0, 0 // steered from this question on
+	all := newTestCanaries(at, nil)
+	all.steered = func(client, server netip.AddrPort) (bool, error) { asked++; return asked >= steeredFrom, nil }
+	told := 0
+	all.changed = func() { told++ }
+	round := func(from int, state string, changes int) {
+		t.Helper()
+		asked, steeredFrom, told = 0, from, 0
+		must(t, all.round(t.Context()))
+		if c := all.coverage()["postgres"]; c.state != state || told != changes {
+			t.Errorf("%+v, want it %s; readiness was asked about %d times, want %d", c, state, told, changes)
+		}
+	}
+	round(2, canaryClosed, 0)
+	round(3, canaryOpen, 1)
+	round(3, canaryOpen, 0)
+	round(1, canaryClosed, 1)
+	all.steered = func(client, server netip.AddrPort) (bool, error) {
+		all.enforced = func() *enforced { return &enforced{} }
+		return false, nil
+	}
+	must(t, all.round(t.Context()))
+	for target, r := range all.latest() {
+		t.Errorf("%v is told of as %s, and enforced no more", target, r.state)
+	}
+}
+
+// TestCoverageIsTheWorst: a service is as closed as its worst port, and as long ago proven as the one whose proof is the oldest.
+func TestCoverageIsTheWorst(t *testing.T) {
+	first, second := netip.MustParseAddrPort("127.0.0.1:5432"), netip.MustParseAddrPort("127.0.0.1:5433")
+	all := newTestCanaries(first, nil)
+	clock, now := all.clock, 10*time.Second
+	all.clock.boot = func() time.Duration { return now }
+	tell := func(a, b string) {
+		all.tell(map[canaryTarget]canaryResult{{"postgres", first}: {state: a, why: a}, {"postgres", second}: {state: b, why: b}})
+	}
+	tell(canaryClosed, canaryClosed)
+	now *= 2
+	for _, worse := range []string{canaryUnknown, canaryOpen} {
+		for _, both := range [][2]string{{canaryClosed, worse}, {worse, canaryClosed}} {
+			all.seen[canaryTarget{"postgres", first}] = canaryResult{closed: 10 * time.Second}
+			all.seen[canaryTarget{"postgres", second}] = canaryResult{closed: 10 * time.Second}
+			tell(both[0], both[1])
+			if c := all.coverage()["postgres"]; c.state != worse || c.why != worse || c.closed != 10*time.Second {
+				t.Errorf("%v: %+v", both, c)
+			}
+		}
+	}
+	set, err := policy.Parse("a.yaml", []byte(hostService))
+	must(t, err)
+	l := &lately{}
+	l.moved(all.enforced().services, time.Unix(100, 0))
+	o := &operators{canaries: all, lately: l, clock: clock, enforced: func() *enforced { return &enforced{set: set} }}
+	reply, err := o.Coverage(t.Context(), nil)
+	must(t, err)
+	if len(reply.GetServices()) != 1 {
+		t.Fatalf("%v", reply)
+	}
+	got := reply.GetServices()[0]
+	if got.GetService() != "postgres" || got.GetMode() != "Enforce" || got.GetCanary() != canaryOpen || got.GetSince().GetSeconds() != 100 ||
+		got.GetClosed().AsTime().Sub(clock.wallAt(10*time.Second)).Abs() > time.Second || got.GetProxied() != nil {
+		t.Errorf("%v", got)
+	}
+}
+
+const hostService = `apiVersion: sallyport.dev/v1alpha1
+kind: ProtectedService
+metadata: {name: postgres}
+spec: {target: Host, ports: [5432, 5433]}
+`
 
 // TestCanaryMarksItsOwn: a denial counts as the canary's only if its tuple is, it is alone in its record, and not long after.
 func TestCanaryMarksItsOwn(t *testing.T) {
@@ -230,12 +319,13 @@ func TestLately(t *testing.T) {
 		{Service: "pg", Verdict: flow.VerdictDenied, Time: third},
 		{Service: "pg", Verdict: flow.VerdictDenied, Time: second},
 		{Service: "pg", Verdict: flow.VerdictProxied, Time: second},
+		{Service: "pg", Verdict: flow.VerdictBypassed, Time: first},
 		{Service: "pg", Verdict: flow.VerdictProxied, Time: third, Event: flow.EventWatched},
 		{Service: "nobody's", Verdict: flow.VerdictProxied, Time: third},
 	} {
 		l.note(rec)
 	}
-	if got, want := l.get("pg"), (lastSeen{mode: datapath.Observe, since: first, proxied: second, denied: third}); got != want {
+	if got, want := l.get("pg"), (lastSeen{mode: datapath.Observe, since: first, proxied: second, bypassed: first, denied: third}); got != want {
 		t.Errorf("have %+v, want %+v", got, want)
 	}
 	l.moved([]datapath.Service{service}, second)

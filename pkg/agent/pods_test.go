@@ -66,8 +66,15 @@ func (c *podLab) start(number int) (uid string, pod *lab.Namespace) {
 	pod, err := c.lab.StartPod(number, nil)
 	must(c.t, err)
 	uid = fmt.Sprintf("%08d-0000-4000-8000-000000000000", number)
+	c.contain(uid, "ab", pod)
+	return uid, pod
+}
+
+// contain has a process run in a container of the pod, in some namespace.
+func (c *podLab) contain(uid, container string, in *lab.Namespace) {
+	c.t.Helper()
 	dir := "kubepods"
-	for _, name := range []string{"", "pod" + uid, strings.Repeat("ab", 32)} {
+	for _, name := range []string{"", "pod" + uid, strings.Repeat(container, 32)} {
 		dir = filepath.Join(dir, name)
 		if _, err := os.Stat(filepath.Join(c.lab.Cgroup(), dir)); err == nil {
 			continue
@@ -75,12 +82,11 @@ func (c *podLab) start(number int) (uid string, pod *lab.Namespace) {
 		g, err := c.lab.NewGroup(dir)
 		must(c.t, err)
 		if len(name) == 64 {
-			run, err := g.Start(pod, exec.Command("sleep", "600"))
+			run, err := g.Start(in, exec.Command("sleep", "600"))
 			must(c.t, err)
 			c.runs = append(c.runs, run)
 		}
 	}
-	return uid, pod
 }
 
 // look has the node look at the pods, where it is.
@@ -247,6 +253,62 @@ func TestLabelsOpenNothing(t *testing.T) {
 	c.says("db chooses shop/hosty", "target: Host")
 }
 
+// TestClaimsOfAPod: a service that lists an address claims it as one does that chooses the pod; one that only watches claims nothing that
+// another one closes; and the same port of another protocol is nobody else's.
+func TestClaimsOfAPod(t *testing.T) {
+	t.Parallel()
+	named := func(name, more string) string {
+		return "---\n" + strings.NewReplacer("{name: db}", "{name: "+name+"}", "target: Pod,", "target: Pod, "+more).Replace(dbSelector)
+	}
+	c := newPodLab(t, dbSelector+named("seen", "mode: Observe,")+named("datagrams", "protocol: UDP,"))
+	uid, pod := c.start(1)
+	at := pod.Addr(lab.IPv4)
+	db := facts(uid, "db-0", map[string]string{"app": "db"}, at)
+	c.look(db)
+	c.says()
+	if len(c.row("db").Pods) != 1 || len(c.row("seen").Pods) != 0 || len(c.row("datagrams").Pods) != 1 {
+		t.Errorf("db %+v, seen %+v, datagrams %+v", c.row("db").Pods, c.row("seen").Pods, c.row("datagrams").Pods)
+	}
+	c.write("b.yaml", fmt.Sprintf("apiVersion: sallyport.dev/v1alpha1\nkind: ProtectedService\nmetadata: {name: listed}\nspec: {target: Pod, ports: [5432], addresses: [%s]}\n", at))
+	must(t, c.lab.Node.Do(c.load))
+	c.says("ports of db are claimed by more than one service")
+	if len(c.row("db").Pods) != 0 || len(c.row("(db of shop/db-0)").Pods) != 1 {
+		t.Errorf("db %+v, closed %+v", c.row("db").Pods, c.row("(db of shop/db-0)").Pods)
+	}
+}
+
+// TestPodsThatCannotBePlaced stay closed, and it is said why: without a cluster, behind a device that is none of a pod, in two places.
+func TestPodsThatCannotBePlaced(t *testing.T) {
+	t.Parallel()
+	c := newPodLab(t, dbSelector)
+	must(t, c.lab.Node.Do(c.load))
+	c.says("db chooses pods, and no cluster tells of any")
+	uid, first := c.start(1)
+	_, second := c.start(2)
+	a, b := first.Addr(lab.IPv4), second.Addr(lab.IPv4)
+	isDB := map[string]string{"app": "db"}
+	closed := func(why string) {
+		t.Helper()
+		c.says("pod shop/db-0: ", why)
+		if len(c.decided) != 0 || len(c.row("db").Pods) != 0 {
+			t.Errorf("decided %v, %+v", c.decided, c.row("db").Pods)
+		}
+	}
+	pods := c.classify.pods
+	c.classify.pods = nil
+	c.look(facts(uid, "db-0", isDB, a))
+	closed("is no pod device (devices.pods)")
+	c.classify.pods = pods
+	c.contain(uid, "cd", second) // a container elsewhere
+	c.look(facts(uid, "db-0", isDB, a, b))
+	closed("are behind different devices")
+	c.look(facts(uid, "db-0", isDB, a))
+	if got := c.row("db").Pods; len(got) != 1 || len(got[0].Besides) != 1 || len(c.decided) != 2 {
+		t.Errorf("at one of two devices: %+v, decided %v", got, c.decided)
+	}
+	c.says()
+}
+
 // TestWhatAPodWasCounts: where sets are signed, nothing that is said of a pod that runs lets it go: that it is gone and there again, in another
 // namespace, under another account, or of so many kinds that it cannot be kept.
 func TestWhatAPodWasCounts(t *testing.T) {
@@ -265,10 +327,14 @@ func TestWhatAPodWasCounts(t *testing.T) {
 			t.Errorf("%s: at %+v, decided %v", after, c.row("db").Pods, c.decided)
 		}
 	}
-	c.look(is("db", "shop", "db"))
-	chosen("in the beginning")
-	c.look(is("web", "shop", "db"))
-	chosen("another account")
+	for _, next := range []policy.Pod{is("web", "shop", "db"), is("db", "shops", "db"), is("db", "shop", "web")} {
+		anew := newPods(c.pods.groups, c.pods.file, true)
+		anew.changed, c.pods = c.pods.changed, anew
+		c.look(is("db", "shop", "db"))
+		chosen("in the beginning")
+		c.look(next)
+		chosen(fmt.Sprintf("as %+v", next))
+	}
 	c.look(is("db", "shop", "db"))
 	c.look()
 	if len(c.decided) != 0 {

@@ -69,6 +69,7 @@ func TestDrillProvesNothingOutOfOrder(t *testing.T) {
 	key := newKey(t)
 	for name, change := range map[string]func(*grant.Drill){
 		"stopped too late": func(d *grant.Drill) { d.Stopped = d.Deadline.Add(time.Millisecond) },
+		"opened too late":  func(d *grant.Drill) { d.Activated = d.Stopped.Add(time.Millisecond) },
 		"tried too early":  func(d *grant.Drill) { d.Tried = d.Deadline.Add(-time.Millisecond) },
 		"back too early":   func(d *grant.Drill) { d.Back = d.Tried.Add(-time.Millisecond) },
 	} {

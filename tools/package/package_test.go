@@ -152,15 +152,34 @@ func checkSBOM(t *testing.T, m made) {
 	if err := spdxlib.ValidateDocument(doc); err != nil {
 		t.Error(err)
 	}
-	known := map[string]string{}
+	known, linked, hashes := map[string]string{}, map[string]bool{}, map[string]string{}
 	for _, p := range doc.Packages {
 		known[p.PackageName+" "+p.PackageVersion] = strings.TrimPrefix(p.PackageSourceInfo, "go.sum: ")
+		for _, r := range doc.Relationships {
+			if r.Relationship == "STATIC_LINK" && r.RefB.ElementRefID == p.PackageSPDXIdentifier {
+				linked[string(r.RefA.ElementRefID)+" "+p.PackageName] = true
+			}
+		}
+	}
+	for _, f := range doc.Files {
+		for _, c := range f.Checksums {
+			hashes[fmt.Sprintf("%s %s", c.Algorithm, f.FileName)] = c.Value
+		}
 	}
 	root := t.TempDir()
 	say(t, "dpkg-deb", "-x", m.deb, root)
 	for _, program := range programs {
-		for line := range strings.Lines(say(t, "go", "version", "-m", filepath.Join(root, "usr/bin", program))) {
+		path := filepath.Join(root, "usr/bin", program)
+		for algorithm, tool := range map[string]string{"SHA1": "sha1sum", "SHA256": "sha256sum"} {
+			if sum, _, _ := strings.Cut(say(t, tool, path), " "); hashes[algorithm+" ./usr/bin/"+program] != sum {
+				t.Errorf("%s has the %s %s; the SBOM has %q", program, algorithm, sum, hashes[algorithm+" ./usr/bin/"+program])
+			}
+		}
+		for line := range strings.Lines(say(t, "go", "version", "-m", path)) {
 			f := strings.Fields(line)
+			if f[0] == "dep" && !linked[string(fileID(program))+" "+f[1]] {
+				t.Errorf("the SBOM does not say that %s is in %s", f[1], program)
+			}
 			if f[0] == "dep" && known[f[1]+" "+f[2]] != f[3] {
 				t.Errorf("%s has %s %s with sum %s; the SBOM has sum %q", program, f[1], f[2], f[3], known[f[1]+" "+f[2]])
 			}
