@@ -328,6 +328,9 @@ func TestLately(t *testing.T) {
 	if got, want := l.get("pg"), (lastSeen{mode: datapath.Observe, since: first, proxied: second, bypassed: first, denied: third}); got != want {
 		t.Errorf("have %+v, want %+v", got, want)
 	}
+	if len(l.all) != 1 {
+		t.Errorf("what the proxy names is kept, whether it is in force or not: %v", l.all)
+	}
 	l.moved([]datapath.Service{service}, second)
 	if got := l.get("pg").since; got != first {
 		t.Errorf("the same mode holds since %v, want %v", got, first)

@@ -307,6 +307,11 @@ func TestPodsThatCannotBePlaced(t *testing.T) {
 		t.Errorf("at one of two devices: %+v, decided %v", got, c.decided)
 	}
 	c.says()
+	c.contain(uid, "ef", c.lab.Node) // as a container is before it is moved
+	c.look(facts(uid, "db-0", isDB, a))
+	if len(c.decided) != 2 {
+		t.Errorf("with a process on the node's own network: decided %v", c.decided)
+	}
 }
 
 // TestWhatAPodWasCounts: where sets are signed, nothing that is said of a pod that runs lets it go: that it is gone and there again, in another
