@@ -1,12 +1,17 @@
 package grant_test
 
 import (
+	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/policy"
@@ -61,6 +66,26 @@ func TestDrillIsOnesWord(t *testing.T) {
 	}
 	if _, _, err := grant.VerifyDrill([]byte(strings.Replace(string(signed), body(signed), body(other), 1)), keys, d.Back); err == nil {
 		t.Error("a record of another service passes with the signature of this one")
+	}
+}
+
+// TestDrillHasOneForm: what says the same in other letters is not taken, though it is signed.
+func TestDrillHasOneForm(t *testing.T) {
+	f := newForger(t)
+	d := someDrill(t)
+	d.By = "mallory"
+	body, err := json.Marshal(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for more, want := range map[string]error{"": nil, " ": grant.ErrNotCanonical} {
+		said := append(slices.Clone(body), more...)
+		sig := ed25519.Sign(f.private, dsse.PAE(grant.DrillType, said))
+		envelope := marshal(dsse.Envelope{PayloadType: grant.DrillType, Payload: base64.StdEncoding.EncodeToString(said),
+			Signatures: []dsse.Signature{{KeyID: f.public.ID(), Sig: base64.StdEncoding.EncodeToString(sig)}}})
+		if _, _, err := grant.VerifyDrill(envelope, f.keyring(), d.Back); !errors.Is(err, want) {
+			t.Errorf("with %q at its end: %v, want %v", more, err, want)
+		}
 	}
 }
 
