@@ -27,13 +27,14 @@ type environment struct {
 	args   []string
 	vars   []string // NAME=value
 	getenv func(string) string
+	stdout io.Writer
 	stderr io.Writer
 }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	env := environment{args: os.Args, vars: os.Environ(), getenv: os.Getenv, stderr: os.Stderr}
+	env := environment{args: os.Args, vars: os.Environ(), getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
 	err := run(ctx, env)
 	switch {
 	case errors.Is(err, flag.ErrHelp): // asked for, and given
@@ -64,8 +65,8 @@ func run(ctx context.Context, env environment) error {
 		return err
 	}
 	if opts.version {
-		fmt.Fprint(env.stderr, build.Read().Describe("sallyport-proxy"))
-		return nil
+		_, err := fmt.Fprint(env.stdout, build.Read().Describe("sallyport-proxy"))
+		return err
 	}
 	log := slog.New(slog.NewTextHandler(env.stderr, nil))
 	data, err := readConfig(opts)
