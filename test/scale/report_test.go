@@ -64,7 +64,7 @@ func (b *bench) markdown() string {
 	fmt.Fprintf(&out, `Besides: a verification of the set takes %s of CPU time of its node (p50), and an agent %s of memory, its share of the process included, and %s of CPU time in a minute at rest. A grant stirred
 %d other nodes. The most that the API server had in memory was %s until its restart and %s after it.
 
-`, round(quantile(b.changed.cost, 50)), kibibytes(float64(b.agentsMemory)/float64(p.nodes)), (b.agentsRest * time.Duration(time.Minute) / b.plan.rest / time.Duration(p.nodes)).Round(100*time.Microsecond),
+`, round(quantile(b.changed.cost, 50)), kibibytes(float64(b.agentsMemory)/float64(p.nodes)), seconds(b.agentsRest.Minutes()/b.plan.rest.Minutes()/float64(p.nodes)*60).Round(100*time.Microsecond),
 		b.strayed, mebibytes(float64(b.peak)), mebibytes(float64(b.restartPeak)))
 	return out.String()
 }
@@ -104,9 +104,9 @@ func (b *bench) costs(out *strings.Builder) {
 		name string
 		usage
 	}{
-		{"no agents, " + span(b.plan.rest), b.alone}, {"all start", b.starting}, {"all have started, and said their word", b.settled},
-		{fmt.Sprintf("one change, and %s", span(b.plan.settle)), b.average()}, {fmt.Sprintf("%d grants", b.plan.grants), b.granting},
-		{"at rest, " + span(b.plan.rest), b.resting}, {"restart", b.restarting},
+		{"no agents, " + b.plan.rest.String(), b.alone}, {"all start", b.starting}, {"all have started, and said their word", b.settled},
+		{fmt.Sprintf("one change, and %s", b.plan.settle), b.average()}, {fmt.Sprintf("%d grants", b.plan.grants), b.granting},
+		{"at rest, " + b.plan.rest.String(), b.resting}, {"restart", b.restarting},
 	}
 	rows := []struct {
 		name string
@@ -117,7 +117,7 @@ func (b *bench) costs(out *strings.Builder) {
 		{"memory of the API server, then", func(u usage) string { return mebibytes(u.apiMemory) }},
 		{"memory of etcd, then", func(u usage) string { return mebibytes(u.etcdMemory) }},
 		{"watches of agents, then", func(u usage) string { return thousands(u.watches) }},
-		{"lists, and watches that ended", func(u usage) string { return thousands(u.begun) }},
+		{"lists, and watches that ended or were refused", func(u usage) string { return thousands(u.begun) }},
 		{"events sent to watches", func(u usage) string { return thousands(u.events) }},
 		{"statuses written, or tried to", func(u usage) string { return thousands(u.patches) }},
 		{"of these, conflicts", func(u usage) string { return thousands(u.conflicts) }},
@@ -140,8 +140,6 @@ func (b *bench) costs(out *strings.Builder) {
 	}
 	out.WriteString("\n")
 }
-
-func span(d time.Duration) string { return strings.TrimSuffix(d.String(), "0s") }
 
 func round(d time.Duration) string {
 	switch {

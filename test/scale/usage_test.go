@@ -29,7 +29,7 @@ type usage struct {
 	watches        float64 // now, of agents
 	events         float64 // that watches were sent, of our kinds and of pods
 	eventBytes     float64
-	begun          float64 // lists and watches that have ended or begun to send, of our kinds and of pods
+	begun          float64 // lists and watches that have ended or were refused, of our kinds and of pods
 	patches        float64 // of statuses of our kinds
 	conflicts      float64 // of these
 	refused        float64 // requests answered with 429
