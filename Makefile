@@ -66,7 +66,7 @@ test-k8s: ## have a real API server and two real kubelets run our resources, our
 	go run ./tools/needs test test-k8s
 	$(KUBE) go run ./tools/kube
 	$(KUBE) go test -p 1 -tags k8s -count 1 -v -timeout 20m -run '^(TestServer|TestCluster)$$' ./pkg/kube/v1alpha1 ./pkg/agent
-	$(KUBE) go test -p 1 -tags k8s -count 1 -v -timeout 60m ./test/k8s/...
+	$(KUBE) go test -p 1 -tags k8s -count 1 -v -timeout 60m ./test/k8s/... ./test/scale
 
 quick: ## run every test once without the race detector
 	go test -p 1 ./...
@@ -108,6 +108,12 @@ bench-grants: ## measure how long workloads wait for paths with PATHS=10000 acti
 bench-audit: ## measure records from the kernel to the collector's disk, 100 nodes at one collector, and questions with RECORDS=10000000 (ENGINE=sqlite, or sqlite,postgres; root); PUBLISH=docs writes it down
 	go run ./tools/needs test
 	BENCH_RECORDS=$(or $(RECORDS),10000000) BENCH_ENGINES=$(or $(ENGINE),sqlite) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchAudit$$' ./test/e2e
+
+bench-scale: ## measure what a change and a grant take to reach NODES=1000 nodes by a real API server, what they cost it, and a collector with as many nodes (ENGINE=sqlite, or sqlite,postgres; root); PUBLISH=docs writes it down
+	go run ./tools/needs test bench-scale
+	KUBE_BIN_DIR=$(abspath $(or $(KUBE_BIN_DIR),.tools/kube)) go run ./tools/kube
+	KUBE_BIN_DIR=$(abspath $(or $(KUBE_BIN_DIR),.tools/kube)) BENCH_NODES=$(or $(NODES),1000) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -tags k8s -count 1 -v -timeout 0 -run '^TestScale$$' ./test/scale
+	BENCH_NODES=$(or $(NODES),1000) BENCH_ENGINES=$(or $(ENGINE),sqlite) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchFleet$$' ./test/e2e
 
 bench-proxy: ## measure the proxy with all that belongs to it beside HAProxy, nginx and a bare forwarder in Go, and part by part, ROUNDS=7 (root); PUBLISH=docs writes it down
 	go run ./tools/needs test

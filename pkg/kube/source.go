@@ -29,13 +29,13 @@ type Config struct {
 	Audience string
 	// Kubeconfig is a file that says how to reach the API server. Empty: by the service account of the pod.
 	Kubeconfig string
-	// Spread is the time over which nodes that have the same to say of a resource wait for each other: 10s.
+	// Spread is the time over which nodes that have the same to say of a resource wait for each other: 5s.
 	Spread time.Duration
 	// Logger takes what client-go says; nil: nobody does.
 	Logger *slog.Logger
 }
 
-const defaultSpread = 10 * time.Second
+const defaultSpread = 5 * time.Second
 
 // Source watches what concerns one node. What it gives is the API server's word, which proves nothing. Safe for concurrent use.
 type Source struct {

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -100,5 +101,24 @@ func TestOnlySpecAndSignaturesMatter(t *testing.T) {
 	b.SetAnnotations(map[string]string{Signatures: "{}"})
 	if !differs(a, b) || !differs(a, resource(2)) {
 		t.Error("a change does not differ")
+	}
+}
+
+// TestFewSpeakBeforeTheyHear: of nodes that have the same to say, few would say it within the time that the first word takes to reach them.
+func TestFewSpeakBeforeTheyHear(t *testing.T) {
+	const heard = 300 * time.Millisecond
+	for _, nodes := range []int{1, 100, 1000, 10_000} {
+		lots := make([]time.Duration, nodes)
+		for i := range lots {
+			lots[i] = lot(defaultSpread)
+		}
+		slices.Sort(lots)
+		if lots[0] < 0 || lots[nodes-1] > defaultSpread {
+			t.Errorf("%d nodes wait from %s to %s", nodes, lots[0], lots[nodes-1])
+		}
+		early, _ := slices.BinarySearch(lots, lots[0]+heard)
+		if t.Logf("%d nodes: the first after %s, %d by then", nodes, lots[0], early); early > 20 {
+			t.Errorf("%d of %d nodes speak within %s", early, nodes, heard)
+		}
 	}
 }

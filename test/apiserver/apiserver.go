@@ -45,9 +45,9 @@ func Start(t testing.TB, at *lab.Namespace, dir string) *Server {
 	s.keys()
 	s.must(os.WriteFile(s.file("tokens.csv"), fmt.Appendf(nil, "token-%s,%[1]s,1,system:masters\ntoken-%s,%[2]s,2\n", Admin, Agent), 0o600))
 	for _, user := range []string{Admin, Agent} {
-		s.must(os.WriteFile(s.Kubeconfig(user), fmt.Appendf(nil, kubeconfig, s.file("certs/apiserver.crt"), user), 0o600))
+		s.must(os.WriteFile(s.Kubeconfig(user), fmt.Appendf(nil, kubeconfig, s.Certificate(), user), 0o600))
 	}
-	s.etcd = s.start("etcd", "--data-dir", s.file("etcd"), "--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379",
+	s.etcd = s.start(s.storage(), "--data-dir", s.file("etcd"), "--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379",
 		"--listen-peer-urls=http://127.0.0.1:2380", "--log-level=error")
 	s.Begin()
 	t.Cleanup(func() {
@@ -73,6 +73,15 @@ func programs(t testing.TB) string {
 	return dir
 }
 
+// storage is the etcd beside Kubernetes' programs, or else Debian's, which is older.
+func (s *Server) storage() string {
+	own := filepath.Join(s.bin, "etcd")
+	if _, err := os.Stat(own); err != nil {
+		return "etcd"
+	}
+	return own
+}
+
 const kubeconfig = `apiVersion: v1
 kind: Config
 clusters: [{name: c, cluster: {server: "https://127.0.0.1:6443", certificate-authority: %q}}]
@@ -92,6 +101,17 @@ func (s *Server) must(err error) {
 
 // Kubeconfig is the file by which a user reaches it.
 func (s *Server) Kubeconfig(user string) string { return s.file(user + ".kubeconfig") }
+
+// Certificate is the file with what clients trust.
+func (s *Server) Certificate() string { return s.file("certs/apiserver.crt") }
+
+// Pid is the process of the API server; 0 after End.
+func (s *Server) Pid() int {
+	if s.api == nil {
+		return 0
+	}
+	return s.api.Pid()
+}
 
 // keys makes those of service accounts, without which it does not start.
 func (s *Server) keys() {

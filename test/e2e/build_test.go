@@ -38,6 +38,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == fleetCommand {
 		os.Exit(runFleet(os.Args[2]))
 	}
+	if len(os.Args) == 3 && os.Args[1] == paceCommand {
+		os.Exit(runPace(os.Args[2]))
+	}
 	os.Exit(runTests(m))
 }
 

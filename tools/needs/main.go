@@ -60,6 +60,9 @@ var needs = map[string][]need{
 		{"/usr/lib/cni/bridge", "it gives pods their devices", []string{"containernetworking-plugins"}},
 		{"iptables", "portmap writes rules with it", []string{"iptables"}},
 	},
+	"bench-scale": {
+		{"etcd", "it keeps what the API server has", []string{"etcd-server"}},
+	},
 	"test-kernels": {
 		{"qemu-system-x86_64", "it boots the kernels", []string{"qemu-system-x86"}},
 		{"/bin/busybox", "the shell of the guests", []string{"busybox-static"}},
