@@ -33,6 +33,7 @@ type installed struct {
 	config string
 	cfg    policy.AgentConfig
 	notify *net.UnixConn
+	heard  chan struct{} // closed: nobody reads notify; nil: nobody did yet
 }
 
 func install(t *testing.T) *installed {
@@ -63,7 +64,7 @@ spec:
 	in.resources(in.signer.resources("15m"))
 	in.notify, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
 	must(t, err)
-	t.Cleanup(func() { in.notify.Close() })
+	t.Cleanup(func() { in.deafen(); in.notify.Close() })
 	return in
 }
 
@@ -85,9 +86,10 @@ func (in *installed) start(command string) *lab.Process {
 	return p
 }
 
-// ready starts a command and waits until it says that it is ready.
+// ready starts a command, waits until it says that it is ready, and then reads its signs of life: no more than ten fit into the socket.
 func (in *installed) ready(command string) *lab.Process {
 	in.t.Helper()
+	in.deafen()
 	p := in.start(command)
 	buf := make([]byte, 4096)
 	must(in.t, in.notify.SetReadDeadline(time.Now().Add(time.Minute)))
@@ -97,8 +99,26 @@ func (in *installed) ready(command string) *lab.Process {
 			in.t.Fatalf("%s is not ready: %v\n%s", command, err, p.Output())
 		}
 		if strings.HasPrefix(string(buf[:n]), "READY=1") {
-			return p
+			break
 		}
+	}
+	must(in.t, in.notify.SetReadDeadline(time.Time{}))
+	heard := make(chan struct{})
+	in.heard = heard
+	go func() {
+		defer close(heard)
+		for err := error(nil); err == nil; {
+			_, err = in.notify.Read(buf)
+		}
+	}()
+	return p
+}
+
+// deafen ends the reading.
+func (in *installed) deafen() {
+	if in.heard != nil {
+		_ = in.notify.SetReadDeadline(time.Now()) // closed: it has ended
+		<-in.heard
 	}
 }
 

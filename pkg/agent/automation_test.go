@@ -43,7 +43,6 @@ type automated struct {
 	*installed
 	authority *devauthority.Authority
 	sources   map[spiffeid.ID]*identity.Source
-	drained   chan struct{} // closed when nobody reads the agent's signs of life
 }
 
 func automate(t *testing.T, ttl time.Duration, config string) *automated {
@@ -59,36 +58,7 @@ func automate(t *testing.T, ttl time.Duration, config string) *automated {
 	in.resources(strings.NewReplacer("requesters: [alice]", `requesters: [alice, "spiffe://example.org/backup/*"]`,
 		"bindings: [address]", "bindings: [address, tuple, workload]", `"10.0.0.0/8", `, `"10.0.0.0/8", "127.0.0.0/8", "::1", `).Replace(in.signer.resources("15m")))
 	a.serve(in.cfg.AgentID(), "workload.sock")
-	t.Cleanup(a.drain)
 	return a
-}
-
-// ready starts a command as installed does, and then reads its signs of life: no more than ten fit into the socket, and a slow
-// test has more.
-func (a *automated) ready(command string) *lab.Process {
-	a.t.Helper()
-	a.drain()
-	p := a.installed.ready(command)
-	must(a.t, a.notify.SetReadDeadline(time.Time{}))
-	done := make(chan struct{})
-	a.drained = done
-	go func() {
-		defer close(done)
-		for buf := make([]byte, 4096); ; {
-			if _, err := a.notify.Read(buf); err != nil {
-				return
-			}
-		}
-	}()
-	return p
-}
-
-// drain ends the reading.
-func (a *automated) drain() {
-	if a.drained != nil {
-		must(a.t, a.notify.SetReadDeadline(time.Now()))
-		<-a.drained
-	}
 }
 
 // serve gives an identity to whoever opens the socket, and a source of it.

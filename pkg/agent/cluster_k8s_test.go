@@ -298,7 +298,7 @@ func (c *clustered) damaged() {
 	must(c.t, err)
 	must(c.t, os.WriteFile(file, []byte(strings.Replace(string(good), "12m", "14m", 1)), 0o600))
 	p := c.start("run")
-	if err := p.Wait(c.t.Context()); err == nil || !contains(p.Output(), file, "last verified resources", "hint: ") {
+	if err := p.Wait(c.t.Context()); err == nil || !contains(p.Output(), file, "is damaged", "hint: ") {
 		c.t.Errorf("%v\n%s", err, p.Output())
 	}
 	must(c.t, os.WriteFile(file, good, 0o600))
