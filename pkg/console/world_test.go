@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -280,7 +281,22 @@ func newNight(t testing.TB) *night {
 		node.delivered()
 	}
 	two.stop()
+	w.away("node-2")
 	return n
+}
+
+// away waits until the collector has seen that a node has left.
+func (w *world) away(node string) {
+	w.t.Helper()
+	is := func(s *api.NodeState) bool { return s.GetNode() == node && s.GetConnected() }
+	for deadline := time.Now().Add(30 * time.Second); ; <-time.After(5 * time.Millisecond) {
+		if !slices.ContainsFunc(must(w.audit.Nodes(w.t.Context(), &api.NodesRequest{}))(w.t).GetNodes(), is) {
+			return
+		}
+		if time.Now().After(deadline) {
+			w.t.Fatalf("%s has not left", node)
+		}
+	}
 }
 
 func (n *night) fillOne() {

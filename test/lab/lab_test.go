@@ -218,7 +218,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestCloseUnhooksWhatIsKept: connections that nobody holds any more keep a namespace for minutes after the lab, and filters on its lo with it.
+// TestCloseUnhooksWhatIsKept: connections that nobody holds any more keep a namespace for minutes after the lab, and filters on its devices with it.
 func TestCloseUnhooksWhatIsKept(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: network namespaces (CAP_SYS_ADMIN and CAP_NET_ADMIN)")
@@ -229,11 +229,15 @@ func TestCloseUnhooksWhatIsKept(t *testing.T) {
 	defer held.Close()
 	h := must[*netlink.Handle](t)(netlink.NewHandleAt(held))
 	defer h.Close()
-	lo := must[netlink.Link](t)(h.LinkByName("lo")).Attrs().Index
-	if err := h.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: lo, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}); err != nil {
+	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "px1"}, PeerName: "peer"}); err != nil {
 		t.Fatal(err)
+	}
+	for _, d := range must[[]netlink.Link](t)(h.LinkList()) {
+		if err := h.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: d.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+		}}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	path := filepath.Join(l.Dir, "kept")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {

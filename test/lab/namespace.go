@@ -64,20 +64,29 @@ func (n *Namespace) close() error {
 	return errors.Join(err, n.handle.Close())
 }
 
-// unhook takes the filters of clsact off lo of a namespace that is to end. Connections that nobody holds any more keep a
-// namespace for minutes while they wait for answers, and lo with it; other devices went with the peer, and links with who held them.
+// unhook takes the filters of clsact off all devices of a namespace that is to end. Connections that nobody holds any more keep a namespace
+// for minutes while they wait for answers, and its devices with it; links went with who held them.
 func unhook(h *netlink.Handle) error {
-	lo, err := h.LinkByName("lo")
+	devices, err := h.LinkList()
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // a peer went meanwhile
+		devices, err = h.LinkList()
+	}
 	if err != nil {
-		return fmt.Errorf("find lo: %w", err)
+		return fmt.Errorf("list devices: %w", err)
 	}
-	err = h.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: lo.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		return nil // there is none
+	var errs []error
+	for _, d := range devices {
+		err := h.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: d.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+		}})
+		switch {
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT): // there is none
+		case errors.Is(err, unix.ENODEV): // it went with its peer
+		default:
+			errs = append(errs, err)
+		}
 	}
-	return err
+	return errors.Join(errs...)
 }
 
 // unhookKept does so in a namespace that a mount keeps.
