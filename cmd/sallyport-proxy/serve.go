@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -140,10 +138,9 @@ type parts struct {
 const threadsInSiege = 4
 
 // whenBesieged says what to do about a siege. GOMAXPROCS in the environment is heeded.
-func whenBesieged(collectRarely func(bool), log *slog.Logger) func(bool) {
+func whenBesieged(log *slog.Logger) func(bool) {
 	fixed := os.Getenv("GOMAXPROCS") != ""
 	return func(on bool) {
-		collectRarely(on)
 		if on {
 			log.Warn("many clients at a time have not proven an identity")
 		} else {
@@ -159,48 +156,16 @@ func whenBesieged(collectRarely func(bool), log *slog.Logger) func(bool) {
 	}
 }
 
-// With many connections the heap is large, and each collection of it takes the cores for what many requests take. So there are fewer of
-// them then, and in a siege, as far as the memory lasts that is meant for each place: what a place needs at most by make bench-slow.
-const (
-	calmGC       = 100 // percent, as everywhere
-	rareGC       = 300
-	memoryBeside = 64 << 20
-	memoryOfEach = 128 << 10
-)
-
-// rareCollections gives what to call with true for each reason to collect garbage rarely, and with false when that is over, by one goroutine.
-// GOGC and GOMEMLIMIT in the environment are heeded.
-func rareCollections(places int) func(bool) {
-	fixed, reasons := os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "", 0
-	return func(on bool) {
-		if on {
-			reasons++
-		} else {
-			reasons--
-		}
-		switch {
-		case fixed:
-		case reasons > 0:
-			debug.SetMemoryLimit(memoryBeside + int64(places)*memoryOfEach)
-			debug.SetGCPercent(rareGC)
-		default:
-			debug.SetGCPercent(calmGC)
-			debug.SetMemoryLimit(math.MaxInt64)
-		}
-	}
-}
-
 func newProxy(c policy.ProxyConfig, with parts, log *slog.Logger) (*proxy.Proxy, error) {
 	connections, err := fitConnections(c.MaxConnections, log)
 	if err != nil {
 		return nil, err
 	}
-	collectRarely := rareCollections(connections)
+	limitMemory(connections, log)
 	return proxy.New(proxy.Config{
 		ListenPort:       c.ListenPort,
 		MaxConnections:   connections,
-		Besieged:         whenBesieged(collectRarely, log),
-		Crowded:          collectRarely,
+		Besieged:         whenBesieged(log),
 		HandshakeTimeout: c.HandshakeTimeout.Duration,
 		IdleTimeout:      c.IdleTimeout.Duration,
 		ExpiryGrace:      c.ExpiryGrace.Duration,

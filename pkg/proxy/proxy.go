@@ -35,8 +35,8 @@ type Identity interface {
 	Changed() <-chan struct{}
 }
 
-// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Besieged, Crowded, Tokens, Login, Certificates, Outside, Listeners,
-// Moves and Logger must be set.
+// Config of a proxy. Every field but ExpiryGrace, DrainTimeout, Besieged, Tokens, Login, Certificates, Outside, Listeners, Moves and
+// Logger must be set.
 type Config struct {
 	// ListenPort is the port of the transparent listeners, on every address of both families.
 	ListenPort uint16
@@ -58,11 +58,8 @@ type Config struct {
 	Policy       *PolicyFile
 	// Report takes flow records. It must not block, and is called from many goroutines.
 	Report func(flow.Record)
-	// Besieged is told when many clients at a time have not proven an identity, and when that is over. nil: nobody is. Like Crowded it
-	// is called by one goroutine.
+	// Besieged is told when many clients at a time have not proven an identity, and when that is over. nil: nobody is.
 	Besieged func(bool)
-	// Crowded is told when there are many connections at a time, and when that is over. nil: nobody is.
-	Crowded func(bool)
 	// Tokens verifies bearer tokens. nil: they prove nobody.
 	Tokens *token.Verifier
 	// Login logs browsers in, to services that have it. nil: none has.
@@ -113,8 +110,7 @@ type Proxy struct {
 	started   time.Time
 	left      chan struct{} // closed: another proxy has the listeners
 	leave     sync.Once
-	siege     surge // used by expire alone, as throng is
-	throng    surge
+	siege     siege // used by expire alone
 }
 
 // New opens the listeners in the network namespace of the calling thread. It needs CAP_NET_RAW
@@ -140,7 +136,7 @@ func newProxy(cfg Config, listeners []*net.TCPListener) *Proxy {
 	return &Proxy{
 		cfg: cfg, instance: ulid.Make().String(), listeners: listeners,
 		denials: newDenials(cfg.Report), buffers: newBuffers(), pace: newPace(), now: time.Now,
-		room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)), siege: newSiege(cfg.Besieged), throng: newThrong(cfg.Crowded),
+		room: newRoom(cfg.MaxConnections), turns: newTurns(runtime.GOMAXPROCS(0)), siege: siege{tell: cfg.Besieged},
 		looked: make([]atomic.Int64, len(listeners)), started: time.Now(), left: make(chan struct{}),
 	}
 }
@@ -388,12 +384,10 @@ func (p *Proxy) expire(ctx context.Context) {
 		select {
 		case <-tick.C:
 			now := p.now()
-			sessions := p.room.snapshot()
-			for _, s := range sessions {
+			for _, s := range p.room.snapshot() {
 				s.expire(now)
 			}
 			p.siege.look(p.room.unproven(), time.Now())
-			p.throng.look(len(sessions), time.Now())
 		case <-ctx.Done():
 			return
 		}
