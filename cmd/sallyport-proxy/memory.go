@@ -10,7 +10,7 @@ import (
 	"github.com/KimMachineGun/automemlimit/memlimit"
 )
 
-// What the runtime may have, bytes: what a place needs at most by make bench-slow, and what there is without any.
+// What the runtime may have, bytes: what is meant for a place, which is what slow clients come to by make bench-slow, and for all else.
 const (
 	memoryBeside = 64 << 20
 	memoryOfEach = 128 << 10
