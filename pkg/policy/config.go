@@ -187,7 +187,7 @@ type ProxyConfig struct {
 	ListenPort uint16 `json:"listenPort" yaml:"listenPort"`
 	// MaxConnections it serves at a time: 10000.
 	MaxConnections uint32 `json:"maxConnections" yaml:"maxConnections"`
-	// HandshakeTimeout ends a client that proves no identity: 5s.
+	// HandshakeTimeout is what a client has at most to prove an identity, less up to a quarter of it by chance: 5s.
 	HandshakeTimeout Duration `json:"handshakeTimeout" yaml:"handshakeTimeout"`
 	// IdleTimeout ends a connection on which nothing is said: 1h.
 	IdleTimeout Duration `json:"idleTimeout" yaml:"idleTimeout"`

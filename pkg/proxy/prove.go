@@ -31,7 +31,7 @@ var errNotAuthorised = errors.New("not authorised")
 // prove takes the client to a proven and authorised identity; of a service that speaks HTTP, for which spec is given, the client
 // may have left that to its requests. Errors are refusals.
 func (s *session) prove() (conn *client, spec *policy.HTTPSpec, err error) {
-	if err := s.down.SetDeadline(s.accepted.Add(s.p.cfg.HandshakeTimeout)); err != nil {
+	if err := s.down.SetDeadline(s.proveBy); err != nil {
 		return nil, nil, &refusal{reason: flow.ReasonHandshakeFailed, err: err}
 	}
 	set := s.p.cfg.Policy.Set()

@@ -44,7 +44,7 @@ type Config struct {
 	// identity; if all have, it is reset. One in 8 is for those alone who have not proven an identity yet; who proves one when
 	// the others are taken gets the place of a caller that has more connections, or is reset.
 	MaxConnections int
-	// HandshakeTimeout is how long a client has, from its connect, to prove an identity.
+	// HandshakeTimeout is how long a client has at most, from its connect, to prove an identity. Chance takes up to a quarter off.
 	HandshakeTimeout time.Duration
 	// IdleTimeout ends a connection on which nothing moved in either direction.
 	IdleTimeout time.Duration

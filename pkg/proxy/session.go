@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -23,7 +24,8 @@ type session struct {
 	client, server netip.AddrPort // server: where the client wanted to go
 	id             string         // of the flow
 	accepted       time.Time
-	standing       standing // of its neighbourhood when it came; for the room
+	proveBy        time.Time // when it must have proven an identity
+	standing       standing  // of its neighbourhood when it came; for the room
 	ctx            context.Context
 	cancel         context.CancelFunc
 
@@ -80,6 +82,10 @@ const (
 	alerted                // it was sent a TLS alert or an answer, which an RST could overtake
 )
 
+// spread takes up to a quarter off a time limit, by chance: clients that came together, and come again when they are ended, would otherwise do
+// both together each time, and whoever comes just then would wait behind all of them.
+func spread(limit time.Duration) time.Duration { return limit - rand.N(limit/4+1) }
+
 func newSession(p *Proxy, c *net.TCPConn) *session {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &session{
@@ -87,6 +93,7 @@ func newSession(p *Proxy, c *net.TCPConn) *session {
 		id:       fmt.Sprintf("%s-%x", p.instance, p.flows.Add(1)),
 		accepted: time.Now(), ctx: ctx, cancel: cancel,
 	}
+	s.proveBy = s.accepted.Add(spread(p.cfg.HandshakeTimeout))
 	s.standing = p.turns.standing(s.neighbourhood())
 	return s
 }

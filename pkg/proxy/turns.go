@@ -221,7 +221,7 @@ type turn struct {
 
 // take waits no longer than a handshake may take.
 func (t *turn) take() error {
-	err := t.s.p.turns.take(t.s.ctx, t.s.neighbourhood(), t.s.accepted.Add(t.s.p.cfg.HandshakeTimeout))
+	err := t.s.p.turns.take(t.s.ctx, t.s.neighbourhood(), t.s.proveBy)
 	t.held = err == nil
 	return err
 }
