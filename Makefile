@@ -119,9 +119,9 @@ bench-proxy: ## measure the proxy with all that belongs to it beside HAProxy, ng
 	go run ./tools/needs test
 	BENCH_ROUNDS=$(or $(ROUNDS),7) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestBenchProxy$$' ./test/e2e
 
-bench-slow: ## measure what a good client gets beside CLIENTS=10000 slow ones and a flood of handshakes, and that nothing is left of them (root); PUBLISH=docs writes it down
+bench-slow: ## measure what a good client gets beside CLIENTS=10000 slow ones and a flood of handshakes, in ROUNDS=3, and that nothing is left of them (root); PUBLISH=docs writes it down
 	go run ./tools/needs test
-	SLOW_CLIENTS=$(or $(CLIENTS),10000) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestSlowClients$$' ./test/e2e
+	SLOW_CLIENTS=$(or $(CLIENTS),10000) BENCH_ROUNDS=$(or $(ROUNDS),3) BENCH_PUBLISH=$(abspath $(PUBLISH)) go test -count 1 -v -timeout 0 -run '^TestSlowClients$$' ./test/e2e
 
 bench: ## run every benchmark, BENCHTIME=1s each
 	go test -run '^$$' -bench . -benchtime $(or $(BENCHTIME),1s) ./...

@@ -6,12 +6,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"time"
 )
 
 const loadText = `# The proxy under slow clients and floods
 
-Taken by ` + "`make bench-slow`" + ` with %s connections, on a machine with %d cores (%s), Linux %s, load %s at the start.
+Taken by ` + "`make bench-slow`" + ` with %s connections, in %s of %v, on a machine with %d cores (%s), Linux %s, load %s at the start.
 
 A good client makes a connection each %v (mTLS, a request of %d bytes, its answer) and asks each %v on one that stands, both through Sallyport with all that
 belongs to it. Attackers come from %s addresses beside it, and from the same machine: what they need of its cores is missing to everybody. Attackers whose
@@ -25,9 +24,9 @@ the proxy's is passed. "Beside": it comes through Sallyport while the attack goe
 
 func (l *siege) markdown() string {
 	var out strings.Builder
-	fmt.Fprintf(&out, loadText, thousands(l.n), runtime.NumCPU(), processor(), kernelRelease(), l.load, goodNew, requestSize, goodLive,
+	fmt.Fprintf(&out, loadText, thousands(l.n), roundsText(l.rounds), l.time, runtime.NumCPU(), processor(), kernelRelease(), l.load, goodNew, requestSize, goodLive,
 		thousands(l.sources), thousands(l.places), l.patience())
-	out.WriteString("## What the good client gets\n\nMedian and 99th percentile, ms, and the 99th percentile at Sallyport to that there, and beside.\n")
+	out.WriteString("## What the good client gets\n\nMedian and 99th percentile of all rounds together, ms, and the 99th percentile at Sallyport to that there, and beside (of single rounds: from, to).\n")
 	for _, of := range []struct {
 		what string
 		take func(loadSaid) taken
@@ -36,52 +35,75 @@ func (l *siege) markdown() string {
 		{"a request on the connection that stands", func(s loadSaid) taken { return s.Live }},
 	} {
 		fmt.Fprintf(&out, "\n| attackers: %s | there | beside | at Sallyport | to there | to beside | aim | failed |\n| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |\n", of.what)
-		goodRow(&out, "none (quiet)", taken{}, taken{}, of.take(l.quiet))
-		for _, f := range l.faced {
-			goodRow(&out, f.name, of.take(f.bare), of.take(f.beside), of.take(f.during))
+		each := func(all ...loadSaid) (by []taken) {
+			for _, s := range all {
+				by = append(by, of.take(s))
+			}
+			return by
 		}
-		goodRow(&out, "none any more", taken{}, taken{}, of.take(l.after))
+		goodRow(&out, "none (quiet)", nil, nil, each(l.quiet))
+		for _, f := range l.faced {
+			goodRow(&out, f.name, each(f.bare...), each(f.beside...), each(f.during...))
+		}
+		goodRow(&out, "none any more", nil, nil, each(l.after))
 	}
 	fmt.Fprintf(&out, "\n## What attackers get\n\nThe proxy has %.0f MiB in memory (Pss) before the first attack, and %d descriptors; after each attack it has those descriptors again, and after the last one\n"+
 		"the goroutines of a fresh one. Counted are connections; REQUEST_LIMIT and BAD_REQUEST count requests.\n\n", l.rest/1024, l.restFiles)
-	out.WriteString("| attackers | connections | a second | MiB at the end | KiB each | MiB after | by reason |\n| --- | ---: | ---: | ---: | ---: | ---: | --- |\n")
+	out.WriteString("| attackers | connections | a second | MiB at most | KiB each | MiB after | by reason |\n| --- | ---: | ---: | ---: | ---: | ---: | --- |\n")
 	for _, f := range l.faced {
-		fmt.Fprintf(&out, "| %s | %s | %s | %.0f | %s | %.0f | %s |\n", f.name, thousands(int(f.attack.Connected)),
-			digits(float64(f.attack.Connected)/f.took.Seconds()), f.memory/1024, digits((f.memory-l.rest)/float64(f.n)), f.left/1024, reasonsText(f.reasons))
+		fmt.Fprintf(&out, "| %s | %s | %s | %.0f | %s | %.0f | %s |\n", f.name, thousands(int(f.connected)),
+			digits(float64(f.connected)/f.took.Seconds()), f.memory/1024, digits((f.memory-l.rest)/float64(f.n)), f.left/1024, reasonsText(f.reasons))
 	}
 	return out.String()
 }
 
-func goodRow(out *strings.Builder, name string, bare, beside, during taken) {
-	fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s | %s | %d |\n", name, takenText(bare), takenText(beside), takenText(during),
-		tailRatio(bare, during), tailRatio(beside, during), aimText(name, bare, during), during.Failed)
+func roundsText(n int) string {
+	if n == 1 {
+		return "one round"
+	}
+	return fmt.Sprintf("%d rounds", n)
 }
 
-func aimText(name string, bare, during taken) string {
+func goodRow(out *strings.Builder, name string, bare, beside, during []taken) {
+	fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s | %s | %d |\n", name, takenText(bare), takenText(beside), takenText(during),
+		tailRatio(bare, during), tailRatio(beside, during), aimText(name, bare, during), together(during).Failed)
+}
+
+func aimText(name string, bare, during []taken) string {
 	switch {
-	case bare.P99 == 0:
+	case bare == nil:
 		return "-"
 	case name == pastPlaces:
 		return "none: past a limit"
-	case during.P99 > 2*bare.P99:
+	case together(during).at(99) > 2*together(bare).at(99):
 		return "missed"
 	}
 	return "met"
 }
 
-func takenText(t taken) string {
-	if t.Done == 0 {
+func takenText(rounds []taken) string {
+	if rounds == nil {
 		return "-"
 	}
-	ms := func(d time.Duration) string { return digits(float64(d) / 1e6) }
-	return ms(t.P50) + ", " + ms(t.P99)
+	all := together(rounds)
+	ms := func(percent int) string { return digits(float64(all.at(percent)) / 1e6) }
+	return ms(50) + ", " + ms(99)
 }
 
-func tailRatio(beside, during taken) string {
-	if beside.P99 == 0 {
+// tailRatio is that of all rounds together, and the least and the most of one.
+func tailRatio(beside, during []taken) string {
+	if beside == nil {
 		return "-"
 	}
-	return fmt.Sprintf("%.2f", float64(during.P99)/float64(beside.P99))
+	var each []float64
+	for i := range during {
+		each = append(each, float64(during[i].at(99))/float64(beside[i].at(99)))
+	}
+	text := fmt.Sprintf("%.2f", float64(together(during).at(99))/float64(together(beside).at(99)))
+	if len(each) > 1 {
+		text += fmt.Sprintf(" (%.2f to %.2f)", slices.Min(each), slices.Max(each))
+	}
+	return text
 }
 
 func reasonsText(reasons map[string]uint64) string {

@@ -45,8 +45,25 @@ type loadSaid struct {
 
 // taken is how long things took.
 type taken struct {
-	Done, Failed int
-	P50, P99     time.Duration
+	Failed int
+	Took   []time.Duration
+}
+
+// at is a percentile of it, or 0 where nothing was done.
+func (t taken) at(percent int) time.Duration {
+	if len(t.Took) == 0 {
+		return 0
+	}
+	return slices.Sorted(slices.Values(t.Took))[len(t.Took)*percent/100]
+}
+
+// together is what several took.
+func together(all []taken) (sum taken) {
+	for _, t := range all {
+		sum.Failed += t.Failed
+		sum.Took = append(sum.Took, t.Took...)
+	}
+	return sum
 }
 
 func runLoad(text string) int {
@@ -319,17 +336,12 @@ func (r loadRole) good(ctx context.Context, configs []*tls.Config) (said loadSai
 
 // pace does something at each tick, or at the next one when it takes longer.
 func pace(ctx context.Context, every time.Duration, f func() error) (t taken) {
-	var all []time.Duration
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			slices.Sort(all)
-			if t.Done = len(all); t.Done > 0 {
-				t.P50, t.P99 = all[len(all)/2], all[len(all)*99/100]
-			}
 			return t
 		}
 		began := time.Now()
@@ -337,6 +349,6 @@ func pace(ctx context.Context, every time.Duration, f func() error) (t taken) {
 			t.Failed++
 			continue
 		}
-		all = append(all, time.Since(began))
+		t.Took = append(t.Took, time.Since(began))
 	}
 }

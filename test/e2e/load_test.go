@@ -111,11 +111,11 @@ func loadAttacks(n, floods int) []loadAttack {
 // faced is what an attack did.
 type faced struct {
 	loadAttack
-	beside, during loadSaid // of the good client, with the attack at somebody else, and at the proxy
-	bare           loadSaid // of a good client of that somebody
-	attack         loadSaid
-	took           time.Duration // of the attack
-	memory, left   float64       // KiB of the proxy, at the end of the attack and after it
+	beside, during []loadSaid // of the good client, with the attack at somebody else, and at the proxy, by round
+	bare           []loadSaid // of a good client of that somebody
+	connected      int64
+	took           time.Duration // of the attack, in all rounds
+	memory, left   float64       // KiB of the proxy, at most at the end of a round, and after the last
 	reasons        map[string]uint64
 }
 
@@ -243,6 +243,7 @@ func (l *siege) begin(t *testing.T, in *lab.Lab, r loadRole) *loadClient {
 	must(t, err)
 	must(t, errors.Join(say.Close(), hears.Close()))
 	c := &loadClient{proc: p, end: says, answers: bufio.NewScanner(heard)}
+	c.answers.Buffer(nil, 1<<20)
 	if !c.answers.Scan() || c.answers.Text() != "ready" {
 		_ = p.Wait(within(t, time.Second))
 		t.Fatalf("clients (%s) did not become ready: %s", r.Do, p.Output())
@@ -281,40 +282,44 @@ func (l *siege) judged(t *testing.T, of contender, beside *loadClient) loadSaid 
 // face has the proxy face an attack, after somebody else has.
 func (l *siege) face(t *testing.T, p *lab.Process, a loadAttack) {
 	t.Helper()
-	f := faced{loadAttack: a, reasons: map[string]uint64{}}
-	if !l.short {
-		f.beside, f.bare = l.elsewhere(t, a)
-	}
+	f := &faced{loadAttack: a, reasons: map[string]uint64{}}
 	before := l.reasons(t)
-	began := time.Now()
-	attack := l.begin(t, l.world.Lab, l.attack(a, netip.AddrPortFrom(l.world.Pod.Addr(lab.IPv4), a.port)))
-	f.during = l.judged(t, l.contender(), attack)
-	l.awaitReasons(t, a, before)
-	f.memory = memoryOf(t, p)
-	f.attack = attack.finish(t)
-	f.took = time.Since(began)
-	l.connected += f.attack.Connected
-	waitUntil(t, "the connections of those who "+a.name+" to end", func() bool { return descriptors(t, p) <= l.restFiles })
+	for range l.rounds {
+		if !l.short {
+			beside, bare := l.elsewhere(t, a)
+			f.beside, f.bare = append(f.beside, beside), append(f.bare, bare)
+		}
+		l.endure(t, p, f)
+	}
 	f.left = memoryOf(t, p)
+	l.connected += f.connected
 	if !l.short { // to be told of each attack by itself takes a while
 		l.settled(t)
-		t.Logf("%s: %d connections, all: %d, told of: %d", a.name, f.attack.Connected, l.connected, l.told(t))
+		t.Logf("%s: %d connections, all: %d, told of: %d", a.name, f.connected, l.connected, l.told(t))
 	}
 	for reason, n := range l.reasons(t) {
 		if n > before[reason] {
 			f.reasons[reason] = n - before[reason]
 		}
 	}
-	l.checkGood(t, f)
-	l.faced = append(l.faced, f)
+	l.faced = append(l.faced, *f)
 }
 
-// checkGood: who may come through did, each time.
-func (l *siege) checkGood(t *testing.T, f faced) {
+// endure puts the attack on the proxy for a while: who may come through does, each time, and the log says why attackers do not.
+func (l *siege) endure(t *testing.T, p *lab.Process, f *faced) {
 	t.Helper()
-	if n := f.during.New.Failed + f.during.Live.Failed; n > 0 || f.during.New.Done == 0 || f.during.Live.Done == 0 {
-		t.Errorf("while others %s, a good client had %d new connections and %d requests, and %d failures", f.name, f.during.New.Done, f.during.Live.Done, n)
+	before, began := l.reasons(t), time.Now()
+	attack := l.begin(t, l.world.Lab, l.attack(f.loadAttack, netip.AddrPortFrom(l.world.Pod.Addr(lab.IPv4), f.port)))
+	good := l.judged(t, l.contender(), attack)
+	l.awaitReasons(t, f.loadAttack, before)
+	f.memory = max(f.memory, memoryOf(t, p))
+	f.connected += attack.finish(t).Connected
+	f.took += time.Since(began)
+	waitUntil(t, "the connections of those who "+f.name+" to end", func() bool { return descriptors(t, p) <= l.restFiles })
+	if failed := good.New.Failed + good.Live.Failed; failed > 0 || len(good.New.Took) == 0 || len(good.Live.Took) == 0 {
+		t.Errorf("while others %s, a good client had %d new connections and %d requests, and %d failures", f.name, len(good.New.Took), len(good.Live.Took), failed)
 	}
+	f.during = append(f.during, good)
 }
 
 func (l *siege) attack(a loadAttack, at netip.AddrPort) loadRole {
