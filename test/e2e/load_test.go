@@ -330,8 +330,8 @@ func (l *siege) attack(a loadAttack, at netip.AddrPort) loadRole {
 	return r
 }
 
-// elsewhere puts the attack on a listener that is not Sallyport's, while the good client comes through Sallyport: the machine's cores
-// are as busy. Then it is the good client of that listener that is watched.
+// elsewhere puts the attack on a listener that is not Sallyport's, and watches a good client of that, as soon after the attack has begun as it is
+// watched at Sallyport. Then it is one that comes through Sallyport: the machine's cores are as busy.
 func (l *siege) elsewhere(t *testing.T, a loadAttack) (good, bare loadSaid) {
 	t.Helper()
 	c := contender{name: "bare listener", lab: l.plain, at: netip.AddrPortFrom(l.plain.Node.Addr(lab.IPv4), 15001)}
@@ -344,7 +344,8 @@ func (l *siege) elsewhere(t *testing.T, a loadAttack) (good, bare loadSaid) {
 	}
 	l.run(t, c, func(*lab.Process) {
 		attack := l.begin(t, l.plain, l.attack(a, c.at))
-		good, bare = l.judged(t, l.contender(), attack), l.judged(t, c, attack)
+		bare = l.judged(t, c, attack)
+		good = l.judged(t, l.contender(), attack)
 		attack.finish(t)
 	})
 	return good, bare
