@@ -148,7 +148,7 @@ func (c *cluster) connect() {
 func (c *cluster) makeImages() (files []string) {
 	bin := filepath.Join(c.dir, "bin")
 	must(c.t, os.MkdirAll(bin, 0o755))
-	build := exec.Command("go", "build", "-trimpath", "-o", bin, "./cmd/sallyport", "./cmd/sallyport-agent", "./cmd/sallyport-proxy", "./cmd/sallyport-collector", "./test/k8s/pause")
+	build := exec.Command("go", "build", "-trimpath", "-o", bin, "./cmd/sallyport", "./cmd/sallyport-agent", "./cmd/sallyport-proxy", "./cmd/sallyport-collector", "./test/k8s/pause", "./test/k8s/probe")
 	build.Dir, build.Env = repository, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		c.t.Fatalf("build: %v\n%s", err, out)
@@ -157,7 +157,8 @@ func (c *cluster) makeImages() (files []string) {
 	for _, b := range []string{"sallyport", "sallyport-agent", "sallyport-proxy", "sallyport-collector"} {
 		ours.files["/"+b] = filepath.Join(bin, b)
 	}
-	for i, im := range []image{{name: pauseImage, files: map[string]string{"/pause": filepath.Join(bin, "pause")}, entry: "/pause"}, ours, postgres(c.t)} {
+	for i, im := range []image{{name: pauseImage, files: map[string]string{"/pause": filepath.Join(bin, "pause")}, entry: "/pause"}, ours, postgres(c.t),
+		{name: probeImage, files: map[string]string{"/pause": filepath.Join(bin, "pause"), "/probe": filepath.Join(bin, "probe")}}} {
 		file := filepath.Join(c.dir, fmt.Sprintf("image-%d.tar", i))
 		im.save(c.t, file)
 		files = append(files, file)

@@ -29,16 +29,21 @@ type inCluster struct {
 	forwards    int      // that were begun
 }
 
-// TestResources: what is protected, and who may go around it, comes by kubectl alone. The database is reached by who proves an identity or has
-// a path and by nobody else, whichever way they come, also where its pod is another one; paths open by apply and end by delete, and on
-// time with nobody there to end them.
-func TestResources(t *testing.T) {
+func newInCluster(t *testing.T) *inCluster {
 	c := &inCluster{world: newWorld(t)}
 	var err error
 	c.officer, err = grant.GenerateKey()
 	must(t, err)
 	c.officerFile = filepath.Join(c.dir, "carol.key")
 	must(t, grant.WritePrivateKey(c.officerFile, c.officer))
+	return c
+}
+
+// TestResources: what is protected, and who may go around it, comes by kubectl alone. The database is reached by who proves an identity or has
+// a path and by nobody else, whichever way they come, also where its pod is another one; paths open by apply and end by delete, and on
+// time with nobody there to end them.
+func TestResources(t *testing.T) {
+	c := newInCluster(t)
 	c.expose()
 	c.reached("without us", c.ways())
 	c.define()
@@ -220,14 +225,21 @@ func (c *inCluster) bypass(name, duration string) string {
 // beside is in the network of the client's pod on the node, for what is faster than kubectl and outlives the API server.
 func (c *inCluster) beside(n *node) func(args ...string) *exec.Cmd {
 	address, _ := c.addresses("client-" + n.name)
-	file := strings.TrimSpace(n.run("sh", "-c", `for f in /run/netns/*; do nsenter --net=$f ip -o addr show | grep -qF " $1/" && echo $f; done; true`, "sh", address))
-	if file == "" || strings.Contains(file, "\n") {
-		c.t.Fatalf("namespaces with %s: %q", address, file)
-	}
+	file := c.network(n, address)
 	return func(args ...string) *exec.Cmd {
 		args[0] = filepath.Join(pgBin(c.t), args[0])
 		return n.inside(context.Background(), append([]string{"nsenter", "--net=" + file}, args...)...)
 	}
+}
+
+// network is the network namespace of the pod of a node with the address, as a file there.
+func (w *world) network(n *node, address string) string {
+	w.t.Helper()
+	file := strings.TrimSpace(n.run("sh", "-c", `for f in /run/netns/*; do nsenter --net=$f ip -o addr show | grep -qF " $1/" && echo $f; done; true`, "sh", address))
+	if file == "" || strings.Contains(file, "\n") {
+		w.t.Fatalf("namespaces with %s: %q", address, file)
+	}
+	return file
 }
 
 func outputOf(command func(args ...string) *exec.Cmd) func(args ...string) ([]byte, error) {
