@@ -55,7 +55,7 @@ func newCluster(t *testing.T) *cluster {
 	}
 	for _, n := range c.nodes {
 		c.kubelet(n)
-		c.kubeProxy(n)
+		c.kubeProxy(n, "iptables")
 	}
 	for _, n := range c.nodes {
 		c.wait(time.Minute, "create", "node/"+n.name)
@@ -265,9 +265,9 @@ evictionHard: {"memory.available": "100Mi", "nodefs.available": "1%%", "imagefs.
 		"--cert-dir="+filepath.Join(n.dir, "certs"))
 }
 
-// kubeProxy has the node carry addresses of Services to pods, by iptables.
-func (c *cluster) kubeProxy(n *node) {
-	n.daemon("kube-proxy", filepath.Join(c.bin, "kube-proxy"), "--kubeconfig="+c.kubeconfig("admin"), "--hostname-override="+n.name, "--proxy-mode=iptables",
+// kubeProxy has the node carry addresses of Services to pods, by iptables or by nftables.
+func (c *cluster) kubeProxy(n *node, mode string) {
+	n.daemon("kube-proxy", filepath.Join(c.bin, "kube-proxy"), "--kubeconfig="+c.kubeconfig("admin"), "--hostname-override="+n.name, "--proxy-mode="+mode,
 		"--cluster-cidr=10.96.0.0/16,fd96::/48", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0")
 }
 

@@ -5,6 +5,7 @@ package k8s
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -45,13 +46,15 @@ func newInCluster(t *testing.T) *inCluster {
 func TestResources(t *testing.T) {
 	c := newInCluster(t)
 	c.expose()
-	c.reached("without us", c.ways())
 	c.define()
 	c.install(c.values())
 	c.do("wait", "--for=condition=Accepted", "--timeout=1m", "psvc/db", "bpol/backup", "kring/operators", "rset/all")
 	c.refused("installed", c.ways())
 	c.healthy()
 	c.identified()
+	c.proven()
+	c.translatedByNftables()
+	c.refused("with nftables", c.ways())
 	c.proven()
 	c.replaced()
 	c.applied()
@@ -64,7 +67,7 @@ const (
 	nodePortKept = 30433 // that keeps the client's address
 )
 
-// expose gives the database a Service in the cluster, and ports on all nodes.
+// expose gives the database a Service in the cluster, and ports on all nodes, by which everybody reaches it.
 func (c *inCluster) expose() {
 	for name, spec := range map[string]string{
 		"db":      fmt.Sprintf("ports: [{port: 5432, nodePort: %d}]", nodePort),
@@ -76,6 +79,11 @@ func (c *inCluster) expose() {
 	if len(c.service) != 2 {
 		c.t.Fatalf("the Service has the addresses %v", c.service)
 	}
+	c.each(c.ways(), func(p way) { // kube-proxy of a node learns of it when it does
+		if err := patiently(30*time.Second, func() error { return c.ask(p.run, p.host, p.port) }); err != nil {
+			c.t.Errorf("exposed, from %s: %v", p.name, err)
+		}
+	})
 }
 
 // ways are all that have no identity, by what kube-proxy makes, too.
@@ -159,6 +167,26 @@ func (c *inCluster) proven() {
 		}
 	})
 	c.t.Logf("an identity came in by %d ways", len(all))
+}
+
+// translatedByNftables has kube-proxy of all nodes translate in its other mode from now on, and nothing of the first left.
+func (c *inCluster) translatedByNftables() {
+	for _, n := range c.nodes {
+		n.kill(filepath.Join(c.bin, "kube-proxy"))
+		c.kubeProxy(n, "nftables")
+		eventually(c.t, time.Minute, "kube-proxy of "+n.name+" translates by nftables alone", func() error {
+			for _, family := range []string{"ip", "ip6"} {
+				out, err := n.inside(context.Background(), "nft", "list", "map", family, "kube-proxy", "service-nodeports").CombinedOutput()
+				if err != nil || !strings.Contains(string(out), strconv.Itoa(nodePortKept)) {
+					return fmt.Errorf("%w: %s\n%s", errors.Join(err, errors.New("no map with the NodePort")), out, n.log("kube-proxy"))
+				}
+			}
+			if left := n.run("sh", "-c", "iptables-save; ip6tables-save"); strings.Contains(left, "KUBE-SERVICES") {
+				return fmt.Errorf("chains of iptables are left:\n%s", left)
+			}
+			return nil
+		})
+	}
 }
 
 // forward is a way with the identity of a process on the node.

@@ -58,7 +58,8 @@ var needs = map[string][]need{
 		{"containerd", "it runs the pods", []string{"containerd"}},
 		{"runc", "so does it", []string{"runc"}},
 		{"/usr/lib/cni/bridge", "it gives pods their devices", []string{"containernetworking-plugins"}},
-		{"iptables", "portmap writes rules with it", []string{"iptables"}},
+		{"iptables", "portmap and kube-proxy write rules with it", []string{"iptables"}},
+		{"nft", "so does kube-proxy in its other mode", []string{"nftables"}},
 	},
 	"bench-scale": {
 		{"etcd", "it keeps what the API server has", []string{"etcd-server"}},
