@@ -133,14 +133,14 @@ spec: {version: 1}
 
 func (c *inCluster) policy() string { return filepath.Join(c.dir, "resources.d") }
 
-// define does what docs/kubernetes-agent.md says, word for word.
-func (c *inCluster) define() {
+// define does what docs/kubernetes-agent.md says, word for word, with more resources behind ours.
+func (c *inCluster) define(more ...string) {
 	crds, err := filepath.Abs(filepath.Join(repository, "deploy/crds"))
 	must(c.t, err)
 	c.do("apply", "-f", crds)
 	c.do("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
 	must(c.t, os.MkdirAll(c.policy(), 0o755))
-	must(c.t, os.WriteFile(filepath.Join(c.policy(), "resources.yaml"), fmt.Appendf(nil, clusterResources, domain, c.key.Public()), 0o644))
+	must(c.t, os.WriteFile(filepath.Join(c.policy(), "resources.yaml"), fmt.Appendf(nil, clusterResources+strings.Join(more, ""), domain, c.key.Public()), 0o644))
 	c.nodes[0].run(c.cli(), "policy", "sign", c.policy(), "--key", c.officerFile, "--yes")
 	c.do("apply", "-f", c.policy())
 	signatures, err := os.ReadFile(filepath.Join(c.policy(), "resources.dsse"))
@@ -236,10 +236,10 @@ func (c *inCluster) replaced() {
 	c.proven()
 }
 
-// bypass is a BypassGrant that begins when it is applied, for a pod of the other node.
-func (c *inCluster) bypass(name, duration string) string {
+// bypass is a BypassGrant that begins when it is applied, for the client's pod on a node.
+func (c *inCluster) bypass(name, duration string, of *node) string {
 	first := c.nodes[0]
-	client, client6 := c.addresses("client-" + c.nodes[1].name)
+	client, client6 := c.addresses("client-" + of.name)
 	file := filepath.Join(c.dir, name+".grant")
 	first.run(c.cli(), "grant", "issue", "--on-apply", "--service", "db", "--client", client, "--client", client6, "--for", duration, "--node", first.name, "--reason", "backup",
 		"--key", c.keyFile, "--not-before", time.Now().UTC().Format(time.RFC3339), "--policy", c.policy(), "--out", file, "--yes")
@@ -327,7 +327,7 @@ func (c *inCluster) applied() {
 		own = append(own, way{"NodePort that keeps the source" + v.name, client, v.node, nodePortKept}, way{"hostPort" + v.name, client, v.node, 15432}, way{"the client" + v.name, client, v.pod, 5432})
 	}
 	beside := c.beside(second)
-	c.open(c.bypass("nightly", "10m"), outputOf(beside))
+	c.open(c.bypass("nightly", "10m", second), outputOf(beside))
 	c.reached("by the path", own)
 	c.refused("beside the path", another)
 	conn := c.talk(beside("psql", "-X", "-A", "-t", "-U", "postgres", c.at(c.db)))
@@ -350,7 +350,7 @@ func (c *inCluster) alone() {
 	first, second := c.nodes[0], c.nodes[1]
 	command := c.beside(second)
 	beside := outputOf(command)
-	c.open(c.bypass("short", "40s"), beside)
+	c.open(c.bypass("short", "40s", second), beside)
 	c.do("wait", "--for=jsonpath={.status.until}", "bgrant/short", "--timeout=20s")
 	until, err := time.Parse(time.RFC3339, c.do("get", "bgrant", "short", "-o", "jsonpath={.status.until}"))
 	must(c.t, err)

@@ -1,4 +1,4 @@
-// Command probe is both sides of an attack: a service that tells a secret to whoever reaches it, and a stranger who tries to.
+// Command probe is both sides of an attack: a service that tells a secret to whoever reaches it, and a stranger who tries to, by sockets or by frames.
 package main
 
 import (
@@ -36,8 +36,15 @@ func run(args []string) error {
 		return serve(args[1], args[2])
 	case len(args) == 2 && args[0] == "reach":
 		return reach(os.Stdin, os.Stdout, []byte(args[1]))
+	case len(args) == 3 && args[0] == "wire":
+		return wire(args[1], args[2] == "past", os.Stdin, os.Stdout)
+	case len(args) == 2 && args[0] == "stat":
+		_, err := os.Stat(args[1])
+		return err
+	case len(args) > 2 && args[0] == "marked":
+		return marked(args[1], args[2:], os.Stdout)
 	}
-	return errors.New("usage: probe serve PORT SECRET | reach SECRET")
+	return errors.New("usage: probe serve PORT SECRET | reach SECRET | wire DEVICE past|through | stat FILE | marked ADDRESS:PORT MARK...")
 }
 
 // serve says the secret, and since when it listens, to each connection of either family until the process is told to end.
