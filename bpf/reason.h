@@ -15,7 +15,7 @@ enum sp_verdict {
 
 /*
  * Why. Append only; a number is never used again. Numbers below 100 are given
- * by the programs, numbers from 100 by the proxy in user space.
+ * by the programs, numbers from 100 in user space.
  */
 enum sp_reason {
 	SP_REASON_NONE = 0,
@@ -129,6 +129,9 @@ enum sp_reason {
 	SP_REASON_UNATTESTED = 122,	/* nothing proves the workload that asks for a remote service */
 	SP_REASON_PEER_REFUSED = 123,	/* who answered for a remote service is not who it has to be */
 	SP_REASON_IN_CLEAR = 124,	/* sent on to a remote service that speaks no TLS, in the clear, as policy says */
+
+	/* given by the agent, in the place of the program's PATH_OPEN */
+	SP_REASON_PROBE = 125,		/* SYN that opened a flow under the path of a service's listed probes */
 };
 
 /* Which edge of a flow a record tells of. Append only. */

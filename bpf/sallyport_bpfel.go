@@ -483,6 +483,7 @@ const (
 	SallyportSpReasonSP_REASON_UNATTESTED        SallyportSpReason = 122
 	SallyportSpReasonSP_REASON_PEER_REFUSED      SallyportSpReason = 123
 	SallyportSpReasonSP_REASON_IN_CLEAR          SallyportSpReason = 124
+	SallyportSpReasonSP_REASON_PROBE             SallyportSpReason = 125
 )
 
 type SallyportSpSeen struct {

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/sallyport-dev/sallyport/pkg/api"
+	"github.com/sallyport-dev/sallyport/pkg/grant"
 	"github.com/sallyport-dev/sallyport/pkg/proof"
 )
 
@@ -245,7 +246,7 @@ func ocsfGrant(s *api.StoredGrantEvent) ocsfEntity {
 	if g.GetStep() == "REFUSED" {
 		e.StatusID, e.StatusDetail = ocsfFailure, g.GetWhy()
 	}
-	if g.GetStep() == "ACTIVATED" && g.GetKind() != "" { // break-glass
+	if g.GetStep() == "ACTIVATED" && g.GetKind() == string(grant.BreakGlass) {
 		e.SeverityID = ocsfHigh
 	}
 	e.StatusCode = g.GetStep()

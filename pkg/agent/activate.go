@@ -27,6 +27,7 @@ type activation struct {
 	inTheWay []*held // of workloads
 	recorded bool
 	planned  []uint32 // slots, as they were recorded
+	after    string   // grant that it takes new connections over from
 }
 
 // prove gives what is asked for, and who vouches for it.
@@ -268,7 +269,9 @@ func (g *grants) record(ctx context.Context, a *activation) error {
 	a.recorded = true
 	g.take(a.held)
 	g.reviews.note(a.held.row, a.held.payload, true)
-	g.history.note(a.held.payload, a.held.row.Activated)
+	if !a.held.isProbe() {
+		g.history.note(a.held.payload, a.held.row.Activated)
+	}
 	return nil
 }
 
@@ -279,7 +282,7 @@ func (g *grants) openPaths(_ context.Context, a *activation) error {
 		slot, err := g.openPath(datapath.Path{
 			Grant: a.held.row.ID, Client: client, ServiceID: a.held.service.ID, Service: a.held.service.Name,
 			Ports: portsOf(a.held.payload, a.held.service), Deadline: a.held.row.DeadlineBoot, Budget: budgetOf(a.held.payload),
-			Ingress: ingressOf(a.held.payload), ClientPort: a.held.payload.ClientPort, Cgroup: a.held.payload.Cgroup,
+			Ingress: ingressOf(a.held.payload), ClientPort: a.held.payload.ClientPort, Cgroup: a.held.payload.Cgroup, After: a.after,
 		})
 		if err != nil {
 			return fmt.Errorf("open path for %s: %w", client, err)

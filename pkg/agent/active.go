@@ -26,6 +26,7 @@ func (h *held) clients() (all []clientOf) {
 // take makes a grant active. g.mu is held.
 func (g *grants) take(h *held) {
 	g.active[h.row.ID] = h
+	g.probing.take(h)
 	for _, c := range h.clients() {
 		if !slices.Contains(g.serving[c], h) {
 			g.serving[c] = append(g.serving[c], h)
@@ -36,6 +37,7 @@ func (g *grants) take(h *held) {
 // drop makes it active no more. g.mu is held.
 func (g *grants) drop(h *held) {
 	delete(g.active, h.row.ID)
+	g.probing.drop(h)
 	for _, c := range h.clients() {
 		others := slices.DeleteFunc(g.serving[c], func(o *held) bool { return o == h })
 		if g.serving[c] = others; len(others) == 0 {

@@ -63,6 +63,7 @@ type node struct {
 	uplinks     *uplinks
 	around      *surroundings
 	grants      *grants
+	probes      *probes
 	rollouts    *rollouts
 	readiness   *readiness
 	canaries    *canaries
@@ -138,6 +139,7 @@ func (n *node) parts() []part {
 		{name: "events", start: n.rebuildFlows, run: func(ctx context.Context) error { return n.events().Run(ctx) }},
 		{name: "sweeper", run: func(ctx context.Context) error { return n.sweeper().Run(ctx) }},
 		{name: "lease", run: func(ctx context.Context) error { return n.keeper().Run(ctx) }},
+		{name: "probes of kubelet", run: func(ctx context.Context) error { return n.probes.Run(ctx) }},
 		{name: "px watch", run: func(ctx context.Context) error { return n.pxWatch().Run(ctx) }},
 		{name: "pin watch", run: func(ctx context.Context) error { return n.pinWatch().Run(ctx) }},
 		{name: "guard watch", run: func(ctx context.Context) error { return n.guardWatch().Run(ctx) }},
@@ -332,6 +334,9 @@ func (n *node) loadResources(ctx context.Context) error {
 	if err := n.makeRollouts(ctx); err != nil {
 		return err
 	}
+	n.sink.isProbe = n.grants.probing.has
+	n.probes = &probes{grants: n.grants, group: n.callers.groups.number, source: routeSource, problems: n.problems, clock: n.clock,
+		term: probeTerm, kick: make(chan struct{}, 1), failed: make(map[string]failedProbes)}
 	if n.kube != nil {
 		n.applied = newApplied(n.kube, n.grants, n.clock)
 	}
@@ -375,6 +380,7 @@ func (n *node) resourcesChanged(e *enforced) error {
 	}
 	n.problems.report(problemGrants, "resources", err)
 	n.problems.report(problemRollouts, "resources", n.rollouts.follow(ctx, e))
+	n.probes.poke()
 	n.relay.recheck()
 	n.lately.moved(e.services, time.Now())
 	n.readiness.poke()

@@ -217,6 +217,9 @@ func (g *grants) recheckSome(some []*held, known map[string]policy.KnownKey, e *
 // reads of the grant does not change while it is active.
 func (g *grants) outdated(h *held, v grant.Verified, uncounted error, own []netip.Addr, e *enforced) (under, why string) {
 	service, ok := e.service(h.payload.Service)
+	if h.isProbe() {
+		return "", h.unlisted(e.set, service)
+	}
 	if !ok || !sameInstance(service, h.service) {
 		return "", fmt.Sprintf("service %s is not what it was", h.payload.Service)
 	}

@@ -28,15 +28,25 @@ type sink struct {
 	tides   *tides
 	callers *openers // nil: nobody looks at them
 	watch   *rolloutWatch
+	isProbe func(grant string) bool // nil: none is
 }
 
 func (s *sink) take(source string, rec flow.Record) {
-	rec = s.callers.complete(source, rec)
+	rec = s.complete(source, rec)
 	s.note(source, rec)
 	s.audit.Flow(rec)
 	if source == sourceKernel {
 		s.tides.note(rec)
 	}
+}
+
+// complete adds what the giver does not know: who called, and that a path is for probes.
+func (s *sink) complete(source string, rec flow.Record) flow.Record {
+	rec = s.callers.complete(source, rec)
+	if rec.Reason == flow.ReasonPathOpen && s.isProbe != nil && s.isProbe(rec.Grant) {
+		rec.Reason = flow.ReasonProbe
+	}
+	return rec
 }
 
 func (s *sink) note(source string, rec flow.Record) {
@@ -59,7 +69,7 @@ type kernelEvents struct {
 // more (invariant 5). An error ends the agent: nobody would read the rings.
 func (k *kernelEvents) Run(ctx context.Context) error {
 	err := k.datapath.ReadEvents(ctx, func(rec flow.Record) {
-		rec = k.sink.callers.complete(sourceKernel, rec)
+		rec = k.sink.complete(sourceKernel, rec)
 		k.sink.note(sourceKernel, rec)
 		// The error is that of ctx, and the record is then counted as lost.
 		if err := k.sink.audit.Critical(ctx, rec); err != nil || !audit.IsCritical(rec) {

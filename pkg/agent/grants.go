@@ -102,6 +102,8 @@ type grants struct {
 	serving map[clientOf][]*held     // guarded by mu; the active ones by whom they let in
 	ended   map[uint32]time.Duration // guarded by mu; slot of an ended path -> boot time since which it is known
 
+	probing probing // the active ones of kubelet's probes
+
 	parting func(datapath.PathStatus) // a path leaves its slot; nil: nobody wants to know
 
 	leavers leavers

@@ -134,15 +134,18 @@ func (h *holding) goneWhy(now time.Duration, here map[int]bool) string {
 // recount gives what a grant says and who vouches for it by other keyrings than before. Its signatures were verified when it began, or when
 // this agent took it up.
 func (h *held) recount(known map[string]policy.KnownKey) (grant.Verified, error) {
-	if policy.IsWorkload(h.payload.Requester) {
+	if h.isUnsigned() {
 		return h.verify(nil, nil)
 	}
 	return grant.Recount(h.payload, h.row.Signers, known, h.row.Activated)
 }
 
-// verify gives what a grant says and who vouches for it: those who signed it, or the workload that asked for it.
+// isUnsigned tells whether nobody has signed the grant: a workload asked for it, or the resources list it.
+func (h *held) isUnsigned() bool { return policy.IsWorkload(h.payload.Requester) || h.isProbe() }
+
+// verify gives what a grant says and who vouches for it: those who signed it, the workload that asked for it, or the resources.
 func (h *held) verify(envelope []byte, keys []policy.Keyring) (grant.Verified, error) {
-	if policy.IsWorkload(h.payload.Requester) {
+	if h.isUnsigned() {
 		return grant.Proven(h.payload, strings.Join(h.row.Signers, " ")), nil
 	}
 	return grant.Verify(envelope, keys, h.row.Activated)

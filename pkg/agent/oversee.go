@@ -38,7 +38,9 @@ func (g *grants) oversee(ctx context.Context, all []*held, carried map[string][]
 			over = append(over, doomed{h, e})
 			return nil
 		}
-		due = append(due, h.due(p.warnings, paths, now)...)
+		if !h.isProbe() { // another one follows before it ends
+			due = append(due, h.due(p.warnings, paths, now)...)
+		}
 		return nil
 	})
 	return next, errors.Join(err, g.endMany(ctx, over), g.warn(ctx, due))

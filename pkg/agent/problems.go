@@ -42,12 +42,14 @@ const (
 	problemCluster   problemClass = "cluster"
 	problemCanary    problemClass = "canary"
 
+	problemKubelet problemClass = "kubelet"
+
 	problemBreakGlass problemClass = "break_glass"
 )
 
 var problemClasses = []problemClass{problemResources, problemPx, problemDevice, problemIgnored, problemService, problemPods, problemLease,
 	problemGrants, problemEvents, problemProbe, problemMetrics, problemAudit, problemPins, problemBackstop, problemAlarms,
-	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemCanary, problemRollouts, problemBreakGlass}
+	problemXDP, problemSources, problemSockets, problemGuard, problemCandidate, problemAsking, problemMemory, problemCluster, problemCanary, problemRollouts, problemKubelet, problemBreakGlass}
 
 type problemKey struct {
 	class   problemClass

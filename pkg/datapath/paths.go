@@ -57,7 +57,7 @@ func pathKeys(p Path) []bpf.PathKey {
 	return keys
 }
 
-// checkIndex keeps two live paths from sharing a SYN: a path is never shared between grants.
+// checkIndex keeps two live paths from sharing a SYN: a path is never shared between grants. One that comes after another takes its place.
 func (d *Datapath) checkIndex(p Path) error {
 	for _, k := range pathKeys(p) {
 		var ref bpf.PathRef
@@ -72,7 +72,7 @@ func (d *Datapath) checkIndex(p Path) error {
 		if err != nil {
 			return err
 		}
-		if s.State == PathActive && s.Deadline > BootTime() {
+		if s.State == PathActive && s.Deadline > BootTime() && (p.After == "" || s.Grant != p.After) {
 			return fmt.Errorf("open path: %w: grant %s, slot %d", ErrPathExists, s.Grant, ref.Slot)
 		}
 	}

@@ -128,6 +128,9 @@ type Path struct {
 	// kernel's number) on this node; one of the two at most. 0: to none, it serves the address. Of TCP, where by Cgroup.
 	ClientPort uint16
 	Cgroup     uint64
+	// After is a grant whose live paths this one may take new connections over from. What these have open goes on until they end.
+	// The kernel does not keep it.
+	After string
 }
 
 // Budget is what a path may carry in both directions together; 0 is no limit. Bytes are those of IP packets, headers

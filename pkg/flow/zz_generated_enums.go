@@ -115,6 +115,7 @@ const (
 	ReasonUnattested       Reason = 122
 	ReasonPeerRefused      Reason = 123
 	ReasonInClear          Reason = 124
+	ReasonProbe            Reason = 125
 )
 
 var reasonNames = map[Reason]string{
@@ -208,6 +209,7 @@ var reasonNames = map[Reason]string{
 	ReasonUnattested:       "UNATTESTED",
 	ReasonPeerRefused:      "PEER_REFUSED",
 	ReasonInClear:          "IN_CLEAR",
+	ReasonProbe:            "PROBE",
 }
 
 // Event is the edge of a flow that a record tells of.

@@ -42,6 +42,10 @@ type Kind string
 // and it is reviewed. The empty kind is an ordinary grant.
 const BreakGlass Kind = "breakGlass"
 
+// Probe is the kind of what a service lists for the probes of kubelet. The agent makes it by itself, of the resources in force, and nobody
+// signs one: an envelope with this kind is refused.
+const Probe Kind = "probe"
+
 // Begin is what lets a grant begin. The empty one is its requester's answer to a challenge of the node.
 type Begin string
 

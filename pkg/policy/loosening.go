@@ -271,6 +271,7 @@ func (c *comparison) service(old, next ProtectedServiceSpec) {
 	next.Access = old.Access
 	c.http(old.HTTP, &next.HTTP)
 	c.tokens(old.Tokens, &next.Tokens)
+	c.probes(old.Probes, &next.Probes)
 	if !same(old.Tests, next.Tests) {
 		c.note(Neither, "spec.tests", "are not what they were")
 	}

@@ -78,6 +78,9 @@ type ProtectedService struct {
 // +kubebuilder:validation:XValidation:rule="!has(self.podSelector) || !has(self.addresses) || size(self.addresses) == 0",message="the podSelector says which pods, and their addresses follow: remove one of the two",fieldPath=".addresses"
 // +kubebuilder:validation:XValidation:rule="!has(self.podSelector) || !has(self.device) || size(self.device) == 0",message="the podSelector says which pods, and their devices follow",fieldPath=".device"
 // +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.podSelector)",message="a Host service is in no pod of its own",fieldPath=".podSelector"
+// +kubebuilder:validation:XValidation:rule="self.target != 'Host' || !has(self.probes)",message="kubelet's probes of a Host service come from the node itself: they are for services in pods",fieldPath=".probes"
+// +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.probes)",message="kubelet probes by TCP, and whose a datagram is cannot be told",fieldPath=".probes"
+// +kubebuilder:validation:XValidation:rule="!has(self.probes) || self.probes.ports.all(p, p in self.ports)",message="names a port that is not one of the service's",fieldPath=".probes.ports"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.access) || size(self.access) == 0",message="nothing proves who sent a datagram, so UDP has no way through the proxy",fieldPath=".access"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.http)",message="a UDP service has no way through the proxy",fieldPath=".http"
 // +kubebuilder:validation:XValidation:rule="self.protocol != 'UDP' || !has(self.tokens)",message="a UDP service has no way through the proxy",fieldPath=".tokens"
@@ -126,6 +129,8 @@ type ProtectedServiceSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self != '.' && self != '..'",message="is not the name of a network device"
 	// +kubebuilder:validation:MaxLength=15
 	Device string `json:"device,omitempty" yaml:"device,omitempty"`
+	// Probes let kubelet's own probes reach the pods directly, by paths of their own. Left out: they go to the proxy, as everybody does.
+	Probes *Probes `json:"probes,omitempty" yaml:"probes,omitempty"`
 	// Access says who may come through the proxy. Empty: nobody. A UDP service has none.
 	// +kubebuilder:validation:MaxItems=64
 	// +listType=atomic
@@ -169,6 +174,7 @@ func (s *ProtectedService) validate(d *document) {
 	s.validateHTTP(d)
 	s.validateTokens(d)
 	s.validateAccess(d)
+	s.validateProbes(d)
 	for i, t := range s.Spec.Tests {
 		t.validate(d, fmt.Sprintf("spec.tests[%d]", i), s.Spec)
 	}
