@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -92,6 +93,7 @@ func (p *probes) look(ctx context.Context) {
 			listed[name] = true
 		}
 	}
+	maps.DeleteFunc(p.failed, func(name string, _ failedProbes) bool { return !listed[name] })
 	p.problems.keep(problemKubelet, func(name string) bool { return listed[name] })
 }
 

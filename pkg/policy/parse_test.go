@@ -383,7 +383,7 @@ func TestParseEmptySetIsAnError(t *testing.T) {
 func TestSuggestions(t *testing.T) {
 	for _, c := range []struct{ old, new, hint string }{
 		{"  target: Host", "  taget: Host", "did you mean target?"},
-		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, http, idle, mode, podSelector, ports, protocol, target, tests, tokens, udp"},
+		{"  target: Host", "  target: Host\n  somethingElse: 1", "known here: access, addresses, device, http, idle, mode, podSelector, ports, probes, protocol, target, tests, tokens, udp"},
 		{"services: [postgres]", "services: [Postgres]", "did you mean postgres?"},
 		{"requesters: [alice]", "requesters: [bob]", "known here: alice"},
 		{`"10.1.0.0/24"`, `"10.1.0.9/24"`, "write 10.1.0.0/24, or the address alone"},

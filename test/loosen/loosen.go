@@ -184,6 +184,7 @@ func Kinds() []Kind {
 		{"address gone", Swap(`["10.2.0.2", "fd00:2::2"]`, `["10.2.0.2"]`), "spec.addresses: fd00:2::2 was removed"},
 		{"mode left", Swap("target: Pod, ports: [6379]", "target: Pod, mode: Shadow, ports: [6379]"), "ProtectedService cache: spec.mode: Enforce became Shadow"},
 		{"mode left for less", Swap("target: Pod, ports: [6379]", "target: Pod, mode: Observe, ports: [6379]"), "ProtectedService cache: spec.mode: Enforce became Observe"},
+		{"probes let in", Swap("device: veth1}", "device: veth1, probes: {ports: [6379], cgroup: /system.slice/kubelet.service}}"), "ProtectedService cache: spec.probes: none became"},
 		{"UDP of nobody's", Plus("ProtectedService\nmetadata: {name: quic}\nspec: {target: Host, protocol: UDP, mode: Observe, ports: [5432]}\n"),
 			"ProtectedService quic: spec.ports: UDP to 5432 was refused by postgres, and is not any more"},
 		{"another device", Swap("device: veth1", "device: veth2"), "spec.device: veth1 became veth2"},
