@@ -44,7 +44,7 @@ func run(args []string) error {
 	case len(args) > 2 && args[0] == "marked":
 		return marked(args[1], args[2:], os.Stdout)
 	}
-	return errors.New("usage: probe serve PORT SECRET | reach SECRET | wire DEVICE past|through | stat FILE | marked ADDRESS:PORT MARK...")
+	return errors.New("usage: probe serve PORT SECRET | reach SECRET | wire DEVICE past|through | stat FILE | marked ADDRESS:PORT MARK [MARK]")
 }
 
 // serve says the secret, and since when it listens, to each connection of either family until the process is told to end.
