@@ -479,12 +479,12 @@ func TestDrain(t *testing.T) {
 	b := newBench(t, func(s *settings) { s.drain = 2 * time.Second })
 	_, err := b.Pod.WhoAnswers(b.target(lab.IPv4))
 	b.must(err)
+	silent := b.plain(b.target(lab.IPv4)) // before the others: when they are served, it was accepted
 	ends, lasts := b.dialAs(lab.IPv4, web), b.dialAs(lab.IPv4, web)
 	for _, c := range []net.Conn{ends, lasts} {
 		_, err = lab.Ask(c)
 		b.must(err)
 	}
-	silent := b.plain(b.target(lab.IPv4))
 	b.must(b.proxy.Signal(unix.SIGTERM))
 	b.resets(silent) // had proven nothing
 	soon, cancel := context.WithTimeout(b.ctx, 300*time.Millisecond)
