@@ -12,8 +12,8 @@ type siege struct {
 // Bounds of a siege, in strangers at a time. An honest client is one for milliseconds.
 const (
 	siegeBegins = 128
-	siegeEnds   = 32               // or fewer, for
-	siegeCalm   = 10 * time.Second // by the monotonic clock
+	siegeEnds   = 32              // or fewer, for
+	siegeCalm   = 2 * time.Second // by the monotonic clock
 )
 
 func (s *siege) look(strangers int, now time.Time) {
